@@ -1,0 +1,51 @@
+# Every target sets up what it needs in .venv. `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+OUT ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo test check format test-official bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+.venv/.user: requirements.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	touch $@
+
+.venv/.dev: requirements-dev.txt .venv/.user
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	touch $@
+
+setup: .venv/.user ## .venv with what a user needs
+
+setup-dev: .venv/.dev ## .venv with what the tests add
+
+demo: .venv/.user ## tune a prefix on the embedded tables, write texts, measure (OUT=runs/demo)
+	$(BIN)/python -m minprefix demo --out $(OUT)
+
+test: .venv/.dev ## format, lint and all tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q --durations=10
+
+check: .venv/.dev ## format, lint and the fast tests: while working
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q -m "not slow" -x
+
+format: .venv/.dev ## let ruff format and fix the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-official: .venv/.dev ## official gpt2 against transformers (a network, or MINPREFIX_GPT2=folder)
+	$(BIN)/python -m pytest -q -rs -m official tests
+
+bench: .venv/.user ## time the CPU path of the attention operator
+	$(BIN)/python -m kernels.bench_reference
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
