@@ -1,0 +1,93 @@
+"""Attention over [prefix; sequence]: one operator, with its checks.
+
+`prefix_attention` is what the models call. It runs `reference.py` (plain PyTorch), which is also
+the definition of correct. Importing this package imports torch and nothing else.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.reference import prefix_attention_eager, prefix_attention_lean
+
+__all__ = ["prefix_attention", "prefix_attention_eager", "prefix_attention_lean"]
+
+
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *,
+    causal: bool = True, scale: float | None = None,
+    prefix_index: Tensor | None = None, prefix_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None, q_offset: Tensor | None = None, return_lse: bool = False,
+):  # fmt: skip
+    """Attention of each query to its whole prefix and to the visible part of the sequence.
+
+        o_i = softmax(scale * q_i [K_p ; K_visible(i)]^T) [V_p ; V_visible(i)]
+
+    Args:
+        q: (B, H, T, D), fp16, bf16, fp32 or fp64; any strides with a contiguous last dimension.
+        k, v: (B, H, S, D), q's dtype: keys and values of the sequence, without the prefix.
+        prefix_k, prefix_v: (H, P, D), one prefix for the batch, or a bank (N, H, P, D); q's dtype
+            or fp32 (the gradient is then fp32). P = 0 is plain attention.
+        causal: query i sees sequence columns j <= q_offset + i only.
+        scale: multiplies q.k, no unit; None means D ** -0.5.
+        prefix_index: (B,) int, the prefix of the bank that each row uses; -1 = none. A bank without
+            it needs N = 1 or N = B.
+        prefix_lens: (N,) or (1,) int: columns from prefix_lens[n] on are not seen; None = all P.
+        kv_lens: (B,) int, columns j >= kv_len are not seen; None = all S.
+        q_offset: (B,) int, the place in the sequence of each row's first query; None = S - T.
+    Returns:
+        o: (B, H, T, D) in q's dtype, in the memory order (B, T, H, D). With return_lse also
+        lse: (B, H, T), fp32 (fp64 from fp64), in nats. A query that sees nothing has o = 0,
+        lse = -inf and gives zero gradients. Differentiable in all five tensors, through lse too.
+    Raises:
+        ValueError: shapes, dtypes or (on the CPU) index values that disagree; both are named.
+    Source: Li & Liang 2021 (arXiv:2101.00190), eq. (3).
+    """
+    check_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset)
+    return prefix_attention_lean(
+        q, k, v, prefix_k, prefix_v, causal=causal, scale=scale, prefix_index=prefix_index,
+        prefix_lens=prefix_lens, kv_lens=kv_lens, q_offset=q_offset, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def check_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset):
+    """ValueError where the arguments of `prefix_attention` do not fit together."""
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"q and k must be (B, H, T, D), got {shape(q)} and {shape(k)}")
+    B, H, _, D = q.shape
+    if k.shape != v.shape or (k.shape[0], k.shape[1], k.shape[3]) != (B, H, D):
+        raise ValueError(f"k {shape(k)} and v {shape(v)} do not fit q {shape(q)}")
+    if prefix_k.shape != prefix_v.shape or prefix_k.dim() not in (3, 4):
+        raise ValueError(f"prefix_k {shape(prefix_k)} and prefix_v {shape(prefix_v)} do not fit")
+    if (prefix_k.shape[-3], prefix_k.shape[-1]) != (H, D):
+        raise ValueError(f"prefix_k {shape(prefix_k)} does not fit q {shape(q)}: want H, P, D last")
+    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}")
+    if prefix_k.dtype != prefix_v.dtype or prefix_k.dtype not in (q.dtype, torch.float32):
+        raise ValueError(f"the prefix is {prefix_k.dtype}/{prefix_v.dtype}, q is {q.dtype}")
+    N = 1 if prefix_k.dim() == 3 else prefix_k.shape[0]
+    if prefix_k.dim() == 3 and prefix_index is not None:
+        raise ValueError(f"prefix_index needs a bank (N, H, P, D), prefix_k is {shape(prefix_k)}")
+    if prefix_k.dim() == 4 and prefix_index is None and N not in (1, B):
+        raise ValueError(f"a bank of {N} prefixes and {B} rows need a prefix_index")
+    check_int(prefix_index, "prefix_index", (B,), -1, N - 1)
+    check_int(prefix_lens, "prefix_lens", (N,), 0, prefix_k.shape[-2], also=(1,))
+    check_int(kv_lens, "kv_lens", (B,), 0, k.shape[2])
+    check_int(q_offset, "q_offset", (B,), None, None)
+
+
+def check_int(x: Tensor | None, name: str, want: tuple, low: int | None, high: int | None, also=None):
+    """ValueError unless x is None or an integer tensor of the wanted shape with low <= x <= high.
+
+    Values are looked at on the CPU only: on a GPU that would wait for it.
+    """
+    if x is None:
+        return
+    if x.is_floating_point() or x.dtype == torch.bool or tuple(x.shape) not in (want, also):
+        raise ValueError(f"{name} must be an integer tensor {want}, got {x.dtype} {shape(x)}")
+    if low is not None and x.device.type == "cpu" and x.numel():
+        if x.min() < low or x.max() > high:
+            raise ValueError(f"{name} must lie in [{low}, {high}], got {x.tolist()}")
+
+
+def shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)

@@ -1,0 +1,167 @@
+"""Attention over [prefix; sequence] in plain PyTorch: the definition of correct, and the CPU path.
+
+Query i of a row attends to the whole prefix and to the visible part of the sequence [1, eq. (3)]:
+
+    s_ij = scale <q_i, k_j>,   lse_i = log sum_j exp(s_ij),   o_i = sum_j exp(s_ij - lse_i) v_j
+
+with j over the columns [prefix; sequence] of which query i sees
+
+    prefix column p:    p < prefix_len of the row (0 if the row has no prefix)
+    sequence column j:  j < kv_len of the row, and j <= q_offset + i when causal.
+
+`prefix_attention_eager` writes this down literally, in any floating dtype up to fp64.
+`prefix_attention_lean` gives the same through PyTorch's fused attention and builds a mask only
+where one is needed: it is what runs on a CPU. Neither checks its arguments:
+`kernels.prefix_attention`, whose docstring has all shapes, does that. Shapes use the letters of
+the README's table.
+
+[1] Li & Liang 2021, https://arxiv.org/abs/2101.00190
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def prefix_rows(prefix: Tensor, prefix_index: Tensor | None, q: Tensor) -> Tensor:
+    """The prefix that each row of the batch sees, in q's dtype: (B, H, P, D).
+
+    The cast comes last, so that autograd sums the rows' gradients in the prefix's own dtype.
+    """
+    if prefix.dim() == 3:  # (H, P, D), one for all
+        rows = prefix.expand(q.shape[0], -1, -1, -1)
+    elif prefix_index is None:  # (1, H, P, D) or (B, H, P, D)
+        rows = prefix.expand(q.shape[0], -1, -1, -1)
+    else:  # -1 = no prefix: any one is read, and hidden by the mask
+        rows = prefix[prefix_index.clamp(min=0).long()]
+    return rows.to(q.dtype)
+
+
+def prefix_row_lens(
+    prefix: Tensor, prefix_index: Tensor | None, prefix_lens: Tensor | None
+) -> Tensor | None:
+    """How many prefix columns each row sees: (B,) or (1,) int64; None = all P in every row."""
+    if prefix_index is None:
+        return None if prefix_lens is None else prefix_lens.long()
+    if prefix_lens is None:
+        lens = torch.full_like(prefix_index, prefix.shape[-2])
+    else:
+        lens = prefix_lens.expand(prefix.shape[0])[prefix_index.clamp(min=0).long()]
+    return torch.where(prefix_index >= 0, lens, 0).long()
+
+
+def prefix_attention_eager(
+    q, k, v, prefix_k, prefix_v, *, causal=True, scale=None,
+    prefix_index=None, prefix_lens=None, kv_lens=None, q_offset=None, return_lse=False,
+):  # fmt: skip
+    """The definition: concatenate, mask, softmax, multiply. See `kernels.prefix_attention`.
+
+    Products are made in q's dtype, the softmax in fp32 (fp64 for fp64).
+    """
+    (B, _, T, D), S, P = q.shape, k.shape[2], prefix_k.shape[-2]
+    device, softmax_dtype = q.device, torch.promote_types(q.dtype, torch.float32)
+    scale = D**-0.5 if scale is None else scale
+    keys = torch.cat([prefix_rows(prefix_k, prefix_index, q), k], dim=2)  # (B, H, P + S, D)
+    values = torch.cat([prefix_rows(prefix_v, prefix_index, q), v], dim=2)  # (B, H, P + S, D)
+
+    visible = torch.ones(B, T, P + S, dtype=torch.bool, device=device)
+    row_lens = prefix_row_lens(prefix_k, prefix_index, prefix_lens)
+    if row_lens is not None:
+        visible[:, :, :P] &= torch.arange(P, device=device) < row_lens[:, None, None]
+    j = torch.arange(S, device=device)
+    if kv_lens is not None:
+        visible[:, :, P:] &= j < kv_lens[:, None, None]
+    if causal:
+        first = torch.full((B,), S - T, device=device) if q_offset is None else q_offset
+        visible[:, :, P:] &= j <= first[:, None, None] + torch.arange(T, device=device)[:, None]
+    visible = visible[:, None]  # (B, 1, T, P + S)
+
+    # a query that sees nothing keeps finite scores here, so that no inf - inf arises; zeroed below
+    blind = ~visible.any(-1, keepdim=True)  # (B, 1, T, 1)
+    s = (scale * (q @ keys.mT)).to(softmax_dtype)  # (B, H, T, P + S)
+    s = s.masked_fill(~(visible | blind), float("-inf"))
+    lse = s.logsumexp(-1, keepdim=True)  # (B, H, T, 1)
+    p = (s - lse).exp().masked_fill(blind, 0.0)
+    o = merged_order(p.to(q.dtype) @ values)  # (B, H, T, D)
+    return (o, lse.masked_fill(blind, float("-inf"))[..., 0]) if return_lse else o
+
+
+def prefix_attention_lean(
+    q, k, v, prefix_k, prefix_v, *, causal=True, scale=None,
+    prefix_index=None, prefix_lens=None, kv_lens=None, q_offset=None, return_lse=False,
+):  # fmt: skip
+    """The CPU path: concatenated keys, a mask only where needed. See `kernels.prefix_attention`.
+
+    PyTorch's fused attention, except while training in bf16: there its backward pass on a CPU costs
+    several times the batched matrix products that `masked_products` makes (bench_reference.py).
+    It gives no lse, so with return_lse the scores are made once more.
+    """
+    (_, _, T, D), S, P = q.shape, k.shape[2], prefix_k.shape[-2]
+    scale = D**-0.5 if scale is None else scale
+    keys, values, row_lens = k, v, None
+    if P > 0:
+        keys = torch.cat([prefix_rows(prefix_k, prefix_index, q), k], dim=2)  # (B, H, P + S, D)
+        values = torch.cat([prefix_rows(prefix_v, prefix_index, q), v], dim=2)
+        row_lens = prefix_row_lens(prefix_k, prefix_index, prefix_lens)
+    mask = lean_mask(T, S, P, q.device, causal, row_lens, kv_lens, q_offset)
+    training = torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad)
+    if training and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        o = masked_products(q, keys, values, mask, scale)
+    else:
+        o = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+    o = merged_order(o)
+    if not return_lse:
+        return o
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    s = scale * (q.to(lse_dtype) @ keys.to(lse_dtype).mT)  # (B, H, T, P + S)
+    if mask is None:
+        return o, s.logsumexp(-1)
+    blind = ~mask.any(-1, keepdim=True)  # (B or 1, 1, T or 1, 1)
+    lse = s.masked_fill(~(mask | blind), float("-inf")).logsumexp(-1)
+    return o, lse.masked_fill(blind[..., 0], float("-inf"))
+
+
+def masked_products(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """softmax(scale q keys^T + bias) values by two batched products: (B, H, T, D) in q's dtype."""
+    (B, H, T, D), S = q.shape, keys.shape[2]
+    bias, blind = q.new_zeros(1, 1, T, S), None
+    if mask is not None:
+        blind = ~mask.any(-1, keepdim=True)  # (B or 1, 1, T or 1, 1)
+        bias = q.new_zeros(()).where(mask | blind, float("-inf"))
+    bias = bias.expand(B, H, T, S).reshape(-1, T, S)
+    q, keys, values = (x.reshape(B * H, -1, D) for x in (q, keys, values))
+    with torch.autocast(q.device.type, enabled=False):  # it would cast the softmax to fp32 and back
+        p = torch.baddbmm(bias, q, keys.mT, alpha=scale).softmax(-1)  # (B H, T, S)
+        o = (p @ values).view(B, H, T, D)
+    return o if blind is None else o.masked_fill(blind, 0.0)
+
+
+def lean_mask(
+    T: int, S: int, P: int, device: torch.device, causal: bool,
+    row_lens: Tensor | None, kv_lens: Tensor | None, q_offset: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """What each query sees, as small as broadcasting allows: (B or 1, 1, T or 1, P + S) bool.
+
+    None where every query sees every key, as a single query at the end of the keys does. Column
+    c < P is prefix column c, column c >= P is sequence column c - P.
+    """
+    column = torch.arange(P + S, device=device)
+    in_prefix, j = column < P, column - P
+    mask = None
+    if row_lens is not None:
+        mask = ~in_prefix | (column < row_lens[:, None, None, None])
+    if kv_lens is not None:
+        seen = in_prefix | (j < kv_lens[:, None, None, None])
+        mask = seen if mask is None else mask & seen
+    if causal and not (q_offset is None and T == 1):
+        first = S - T if q_offset is None else q_offset[:, None, None, None]
+        seen = in_prefix | (j <= first + torch.arange(T, device=device)[None, None, :, None])
+        mask = seen if mask is None else mask & seen
+    return mask
+
+
+def merged_order(o: Tensor) -> Tensor:
+    """o (B, H, T, D) in the memory order (B, T, H, D): merging the heads is then a view."""
+    return o.transpose(1, 2).contiguous().transpose(1, 2)

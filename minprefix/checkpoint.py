@@ -1,0 +1,78 @@
+"""Prefix files: one small safetensors file is all that is needed to use a prefix.
+
+It holds `prefix_table` (L, 2, H, P, D) in fp32, an optional `gate` (L, H), and as metadata the
+format, the position offset and the fingerprint of the base model. The MLP is not in it (section 4.3
+of Li & Liang 2021: it is dropped after training).
+
+The fingerprint names a model by content: sha256 over the fields that shape it and 64 fixed elements
+of each tensor, rounded to bf16. An fp32 and a bf16 copy, a .bin and a safetensors file of the same
+weights have the same fingerprint.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from minprefix.files import load_tensors, save_tensors
+from minprefix.gpt2 import GPT2
+from minprefix.prefix import Prefix
+
+FORMAT = "minprefix-prefix-1"
+ARCHITECTURE = (
+    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def fingerprint(model: GPT2) -> str:
+    """64 hexadecimal digits that name the model's weights."""
+    fields = {name: getattr(model.config, name) for name in ARCHITECTURE}
+    fields["n_inner"] = fields["n_inner"] or 4 * model.config.n_embd
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name, weight in model.state_dict().items():
+        at = torch.arange(64, device=weight.device) * weight.numel() // 64
+        some = weight.flatten()[at].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_prefix(path: str | Path, prefix: Prefix) -> None:
+    """Write the prefix file, all of it or nothing. OSError if it cannot be written."""
+    prefix = prefix.export()
+    tensors = {"prefix_table": prefix.prefix_table.detach().float().cpu().contiguous()}
+    if prefix.gate is not None:
+        tensors["gate"] = prefix.gate.detach().float().cpu()
+    metadata = {
+        "format": FORMAT,
+        "position_offset": str(prefix.position_offset),
+        "base": prefix.base,
+    }
+    save_tensors(path, tensors, metadata)
+
+
+def load_prefix(path: str | Path) -> Prefix:
+    """Read a prefix file.
+
+    Raises:
+        ValueError: not such a file, damaged, or tensors of impossible shapes.
+        OSError: it cannot be read.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a prefix file (format {metadata.get('format')!r})")
+    table, gate = tensors.get("prefix_table"), tensors.get("gate")
+    if table is None or table.dim() != 5 or table.shape[1] != 2 or 0 in table.shape:
+        found = None if table is None else tuple(table.shape)
+        raise ValueError(f"{path}: prefix_table must be (L, 2, H, P, D) with P > 0, got {found}")
+    if gate is not None and gate.shape != (table.shape[0], table.shape[2]):
+        raise ValueError(f"{path}: gate must be (L, H), got {tuple(gate.shape)}")
+    if not torch.isfinite(table).all():
+        raise ValueError(f"{path}: prefix_table holds values that are not finite")
+    offset = metadata.get("position_offset", "")
+    if not offset.isdecimal():
+        raise ValueError(f"{path}: position_offset must be a number >= 0, got {offset!r}")
+    prefix = Prefix.from_table(table, int(offset), gate)
+    prefix.base = metadata.get("base", "")
+    return prefix

@@ -1,0 +1,334 @@
+"""GPT-2, from config to logits, with the prefix as an argument of the attention layer.
+
+Eq. (1) of Li & Liang 2021 [1], h_i = LM(z_i, h_<i): what a later position reads of position i are
+its keys and values in every layer. A prefix is P more of them per layer that no token has produced,
+eq. (3): the attention layer takes them as `prefix_k` and `prefix_v`; the cache never holds them.
+
+Read bottom-up: `Attention`, `Block`, `GPT2`. Modules have the names of the official checkpoints
+[2], so weights load by equal keys. Shapes use the letters of the README's table: batch B, tokens T,
+keys S, prefix positions P, layers L, heads H, width C, head width D = C / H, vocabulary V.
+
+[1] https://arxiv.org/abs/2101.00190   [2] https://huggingface.co/openai-community/gpt2
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels import prefix_attention
+
+IGNORE = -100  # a label at which there is no loss
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Sizes of a GPT-2; the defaults are those of the smallest official model."""
+
+    vocab_size: int = 50257  # V
+    n_positions: int = 1024  # longest position + 1
+    n_embd: int = 768  # C
+    n_layer: int = 12  # L
+    n_head: int = 12  # H
+    n_inner: int | None = None  # width inside the MLP; None = 4 C
+    layer_norm_epsilon: float = 1e-5
+    bos_token_id: int = 50256
+    eos_token_id: int = 50256
+    embd_pdrop: float = 0.1  # probability, on embeddings; dropout acts while fine-tuning only
+    resid_pdrop: float = 0.1  # probability, on what each layer adds
+    attn_pdrop: float = 0.1  # kept for the file; no dropout inside attention here
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+
+    @property
+    def head_dim(self) -> int:  # D
+        return self.n_embd // self.n_head
+
+
+@dataclass(frozen=True)
+class PrefixActivations:
+    """h_i for i in P_idx: the keys and values that the model reads of a prefix, eq. (3).
+
+    Made by `prefix.py` once per step (or once per generated text), read by every layer.
+    """
+
+    table: Tensor  # (L, 2, H, P, D), one prefix; (L, 2, N, H, P, D), a bank
+    position_offset: int | Tensor  # token t stands at position t + offset; (B,) with a bank
+    max_offset: int  # the largest of them
+    gate: Tensor | None = None  # (L, H) or (L, N, H): weight >= 0 on the prefix's softmax terms
+    index: Tensor | None = None  # (B,) which prefix of the bank each row uses, -1 = none
+    lens: Tensor | None = None  # (N,) lengths of ragged prefixes
+
+    @classmethod
+    def empty(cls, config: GPT2Config, like: Tensor) -> "PrefixActivations":
+        """No prefix: P = 0, in the dtype and on the device of `like`."""
+        shape = (config.n_layer, 2, config.n_head, 0, config.head_dim)
+        return cls(like.new_empty(shape), position_offset=0, max_offset=0)
+
+    def select(self, rows: Tensor) -> "PrefixActivations":
+        """For these rows of the batch, in this order and as often as they are named."""
+        if self.index is None:  # one prefix for all rows
+            return self
+        return replace(self, index=self.index[rows], position_offset=self.position_offset[rows])
+
+
+class KVCache:
+    """Keys and values of the tokens so far, row by row, without the prefix: h_<i of eq. (1).
+
+    Row b holds `lengths[b]` tokens; rows of different lengths stand side by side without padding
+    between their tokens. New tokens overwrite whatever padding stood behind them.
+    """
+
+    def __init__(self, config: GPT2Config, batch_size: int, max_len: int, like: Tensor):
+        shape = (config.n_layer, batch_size, config.n_head, max_len, config.head_dim)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # (L, B, H, S, D)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)  # (B,)
+        self.longest = 0  # no row is longer: known without asking the GPU
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, H, T, D) behind each row's tokens; return the layer's all (B, H, S, D)."""
+        T = k.shape[2]
+        row = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
+        at = self.lengths[:, None] + torch.arange(T, device=k.device)  # (B, T)
+        self.k[layer][row, :, at] = k.transpose(1, 2)
+        self.v[layer][row, :, at] = v.transpose(1, 2)
+        S = self.longest + T
+        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+
+    def advance(self, lengths: Tensor | None, T: int) -> None:
+        """Count the tokens that all layers have appended: `lengths` (B,) of T, or T in each row."""
+        self.lengths = self.lengths + (T if lengths is None else lengths)
+        self.longest += T
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order and as often as they are named (beams)."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.lengths = self.lengths[rows]
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is stored as [in, out], as in the official checkpoints."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., n_in) -> (..., n_out)
+        return F.linear(x, self.weight.T, self.bias)
+
+
+def gated_prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, gate: Tensor, *,
+    prefix_index: Tensor | None = None, prefix_lens: Tensor | None = None, **visible,
+) -> Tensor:  # fmt: skip
+    """Attention in which the prefix's softmax terms weigh `gate` times their value.
+
+    With o_s, lse_s over the sequence alone and o_p, lse_p over the prefix alone,
+
+        o = (o_s + r o_p) / (1 + r) = o_s + lam (o_p - o_s),
+        r = gate exp(lse_p - lse_s),   lam = r / (1 + r) = gate / (gate + exp(lse_s - lse_p)):
+
+    gate = 1 is plain prefix attention, gate = 0 exactly the frozen model. No log of the gate is
+    taken, so its gradient exists at 0.
+
+    Args:
+        gate: (H,), or (N, H) for a bank. The rest as in `kernels.prefix_attention`.
+    """
+    none = q.new_empty(q.shape[1], 0, q.shape[3])
+    o_s, lse_s = prefix_attention(q, k, v, none, none, return_lse=True, **visible)
+    if prefix_k.dim() == 3:
+        prefix_k, prefix_v = (x.expand(q.shape[0], -1, -1, -1) for x in (prefix_k, prefix_v))
+        gate = gate[None]  # (1, H)
+    elif prefix_index is not None:
+        row = prefix_index.clamp(min=0)
+        prefix_k, prefix_v = prefix_k[row], prefix_v[row]  # (B, H, P, D)
+        prefix_lens = None if prefix_lens is None else prefix_lens[row]
+        gate = torch.where((prefix_index >= 0)[:, None], gate[row], 0)  # (B, H)
+    prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
+    o_p, lse_p = prefix_attention(
+        q, prefix_k, prefix_v, none, none, causal=False, kv_lens=prefix_lens, return_lse=True
+    )
+    # exp(80) is still finite in fp32, and exp(-80) is nothing beside 1
+    difference = (lse_s - lse_p).clamp(-80, 80)
+    lam = gate[:, :, None] / (gate[:, :, None] + difference.exp())  # (B, H, T)
+    return (o_s + lam[..., None] * (o_p - o_s)).to(q.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over [prefix; tokens so far]."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+
+    def forward(self, x, prefix_k, prefix_v, gate=None, append=None, **visible) -> Tensor:
+        """x (B, T, C) -> (B, T, C).
+
+        Args:
+            prefix_k, prefix_v: (H, P, D) or (N, H, P, D).
+            gate: (H,) or (N, H); None = ungated.
+            append: takes k, v of the new tokens, gives those of all tokens (`KVCache.append`).
+            visible: prefix_index, prefix_lens, kv_lens, q_offset of `kernels.prefix_attention`.
+        """
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
+        if append is not None:
+            k, v = append(k, v)  # (B, H, S, D)
+        if gate is None:
+            o = prefix_attention(q, k, v, prefix_k, prefix_v, **visible)
+        else:
+            o = gated_prefix_attention(q, k, v, prefix_k, prefix_v, gate, **visible)
+        return self.c_proj(o.transpose(1, 2).reshape(B, T, C))  # merging the heads is a view
+
+
+class MLP(nn.Module):
+    """Two layers with GPT-2's tanh form of GELU between them."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = Conv1D(config.n_embd, n_inner)
+        self.c_proj = Conv1D(n_inner, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x, prefix_k, prefix_v, gate=None, append=None, **visible) -> Tensor:
+        x = x + self.drop(self.attn(self.ln_1(x), prefix_k, prefix_v, gate, append, **visible))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT2(nn.Module):
+    """The decoder: token ids to next-token logits. The head is the token embedding (tied)."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.activation_checkpointing = False  # recompute each block in the backward pass
+
+    def init_weights(self, seed: int) -> "GPT2":
+        """Random weights as GPT-2 has them at the start of its training: N(0, 0.02), and what is
+        added to the residual stream scaled by 1 / sqrt(2 L)."""
+        generator = torch.Generator(device=self.wte.weight.device).manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                std = 0.02
+                if name.endswith("c_proj.weight"):
+                    std *= (2 * self.config.n_layer) ** -0.5
+                nn.init.normal_(weight, std=std, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+            else:
+                nn.init.ones_(weight)
+        return self
+
+    def forward(self, input_ids: Tensor, **kwargs) -> Tensor:
+        """Logits of the next token: (B, T) -> (B, T, V). Arguments as in `hidden_states`."""
+        return F.linear(self.hidden_states(input_ids, **kwargs), self.wte.weight)
+
+    def token_losses(self, input_ids: Tensor, labels: Tensor, **kwargs) -> Tensor:
+        """-log p of each labelled token, eq. (2), in nats: (number of labels that are not -100,).
+
+        Args:
+            input_ids: (B, T) int.
+            labels: (B, T) int, the token that follows each input; -100 where there is no loss. The
+                head is computed at the other positions only.
+        """
+        at = labels != IGNORE
+        hidden = self.hidden_states(input_ids, **kwargs)[at]  # (labels, C)
+        logits = F.linear(hidden, self.wte.weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, labels[at], reduction="none")
+
+    def hidden_states(
+        self, input_ids: Tensor, *, prefix=None, prefix_index: Tensor | None = None,
+        kv_lens: Tensor | None = None, cache: KVCache | None = None,
+    ) -> Tensor:  # fmt: skip
+        """What the head reads: (B, T) -> (B, T, C).
+
+        Args:
+            input_ids: (B, T) int; with a cache, the tokens after those that it holds.
+            prefix: a `Prefix`, a `PrefixBank` or ready `PrefixActivations`; None = plain GPT-2.
+            prefix_index: (B,) int, with a bank: which prefix each row uses, -1 = none.
+            kv_lens: (B,) int, how many of the T tokens of each row are real (right padding).
+            cache: keys and values of earlier tokens; extended by this call.
+        Raises:
+            ValueError: positions past n_positions; a prefix of another shape than the model.
+        """
+        T, cached = input_ids.shape[1], 0 if cache is None else cache.longest
+        acts = self._activations(prefix, prefix_index)
+        self._check_fit(acts, input_ids.shape[0], cached + T)
+
+        first = acts.position_offset if cache is None else acts.position_offset + cache.lengths
+        steps = torch.arange(T, device=input_ids.device)
+        positions = first[:, None] + steps if isinstance(first, Tensor) else first + steps
+        x = self.drop(self.wte(input_ids) + self.wpe(positions))  # (B, T, C)
+
+        visible = {"prefix_index": acts.index, "prefix_lens": acts.lens}
+        if cache is None:
+            visible["kv_lens"] = kv_lens
+        elif cached:  # padding behind a row's tokens lies after its queries: causality hides it
+            visible["q_offset"] = cache.lengths
+        for layer, block in enumerate(self.h):
+            prefix_k, prefix_v = acts.table[layer]  # (H, P, D) or (N, H, P, D)
+            gate = None if acts.gate is None else acts.gate[layer]
+            append = None if cache is None else (lambda k, v, at=layer: cache.append(at, k, v))
+            args = (x, prefix_k, prefix_v, gate, append)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *args, use_reentrant=False, **visible)
+            else:
+                x = block(*args, **visible)
+        if cache is not None:
+            cache.advance(kv_lens, T)
+        return self.ln_f(x)
+
+    def _activations(self, prefix, prefix_index: Tensor | None) -> PrefixActivations:
+        if prefix is None:
+            return PrefixActivations.empty(self.config, self.wte.weight)
+        if isinstance(prefix, PrefixActivations):
+            return prefix
+        return prefix.activations(prefix_index)
+
+    def _check_fit(self, acts: PrefixActivations, batch_size: int, n_tokens: int) -> None:
+        config, shape = self.config, tuple(acts.table.shape)
+        want = (config.n_layer, 2, config.n_head, config.head_dim)
+        if (*shape[:2], shape[-3], shape[-1]) != want:
+            raise ValueError(
+                f"the prefix has shape {shape}, the model needs (L, 2, [N,] H, P, D) with "
+                f"L = {want[0]}, H = {want[2]}, D = {want[3]}"
+            )
+        if acts.index is not None and acts.index.shape != (batch_size,):
+            raise ValueError(
+                f"the batch has {batch_size} rows, the prefix index has shape "
+                f"{tuple(acts.index.shape)}"
+            )
+        if acts.max_offset + n_tokens > config.n_positions:
+            raise ValueError(
+                f"too long: position offset {acts.max_offset} + {n_tokens} tokens > "
+                f"{config.n_positions} positions of the model"
+            )

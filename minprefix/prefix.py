@@ -1,0 +1,344 @@
+"""The prefix: the only parameters that prefix-tuning trains.
+
+Eq. (3) of Li & Liang 2021 [1]: activations at the prefix positions are read from the table P_theta,
+all others come from the frozen model,
+
+    h_i = P_theta[i, :]  if i in P_idx,  else  LM(z_i, h_<i).
+
+h_i is one key and one value per layer and head, so the table has shape (L, 2, H, P, D). Two ways to
+hold it: directly as a parameter, or as the output of an MLP, P_theta[i, :] = MLP(P'_theta[i, :])
+(section 4.3), which trains more steadily and is dropped afterwards (`Prefix.export`). Read
+`PrefixMLP`, then `Prefix`, then `PrefixBank` (many prefixes in one batch).
+
+Shapes use the letters of the README's table. Order of rows, widths and the random start of the MLP
+are those of the authors' code [2]: flat feature ((2 l + kv) H + h) D + d, kv = 0 the key.
+
+[1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minprefix.gpt2 import GPT2, GPT2Config, KVCache, PrefixActivations
+
+PARAMETRISATIONS = ("table", "mlp")
+INITS = ("random", "words", "prompt")
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """How a prefix is made before training; `make_prefix` follows it."""
+
+    prefix_len: int | None = None  # P; None = 10 at random, the number of BPE tokens of init_text
+    parametrisation: str = "mlp"  # "table" (direct) or "mlp" (section 4.3)
+    mid_dim: int = 512  # hidden width of the MLP; the paper's: 512 table-to-text, 800 summaries
+    init: str = (
+        "random"  # "random", "words" (their activations) or "prompt" (exactly a hard prompt)
+    )
+    init_text: str = "table-to-text:"  # the words or the prompt
+    gate: bool = False  # per layer and head, starts at 0: step 0 is the frozen model
+    position_offset: int | None = None  # token t stands at t + offset; None = P, or 0 with a gate
+
+    def __post_init__(self):
+        check_choice("parametrisation", self.parametrisation, PARAMETRISATIONS)
+        check_choice("init", self.init, INITS)
+        if self.prefix_len is not None and self.prefix_len < 1:
+            raise ValueError(f"prefix_len must be at least 1, got {self.prefix_len}")
+        if self.init == "prompt" and (self.parametrisation, self.prefix_len) != ("table", None):
+            raise ValueError(
+                "init 'prompt' needs parametrisation 'table' and takes prefix_len from the text"
+            )
+        if self.mid_dim < 1:
+            raise ValueError(f"mid_dim must be at least 1, got {self.mid_dim}")
+
+
+class PrefixMLP(nn.Module):
+    """P_theta[i, :] = MLP(P'_theta[i, :]): embedding P x C, linear to mid_dim, tanh, to 2 L C."""
+
+    def __init__(self, config: GPT2Config, prefix_len: int, mid_dim: int):
+        super().__init__()
+        self.table_shape = (prefix_len, config.n_layer, 2, config.n_head, config.head_dim)
+        self.prefix_embd = nn.Parameter(torch.empty(prefix_len, config.n_embd))  # (P, C)
+        self.linear_in = nn.Linear(config.n_embd, mid_dim)
+        self.linear_out = nn.Linear(mid_dim, config.n_layer * 2 * config.n_embd)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """As PyTorch does by default, and so the authors' code: N(0, 1) for the embedding,
+        U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for both linear layers, weights and biases."""
+        nn.init.normal_(self.prefix_embd, generator=generator)
+        for linear in (self.linear_in, self.linear_out):
+            bound = linear.in_features**-0.5
+            nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
+
+    def hidden(self) -> Tensor:  # (P, mid_dim)
+        return torch.tanh(self.linear_in(self.prefix_embd))
+
+    def forward(self) -> Tensor:  # -> (L, 2, H, P, D)
+        with torch.autocast(self.prefix_embd.device.type, enabled=False):
+            rows = self.linear_out(self.hidden())  # (P, 2 L C)
+        return rows.view(self.table_shape).permute(1, 2, 3, 0, 4)
+
+    @torch.no_grad()
+    def fit_last_layer(self, table: Tensor) -> float:
+        """Change the last layer, as little as possible, so that the output is `table`.
+
+        `table` is (L, 2, H, P, D). Least squares in fp64. Returns the largest |difference| that
+        remains: rounding only, as long as P <= mid_dim.
+        """
+        target = table.permute(3, 0, 1, 2, 4).flatten(1).double()  # (P, 2 L C)
+        hidden = F.pad(
+            self.hidden().double(), (0, 1), value=1.0
+        )  # (P, mid_dim + 1), the bias' column
+        layer = torch.cat([self.linear_out.weight, self.linear_out.bias[:, None]], 1).double().T
+        layer += torch.linalg.pinv(hidden) @ (target - hidden @ layer)  # (mid_dim + 1, 2 L C)
+        self.linear_out.weight.copy_(layer[:-1].T)
+        self.linear_out.bias.copy_(layer[-1])
+        return (self() - table).abs().max().item()
+
+
+class Prefix(nn.Module):
+    """One prefix for one model. Make it with `random`, `from_words`, `from_prompt` or `load`.
+
+    Attributes:
+        prefix_table: (L, 2, H, P, D) parameter; None while an MLP computes it. Read `table()`.
+        gate: (L, H) parameter >= 0 on the prefix's softmax terms, or None.
+        position_offset: token t stands at position t + offset, in training and in generation.
+        base: fingerprint of the model that it belongs to; "" = not known.
+        init_residual: what initialisation from words left over in the MLP, largest |difference|.
+    """
+
+    def __init__(
+        self, config: GPT2Config, prefix_len: int, parametrisation: str = "table",
+        mid_dim: int = 512, gate: bool = False, position_offset: int | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        check_choice("parametrisation", parametrisation, PARAMETRISATIONS)
+        if prefix_len < 1:
+            raise ValueError(f"prefix_len must be at least 1, got {prefix_len}")
+        if position_offset is None:
+            position_offset = 0 if gate else prefix_len
+        if not 0 <= position_offset < config.n_positions:
+            raise ValueError(
+                f"position_offset {position_offset} (prefix length {prefix_len}) must lie in "
+                f"[0, {config.n_positions}), the positions of the model"
+            )
+        self.prefix_len, self.position_offset = prefix_len, position_offset
+        self.base, self.init_residual = "", 0.0
+        if parametrisation == "mlp":
+            self.mlp, self.prefix_table = PrefixMLP(config, prefix_len, mid_dim), None
+        else:
+            shape = (config.n_layer, 2, config.n_head, prefix_len, config.head_dim)
+            self.mlp, self.prefix_table = None, nn.Parameter(torch.zeros(shape))
+        self.gate = nn.Parameter(torch.zeros(config.n_layer, config.n_head)) if gate else None
+
+    @classmethod
+    def random(cls, config: GPT2Config, prefix_len: int, seed: int, **options) -> "Prefix":
+        """A table of N(0, 1), as in the authors' code and PEFT; an MLP as `PrefixMLP.init_weights`.
+
+        Args:
+            options: parametrisation ("table"), mid_dim, gate, position_offset.
+        """
+        prefix = cls(config, prefix_len, **options)
+        generator = torch.Generator().manual_seed(seed)
+        if prefix.mlp is not None:
+            prefix.mlp.init_weights(generator)
+        else:
+            nn.init.normal_(prefix.prefix_table, generator=generator)
+        return prefix
+
+    @classmethod
+    def from_words(
+        cls, model: GPT2, tokenizer, words: str = "table-to-text:",
+        prefix_len: int | None = None, seed: int = 0, **options,
+    ) -> "Prefix":  # fmt: skip
+        """The activations that the model itself has on `words` (section 7.4).
+
+        P is the number of their BPE tokens; with another prefix_len the tokens repeat or are cut.
+        A table holds the activations exactly; an MLP is fitted to them (see `init_residual`).
+        """
+        ids = tokenizer.encode(words)
+        if not ids:
+            raise ValueError("no words to start the prefix from: the text is empty")
+        prefix_len = len(ids) if prefix_len is None else prefix_len
+        if prefix_len < 1:
+            raise ValueError(f"prefix_len must be at least 1, got {prefix_len}")
+        table = token_activations(model, [ids[i % len(ids)] for i in range(prefix_len)])
+        prefix = cls.random(model.config, prefix_len, seed, **options).to(table)
+        if prefix.mlp is not None:
+            prefix.init_residual = prefix.mlp.fit_last_layer(table)
+        else:
+            prefix.prefix_table.data.copy_(table)
+        prefix.bind(model)
+        return prefix
+
+    @classmethod
+    def from_prompt(cls, model: GPT2, tokenizer, prompt: str, **options) -> "Prefix":
+        """A prefix that is exactly a hard prompt: the same logits as with `prompt` before the text.
+
+        The prompt's tokens stand at 0 .. P-1 and the text after them, so the offset is P.
+        """
+        if "position_offset" not in options:
+            options["position_offset"] = len(tokenizer.encode(prompt))
+        return cls.from_words(model, tokenizer, prompt, **options)
+
+    @classmethod
+    @torch.no_grad()
+    def from_table(
+        cls, table: Tensor, position_offset: int, gate: Tensor | None = None
+    ) -> "Prefix":
+        """A prefix that holds a copy of `table` (L, 2, H, P, D) and of `gate` (L, H)."""
+        L, _, H, P, D = table.shape
+        # the model's own limit is checked when the prefix is used
+        config = GPT2Config(n_layer=L, n_head=H, n_embd=H * D, n_positions=position_offset + 1)
+        prefix = cls(config, P, gate=gate is not None, position_offset=position_offset).to(table)
+        prefix.prefix_table.copy_(table)
+        if gate is not None:
+            prefix.gate.copy_(gate)
+        return prefix
+
+    @classmethod
+    def load(cls, path) -> "Prefix":
+        """Read a prefix file; see `checkpoint.load_prefix`."""
+        from minprefix.checkpoint import load_prefix
+
+        return load_prefix(path)
+
+    def save(self, path) -> None:
+        """Write what is needed to use the prefix, without the MLP; see `checkpoint.save_prefix`."""
+        from minprefix.checkpoint import save_prefix
+
+        save_prefix(path, self)
+
+    def table(self) -> Tensor:
+        """P_theta: (L, 2, H, P, D)."""
+        return self.prefix_table if self.mlp is None else self.mlp()
+
+    def activations(self, prefix_index: Tensor | None = None) -> PrefixActivations:
+        """What the model reads."""
+        if prefix_index is not None:
+            raise ValueError("prefix_index needs a PrefixBank; this is one prefix for all rows")
+        offset = self.position_offset
+        return PrefixActivations(self.table(), offset, offset, gate=self.gate)
+
+    @torch.no_grad()
+    def export(self) -> "Prefix":
+        """A copy that holds the table alone: what is kept after training (section 4.3)."""
+        gate = None if self.gate is None else self.gate.detach()
+        copy = Prefix.from_table(self.table(), self.position_offset, gate)
+        copy.base = self.base
+        return copy
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Back to gate >= 0, after an optimiser step."""
+        if self.gate is not None:
+            self.gate.clamp_(min=0)
+
+    def bind(self, model: GPT2) -> None:
+        """Remember that this prefix belongs to `model`."""
+        from minprefix.checkpoint import fingerprint
+
+        self.base = fingerprint(model)
+
+    def check_base(self, model: GPT2) -> None:
+        """ValueError if this prefix belongs to another model than `model`."""
+        from minprefix.checkpoint import fingerprint
+
+        if self.base and self.base != fingerprint(model):
+            raise ValueError(
+                f"this prefix was made for another model: it names base {self.base[:12]}, "
+                f"the loaded model is {fingerprint(model)[:12]}"
+            )
+
+
+class PrefixBank:
+    """Several prefixes for one model, in memory, mixed freely in one batch (section 8.1).
+
+    `model(ids, prefix=bank, prefix_index=index)`: row b uses prefix index[b], -1 = none. Lengths,
+    position offsets and gates may differ: each row is computed as it would be alone.
+    """
+
+    def __init__(self, prefixes: list[Prefix]):
+        if not prefixes:
+            raise ValueError("a bank needs at least one prefix")
+        self.prefixes = list(prefixes)
+
+    def activations(self, prefix_index: Tensor | None = None) -> PrefixActivations:
+        """Tables padded to the longest, (L, 2, N, H, P, D). No index: row b uses prefix b."""
+        tables = [prefix.table() for prefix in self.prefixes]
+        device, N = tables[0].device, len(tables)
+        lens = torch.tensor([prefix.prefix_len for prefix in self.prefixes], device=device)
+        P = max(prefix.prefix_len for prefix in self.prefixes)
+        table = torch.stack([F.pad(t, (0, 0, 0, P - t.shape[-2])) for t in tables], dim=2)
+        if prefix_index is None:
+            prefix_index = torch.arange(N, device=device)
+        elif prefix_index.device.type == "cpu" and prefix_index.numel():
+            if prefix_index.min() < -1 or prefix_index.max() >= N:
+                raise ValueError(
+                    f"prefix_index must lie in [-1, {N - 1}], got {prefix_index.tolist()}"
+                )
+        offsets = torch.tensor([prefix.position_offset for prefix in self.prefixes], device=device)
+        row = prefix_index.clamp(min=0)
+        return PrefixActivations(
+            table,
+            position_offset=torch.where(prefix_index >= 0, offsets[row], 0),
+            max_offset=max(prefix.position_offset for prefix in self.prefixes),
+            gate=self._gates(table),
+            index=prefix_index,
+            lens=lens,
+        )
+
+    def _gates(self, table: Tensor) -> Tensor | None:
+        """(L, N, H), 1 where a prefix has no gate; None if none has."""
+        if all(prefix.gate is None for prefix in self.prefixes):
+            return None
+        ones = table.new_ones(table.shape[0], table.shape[3])
+        gates = [ones if prefix.gate is None else prefix.gate for prefix in self.prefixes]
+        return torch.stack(gates, dim=1)
+
+    def check_base(self, model: GPT2) -> None:
+        """ValueError if one of the prefixes belongs to another model than `model`."""
+        for prefix in self.prefixes:
+            prefix.check_base(model)
+
+
+@torch.no_grad()
+def token_activations(model: GPT2, ids: list[int]) -> Tensor:
+    """Keys and values of the tokens `ids` at positions 0, 1, ...: h_<P of eq. (1), (L, 2, H, P, D).
+
+    fp32, or fp64 from an fp64 model.
+    """
+    cache = KVCache(model.config, 1, len(ids), like=model.wte.weight)
+    training = model.training
+    model.eval()
+    model.hidden_states(torch.tensor([ids], device=model.wte.weight.device), cache=cache)
+    model.train(training)
+    table = torch.stack([cache.k[:, 0], cache.v[:, 0]], dim=1)  # (L, 2, H, P, D)
+    return table.to(torch.promote_types(table.dtype, torch.float32))
+
+
+def make_prefix(model: GPT2, tokenizer, config: PrefixConfig, seed: int) -> Prefix:
+    """The prefix that `config` describes, on the model's device and bound to the model."""
+    options = {"gate": config.gate, "position_offset": config.position_offset}
+    if config.init == "prompt":
+        if config.position_offset is None and not config.gate:
+            del options["position_offset"]  # the prompt's length
+        return Prefix.from_prompt(model, tokenizer, config.init_text, **options)
+    options |= {"parametrisation": config.parametrisation, "mid_dim": config.mid_dim}
+    if config.init == "words":
+        return Prefix.from_words(
+            model, tokenizer, config.init_text, config.prefix_len, seed=seed, **options
+        )
+    prefix = Prefix.random(model.config, config.prefix_len or 10, seed, **options)
+    prefix.bind(model)
+    return prefix.to(model.wte.weight.device)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """ValueError that lists the choices if `value` is none of them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
