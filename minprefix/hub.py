@@ -1,0 +1,269 @@
+"""Checkpoints from the hub: only the files that are needed, resumed, and verified once.
+
+`download` gives the folder of a model in the cache of `huggingface_hub` [1], shared with other
+programs; HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there. Differs from
+its `hf_hub_download` in two ways: an interrupted download goes on where it stopped, in a new
+process too (version 2 starts the file again), and a file enters the cache when its hash is right.
+
+A file's etag on the hub is its sha256 if it is a large (LFS) file, as weights are; of other files
+only the size is checked. Partial files and the record of what was verified lie in `.minprefix/` in
+the model's folder of the cache. `weight_paths` says which files of a folder hold the weights.
+[1] https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+"""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.file_download import HfFileMetadata, http_get, repo_folder_name
+from huggingface_hub.file_download import try_to_load_from_cache as find_cached
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, validate_repo_id
+from tqdm.auto import tqdm
+
+from minprefix.files import flush, read_json, write_text
+
+# the forms that a checkpoint's weights may have, best first
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+TEXT_FILES = ("config.json", "vocab.json", "merges.txt")
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+BINARY = (".safetensors", ".bin")
+UNVERIFIED = "%s: %s: the hub gives no sha256 of it, so only its size was checked"
+log = logging.getLogger(__name__)
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, whether or not all of them exist; [] = none.
+
+    Raises:
+        ValueError: an index without `weight_map`, or that names a file outside the folder.
+    """
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            index = name.endswith(".index.json")
+            return _shards(folder / name) if index else [folder / name]
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files beside it that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: no weight_map from tensor names to files")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"{index}: {name!r} is not the name of a file beside it")
+    return [index.with_name(name) for name in sorted(set(weight_map.values()))]
+
+
+@contextmanager
+def _asking(name: str, doing: str) -> Iterator[None]:
+    """Turn what the hub's client raises into one line that names the model and what to do."""
+    try:
+        yield
+    except hub_errors.OfflineModeIsEnabled as error:
+        todo = "unset HF_HUB_OFFLINE or give a folder"
+        cache = constants.HF_HUB_CACHE
+        raise OSError(f"{name}: offline, and not as a whole in {cache} ({todo})") from error
+    except hub_errors.GatedRepoError as error:
+        todo = f"accept its terms at {constants.ENDPOINT}/{name} and run `hf auth login`"
+        raise OSError(f"{name}: access is restricted: {todo}") from error
+    except hub_errors.RepositoryNotFoundError as error:
+        todo = "check the name; a private model needs `hf auth login`"
+        where = f"neither a folder here nor a model on {constants.ENDPOINT}"
+        raise ValueError(f"{name}: {where} ({todo})") from error
+    except hub_errors.EntryNotFoundError:
+        raise  # which file is missing is known to the caller
+    except hub_errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        raise OSError(f"{name}: {doing}: {constants.ENDPOINT} answered {status}") from error
+    # the client's own name for every failure of a connection
+    except (hub_errors.HTTPError, OSError) as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        todo = "check the network and run again to go on, or give a folder"
+        raise OSError(f"{name}: {doing} from {constants.ENDPOINT}: {reason} ({todo})") from error
+
+
+class _SilentBar(tqdm):
+    """A progress bar that shows nothing."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "disable": True})
+
+
+@dataclass(frozen=True)
+class _Repo:
+    """One commit of one model on the hub."""
+
+    name: str  # such as gpt2 or distilbert/distilgpt2
+    commit: str
+    progress: bool
+
+    @property
+    def folder(self) -> Path:
+        """Where the cache keeps the model, all its commits."""
+        return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type="model")
+
+    def head(self, filename: str, doing: str = "asking for") -> HfFileMetadata:
+        """Etag, size in bytes and commit of a file.
+
+        Raises:
+            EntryNotFoundError: the model has no such file. OSError, ValueError: as `download`.
+        """
+        url = hf_hub_url(self.name, filename, revision=self.commit)
+        with _asking(self.name, f"{doing} {filename}"):
+            meta = get_hf_file_metadata(url)
+            if not meta.commit_hash or not re.fullmatch(r"[\w-]+", meta.etag or ""):
+                raise OSError("the answer has no commit or etag, so this is no model hub")
+            return meta
+
+    def get(self, filename: str) -> Path | None:
+        """The file in the cache, downloaded if need be; None if the model has none."""
+        path = find_cached(self.name, filename, revision=self.commit)
+        if not isinstance(path, str):
+            try:
+                meta = self.head(filename)
+            except hub_errors.EntryNotFoundError:
+                return None
+            own = self.folder / ".minprefix"
+            own.mkdir(parents=True, exist_ok=True)
+            with WeakFileLock(own / f"{meta.etag}.lock"):
+                blob = self.folder / "blobs" / meta.etag
+                if not blob.exists():
+                    partial = own / f"{meta.etag}.partial"
+                    self._download(filename, meta.size, partial)
+                    flush(partial)
+                    self._verify(partial, filename, meta.etag)
+                    blob.parent.mkdir(exist_ok=True)
+                    os.replace(partial, blob)
+                    if not SHA256.fullmatch(meta.etag) and filename.endswith(BINARY):
+                        log.warning(UNVERIFIED, self.name, filename)
+            with _asking(self.name, f"asking for {filename}"):
+                path = hf_hub_download(self.name, filename, revision=self.commit)
+        self.check(Path(path))
+        return Path(path)
+
+    def need(self, filename: str) -> Path:
+        """`get`, where a file that the model does not have is an error."""
+        if (path := self.get(filename)) is None:
+            raise ValueError(f"{self.name}: {constants.ENDPOINT} has no {filename} of it")
+        return path
+
+    def check(self, path: Path) -> None:
+        """Verify a file of the cache, whose blob is named by its etag, if nobody has done so."""
+        if path.is_symlink():
+            blob = path.parent / os.readlink(path)
+            self._verify(blob, path.name, blob.name)
+
+    def _download(self, filename: str, size: int | None, partial: Path) -> None:
+        """Write the file to `partial`, going on where an earlier download stopped."""
+        url = hf_hub_url(self.name, filename, revision=self.commit)
+        # compressed answers have no byte ranges
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        bar = None if self.progress else _SilentBar
+        with _asking(self.name, f"downloading {filename}"), partial.open("ab") as file:
+            try:
+                http_get(
+                    url, file, resume_size=file.tell(), headers=headers, expected_size=size,
+                    displayed_filename=filename, tqdm_class=bar,
+                )  # fmt: skip
+            except hub_errors.HfHubHTTPError as error:
+                if error.response.status_code == 416:  # the partial file is too long
+                    partial.unlink()
+                raise
+
+    def _verify(self, path: Path, filename: str, etag: str) -> None:
+        """Compare a file's sha256 with its etag, once: the record holds its size and time."""
+        if not SHA256.fullmatch(etag):
+            return
+        record = self.folder / ".minprefix" / f"{etag}.verified"
+        stat = path.stat()
+        seen = f"{stat.st_size} {stat.st_mtime_ns}"
+        if record.is_file() and record.read_text() == seen:
+            return
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != etag:
+            path.unlink()
+            raise ValueError(
+                f"{self.name}: {filename} is damaged (sha256 {digest[:12]}..., the hub says "
+                f"{etag[:12]}...); it was removed, run again to download it anew"
+            )
+        try:
+            record.parent.mkdir(exist_ok=True)
+            write_text(record, seen)
+        except OSError:
+            log.info("%s: the cache is read-only: %s is verified each time", self.name, filename)
+
+
+def download(name: str, *, check: Callable[[Path], object], progress: bool = True) -> Path:
+    """The folder, in the cache, of the newest version of a model; downloads what is missing.
+
+    Without a hub (HF_HUB_OFFLINE, no network) the version in the cache is taken if it is whole.
+
+    Args:
+        name: the model's id on the hub, such as gpt2.
+        check: called with the folder when config.json is there, before the weights are asked for;
+            raises ValueError if nobody can use such a model.
+        progress: show a bar per file, on a terminal.
+    Raises:
+        OSError: the hub or the disk failed; says what to do.
+        ValueError: no such model, or not one with the files needed, or a damaged file.
+    """
+    try:
+        validate_repo_id(name)
+    except hub_errors.HFValidationError as error:
+        raise ValueError(f"{name!r}: neither a folder here nor a name for a hub") from error
+    repo = _Repo(name, "main", progress)
+    try:
+        newest = repo.head("config.json", "no folder of this name, and asking for")
+        repo = replace(repo, commit=newest.commit_hash)
+    except hub_errors.EntryNotFoundError as error:
+        raise ValueError(f"{name}: {constants.ENDPOINT} has no config.json of it") from error
+    except (OSError, ValueError):
+        if (folder := _whole_in_cache(repo)) is None:
+            raise
+        check(folder)
+        return folder
+
+    folder = repo.need("config.json").parent
+    check(folder)
+    repo.need("vocab.json")
+    repo.need("merges.txt")
+    if not any(repo.get(filename) for filename in WEIGHT_FILES):
+        raise ValueError(f"{name}: {constants.ENDPOINT} has no {' nor '.join(WEIGHT_FILES)} of it")
+    for path in weight_paths(folder):
+        repo.need(path.name)
+    # what is read when offline: until here, the version before
+    main = repo.folder / "refs" / "main"
+    if not main.is_file() or main.read_text() != repo.commit:
+        main.parent.mkdir(exist_ok=True)
+        write_text(main, repo.commit)
+    return folder
+
+
+def _whole_in_cache(repo: _Repo) -> Path | None:
+    """The folder of the version that the cache has, if all of its files are there."""
+    config = find_cached(repo.name, "config.json")
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    weights = weight_paths(folder)
+    paths = [folder / name for name in TEXT_FILES] + weights
+    if not weights or not all(path.is_file() for path in paths):
+        return None
+    for path in paths:
+        repo.check(path)
+    return folder

@@ -1,0 +1,240 @@
+"""Official GPT-2 checkpoints: from a folder or the hub to a model, and back to a folder.
+
+Read `load`, the public entry: `find` says which folder a name means, `read_config` and
+`read_weights` take it apart, and every tensor is compared with the model by name and shape before
+one is used. `save_model` writes a folder that `transformers` [1] loads. A checkpoint is
+config.json, model.safetensors (or pytorch_model.bin; either may be in shards), vocab.json and
+merges.txt.
+
+The modules have the checkpoint's names, so there is no map, only what `_rename` drops: the prefix
+`transformer.`, the buffers of the causal mask, and the head if it is a copy of the embedding.
+[1] https://github.com/huggingface/transformers
+"""
+
+import json
+import re
+from contextlib import ExitStack
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minprefix import hub
+from minprefix.files import atomic_write, load_tensors, read_json, save_tensors
+from minprefix.gpt2 import GPT2, GPT2Config
+from minprefix.tokenizer import Tokenizer
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+# names with their numbers of parameters, the tied head counted once; `mini` is embedded
+MODELS = {
+    "mini": 17_538_816,
+    "distilgpt2": 81_912_576,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+}
+
+# what config.json may say of parts that `gpt2.py` has in one form only; the first is the default
+ONLY = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the same function
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+
+LISTED = 5  # names of tensors, at most, per kind of error
+
+
+def find(name_or_path: str | Path) -> Path:
+    """The folder of a checkpoint: `mini`, a folder of this name, or one fetched from the hub.
+
+    Raises:
+        FileNotFoundError: it looks like a path, but there is no such folder.
+        OSError, ValueError: as `fetch`.
+    """
+    if name_or_path == "mini":
+        return ASSETS / "mini"
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{path}: a file; expected a checkpoint's folder or a model's name")
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or text.startswith((".", "~")) or path.is_absolute():
+        raise FileNotFoundError(f"{name_or_path}: no such folder")
+    return fetch(text)
+
+
+def fetch(name: str, *, progress: bool = True) -> Path:
+    """The folder, in the cache, of a model of the hub; downloads what is missing, with resume.
+
+    Args:
+        name: the model's id on the hub, such as gpt2 or distilgpt2.
+        progress: show a bar per file, on a terminal.
+    Raises:
+        OSError: the hub or the disk failed; says what to do.
+        ValueError: no such model, or none of the GPT-2 family, or a damaged file.
+    """
+    return hub.download(name, check=read_config, progress=progress)
+
+
+def read_config(folder: Path) -> GPT2Config:
+    """config.json, with GPT-2's defaults for what it does not say.
+
+    Raises:
+        ValueError: another kind of model, a part that `gpt2.py` lacks, a value of the wrong type.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing, so {folder} is no (complete) checkpoint")
+    raw = read_json(path)
+    for key, allowed in ONLY.items():
+        value = raw.get(key, None if key == "model_type" else allowed[0])
+        if value not in allowed or type(value) is not type(allowed[0]):  # since 1 == True
+            only = " or ".join(map(repr, allowed))
+            raise ValueError(f"{path}: {key} is {value!r}; supported: {only}")
+    values = {}
+    for field in fields(GPT2Config):
+        value = values[field.name] = raw.get(field.name, field.default)
+        kind = int | float if field.type is float else field.type
+        least = 0 if field.type is float or field.name.endswith("_id") else 1
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if not fits or (value is not None and value < least):
+            raise ValueError(f"{path}: {field.name} is {value!r}")
+    try:
+        return GPT2Config(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, on the CPU, under the names and in the dtypes of its files.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard is missing.
+        ValueError: a file is truncated or holds anything but tensors; names it.
+    """
+    paths = hub.weight_paths(folder)
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no weights ({', '.join(hub.WEIGHT_FILES)})")
+    tensors = {}
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing, though the index beside it names it")
+        tensors |= load_tensors(path)[0] if path.suffix == ".safetensors" else _read_bin(path)
+    return tensors
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote; code in it is refused, not run."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # unpickling a damaged file raises almost anything
+        raise ValueError(f"{path}: damaged, or holds something other than tensors") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path}: holds something other than tensors by name")
+    return tensors
+
+
+def _rename(raw: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The tensors under the model's names, without what a checkpoint may have beside them."""
+    tensors = {}
+    for key, tensor in raw.items():
+        name = key.removeprefix("transformer.")
+        if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
+            continue
+        if name in tensors:
+            raise ValueError(f"{folder}: {name} is there twice, once as transformer.{name}")
+        tensors[name] = tensor
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
+        raise ValueError(
+            f"{folder}: lm_head.weight differs from wte.weight; only a tied head works"
+        )
+    return tensors
+
+
+def _check_fit(tensors: dict[str, Tensor], model: GPT2, folder: Path) -> None:
+    """Compare names and shapes with the model's; one error lists all that is wrong."""
+    wanted = model.state_dict()
+    both = [name for name in wanted if name in tensors]
+    problems = {
+        "missing": [name for name in wanted if name not in tensors],
+        "left over": [name for name in tensors if name not in wanted],
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)} for {tuple(wanted[name].shape)}"
+            for name in both
+            if tensors[name].shape != wanted[name].shape
+        ],
+        "not floating-point": [n for n in both if not tensors[n].is_floating_point()],
+    }
+    texts = []
+    for kind, names in problems.items():
+        if names:
+            more = ", ..." if len(names) > LISTED else ""
+            texts.append(f"{len(names)} {kind} ({', '.join(names[:LISTED])}{more})")
+    if texts:
+        raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(texts)}")
+
+
+def load(
+    name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[GPT2, Tokenizer]:
+    """A pretrained model, in eval mode, and its tokenizer.
+
+    Args:
+        name_or_path: a name in `MODELS`, any other GPT-2 of the hub, or a checkpoint's folder.
+        dtype: of the parameters, whatever the file has; mini is stored in bf16.
+        device: such as cpu or cuda.
+    Raises:
+        OSError: nothing of this name, or it cannot be read or downloaded.
+        ValueError: what is there is damaged, unsupported, or does not fit together.
+    """
+    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype {dtype} is not one of float64, float32, float16, bfloat16")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device {device} cannot be used: {reason}") from error
+    folder = find(name_or_path)
+    config = read_config(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, the model {config.vocab_size}"
+        raise ValueError(f"{folder}: vocab.json has {sizes}")
+    tensors = _rename(read_weights(folder), folder)
+    with torch.device("meta"):  # shapes without memory
+        model = GPT2(config)
+    _check_fit(tensors, model, folder)
+    tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, assign=True)
+    return model.eval(), tokenizer
+
+
+def save_model(model: GPT2, tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write a folder that `load` and `transformers` read: the model in its dtype, the tokenizer.
+
+    All files are written before the first is renamed, and config.json comes last: a full disk
+    changes nothing, and a new folder without config.json is one that was not finished.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        **{key: allowed[0] for key, allowed in ONLY.items()},
+        "architectures": ["GPT2LMHeadModel"],
+        **asdict(model.config),
+        "tie_word_embeddings": True,
+        "torch_dtype": str(model.wte.weight.dtype).removeprefix("torch."),
+    }
+    texts = {"config.json": json.dumps(config, indent=1) + "\n", **tokenizer.files()}
+    with ExitStack() as stack:  # ends, and so renames, in reverse order
+        for name, text in texts.items():
+            stack.enter_context(atomic_write(folder / name)).write_bytes(text.encode())
+        save_tensors(folder / "model.safetensors", model.state_dict(), {"format": "pt"})
