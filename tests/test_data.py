@@ -1,0 +1,431 @@
+"""Data: what each kind of file becomes, what is refused, and the order of batches.
+
+All samples are written here by hand; the tests on the real data sets need the folder `shared`
+beside the checkout and are skipped without it.
+"""
+
+import json
+import random
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minprefix import data
+from minprefix.data import (
+    IGNORE,
+    LINEARISATIONS,
+    BatchOrder,
+    Encoded,
+    Example,
+    collate,
+    encode_examples,
+    encode_pair,
+    encode_prompt,
+    epoch_batches,
+    load_examples,
+)
+from minprefix.tokenizer import Tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+MINI = Path(data.__file__).parent / "assets" / "mini"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the data sets are not here")
+quick = settings(deadline=None, derandomize=True, max_examples=40)
+
+MR = "name[Blue Door], eatType[tea room], priceRange[£5-10], familyFriendly[no], near[Quay, East]"
+CSV = (
+    f'mr,ref\r\n"{MR}",A  tea\troom. \r\nname[Odo],"Odo,\r\nin town"\r\n"{MR}",Closed to kids.\r\n'
+)
+XML = """<?xml version="1.0" encoding="UTF-8"?>
+<benchmark><entries>
+ <entry category="Ship" eid="Id1" size="2">
+  <originaltripleset><otriple>unused | x | y</otriple></originaltripleset>
+  <modifiedtripleset>
+   <mtriple>Blue_Heron | builtIn | Köln</mtriple><mtriple>Köln | country | "D &amp; E"</mtriple>
+  </modifiedtripleset>
+  <lex comment="good" lid="Id1">Built  in
+   Köln.</lex><lex comment="toFix" lid="Id2">It build.</lex><lex comment="good" />
+ </entry>
+ <entry category="Bird" eid="Id2" size="1">
+  <modifiedtripleset><mtriple>Wren | mass | 9</mtriple></modifiedtripleset>
+  <lex comment="toFix" lid="Id1">Wren 9.</lex>
+ </entry>
+</entries></benchmark>
+"""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids; 256 begins and ends a text."""
+
+    bos_id = eos_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode()
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_csv_renames_orders_and_groups_by_input(tmp_path):
+    door, odo = load_examples(write(tmp_path, "a.csv", CSV))
+    fields = "name : Blue Door | type : tea room | price : £5-10 | family friendly : no"
+    assert door.source == fields + " | near : Quay, East"
+    assert door.targets == ("A tea room.", "Closed to kids.")
+    assert door.table[1:3] == (("type", "tea room"), ("price", "£5-10"))
+    assert (door.where, odo.where) == ("a.csv:2", "a.csv:3")
+    assert odo == Example("name : Odo", ("Odo, in town",), (("name", "Odo"),), "a.csv:3")
+
+
+def test_csv_original_code_says_type_and_keeps_white_space(tmp_path):
+    door, odo = load_examples(write(tmp_path, "a.csv", CSV), linearisation="original-code")
+    assert door.source.startswith("name : Blue Door | Type : tea room | price")
+    assert door.targets[0] == "A  tea\troom. "
+    assert odo.targets == ("Odo, in town",)  # a line break cannot stay
+
+
+def test_csv_order_of_the_mr_does_not_matter_and_line_numbers_count_line_breaks(tmp_path):
+    text = '\ufeff"ref","mr"\n"a\nb","area[x], name[N]"\n"c","name[N], area[x]"\n\n"d","name[M]"\n'
+    first, second = load_examples(write(tmp_path, "a.csv", text))
+    assert (first.source, first.targets) == ("name : N | area : x", ("a b", "c"))
+    assert second.where == "a.csv:6"
+
+
+def test_txt_white_space(tmp_path):
+    path = write(
+        tmp_path, "a.txt", "name : X |  Type : pub||It is . \r\n\nname : X |  Type : pub||X"
+    )
+    assert load_examples(path)[0] == Example(
+        "name : X |  Type : pub", ("It is .", "X"), None, "a.txt:1"
+    )
+    path = write(tmp_path, "b.txt", " name : X || It is . \r\n")
+    exact = load_examples(path, linearisation="original-code")[0]
+    assert (exact.source, exact.targets) == (" name : X ", (" It is . ",))
+
+
+@pytest.mark.parametrize("split", [None, "train", "test"])
+def test_xml_has_an_example_per_entry(tmp_path, split):
+    ship, bird = load_examples(write(tmp_path, "a.xml", XML), split)
+    assert ship.source == 'Blue_Heron : builtIn : Köln | Köln : country : "D & E"'
+    assert ship.targets == ("Built in Köln.", "It build.")  # the empty <lex> is no text
+    assert (ship.group, bird.group) == ("Ship", "Bird")
+    assert (ship.where, ship.table) == ("a.xml:Id1", None)
+
+
+def test_xml_original_code_leads_with_a_bar_and_trains_on_good_texts(tmp_path):
+    path = write(tmp_path, "a.xml", XML)
+    (ship,) = load_examples(path, "train", linearisation="original-code")
+    assert ship.source == ' | Blue_Heron : builtIn : Köln | Köln : country : "D & E"'
+    assert ship.targets == ("Built  in    Köln.",)
+    scored = load_examples(path, "test", linearisation="original-code")
+    assert [len(example.targets) for example in scored] == [2, 1]
+
+
+def test_jsonl_tables_and_sources(tmp_path):
+    rows = [
+        {"table": {"b": "1 \n 2", "a": "x"}, "text": ["one", "two "], "id": 7},
+        {"source": " Long\ntext ", "target": "short"},
+        {"table": {"b": "1 2", "a": "x"}, "text": "three"},
+    ]
+    path = write(tmp_path, "a.jsonl", "\n\n".join(map(json.dumps, rows)))
+    table, source = load_examples(path)
+    assert table.source == "b : 1 2 | a : x" and table.table == (("b", "1 2"), ("a", "x"))
+    assert table.targets == ("one", "two", "three")
+    assert source == Example("Long\ntext", ("short",), None, "a.jsonl:3")
+    assert load_examples(path, linearisation="original-code")[1].source == " Long\ntext "
+
+
+TEXTS = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.dictionaries(TEXTS, TEXTS, min_size=1, max_size=3), TEXTS), min_size=1)
+)
+def test_jsonl_drops_no_row_and_keeps_the_order(rows):
+    lines = [json.dumps({"table": table, "text": text}) for table, text in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), "a.jsonl", "\n".join(lines))
+        examples = load_examples(path, linearisation="original-code")
+        normal = load_examples(path)
+    assert sum(len(example.targets) for example in examples) == len(rows)
+    assert len({example.table for example in examples}) == len(examples)
+    numbers = [int(example.where.rpartition(":")[2]) for example in examples]
+    assert numbers == sorted(numbers)
+    assert sorted(t for e in normal for t in e.targets) == sorted(
+        " ".join(t.split()) for _, t in rows
+    )
+
+
+BROKEN = {
+    "a.jsonl": [
+        (b"", "a.jsonl: the file is empty"),
+        (b" \n", "a.jsonl: the file is empty"),
+        (b'{"source": "a", "target": "b"}\n{"source"', "a.jsonl:2: JSON, column 10: Expecting"),
+        (b'{"source": "a", "target": "b\xff"}', "a.jsonl:1: .*byte 0xff"),
+        (b"[1]", r"a.jsonl:1: expected a JSON object, got '\[1\]'"),
+        (b"[" * 100_000, "a.jsonl:1: JSON: maximum recursion depth"),
+        (b'{"table": {"a": "b"}}', r"has \['table'\]"),
+        (b'{"table": {"a": "b", "a": "c"}, "text": "d"}', "'a' stands twice"),
+        (b'{"table": {"a": 1}, "text": "d"}', r"table\['a'\] must be a string, got 1"),
+        (b'{"table": {"": "b"}, "text": "d"}', "a field's name is empty"),
+        (b'{"table": {}, "text": "d"}', "table must be an object with fields"),
+        (b'{"table": ["a"], "text": "d"}', "table must be an object with fields"),
+        (b'{"table": {"a": "b"}, "text": []}', "text is an empty list"),
+        (b'{"table": {"a": "b"}, "text": ["c", " "]}', "text is empty"),
+        (b'{"source": "a", "target": null}', "target must be a string, got None"),
+        (b'{"source": "", "target": "b"}', "source is empty"),
+        (b'{"source": "a", "target": "\\ud800"}', "half a surrogate pair"),
+    ],
+    "a.csv": [
+        (b"", "a.csv: the file is empty"),
+        (b"mr,ref\n", "no example in it"),
+        (b"MR\nname[a]\n", r"a.csv:1: E2E's CSV has the columns mr and ref, got \['MR'\]"),
+        (b"name[a],b\n", "a.csv:1: E2E's CSV has the columns mr and ref"),
+        (b"mr,ref\nname[a],b\nname[a]\n", "a.csv:3: 2 columns expected, got 1"),
+        (b'mr,ref\nname[a],"b', "a.csv:2: broken CSV: unexpected end"),
+        (b"mr,ref\nname[a], \n", "a.csv:2: ref is empty"),
+        (b"mr,ref\nname[a,b\n", r"a.csv:2: expected field\[value\], .* got 'name\[a'"),
+        (b"mr,ref\nname[ ],b\n", "a.csv:2: expected field"),
+        (b"mr,ref\nname[a] tail,b\n", "a.csv:2: expected field"),
+        (b"mr,ref\nplace[a],b\n", "a.csv:2: the unknown field 'place'"),
+        (b'mr,ref\n"name[a], name[b]",b\n', "a.csv:2: twice the field 'name'"),
+        (b"mr,ref\nname[\xe9],b\n", "a.csv:2: .*byte 0xe9"),
+    ],
+    "a.txt": [
+        (b"\n\n", "a.txt: the file is empty"),
+        (b"a||b\nc d\n", r"a.txt:2: expected source\|\|target, got 0"),
+        (b"a||b||c", r"got 2 '\|\|'"),
+        (b"a|| ", "a.txt:1: the target is empty"),
+        (b"||b", "a.txt:1: the source is empty"),
+    ],
+    "a.xml": [
+        (b"", "a.xml: the file is empty"),
+        (b"<a>\n<b></a>", "a.xml:2: broken XML: mismatched tag"),
+        (b"<a>\n\xff</a>", "a.xml:2: broken XML: not well-formed"),
+        (b'<?xml version="1.0" encoding="no-such"?><a/>', "a.xml:1: broken XML: unknown encoding"),
+        (b"<a/>", "no example in it"),
+        (b'<a><entry eid="Id9"><lex>t</lex></entry></a>', "a.xml:Id9: the entry has no mtriple"),
+        (b"<a><entry><mtriple>a | b | c</mtriple></entry></a>", "a.xml:1: the entry has no text"),
+        (b"<a><entry><mtriple>a | b</mtriple></entry></a>", r"subject \| relation \| object"),
+        (b"<a><entry><mtriple>a |  | c</mtriple></entry></a>", "a part of the triple .* is empty"),
+    ],
+    "a.json": [(b"{}", "a.json: unknown kind of file; accepted are .jsonl, .csv")],
+}
+
+
+@pytest.mark.parametrize(
+    "name,content,message", [(name, *case) for name, cases in BROKEN.items() for case in cases]
+)
+def test_broken_files_are_refused_with_the_place(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_examples(write(tmp_path, name, content))
+    assert "\n" not in str(caught.value)
+
+
+@quick
+@given(st.sampled_from([".jsonl", ".csv", ".txt", ".xml"]), st.binary(max_size=30), st.randoms())
+def test_noise_is_read_or_refused_by_a_message_with_the_file(suffix, noise, rng):
+    good = {".csv": CSV, ".xml": XML, ".txt": "a||b\nc||d", ".jsonl": '{"source":"a","target":"b"}'}
+    content = good[suffix].encode()
+    at = rng.randrange(len(content) + 1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), "a" + suffix, content[:at] + noise + content[at + 5 :])
+        try:
+            assert load_examples(path)
+        except ValueError as error:
+            assert path.name in str(error)
+
+
+def test_folders_are_recognised_by_their_files(tmp_path):
+    write(tmp_path, "e2e/trainset.csv", CSV)
+    write(tmp_path, "e2e/testset_w_refs.csv", "mr,ref\nname[T],t\n")
+    write(tmp_path, "nlg/train/1triples/b.xml", XML)
+    write(tmp_path, "nlg/train/2triples/a.xml", XML)
+    write(tmp_path, "nlg/test/testdata_with_lex.xml", XML)
+    write(tmp_path, "nlg/test/testdata_unseen_with_lex.xml", XML)
+    write(tmp_path, "paper/src1_valid.txt", "a||b")
+    write(tmp_path, "own/dev.jsonl", '{"source": "a", "target": "b"}')
+    assert len(load_examples(tmp_path / "e2e", "train")) == 2
+    assert load_examples(str(tmp_path / "e2e"), "test")[0].source == "name : T"
+    places = [example.where for example in load_examples(tmp_path / "nlg", "train")]
+    assert places == ["b.xml:Id1", "b.xml:Id2", "a.xml:Id1", "a.xml:Id2"]
+    assert len(load_examples(tmp_path / "nlg", "test")) == 2
+    assert load_examples(tmp_path / "paper", "dev") == [
+        Example("a", ("b",), None, "src1_valid.txt:1")
+    ]
+    assert load_examples(tmp_path / "own", "dev")[0].where == "dev.jsonl:1"
+    write(tmp_path, "own/devset.csv", CSV)
+    with pytest.raises(ValueError, match="more than one of them: devset.csv, dev.jsonl"):
+        load_examples(tmp_path / "own", "dev")
+    with pytest.raises(
+        ValueError, match=r"one of testset_w_refs.csv, .*test.jsonl; this one has none of them"
+    ):
+        load_examples(tmp_path / "own", "test")
+    with pytest.raises(ValueError, match="is a folder: give a split"):
+        load_examples(tmp_path / "own")
+
+
+def test_wrong_arguments(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder: .*missing.jsonl"):
+        load_examples(tmp_path / "missing.jsonl")
+    with pytest.raises(ValueError, match="split must be one of train, dev, test, got 'valid'"):
+        load_examples(tmp_path, "valid")
+    for call in (
+        lambda: load_examples(tmp_path, linearisation="x"),
+        lambda: encode_prompt(0, "", "x"),
+    ):
+        with pytest.raises(ValueError, match="linearisation must be one of .* got 'x'"):
+            call()
+
+
+def test_embedded_restaurants(monkeypatch, tmp_path):
+    write(tmp_path, "dev.jsonl", '{"table": {"name": "X"}, "text": "X."}')
+    monkeypatch.setattr(data, "RESTAURANTS", tmp_path)
+    assert load_examples("restaurants", "dev")[0].source == "name : X"
+
+
+@needs_shared
+@pytest.mark.parametrize("linearisation", LINEARISATIONS)
+@pytest.mark.parametrize(
+    "split,rows,inputs", [("train", 42_061, 4_862), ("dev", 4_672, 547), ("test", 4_693, 630)]
+)
+def test_e2e_counts(split, rows, inputs, linearisation):
+    examples = load_examples(SHARED / "data/e2e", split, linearisation=linearisation)
+    targets = [target for example in examples for target in example.targets]
+    assert (len(targets), len(examples)) == (rows, inputs)
+    assert not any("\n" in target or "\r" in target for target in targets)
+    doubled = sum("  " in target for target in targets)
+    assert doubled == 0 if linearisation == "paper" else split != "train" or 5_700 < doubled < 5_900
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "split,linearisation,entries,texts,categories",
+    [
+        ("train", "paper", 6_940, 18_102, 10),
+        ("train", "original-code", 6_935, 18_025, 10),  # 77 texts to fix; 5 entries have no other
+        ("dev", "paper", 872, 2_268, 10),
+        ("test", "original-code", 1_862, 4_928, 15),
+    ],
+)
+def test_webnlg_counts(split, linearisation, entries, texts, categories):
+    examples = load_examples(SHARED / "data/webnlg", split, linearisation=linearisation)
+    assert len(examples) == entries
+    assert sum(len(example.targets) for example in examples) == texts
+    assert len({example.group for example in examples}) == categories
+
+
+@needs_shared
+def test_dart_xml_counts():
+    examples = load_examples(SHARED / "data/dart/dart-v1.1.1-full-test.xml")
+    assert len(examples) == 5_097
+    assert sum(len(example.targets) for example in examples) == 12_551  # of 12,552, one is empty
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), Tokenizer.from_folder(MINI)])
+def test_frame_round_trip(tokenizer):
+    pair = encode_pair(tokenizer, "name : É", "It is.", where="f:1")
+    prompt, target = pair.ids[: pair.prompt_len], pair.ids[pair.prompt_len :]
+    assert prompt == encode_prompt(tokenizer, "name : É")
+    assert (prompt[-1], target[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert pair.where == "f:1"
+    assert tokenizer.decode(prompt[:-1]) == "name : É"
+    assert tokenizer.decode(target[:-1]) == " It is."
+    pair = encode_pair(tokenizer, " | s", "It is. ", "original-code")
+    assert tokenizer.decode(pair.ids[: pair.prompt_len - 1]) == "  | s "
+    assert tokenizer.decode(pair.ids[pair.prompt_len : -1]) == " It is.  "
+
+
+def test_encode_examples_takes_every_pair_and_refuses_long_or_empty_ones():
+    examples = [Example("a", ("b", "cc"), None, "f:1"), Example("d", ("e",), None, "f:2")]
+    encoded = encode_examples(ByteTokenizer(), examples, max_len=6)
+    assert [row.where for row in encoded] == ["f:1 (target 1)", "f:1 (target 2)", "f:2"]
+    assert [len(row.ids) for row in encoded] == [5, 6, 5]  # a, bos, blank, b or cc, eos
+    with pytest.raises(ValueError, match=r"f:1 \(target 2\): 6 tokens, at most 5 are allowed"):
+        encode_examples(ByteTokenizer(), examples, max_len=5)
+    with pytest.raises(ValueError, match="f:3: the target is empty"):
+        encode_examples(ByteTokenizer(), [Example("a", (" ",), None, "f:3")])
+
+
+def test_collate_shifts_masks_and_pads():
+    batch = collate([Encoded([1, 2, 9, 5, 6, 9], 3, ""), Encoded([3, 9, 7, 9], 2, "")], pad_id=9)
+    assert batch.input_ids.tolist() == [[1, 2, 9, 5, 6], [3, 9, 7, 9, 9]]
+    assert batch.labels.tolist() == [[IGNORE, IGNORE, 5, 6, 9], [IGNORE, 7, 9, IGNORE, IGNORE]]
+    assert batch.lengths.tolist() == [5, 3]
+    assert {x.dtype for x in (batch.input_ids, batch.labels, batch.lengths)} == {torch.int64}
+    with pytest.raises(ValueError, match="at least one example"):
+        collate([], pad_id=0)
+
+
+@quick
+@given(
+    st.lists(st.integers(1, 90), min_size=1, max_size=300),
+    st.integers(1, 9),
+    st.integers(0, 2**40),
+    st.integers(0, 5),
+)
+def test_epoch_batches_cover_every_index_once(lengths, batch_size, seed, epoch):
+    batches = epoch_batches(lengths, batch_size, seed, epoch)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert sum(len(batch) < batch_size for batch in batches) <= 1
+    assert max(map(len, batches)) <= batch_size
+
+
+def test_epoch_batches_depend_on_seed_and_epoch_alone():
+    lengths = [(7 * i) % 61 for i in range(600)]
+    torch.manual_seed(0), random.seed(0)
+    first = epoch_batches(lengths, 8, seed=3, epoch=1)
+    torch.manual_seed(1), random.seed(1)
+    state = torch.get_rng_state()
+    assert epoch_batches(lengths, 8, seed=3, epoch=1) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert epoch_batches(lengths, 8, seed=3, epoch=2) != first
+    assert epoch_batches(lengths, 8, seed=4, epoch=1) != first
+
+
+def test_epoch_batches_have_similar_lengths_in_random_order():
+    lengths = [(37 * i) % 101 for i in range(4_000)]
+    batches = epoch_batches(lengths, 10, seed=0, epoch=0)
+    spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches]
+    # 500 lengths sorted, 10 neighbours: 2 % of the range of 101 on average; random rows have 83.
+    assert sum(spread) / len(spread) < 5
+    # Without shuffled batches, the first pool would run from the shortest to the longest.
+    shortest = [min(lengths[i] for i in b) for b in batches[:50]]
+    assert shortest != sorted(shortest)
+    # Without shuffled rows, another epoch would have the same batches in another order.
+    again = epoch_batches(lengths, 10, seed=0, epoch=1)
+    assert len({frozenset(b) for b in batches} & {frozenset(b) for b in again}) < 10
+
+
+def test_batch_order_is_a_function_of_the_step():
+    lengths = [5, 9, 2, 7, 3, 3, 8]
+    order = BatchOrder(lengths, 3, seed=1)
+    assert order.steps_per_epoch == 3
+    run = [order.batch(step) for step in range(9)]
+    assert run == [b for epoch in range(3) for b in epoch_batches(lengths, 3, 1, epoch)]
+    resumed = BatchOrder(lengths, 3, seed=1)
+    assert [resumed.batch(step) for step in (8, 0, 4)] == [run[8], run[0], run[4]]
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda: epoch_batches([1], 0, 0, 0), "at least 1, got 0 and 1"),
+        (lambda: epoch_batches([], 2, 0, 0), "at least 1, got 2 and 0"),
+        (lambda: epoch_batches([1], 1, -1, 0), "must not be negative, got -1 and 0"),
+        (lambda: BatchOrder([1], 1, 0).batch(-1), "step must not be negative, got -1"),
+    ],
+)
+def test_wrong_batch_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
