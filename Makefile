@@ -29,12 +29,12 @@ demo: .venv/.user ## tune a prefix on the embedded tables, write texts, measure 
 test: .venv/.dev ## format, lint and all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q -m "not official" --durations=10
 
 check: .venv/.dev ## format, lint and the fast tests: while working
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -m "not slow" -x
+	$(BIN)/python -m pytest -q -m "not slow and not official" -x
 
 format: .venv/.dev ## let ruff format and fix the code
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,394 @@
+"""Training: AdamW on the prefix (or, for comparison, on all weights), resumable at any step.
+
+The objective is eq. (2) of Li & Liang 2021 [1], the sum over target tokens of log p(z_i | h_<i): as
+a mean per target token of the whole effective batch, or summed per sentence as in the authors' code
+[2]. Read `TrainConfig`, `Trainer.step` (one step), `Trainer.run` (the loop around it).
+
+Everything that step s does depends on the settings, the weights before it and (seed, s): the order
+of batches and the dropout masks are functions of them. A run that was killed therefore continues
+from its last saved state to the very losses of an unbroken run.
+
+A run folder holds
+    log.jsonl           one line per logging interval and per evaluation
+    state/state.pt      trained weights, optimiser, step: what resuming needs
+    prefix.safetensors  the best prefix on the dev set so far (or model/, for fine-tuning)
+
+[1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
+"""
+
+import hashlib
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from minprefix.data import Batch, BatchOrder, Example, collate, encode_examples, encode_prompt
+from minprefix.files import atomic_write, write_text
+from minprefix.generation import generate
+from minprefix.gpt2 import GPT2, IGNORE
+from minprefix.prefix import Prefix, check_choice
+from minprefix.weights import save_model
+
+METHODS = ("prefix", "finetune")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+# Peak learning rates where none is given, for models (below 512 wide, of official size): what the
+# E2E dev set chose for the embedded model, and the paper's for GPT-2 medium on E2E.
+DEFAULT_LR = {"prefix": (2e-3, 8e-5), "finetune": (2e-4, 5e-5)}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Defaults are the paper's for table-to-text (appendix, hyper-parameters)."""
+
+    method: str = "prefix"  # "prefix" (frozen model) or "finetune" (all weights, with dropout)
+    epochs: float = 5.0  # passes over the training pairs
+    steps: int | None = None  # optimiser steps, instead of epochs
+    batch_size: int = 10  # pairs per forward pass
+    accumulation: int = 1  # forward passes per optimiser step
+    lr: float | None = None  # AdamW, peak, then linear to 0; None = see DEFAULT_LR
+    warmup_steps: int = 0  # steps of linear warm-up before the decay
+    weight_decay: float = 0.0  # AdamW, per step and lr
+    clip: float = 1.0  # largest norm of the whole gradient
+    loss: str = "token"  # mean per target "token", or sum per "sentence" as in the authors' code
+    precision: str = "auto"  # "fp32", "bf16" (autocast), "auto" = bf16 on CUDA and fp32 on a CPU
+    activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory
+    seed: int = 0  # order of batches, dropout, random start of the prefix
+    log_every: int = 10  # steps per line of the log
+    eval_every: int = 200  # steps between evaluations on the dev set, and between saved states
+    eval_pairs: int = 1000  # dev pairs in an evaluation, at most; evenly spread
+    samples: int = 2  # dev tables to write a text for at each evaluation
+
+    def __post_init__(self):
+        check_choice("method", self.method, METHODS)
+        check_choice("loss", self.loss, ("token", "sentence"))
+        check_choice("precision", self.precision, PRECISIONS)
+        for name in ("batch_size", "accumulation", "log_every", "eval_every", "eval_pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "seed", "samples"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
+        if not 0 < (self.epochs if self.steps is None else self.steps) < math.inf:
+            raise ValueError(f"nothing to train: epochs {self.epochs}, steps {self.steps}")
+
+
+class Interrupted(Exception):
+    """Ctrl-C during training; the state is saved."""
+
+
+class Trainer:
+    """One run: `run()` trains from the current step to the end.
+
+    Args:
+        train: examples; each (source, target) pair is one training row.
+        dev: examples to choose the best step by; may be empty, then the last step is kept.
+        out: the run folder.
+        prefix: what to train with method "prefix", bound to the model.
+        linearisation: frame of the token rows, see `data.encode_pair`.
+    Raises:
+        ValueError: a row too long for the model, an empty target, no training data.
+    """
+
+    def __init__(
+        self, model: GPT2, tokenizer, config: TrainConfig, train: list[Example],
+        dev: list[Example], out: str | Path, prefix: Prefix | None = None,
+        linearisation: str = "paper",
+    ):  # fmt: skip
+        if (prefix is not None) != (config.method == "prefix"):
+            raise ValueError(f"method {config.method!r} and prefix {type(prefix)} do not fit")
+        self.model, self.tokenizer, self.config, self.prefix = model, tokenizer, config, prefix
+        self.dev, self.out, self.linearisation = dev, Path(out), linearisation
+        self.device = model.wte.weight.device
+        tuning = prefix is None
+        model.requires_grad_(tuning).train(tuning)
+        model.activation_checkpointing = config.activation_checkpointing
+        self.trained = model if tuning else prefix
+        self.lr = config.lr or DEFAULT_LR[config.method][model.config.n_embd >= 512]
+        self.optimizer = torch.optim.AdamW(
+            self.trained.parameters(), lr=self.lr, weight_decay=config.weight_decay
+        )
+        max_len = model.config.n_positions + 1 - (0 if tuning else prefix.position_offset)
+        self.rows = encode_examples(tokenizer, train, linearisation, max_len)
+        dev_rows = encode_examples(tokenizer, dev, linearisation, max_len)
+        spread = np.linspace(0, len(dev_rows) - 1, min(len(dev_rows), config.eval_pairs))
+        self.dev_rows = [dev_rows[int(i)] for i in spread]
+        self.order = BatchOrder([len(row.ids) for row in self.rows], config.batch_size, config.seed)
+        per_epoch = self.order.steps_per_epoch / config.accumulation
+        self.steps = config.steps or max(1, round(config.epochs * per_epoch))
+        self.step_done, self.best = 0, float("inf")
+
+    # one step ------------------------------------------------------------------------------------
+
+    def autocast(self):
+        """bf16 products where the config says so; weights, softmax and loss stay as they are."""
+        kind, precision = self.device.type, self.config.precision
+        bf16 = precision == "bf16" or (precision == "auto" and kind == "cuda")
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step 0 .. steps - 1: linear up, then linear down to 0."""
+        warmup = self.config.warmup_steps
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        return self.lr * (self.steps - step) / max(1, self.steps - warmup)
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """-log p of each target token of the batch, in nats: (number of target tokens,)."""
+        ids, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
+        with self.autocast():
+            return self.model.token_losses(ids, labels, prefix=self.prefix)
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step over `accumulation` batches; what it measured."""
+        config, k = self.config, self.config.accumulation
+        torch.manual_seed(hash((config.seed, self.step_done)))  # dropout: a function of the step
+        batches = [
+            collate([self.rows[i] for i in self.order.batch(number)], self.tokenizer.eos_id)
+            for number in range(k * self.step_done, k * (self.step_done + 1))
+        ]
+        targets = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+        sentences = sum(len(batch.lengths) for batch in batches)
+        divisor = targets if config.loss == "token" else sentences
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            summed = self.losses(batch).sum()
+            (summed / divisor).backward()
+            total += summed.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip)
+        lr = self.lr_at(self.step_done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.prefix is not None:
+            self.prefix.project()
+        self.step_done += 1
+        tokens = sum(int(batch.lengths.sum()) for batch in batches)
+        return {"nats": total, "targets": targets, "norm": norm, "lr": lr, "tokens": tokens}
+
+    # the loop ------------------------------------------------------------------------------------
+
+    def run(self, progress: bool = True) -> dict[str, float]:
+        """Train to the last step. Returns step, best dev loss and seconds; see the module's header.
+
+        Raises:
+            Interrupted: Ctrl-C; the running step was finished and the state saved.
+            FloatingPointError: the loss is no longer finite; the last saved state stays.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        started, window = time.perf_counter(), []
+        # in a log file each update would be a line: one every 30 s
+        every = 0.1 if sys.stderr.isatty() else 30  # s
+        bar = tqdm(
+            total=self.steps, initial=self.step_done, unit="step", disable=not progress,
+            mininterval=every, miniters=1,
+        )  # fmt: skip
+        with bar, deferred_interrupt() as interrupted:
+            clock = time.perf_counter()
+            while self.step_done < self.steps:
+                window.append(self.step())
+                bar.update()
+                stop, last = interrupted(), self.step_done == self.steps
+                evaluate = last or self.step_done % self.config.eval_every == 0
+                if stop or evaluate or self.step_done % self.config.log_every == 0:
+                    entry = self._log(window, time.perf_counter() - clock)
+                    shown = f"loss {entry['loss']:.3f}, {entry['tokens_per_s']} tok/s"
+                    bar.set_postfix_str(shown, refresh=False)
+                    window, clock = [], time.perf_counter()
+                if evaluate:
+                    self.evaluate()
+                if evaluate or stop:
+                    self.save_state()
+                    clock = time.perf_counter()
+                if stop and not last:
+                    self._stop_early()
+        seconds = time.perf_counter() - started
+        return {"steps": self.step_done, "best_dev_loss": self.best, "seconds": round(seconds, 1)}
+
+    def _log(self, window: list[dict], seconds: float) -> dict:
+        """Append the means over `window` to the log; the one place that waits for a GPU."""
+        targets = sum(entry["targets"] for entry in window)
+        loss = float(sum(entry["nats"] for entry in window)) / targets
+        entry = {
+            "step": self.step_done,
+            "loss": loss,  # nats per target token
+            "grad_norm": float(window[-1]["norm"]),
+            "lr": window[-1]["lr"],
+            "tokens_per_s": round(sum(entry["tokens"] for entry in window) / seconds),
+        }
+        if not np.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} after step {self.step_done}: try a smaller lr than {self.lr}"
+            )
+        self._append(entry)
+        return entry
+
+    def _append(self, entry: dict) -> None:
+        with open(self.out / "log.jsonl", "a", encoding="utf-8") as log:
+            log.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def _stop_early(self) -> None:
+        if not np.isfinite(self.best):
+            self.save_trained()
+        raise Interrupted(f"stopped after step {self.step_done} of {self.steps}; state saved")
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Log the dev loss, nats per target token, and sample texts; keep the best weights."""
+        if not self.dev_rows:
+            self.save_trained()
+            return
+        self.model.eval()
+        rows = sorted(self.dev_rows, key=lambda row: len(row.ids))
+        losses = [
+            self.losses(collate(rows[i : i + 32], self.tokenizer.eos_id))
+            for i in range(0, len(rows), 32)
+        ]
+        loss = torch.cat(losses).double().mean().item()
+        entry = {"step": self.step_done, "dev_loss": loss, "samples": self._samples()}
+        self.model.train(self.prefix is None)
+        if loss < self.best:
+            self.best = loss
+            self.save_trained()
+        self._append(entry)
+
+    def _samples(self) -> list[dict[str, str]]:
+        """What the model writes for the first dev tables."""
+        sources = [example.source for example in self.dev[: self.config.samples]]
+        prompts = [encode_prompt(self.tokenizer, text, self.linearisation) for text in sources]
+        offset = 0 if self.prefix is None else self.prefix.position_offset
+        longest = max(map(len, prompts), default=0)
+        room = min(60, self.model.config.n_positions - offset - longest)
+        if not prompts or room < 1:
+            return []
+        texts = generate(
+            self.model, self.tokenizer, prompts, prefix=self.prefix, max_new_tokens=room
+        )
+        return [{"source": s, "text": t.strip()} for s, t in zip(sources, texts, strict=True)]
+
+    # files ---------------------------------------------------------------------------------------
+
+    def save_trained(self) -> None:
+        """What a user ships: prefix.safetensors, or the folder model/."""
+        if self.prefix is not None:
+            self.prefix.save(self.out / "prefix.safetensors")
+        else:
+            save_model(self.model, self.tokenizer, self.out / "model")
+
+    def save_state(self) -> None:
+        """What resuming needs, all of it or nothing."""
+        state = {
+            "config": asdict(self.config),
+            "data": self._data_digest(),
+            "step": self.step_done,
+            "best": self.best,
+            "trained": self.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        (self.out / "state").mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.out / "state" / "state.pt") as temporary:
+            torch.save(state, temporary)
+
+    def load_state(self) -> None:
+        """Go back to the last saved state of this run folder.
+
+        Raises:
+            ValueError: no state, a damaged one, or one of other settings or data.
+        """
+        path, state = self.out / "state" / "state.pt", read_state(self.out, self.device)
+        ours = asdict(self.config)
+        changed = [name for name in ours if state["config"].get(name) != ours[name]]
+        if changed:
+            raise ValueError(f"{path}: the saved run has another {', '.join(changed)}")
+        if state["data"] != self._data_digest():
+            raise ValueError(f"{path}: the training data has changed since this state was saved")
+        load_trained(self.trained, state, path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step_done, self.best = state["step"], state["best"]
+        self._cut_log()
+
+    def _cut_log(self) -> None:
+        """Drop what the log holds of steps after the saved state: they will be run again."""
+        log = self.out / "log.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                keep = json.loads(line)["step"] <= self.step_done
+            except ValueError:  # the line that was being written when the run was killed
+                keep = False
+            kept += [line + "\n"] if keep else []
+        write_text(log, "".join(kept))
+
+    def _data_digest(self) -> str:
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(np.array([row.prompt_len, *row.ids], dtype=np.int64).tobytes())
+        return digest.hexdigest()
+
+
+def read_state(run_folder: Path, device="cpu") -> dict:
+    """What `Trainer.save_state` wrote: config, data, step, best, trained, optimizer.
+
+    Raises:
+        ValueError: no state, or a damaged one.
+    """
+    path = run_folder / "state" / "state.pt"
+    if not path.is_file():
+        raise ValueError(f"{path}: no saved state in this run folder")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # unpickling a damaged file raises almost anything
+        raise ValueError(f"{path}: damaged, or no training state") from error
+    keys = {"config", "data", "step", "best", "trained", "optimizer"}
+    if not isinstance(state, dict) or not keys <= set(state):
+        raise ValueError(f"{path}: not a training state")
+    return state
+
+
+def load_trained(trained: nn.Module, state: dict, path: Path) -> None:
+    """Put a state's trained weights into the prefix or the model; ValueError if they do not fit."""
+    try:
+        trained.load_state_dict(state["trained"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: the weights are of another model or prefix ({error})") from error
+
+
+@contextmanager
+def deferred_interrupt():
+    """Within the block a first Ctrl-C only sets a flag, so that no step is torn; gives its reader.
+
+    A second Ctrl-C interrupts at once. Outside the main thread nothing changes.
+    """
+    seen = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def note(number, frame):
+        if seen:
+            signal.signal(signal.SIGINT, previous)
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, previous)
