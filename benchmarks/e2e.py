@@ -1,0 +1,160 @@
+"""E2E with the embedded model on a CPU: hard prompts, prefix, fine-tuning; all training rows.
+
+    python -m benchmarks.e2e select --data DIR      learning rates, on the dev set
+    python -m benchmarks.e2e prefix --data DIR      train, then score dev and test
+    python -m benchmarks.e2e finetune --data DIR
+    python -m benchmarks.e2e hard-prompt --data DIR templates and examples chosen on the dev set
+
+DIR holds the official CSVs (https://github.com/tuetschek/e2e-dataset). Every stage can be stopped
+and started again with the same command: training goes on from its last state, finished rows of the
+CSVs are kept. `select` writes benchmarks/e2e_select.csv, the others benchmarks/e2e.csv. The test
+set is read by the final scoring only.
+"""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+from benchmarks.machine import add_row, machine, read_rows
+from minprefix.data import Example, load_examples
+from minprefix.evaluation import evaluate_method
+from minprefix.generation import GenerationConfig
+from minprefix.prefix import Prefix, PrefixConfig, make_prefix
+from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
+from minprefix.training import TrainConfig, Trainer
+from minprefix.weights import load
+
+HERE = Path(__file__).parent
+PREFIX = PrefixConfig(prefix_len=10, mid_dim=512)
+COMMON = TrainConfig(batch_size=32, precision="bf16", eval_pairs=500, log_every=25)
+TRAIN = {
+    "prefix": dataclasses.replace(COMMON, method="prefix", lr=2e-3, steps=3000, eval_every=300),
+    "finetune": dataclasses.replace(COMMON, method="finetune", lr=5e-4, steps=1500, eval_every=300),
+}
+SELECT = {"prefix": (1e-3, 2e-3, 4e-3), "finetune": (2e-4, 5e-4)}  # learning rates tried
+SELECT_STEPS = 300
+DECODING = {
+    "greedy": GenerationConfig(max_new_tokens=80),
+    "beam 5": GenerationConfig(max_new_tokens=80, num_beams=5),
+}
+SHOTS = (0, 2, 4)  # examples in context
+HARD_TABLES = 200  # dev tables that choose the hard prompt
+
+
+def train(config: TrainConfig, data: str, out: Path) -> Trainer:
+    """Train in `out`, from its last state if it has one; `out` then holds the best on dev."""
+    model, tokenizer = load("mini")
+    prefix = None
+    if config.method == "prefix":
+        prefix = make_prefix(model, tokenizer, PREFIX, config.seed)
+    train_set, dev = (load_examples(data, split) for split in ("train", "dev"))
+    run = Trainer(model, tokenizer, config, train_set, dev, out, prefix)
+    if (out / "state" / "state.pt").exists():
+        run.load_state()
+    run.run()
+    return run
+
+
+def best_of(method: str, out: Path):
+    """Model, tokenizer and prefix (or None) that training kept in `out`."""
+    model, tokenizer = load(out / "model" if method == "finetune" else "mini")
+    prefix = Prefix.load(out / "prefix.safetensors") if method == "prefix" else None
+    return model, tokenizer, prefix
+
+
+def select(data: str, out: Path) -> None:
+    """Short runs with several learning rates, scored on the dev set."""
+    dev = load_examples(data, "dev")
+    path = HERE / "e2e_select.csv"
+    for method, rates in SELECT.items():
+        for lr in rates:
+            key = {"method": method, "lr": str(lr), "steps": str(SELECT_STEPS)}
+            if any(key.items() <= row.items() for row in read_rows(path)):
+                continue
+            config = dataclasses.replace(TRAIN[method], lr=lr, steps=SELECT_STEPS)
+            folder = out / f"select-{method}-{lr}"
+            run = train(config, data, folder)
+            model, tokenizer, prefix = best_of(method, folder)
+            scores, _ = evaluate_method(
+                model, tokenizer, dev, prefix=prefix, config=DECODING["greedy"]
+            )
+            row = key | {"dev_loss": round(run.best, 4), "dev_bleu": round(scores["bleu"], 2)}
+            add_row(path, row | {"seconds": round(run.seconds)} | machine(), tuple(key))
+            print(row)
+
+
+def final(method: str, data: str, out: Path, seed: int) -> None:
+    """Train at full length, then score dev and test with both ways of decoding."""
+    config = dataclasses.replace(TRAIN[method], seed=seed)
+    folder = out / f"{method}-{seed}"
+    run = train(config, data, folder)
+    model, tokenizer, prefix = best_of(method, folder)
+    kept = sum(p.numel() for p in (prefix or model).parameters())
+    settings = {"steps": config.steps, "lr": config.lr, "train_seconds": round(run.seconds)}
+    for split in ("dev", "test"):
+        examples = load_examples(data, split)
+        for name in DECODING:
+            score_row(
+                model, tokenizer, examples, name,
+                {"method": method, "seed": seed, "split": split}, kept, settings, prefix=prefix,
+            )  # fmt: skip
+
+
+def hard_prompts(data: str) -> None:
+    """The template and the number of examples that are best on the dev set, and zero-shot."""
+    model, tokenizer = load("mini")
+    train_set, dev, test = (load_examples(data, split) for split in ("train", "dev", "test"))
+    best: dict[bool, tuple[float, HardPrompt, str]] = {}
+    for template in TEMPLATES:
+        for shots in SHOTS:
+            prompt = show_examples(template, train_set, shots)
+            scores, _ = evaluate_method(
+                model, tokenizer, dev[:HARD_TABLES], prompt=prompt, config=DECODING["greedy"]
+            )
+            name = f"{shots} examples, {template!r}"
+            print(f"dev {scores['bleu']:.2f}  {name}", flush=True)
+            choice = (scores["bleu"], prompt, name)
+            best[shots > 0] = max(best.get(shots > 0, choice), choice, key=lambda c: c[0])
+    for in_context, (_, prompt, name) in best.items():
+        method = "examples in context" if in_context else "hard prompt"
+        settings = {"steps": 0, "lr": 0, "train_seconds": 0}
+        print(f"{method}: {name}")
+        score_row(
+            model, tokenizer, test, "greedy", {"method": method, "seed": 0, "split": "test"}, 0,
+            settings, prompt=prompt,
+        )  # fmt: skip
+
+
+def score_row(
+    model, tokenizer, examples: list[Example], decoding: str, key: dict, kept: int,
+    settings: dict, **method,
+) -> None:  # fmt: skip
+    """Score one method on one split and put the row into e2e.csv."""
+    began = time.perf_counter()
+    scores, texts = evaluate_method(model, tokenizer, examples, config=DECODING[decoding], **method)
+    row = key | {"decoding": decoding, "tables": len(examples)}
+    row |= {name: round(value, 2) for name, value in scores.items()}
+    row |= {"parameters": kept} | settings
+    row |= {"score_seconds": round(time.perf_counter() - began)} | machine()
+    add_row(HERE / "e2e.csv", row, ("method", "seed", "split", "decoding"))
+    print(row, "\n ", texts[0], flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="E2E with the embedded model on a CPU.")
+    parser.add_argument("stage", choices=("select", "prefix", "finetune", "hard-prompt"))
+    parser.add_argument("--data", required=True, help="folder with the official CSVs")
+    parser.add_argument("--out", type=Path, default=Path("runs/e2e"), help="run folders")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.stage == "select":
+        select(args.data, args.out)
+    elif args.stage == "hard-prompt":
+        hard_prompts(args.data)
+    else:
+        final(args.stage, args.data, args.out, args.seed)
+
+
+if __name__ == "__main__":
+    main()

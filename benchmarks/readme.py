@@ -1,0 +1,97 @@
+"""The README's picture and its table, from the committed CSVs: python -m benchmarks.readme"""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from benchmarks.machine import read_rows
+from minprefix.files import atomic_write, write_text
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- table: benchmarks/e2e.csv -->\n", "<!-- end of table -->"
+ORDER = ("hard prompt", "examples in context", "prefix", "finetune")
+NAMES = {
+    "hard prompt": "hard prompt",
+    "examples in context": "examples in context",
+    "prefix": "prefix (10 positions)",
+    "finetune": "fine-tuning",
+}
+
+
+def test_rows() -> list[dict[str, str]]:
+    """Rows of the test set, in the order of ORDER, then decoding, then seed."""
+    rows = [row for row in read_rows(HERE / "e2e.csv") if row["split"] == "test"]
+    return sorted(
+        rows, key=lambda r: (ORDER.index(r["method"]), r["decoding"] != "greedy", r["seed"])
+    )
+
+
+def table() -> str:
+    """The Markdown table of the test rows."""
+    lines = [
+        "| method | decoding | seed | BLEU | ROUGE-L | slot values in the text | parameters kept "
+        "| training |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in test_rows():
+        minutes = float(row["train_seconds"]) / 60
+        training = f"{minutes:.0f} min" if minutes else "none"
+        lines.append(
+            f"| {NAMES[row['method']]} | {row['decoding']} | {row['seed']} | {row['bleu']} "
+            f"| {row['rouge_l']} | {row['slot_coverage']} % | {int(row['parameters']):,} "
+            f"| {training} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str) -> str:
+    """The README's text with the table between its two marks."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + table() + END + rest.split(END, 1)[1]
+
+
+def draw(path: Path) -> None:
+    """Left: the visible columns of [prefix; sequence]. Right: test BLEU, greedy."""
+    figure = Figure(figsize=(10, 3.9), dpi=130, layout="constrained")
+    seen, bars = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    P, T = 4, 8
+    grid = np.zeros((T, P + T))
+    grid[:, :P] = 2
+    grid[:, P:] = np.tril(np.ones((T, T)))
+    seen.imshow(grid, cmap=ListedColormap(["#f2f2f2", "#7aa6c2", "#d9822b"]))
+    seen.set_xticks(np.arange(-0.5, P + T), [], minor=False)
+    seen.set_yticks(np.arange(-0.5, T), [])
+    seen.grid(color="white", lw=1.5)
+    seen.tick_params(length=0)
+    seen.text((P - 1) / 2, T - 0.2, "prefix: trained keys\nand values, P", ha="center", va="top")
+    seen.text(P + (T - 1) / 2, T - 0.2, "tokens: keys and values\nof the frozen model, T",
+              ha="center", va="top")  # fmt: skip
+    seen.set(ylabel="query token i", title="What each query sees, in every layer")
+
+    rows = {row["method"]: row for row in test_rows() if row["decoding"] == "greedy"}
+    shown = [method for method in ORDER if method in rows]
+    scores = [float(rows[method]["bleu"]) for method in shown]
+    kept = [int(rows[method]["parameters"]) for method in shown]
+    colours = ["#d9822b" if method == "prefix" else "#9aa5ad" for method in shown]
+    names = [f"{NAMES[m]}\n{k:,} parameters" for m, k in zip(shown, kept, strict=True)]
+    drawn = bars.barh(range(len(shown)), scores, color=colours)
+    bars.bar_label(drawn, fmt="%.1f", padding=3)
+    bars.set_yticks(range(len(shown)), names)
+    bars.invert_yaxis()
+    bars.spines[["top", "right"]].set_visible(False)
+    bars.set(xlabel="test BLEU on E2E (0 to 100), greedy", xlim=(0, 80), title="One frozen model")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary)
+
+
+def main() -> None:
+    draw(HERE / "readme.png")
+    write_text(README, with_table(README.read_text(encoding="utf-8")))
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
