@@ -1,8 +1,8 @@
 """Prefix files: one small safetensors file is all that is needed to use a prefix.
 
 It holds `prefix_table` (L, 2, H, P, D) in fp32, an optional `gate` (L, H), and as metadata the
-format, the position offset and the fingerprint of the base model. The MLP is not in it (section 4.3
-of Li & Liang 2021: it is dropped after training).
+format, the position offset, the frame of the text and the fingerprint of the base model. The MLP is
+not in it (section 4.3 of Li & Liang 2021: it is dropped after training).
 
 The fingerprint names a model by content: sha256 over the fields that shape it and 64 fixed elements
 of each tensor, rounded to bf16. An fp32 and a bf16 copy, a .bin and a safetensors file of the same
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from minprefix.data import LINEARISATIONS
 from minprefix.files import load_tensors, save_tensors
 from minprefix.gpt2 import GPT2
 from minprefix.prefix import Prefix
@@ -48,6 +49,7 @@ def save_prefix(path: str | Path, prefix: Prefix) -> None:
         "format": FORMAT,
         "position_offset": str(prefix.position_offset),
         "base": prefix.base,
+        "linearisation": prefix.linearisation,
     }
     save_tensors(path, tensors, metadata)
 
@@ -68,11 +70,17 @@ def load_prefix(path: str | Path) -> Prefix:
         raise ValueError(f"{path}: prefix_table must be (L, 2, H, P, D) with P > 0, got {found}")
     if gate is not None and gate.shape != (table.shape[0], table.shape[2]):
         raise ValueError(f"{path}: gate must be (L, H), got {tuple(gate.shape)}")
-    if not torch.isfinite(table).all():
-        raise ValueError(f"{path}: prefix_table holds values that are not finite")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds values that are not finite numbers")
+    if gate is not None and gate.min() < 0:
+        raise ValueError(f"{path}: gate must be >= 0, got {gate.min().item()}")
     offset = metadata.get("position_offset", "")
     if not offset.isdecimal():
         raise ValueError(f"{path}: position_offset must be a number >= 0, got {offset!r}")
     prefix = Prefix.from_table(table, int(offset), gate)
     prefix.base = metadata.get("base", "")
+    prefix.linearisation = metadata.get("linearisation", "")
+    if prefix.linearisation not in ("", *LINEARISATIONS):
+        raise ValueError(f"{path}: unknown linearisation {prefix.linearisation!r}")
     return prefix

@@ -35,9 +35,7 @@ class PrefixConfig:
     prefix_len: int | None = None  # P; None = 10 at random, the number of BPE tokens of init_text
     parametrisation: str = "mlp"  # "table" (direct) or "mlp" (section 4.3)
     mid_dim: int = 512  # hidden width of the MLP; the paper's: 512 table-to-text, 800 summaries
-    init: str = (
-        "random"  # "random", "words" (their activations) or "prompt" (exactly a hard prompt)
-    )
+    init: str = "random"  # or "words" (their activations), or "prompt" (equal to a hard prompt)
     init_text: str = "table-to-text:"  # the words or the prompt
     gate: bool = False  # per layer and head, starts at 0: step 0 is the frozen model
     position_offset: int | None = None  # token t stands at t + offset; None = P, or 0 with a gate
@@ -47,9 +45,9 @@ class PrefixConfig:
         check_choice("init", self.init, INITS)
         if self.prefix_len is not None and self.prefix_len < 1:
             raise ValueError(f"prefix_len must be at least 1, got {self.prefix_len}")
-        if self.init == "prompt" and (self.parametrisation, self.prefix_len) != ("table", None):
+        if self.init == "prompt" and self.prefix_len is not None:
             raise ValueError(
-                "init 'prompt' needs parametrisation 'table' and takes prefix_len from the text"
+                f"init 'prompt' takes prefix_len from the text, got prefix_len {self.prefix_len}"
             )
         if self.mid_dim < 1:
             raise ValueError(f"mid_dim must be at least 1, got {self.mid_dim}")
@@ -108,6 +106,8 @@ class Prefix(nn.Module):
         gate: (L, H) parameter >= 0 on the prefix's softmax terms, or None.
         position_offset: token t stands at position t + offset, in training and in generation.
         base: fingerprint of the model that it belongs to; "" = not known.
+        linearisation: the frame it was trained in (`data.encode_prompt`), which `generate` then
+            puts around a text; "" = none, texts go in as they are.
         init_residual: what initialisation from words left over in the MLP, largest |difference|.
     """
 
@@ -127,7 +127,7 @@ class Prefix(nn.Module):
                 f"[0, {config.n_positions}), the positions of the model"
             )
         self.prefix_len, self.position_offset = prefix_len, position_offset
-        self.base, self.init_residual = "", 0.0
+        self.base, self.linearisation, self.init_residual = "", "", 0.0
         if parametrisation == "mlp":
             self.mlp, self.prefix_table = PrefixMLP(config, prefix_len, mid_dim), None
         else:
@@ -229,7 +229,7 @@ class Prefix(nn.Module):
         """A copy that holds the table alone: what is kept after training (section 4.3)."""
         gate = None if self.gate is None else self.gate.detach()
         copy = Prefix.from_table(self.table(), self.position_offset, gate)
-        copy.base = self.base
+        copy.base, copy.linearisation = self.base, self.linearisation
         return copy
 
     @torch.no_grad()
@@ -270,6 +270,9 @@ class PrefixBank:
     def activations(self, prefix_index: Tensor | None = None) -> PrefixActivations:
         """Tables padded to the longest, (L, 2, N, H, P, D). No index: row b uses prefix b."""
         tables = [prefix.table() for prefix in self.prefixes]
+        if len({(*t.shape[:3], t.shape[4]) for t in tables}) > 1:
+            shapes = ", ".join(str(tuple(t.shape)) for t in tables)
+            raise ValueError(f"prefixes of one bank must fit one model, their tables are {shapes}")
         device, N = tables[0].device, len(tables)
         lens = torch.tensor([prefix.prefix_len for prefix in self.prefixes], device=device)
         P = max(prefix.prefix_len for prefix in self.prefixes)
@@ -323,12 +326,16 @@ def token_activations(model: GPT2, ids: list[int]) -> Tensor:
 
 def make_prefix(model: GPT2, tokenizer, config: PrefixConfig, seed: int) -> Prefix:
     """The prefix that `config` describes, on the model's device and bound to the model."""
-    options = {"gate": config.gate, "position_offset": config.position_offset}
+    options = {
+        "parametrisation": config.parametrisation,
+        "mid_dim": config.mid_dim,
+        "gate": config.gate,
+        "position_offset": config.position_offset,
+    }
     if config.init == "prompt":
         if config.position_offset is None and not config.gate:
             del options["position_offset"]  # the prompt's length
-        return Prefix.from_prompt(model, tokenizer, config.init_text, **options)
-    options |= {"parametrisation": config.parametrisation, "mid_dim": config.mid_dim}
+        return Prefix.from_prompt(model, tokenizer, config.init_text, seed=seed, **options)
     if config.init == "words":
         return Prefix.from_words(
             model, tokenizer, config.init_text, config.prefix_len, seed=seed, **options
