@@ -1,0 +1,7 @@
+"""python -m minprefix"""
+
+import sys
+
+from minprefix.cli import main
+
+sys.exit(main())

@@ -1,0 +1,99 @@
+"""The main job on the embedded model and data: tune a prefix, write texts, measure (`make demo`).
+
+Three methods write about restaurants that training never showed: a hard prompt, a hard prompt with
+examples in context, and a prefix of 10 positions. The model is frozen in all three.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from minprefix.data import load_examples
+from minprefix.evaluation import evaluate_method
+from minprefix.files import write_text
+from minprefix.generation import GenerationConfig
+from minprefix.prefix import Prefix, PrefixConfig, make_prefix
+from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
+from minprefix.report import format_rows, plot_comparison, plot_loss, read_log, write_samples
+from minprefix.training import Interrupted, TrainConfig, Trainer
+from minprefix.weights import load
+
+TRAIN = TrainConfig(
+    steps=300, batch_size=16, lr=3e-3, eval_every=100, eval_pairs=160, warmup_steps=20
+)
+PREFIX = PrefixConfig(prefix_len=10)
+GENERATE = GenerationConfig(max_new_tokens=60)
+SHOTS = 3  # examples in context
+
+
+def run_demo(out: Path) -> dict:
+    """Run the demo in the folder `out`; gives what metrics.json holds.
+
+    A finished or interrupted training in `out` is gone on with.
+    """
+    began = time.perf_counter()
+    model, tokenizer = load("mini")
+    train, dev, test = (load_examples("restaurants", split) for split in ("train", "dev", "test"))
+    say(f"model mini, {sum(p.numel() for p in model.parameters()):,} parameters, all frozen")
+    say(f"{sum(len(e.targets) for e in train):,} training pairs, {len(test)} unseen test tables")
+    prefix = make_prefix(model, tokenizer, PREFIX, TRAIN.seed)
+    trainer = Trainer(model, tokenizer, TRAIN, train, dev, out, prefix)
+    if (out / "state" / "state.pt").exists():
+        trainer.load_state()
+        say(f"{out} holds a run: going on after step {trainer.step_done} (delete it to start anew)")
+    try:
+        training = trainer.run()
+    except Interrupted as stop:
+        raise Interrupted(
+            f"{stop}. {out}/prefix.safetensors can be used; go on with: make demo"
+        ) from None
+    prefix = Prefix.load(out / "prefix.safetensors")
+
+    shown = show_examples(TEMPLATES[0], train, SHOTS)
+    methods = {
+        "hard prompt": {"prompt": HardPrompt()},
+        f"{SHOTS} examples in context": {"prompt": shown},
+        "prefix": {"prefix": prefix},
+    }
+    rows, texts, all_scores = [], {}, {}
+    for name, method in methods.items():
+        say(f"writing {len(test)} texts: {name}")
+        scores, texts[name] = evaluate_method(model, tokenizer, test, config=GENERATE, **method)
+        kept = prefix.prefix_table.numel() if name == "prefix" else 0
+        all_scores[name] = scores | {"trained_parameters_kept": kept}
+        rows.append(row(name, scores, kept, model))
+    metrics = {
+        "methods": all_scores,
+        "training": training | asdict(TRAIN),
+        "prefix": asdict(PREFIX),
+        "trained_parameters": sum(p.numel() for p in trainer.prefix.parameters()),
+        "seconds": round(time.perf_counter() - began, 1),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+    }
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_samples(out / "samples.txt", test, texts)
+    plot_loss(read_log(out / "log.jsonl"), out / "loss.png", "Tuning a prefix on restaurant tables")
+    plot_comparison(rows, out / "comparison.png", "Unseen restaurants, frozen mini GPT-2")
+    say("\n" + format_rows(rows) + "\n")
+    say(f"{out}: prefix.safetensors, metrics.json, samples.txt, loss.png, comparison.png")
+    return metrics
+
+
+def row(name: str, scores: dict[str, float], kept: int, model) -> dict:
+    """One line of the printed table."""
+    return {
+        "method": name,
+        "BLEU": scores["bleu"],
+        "ROUGE-L": scores["rouge_l"],
+        "slots %": scores["slot_coverage"],
+        "parameters": kept,
+        "percent": 100 * kept / sum(p.numel() for p in model.parameters()),
+    }
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,30 @@
+"""Evaluation: write a text for every table of a data set with one method, then score the texts."""
+
+from minprefix.data import Example, encode_prompt
+from minprefix.generation import GenerationConfig, generate
+from minprefix.gpt2 import GPT2
+from minprefix.metrics import score
+from minprefix.prefix import Prefix
+from minprefix.prompting import HardPrompt, answer
+
+
+def evaluate_method(
+    model: GPT2, tokenizer, examples: list[Example], *, prefix: Prefix | None = None,
+    prompt: HardPrompt | None = None, config: GenerationConfig | None = None,
+    linearisation: str = "paper", batch_size: int = 64,
+) -> tuple[dict[str, float], list[str]]:  # fmt: skip
+    """Scores (see `metrics.score`) and texts, in the order of the examples.
+
+    The method is the hard prompt if there is one, else the model in the frame it was trained in
+    (`data.encode_prompt`), with the prefix or, for a fine-tuned model, without.
+    """
+    config = config or GenerationConfig()
+    sources = [example.source for example in examples]
+    options = {"config": config, "batch_size": batch_size}
+    if prompt is not None:
+        texts = answer(model, tokenizer, prompt, sources, **options)
+    else:
+        prompts = [encode_prompt(tokenizer, source, linearisation) for source in sources]
+        texts = generate(model, tokenizer, prompts, prefix=prefix, **options)
+    texts = [text.strip() for text in texts]
+    return score(texts, examples), texts

@@ -1,0 +1,55 @@
+"""Discrete prompting: the frozen model is told in words what to do, nothing is trained.
+
+The baseline that prefix-tuning starts from (section 1 of Li & Liang 2021): an instruction around
+the table, with or without solved examples before it ("in context"). The text is what the model
+writes up to its first line break.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minprefix.data import Example
+from minprefix.generation import generate
+
+# Ways to ask for a text, tried in this order; `{table}` stands for the linearised table.
+TEMPLATES = (
+    "{table}\n\nDescription:",
+    "{table}\n\nSummary:",
+    "Restaurant: {table}\nReview:",
+)
+
+
+@dataclass(frozen=True)
+class HardPrompt:
+    """An instruction and the examples shown before the table."""
+
+    template: str = TEMPLATES[0]  # must hold {table}
+    shown: tuple[tuple[str, str], ...] = ()  # (source, text) pairs, in order
+
+    def __post_init__(self):
+        if "{table}" not in self.template:
+            raise ValueError(f"a hard prompt must contain {{table}}, got {self.template!r}")
+
+    def render(self, source: str) -> str:
+        """The text after which the model writes."""
+        solved = (self._ask(shown) + f" {text}\n\n" for shown, text in self.shown)
+        return "".join(solved) + self._ask(source)
+
+    def _ask(self, source: str) -> str:
+        return self.template.replace("{table}", source)
+
+
+def show_examples(template: str, train: list[Example], shots: int, seed: int = 0) -> HardPrompt:
+    """A hard prompt with `shots` training examples in context, drawn by `seed`."""
+    if not 0 <= shots <= len(train):
+        raise ValueError(f"shots must lie in [0, {len(train)}], the training tables, got {shots}")
+    drawn = np.random.default_rng(seed).permutation(len(train))[:shots]
+    return HardPrompt(template, tuple((train[i].source, train[i].targets[0]) for i in drawn))
+
+
+def answer(model, tokenizer, prompt: HardPrompt, sources: list[str], **options) -> list[str]:
+    """What the frozen model writes for each table, cut at the first line break."""
+    prompts = [prompt.render(source) for source in sources]
+    texts = generate(model, tokenizer, prompts, **options)
+    return [(text.strip().splitlines() or [""])[0].strip() for text in texts]

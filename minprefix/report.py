@@ -1,0 +1,123 @@
+"""What a run leaves to look at: tables of text, samples side by side, and figures."""
+
+import json
+from pathlib import Path
+
+from minprefix.data import Example
+from minprefix.files import atomic_write, write_text
+from minprefix.gpt2 import GPT2
+from minprefix.prefix import Prefix
+
+
+def format_rows(rows: list[dict]) -> str:
+    """Dicts of equal keys as a table; numbers to the right, floats with two digits."""
+    if not rows:
+        return ""
+    cells = [[*rows[0]]] + [[cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [isinstance(value, int | float) for value in rows[0].values()]
+    lines = [
+        "  ".join(
+            text.rjust(width) if number else text.ljust(width)
+            for text, width, number in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def cell(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def parameter_rows(model: GPT2, prefix: Prefix | None = None) -> list[dict]:
+    """Where the parameters are: part, shape, number, percent of the model."""
+    total = sum(weight.numel() for weight in model.parameters())
+    config = model.config
+    parts = [
+        ("token embedding = head", "(V, C)", model.wte),
+        ("position embedding", "(n_positions, C)", model.wpe),
+        (f"{config.n_layer} layers: attention", "L x (C, 3C), (C, C)", "attn"),
+        (f"{config.n_layer} layers: MLP", "L x (C, 4C), (4C, C)", "mlp"),
+        ("layer norms", "(2L + 1) x 2 x (C,)", "ln"),
+    ]
+    rows = []
+    for name, shape, part in parts:
+        if isinstance(part, str):
+            n = sum(w.numel() for key, w in model.named_parameters() if f".{part}" in f".{key}")
+        else:
+            n = part.weight.numel()
+        rows.append((name, shape, n))
+    rows.append(("model", f"L={config.n_layer} H={config.n_head} C={config.n_embd}", total))
+    if prefix is not None:
+        table = prefix.table()
+        rows.append(("prefix table", str(tuple(table.shape)), table.numel()))
+        if prefix.gate is not None:
+            rows.append(("prefix gate", str(tuple(prefix.gate.shape)), prefix.gate.numel()))
+    return [
+        {"part": name, "shape": shape, "parameters": n, "percent": round(100 * n / total, 4)}
+        for name, shape, n in rows
+    ]
+
+
+def write_samples(path: Path, examples: list[Example], texts: dict[str, list[str]]) -> None:
+    """For each table: the table, its references, and each method's text below one another."""
+    width = max(map(len, texts))
+    blocks = []
+    for i, example in enumerate(examples):
+        fields = example.table or (("source", example.source),)
+        lines = [f"[{i + 1}]"] + [f"  {field}: {value}" for field, value in fields]
+        lines += ["  references:"] + [f"    - {target}" for target in example.targets]
+        lines += [f"  {name:<{width}} | {texts[name][i]}" for name in texts]
+        blocks.append("\n".join(lines) + "\n")
+    write_text(path, "\n".join(blocks))
+
+
+def read_log(path: Path) -> list[dict]:
+    """The entries of a run's log.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def plot_loss(log: list[dict], path: Path, title: str) -> None:
+    """Training and dev loss against the step."""
+    figure, axes = new_figure()
+    train = [entry for entry in log if "loss" in entry]
+    dev = [entry for entry in log if "dev_loss" in entry]
+    axes.plot([e["step"] for e in train], [e["loss"] for e in train], label="training", lw=1.2)
+    axes.plot([e["step"] for e in dev], [e["dev_loss"] for e in dev], "o-", label="dev")
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per target token)", title=title)
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def plot_comparison(rows: list[dict], path: Path, title: str) -> None:
+    """One group of bars per score, one bar per method. Rows: method and scores in 0 .. 100."""
+    scores = {"BLEU": "BLEU", "ROUGE-L": "ROUGE-L", "slots %": "slot values in the text"}
+    figure, axes = new_figure()
+    width = 0.8 / len(rows)
+    for i, row in enumerate(rows):
+        at = [x + (i - (len(rows) - 1) / 2) * width for x in range(len(scores))]
+        bars = axes.bar(at, [row[name] for name in scores], width * 0.92, label=row["method"])
+        axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
+    axes.set_xticks(range(len(scores)), scores.values())
+    axes.set(ylabel="score (0 to 100)", ylim=(0, 118), title=title)
+    axes.legend(frameon=False, ncols=len(rows), loc="upper center", fontsize=9)
+    save_figure(figure, path)
+
+
+def new_figure():
+    """A figure and its axes, drawn without a display."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary)
