@@ -75,7 +75,9 @@ def check_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_l
     check_int(q_offset, "q_offset", (B,), None, None)
 
 
-def check_int(x: Tensor | None, name: str, want: tuple, low: int | None, high: int | None, also=None):
+def check_int(
+    x: Tensor | None, name: str, want: tuple, low: int | None, high: int | None, also=None
+):
     """ValueError unless x is None or an integer tensor of the wanted shape with low <= x <= high.
 
     Values are looked at on the CPU only: on a GPU that would wait for it.

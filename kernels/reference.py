@@ -130,8 +130,8 @@ def masked_products(
     if mask is not None:
         blind = ~mask.any(-1, keepdim=True)  # (B or 1, 1, T or 1, 1)
         bias = q.new_zeros(()).where(mask | blind, float("-inf"))
-    bias = bias.expand(B, H, T, S).reshape(-1, T, S)
-    q, keys, values = (x.reshape(B * H, -1, D) for x in (q, keys, values))
+    bias = bias.expand(B, H, T, S).flatten(0, 1)
+    q, keys, values = (x.flatten(0, 1) for x in (q, keys, values))
     with torch.autocast(q.device.type, enabled=False):  # it would cast the softmax to fp32 and back
         p = torch.baddbmm(bias, q, keys.mT, alpha=scale).softmax(-1)  # (B H, T, S)
         o = (p @ values).view(B, H, T, D)

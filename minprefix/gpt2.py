@@ -308,6 +308,8 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def _activations(self, prefix, prefix_index: Tensor | None) -> PrefixActivations:
+        if prefix_index is not None and (prefix is None or isinstance(prefix, PrefixActivations)):
+            raise ValueError("prefix_index needs a PrefixBank")
         if prefix is None:
             return PrefixActivations.empty(self.config, self.wte.weight)
         if isinstance(prefix, PrefixActivations):

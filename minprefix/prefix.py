@@ -318,8 +318,10 @@ def token_activations(model: GPT2, ids: list[int]) -> Tensor:
     cache = KVCache(model.config, 1, len(ids), like=model.wte.weight)
     training = model.training
     model.eval()
-    model.hidden_states(torch.tensor([ids], device=model.wte.weight.device), cache=cache)
-    model.train(training)
+    try:
+        model.hidden_states(torch.tensor([ids], device=model.wte.weight.device), cache=cache)
+    finally:
+        model.train(training)
     table = torch.stack([cache.k[:, 0], cache.v[:, 0]], dim=1)  # (L, 2, H, P, D)
     return table.to(torch.promote_types(table.dtype, torch.float32))
 

@@ -1,11 +1,15 @@
 """Shared helpers: tiny random models, and the data that a development checkout has beside it."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from minprefix.cli import main
 from minprefix.gpt2 import GPT2, GPT2Config
+from minprefix.tokenizer import Tokenizer
+from minprefix.weights import ASSETS, save_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = GPT2Config(
@@ -30,12 +34,67 @@ def two_threads():
     torch.set_num_threads(2)
 
 
+@pytest.fixture
+def one_thread(two_threads):
+    """For many small calls: they are faster on one thread, above all beside other work."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Data for development; users do not have it."""
     if not SHARED.is_dir():
         pytest.skip("needs the development data in ../shared, which is not here")
     return SHARED
+
+
+def tiny_with_words(seed: int = 0, **changes) -> GPT2:
+    """A tiny random model, fp32, whose vocabulary is that of mini's tokenizer."""
+    sizes = {"vocab_size": 8192, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 96}
+    ends = {"bos_token_id": 8191, "eos_token_id": 8191}
+    return tiny_gpt2(seed, torch.float32, **{**sizes, **ends, **changes})
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """`tiny_with_words` as a checkpoint's folder; tests that change it copy it first."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(tiny_with_words(), Tokenizer.from_folder(ASSETS / "mini"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory) -> Path:
+    """A data folder with a few small tables; no test changes it."""
+    folder = tmp_path_factory.mktemp("tables")
+    for split, numbers in {"train": range(8), "dev": range(8, 11), "test": range(11, 14)}.items():
+        rows = [
+            {
+                "table": {"boat": f"Gull {n}", "colour": "green"},
+                "text": f"Gull {n} is a green boat.",
+            }
+            for n in numbers
+        ]
+        lines = (json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run a command in this process: cli("info", "--json", code=0) -> (stdout, stderr)."""
+
+    def run(*argv, code: int = 0) -> tuple[str, str]:
+        capsys.readouterr()
+        try:
+            got = main([str(word) for word in argv])
+        except SystemExit as stop:  # how argparse ends
+            got = stop.code
+        out, err = capsys.readouterr()
+        assert got == code, f"exit code {got}: {err}"
+        return out, err
+
+    return run
 
 
 def hf_twin(model: GPT2):
