@@ -137,7 +137,9 @@ def gated_prefix_attention(
     taken, so its gradient exists at 0.
 
     Args:
-        gate: (H,), or (N, H) for a bank. The rest as in `kernels.prefix_attention`.
+        gate: (H,), or (N, H) for a bank.
+        prefix_k, prefix_v: (H, P, D); or a bank (N, H, P, D) with its prefix_index (B,).
+        prefix_lens: (N,), with a bank. The rest as in `kernels.prefix_attention`.
     """
     none = q.new_empty(q.shape[1], 0, q.shape[3])
     o_s, lse_s = prefix_attention(q, k, v, none, none, return_lse=True, **visible)

@@ -179,8 +179,11 @@ class Prefix(nn.Module):
     def from_prompt(cls, model: GPT2, tokenizer, prompt: str, **options) -> "Prefix":
         """A prefix that is exactly a hard prompt: the same logits as with `prompt` before the text.
 
-        The prompt's tokens stand at 0 .. P-1 and the text after them, so the offset is P.
+        The prompt's tokens stand at 0 .. P-1 and the text after them, so P and the offset are
+        the number of tokens. An MLP holds the activations to rounding.
         """
+        if "prefix_len" in options:
+            raise ValueError(f"a prompt gives its own prefix_len, got {options['prefix_len']}")
         if "position_offset" not in options:
             options["position_offset"] = len(tokenizer.encode(prompt))
         return cls.from_words(model, tokenizer, prompt, **options)

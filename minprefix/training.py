@@ -29,7 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from minprefix.data import Batch, BatchOrder, Example, collate, encode_examples, encode_prompt
@@ -45,7 +44,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 # Peak learning rates where none is given, for models (below 512 wide, of official size): what the
 # E2E dev set chose for the embedded model, and the paper's for GPT-2 medium on E2E.
-DEFAULT_LR = {"prefix": (2e-3, 8e-5), "finetune": (2e-4, 5e-5)}
+DEFAULT_LR = {"prefix": (1e-3, 8e-5), "finetune": (2e-4, 5e-5)}
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,8 @@ class Trainer:
         model.requires_grad_(tuning).train(tuning)
         model.activation_checkpointing = config.activation_checkpointing
         self.trained = model if tuning else prefix
+        if prefix is not None:
+            prefix.linearisation = linearisation
         self.lr = config.lr or DEFAULT_LR[config.method][model.config.n_embd >= 512]
         self.optimizer = torch.optim.AdamW(
             self.trained.parameters(), lr=self.lr, weight_decay=config.weight_decay
@@ -130,7 +131,7 @@ class Trainer:
         self.order = BatchOrder([len(row.ids) for row in self.rows], config.batch_size, config.seed)
         per_epoch = self.order.steps_per_epoch / config.accumulation
         self.steps = config.steps or max(1, round(config.epochs * per_epoch))
-        self.step_done, self.best = 0, float("inf")
+        self.step_done, self.best, self.seconds = 0, float("inf"), 0.0
 
     # one step ------------------------------------------------------------------------------------
 
@@ -191,7 +192,8 @@ class Trainer:
             FloatingPointError: the loss is no longer finite; the last saved state stays.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        started, window = time.perf_counter(), []
+        self._cut_log()
+        started, window = time.perf_counter() - self.seconds, []
         # in a log file each update would be a line: one every 30 s
         every = 0.1 if sys.stderr.isatty() else 30  # s
         bar = tqdm(
@@ -213,12 +215,16 @@ class Trainer:
                 if evaluate:
                     self.evaluate()
                 if evaluate or stop:
+                    self.seconds = time.perf_counter() - started
                     self.save_state()
                     clock = time.perf_counter()
                 if stop and not last:
                     self._stop_early()
-        seconds = time.perf_counter() - started
-        return {"steps": self.step_done, "best_dev_loss": self.best, "seconds": round(seconds, 1)}
+        return {
+            "steps": self.step_done,
+            "best_dev_loss": self.best,
+            "seconds": round(self.seconds, 1),  # of all sessions of this run
+        }
 
     def _log(self, window: list[dict], seconds: float) -> dict:
         """Append the means over `window` to the log; the one place that waits for a GPU."""
@@ -297,12 +303,14 @@ class Trainer:
             "data": self._data_digest(),
             "step": self.step_done,
             "best": self.best,
+            "seconds": self.seconds,
             "trained": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
         (self.out / "state").mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.out / "state" / "state.pt") as temporary:
-            torch.save(state, temporary)
+        # through an open file: a full disk is then an OSError, not an "iostream error"
+        with atomic_write(self.out / "state" / "state.pt") as temporary, temporary.open("wb") as f:
+            torch.save(state, f)
 
     def load_state(self) -> None:
         """Go back to the last saved state of this run folder.
@@ -317,10 +325,12 @@ class Trainer:
             raise ValueError(f"{path}: the saved run has another {', '.join(changed)}")
         if state["data"] != self._data_digest():
             raise ValueError(f"{path}: the training data has changed since this state was saved")
-        load_trained(self.trained, state, path)
+        try:
+            self.trained.load_state_dict(state["trained"])
+        except RuntimeError as error:
+            raise ValueError(f"{path}: weights of another model, or another prefix") from error
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step_done, self.best = state["step"], state["best"]
-        self._cut_log()
+        self.step_done, self.best, self.seconds = (state[k] for k in ("step", "best", "seconds"))
 
     def _cut_log(self) -> None:
         """Drop what the log holds of steps after the saved state: they will be run again."""
@@ -342,12 +352,8 @@ class Trainer:
         return digest.hexdigest()
 
 
-def read_state(run_folder: Path, device="cpu") -> dict:
-    """What `Trainer.save_state` wrote: config, data, step, best, trained, optimizer.
-
-    Raises:
-        ValueError: no state, or a damaged one.
-    """
+def read_state(run_folder: Path, device: torch.device | str = "cpu") -> dict:
+    """What `Trainer.save_state` wrote. ValueError: there is none, or it is damaged."""
     path = run_folder / "state" / "state.pt"
     if not path.is_file():
         raise ValueError(f"{path}: no saved state in this run folder")
@@ -355,18 +361,9 @@ def read_state(run_folder: Path, device="cpu") -> dict:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # unpickling a damaged file raises almost anything
         raise ValueError(f"{path}: damaged, or no training state") from error
-    keys = {"config", "data", "step", "best", "trained", "optimizer"}
-    if not isinstance(state, dict) or not keys <= set(state):
-        raise ValueError(f"{path}: not a training state")
+    if not isinstance(state, dict) or not {"config", "data", "trained", "step"} <= set(state):
+        raise ValueError(f"{path}: no training state")
     return state
-
-
-def load_trained(trained: nn.Module, state: dict, path: Path) -> None:
-    """Put a state's trained weights into the prefix or the model; ValueError if they do not fit."""
-    try:
-        trained.load_state_dict(state["trained"])
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the weights are of another model or prefix ({error})") from error
 
 
 @contextmanager

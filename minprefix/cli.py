@@ -1,0 +1,351 @@
+"""The command line: python -m minprefix COMMAND, with one function `run_COMMAND` for each below.
+
+Options and their help come from the fields of the config dataclasses (`TrainConfig`,
+`PrefixConfig`, `GenerationConfig`), see `options.py`.
+
+Exit codes: 0 done; 1 an error, told in one line (the traceback comes with --debug); 2 wrong usage;
+130 Ctrl-C. Results go to stdout, as one JSON object with --json; progress goes to stderr.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from minprefix import weights
+from minprefix.data import LINEARISATIONS, encode_prompt, load_examples
+from minprefix.demo import run_demo
+from minprefix.evaluation import evaluate_method
+from minprefix.files import load_tensors, read_json, write_text
+from minprefix.generation import GenerationConfig, generate, stream
+from minprefix.options import OneLineParser, add_fields, from_args
+from minprefix.prefix import Prefix, PrefixConfig, make_prefix
+from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
+from minprefix.report import format_rows, parameter_rows
+from minprefix.training import Interrupted, TrainConfig, Trainer, read_state
+
+
+def build_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    with_model = argparse.ArgumentParser(add_help=False)
+    with_model.add_argument(
+        "--model", default="mini", help=f"{', '.join(weights.MODELS)}, a hub id or a folder"
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with_model.add_argument("--device", default=device, help="(default: %(default)s)")
+    with_data = argparse.ArgumentParser(add_help=False)
+    with_data.add_argument(
+        "--data", default="restaurants",
+        help="'restaurants' (embedded), a folder (E2E, WebNLG 2017, src1_*.txt, *.jsonl) or a file "
+        "(.csv, .xml, .txt with src||tgt, .jsonl) (default: %(default)s)",
+    )  # fmt: skip
+    with_data.add_argument(
+        "--linearisation", default="paper", choices=LINEARISATIONS,
+        help="how a table becomes text: as the paper prints it, or as its code does",
+    )  # fmt: skip
+
+    text = "Prefix-tuning for GPT-2: tune, write, measure."
+    parser = OneLineParser(prog="python -m minprefix", description=text)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str, *parents) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, parents=[common, *parents])
+        sub.set_defaults(run=run)
+        return sub
+
+    train = command("train", run_train, "Tune a prefix, or all weights.", with_model, with_data)
+    train.add_argument("--dev", help="dev file, where --data is a file")
+    train.add_argument("--out", type=Path, help="run folder to make")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
+    add_fields(train, TrainConfig)
+    add_fields(train, PrefixConfig)
+
+    gen = command("generate", run_generate, "Write texts; one prompt is streamed.", with_model)
+    gen.add_argument("prompts", nargs="*", help="without any: one per line from standard input")
+    gen.add_argument("--prefix", type=Path, help="prefix file")
+    gen.add_argument(
+        "--frame", choices=(*LINEARISATIONS, "none"),
+        help="read a prompt as a table, as training with this --linearisation does, or 'none': as "
+        "a text to be continued (default: as the prefix was trained; none without a prefix)",
+    )  # fmt: skip
+    add_fields(gen, GenerationConfig)
+
+    evaluate = command(
+        "evaluate", run_evaluate, "Write texts for a data set and score them.",
+        with_model, with_data,
+    )  # fmt: skip
+    evaluate.add_argument("--split", default="test", choices=("train", "dev", "test"))
+    evaluate.add_argument("--prefix", type=Path, help="prefix file")
+    evaluate.add_argument(
+        "--hard-prompt", nargs="?", const=TEMPLATES[0], metavar="TEMPLATE",
+        help="ask the frozen model in words, {table} stands for the table (default template: "
+        f"{TEMPLATES[0]!r})",
+    )  # fmt: skip
+    evaluate.add_argument("--shots", type=int, default=0, help="examples in context, from train")
+    evaluate.add_argument("--limit", type=int, help="only the first tables")
+    evaluate.add_argument("--batch-size", type=int, default=64, help="tables at a time")
+    evaluate.add_argument("--outputs", type=Path, help="write sources and texts, JSON lines")
+    add_fields(evaluate, GenerationConfig)
+
+    export = command("export", run_export, "Write a run's latest prefix, without its MLP.")
+    export.add_argument("run_folder", type=Path, metavar="RUN")
+    export.add_argument("--out", type=Path, required=True, help="prefix file to write")
+
+    download = command("download", run_download, "Fetch an official model into the hub's cache.")
+    download.add_argument("name", help="gpt2, gpt2-medium, ..., or any hub id of the family")
+
+    info = command("info", run_info, "Parameters of a model, and of a prefix.", with_model)
+    info.add_argument("--prefix", type=Path, help="prefix file")
+
+    demo = command("demo", run_demo_command, "The main job on embedded model and data.")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder")
+    return parser
+
+
+def run_train(args) -> dict:
+    if (args.out is None) == (args.resume is None):
+        raise ValueError("give either --out (a new run) or --resume (a run folder to go on with)")
+    if args.resume:
+        out, settings = args.resume, read_settings(args.resume)
+        unchanged = build_parser().parse_args(["train", "--resume", str(out)])
+        common = ("run", "json", "debug")
+        given = [k for k, v in vars(args).items() if k not in common and v != vars(unchanged)[k]]
+        if given:
+            name = "--" + given[0].replace("_", "-")
+            raise ValueError(f"{out}: a run keeps its settings, {name} cannot go with --resume")
+    else:
+        out = args.out
+        if (out / "config.json").exists() or (out / "state").exists():
+            raise ValueError(f"{out} holds a run: go on with --resume {out}, or choose another")
+        settings = {
+            "model": args.model, "device": args.device, "data": args.data, "dev": args.dev,
+            "linearisation": args.linearisation,
+            "train": asdict(from_args(TrainConfig, args)),
+            "prefix": asdict(from_args(PrefixConfig, args)),
+        }  # fmt: skip
+        out.mkdir(parents=True, exist_ok=True)
+    trainer = make_trainer(settings, out)
+    if not args.resume:
+        write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
+    elif (out / "state").exists():
+        trainer.load_state()
+    go_on = f"Go on with: python -m minprefix train --resume {shlex.quote(str(out))}"
+    try:
+        result = trainer.run()
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}. {go_on}") from None
+    except KeyboardInterrupt:  # before the first step, or the second one: the last saved state
+        raise Interrupted(f"interrupted. {go_on}") from None
+    if not math.isfinite(result["best_dev_loss"]):
+        result["best_dev_loss"] = None  # without dev data; JSON has no infinity
+    kept = out / ("model" if trainer.prefix is None else "prefix.safetensors")
+    return result | {"kept": str(kept)}
+
+
+def read_settings(run_folder: Path) -> dict:
+    """What config.json of a run says, checked: the options that `train` was started with."""
+    path = run_folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run_folder}: no run of the command train ({path.name} is missing)")
+    settings = read_json(path)
+    try:
+        TrainConfig(**settings["train"]), PrefixConfig(**settings["prefix"])
+        missing = {"model", "device", "data", "dev", "linearisation"} - set(settings)
+        if missing:
+            raise KeyError(min(missing))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged, not the settings of a run ({error})") from error
+    return settings
+
+
+def make_trainer(settings: dict, out: Path) -> Trainer:
+    """The run that the settings describe, at step 0."""
+    config = TrainConfig(**settings["train"])
+    model, tokenizer = weights.load(settings["model"], device=settings["device"])
+    data, linearisation = settings["data"], settings["linearisation"]
+    load = {"linearisation": linearisation}
+    train = load_examples(data, "train", **load)
+    if not Path(data).is_file():
+        if settings["dev"]:
+            raise ValueError(f"--dev goes with a file as --data; {data} has its own dev split")
+        dev = load_examples(data, "dev", **load)
+    else:
+        dev = load_examples(settings["dev"], "dev", **load) if settings["dev"] else []
+    prefix = None
+    if config.method == "prefix":
+        prefix = make_prefix(model, tokenizer, PrefixConfig(**settings["prefix"]), config.seed)
+        if prefix.init_residual:
+            print(f"MLP fitted to the words' activations, largest difference "
+                  f"{prefix.init_residual:.1e}", file=sys.stderr)  # fmt: skip
+    return Trainer(model, tokenizer, config, train, dev, out, prefix, linearisation)
+
+
+def run_generate(args) -> dict | None:
+    config = from_args(GenerationConfig, args)
+    prompts = args.prompts or read_prompts()
+    if "" in prompts:
+        raise ValueError(f"prompt {prompts.index('') + 1} is empty")
+    model, tokenizer = weights.load(args.model, device=args.device)
+    prefix = load_prefix(args, model)
+    frame = args.frame or (prefix.linearisation if prefix else "") or "none"
+    if frame == "none":
+        prompts = [tokenizer.encode(prompt) for prompt in prompts]
+    else:
+        prompts = [encode_prompt(tokenizer, prompt, frame) for prompt in prompts]
+    options = {"prefix": prefix, "config": config}
+    if len(prompts) == 1 and config.num_beams == 1 and not args.json:
+        pieces, begun = stream(model, tokenizer, prompts[0], **options), frame == "none"
+        for piece in pieces:
+            piece = piece if begun else piece.lstrip()  # a framed text begins with a blank
+            begun = begun or piece != ""
+            print(piece, end="", flush=True)
+        print()
+        return None
+    texts = generate(model, tokenizer, prompts, **options)
+    if frame != "none":
+        texts = [text.strip() for text in texts]
+    if args.json:
+        return {"texts": texts}
+    print("\n".join(texts))
+    return None
+
+
+def load_prefix(args, model) -> Prefix | None:
+    """The prefix that --prefix names, on the model's device and made for it."""
+    if not args.prefix:
+        return None
+    prefix = Prefix.load(args.prefix).to(args.device)
+    prefix.check_base(model)
+    return prefix
+
+
+def read_prompts() -> list[str]:
+    """The lines of standard input."""
+    prompts = []
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            prompts.append(line.rstrip(b"\r\n").decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input:{number}: invalid UTF-8") from error
+        if not prompts[-1]:
+            raise ValueError(f"standard input:{number}: empty, but each line is a prompt")
+    if not prompts:
+        raise ValueError("no prompt: give one as an argument, or lines on standard input")
+    return prompts
+
+
+def run_evaluate(args) -> dict:
+    asks = args.hard_prompt is not None
+    if args.prefix and asks:
+        raise ValueError("--prefix and --hard-prompt are two methods: choose one")
+    if args.shots and not asks:
+        raise ValueError("--shots needs --hard-prompt")
+    if args.shots and Path(args.data).is_file():
+        raise ValueError(f"--shots takes examples from the train split; {args.data} is one file")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {args.limit}")
+    if args.outputs and not args.outputs.parent.is_dir():
+        raise ValueError(f"--outputs {args.outputs}: {args.outputs.parent} is no folder")
+    config = from_args(GenerationConfig, args)
+    model, tokenizer = weights.load(args.model, device=args.device)
+    load = {"linearisation": args.linearisation}
+    examples = load_examples(args.data, args.split, **load)[: args.limit]
+    prefix, prompt = load_prefix(args, model), None
+    if prefix and prefix.linearisation not in ("", args.linearisation):
+        raise ValueError(
+            f"{args.prefix} was trained with --linearisation {prefix.linearisation}, "
+            f"not {args.linearisation}"
+        )
+    if asks:
+        prompt = HardPrompt(args.hard_prompt)
+        if args.shots:
+            train = load_examples(args.data, "train", **load)
+            prompt = show_examples(args.hard_prompt, train, args.shots)
+    scores, texts = evaluate_method(
+        model, tokenizer, examples, prefix=prefix, prompt=prompt, config=config,
+        linearisation=args.linearisation, batch_size=args.batch_size,
+    )  # fmt: skip
+    if args.outputs:
+        rows = ({"source": e.source, "text": t} for e, t in zip(examples, texts, strict=True))
+        write_text(args.outputs, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    return {"tables": len(examples)} | scores
+
+
+def run_export(args) -> dict:
+    settings = read_settings(args.run_folder)
+    config = TrainConfig(**settings["train"])
+    if config.method != "prefix":
+        raise ValueError(f"{args.run_folder} is a fine-tuning run: its weights are in model/")
+    state = read_state(args.run_folder)
+    model, tokenizer = weights.load(settings["model"])
+    prefix = make_prefix(model, tokenizer, PrefixConfig(**settings["prefix"]), config.seed)
+    try:
+        prefix.load_state_dict(state["trained"])
+    except RuntimeError as error:
+        raise ValueError(f"{args.run_folder}: the state is of another model or prefix") from error
+    prefix.linearisation = settings["linearisation"]
+    prefix.save(args.out)
+    tensors, _ = load_tensors(args.out)
+    return {
+        "file": str(args.out),
+        "step": state["step"],
+        "trained_parameters": sum(p.numel() for p in prefix.parameters()),
+        "kept_parameters": sum(t.numel() for t in tensors.values()),
+        "bytes": args.out.stat().st_size,
+    }
+
+
+def run_download(args) -> dict:
+    return {"name": args.name, "folder": str(weights.fetch(args.name))}
+
+
+def run_info(args) -> dict | None:
+    model, _ = weights.load(args.model, device=args.device)
+    rows = parameter_rows(model, load_prefix(args, model))
+    if args.json:
+        return {"parameters": rows}
+    print(format_rows(rows))
+    return None
+
+
+def run_demo_command(args) -> dict | None:
+    metrics = run_demo(args.out)
+    return metrics if args.json else None
+
+
+def describe(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    message = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError, FloatingPointError)) and message:
+        return message
+    return f"{type(error).__name__}: {message}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        result = args.run(args)
+    except Interrupted as stop:
+        print(f"minprefix: {stop}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("minprefix: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"minprefix: error: {describe(error)}", file=sys.stderr)
+        return 1
+    if result is not None:
+        print(json.dumps(result) if args.json else format_rows([result]))
+    return 0
