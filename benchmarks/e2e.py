@@ -22,6 +22,7 @@ from minprefix.evaluation import evaluate_method
 from minprefix.generation import GenerationConfig
 from minprefix.prefix import Prefix, PrefixConfig, make_prefix
 from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
+from minprefix.run_folder import state_path
 from minprefix.training import TrainConfig, Trainer
 from minprefix.weights import load
 
@@ -50,7 +51,7 @@ def train(config: TrainConfig, data: str, out: Path) -> Trainer:
         prefix = make_prefix(model, tokenizer, PREFIX, config.seed)
     train_set, dev = (load_examples(data, split) for split in ("train", "dev"))
     run = Trainer(model, tokenizer, config, train_set, dev, out, prefix)
-    if (out / "state" / "state.pt").exists():
+    if state_path(out).exists():
         run.load_state()
     run.run()
     return run

@@ -21,7 +21,7 @@ NAMES = {
 }
 
 
-def test_rows() -> list[dict[str, str]]:
+def final_rows() -> list[dict[str, str]]:
     """Rows of the test set, in the order of ORDER, then decoding, then seed."""
     rows = [row for row in read_rows(HERE / "e2e.csv") if row["split"] == "test"]
     return sorted(
@@ -36,7 +36,7 @@ def table() -> str:
         "| training |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in test_rows():
+    for row in final_rows():
         minutes = float(row["train_seconds"]) / 60
         training = f"{minutes:.0f} min" if minutes else "none"
         lines.append(
@@ -71,7 +71,7 @@ def draw(path: Path) -> None:
               ha="center", va="top")  # fmt: skip
     seen.set(ylabel="query token i", title="What each query sees, in every layer")
 
-    rows = {row["method"]: row for row in test_rows() if row["decoding"] == "greedy"}
+    rows = {row["method"]: row for row in final_rows() if row["decoding"] == "greedy"}
     shown = [method for method in ORDER if method in rows]
     scores = [float(rows[method]["bleu"]) for method in shown]
     kept = [int(rows[method]["parameters"]) for method in shown]

@@ -27,7 +27,8 @@ from minprefix.options import OneLineParser, add_fields, from_args
 from minprefix.prefix import Prefix, PrefixConfig, make_prefix
 from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
 from minprefix.report import format_rows, parameter_rows
-from minprefix.training import Interrupted, TrainConfig, Trainer, read_state
+from minprefix.run_folder import read_state
+from minprefix.training import Interrupted, TrainConfig, Trainer
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -286,6 +287,8 @@ def run_export(args) -> dict:
     state = read_state(args.run_folder)
     model, tokenizer = weights.load(settings["model"])
     prefix = make_prefix(model, tokenizer, PrefixConfig(**settings["prefix"]), config.seed)
+    if state["settings"].get("base model") != prefix.base:
+        raise ValueError(f"{args.run_folder}: {settings['model']} is not the model of this run")
     try:
         prefix.load_state_dict(state["trained"])
     except RuntimeError as error:

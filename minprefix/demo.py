@@ -18,13 +18,17 @@ from minprefix.files import write_text
 from minprefix.generation import GenerationConfig
 from minprefix.prefix import Prefix, PrefixConfig, make_prefix
 from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
-from minprefix.report import format_rows, plot_comparison, plot_loss, read_log, write_samples
-from minprefix.training import Interrupted, TrainConfig, Trainer
+from minprefix.report import format_rows, plot_comparison, plot_loss, write_samples
+from minprefix.run_folder import read_log, state_path
+from minprefix.training import Interrupted, TrainConfig, Trainer, cpu_has_bf16
 from minprefix.weights import load
 
+# fewer steps where bf16 is not at hand: fp32 takes more than twice the time, and the demo 4 minutes
+BF16 = cpu_has_bf16()
 TRAIN = TrainConfig(
-    steps=300, batch_size=16, lr=3e-3, eval_every=100, eval_pairs=160, warmup_steps=20
-)
+    steps=600 if BF16 else 250, batch_size=16, lr=1.5e-3, precision="bf16" if BF16 else "fp32",
+    eval_every=100, eval_pairs=160,
+)  # fmt: skip
 PREFIX = PrefixConfig(prefix_len=10)
 GENERATE = GenerationConfig(max_new_tokens=60)
 SHOTS = 3  # examples in context
@@ -42,14 +46,14 @@ def run_demo(out: Path) -> dict:
     say(f"{sum(len(e.targets) for e in train):,} training pairs, {len(test)} unseen test tables")
     prefix = make_prefix(model, tokenizer, PREFIX, TRAIN.seed)
     trainer = Trainer(model, tokenizer, TRAIN, train, dev, out, prefix)
-    if (out / "state" / "state.pt").exists():
+    if state_path(out).exists():
         trainer.load_state()
         say(f"{out} holds a run: going on after step {trainer.step_done} (delete it to start anew)")
     try:
         training = trainer.run()
     except Interrupted as stop:
         raise Interrupted(
-            f"{stop}. {out}/prefix.safetensors can be used; go on with: make demo"
+            f"{stop}. {out}/prefix.safetensors can be used; give the same command to go on"
         ) from None
     prefix = Prefix.load(out / "prefix.safetensors")
 
@@ -76,7 +80,7 @@ def run_demo(out: Path) -> dict:
     }
     write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     write_samples(out / "samples.txt", test, texts)
-    plot_loss(read_log(out / "log.jsonl"), out / "loss.png", "Tuning a prefix on restaurant tables")
+    plot_loss(read_log(out), out / "loss.png", "Tuning a prefix on restaurant tables")
     plot_comparison(rows, out / "comparison.png", "Unseen restaurants, frozen mini GPT-2")
     say("\n" + format_rows(rows) + "\n")
     say(f"{out}: prefix.safetensors, metrics.json, samples.txt, loss.png, comparison.png")

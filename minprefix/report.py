@@ -1,6 +1,5 @@
 """What a run leaves to look at: tables of text, samples side by side, and figures."""
 
-import json
 from pathlib import Path
 
 from minprefix.data import Example
@@ -74,11 +73,6 @@ def write_samples(path: Path, examples: list[Example], texts: dict[str, list[str
         lines += [f"  {name:<{width}} | {texts[name][i]}" for name in texts]
         blocks.append("\n".join(lines) + "\n")
     write_text(path, "\n".join(blocks))
-
-
-def read_log(path: Path) -> list[dict]:
-    """The entries of a run's log.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def plot_loss(log: list[dict], path: Path, title: str) -> None:

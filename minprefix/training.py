@@ -8,16 +8,12 @@ Everything that step s does depends on the settings, the weights before it and (
 of batches and the dropout masks are functions of them. A run that was killed therefore continues
 from its last saved state to the very losses of an unbroken run.
 
-A run folder holds
-    log.jsonl           one line per logging interval and per evaluation
-    state/state.pt      trained weights, optimiser, step: what resuming needs
-    prefix.safetensors  the best prefix on the dev set so far (or model/, for fine-tuning)
+`run_folder.py` says what a run leaves on disk.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
 
 import hashlib
-import json
 import math
 import signal
 import sys
@@ -32,10 +28,10 @@ import torch
 from tqdm import tqdm
 
 from minprefix.data import Batch, BatchOrder, Example, collate, encode_examples, encode_prompt
-from minprefix.files import atomic_write, write_text
 from minprefix.generation import generate
 from minprefix.gpt2 import GPT2, IGNORE
 from minprefix.prefix import Prefix, check_choice
+from minprefix.run_folder import append_log, cut_log, read_state, state_path, write_state
 from minprefix.weights import save_model
 
 METHODS = ("prefix", "finetune")
@@ -84,6 +80,12 @@ class TrainConfig:
                 raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
         if not 0 < (self.epochs if self.steps is None else self.steps) < math.inf:
             raise ValueError(f"nothing to train: epochs {self.epochs}, steps {self.steps}")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 in hardware (False if PyTorch cannot tell)."""
+    can = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 class Interrupted(Exception):
@@ -192,7 +194,7 @@ class Trainer:
             FloatingPointError: the loss is no longer finite; the last saved state stays.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        self._cut_log()
+        cut_log(self.out, self.step_done)
         started, window = time.perf_counter() - self.seconds, []
         # in a log file each update would be a line: one every 30 s
         every = 0.1 if sys.stderr.isatty() else 30  # s
@@ -229,7 +231,7 @@ class Trainer:
     def _log(self, window: list[dict], seconds: float) -> dict:
         """Append the means over `window` to the log; the one place that waits for a GPU."""
         targets = sum(entry["targets"] for entry in window)
-        loss = float(sum(entry["nats"] for entry in window)) / targets
+        loss = self._finite(float(sum(entry["nats"] for entry in window)) / targets, "loss")
         entry = {
             "step": self.step_done,
             "loss": loss,  # nats per target token
@@ -237,16 +239,15 @@ class Trainer:
             "lr": window[-1]["lr"],
             "tokens_per_s": round(sum(entry["tokens"] for entry in window) / seconds),
         }
-        if not np.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} after step {self.step_done}: try a smaller lr than {self.lr}"
-            )
-        self._append(entry)
+        append_log(self.out, entry)
         return entry
 
-    def _append(self, entry: dict) -> None:
-        with open(self.out / "log.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    def _finite(self, loss: float, name: str) -> float:
+        if not np.isfinite(loss):
+            raise FloatingPointError(
+                f"the {name} is {loss} after step {self.step_done}: try a smaller lr than {self.lr}"
+            )
+        return loss
 
     def _stop_early(self) -> None:
         if not np.isfinite(self.best):
@@ -265,13 +266,13 @@ class Trainer:
             self.losses(collate(rows[i : i + 32], self.tokenizer.eos_id))
             for i in range(0, len(rows), 32)
         ]
-        loss = torch.cat(losses).double().mean().item()
+        loss = self._finite(torch.cat(losses).double().mean().item(), "dev loss")
         entry = {"step": self.step_done, "dev_loss": loss, "samples": self._samples()}
         self.model.train(self.prefix is None)
         if loss < self.best:
             self.best = loss
             self.save_trained()
-        self._append(entry)
+        append_log(self.out, entry)
 
     def _samples(self) -> list[dict[str, str]]:
         """What the model writes for the first dev tables."""
@@ -299,32 +300,26 @@ class Trainer:
     def save_state(self) -> None:
         """What resuming needs, all of it or nothing."""
         state = {
-            "config": asdict(self.config),
-            "data": self._data_digest(),
+            "settings": self._settings(),
             "step": self.step_done,
             "best": self.best,
             "seconds": self.seconds,
             "trained": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        (self.out / "state").mkdir(parents=True, exist_ok=True)
-        # through an open file: a full disk is then an OSError, not an "iostream error"
-        with atomic_write(self.out / "state" / "state.pt") as temporary, temporary.open("wb") as f:
-            torch.save(state, f)
+        write_state(self.out, state)
 
     def load_state(self) -> None:
         """Go back to the last saved state of this run folder.
 
         Raises:
-            ValueError: no state, a damaged one, or one of other settings or data.
+            ValueError: no state, a damaged one, or one of other settings, data or model.
         """
-        path, state = self.out / "state" / "state.pt", read_state(self.out, self.device)
-        ours = asdict(self.config)
-        changed = [name for name in ours if state["config"].get(name) != ours[name]]
+        path, state = state_path(self.out), read_state(self.out, self.device)
+        ours, theirs = self._settings(), state["settings"]
+        changed = sorted(name for name in ours if theirs.get(name) != ours[name])
         if changed:
             raise ValueError(f"{path}: the saved run has another {', '.join(changed)}")
-        if state["data"] != self._data_digest():
-            raise ValueError(f"{path}: the training data has changed since this state was saved")
         try:
             self.trained.load_state_dict(state["trained"])
         except RuntimeError as error:
@@ -332,38 +327,18 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step_done, self.best, self.seconds = (state[k] for k in ("step", "best", "seconds"))
 
-    def _cut_log(self) -> None:
-        """Drop what the log holds of steps after the saved state: they will be run again."""
-        log = self.out / "log.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        kept = []
-        for line in lines:
-            try:
-                keep = json.loads(line)["step"] <= self.step_done
-            except ValueError:  # the line that was being written when the run was killed
-                keep = False
-            kept += [line + "\n"] if keep else []
-        write_text(log, "".join(kept))
-
-    def _data_digest(self) -> str:
+    def _settings(self) -> dict:
+        """What must be the same when a run goes on: settings, training rows, base model."""
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(np.array([row.prompt_len, *row.ids], dtype=np.int64).tobytes())
-        return digest.hexdigest()
-
-
-def read_state(run_folder: Path, device: torch.device | str = "cpu") -> dict:
-    """What `Trainer.save_state` wrote. ValueError: there is none, or it is damaged."""
-    path = run_folder / "state" / "state.pt"
-    if not path.is_file():
-        raise ValueError(f"{path}: no saved state in this run folder")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # unpickling a damaged file raises almost anything
-        raise ValueError(f"{path}: damaged, or no training state") from error
-    if not isinstance(state, dict) or not {"config", "data", "trained", "step"} <= set(state):
-        raise ValueError(f"{path}: no training state")
-    return state
+        settings = asdict(self.config) | {"training data": digest.hexdigest()}
+        if self.prefix is not None:
+            settings |= {
+                "base model": self.prefix.base,
+                "position_offset": self.prefix.position_offset,
+            }
+        return settings
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from minprefix.files import load_tensors
 from minprefix.generation import generate
 from minprefix.hub import constants
 from minprefix.prefix import Prefix
-from minprefix.training import Trainer, read_state
+from minprefix.run_folder import read_state
+from minprefix.training import Trainer
 from minprefix.weights import MODELS, load
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,9 +14,9 @@ from minprefix.report import (
     parameter_rows,
     plot_comparison,
     plot_loss,
-    read_log,
     write_samples,
 )
+from minprefix.run_folder import read_log
 from minprefix.weights import MODELS, load
 
 
@@ -94,7 +94,7 @@ def test_samples_stand_side_by_side(tmp_path):
 def test_loss_curve_has_both_losses_and_labelled_axes(tmp_path, drawn):
     entries = [{"step": n, "loss": 3 - n} for n in (1, 2)] + [{"step": 2, "dev_loss": 1.5}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-    plot_loss(read_log(tmp_path / "log.jsonl"), tmp_path / "loss.png", "A title")
+    plot_loss(read_log(tmp_path), tmp_path / "loss.png", "A title")
     (figure,) = drawn
     (axes,) = figure.axes
     assert axes.get_xlabel() == "optimiser step" and "nats" in axes.get_ylabel()

@@ -272,7 +272,7 @@ def test_resuming_something_else_is_refused(tokenizer, tmp_path):
         trainer(tokenizer, tmp_path, lr=5e-3, seed=1).load_state()
     other = trainer(tokenizer, tmp_path)
     other.rows = other.rows[:-1]
-    with pytest.raises(ValueError, match="data has changed"):
+    with pytest.raises(ValueError, match="another training data"):
         other.load_state()
     with pytest.raises(ValueError, match="no saved state"):
         trainer(tokenizer, tmp_path / "elsewhere").load_state()
