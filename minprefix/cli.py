@@ -319,8 +319,11 @@ def run_info(args) -> dict | None:
 
 
 def run_demo_command(args) -> dict | None:
-    metrics = run_demo(args.out)
-    return metrics if args.json else None
+    metrics, rows = run_demo(args.out)
+    if args.json:
+        return metrics
+    print(format_rows(rows))
+    return None
 
 
 def describe(error: Exception) -> str:

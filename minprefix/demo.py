@@ -18,7 +18,7 @@ from minprefix.files import write_text
 from minprefix.generation import GenerationConfig
 from minprefix.prefix import Prefix, PrefixConfig, make_prefix
 from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
-from minprefix.report import format_rows, plot_comparison, plot_loss, write_samples
+from minprefix.report import plot_comparison, plot_loss, write_samples
 from minprefix.run_folder import read_log, state_path
 from minprefix.training import Interrupted, TrainConfig, Trainer, cpu_has_bf16
 from minprefix.weights import load
@@ -34,8 +34,8 @@ GENERATE = GenerationConfig(max_new_tokens=60)
 SHOTS = 3  # examples in context
 
 
-def run_demo(out: Path) -> dict:
-    """Run the demo in the folder `out`; gives what metrics.json holds.
+def run_demo(out: Path) -> tuple[dict, list[dict]]:
+    """Run the demo in the folder `out`: what metrics.json holds, and the rows of its table.
 
     A finished or interrupted training in `out` is gone on with.
     """
@@ -46,35 +46,28 @@ def run_demo(out: Path) -> dict:
     say(f"{sum(len(e.targets) for e in train):,} training pairs, {len(test)} unseen test tables")
     prefix = make_prefix(model, tokenizer, PREFIX, TRAIN.seed)
     trainer = Trainer(model, tokenizer, TRAIN, train, dev, out, prefix)
-    if state_path(out).exists():
-        trainer.load_state()
-        say(f"{out} holds a run: going on after step {trainer.step_done} (delete it to start anew)")
-    try:
-        training = trainer.run()
-    except Interrupted as stop:
-        raise Interrupted(
-            f"{stop}. {out}/prefix.safetensors can be used; give the same command to go on"
-        ) from None
-    prefix = Prefix.load(out / "prefix.safetensors")
+    training = tune(trainer, out)
+    kept = Prefix.load(out / "prefix.safetensors")
 
-    shown = show_examples(TEMPLATES[0], train, SHOTS)
     methods = {
         "hard prompt": {"prompt": HardPrompt()},
-        f"{SHOTS} examples in context": {"prompt": shown},
-        "prefix": {"prefix": prefix},
+        f"{SHOTS} examples in context": {"prompt": show_examples(TEMPLATES[0], train, SHOTS)},
+        "prefix": {"prefix": kept},
     }
-    rows, texts, all_scores = [], {}, {}
+    rows, texts, scores = [], {}, {}
     for name, method in methods.items():
         say(f"writing {len(test)} texts: {name}")
-        scores, texts[name] = evaluate_method(model, tokenizer, test, config=GENERATE, **method)
-        kept = prefix.prefix_table.numel() if name == "prefix" else 0
-        all_scores[name] = scores | {"trained_parameters_kept": kept}
-        rows.append(row(name, scores, kept, model))
+        scores[name], texts[name] = evaluate_method(
+            model, tokenizer, test, config=GENERATE, **method
+        )
+        n = kept.prefix_table.numel() if name == "prefix" else 0
+        rows.append(row(name, scores[name], n, model))
     metrics = {
-        "methods": all_scores,
+        "methods": scores,
+        "parameters_kept": kept.prefix_table.numel(),
+        "parameters_trained": sum(p.numel() for p in prefix.parameters()),
         "training": training | asdict(TRAIN),
         "prefix": asdict(PREFIX),
-        "trained_parameters": sum(p.numel() for p in trainer.prefix.parameters()),
         "seconds": round(time.perf_counter() - began, 1),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
     }
@@ -82,9 +75,21 @@ def run_demo(out: Path) -> dict:
     write_samples(out / "samples.txt", test, texts)
     plot_loss(read_log(out), out / "loss.png", "Tuning a prefix on restaurant tables")
     plot_comparison(rows, out / "comparison.png", "Unseen restaurants, frozen mini GPT-2")
-    say("\n" + format_rows(rows) + "\n")
     say(f"{out}: prefix.safetensors, metrics.json, samples.txt, loss.png, comparison.png")
-    return metrics
+    return metrics, rows
+
+
+def tune(trainer: Trainer, out: Path) -> dict:
+    """Train to the end, from the last state in `out` if there is one."""
+    if state_path(out).exists():
+        trainer.load_state()
+        say(f"{out} holds a run: going on after step {trainer.step_done} (delete it to start anew)")
+    try:
+        return trainer.run()
+    except Interrupted as stop:
+        raise Interrupted(
+            f"{stop}. {out / 'prefix.safetensors'} can be used; give the same command to go on"
+        ) from None
 
 
 def row(name: str, scores: dict[str, float], kept: int, model) -> dict:
