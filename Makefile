@@ -44,7 +44,7 @@ test-official: .venv/.dev ## official gpt2 against transformers (a network, or M
 	$(BIN)/python -m pytest -q -rs -m official tests
 
 bench: .venv/.user ## time the CPU path of the attention operator
-	$(BIN)/python -m kernels.bench_reference
+	$(BIN)/python -m kernels.bench_reference --out benchmarks/cpu_attention.csv
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -8,17 +8,14 @@ of 20 runs, in ms. They say nothing about a GPU.
 """
 
 import argparse
-import csv
-import io
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.machine import add_row, machine
 from kernels.reference import lean_mask, masked_products, prefix_rows
 
 B, H, D, P = 32, 6, 64, 10  # the shape of tuning `mini` on E2E
@@ -48,22 +45,10 @@ def milliseconds(attend, T: int, dtype: torch.dtype) -> tuple[float, torch.Tenso
     return statistics.median(times[3:]), o.detach()
 
 
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the CPU path of prefix attention.")
-    parser.add_argument("--out", type=Path, help="also write the rows as CSV")
+    parser.add_argument("--out", type=Path, help="also put the rows into this CSV")
     args = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for T in LENGTHS:
             t_fused, o_fused = milliseconds(fused, T, dtype)
@@ -71,19 +56,16 @@ def main() -> None:
             gap = (o_fused - o_products).abs().max().item()
             # both round: a few units in the last place of outputs of order 1
             assert gap < 16 * torch.finfo(dtype).eps, f"{dtype} T={T}: they differ by {gap:.1e}"
-            rows.append({
-                "dtype": str(dtype).removeprefix("torch."), "B": B, "H": H, "D": D, "P": P, "T": T,
-                "fused_ms": round(t_fused, 2), "products_ms": round(t_products, 2),
-                "ratio": round(t_fused / t_products, 2), "cpu": cpu_name(),
-                "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit,
-            })  # fmt: skip
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    print(text.getvalue(), end="")
-    if args.out:
-        args.out.write_text(text.getvalue(), encoding="utf-8")
+            row = {"dtype": str(dtype).removeprefix("torch."), "B": B, "H": H, "D": D, "P": P}
+            row |= {
+                "T": T,
+                "fused_ms": round(t_fused, 2),
+                "products_ms": round(t_products, 2),
+                "ratio": round(t_fused / t_products, 2),
+            }
+            print(row, flush=True)
+            if args.out:
+                add_row(args.out, row | machine(), ("dtype", "T"))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def prefix_attention_lean(
     """The CPU path: concatenated keys, a mask only where needed. See `kernels.prefix_attention`.
 
     PyTorch's fused attention, except while training in bf16: there its backward pass on a CPU costs
-    several times the batched matrix products that `masked_products` makes (bench_reference.py).
+    several times the batched products of `masked_products` (benchmarks/cpu_attention.csv).
     It gives no lse, so with return_lse the scores are made once more.
     """
     (_, _, T, D), S, P = q.shape, k.shape[2], prefix_k.shape[-2]

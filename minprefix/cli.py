@@ -26,6 +26,7 @@ from minprefix.generation import GenerationConfig, generate, stream
 from minprefix.options import OneLineParser, add_fields, from_args
 from minprefix.prefix import Prefix, PrefixConfig, make_prefix
 from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
+from minprefix.ranks import joined
 from minprefix.report import format_rows, parameter_rows
 from minprefix.run_folder import read_state
 from minprefix.training import Interrupted, TrainConfig, Trainer
@@ -110,44 +111,56 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_train(args) -> dict:
-    if (args.out is None) == (args.resume is None):
-        raise ValueError("give either --out (a new run) or --resume (a run folder to go on with)")
-    if args.resume:
-        out, settings = args.resume, read_settings(args.resume)
-        unchanged = build_parser().parse_args(["train", "--resume", str(out)])
-        common = ("run", "json", "debug")
-        given = [k for k, v in vars(args).items() if k not in common and v != vars(unchanged)[k]]
-        if given:
-            name = "--" + given[0].replace("_", "-")
-            raise ValueError(f"{out}: a run keeps its settings, {name} cannot go with --resume")
-    else:
-        out = args.out
-        if (out / "config.json").exists() or (out / "state").exists():
-            raise ValueError(f"{out} holds a run: go on with --resume {out}, or choose another")
-        settings = {
-            "model": args.model, "device": args.device, "data": args.data, "dev": args.dev,
-            "linearisation": args.linearisation,
-            "train": asdict(from_args(TrainConfig, args)),
-            "prefix": asdict(from_args(PrefixConfig, args)),
-        }  # fmt: skip
-        out.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(settings, out)
-    if not args.resume:
-        write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
-    elif (out / "state").exists():
-        trainer.load_state()
-    go_on = f"Go on with: python -m minprefix train --resume {shlex.quote(str(out))}"
-    try:
-        result = trainer.run()
-    except Interrupted as stop:
-        raise Interrupted(f"{stop}. {go_on}") from None
-    except KeyboardInterrupt:  # before the first step, or the second one: the last saved state
-        raise Interrupted(f"interrupted. {go_on}") from None
+def run_train(args) -> dict | None:
+    out, settings = run_to_train(args)
+    with joined(settings["device"]) as ranks:
+        ranks.wait()  # all have looked into `out` before one writes there
+        trainer = make_trainer(settings, out)
+        if args.resume and (out / "state").exists():
+            trainer.load_state()
+        elif ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
+        go_on = f"Go on with: python -m minprefix train --resume {shlex.quote(str(out))}"
+        try:
+            result = trainer.run()
+        except Interrupted as stop:
+            raise Interrupted(f"{stop}. {go_on}") from None
+        except KeyboardInterrupt:  # before the first step, or the second one: the last saved state
+            raise Interrupted(f"interrupted. {go_on}") from None
+    if not ranks.first:
+        return None
     if not math.isfinite(result["best_dev_loss"]):
         result["best_dev_loss"] = None  # without dev data; JSON has no infinity
     kept = out / ("model" if trainer.prefix is None else "prefix.safetensors")
     return result | {"kept": str(kept)}
+
+
+def run_to_train(args) -> tuple[Path, dict]:
+    """The run folder and the settings that the options name; ValueError if they do not fit."""
+    if (args.out is None) == (args.resume is None):
+        raise ValueError("give either --out (a new run) or --resume (a run folder to go on with)")
+    if args.resume:
+        unchanged = build_parser().parse_args(["train", "--resume", str(args.resume)])
+        common = ("run", "json", "debug")
+        given = [k for k, v in vars(args).items() if k not in common and v != vars(unchanged)[k]]
+        if given:
+            name = "--" + given[0].replace("_", "-")
+            raise ValueError(
+                f"{args.resume}: a run keeps its settings, {name} cannot go with --resume"
+            )
+        return args.resume, read_settings(args.resume)
+    if (args.out / "config.json").exists() or (args.out / "state").exists():
+        raise ValueError(
+            f"{args.out} holds a run: go on with --resume {args.out}, or choose another"
+        )
+    settings = {
+        "model": args.model, "device": args.device, "data": args.data, "dev": args.dev,
+        "linearisation": args.linearisation,
+        "train": asdict(from_args(TrainConfig, args)),
+        "prefix": asdict(from_args(PrefixConfig, args)),
+    }  # fmt: skip
+    return args.out, settings
 
 
 def read_settings(run_folder: Path) -> dict:

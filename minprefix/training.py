@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from minprefix.data import Batch, BatchOrder, Example, collate, encode_examples, encode_prompt
 from minprefix.generation import generate
-from minprefix.gpt2 import GPT2, IGNORE
+from minprefix.gpt2 import GPT2
 from minprefix.prefix import Prefix, check_choice
+from minprefix.ranks import Ranks
 from minprefix.run_folder import append_log, cut_log, read_state, state_path, write_state
 from minprefix.weights import save_model
 
@@ -51,7 +52,7 @@ class TrainConfig:
     epochs: float = 5.0  # passes over the training pairs
     steps: int | None = None  # optimiser steps, instead of epochs
     batch_size: int = 10  # pairs per forward pass
-    accumulation: int = 1  # forward passes per optimiser step
+    accumulation: int = 1  # forward passes per optimiser step, on each rank of torchrun
     lr: float | None = None  # AdamW, peak, then linear to 0; None = see DEFAULT_LR
     warmup_steps: int = 0  # steps of linear warm-up before the decay
     weight_decay: float = 0.0  # AdamW, per step and lr
@@ -114,7 +115,7 @@ class Trainer:
             raise ValueError(f"method {config.method!r} and prefix {type(prefix)} do not fit")
         self.model, self.tokenizer, self.config, self.prefix = model, tokenizer, config, prefix
         self.dev, self.out, self.linearisation = dev, Path(out), linearisation
-        self.device = model.wte.weight.device
+        self.device, self.ranks = model.wte.weight.device, Ranks.here()
         tuning = prefix is None
         model.requires_grad_(tuning).train(tuning)
         model.activation_checkpointing = config.activation_checkpointing
@@ -131,7 +132,8 @@ class Trainer:
         spread = np.linspace(0, len(dev_rows) - 1, min(len(dev_rows), config.eval_pairs))
         self.dev_rows = [dev_rows[int(i)] for i in spread]
         self.order = BatchOrder([len(row.ids) for row in self.rows], config.batch_size, config.seed)
-        per_epoch = self.order.steps_per_epoch / config.accumulation
+        self.per_step = config.accumulation * self.ranks.count  # batches per optimiser step
+        per_epoch = self.order.steps_per_epoch / self.per_step
         self.steps = config.steps or max(1, round(config.epochs * per_epoch))
         self.step_done, self.best, self.seconds = 0, float("inf"), 0.0
 
@@ -156,22 +158,24 @@ class Trainer:
         with self.autocast():
             return self.model.token_losses(ids, labels, prefix=self.prefix)
 
-    def step(self) -> dict[str, float]:
-        """One optimiser step over `accumulation` batches; what it measured."""
-        config, k = self.config, self.config.accumulation
-        torch.manual_seed(hash((config.seed, self.step_done)))  # dropout: a function of the step
-        batches = [
-            collate([self.rows[i] for i in self.order.batch(number)], self.tokenizer.eos_id)
-            for number in range(k * self.step_done, k * (self.step_done + 1))
-        ]
-        targets = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        sentences = sum(len(batch.lengths) for batch in batches)
-        divisor = targets if config.loss == "token" else sentences
+    def step(self) -> dict:
+        """One optimiser step over `accumulation` batches on each rank; what it measured, summed."""
+        config = self.config
+        # dropout: a function of the step
+        torch.manual_seed(hash((config.seed, self.step_done, self.ranks.rank)))
+        first = self.step_done * self.per_step
+        batches = [self.order.batch(number) for number in range(first, first + self.per_step)]
+        rows = [self.rows[i] for batch in batches for i in batch]  # of all ranks
+        targets = sum(len(row.ids) - row.prompt_len for row in rows)
+        divisor = targets if config.loss == "token" else len(rows)
         total = torch.zeros((), device=self.device)
-        for batch in batches:
-            summed = self.losses(batch).sum()
+        for batch in batches[self.ranks.rank :: self.ranks.count]:
+            padded = collate([self.rows[i] for i in batch], self.tokenizer.eos_id)
+            summed = self.losses(padded).sum()
             (summed / divisor).backward()
             total += summed.detach()
+        for weight in self.trained.parameters():
+            self.ranks.sum(weight.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip)
         lr = self.lr_at(self.step_done)
         for group in self.optimizer.param_groups:
@@ -181,8 +185,13 @@ class Trainer:
         if self.prefix is not None:
             self.prefix.project()
         self.step_done += 1
-        tokens = sum(int(batch.lengths.sum()) for batch in batches)
-        return {"nats": total, "targets": targets, "norm": norm, "lr": lr, "tokens": tokens}
+        return {
+            "nats": self.ranks.sum(total),
+            "targets": targets,
+            "norm": norm,
+            "lr": lr,
+            "tokens": sum(len(row.ids) - 1 for row in rows),
+        }
 
     # the loop ------------------------------------------------------------------------------------
 
@@ -193,35 +202,40 @@ class Trainer:
             Interrupted: Ctrl-C; the running step was finished and the state saved.
             FloatingPointError: the loss is no longer finite; the last saved state stays.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        cut_log(self.out, self.step_done)
+        if self.ranks.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            cut_log(self.out, self.step_done)
         started, window = time.perf_counter() - self.seconds, []
         # in a log file each update would be a line: one every 30 s
         every = 0.1 if sys.stderr.isatty() else 30  # s
         bar = tqdm(
-            total=self.steps, initial=self.step_done, unit="step", disable=not progress,
-            mininterval=every, miniters=1,
+            total=self.steps, initial=self.step_done, unit="step",
+            disable=not (progress and self.ranks.first), mininterval=every, miniters=1,
         )  # fmt: skip
         with bar, deferred_interrupt() as interrupted:
             clock = time.perf_counter()
             while self.step_done < self.steps:
                 window.append(self.step())
                 bar.update()
-                stop, last = interrupted(), self.step_done == self.steps
+                last = self.step_done == self.steps
                 evaluate = last or self.step_done % self.config.eval_every == 0
-                if stop or evaluate or self.step_done % self.config.log_every == 0:
+                log = evaluate or self.step_done % self.config.log_every == 0
+                # several ranks must stop at the same step: they ask one another when they log
+                stop = (log or self.ranks.count == 1) and self.ranks.any(interrupted(), self.device)
+                if log or stop:
                     entry = self._log(window, time.perf_counter() - clock)
                     shown = f"loss {entry['loss']:.3f}, {entry['tokens_per_s']} tok/s"
                     bar.set_postfix_str(shown, refresh=False)
                     window, clock = [], time.perf_counter()
-                if evaluate:
+                if evaluate and self.ranks.first:
                     self.evaluate()
-                if evaluate or stop:
+                if (evaluate or stop) and self.ranks.first:
                     self.seconds = time.perf_counter() - started
                     self.save_state()
                     clock = time.perf_counter()
                 if stop and not last:
                     self._stop_early()
+        self.ranks.wait()
         return {
             "steps": self.step_done,
             "best_dev_loss": self.best,
@@ -239,7 +253,8 @@ class Trainer:
             "lr": window[-1]["lr"],
             "tokens_per_s": round(sum(entry["tokens"] for entry in window) / seconds),
         }
-        append_log(self.out, entry)
+        if self.ranks.first:
+            append_log(self.out, entry)
         return entry
 
     def _finite(self, loss: float, name: str) -> float:
@@ -250,7 +265,7 @@ class Trainer:
         return loss
 
     def _stop_early(self) -> None:
-        if not np.isfinite(self.best):
+        if self.ranks.first and not np.isfinite(self.best):
             self.save_trained()
         raise Interrupted(f"stopped after step {self.step_done} of {self.steps}; state saved")
 
@@ -333,6 +348,7 @@ class Trainer:
         for row in self.rows:
             digest.update(np.array([row.prompt_len, *row.ids], dtype=np.int64).tobytes())
         settings = asdict(self.config) | {"training data": digest.hexdigest()}
+        settings["number of ranks"] = self.ranks.count
         if self.prefix is not None:
             settings |= {
                 "base model": self.prefix.base,

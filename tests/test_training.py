@@ -19,7 +19,7 @@ from minprefix.gpt2 import GPT2Config
 from minprefix.prefix import Prefix
 from minprefix.tokenizer import Tokenizer
 from minprefix.training import Interrupted, TrainConfig, Trainer
-from minprefix.weights import ASSETS, load
+from minprefix.weights import ASSETS, load, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "amber brook cedar dune ember fjord grove harbour inlet jetty".split()
@@ -242,6 +242,36 @@ def test_killed_run_continues_to_the_same_losses(tmp_path, method):
     if method == "prefix":
         tables = [Prefix.load(f / "prefix.safetensors").prefix_table for f in (whole, broken)]
         assert torch.equal(*tables)
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_twice_the_accumulation(tokenizer, tmp_path):
+    """torchrun with two processes on the CPU (gloo) against one: the same losses and prefix.
+
+    Bit for bit: each sum has two terms, and a + b is b + a.
+    """
+    folder = tmp_path / "model"
+    save_model(small_model(), tokenizer, folder)
+    lines = [{"source": e.source, "target": e.targets[0]} for e in pairs(10)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--model", folder, "--data", data, "--batch-size", 2, "--steps", 4, "--log-every", 1]
+    options = [str(o) for o in (*options, "--lr", 0.01, "--parametrisation", "table", "--json")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    train = ["-m", "minprefix", "train", *options]
+    alone = [sys.executable, *train, "--accumulation", "2", "--out", str(tmp_path / "alone")]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    both = [sys.executable, *torchrun, *train, "--out", str(tmp_path / "both")]
+    for command in (alone, both):
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["steps"] == 4  # one rank speaks
+    assert log_of(tmp_path / "alone") == log_of(tmp_path / "both")
+    tables = [
+        Prefix.load(tmp_path / name / "prefix.safetensors").prefix_table
+        for name in ("alone", "both")
+    ]
+    assert torch.equal(*tables)
 
 
 def test_ctrl_c_finishes_the_step_and_saves(tokenizer, tmp_path):
