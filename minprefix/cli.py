@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from minprefix import weights
-from minprefix.data import LINEARISATIONS, encode_prompt, load_examples
+from minprefix.batches import encode_prompt
+from minprefix.data import LINEARISATIONS, load_examples
 from minprefix.demo import run_demo
 from minprefix.evaluation import evaluate_method
 from minprefix.files import load_tensors, read_json, write_text

@@ -1,10 +1,8 @@
-"""Data: files of tables and texts -> examples -> token ids with a loss mask -> batches.
+"""Data: files of tables and texts -> examples. What becomes of them next is in `batches.py`.
 
-Read `load_examples` (which files, which quirks), then `encode_pair` (the frame of one example:
-source, bos, target, eos; section 3 of [1] writes it [x; y]) and `BatchOrder` (what step s sees).
-Two linearisations: "paper" writes a table as appendix A.1 of [1] prints it; "original-code" keeps
-the spaces, bars and names that the code of [2] feeds its model, for comparison with its results.
-Shapes use the letters of STYLE.md. Differs from [2]: nothing is dropped or cut in silence.
+Read `load_examples` (which files, which quirks). Two linearisations: "paper" writes a table as
+appendix A.1 of [1] prints it; "original-code" keeps the spaces, bars and names that the code of [2]
+feeds its model, for comparison with its results. Differs from [2]: nothing is dropped in silence.
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 [3] https://github.com/tuetschek/e2e-dataset   [4] https://gitlab.com/shimorina/webnlg-dataset
 """
@@ -19,15 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from minprefix.files import read_text
-from minprefix.gpt2 import IGNORE
+from minprefix.options import check_choice
 
 LINEARISATIONS = ("paper", "original-code")
 
-POOL_BATCHES = 50  # batches sorted by length together: little padding, and still a shuffled order
 
 # Official field name [3] -> the name, and the order, that [1] and the text files of [2] use.
 E2E_FIELDS = {
@@ -61,12 +55,7 @@ class Example:
     group: str = ""  # WebNLG's category: scores are reported for seen and unseen ones
 
 
-def _check_linearisation(linearisation: str) -> None:
-    if linearisation not in LINEARISATIONS:
-        raise ValueError(f"linearisation must be one of {LINEARISATIONS}, got {linearisation!r}")
-
-
-def _text(value: object, name: str, where: str) -> str:
+def checked_text(value: object, name: str, where: str) -> str:
     """`value`, checked to be a string that is not blank and can be written as UTF-8."""
     if not isinstance(value, str):
         raise ValueError(f"{where}: {name} must be a string, got {value!r}")
@@ -138,7 +127,7 @@ def _read_csv(path: Path, linearisation: str) -> Iterator[Example]:
                 raise ValueError(f"{where}: {len(header)} columns expected, got {len(row)}: {row}")
             fields = _parse_mr(row[header.index("mr")], where)
             table = [(names[f], _clean(fields[f], linearisation)) for f in names if f in fields]
-            target = _text(row[header.index("ref")], "ref", where)
+            target = checked_text(row[header.index("ref")], "ref", where)
             yield _from_table(table, [_clean(target, linearisation)], where)
     except csv.Error as error:
         raise ValueError(f"{path.name}:{line}: broken CSV: {error}") from None
@@ -152,8 +141,8 @@ def _read_txt(path: Path, linearisation: str) -> Iterator[Example]:
             raise ValueError(
                 f"{where}: expected source||target, got {len(targets)} '||': {line[:80]!r}"
             )
-        _text(source, "the source", where)
-        target = _clean(_text(targets[0], "the target", where), linearisation)
+        checked_text(source, "the source", where)
+        target = _clean(checked_text(targets[0], "the target", where), linearisation)
         if linearisation == "paper":
             source = source.strip()
         yield Example(source, (target,), None, where)
@@ -187,15 +176,18 @@ def _read_jsonl(path: Path, linearisation: str) -> Iterator[Example]:
         texts = row[name] if isinstance(row[name], list) else [row[name]]
         if not texts:
             raise ValueError(f"{where}: {name} is an empty list")
-        targets = [_clean(_text(text, name, where), linearisation) for text in texts]
+        targets = [_clean(checked_text(text, name, where), linearisation) for text in texts]
         if has_table:
             if not isinstance(row["table"], dict) or not row["table"]:
                 raise ValueError(f"{where}: table must be an object with fields, got {line[:80]!r}")
-            cells = [(_text(f, "a field's name", where), v) for f, v in row["table"].items()]
-            table = [(f, _clean(_text(v, f"table[{f!r}]", where), linearisation)) for f, v in cells]
+            cells = [(checked_text(f, "a field's name", where), v) for f, v in row["table"].items()]
+            table = [
+                (f, _clean(checked_text(v, f"table[{f!r}]", where), linearisation))
+                for f, v in cells
+            ]
             yield _from_table(table, targets, where)
         else:
-            source = _text(row["source"], "source", where)
+            source = checked_text(row["source"], "source", where)
             source = source.strip() if linearisation == "paper" else source
             yield Example(source, tuple(targets), None, where)
 
@@ -206,7 +198,7 @@ def _triple(text: str | None, linearisation: str, where: str) -> str:
     if len(parts) != 3:
         raise ValueError(f"{where}: expected subject | relation | object, got {text!r}")
     for part in parts:
-        _text(part, f"a part of the triple {text!r}", where)
+        checked_text(part, f"a part of the triple {text!r}", where)
     return " : ".join(_clean(part, linearisation) for part in parts)
 
 
@@ -313,7 +305,7 @@ def load_examples(
         ValueError: an unknown kind of file or folder, or a broken row, named as file:line.
         FileNotFoundError: `path` does not exist.
     """
-    _check_linearisation(linearisation)
+    check_choice("linearisation", linearisation, LINEARISATIONS)
     if split is not None and split not in SPLIT_FILES:
         raise ValueError(f"split must be one of {', '.join(SPLIT_FILES)}, got {split!r}")
     path = RESTAURANTS if str(path) == "restaurants" else Path(path)
@@ -324,125 +316,3 @@ def load_examples(
     if not examples:
         raise ValueError(f"{path}: no example in it")
     return examples
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Prompt and target of one example as token ids; the loss is on ids[prompt_len:]."""
-
-    ids: list[int]  # source, bos, target, eos
-    prompt_len: int  # tokens of the source and the bos
-    where: str
-
-
-def encode_prompt(tokenizer, source: str, linearisation: str = "paper") -> list[int]:
-    """enc(source) + [bos]; "original-code": enc(" " + source + " ") + [bos]."""
-    _check_linearisation(linearisation)
-    text = source if linearisation == "paper" else f" {source} "
-    return tokenizer.encode(text) + [tokenizer.bos_id]
-
-
-def encode_pair(
-    tokenizer, source: str, target: str, linearisation: str = "paper", where: str = ""
-) -> Encoded:
-    """The prompt, then enc(" " + target) + [eos]; "original-code" has a blank before eos, too."""
-    _text(target, "the target", where)
-    prompt = encode_prompt(tokenizer, source, linearisation)
-    text = f" {target}" if linearisation == "paper" else f" {target} "
-    return Encoded(prompt + tokenizer.encode(text) + [tokenizer.eos_id], len(prompt), where)
-
-
-def encode_examples(
-    tokenizer,
-    examples: Sequence[Example],
-    linearisation: str = "paper",
-    max_len: int | None = None,
-) -> list[Encoded]:
-    """Every (source, target) pair, in order.
-
-    Args:
-        tokenizer: has encode(text) -> ids, bos_id and eos_id.
-        max_len: most tokens that a pair may have, its bos and eos included. The model reads all
-            but the eos, so N positions are enough for max_len = N + 1.
-    Raises:
-        ValueError: an empty target or a longer pair; nothing is cut.
-    """
-    encoded = []
-    for example in examples:
-        for number, target in enumerate(example.targets, 1):
-            where = example.where + (f" (target {number})" if len(example.targets) > 1 else "")
-            pair = encode_pair(tokenizer, example.source, target, linearisation, where)
-            if max_len is not None and len(pair.ids) > max_len:
-                raise ValueError(f"{where}: {len(pair.ids)} tokens, at most {max_len} are allowed")
-            encoded.append(pair)
-    return encoded
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded rows; labels are already shifted, so logits and labels align by position."""
-
-    input_ids: torch.Tensor  # (B, T), int64
-    labels: torch.Tensor  # (B, T), int64: the next token where it is the target's, else IGNORE
-    lengths: torch.Tensor  # (B,), int64: real input tokens
-
-
-def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
-    """input_ids = ids[:-1], labels[t] = ids[t + 1] for t + 1 >= prompt_len; T fits the longest."""
-    if not encoded:
-        raise ValueError("a batch needs at least one example, got none")
-    lengths = torch.tensor([len(row.ids) - 1 for row in encoded])  # (B,)
-    shape = (len(encoded), int(lengths.max()))
-    input_ids = torch.full(shape, pad_id)  # (B, T)
-    labels = torch.full(shape, IGNORE)  # (B, T)
-    for b, row in enumerate(encoded):
-        ids = torch.tensor(row.ids)  # (T_b + 1,)
-        input_ids[b, : len(ids) - 1] = ids[:-1]
-        labels[b, row.prompt_len - 1 : len(ids) - 1] = ids[row.prompt_len :]
-    return Batch(input_ids, labels, lengths)
-
-
-def epoch_batches(
-    lengths: Sequence[int], batch_size: int, seed: int, epoch: int
-) -> list[list[int]]:
-    """One epoch: every index of `lengths` once, in batches of similar length, in random order.
-
-    The shuffled indices are cut into pools of POOL_BATCHES batches; a pool is sorted by length and
-    cut into batches; the batches are shuffled. (seed, epoch) alone decide, not the global state.
-    At most one batch is smaller than batch_size.
-    """
-    if batch_size < 1 or not len(lengths):
-        raise ValueError(
-            f"batch_size and examples must be at least 1, got {batch_size} and {len(lengths)}"
-        )
-    if seed < 0 or epoch < 0:
-        raise ValueError(f"seed and epoch must not be negative, got {seed} and {epoch}")
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths)).tolist()
-    batches = []
-    for start in range(0, len(order), POOL_BATCHES * batch_size):
-        pool = sorted(order[start : start + POOL_BATCHES * batch_size], key=lengths.__getitem__)
-        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
-class BatchOrder:
-    """The endless order of batches: `batch(step)` depends on the arguments and the step alone.
-
-    A run that resumes at step s therefore sees the batches that an unbroken run sees.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self._epoch, self._batches = 0, epoch_batches(lengths, batch_size, seed, 0)
-        self.steps_per_epoch = len(self._batches)
-
-    def batch(self, step: int) -> list[int]:
-        """The indices of the batch at `step`, counted from 0 over all epochs."""
-        if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._batches = epoch_batches(self.lengths, self.batch_size, self.seed, epoch)
-            self._epoch = epoch
-        return self._batches[position]

@@ -1,6 +1,7 @@
 """Evaluation: write a text for every table of a data set with one method, then score the texts."""
 
-from minprefix.data import Example, encode_prompt
+from minprefix.batches import encode_prompt
+from minprefix.data import Example
 from minprefix.generation import GenerationConfig, generate
 from minprefix.gpt2 import GPT2
 from minprefix.metrics import score
@@ -16,7 +17,7 @@ def evaluate_method(
     """Scores (see `metrics.score`) and texts, in the order of the examples.
 
     The method is the hard prompt if there is one, else the model in the frame it was trained in
-    (`data.encode_prompt`), with the prefix or, for a fine-tuned model, without.
+    (`batches.encode_prompt`), with the prefix or, for a fine-tuned model, without.
     """
     config = config or GenerationConfig()
     sources = [example.source for example in examples]

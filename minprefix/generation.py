@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minprefix.data import encode_prompt
+from minprefix.batches import encode_prompt
 from minprefix.gpt2 import GPT2, KVCache, PrefixActivations
 from minprefix.prefix import Prefix, PrefixBank
 

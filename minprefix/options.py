@@ -1,7 +1,8 @@
 """Command-line options from config dataclasses, so that help cannot drift from the code.
 
 `add_fields` makes one option per field: name, type and default are the field's, the help text is
-the comment beside it. `from_args` makes the dataclass again from what was parsed.
+the comment beside it. `from_args` makes the dataclass again from what was parsed. `check_choice` is
+what a dataclass checks its texts with.
 """
 
 import argparse
@@ -48,3 +49,9 @@ def from_args(cls: type, args: argparse.Namespace):
     """The dataclass that the options describe."""
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(cls)}
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """ValueError that lists the choices if `value` is none of them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

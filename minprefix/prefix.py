@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprefix.gpt2 import GPT2, GPT2Config, KVCache, PrefixActivations
+from minprefix.options import check_choice
 
 PARAMETRISATIONS = ("table", "mlp")
 INITS = ("random", "words", "prompt")
@@ -106,7 +107,7 @@ class Prefix(nn.Module):
         gate: (L, H) parameter >= 0 on the prefix's softmax terms, or None.
         position_offset: token t stands at position t + offset, in training and in generation.
         base: fingerprint of the model that it belongs to; "" = not known.
-        linearisation: the frame it was trained in (`data.encode_prompt`), which `generate` then
+        linearisation: the frame it was trained in (`batches.encode_prompt`), which `generate` then
             puts around a text; "" = none, texts go in as they are.
         init_residual: what initialisation from words left over in the MLP, largest |difference|.
     """
@@ -348,9 +349,3 @@ def make_prefix(model: GPT2, tokenizer, config: PrefixConfig, seed: int) -> Pref
     prefix = Prefix.random(model.config, config.prefix_len or 10, seed, **options)
     prefix.bind(model)
     return prefix.to(model.wte.weight.device)
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """ValueError that lists the choices if `value` is none of them."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

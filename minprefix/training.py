@@ -27,10 +27,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minprefix.data import Batch, BatchOrder, Example, collate, encode_examples, encode_prompt
+from minprefix.batches import Batch, BatchOrder, collate, encode_examples, encode_prompt
+from minprefix.data import Example
 from minprefix.generation import generate
 from minprefix.gpt2 import GPT2
-from minprefix.prefix import Prefix, check_choice
+from minprefix.options import check_choice
+from minprefix.prefix import Prefix
 from minprefix.ranks import Ranks
 from minprefix.run_folder import append_log, cut_log, read_state, state_path, write_state
 from minprefix.weights import save_model
@@ -101,7 +103,7 @@ class Trainer:
         dev: examples to choose the best step by; may be empty, then the last step is kept.
         out: the run folder.
         prefix: what to train with method "prefix", bound to the model.
-        linearisation: frame of the token rows, see `data.encode_pair`.
+        linearisation: frame of the token rows, see `batches.encode_pair`.
     Raises:
         ValueError: a row too long for the model, an empty target, no training data.
     """

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import hf_twin, tiny_gpt2
 
-from minprefix.data import encode_prompt
+from minprefix.batches import encode_prompt
 from minprefix.generation import (
     GenerationConfig,
     generate,

@@ -36,7 +36,7 @@ def test_official_gpt2_equals_transformers(folder):
     ids = torch.tensor([tokenizer.encode(PROMPT)])  # (1, T)
     with torch.no_grad():
         expected = theirs(ids).logits
-        bound = 1e-12 * max(1, expected.abs().max().item())  # STYLE.md
+        bound = 1e-12 * max(1, expected.abs().max().item())
         assert (ours(ids) - expected).abs().max().item() <= bound
 
         tokens = ids

@@ -66,7 +66,7 @@ def logits(model, dtype=torch.float64) -> torch.Tensor:
 
 
 def assert_same_logits(actual, expected):
-    # the bound of STYLE.md; the worst seen is 4e-15 relative, with mini
+    # 1e-12 of the largest logit; the worst seen is 4e-15 relative, with mini
     bound = 1e-12 * max(1, expected.abs().max().item())
     assert (actual - expected).abs().max().item() <= bound
 
