@@ -4,6 +4,7 @@ import csv
 import io
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,8 +20,12 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
+@cache
 def machine() -> dict[str, str | int]:
-    """CPU, threads, versions and commit ("+" behind it: with changes that are not committed)."""
+    """CPU, threads, versions and commit, as they are at the first call: make it at the start.
+
+    A "+" behind the commit: with changes that are not committed.
+    """
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
