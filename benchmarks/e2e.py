@@ -6,9 +6,11 @@
     python -m benchmarks.e2e hard-prompt --data DIR templates and examples chosen on the dev set
 
 DIR holds the official CSVs (https://github.com/tuetschek/e2e-dataset). Every stage can be stopped
-and started again with the same command: training goes on from its last state, finished rows of the
-CSVs are kept. `select` writes benchmarks/e2e_select.csv, the others benchmarks/e2e.csv. The test
-set is read by the final scoring only.
+and started again with the same command: training goes on from its last state, and rows that the
+CSVs have are not made again. `select` writes benchmarks/e2e_select.csv, the others
+benchmarks/e2e.csv. Learning rates are compared after few steps, the numbers of steps below are what
+the time allows, and the weights kept are those of the lowest dev loss. The test set is read by the
+final scoring only.
 """
 
 import argparse
@@ -33,7 +35,10 @@ TRAIN = {
     "prefix": dataclasses.replace(COMMON, method="prefix", lr=1e-3, steps=2500, eval_every=250),
     "finetune": dataclasses.replace(COMMON, method="finetune", lr=5e-4, steps=1200, eval_every=200),
 }
-SELECT = {"prefix": (1e-3, 2e-3, 4e-3), "finetune": (2e-4, 5e-4)}  # learning rates tried
+SELECT = {
+    "prefix": (5e-4, 1e-3, 2e-3, 4e-3),
+    "finetune": (2e-4, 5e-4, 1e-3),
+}  # learning rates tried
 SELECT_STEPS = 300
 DECODING = {
     "greedy": GenerationConfig(max_new_tokens=80),
@@ -70,8 +75,8 @@ def select(data: str, out: Path) -> None:
     path = HERE / "e2e_select.csv"
     for method, rates in SELECT.items():
         for lr in rates:
-            key = {"method": method, "lr": str(lr), "steps": str(SELECT_STEPS)}
-            if any(key.items() <= row.items() for row in read_rows(path)):
+            key = {"method": method, "lr": lr, "steps": SELECT_STEPS}
+            if rows_of(path, key):
                 continue
             config = dataclasses.replace(TRAIN[method], lr=lr, steps=SELECT_STEPS)
             folder = out / f"select-{method}-{lr}"
@@ -100,25 +105,35 @@ def final(method: str, data: str, out: Path, seed: int) -> None:
         )  # fmt: skip
 
 
+def rows_of(path: Path, key: dict) -> list[dict[str, str]]:
+    """The rows of the CSV with these values."""
+    key = {name: str(value) for name, value in key.items()}
+    return [row for row in read_rows(path) if key.items() <= row.items()]
+
+
 def hard_prompts(data: str) -> None:
-    """The template and the number of examples that are best on the dev set, and zero-shot."""
+    """With and without examples in context: what is best on the first dev tables, then the test."""
     model, tokenizer = load("mini")
     train_set, dev, test = (load_examples(data, split) for split in ("train", "dev", "test"))
-    best: dict[bool, tuple[float, HardPrompt, str]] = {}
+    best: dict[bool, tuple[float, HardPrompt]] = {}
+    path = HERE / "e2e_hard_prompts.csv"
     for template in TEMPLATES:
         for shots in SHOTS:
             prompt = show_examples(template, train_set, shots)
-            scores, _ = evaluate_method(
-                model, tokenizer, dev[:HARD_TABLES], prompt=prompt, config=DECODING["greedy"]
-            )
-            name = f"{shots} examples, {template!r}"
-            print(f"dev {scores['bleu']:.2f}  {name}", flush=True)
-            choice = (scores["bleu"], prompt, name)
+            key = {"template": template.replace("\n", "\\n"), "examples": shots}
+            if not rows_of(path, key):
+                scores, _ = evaluate_method(
+                    model, tokenizer, dev[:HARD_TABLES], prompt=prompt, config=DECODING["greedy"]
+                )
+                row = key | {"dev_tables": HARD_TABLES, "dev_bleu": round(scores["bleu"], 2)}
+                add_row(path, row | machine(), tuple(key))
+            (row,) = rows_of(path, key)
+            print(row, flush=True)
+            choice = (float(row["dev_bleu"]), prompt)
             best[shots > 0] = max(best.get(shots > 0, choice), choice, key=lambda c: c[0])
-    for in_context, (_, prompt, name) in best.items():
+    for in_context, (_, prompt) in best.items():
         method = "examples in context" if in_context else "hard prompt"
         settings = {"steps": 0, "lr": 0, "train_seconds": 0}
-        print(f"{method}: {name}")
         score_row(
             model, tokenizer, test, "greedy", {"method": method, "seed": 0, "split": "test"}, 0,
             settings, prompt=prompt,
@@ -130,6 +145,8 @@ def score_row(
     settings: dict, **method,
 ) -> None:  # fmt: skip
     """Score one method on one split and put the row into e2e.csv."""
+    if rows_of(HERE / "e2e.csv", key | {"decoding": decoding}):
+        return
     began = time.perf_counter()
     scores, texts = evaluate_method(model, tokenizer, examples, config=DECODING[decoding], **method)
     row = key | {"decoding": decoding, "tables": len(examples)}
@@ -147,6 +164,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/e2e"), help="run folders")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    machine()  # the commit that runs, not the one at the end
     if args.stage == "select":
         select(args.data, args.out)
     elif args.stage == "hard-prompt":
