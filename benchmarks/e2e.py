@@ -20,8 +20,8 @@ from pathlib import Path
 
 from benchmarks.machine import add_row, machine, read_rows
 from minprefix.data import Example, load_examples
+from minprefix.decoding import GenerationConfig
 from minprefix.evaluation import evaluate_method
-from minprefix.generation import GenerationConfig
 from minprefix.prefix import Prefix, PrefixConfig, make_prefix
 from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
 from minprefix.run_folder import state_path

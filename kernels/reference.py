@@ -113,7 +113,8 @@ def prefix_attention_lean(
     if not return_lse:
         return o
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    s = scale * (q.to(lse_dtype) @ keys.to(lse_dtype).mT)  # (B, H, T, P + S)
+    with torch.autocast(q.device.type, enabled=False):  # it would round the scores to bf16
+        s = scale * (q.to(lse_dtype) @ keys.to(lse_dtype).mT)  # (B, H, T, P + S)
     if mask is None:
         return o, s.logsumexp(-1)
     blind = ~mask.any(-1, keepdim=True)  # (B or 1, 1, T or 1, 1)

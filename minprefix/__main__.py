@@ -2,6 +2,10 @@
 
 import sys
 
-from minprefix.cli import main
+try:
+    from minprefix.cli import main
 
-sys.exit(main())
+    sys.exit(main())
+except KeyboardInterrupt:  # while importing
+    print("minprefix: interrupted", file=sys.stderr)
+    sys.exit(130)

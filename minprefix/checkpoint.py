@@ -3,40 +3,17 @@
 It holds `prefix_table` (L, 2, H, P, D) in fp32, an optional `gate` (L, H), and as metadata the
 format, the position offset, the frame of the text and the fingerprint of the base model. The MLP is
 not in it (section 4.3 of Li & Liang 2021: it is dropped after training).
-
-The fingerprint names a model by content: sha256 over the fields that shape it and 64 fixed elements
-of each tensor, rounded to bf16. An fp32 and a bf16 copy, a .bin and a safetensors file of the same
-weights have the same fingerprint.
 """
 
-import hashlib
-import json
 from pathlib import Path
 
 import torch
 
 from minprefix.data import LINEARISATIONS
 from minprefix.files import load_tensors, save_tensors
-from minprefix.gpt2 import GPT2
 from minprefix.prefix import Prefix
 
 FORMAT = "minprefix-prefix-1"
-ARCHITECTURE = (
-    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon",
-)  # fmt: skip
-
-
-@torch.no_grad()
-def fingerprint(model: GPT2) -> str:
-    """64 hexadecimal digits that name the model's weights."""
-    fields = {name: getattr(model.config, name) for name in ARCHITECTURE}
-    fields["n_inner"] = fields["n_inner"] or 4 * model.config.n_embd
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for name, weight in model.state_dict().items():
-        at = torch.arange(64, device=weight.device) * weight.numel() // 64
-        some = weight.flatten()[at].to(torch.bfloat16).view(torch.int16).cpu()
-        digest.update(name.encode() + some.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save_prefix(path: str | Path, prefix: Prefix) -> None:
@@ -78,7 +55,7 @@ def load_prefix(path: str | Path) -> Prefix:
     offset = metadata.get("position_offset", "")
     if not offset.isdecimal():
         raise ValueError(f"{path}: position_offset must be a number >= 0, got {offset!r}")
-    prefix = Prefix.from_table(table, int(offset), gate)
+    prefix = Prefix.from_table(table.float(), int(offset), None if gate is None else gate.float())
     prefix.base = metadata.get("base", "")
     prefix.linearisation = metadata.get("linearisation", "")
     if prefix.linearisation not in ("", *LINEARISATIONS):

@@ -20,16 +20,17 @@ import torch
 from minprefix import weights
 from minprefix.batches import encode_prompt
 from minprefix.data import LINEARISATIONS, load_examples
+from minprefix.decoding import GenerationConfig
 from minprefix.demo import run_demo
 from minprefix.evaluation import evaluate_method
 from minprefix.files import load_tensors, read_json, write_text
-from minprefix.generation import GenerationConfig, generate, stream
+from minprefix.generation import generate, stream
 from minprefix.options import OneLineParser, add_fields, from_args
 from minprefix.prefix import Prefix, PrefixConfig, make_prefix
 from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
 from minprefix.ranks import joined
 from minprefix.report import format_rows, parameter_rows
-from minprefix.run_folder import read_state
+from minprefix.run_folder import read_state, state_path
 from minprefix.training import Interrupted, TrainConfig, Trainer
 
 
@@ -50,8 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
         "(.csv, .xml, .txt with src||tgt, .jsonl) (default: %(default)s)",
     )  # fmt: skip
     with_data.add_argument(
-        "--linearisation", default="paper", choices=LINEARISATIONS,
-        help="how a table becomes text: as the paper prints it, or as its code does",
+        "--linearisation", choices=LINEARISATIONS,
+        help="how a table becomes text: as the paper prints it, or as its code does (default: as "
+        "the prefix or the fine-tuned model was trained; paper for a new run)",
     )  # fmt: skip
 
     text = "Prefix-tuning for GPT-2: tune, write, measure."
@@ -117,7 +119,7 @@ def run_train(args) -> dict | None:
     with joined(settings["device"]) as ranks:
         ranks.wait()  # all have looked into `out` before one writes there
         trainer = make_trainer(settings, out)
-        if args.resume and (out / "state").exists():
+        if args.resume and state_path(out).exists():
             trainer.load_state()
         elif ranks.first:
             out.mkdir(parents=True, exist_ok=True)
@@ -142,22 +144,22 @@ def run_to_train(args) -> tuple[Path, dict]:
     if (args.out is None) == (args.resume is None):
         raise ValueError("give either --out (a new run) or --resume (a run folder to go on with)")
     if args.resume:
-        unchanged = build_parser().parse_args(["train", "--resume", str(args.resume)])
-        common = ("run", "json", "debug")
-        given = [k for k, v in vars(args).items() if k not in common and v != vars(unchanged)[k]]
-        if given:
-            name = "--" + given[0].replace("_", "-")
-            raise ValueError(
-                f"{args.resume}: a run keeps its settings, {name} cannot go with --resume"
-            )
-        return args.resume, read_settings(args.resume)
-    if (args.out / "config.json").exists() or (args.out / "state").exists():
+        allowed = ("--resume", "--device", "--json", "--debug")
+        given = [word.split("=")[0] for word in args.argv if word.startswith("--")]
+        for option in given:
+            if option not in allowed:
+                raise ValueError(
+                    f"{args.resume}: a run keeps its settings, {option} cannot go with --resume"
+                )
+        settings = read_settings(args.resume)
+        return args.resume, settings | ({"device": args.device} if "--device" in given else {})
+    if (args.out / "config.json").exists() or state_path(args.out).exists():
         raise ValueError(
             f"{args.out} holds a run: go on with --resume {args.out}, or choose another"
         )
     settings = {
         "model": args.model, "device": args.device, "data": args.data, "dev": args.dev,
-        "linearisation": args.linearisation,
+        "linearisation": args.linearisation or "paper",
         "train": asdict(from_args(TrainConfig, args)),
         "prefix": asdict(from_args(PrefixConfig, args)),
     }  # fmt: skip
@@ -209,7 +211,7 @@ def run_generate(args) -> dict | None:
         raise ValueError(f"prompt {prompts.index('') + 1} is empty")
     model, tokenizer = weights.load(args.model, device=args.device)
     prefix = load_prefix(args, model)
-    frame = args.frame or (prefix.linearisation if prefix else "") or "none"
+    frame = args.frame or (prefix or model.config).linearisation or "none"
     if frame == "none":
         prompts = [tokenizer.encode(prompt) for prompt in prompts]
     else:
@@ -243,6 +245,8 @@ def load_prefix(args, model) -> Prefix | None:
 
 def read_prompts() -> list[str]:
     """The lines of standard input."""
+    if sys.stdin.isatty():
+        print("one prompt per line, Ctrl-D ends:", file=sys.stderr)
     prompts = []
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
@@ -270,13 +274,20 @@ def run_evaluate(args) -> dict:
         raise ValueError(f"--outputs {args.outputs}: {args.outputs.parent} is no folder")
     config = from_args(GenerationConfig, args)
     model, tokenizer = weights.load(args.model, device=args.device)
-    load = {"linearisation": args.linearisation}
-    examples = load_examples(args.data, args.split, **load)[: args.limit]
     prefix, prompt = load_prefix(args, model), None
-    if prefix and prefix.linearisation not in ("", args.linearisation):
+    learned = (prefix or model.config).linearisation
+    if learned and args.linearisation not in (None, learned):
         raise ValueError(
-            f"{args.prefix} was trained with --linearisation {prefix.linearisation}, "
+            f"{args.prefix or args.model} was trained with --linearisation {learned}, "
             f"not {args.linearisation}"
+        )
+    linearisation = args.linearisation or learned or "paper"
+    load = {"linearisation": linearisation}
+    examples = load_examples(args.data, args.split, **load)[: args.limit]
+    if not (prefix or asks or learned or args.linearisation):
+        raise ValueError(
+            f"{args.model} was not trained on tables: give --prefix, --hard-prompt, a fine-tuned "
+            "model, or the --linearisation that it knows"
         )
     if asks:
         prompt = HardPrompt(args.hard_prompt)
@@ -285,7 +296,7 @@ def run_evaluate(args) -> dict:
             prompt = show_examples(args.hard_prompt, train, args.shots)
     scores, texts = evaluate_method(
         model, tokenizer, examples, prefix=prefix, prompt=prompt, config=config,
-        linearisation=args.linearisation, batch_size=args.batch_size,
+        linearisation=linearisation, batch_size=args.batch_size, progress=True,
     )  # fmt: skip
     if args.outputs:
         rows = ({"source": e.source, "text": t} for e, t in zip(examples, texts, strict=True))
@@ -353,6 +364,7 @@ def describe(error: Exception) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code."""
     args = build_parser().parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     try:
         result = args.run(args)
     except Interrupted as stop:

@@ -77,7 +77,7 @@ def _read_text(path: Path) -> str:
     """The text of a UTF-8 file (a byte order mark is dropped); line ends stay as they are."""
     text = read_text(path).removeprefix("\ufeff")
     if not text.strip():
-        raise ValueError(f"{path.name}: the file is empty")
+        raise ValueError(f"{path}: the file is empty")
     return text
 
 
@@ -85,7 +85,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """("file:number", line) of each line that is not blank, without its line end."""
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if line.strip():
-            yield f"{path.name}:{number}", line.removesuffix("\r")
+            yield f"{path}:{number}", line.removesuffix("\r")
 
 
 def _from_table(table: Sequence[tuple[str, str]], targets, where: str) -> Example:
@@ -117,10 +117,10 @@ def _read_csv(path: Path, linearisation: str) -> Iterator[Example]:
     try:
         header = next(reader)
         if not {"mr", "ref"} <= set(header):
-            raise ValueError(f"{path.name}:1: E2E's CSV has the columns mr and ref, got {header}")
+            raise ValueError(f"{path}:1: E2E's CSV has the columns mr and ref, got {header}")
         line = reader.line_num + 1
         for row in reader:
-            where, line = f"{path.name}:{line}", reader.line_num + 1
+            where, line = f"{path}:{line}", reader.line_num + 1
             if not row:
                 continue
             if len(row) != len(header):
@@ -130,7 +130,7 @@ def _read_csv(path: Path, linearisation: str) -> Iterator[Example]:
             target = checked_text(row[header.index("ref")], "ref", where)
             yield _from_table(table, [_clean(target, linearisation)], where)
     except csv.Error as error:
-        raise ValueError(f"{path.name}:{line}: broken CSV: {error}") from None
+        raise ValueError(f"{path}:{line}: broken CSV: {error}") from None
 
 
 def _read_txt(path: Path, linearisation: str) -> Iterator[Example]:
@@ -209,15 +209,15 @@ def _read_xml(path: Path, linearisation: str, only_good: bool) -> Iterator[Examp
     """
     data = path.read_bytes()
     if not data.strip():
-        raise ValueError(f"{path.name}: the file is empty")
+        raise ValueError(f"{path}: the file is empty")
     try:
         root = ET.fromstring(data)
     except (ET.ParseError, LookupError, ValueError) as error:
         # Not all have a position: an unknown encoding is a LookupError or ValueError of line 1.
         line = error.position[0] if isinstance(error, ET.ParseError) else 1
-        raise ValueError(f"{path.name}:{line}: broken XML: {error}") from None
+        raise ValueError(f"{path}:{line}: broken XML: {error}") from None
     for number, entry in enumerate(root.iter("entry"), 1):
-        where = f"{path.name}:{entry.get('eid', number)}"
+        where = f"{path}:{entry.get('eid', number)}"
         triples = [_triple(m.text, linearisation, where) for m in entry.iter("mtriple")]
         texts = [lex for lex in entry.iter("lex") if (lex.text or "").strip()]
         if not triples or not texts:
@@ -255,7 +255,7 @@ def _read_file(path: Path, split: str | None, linearisation: str) -> list[Exampl
     if suffix == ".jsonl":
         return _merge_equal_sources(_read_jsonl(path, linearisation))
     raise ValueError(
-        f"{path.name}: unknown kind of file; accepted are .jsonl, .csv (E2E), .xml (WebNLG) and "
+        f"{path}: unknown kind of file; accepted are .jsonl, .csv (E2E), .xml (WebNLG) and "
         ".txt (source||target)"
     )
 

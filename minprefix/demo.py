@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from minprefix.data import load_examples
+from minprefix.decoding import GenerationConfig
 from minprefix.evaluation import evaluate_method
 from minprefix.files import write_text
-from minprefix.generation import GenerationConfig
 from minprefix.prefix import Prefix, PrefixConfig, make_prefix
 from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
 from minprefix.report import plot_comparison, plot_loss, write_samples
@@ -38,7 +38,21 @@ def run_demo(out: Path) -> tuple[dict, list[dict]]:
     """Run the demo in the folder `out`: what metrics.json holds, and the rows of its table.
 
     A finished or interrupted training in `out` is gone on with.
+
+    Raises:
+        Interrupted: Ctrl-C; says how to go on.
     """
+    go_on = f"the same command goes on ({out} keeps what is done)"
+    try:
+        return tune_write_measure(out)
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; {out / 'prefix.safetensors'} can be used; {go_on}") from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {go_on}") from None
+
+
+def tune_write_measure(out: Path) -> tuple[dict, list[dict]]:
+    """The work of `run_demo`."""
     began = time.perf_counter()
     model, tokenizer = load("mini")
     train, dev, test = (load_examples("restaurants", split) for split in ("train", "dev", "test"))
@@ -54,18 +68,19 @@ def run_demo(out: Path) -> tuple[dict, list[dict]]:
         f"{SHOTS} examples in context": {"prompt": show_examples(TEMPLATES[0], train, SHOTS)},
         "prefix": {"prefix": kept},
     }
+    n_trained, n_kept = sum(p.numel() for p in prefix.parameters()), kept.prefix_table.numel()
     rows, texts, scores = [], {}, {}
     for name, method in methods.items():
         say(f"writing {len(test)} texts: {name}")
         scores[name], texts[name] = evaluate_method(
-            model, tokenizer, test, config=GENERATE, **method
+            model, tokenizer, test, config=GENERATE, progress=True, **method
         )
-        n = kept.prefix_table.numel() if name == "prefix" else 0
-        rows.append(row(name, scores[name], n, model))
+        counts = (n_trained, n_kept) if name == "prefix" else (0, 0)
+        rows.append(row(name, scores[name], *counts, model))
     metrics = {
         "methods": scores,
-        "parameters_kept": kept.prefix_table.numel(),
-        "parameters_trained": sum(p.numel() for p in prefix.parameters()),
+        "parameters_trained": n_trained,
+        "parameters_kept": n_kept,
         "training": training | asdict(TRAIN),
         "prefix": asdict(PREFIX),
         "seconds": round(time.perf_counter() - began, 1),
@@ -84,23 +99,21 @@ def tune(trainer: Trainer, out: Path) -> dict:
     if state_path(out).exists():
         trainer.load_state()
         say(f"{out} holds a run: going on after step {trainer.step_done} (delete it to start anew)")
-    try:
-        return trainer.run()
-    except Interrupted as stop:
-        raise Interrupted(
-            f"{stop}. {out / 'prefix.safetensors'} can be used; give the same command to go on"
-        ) from None
+    return trainer.run()
 
 
-def row(name: str, scores: dict[str, float], kept: int, model) -> dict:
-    """One line of the printed table."""
+def row(name: str, scores: dict[str, float], n_trained: int, n_kept: int, model) -> dict:
+    """One line of the printed table. Trained: with the MLP; kept: the table that is shipped."""
+    total = sum(p.numel() for p in model.parameters())
     return {
         "method": name,
         "BLEU": scores["bleu"],
         "ROUGE-L": scores["rouge_l"],
         "slots %": scores["slot_coverage"],
-        "parameters": kept,
-        "percent": 100 * kept / sum(p.numel() for p in model.parameters()),
+        "trained": n_trained,
+        "% of model": 100 * n_trained / total,
+        "kept": n_kept,
+        "kept %": 100 * n_kept / total,
     }
 
 

@@ -39,7 +39,10 @@ def add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
             action = argparse.BooleanOptionalAction
             group.add_argument(flag, action=action, default=field.default, help=text)
         elif kind == tuple[str, ...]:
-            group.add_argument(flag, nargs="*", default=field.default, help=text)
+            group.add_argument(
+                flag, action="append", metavar="TEXT",
+                help=texts[field.name].replace("%", "%%") + " (give it once for each)",
+            )  # fmt: skip
         else:
             plain = next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))
             group.add_argument(flag, type=plain, default=field.default, help=text)
@@ -48,7 +51,8 @@ def add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
 def from_args(cls: type, args: argparse.Namespace):
     """The dataclass that the options describe."""
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(cls)}
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    given = {name: value for name, value in values.items() if value is not None}
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

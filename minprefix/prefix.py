@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from minprefix.gpt2 import GPT2, GPT2Config, KVCache, PrefixActivations
 from minprefix.options import check_choice
+from minprefix.weights import fingerprint
 
 PARAMETRISATIONS = ("table", "mlp")
 INITS = ("random", "words", "prompt")
@@ -244,14 +245,10 @@ class Prefix(nn.Module):
 
     def bind(self, model: GPT2) -> None:
         """Remember that this prefix belongs to `model`."""
-        from minprefix.checkpoint import fingerprint
-
         self.base = fingerprint(model)
 
     def check_base(self, model: GPT2) -> None:
         """ValueError if this prefix belongs to another model than `model`."""
-        from minprefix.checkpoint import fingerprint
-
         if self.base and self.base != fingerprint(model):
             raise ValueError(
                 f"this prefix was made for another model: it names base {self.base[:12]}, "

@@ -1,7 +1,7 @@
 """Training on several processes (torchrun): who am I, and sums over all.
 
-The frozen model is on every rank; only what is trained is reduced, for a prefix about 0.1 % of the
-parameters. Rank 0 alone writes files. Without torchrun there is one rank and nothing is sent.
+The frozen model is on every rank; only the gradient of what is trained is reduced. Rank 0 alone
+writes files. Without torchrun there is one rank and nothing is sent.
 
     torchrun --nproc-per-node 2 -m minprefix train --data E2E --out runs/e2e
 

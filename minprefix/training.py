@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 # Peak learning rates where none is given, for models (below 512 wide, of official size): what the
 # E2E dev set chose for the embedded model, and the paper's for GPT-2 medium on E2E.
-DEFAULT_LR = {"prefix": (1e-3, 8e-5), "finetune": (2e-4, 5e-5)}
+DEFAULT_LR = {"prefix": (1e-3, 8e-5), "finetune": (5e-4, 5e-5)}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TrainConfig:
     steps: int | None = None  # optimiser steps, instead of epochs
     batch_size: int = 10  # pairs per forward pass
     accumulation: int = 1  # forward passes per optimiser step, on each rank of torchrun
-    lr: float | None = None  # AdamW, peak, then linear to 0; None = see DEFAULT_LR
+    lr: float | None = None  # AdamW, peak, then linear to 0; None = by method and model, printed
     warmup_steps: int = 0  # steps of linear warm-up before the decay
     weight_decay: float = 0.0  # AdamW, per step and lr
     clip: float = 1.0  # largest norm of the whole gradient
@@ -122,8 +122,12 @@ class Trainer:
         model.requires_grad_(tuning).train(tuning)
         model.activation_checkpointing = config.activation_checkpointing
         self.trained = model if tuning else prefix
-        if prefix is not None:
+        if prefix is None:
+            model.config = replace(model.config, linearisation=linearisation)
+        else:
             prefix.linearisation = linearisation
+            prefix.check_base(model)
+            prefix.bind(model)
         self.lr = config.lr or DEFAULT_LR[config.method][model.config.n_embd >= 512]
         self.optimizer = torch.optim.AdamW(
             self.trained.parameters(), lr=self.lr, weight_decay=config.weight_decay
@@ -163,8 +167,9 @@ class Trainer:
     def step(self) -> dict:
         """One optimiser step over `accumulation` batches on each rank; what it measured, summed."""
         config = self.config
-        # dropout: a function of the step
-        torch.manual_seed(hash((config.seed, self.step_done, self.ranks.rank)))
+        # dropout: a function of seed, step and rank
+        number = config.seed * self.steps + self.step_done
+        torch.manual_seed(number * self.ranks.count + self.ranks.rank)
         first = self.step_done * self.per_step
         batches = [self.order.batch(number) for number in range(first, first + self.per_step)]
         rows = [self.rows[i] for batch in batches for i in batch]  # of all ranks
@@ -203,7 +208,11 @@ class Trainer:
         Raises:
             Interrupted: Ctrl-C; the running step was finished and the state saved.
             FloatingPointError: the loss is no longer finite; the last saved state stays.
+            ValueError: the folder holds a run and `load_state` was not called.
         """
+        if self.step_done == 0 and state_path(self.out).exists():
+            raise ValueError(f"{self.out} holds a run: load_state() goes on with it")
+        self.ranks.wait()
         if self.ranks.first:
             self.out.mkdir(parents=True, exist_ok=True)
             cut_log(self.out, self.step_done)
@@ -235,7 +244,7 @@ class Trainer:
                     self.seconds = time.perf_counter() - started
                     self.save_state()
                     clock = time.perf_counter()
-                if stop and not last:
+                if stop:
                     self._stop_early()
         self.ranks.wait()
         return {
@@ -251,7 +260,7 @@ class Trainer:
         entry = {
             "step": self.step_done,
             "loss": loss,  # nats per target token
-            "grad_norm": float(window[-1]["norm"]),
+            "grad_norm": self._finite(float(window[-1]["norm"]), "norm of the gradient"),
             "lr": window[-1]["lr"],
             "tokens_per_s": round(sum(entry["tokens"] for entry in window) / seconds),
         }
@@ -350,7 +359,7 @@ class Trainer:
         for row in self.rows:
             digest.update(np.array([row.prompt_len, *row.ids], dtype=np.int64).tobytes())
         settings = asdict(self.config) | {"training data": digest.hexdigest()}
-        settings["number of ranks"] = self.ranks.count
+        settings |= {"lr": self.lr, "number of ranks": self.ranks.count}
         if self.prefix is not None:
             settings |= {
                 "base model": self.prefix.base,
@@ -376,6 +385,7 @@ def deferred_interrupt():
             signal.signal(signal.SIGINT, previous)
             raise KeyboardInterrupt
         seen.append(number)
+        print("\nstopping after this step; again: at once", file=sys.stderr, flush=True)
 
     signal.signal(signal.SIGINT, note)
     try:

@@ -11,6 +11,7 @@ The modules have the checkpoint's names, so there is no map, only what `_rename`
 [1] https://github.com/huggingface/transformers
 """
 
+import hashlib
 import json
 import re
 from contextlib import ExitStack
@@ -45,6 +46,11 @@ ONLY = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
+
+# what a fingerprint says of the architecture
+ARCHITECTURE = (
+    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon",
+)  # fmt: skip
 
 LISTED = 5  # names of tensors, at most, per kind of error
 
@@ -103,7 +109,7 @@ def read_config(folder: Path) -> GPT2Config:
         kind = int | float if field.type is float else field.type
         least = 0 if field.type is float or field.name.endswith("_id") else 1
         fits = isinstance(value, kind) and not isinstance(value, bool)
-        if not fits or (value is not None and value < least):
+        if not fits or (isinstance(value, int | float) and value < least):
             raise ValueError(f"{path}: {field.name} is {value!r}")
     try:
         return GPT2Config(**values)
@@ -238,3 +244,20 @@ def save_model(model: GPT2, tokenizer: Tokenizer, folder: str | Path) -> None:
         for name, text in texts.items():
             stack.enter_context(atomic_write(folder / name)).write_bytes(text.encode())
         save_tensors(folder / "model.safetensors", model.state_dict(), {"format": "pt"})
+
+
+@torch.no_grad()
+def fingerprint(model: GPT2) -> str:
+    """64 hexadecimal digits that name a model by content.
+
+    sha256 over the fields that shape it and 64 fixed elements of each tensor, rounded to bf16: an
+    fp32 and a bf16 copy, a .bin and a safetensors file of the same weights have the same one.
+    """
+    fields = {name: getattr(model.config, name) for name in ARCHITECTURE}
+    fields["n_inner"] = fields["n_inner"] or 4 * model.config.n_embd
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name, weight in model.state_dict().items():
+        at = torch.arange(64, device=weight.device) * weight.numel() // 64
+        some = weight.flatten()[at].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()

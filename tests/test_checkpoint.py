@@ -9,9 +9,10 @@ from conftest import random_ids, tiny_gpt2
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minprefix.checkpoint import FORMAT, fingerprint, load_prefix, save_prefix
+from minprefix.checkpoint import FORMAT, load_prefix, save_prefix
 from minprefix.gpt2 import GPT2
 from minprefix.prefix import Prefix, PrefixBank
+from minprefix.weights import fingerprint
 
 
 def a_prefix(model: GPT2, **options) -> Prefix:

@@ -265,7 +265,7 @@ def test_evaluate_asks_in_words_with_and_without_examples(cli, tiny_folder, tabl
 
     monkeypatch.setattr(minprefix.cli, "evaluate_method", look)
     few = ("evaluate", "--model", tiny_folder, "--data", tables)
-    cli(*few)
+    cli(*few, "--linearisation", "paper")
     cli(*few, "--hard-prompt")
     cli(*few, "--hard-prompt", "{table} in short:", "--shots", 2)
     assert seen[0] is None

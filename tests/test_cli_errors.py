@@ -295,7 +295,8 @@ def test_impossible_evaluations_are_named(refused, tiny_folder, tables, run, tmp
     assert "trained with --linearisation paper, not" in refused(*common, *prefix, *other)
     assert "choose one" in refused(*common, *prefix, "--hard-prompt")
     assert "--limit must be at least 1, got 0" in refused(*common, "--limit", 0)
-    assert "batch_size must be at least 1, got 0" in refused(*common, "--batch-size", 0)
+    assert "batch_size must be at least 1, got 0" in refused(*common, *prefix, "--batch-size", 0)
+    assert "was not trained on tables" in refused(*common)
     outputs = tmp_path / "none" / "texts.jsonl"
     assert str(outputs) in refused(*common, "--outputs", outputs)
 

@@ -7,14 +7,8 @@ import torch
 from conftest import hf_twin, tiny_gpt2
 
 from minprefix.batches import encode_prompt
-from minprefix.generation import (
-    GenerationConfig,
-    generate,
-    generate_ids,
-    sample,
-    sampling_probabilities,
-    stream,
-)
+from minprefix.decoding import GenerationConfig, sample, sampling_probabilities
+from minprefix.generation import generate, generate_ids, stream
 from minprefix.gpt2 import GPT2
 from minprefix.prefix import Prefix, PrefixBank
 

@@ -13,13 +13,12 @@ import pytest
 import torch
 from conftest import tiny_gpt2
 
-from minprefix.checkpoint import fingerprint
 from minprefix.data import Example
 from minprefix.gpt2 import GPT2Config
 from minprefix.prefix import Prefix
 from minprefix.tokenizer import Tokenizer
 from minprefix.training import Interrupted, TrainConfig, Trainer
-from minprefix.weights import ASSETS, load, save_model
+from minprefix.weights import ASSETS, fingerprint, load, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "amber brook cedar dune ember fjord grove harbour inlet jetty".split()
