@@ -143,9 +143,11 @@ def test_resume_of_a_finished_run_changes_nothing(cli, run):
     assert {name: (run / name).read_bytes() for name in files} == files
 
 
-def test_resume_of_a_run_without_a_saved_state_starts_it(cli, run):
+@pytest.mark.parametrize("folder_is_left", [False, True])  # True: the disk was full at the save
+def test_resume_of_a_run_without_a_saved_state_starts_it(cli, run, folder_is_left):
     (run / "state" / "state.pt").unlink()
-    (run / "state").rmdir()
+    if not folder_is_left:
+        (run / "state").rmdir()
     (run / "log.jsonl").unlink()
     cli("train", "--resume", run)
     assert steps_in_log(run) == [1, 2, 3, 4]
