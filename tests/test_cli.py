@@ -132,6 +132,7 @@ def test_finetuning_leaves_a_model_that_the_other_commands_take(cli, tiny_folder
     assert only_json(out)["kept"] == str(folder)
     before, after = load(tiny_folder)[0], load(folder)[0]
     assert not torch.equal(before.wte.weight, after.wte.weight)
+    assert after.config.linearisation == "paper"  # its frame: no option has to say it again
     few = ("--data", tables, "--max-new-tokens", 4, "--json")
     assert only_json(cli("evaluate", "--model", folder, *few)[0])["tables"] == 3
 
