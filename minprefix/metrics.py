@@ -2,7 +2,7 @@
 
 Read `score`, then `slot_coverage`. BLEU is sacrebleu's [1], which agrees with the official E2E
 scorer [3]; ROUGE-L is the package rouge-score's [2], which does not (other tokens, another F).
-[1] https://github.com/mjpost/sacrebleu   [2] https://pypi.org/project/rouge-score
+[1] https://github.com/mjpost/sacrebleu   [2] https://github.com/google-research/google-research/tree/master/rouge
 [3] https://github.com/tuetschek/e2e-metrics
 """
 

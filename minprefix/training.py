@@ -250,7 +250,7 @@ class Trainer:
         return {
             "steps": self.step_done,
             "best_dev_loss": self.best,
-            "seconds": round(self.seconds, 1),  # of all sessions of this run
+            "seconds": round(self.seconds, 1),  # of the whole run, resumed or not
         }
 
     def _log(self, window: list[dict], seconds: float) -> dict:
