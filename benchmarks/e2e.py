@@ -33,7 +33,7 @@ PREFIX = PrefixConfig(prefix_len=10, mid_dim=512)
 COMMON = TrainConfig(batch_size=32, precision="bf16", eval_pairs=500, log_every=25)
 TRAIN = {
     "prefix": dataclasses.replace(COMMON, method="prefix", lr=1e-3, steps=2500, eval_every=250),
-    "finetune": dataclasses.replace(COMMON, method="finetune", lr=5e-4, steps=1200, eval_every=200),
+    "finetune": dataclasses.replace(COMMON, method="finetune", lr=1e-3, steps=1200, eval_every=200),
 }
 SELECT = {
     "prefix": (5e-4, 1e-3, 2e-3, 4e-3),

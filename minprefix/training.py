@@ -43,7 +43,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 # Peak learning rates where none is given, for models (below 512 wide, of official size): what the
 # E2E dev set chose for the embedded model, and the paper's for GPT-2 medium on E2E.
-DEFAULT_LR = {"prefix": (1e-3, 8e-5), "finetune": (5e-4, 5e-5)}
+DEFAULT_LR = {"prefix": (1e-3, 8e-5), "finetune": (1e-3, 5e-5)}
 
 
 @dataclass(frozen=True)
