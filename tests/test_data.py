@@ -59,8 +59,8 @@ def test_csv_renames_orders_and_groups_by_input(tmp_path):
     assert door.source == fields + " | near : Quay, East"
     assert door.targets == ("A tea room.", "Closed to kids.")
     assert door.table[1:3] == (("type", "tea room"), ("price", "£5-10"))
-    assert (door.where, odo.where) == ("a.csv:2", "a.csv:3")
-    assert odo == Example("name : Odo", ("Odo, in town",), (("name", "Odo"),), "a.csv:3")
+    assert (door.where, odo.where) == (f"{tmp_path}/a.csv:2", f"{tmp_path}/a.csv:3")
+    assert odo == Example("name : Odo", ("Odo, in town",), (("name", "Odo"),), odo.where)
 
 
 def test_csv_original_code_says_type_and_keeps_white_space(tmp_path):
@@ -74,7 +74,7 @@ def test_csv_order_of_the_mr_does_not_matter_and_line_numbers_count_line_breaks(
     text = '\ufeff"ref","mr"\n"a\nb","area[x], name[N]"\n"c","name[N], area[x]"\n\n"d","name[M]"\n'
     first, second = load_examples(write(tmp_path, "a.csv", text))
     assert (first.source, first.targets) == ("name : N | area : x", ("a b", "c"))
-    assert second.where == "a.csv:6"
+    assert second.where == f"{tmp_path}/a.csv:6"
 
 
 def test_txt_white_space(tmp_path):
@@ -82,7 +82,7 @@ def test_txt_white_space(tmp_path):
         tmp_path, "a.txt", "name : X |  Type : pub||It is . \r\n\nname : X |  Type : pub||X"
     )
     assert load_examples(path)[0] == Example(
-        "name : X |  Type : pub", ("It is .", "X"), None, "a.txt:1"
+        "name : X |  Type : pub", ("It is .", "X"), None, f"{tmp_path}/a.txt:1"
     )
     path = write(tmp_path, "b.txt", " name : X || It is . \r\n")
     exact = load_examples(path, linearisation="original-code")[0]
@@ -95,7 +95,7 @@ def test_xml_has_an_example_per_entry(tmp_path, split):
     assert ship.source == 'Blue_Heron : builtIn : Köln | Köln : country : "D & E"'
     assert ship.targets == ("Built in Köln.", "It build.")  # the empty <lex> is no text
     assert (ship.group, bird.group) == ("Ship", "Bird")
-    assert (ship.where, ship.table) == ("a.xml:Id1", None)
+    assert (ship.where, ship.table) == (f"{tmp_path}/a.xml:Id1", None)
 
 
 def test_xml_original_code_leads_with_a_bar_and_trains_on_good_texts(tmp_path):
@@ -117,7 +117,7 @@ def test_jsonl_tables_and_sources(tmp_path):
     table, source = load_examples(path)
     assert table.source == "b : 1 2 | a : x" and table.table == (("b", "1 2"), ("a", "x"))
     assert table.targets == ("one", "two", "three")
-    assert source == Example("Long\ntext", ("short",), None, "a.jsonl:3")
+    assert source == Example("Long\ntext", ("short",), None, f"{tmp_path}/a.jsonl:3")
     assert load_examples(path, linearisation="original-code")[1].source == " Long\ntext "
 
 
@@ -235,12 +235,13 @@ def test_folders_are_recognised_by_their_files(tmp_path):
     assert len(load_examples(tmp_path / "e2e", "train")) == 2
     assert load_examples(str(tmp_path / "e2e"), "test")[0].source == "name : T"
     places = [example.where for example in load_examples(tmp_path / "nlg", "train")]
-    assert places == ["b.xml:Id1", "b.xml:Id2", "a.xml:Id1", "a.xml:Id2"]
+    ends = ("1triples/b.xml:Id1", "1triples/b.xml:Id2", "2triples/a.xml:Id1", "2triples/a.xml:Id2")
+    assert places == [f"{tmp_path}/nlg/train/{end}" for end in ends]
     assert len(load_examples(tmp_path / "nlg", "test")) == 2
     assert load_examples(tmp_path / "paper", "dev") == [
-        Example("a", ("b",), None, "src1_valid.txt:1")
+        Example("a", ("b",), None, f"{tmp_path}/paper/src1_valid.txt:1")
     ]
-    assert load_examples(tmp_path / "own", "dev")[0].where == "dev.jsonl:1"
+    assert load_examples(tmp_path / "own", "dev")[0].where == f"{tmp_path}/own/dev.jsonl:1"
     write(tmp_path, "own/devset.csv", CSV)
     with pytest.raises(ValueError, match="more than one of them: devset.csv, dev.jsonl"):
         load_examples(tmp_path / "own", "dev")
