@@ -26,8 +26,8 @@ from minprefix.weights import load
 # fewer steps where bf16 is not at hand: fp32 takes more than twice the time, and the demo 4 minutes
 BF16 = cpu_has_bf16()
 TRAIN = TrainConfig(
-    steps=700 if BF16 else 280, batch_size=16, lr=1e-3, warmup_steps=20, precision="bf16" if BF16 else "fp32",
-    eval_every=100, eval_pairs=160,
+    steps=700 if BF16 else 280, batch_size=16, lr=1e-3, warmup_steps=20,
+    precision="bf16" if BF16 else "fp32", eval_every=100, eval_pairs=160,
 )  # fmt: skip
 PREFIX = PrefixConfig(prefix_len=10, init="words")
 GENERATE = GenerationConfig(max_new_tokens=60)
