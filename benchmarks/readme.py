@@ -76,13 +76,17 @@ def draw(path: Path) -> None:
     scores = [float(rows[method]["bleu"]) for method in shown]
     kept = [int(rows[method]["parameters"]) for method in shown]
     colours = ["#d9822b" if method == "prefix" else "#9aa5ad" for method in shown]
-    names = [f"{NAMES[m]}\n{k:,} parameters" for m, k in zip(shown, kept, strict=True)]
+    names = [f"{NAMES[m]}\n{k:,} parameters kept" for m, k in zip(shown, kept, strict=True)]
     drawn = bars.barh(range(len(shown)), scores, color=colours)
     bars.bar_label(drawn, fmt="%.1f", padding=3)
     bars.set_yticks(range(len(shown)), names)
     bars.invert_yaxis()
     bars.spines[["top", "right"]].set_visible(False)
-    bars.set(xlabel="test BLEU on E2E (0 to 100), greedy", xlim=(0, 80), title="One frozen model")
+    bars.set(
+        xlabel="test BLEU on E2E (0 to 100), greedy",
+        xlim=(0, 80),
+        title="The same small GPT-2, four ways",
+    )
     with atomic_write(path) as temporary:
         figure.savefig(temporary)
 
