@@ -92,8 +92,8 @@ def prefix_attention_lean(
 ):  # fmt: skip
     """The CPU path: concatenated keys, a mask only where needed. See `kernels.prefix_attention`.
 
-    PyTorch's fused attention, except while training in bf16: there its backward pass on a CPU costs
-    several times the batched products of `masked_products` (benchmarks/cpu_attention.csv).
+    PyTorch's fused attention, except while training in bf16: there its backward pass on a CPU takes
+    longer than the batched products of `masked_products` do (benchmarks/cpu_attention.csv).
     It gives no lse, so with return_lse the scores are made once more.
     """
     (_, _, T, D), S, P = q.shape, k.shape[2], prefix_k.shape[-2]
