@@ -34,7 +34,8 @@ from minprefix.run_folder import read_state, state_path
 from minprefix.training import Interrupted, TrainConfig, Trainer
 
 
-def build_parser() -> argparse.ArgumentParser:
+def shared_options() -> tuple[argparse.ArgumentParser, ...]:
+    """Options that commands share: of all, of those with a model, of those with data."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as one JSON object")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -55,7 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="how a table becomes text: as the paper prints it, or as its code does (default: as "
         "the prefix or the fine-tuned model was trained; paper for a new run)",
     )  # fmt: skip
+    return common, with_model, with_data
 
+
+def build_parser() -> argparse.ArgumentParser:
+    """One sub-command per `run_COMMAND`."""
+    common, with_model, with_data = shared_options()
     text = "Prefix-tuning for GPT-2: tune, write, measure."
     parser = OneLineParser(prog="python -m minprefix", description=text)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

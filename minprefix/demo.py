@@ -20,8 +20,15 @@ from minprefix.prefix import Prefix, PrefixConfig, make_prefix
 from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
 from minprefix.report import plot_comparison, plot_loss, write_samples
 from minprefix.run_folder import read_log, state_path
-from minprefix.training import Interrupted, TrainConfig, Trainer, cpu_has_bf16
+from minprefix.training import Interrupted, TrainConfig, Trainer
 from minprefix.weights import load
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 in hardware (False if PyTorch cannot tell)."""
+    can = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
 
 # fewer steps where bf16 is not at hand: fp32 takes more than twice the time, and the demo 4 minutes
 BF16 = cpu_has_bf16()

@@ -85,12 +85,6 @@ class TrainConfig:
             raise ValueError(f"nothing to train: epochs {self.epochs}, steps {self.steps}")
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 in hardware (False if PyTorch cannot tell)."""
-    can = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
 class Interrupted(Exception):
     """Ctrl-C during training; the state is saved."""
 
