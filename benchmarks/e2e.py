@@ -15,6 +15,7 @@ final scoring only.
 
 import argparse
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from minprefix.evaluation import evaluate_method
 from minprefix.prefix import Prefix, PrefixConfig, make_prefix
 from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
 from minprefix.run_folder import state_path
-from minprefix.training import TrainConfig, Trainer
+from minprefix.training import Interrupted, TrainConfig, Trainer
 from minprefix.weights import load
 
 HERE = Path(__file__).parent
@@ -165,12 +166,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     machine()  # the commit that runs, not the one at the end
-    if args.stage == "select":
-        select(args.data, args.out)
-    elif args.stage == "hard-prompt":
-        hard_prompts(args.data)
-    else:
-        final(args.stage, args.data, args.out, args.seed)
+    try:
+        if args.stage == "select":
+            select(args.data, args.out)
+        elif args.stage == "hard-prompt":
+            hard_prompts(args.data)
+        else:
+            final(args.stage, args.data, args.out, args.seed)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        sys.exit(f"{str(stop) or 'interrupted'}; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ from minprefix.weights import save_model
 METHODS = ("prefix", "finetune")
 PRECISIONS = ("auto", "fp32", "bf16")
 
-
 # Peak learning rates where none is given, for models (below 512 wide, of official size): what the
 # E2E dev set chose for the embedded model, and the paper's for GPT-2 medium on E2E.
 DEFAULT_LR = {"prefix": (1e-3, 8e-5), "finetune": (1e-3, 5e-5)}
@@ -55,7 +54,7 @@ class TrainConfig:
     steps: int | None = None  # optimiser steps, instead of epochs
     batch_size: int = 10  # pairs per forward pass
     accumulation: int = 1  # forward passes per optimiser step, on each rank of torchrun
-    lr: float | None = None  # AdamW, peak, then linear to 0; None = by method and model, printed
+    lr: float | None = None  # AdamW, peak, then linear to 0; None = by method and width, see log
     warmup_steps: int = 0  # steps of linear warm-up before the decay
     weight_decay: float = 0.0  # AdamW, per step and lr
     clip: float = 1.0  # largest norm of the whole gradient
@@ -96,10 +95,11 @@ class Trainer:
         train: examples; each (source, target) pair is one training row.
         dev: examples to choose the best step by; may be empty, then the last step is kept.
         out: the run folder.
-        prefix: what to train with method "prefix", bound to the model.
+        prefix: what to train with method "prefix"; it is bound to the model.
         linearisation: frame of the token rows, see `batches.encode_pair`.
     Raises:
-        ValueError: a row too long for the model, an empty target, no training data.
+        ValueError: a row too long for the model, an empty target, no training data, a prefix of
+            another model.
     """
 
     def __init__(

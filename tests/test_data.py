@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,6 @@ from minprefix.data import (
     load_examples,
 )
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 MINI = Path(data.__file__).parent / "assets" / "mini"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the data sets are not here")
 quick = settings(deadline=None, derandomize=True, max_examples=40)
