@@ -2,9 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 OUT ?= runs/demo
+KERNEL_TESTS := tests/test_attention.py tests/test_decode.py tests/test_operator.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test check format test-official bench clean
+.PHONY: help setup setup-dev demo test test-kernels check format test-official
+.PHONY: compile-all bench bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -30,6 +32,13 @@ test: .venv/.dev ## format, lint and all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -m "not official" --durations=10
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(KERNEL_TESTS) --durations=10
+
+test-kernels: .venv/.dev ## the Triton kernels, run in Triton's interpreter on the CPU
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(KERNEL_TESTS) --durations=10
+
+compile-all: .venv/.dev ## compile the kernels for every GPU that they know, in every form (hours)
+	$(BIN)/python -m kernels.compile_offline --all
 
 check: .venv/.dev ## format, lint and the fast tests: while working
 	$(BIN)/ruff format --check .
@@ -45,6 +54,9 @@ test-official: .venv/.dev ## official gpt2 against transformers (a network, or M
 
 bench: .venv/.user ## time the CPU path of the attention operator
 	$(BIN)/python -m kernels.bench_reference --out benchmarks/cpu_attention.csv
+
+bench-gpu: ## on a GPU: kernel tests, sanitizer and benchmarks, in ten minutes, into benchmarks/gpu
+	OUT=$(or $(GPU_OUT),benchmarks/gpu) benchmarks/gpu.sh
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

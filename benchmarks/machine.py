@@ -3,6 +3,7 @@
 import csv
 import io
 import platform
+import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -24,19 +25,31 @@ def cpu_name() -> str:
 def machine() -> dict[str, str | int]:
     """CPU, threads, versions and commit, as they are at the first call: make it at the start.
 
-    A "+" behind the commit: with changes that are not committed.
+    A "+" behind the commit: with changes that are not committed. Empty: git is not there to ask.
+    Where there is a GPU also its name, and the versions of CUDA and Triton.
     """
 
     def git(*words: str) -> str:
+        if shutil.which("git") is None:
+            return ""
         return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no")
-    return {
+    row = {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
     }
+    if torch.cuda.is_available():
+        import triton
+
+        row |= {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda or f"hip {torch.version.hip}",
+            "triton": triton.__version__,
+        }
+    return row
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -45,11 +58,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def add_row(path: Path, row: dict, key: tuple[str, ...]) -> None:
-    """Add a row to a CSV, in the place of one with the same values of the `key` columns."""
+    """Add a row to a CSV, in the place of one with the same values of the `key` columns.
+
+    Columns that only other rows have stay, behind those of this row; a cell without value is empty.
+    """
     same = [str(row[name]) for name in key]
     rows = [old for old in read_rows(path) if [old[name] for name in key] != same] + [row]
+    columns = list(dict.fromkeys(name for one in reversed(rows) for name in one))
     text = io.StringIO()
-    writer = csv.DictWriter(text, row.keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())

@@ -1,15 +1,25 @@
 """Attention over [prefix; sequence]: one operator, with its checks.
 
-`prefix_attention` is what the models call. It runs `reference.py` (plain PyTorch), which is also
-the definition of correct. Importing this package imports torch and nothing else.
+`prefix_attention` is what the models call, `prefix_attention_qkv` is self-attention while training.
+On a GPU they run the Triton kernels of `attention.py`, `backward.py` and `decode.py`; on a CPU, and
+for what the kernels lack (fp64, other head sizes), `reference.py`, plain PyTorch, which is also the
+definition of correct. Importing this package imports torch and nothing else.
 """
+
+import importlib.util
+import os
 
 import torch
 from torch import Tensor
 
 from kernels.reference import prefix_attention_eager, prefix_attention_lean
 
-__all__ = ["prefix_attention", "prefix_attention_eager", "prefix_attention_lean"]
+__all__ = [
+    "prefix_attention",
+    "prefix_attention_eager",
+    "prefix_attention_lean",
+    "prefix_attention_qkv",
+]
 
 
 def prefix_attention(
@@ -43,10 +53,66 @@ def prefix_attention(
     Source: Li & Liang 2021 (arXiv:2101.00190), eq. (3).
     """
     check_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset)
+    if on_triton(q):
+        from kernels.attention import attention
+
+        o, lse = attention(
+            q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset, causal, scale
+        )
+        return (o, lse) if return_lse else o
     return prefix_attention_lean(
         q, k, v, prefix_k, prefix_v, causal=causal, scale=scale, prefix_index=prefix_index,
         prefix_lens=prefix_lens, kv_lens=kv_lens, q_offset=q_offset, return_lse=return_lse,
     )  # fmt: skip
+
+
+def prefix_attention_qkv(
+    qkv: Tensor, prefix_k: Tensor, prefix_v: Tensor, *,
+    causal: bool = True, scale: float | None = None,
+    prefix_index: Tensor | None = None, prefix_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None, q_offset: Tensor | None = None, return_lse: bool = False,
+):  # fmt: skip
+    """Self-attention from the fused projection, whose gradient comes back as one tensor.
+
+    Separate q, k and v, views of one qkv, get three gradients that autograd then copies into one.
+
+    Args:
+        qkv: (B, T, 3, H, D), the projection's output viewed; the last dimension contiguous.
+        The rest, results and errors: as in `prefix_attention`, with S = T.
+    """
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv must be (B, T, 3, H, D), got {shape(qkv)}")
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
+    options = {
+        "causal": causal, "scale": scale, "prefix_index": prefix_index, "prefix_lens": prefix_lens,
+        "kv_lens": kv_lens, "q_offset": q_offset,
+    }  # fmt: skip
+    if not on_triton(qkv):
+        return prefix_attention(q, k, v, prefix_k, prefix_v, **options, return_lse=return_lse)
+    check_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset)
+    from kernels.attention import attention_qkv
+
+    o, lse = attention_qkv(
+        qkv, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset, causal, scale
+    )
+    return (o, lse) if return_lse else o
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests of the kernels
+HEAD_DIMS = (16, 32, 64, 80, 128)  # D that the kernels have
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def on_triton(q: Tensor) -> bool:
+    """Whether the kernels take these queries; reference.py takes all others.
+
+    The interpreter gives wrong products in bf16.
+    """
+    dtypes = (torch.float16, torch.float32) if INTERPRETED else (
+        torch.float16, torch.bfloat16, torch.float32
+    )  # fmt: skip
+    device = q.is_cuda or INTERPRETED
+    return device and HAVE_TRITON and q.dtype in dtypes and q.shape[-1] in HEAD_DIMS
 
 
 def check_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset):
@@ -86,7 +152,12 @@ def check_int(
         return
     if x.is_floating_point() or x.dtype == torch.bool or tuple(x.shape) not in (want, also):
         raise ValueError(f"{name} must be an integer tensor {want}, got {x.dtype} {shape(x)}")
-    if low is not None and x.device.type == "cpu" and x.numel():
+    if (
+        low is not None
+        and x.device.type == "cpu"
+        and x.numel()
+        and not torch.compiler.is_compiling()
+    ):
         if x.min() < low or x.max() > high:
             raise ValueError(f"{name} must lie in [{low}, {high}], got {x.tolist()}")
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import prefix_attention
+from kernels import prefix_attention, prefix_attention_qkv
 
 IGNORE = -100  # a label at which there is no loss
 
@@ -185,10 +185,12 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
         if append is not None:
             k, v = append(k, v)  # (B, H, S, D)
-        if gate is None:
-            o = prefix_attention(q, k, v, prefix_k, prefix_v, **visible)
-        else:
+        if gate is not None:
             o = gated_prefix_attention(q, k, v, prefix_k, prefix_v, gate, **visible)
+        elif append is not None:
+            o = prefix_attention(q, k, v, prefix_k, prefix_v, **visible)
+        else:  # the same, with one gradient for the whole of qkv
+            o = prefix_attention_qkv(qkv, prefix_k, prefix_v, **visible)
         return self.c_proj(o.transpose(1, 2).reshape(B, T, C))  # merging the heads is a view
 
 

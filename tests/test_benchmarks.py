@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.machine import add_row, machine, read_rows
 from benchmarks.readme import HERE, README, draw, final_rows, with_table
+from kernels import bench_attention, sanitize
+from kernels.bench_attention import ISSUE, PASSES, SMALL, Shape, Truth, make_sample
 
 
 def test_readme_table_is_made_from_the_csv():
@@ -36,3 +39,88 @@ def test_rows_are_replaced_by_their_key(tmp_path: Path):
     assert [(row["name"], row["value"]) for row in read_rows(path)] == [("b", "2"), ("a", "3")]
     with pytest.raises(KeyError):
         add_row(path, {"value": 1}, ("name",))
+
+
+def test_rows_of_different_columns_keep_all(tmp_path: Path):
+    """As from a machine with a GPU, then from one without."""
+    path = tmp_path / "rows.csv"
+    add_row(path, {"name": "a", "value": 1, "gpu": "H100"}, ("name",))
+    add_row(path, {"name": "b", "value": 2, "note": "none"}, ("name",))
+    add_row(path, {"name": "c", "value": 3}, ("name",))
+    rows = read_rows(path)
+    assert [row["name"] for row in rows] == ["a", "b", "c"]
+    assert [row["gpu"] for row in rows] == ["H100", "", ""]
+    assert [row["note"] for row in rows] == ["", "none", ""]
+
+
+def test_a_gpu_is_named(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "some GPU")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    row = machine.__wrapped__()
+    assert (row["gpu"], row["cuda"]) == ("some GPU", "13.0")
+    assert row["triton"] and set(machine.__wrapped__()) > {"cpu", "threads", "torch", "commit"}
+
+
+def test_without_git_the_commit_is_empty(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert machine.__wrapped__()["commit"] == ""
+
+
+def rows_where(us) -> list[dict]:
+    """Rows of `bench_attention` for all that it measures, with us(shape, method) microseconds."""
+    rows = [
+        {"B": 1, "T": 1, "H": 1, "P": 0, "N": 0, "pass": "forward", "method": name, "us": 1.0}
+        | {"tflops": 700.0, "gbs": 3000.0}
+        for name in ("matmul", "copy")
+    ]
+    for shape, names in bench_attention.plan("cuda", quick=False):
+        for which in PASSES:
+            for name in names:
+                row = shape._asdict() | {"pass": which, "method": name, "us": us(shape, name)}
+                rows.append(row)
+    return rows
+
+
+def test_targets_are_judged():
+    fast = rows_where(lambda shape, name: 1.0 if name.startswith("ours") else 10.0)
+    assert not [line for line in bench_attention.verdicts(fast) if "stretch too" not in line]
+    slow = rows_where(lambda shape, name: 12.0 + shape.N if name.startswith("ours") else 10.0)
+    lines = bench_attention.verdicts(slow)
+    # 12 us against 10 us, for 1.155 times the work: 1.04
+    assert any("P=10" in line and "1.04 <= 1.0 (0.9)  MISSED" in line for line in lines)
+    assert sum("bank" in line and "MISSED" in line for line in lines) == 4
+    none = bench_attention.verdicts(rows_where(lambda shape, name: ""))
+    assert len(none) == len(lines) and all("not measured" in line for line in none)
+
+
+def test_work_with_a_prefix_is_that_without_times_one_plus_2p_over_t_plus_1():
+    for shape in ISSUE:
+        for which in PASSES:
+            with_prefix, without = (
+                bench_attention.work(shape, which, prefixed)[0] for prefixed in (True, False)
+            )
+            factor = 1 + 2 * shape.P / (shape.T + 1)
+            assert with_prefix == pytest.approx(factor * without, rel=1e-12)  # exact but for fp64
+
+
+def test_pictures_of_times_are_drawn(tmp_path: Path):
+    bench_attention.draw(rows_where(lambda shape, name: float(shape.T)), tmp_path / "times.png")
+    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("shape", SMALL)
+def test_methods_that_are_timed_agree_and_a_wrong_one_is_named(shape: Shape):
+    truth = Truth(make_sample(shape, "cpu", 0))
+    methods = bench_attention.METHODS
+    for name in methods:  # FlexAttention has no backward pass on a CPU
+        assert name == "flex" or truth.problem(name, methods[name]) == ""
+    assert "wrong: error of o" in truth.problem("ours", lambda s: 1.1 * methods["ours"](s))
+    assert "wrong: gives" in truth.problem("ours", methods["bare_flash"]) or shape.P == 0
+
+
+def test_calls_for_the_sanitizer_run_and_repeat(monkeypatch):
+    """The same calls as on a GPU, through the CPU path."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sanitize.main()

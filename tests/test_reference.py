@@ -158,21 +158,24 @@ def test_lean_equals_definition(rows, sequence, prefix_len):
 def magnitudes(case: Case) -> tuple[dict[str, float], float]:
     """Largest entry of the seven fp64 formulas with absolute values; largest |score|."""
     q, k, v, prefix_k, prefix_v = case.tensors
-    B, P, scale = q.shape[0], prefix_k.shape[-2], q.shape[-1] ** -0.5
-    index = case.options.get("prefix_index", torch.zeros(B, dtype=torch.long)).clamp(min=0)
+    B, P, scale = q.shape[0], prefix_k.shape[-2], case.options.get("scale")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     bank_k, bank_v = (x if x.dim() == 4 else x[None] for x in (prefix_k, prefix_v))
+    each = torch.arange(B).clamp(max=bank_k.shape[0] - 1)
+    index = case.options.get("prefix_index", each).clamp(min=0)
     keys = torch.cat([bank_k[index], k], 2).abs()  # (B, H, P + S, D)
     values = torch.cat([bank_v[index], v], 2).abs()
     seen = visible_matrix(case)[:, None]  # (B, 1, T, P + S)
     s = scale * (q @ torch.cat([bank_k[index], k], 2).mT)
-    p = (s.exp() * seen) / (s.exp() * seen).sum(-1, keepdim=True).clamp(min=1e-300)
+    p = s.masked_fill(seen == 0, -1e300).softmax(-1) * seen
     dp = case.do.abs() @ values.mT
     ds = p * (dp + (p * dp).sum(-1, keepdim=True) + case.dlse.abs()[..., None])
+    scale = abs(scale)
     dkeys, dvalues = scale * ds.mT @ q.abs(), p.mT @ case.do.abs()  # (B, H, P + S, D)
     dpk, dpv = (torch.zeros_like(bank_k).index_add(0, index, x[:, :, :P]) for x in (dkeys, dvalues))
     results = (p @ values, torch.ones(1), scale * ds @ keys, dkeys, dvalues, dpk, dpv)
     sizes = {n: x.max().item() if x.numel() else 0.0 for n, x in zip(NAMES, results, strict=True)}
-    return sizes, (s * seen).abs().max().item()
+    return sizes, (s * seen).abs().max().item() if s.numel() else 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

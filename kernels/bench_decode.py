@@ -1,0 +1,308 @@
+"""One step of decoding timed beside what users have: one query a row over [prefix; cached keys].
+
+    python -m kernels.bench_decode [--out FOLDER] [--quick]
+
+bf16, D = 64, T = 1. A step puts the new key and value into the cache and attends to all of it. Each
+method's o is first compared with the definition, `prefix_attention_eager`, in fp64. Methods:
+
+  - grown: Hugging Face's default. Each row's cache holds its prefix, and `torch.cat` makes a new
+    one with the new key and value at each step; then SDPA.
+  - static: the cache holds the prefix and has room; `index_copy_`, then SDPA on the filled part.
+  - ours: the cache has room and no prefix; `index_copy_`, then `kernels.decode` with the lengths
+    of the rows as tensors, as a CUDA graph needs them. The prefix is read where it lies.
+  - ours_only: `kernels.decode` without the update of the cache: what its bandwidth is taken from.
+
+Bytes that any method has to move, with e = 2, S keys with the new one and R different prefixes:
+
+    attention: e (2 D H (B S + R P) + 2 B H D) + 4 B H,    the update: 4 e B H D
+
+gbs is this by the median time of a step, in GB/s; of_copy is its ratio to the GB/s of a large copy,
+read and written bytes together, in the same run. What a method moves beyond that (`grown` writes
+the cache anew) shows as fewer GB/s.
+
+A CUDA graph holds one step on each of several sets of inputs, together 160 MB where 32 sets reach
+that (an H100's L2 cache has 50 MB), so a step's cache comes from memory; us is the median time of a
+step in microseconds, us_20 and us_80 are the quantiles over 20 replays. On a CPU small shapes run
+once or twice, with `prefix_attention_lean` in place of the kernels: those times say nothing about a
+GPU.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.machine import add_row, machine
+from kernels import prefix_attention_eager, prefix_attention_lean
+from kernels.bench_attention import INPUT_BYTES, MOST_SETS, machine_limits, measure
+
+D = 64
+KEY = ("B", "H", "S", "P", "N", "method")
+
+
+class Shape(NamedTuple):
+    """N = 0: one prefix (H, P, D) for all rows; else a bank of N, row b uses prefix b % N."""
+
+    B: int
+    H: int
+    S: int  # keys that a step attends to, the new one with them
+    P: int
+    N: int = 0
+
+
+REFERENCE = [Shape(64, 12, 512, 10), Shape(64, 16, 512, 10), Shape(1, 16, 512, 10)]
+BANKS = [Shape(64, 16, 512, P, N) for P in (10, 200) for N in (0, 64)]
+OVER_S = [Shape(64, 16, S, 10) for S in (64, 128, 256, 512, 1024, 2048, 4096)]
+OVER_B = [Shape(B, 16, 512, 10) for B in (1, 2, 4, 8, 16, 32, 64)]
+ONE_ROW = [Shape(1, 16, S, 10) for S in (128, 512, 1024, 4096, 16384)]
+OVER_P = [Shape(64, 16, 512, P) for P in (0, 10, 32, 64, 128, 200, 512, 1024)]
+SMALL = [Shape(2, 2, 16, 5), Shape(3, 2, 24, 0), Shape(4, 2, 16, 5, 3)]  # on a CPU
+
+
+class Sample(NamedTuple):
+    """Inputs of one step. The new key and value belong at place S - 1."""
+
+    q: Tensor  # (B, H, 1, D)
+    new: Tensor  # (2, B, H, 1, D)
+    cache: Tensor  # (2, B, H, Smax, D), S - 1 of them filled
+    prefix: Tensor  # (2, H, P, D) or (2, N, H, P, D)
+    index: Tensor | None  # (B,)
+    kv_lens: Tensor  # (B,), S in each row
+    q_offset: Tensor  # (B,), S - 1 in each row
+
+
+def make_sample(shape: Shape, device: str, seed: int) -> Sample:
+    B, H, S, P, N = shape
+    random = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=random, device=device).bfloat16()
+
+    bank = (2, N, H, P, D) if N else (2, H, P, D)
+    lens = torch.full((B,), S, device=device)
+    index = torch.arange(B, device=device) % N if N else None
+    # some room behind, as a cache has for the tokens to come
+    cache = normal(2, B, H, S + 32, D)
+    return Sample(
+        normal(B, H, 1, D), normal(2, B, H, 1, D), cache, normal(*bank), index, lens, lens - 1
+    )
+
+
+def with_prefix(s: Sample, room: int) -> Tensor:
+    """A cache that holds each row's prefix, the S - 1 keys and `room`: (2, B, H, P + ..., D)."""
+    rows = s.prefix[:, None] if s.index is None else s.prefix[:, s.index]  # (2, 1 or B, H, P, D)
+    rows = rows.expand(2, s.q.shape[0], -1, -1, -1)
+    filled = s.cache.shape[3] - 32 - 1
+    return torch.cat([rows, s.cache[:, :, :, : filled + room]], dim=3)
+
+
+def grown(s: Sample) -> Callable[[], Tensor]:
+    k, v = with_prefix(s, room=0)
+
+    def step() -> Tensor:
+        return F.scaled_dot_product_attention(
+            s.q, torch.cat([k, s.new[0]], dim=2), torch.cat([v, s.new[1]], dim=2)
+        )
+
+    return step
+
+
+def static(s: Sample) -> Callable[[], Tensor]:
+    k, v = with_prefix(s, room=32)
+    last = k.shape[2] - 32  # the place of the new key
+    place = torch.tensor([last], device=k.device)
+
+    def step() -> Tensor:
+        k.index_copy_(2, place, s.new[0])
+        v.index_copy_(2, place, s.new[1])
+        return F.scaled_dot_product_attention(s.q, k[:, :, : last + 1], v[:, :, : last + 1])
+
+    return step
+
+
+def ours(s: Sample) -> Callable[[], Tensor]:
+    (k, v), attend = s.cache, ours_only(s)
+    place = s.q_offset[:1]
+
+    def step() -> Tensor:
+        k.index_copy_(2, place, s.new[0])
+        v.index_copy_(2, place, s.new[1])
+        return attend()
+
+    return step
+
+
+def ours_only(s: Sample) -> Callable[[], Tensor]:
+    """The kernel, on a cache that has the new key and value already."""
+    s.cache[:, :, :, s.cache.shape[3] - 33 : s.cache.shape[3] - 32] = s.new
+    if not s.q.is_cuda:
+        options = {"prefix_index": s.index, "kv_lens": s.kv_lens, "q_offset": s.q_offset}
+        return lambda: prefix_attention_lean(s.q, *s.cache, *s.prefix, **options)
+    from kernels.decode import decode  # here, since a CPU has no Triton
+
+    lens = (None, s.kv_lens, s.q_offset)
+    return lambda: decode(s.q, *s.cache, *s.prefix, s.index, *lens, True, None)[0]
+
+
+METHODS = {"ours": ours, "ours_only": ours_only, "grown": grown, "static": static}
+
+
+class Truth:
+    """o of one sample by the definition, in fp64 and in bf16."""
+
+    def __init__(self, s: Sample) -> None:
+        S = s.cache.shape[3] - 32
+        k, v = (
+            torch.cat([x[:, :, : S - 1], new], dim=2) for x, new in zip(s.cache, s.new, strict=True)
+        )
+        inputs = (s.q, k, v, *s.prefix)
+        self.low = prefix_attention_eager(*inputs, prefix_index=s.index)
+        self.exact = prefix_attention_eager(*(x.double() for x in inputs), prefix_index=s.index)
+
+    def problem(self, o: Tensor) -> str:
+        """Empty where |o - exact| <= 2 |low - exact| + 4 eps max|exact|: the order of the sums."""
+        error, low = ((x.double() - self.exact).abs().max().item() for x in (o, self.low))
+        budget = 2 * low + 4 * torch.finfo(o.dtype).eps * self.exact.abs().max().item()
+        return "" if error <= budget else f"wrong: error {error:.1e}, budget {budget:.1e}"
+
+
+def work(shape: Shape, method: str) -> int:
+    """Bytes of a step by the formula of the header."""
+    B, H, S, P, N = shape
+    prefixes = min(B, N) if N else 1
+    update = 0 if method == "ours_only" else 8 * B * H * D
+    return 2 * (2 * D * H * (B * S + prefixes * P) + 2 * B * H * D) + 4 * B * H + update
+
+
+def bench_shape(shape: Shape, copy_gbs: float, device: str) -> Iterator[dict]:
+    """A row for each method; where one fails or is wrong, a note says how and no time is given."""
+    bytes_of_one = work(shape, "ours")
+    sets = min(MOST_SETS, max(2, math.ceil(INPUT_BYTES / bytes_of_one))) if device == "cuda" else 1
+    samples = [make_sample(shape, device, seed) for seed in range(sets)]
+    truth = Truth(samples[0])
+    for method, prepare in METHODS.items():
+        row = shape._asdict() | {"T": 1, "D": D, "dtype": "bfloat16", "method": method}
+        row |= {"us": "", "us_20": "", "us_80": "", "mib_peak": "", "gbs": "", "of_copy": ""}
+        row |= {"mib_inputs": round(sets * bytes_of_one / 2**20, 2), "note": ""}
+        try:
+            steps = [prepare(s) for s in samples]
+            row["note"] = truth.problem(steps[0]())
+            if not row["note"]:
+                row |= measure(steps, device)
+                gbs = work(shape, method) / row["us"] / 1e3
+                row |= {"gbs": round(gbs, 1), "of_copy": round(gbs / copy_gbs, 3)}
+        except Exception as error:  # what a peer cannot do is part of the result
+            row["note"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        yield row
+
+
+class Times:
+    """Columns of the rows by shape and method; NaN where there is none."""
+
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows = {tuple(row[name] for name in KEY): row for row in rows}
+
+    def of(self, shape: Shape, method: str, column: str = "us") -> float:
+        return float(self.rows.get((*shape, method), {}).get(column) or math.nan)
+
+
+def verdicts(times: Times) -> list[str]:
+    """What was reached; a line each."""
+    lines = []
+    for shape in REFERENCE:
+        name = "B={} H={} S={} P={}".format(*shape[:4])
+        peer = min(times.of(shape, x) / times.of(shape, "ours") for x in ("grown", "static"))
+        share = times.of(shape, "ours_only", "of_copy")
+        lines.append(f"{name:24} {share:5.2f} of a copy's bandwidth; best peer / ours {peer:.2f}")
+    for bank in BANKS:
+        if bank.N:
+            ratio = times.of(bank, "ours") / times.of(bank._replace(N=0), "ours")
+            lines.append(f"{bank.N} prefixes of P = {bank.P} / one: {ratio:.2f} of the time")
+    return lines
+
+
+def draw(times: Times, path: Path) -> None:
+    """Times over S, B and P, and the bandwidth that the kernel reaches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8.5), dpi=110, layout="constrained")
+    axes = figure.subplots(2, 2)
+    panels = (
+        (axes[0, 0], OVER_S, "S", "cached keys S, tokens", "B = 64, H = 16, P = 10"),
+        (axes[0, 1], OVER_B, "B", "rows B", "S = 512, H = 16, P = 10"),
+        (axes[1, 0], OVER_P, "P", "prefix length P, positions", "B = 64, H = 16, S = 512"),
+    )
+    labels = {
+        "grown": "cache with prefix, grown by cat, SDPA",
+        "static": "static cache with prefix, SDPA",
+        "ours": "ours",
+    }
+    for axis, shapes, over, name, title in panels:
+        x = [getattr(shape, over) for shape in shapes]
+        for method, label in labels.items():
+            axis.plot(x, [times.of(shape, method) for shape in shapes], "o-", label=label)
+        axis.set(xlabel=name, ylabel="time of a step, µs", title=title, ylim=(0, None))
+        axis.legend()
+    axis = axes[1, 1]
+    for shapes, label in (
+        (OVER_B, "S = 512, over B"),
+        (OVER_S, "B = 64, over S"),
+        (ONE_ROW, "B = 1, over S"),
+    ):
+        x = [work(shape, "ours_only") / 2**20 for shape in shapes]
+        axis.plot(x, [times.of(s, "ours_only", "of_copy") for s in shapes], "o-", label=label)
+    axis.axhline(1, color="black", lw=0.8)
+    axis.set(xlabel="bytes to move, MiB", ylabel="bandwidth / a copy's", ylim=(0, None))
+    axis.set(xscale="log", xlim=(0.1, 2000))
+    axis.set_title("ours, without the update of the cache")
+    axis.legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time a step of decoding beside PyTorch's own.")
+    parser.add_argument("--out", type=Path, help="folder for decode.csv and decode.png")
+    parser.add_argument("--quick", action="store_true", help="only the shapes with targets")
+    parser.add_argument("--seconds", type=float, default=270, help="start no shape after this")
+    args = parser.parse_args()
+    device, began, rows = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic(), []
+    where = machine()
+    if device == "cpu":
+        print("No GPU: small shapes on the CPU, to run the code. These times say nothing.")
+    copy_gbs = next(x["gbs"] for x in machine_limits(device) if x["method"] == "copy")
+    print(f"a large copy: {copy_gbs} GB/s", flush=True)
+    shapes = REFERENCE + BANKS + ([] if args.quick else OVER_S + OVER_B + ONE_ROW + OVER_P)
+    for shape in dict.fromkeys(shapes if device == "cuda" else SMALL):
+        if time.monotonic() - began > args.seconds:
+            print(f"{shape}: left out, {args.seconds:.0f} s are over", flush=True)
+            continue
+        for row in bench_shape(shape, copy_gbs, device):
+            rows.append(row)
+            print(
+                *(row[name] for name in KEY),
+                row["us"],
+                "us",
+                row["gbs"],
+                "GB/s",
+                row["note"],
+                flush=True,
+            )
+            if args.out:
+                add_row(args.out / "decode.csv", row | {"copy_gbs": copy_gbs} | where, KEY)
+    print("\n".join(verdicts(Times(rows))) if device == "cuda" else "")
+    if args.out:
+        draw(Times(rows), args.out / "decode.png")
+    wrong = [row for row in rows if row["method"].startswith("ours") and row["note"]]
+    print(f"{time.monotonic() - began:.0f} s; {len(wrong)} rows of ours failed")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

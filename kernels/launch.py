@@ -1,0 +1,248 @@
+"""Where the kernels meet a device: its tile sizes, the launch, and tuning on request.
+
+`TILES` is the table of defaults: for each target, kernel, size of an element and width of a head,
+the tiles that are tried when MINPREFIX_AUTOTUNE=1, of which the first is what runs without it. All
+of them fit the target's shared memory (`SHARED_MEMORY`); `python -m kernels.compile_offline` shows
+what each one takes. `recorded` collects launches instead of making them: so the compiler's tests
+compile exactly what the launchers would launch on a GPU that is not there.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+KIB = 1024
+SHARED_MEMORY = {  # bytes that one program may take
+    "sm_80": 163 * KIB,  # A100; its tiles, all below 64 KiB, serve every other NVIDIA GPU
+    "sm_90": 227 * KIB,  # H100, H200
+    "sm_100": 227 * KIB,  # B200
+    "gfx942": 64 * KIB,  # MI300; its tiles serve every other AMD GPU
+}
+
+
+class Tile(NamedTuple):
+    """How a kernel cuts its work."""
+
+    block_m: int  # queries in a tile
+    block_n: int  # keys in a tile
+    num_warps: int
+    num_stages: int  # depth of the software pipeline over tiles
+
+
+class Launch(NamedTuple):
+    """One recorded launch."""
+
+    kernel: Any
+    programs: int
+    tile: Tile
+    arguments: dict[str, Any]
+
+
+# (kernel, bytes of an element, BLOCK_D; 32 also stands for 16): tiles as (block_m, block_n,
+# num_warps, num_stages). None spills registers where it is the default, except IEEE products in
+# fp32 at D >= 80. An empty list: the kernel is not used there.
+_FP32 = {
+    ("fwd", 4, 32): [(32, 32, 4, 1)],
+    ("fwd", 4, 64): [(32, 32, 8, 1)],
+    ("fwd", 4, 128): [(32, 32, 8, 1)],
+    **{("bwd_short", 4, d): [] for d in (32, 64, 128)},
+    **{("bwd_dq", 4, d): [(32, 32, 8, 1)] for d in (32, 64, 128)},
+    **{("bwd_dkdv", 4, d): [(32, 32, 8, 1)] for d in (32, 64, 128)},
+    **{("bwd_dprefix", 4, d): [(32, 32, 8, 1)] for d in (32, 64, 128)},
+}
+_SM_90 = _FP32 | {
+    ("fwd", 2, 32): [(128, 64, 8, 3), (64, 64, 4, 3)],
+    ("fwd", 2, 64): [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)],
+    ("fwd", 2, 128): [(128, 64, 8, 2), (128, 64, 8, 1)],
+    ("fwd_short", 2, 32): [(64, 64, 4, 3), (128, 64, 8, 3)],
+    ("fwd_short", 2, 64): [(64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3)],
+    ("bwd_short", 2, 32): [(64, 64, 4, 1), (64, 64, 8, 1)],
+    ("bwd_short", 2, 64): [(64, 64, 4, 1), (64, 64, 8, 1), (128, 128, 8, 1)],
+    ("bwd_short", 2, 128): [(64, 64, 8, 1)],
+    ("bwd_dq", 2, 32): [(64, 64, 4, 3), (64, 64, 4, 2)],
+    ("bwd_dq", 2, 64): [(64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)],
+    ("bwd_dq", 2, 128): [(64, 64, 8, 2), (64, 64, 8, 1)],
+    ("bwd_dkdv", 2, 32): [(64, 64, 4, 2), (64, 64, 8, 2)],
+    ("bwd_dkdv", 2, 64): [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2)],
+    ("bwd_dkdv", 2, 128): [(64, 64, 8, 2), (64, 64, 8, 1)],
+    ("bwd_dprefix", 2, 32): [(64, 64, 4, 2), (64, 64, 8, 2)],
+    ("bwd_dprefix", 2, 64): [(64, 64, 8, 2), (128, 64, 8, 2)],
+    ("bwd_dprefix", 2, 128): [(64, 64, 8, 2), (64, 64, 8, 1)],
+}
+_SM_100 = _SM_90 | {  # one 128-wide tile would need more tensor memory than there is
+    ("bwd_short", 2, 64): [(64, 64, 4, 1), (64, 64, 8, 1)],
+}
+_SM_80 = _FP32 | {
+    ("fwd", 2, 32): [(64, 64, 4, 2)],
+    ("fwd", 2, 64): [(64, 32, 4, 2), (64, 64, 4, 2)],
+    ("fwd", 2, 128): [(64, 64, 8, 2)],
+    ("bwd_short", 2, 32): [(64, 64, 8, 1)],
+    ("bwd_short", 2, 64): [],
+    ("bwd_short", 2, 128): [],
+    ("bwd_dq", 2, 32): [(64, 64, 4, 2)],
+    ("bwd_dq", 2, 64): [(64, 64, 8, 1), (64, 32, 4, 1)],
+    ("bwd_dq", 2, 128): [(16, 64, 8, 1)],
+    ("bwd_dkdv", 2, 32): [(64, 64, 4, 2)],
+    ("bwd_dkdv", 2, 64): [(64, 64, 8, 2), (64, 32, 4, 2)],
+    ("bwd_dkdv", 2, 128): [(64, 32, 8, 1)],
+    ("bwd_dprefix", 2, 32): [(64, 64, 4, 2)],
+    ("bwd_dprefix", 2, 64): [(64, 32, 4, 2)],
+    ("bwd_dprefix", 2, 128): [(32, 32, 8, 1)],
+}
+_GFX942 = _FP32 | {
+    ("fwd", 2, 32): [(64, 64, 4, 1), (128, 64, 4, 1)],
+    ("fwd", 2, 64): [(64, 64, 4, 1), (128, 64, 4, 1)],
+    ("fwd", 2, 128): [(64, 64, 4, 1)],
+    ("bwd_short", 2, 32): [(64, 64, 4, 1)],
+    ("bwd_short", 2, 64): [(64, 64, 4, 1)],
+    ("bwd_short", 2, 128): [],
+    **{("bwd_dq", 2, d): [(64, 64, 4, 1)] for d in (32, 64, 128)},
+    **{("bwd_dkdv", 2, d): [(64, 64, 4, 1)] for d in (32, 64, 128)},
+    **{("bwd_dprefix", 2, d): [(64, 64, 4, 1)] for d in (32, 64, 128)},
+}
+_INTERPRETER = {
+    **{(name, size, d): [(32, 32, 4, 1)] for name, _, d in _FP32 for size in (2, 4)},
+    **{("bwd_short", size, d): [(32, 32, 4, 1), (64, 64, 4, 1)]
+       for size in (2, 4) for d in (32, 64, 128)},
+}  # fmt: skip
+
+
+def _table(rows: dict) -> dict[tuple[str, int, int], list[Tile]]:
+    """The rows as Tiles; "fwd_short" (T <= 256) is as "fwd" where there is no row of its own."""
+    short = {("fwd_short", *key): tiles for (name, *key), tiles in rows.items() if name == "fwd"}
+    return {key: [Tile(*tile) for tile in tiles] for key, tiles in (short | rows).items()}
+
+
+TILES = {
+    "sm_80": _table(_SM_80),
+    "sm_90": _table(_SM_90),
+    "sm_100": _table(_SM_100),
+    "gfx942": _table(_GFX942),
+    "interpreter": _table(_INTERPRETER),
+}
+
+_tuned: dict[tuple, Tile] = {}
+_recorder: list[Launch] | None = None
+_target: str | None = None
+
+
+def launch(kernel, programs: int, tile: Tile, **arguments) -> None:
+    """Run `programs` programs of a kernel. Of the arguments it gets those that it names; tiles give
+    the rest. None stands for a pointer that is not given."""
+    arguments |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "NUM_STAGES": tile.num_stages}
+    arguments = {name: arguments[name] for name in kernel.arg_names}
+    if _recorder is not None:
+        _recorder.append(Launch(kernel, programs, tile, arguments))
+    elif programs:
+        kernel[(programs,)](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+@contextmanager
+def recorded(target: str):
+    """Collect the launches made inside, with the tiles of `target`; tensors may be "meta" ones."""
+    global _recorder, _target
+    _recorder, _target = [], target
+    try:
+        yield _recorder
+    finally:
+        _recorder, _target = None, None
+
+
+def target_of(device: torch.device) -> str:
+    """The row of the table for a device: one of SHARED_MEMORY, or "interpreter"."""
+    if _target is not None:
+        return _target
+    if device.type == "cpu":
+        return "interpreter"
+    return _gpu_target(device.index or 0)
+
+
+@cache
+def _gpu_target(index: int) -> str:
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(index)
+    if major in (9, 10):
+        return f"sm_{major}0"
+    return "sm_80"
+
+
+def tiles_of(kernel: str, x: torch.Tensor) -> list[Tile]:
+    """The tiles to try for a kernel over heads like those of x (..., D), the default first."""
+    block_d = max(16, triton.next_power_of_2(x.shape[-1]))
+    return TILES[target_of(x.device)][kernel, x.element_size(), max(32, block_d)]
+
+
+def run_best(
+    kernel: str, x: torch.Tensor, key: tuple, run: Callable[[Tile], Any], tiles=None
+) -> Any:
+    """`run(tile)` with the table's default; if MINPREFIX_AUTOTUNE=1 with the fastest of its tiles.
+
+    The fastest is measured once per kernel, device, dtype, D and `key` (buckets of T and P), and
+    never while a CUDA graph is captured. `run` allocates what it writes, launches and returns it.
+    """
+    tiles = tiles_of(kernel, x) if tiles is None else tiles
+    tune = os.environ.get("MINPREFIX_AUTOTUNE") == "1" and x.is_cuda and len(tiles) > 1
+    if not tune or _recorder is not None:
+        return run(tiles[0])
+    key = (kernel, x.device, x.dtype, x.shape[-1], *key)
+    if key not in _tuned:
+        if torch.cuda.is_current_stream_capturing():
+            return run(tiles[0])
+        _tuned[key] = min(tiles, key=lambda tile: triton.testing.do_bench(lambda: run(tile)))
+    return run(_tuned[key])
+
+
+def bucket(n: int) -> int:
+    """The power of two at or above n: what tuning sees of T and P."""
+    return triton.next_power_of_2(n) if n else 0
+
+
+def prefix_blocks(prefix_len: int, q: torch.Tensor) -> dict[str, int | bool]:
+    """Width of a prefix tile (0: there is none), and whether there is more than one.
+
+    Up to 64 columns for 16-bit q (32 on an A100), 16 for fp32: wider ones would spill registers.
+    """
+    widest = 16 if q.element_size() == 4 else 32 if target_of(q.device) == "sm_80" else 64
+    block = min(widest, max(16, bucket(prefix_len))) if prefix_len else 0
+    return {"BLOCK_P": block, "MORE_P": prefix_len > block}
+
+
+def kernel_arguments(
+    q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset
+) -> dict[str, Any]:
+    """What every kernel takes: inputs, index tensors or None, strides and sizes.
+
+    Rows are read through strides, so views of the qkv projection or of a cache are not copied. A
+    copy is made only where the last dimension is not contiguous, or prefix_k and prefix_v differ in
+    strides.
+    """
+    q, k, v, prefix_k, prefix_v = (
+        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+        for x in (q, k, v, prefix_k, prefix_v)
+    )
+    if prefix_k.stride() != prefix_v.stride():
+        prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
+    shared = prefix_k.dim() == 3 or prefix_k.shape[0] == 1 and prefix_index is None
+    return {
+        "q_ptr": q, "k_ptr": k, "v_ptr": v,
+        "prefix_k_ptr": prefix_k, "prefix_v_ptr": prefix_v,
+        "prefix_index_ptr": None if prefix_index is None else prefix_index.contiguous(),
+        "prefix_lens_ptr": None if prefix_lens is None else prefix_lens.contiguous(),
+        "kv_lens_ptr": None if kv_lens is None else kv_lens.contiguous(),
+        "q_offset_ptr": None if q_offset is None else q_offset.contiguous(),
+        "stride_qb": q.stride(0), "stride_qh": q.stride(1), "stride_qt": q.stride(2),
+        "stride_kb": k.stride(0), "stride_kh": k.stride(1), "stride_ks": k.stride(2),
+        "stride_vb": v.stride(0), "stride_vh": v.stride(1), "stride_vs": v.stride(2),
+        "stride_pn": 0 if shared else prefix_k.stride(0),
+        "stride_ph": prefix_k.stride(-3), "stride_pp": prefix_k.stride(-2),
+        "stride_lens": 0 if shared or prefix_lens is None or len(prefix_lens) == 1 else 1,
+        "n_head": q.shape[1], "seq_len": q.shape[2], "kv_len": k.shape[2],
+        "prefix_len": prefix_k.shape[-2], "BANK": not shared,
+        "D": q.shape[3], "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
+    }  # fmt: skip

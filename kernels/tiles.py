@@ -1,0 +1,91 @@
+"""What the Triton kernels share: where a row's keys begin and end, tiles of a matrix, one softmax.
+
+Everything here runs inside a kernel. Square brackets give the shapes of tiles, upper case names are
+compile-time constants. A tile's columns past D (where D is no power of two) are zeros.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)  # log2(e)
+LN2 = tl.constexpr(0.6931471805599453)  # ln(2)
+
+
+@triton.jit
+def row_prefix(b, prefix_index_ptr, prefix_lens_ptr, stride_lens, prefix_len):
+    """(n, columns): which prefix of the bank row b uses, and how many of its columns it sees."""
+    n = b
+    if prefix_index_ptr is not None:
+        n = tl.load(prefix_index_ptr + b)
+    some = tl.maximum(n, 0).to(tl.int64)  # -1 = none: any one is named, no column is seen
+    columns = prefix_len
+    if prefix_lens_ptr is not None:
+        columns = tl.load(prefix_lens_ptr + some * stride_lens).to(tl.int32)
+        columns = tl.minimum(columns, prefix_len)
+    return some, tl.where(n < 0, 0, columns)
+
+
+@triton.jit
+def row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len):
+    """(keys, first): row b's number of valid keys, and the place of its first query among them."""
+    keys = kv_len
+    if kv_lens_ptr is not None:
+        keys = tl.minimum(tl.load(kv_lens_ptr + b).to(tl.int32), kv_len)
+    first = kv_len - seq_len
+    if q_offset_ptr is not None:
+        first = tl.load(q_offset_ptr + b).to(tl.int32)
+    return keys, first
+
+
+@triton.jit
+def limits(m0, keys, first, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Query i of a tile sees the keys j < limit_i [BLOCK_M]; each one sees those below `whole`."""
+    if CAUSAL:
+        return (
+            tl.minimum(first + m0 + tl.arange(0, BLOCK_M) + 1, keys),
+            tl.minimum(first + m0 + 1, keys),
+        )
+    return tl.zeros([BLOCK_M], tl.int32) + keys, keys
+
+
+@triton.jit
+def load_rows(ptr, start, end, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows start.. of a (rows, D) matrix: [ROWS, BLOCK_D], zeros from row `end` on."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    mask = (start + rows < end)[:, None]
+    if D < BLOCK_D:
+        mask = mask & (columns < D)[None, :]
+    ptr += tl.cast(start, tl.int64) * stride
+    return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    ptr, tile, start, end, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The inverse of `load_rows`, in the dtype of `ptr`."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    mask = (start + rows < end)[:, None]
+    if D < BLOCK_D:
+        mask = mask & (columns < D)[None, :]
+    ptr += tl.cast(start, tl.int64) * stride
+    at = ptr + rows[:, None] * stride + columns[None, :]
+    tl.store(at, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def softmax_step(o, z, m, s, v, scale2):
+    """One tile of keys into the running softmax; s = <q_i, k_j>, -inf where i does not see j.
+
+    So far o_i = sum_j 2^(s_ij scale2 - m_i) v_j, z_i is the same sum without v, and
+    m_i = max_j s_ij scale2, with scale2 = |scale| log2(e).
+    """
+    # m_i <- max(m_i, max_j S_ij); sums made under the old maximum shrink by alpha_i
+    m_new = tl.maximum(m, tl.max(s, 1) * scale2)  # [M]
+    # a query that has seen nothing yet: 2^(-inf - 0) = 0, where -inf - -inf would be NaN
+    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s * scale2 - m_finite[:, None])  # [M, N]
+    alpha = tl.exp2(m - m_finite)
+    z = z * alpha + tl.sum(p, 1)
+    o = tl.dot(p.to(v.dtype), v, o * alpha[:, None], input_precision="ieee")  # [M, BLOCK_D]
+    return o, z, m_new

@@ -1,0 +1,324 @@
+"""The kernels of attention.py and backward.py against the definition: o, lse and all gradients.
+
+They run here in Triton's interpreter (`make test-kernels`) or on a GPU, through the public
+operator. New tensors hold NaN before a kernel runs, so that what it leaves unwritten shows.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import assert_close, assert_within_rounding
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_reference import NAMES, Case, magnitudes, make_case, named_case, run
+
+from kernels import prefix_attention, prefix_attention_eager, prefix_attention_qkv
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not (INTERPRETED or torch.cuda.is_available()):
+    reason = "kernel tests: `make test-kernels` (TRITON_INTERPRET=1) or a GPU"
+    pytest.skip(reason, allow_module_level=True)
+
+from kernels import backward, launch  # noqa: E402  (imports Triton)
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned", "one_thread"),
+    # log2(0) = -inf is meant: a query that sees nothing
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# the interpreter's bf16 products are wrong
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+
+def on_device(case: Case) -> Case:
+    options = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in case.options.items()}
+    tensors = tuple(x.to(DEVICE) for x in case.tensors)
+    return Case(tensors, case.do.to(DEVICE), case.dlse.to(DEVICE), options)
+
+
+def results(case: Case) -> dict[str, torch.Tensor]:
+    """What the kernels give, on the CPU."""
+    return {name: x.cpu() for name, x in run(prefix_attention, on_device(case)).items()}
+
+
+def check(case: Case, dtype=torch.float32, low=None) -> dict[str, torch.Tensor]:
+    """All seven within rounding of the definition in fp64 on the same rounded inputs."""
+    case = case.to(torch.float32).to(dtype)
+    wide = case.to(torch.float64)
+    exact, actual = run(prefix_attention_eager, wide), results(case)
+    low = run(prefix_attention_eager, case) if low is None else low(case)
+    sizes, max_score = magnitudes(wide)
+    for name in NAMES:
+        assert actual[name].dtype == (dtype if name != "lse" else torch.float32), name
+        assert actual[name].shape == exact[name].shape, name
+        assert torch.equal(actual[name].isneginf(), exact[name].isneginf()), f"{name}: -inf"
+        if actual[name].numel():
+            three = (x[name].nan_to_num(nan=torch.nan, neginf=0) for x in (actual, low, exact))
+            assert_within_rounding(*three, sizes[name], max_score, name)
+    return actual
+
+
+ONE_TILE = {"T": 30, "S": 30}  # of queries and of keys: the short backward kernel
+TILES = {"T": 65, "S": 70}  # several of each: dq, dk and dv apart
+CASES = [  # rows, sequence, prefix_len, further options: each line another way through the kernels
+    ("one prefix", ONE_TILE, 0, {}),
+    ("one prefix", ONE_TILE, 1, {"causal": False}),
+    ("one prefix", ONE_TILE, 16, {"D": 64}),
+    ("one prefix", ONE_TILE, 33, {"kv_lens": [30, 0, 7]}),
+    ("one prefix", ONE_TILE, 200, {}),
+    ("one prefix, cut", ONE_TILE, 33, {"T": 12, "D": 80}),
+    ("bank, one a row", ONE_TILE, 5, {"q_offset": [0, -9, 17]}),
+    ("bank, one a row, ragged", ONE_TILE, 16, {"S": 9}),
+    ("bank, index, ragged", ONE_TILE, 16, {"kv_lens": [30, 0, 7], "q_offset": [0, 0, -3]}),
+    ("bank and index", ONE_TILE, 70, {"causal": False, "D": 32}),
+    ("bank, index, lengths 0", ONE_TILE, 5, {"T": 30, "S": 1}),
+    ("bank of one", ONE_TILE, 5, {"scale": 0.0}),
+    ("one prefix", TILES, 0, {"T": 130, "S": 130, "B": 1}),
+    ("one prefix", TILES, 1, {"T": 63, "S": 130, "B": 2}),
+    ("one prefix", TILES, 16, {"T": 64, "S": 64}),
+    ("one prefix", TILES, 33, {"causal": False}),
+    ("one prefix", TILES, 200, {"T": 33, "S": 65, "D": 128, "B": 2, "H": 1}),
+    ("one prefix, cut", TILES, 70, {"kv_lens": [70, 1, 0]}),
+    ("bank, one a row", TILES, 16, {"scale": -0.5}),
+    ("bank, one a row, ragged", TILES, 33, {"q_offset": [5, 0, -40]}),
+    ("bank, index, ragged", TILES, 5, {"kv_lens": [70, 64, 0], "q_offset": [5, 90, 3]}),
+    ("bank, index, ragged", TILES, 130, {}),
+    ("bank and index", TILES, 1, {"T": 130, "S": 8, "H": 1}),
+    ("bank, index, lengths 0", TILES, 33, {"causal": False, "kv_lens": [0, 0, 0]}),
+]
+
+
+def names(case) -> str:
+    rows, sequence, prefix_len, options = case
+    return f"{rows}-{'one tile' if sequence is ONE_TILE else 'tiles'}-P={prefix_len}-{options}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=names)
+def test_within_rounding(case, dtype):
+    rows, sequence, prefix_len, options = case
+    sizes = {"D": 16, **sequence, **options}
+    check(named_case(rows, "square", prefix_len, **sizes), dtype)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@given(st.data())
+def test_within_rounding_at_random_shapes(data):
+    def draw(low, high):
+        return data.draw(st.integers(low, high))
+
+    B, T, S, P = draw(1, 3), draw(1, 70), draw(0, 70), data.draw(st.sampled_from([0, 1, 9, 33]))
+    options = {"N": data.draw(st.sampled_from([None, 1, B, 4]))}
+    N = options["N"] or 1
+    if N not in (1, B) or (options["N"] and data.draw(st.booleans())):
+        options["prefix_index"] = [draw(-1, N - 1) for _ in range(B)]
+    for name, n, low, high in (
+        ("prefix_lens", N, 0, P),
+        ("kv_lens", B, 0, S),
+        ("q_offset", B, -9, 60),
+    ):
+        if data.draw(st.booleans()):
+            options[name] = [draw(low, high) for _ in range(n)]
+    options |= {"causal": data.draw(st.booleans()), "seed": draw(0, 99)}
+    check(make_case(B=B, H=draw(1, 2), T=T, S=S, D=16, P=P, **options))
+
+
+def flash(case: Case) -> dict[str, torch.Tensor]:
+    """One prefix, in plain fp32, as the kernels do it: p from lse, and delta from o."""
+    q, k, v, prefix_k, prefix_v = (x.float() for x in case.tensors)
+    B, P, scale = q.shape[0], prefix_k.shape[1], q.shape[-1] ** -0.5
+    o, lse = prefix_attention_eager(*case.tensors, **case.options, return_lse=True)
+    keys, values = (
+        torch.cat([x.expand(B, -1, -1, -1), y], 2) for x, y in ((prefix_k, k), (prefix_v, v))
+    )
+    seen = torch.ones(q.shape[2], keys.shape[2]).tril(keys.shape[2] - q.shape[2]).bool()
+    p = (scale * (q @ keys.mT) - lse[..., None]).exp().masked_fill(~seen, 0.0)
+    delta = (case.do.float() * o.float()).sum(-1) - case.dlse
+    ds = p * (case.do.float() @ values.mT - delta[..., None])
+    dkeys, dvalues = scale * ds.mT @ q, p.mT @ case.do.float()
+    grads = (scale * ds @ keys, dkeys[:, :, P:], dvalues[:, :, P:])
+    grads += (dkeys[:, :, :P].sum(0), dvalues[:, :, :P].sum(0))
+    return dict(zip(NAMES, (o, lse, *(x.to(o.dtype) for x in grads)), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sequence", [ONE_TILE, {"T": 65, "S": 65}])
+def test_extreme_scores(sequence, dtype):
+    """Scores of +-1e4. Recomputing exp(s - lse) costs eps |s|: plain fp32 done so is the measure
+    (PyTorch's softmax, which keeps p, is a hundred times closer in dk)."""
+    case = make_case(B=2, D=16, P=5, **sequence)
+    q, k, v, prefix_k, prefix_v = case.tensors
+    top = (q @ torch.cat([prefix_k.expand(2, -1, -1, -1), k], 2).mT).abs().max() / 4
+    q, k, prefix_k = (x * (1e4 / top) ** 0.5 for x in (q, k, prefix_k))
+    case = replace(case, tensors=(q, k, v, prefix_k, prefix_v))
+    assert magnitudes(case)[1] == pytest.approx(1e4, rel=0.5)
+    check(case, dtype, low=flash)
+
+
+@pytest.mark.parametrize("sequence", [ONE_TILE, TILES])
+@pytest.mark.parametrize("prefix_len", [5, 40])
+def test_only_the_gradients_that_are_needed(sequence, prefix_len):
+    """Any of the five inputs alone, and the prefix alone, as in the first layer."""
+    case = named_case("bank, index, ragged", "square", prefix_len, **sequence, D=16)
+    case = on_device(case.to(torch.float32))
+    every = run(prefix_attention, case)
+    for wanted in ([0], [1], [2], [3], [4], [3, 4], [0, 1, 2]):
+        tensors = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(case.tensors)]
+        o, lse = prefix_attention(*tensors, **case.options, return_lse=True)
+        grads = torch.autograd.grad((o, lse), [tensors[i] for i in wanted], (case.do, case.dlse))
+        for i, grad in zip(wanted, grads, strict=True):
+            assert torch.equal(grad, every[NAMES[2 + i]]), NAMES[2 + i]
+
+
+def test_o_alone_and_lse_alone():
+    case = on_device(make_case(T=20, S=20, D=16).to(torch.float32))
+    tensors = [x.requires_grad_() for x in case.tensors]
+    o, lse = prefix_attention(*tensors, return_lse=True)
+    both = torch.autograd.grad((o, lse), tensors, (case.do, case.dlse), retain_graph=True)
+    of_o = torch.autograd.grad(o, tensors, case.do, retain_graph=True)
+    of_lse = torch.autograd.grad(lse, tensors, case.dlse, retain_graph=True)
+    of_sum = torch.autograd.grad(o.sum(), tensors)  # do without memory of its own
+    ones = torch.autograd.grad(prefix_attention(*tensors), tensors, torch.ones_like(o))
+    for name, whole, a, b, c, d in zip(NAMES[2:], both, of_o, of_lse, of_sum, ones, strict=True):
+        # three sums of up to 60 fp32 numbers of order 1; worst seen 1.2e-6
+        assert_close(a + b, whole, 1e-5, name)
+        assert torch.equal(c, d), name
+
+
+@pytest.mark.parametrize("sequence", [ONE_TILE, TILES])
+def test_fp32_prefix(sequence):
+    """Cast for the products; its gradient is fp32, and summed over the rows in fp32."""
+    case = make_case(B=4, D=16, P=5, **sequence).to(torch.float16)
+    fp32 = replace(case, tensors=(*case.tensors[:3], *(x.float() for x in case.tensors[3:])))
+    rows = tuple(x.expand(4, -1, -1, -1) for x in fp32.tensors[3:])  # a bank, one a row: not summed
+    summed, each = results(fp32), results(replace(fp32, tensors=(*fp32.tensors[:3], *rows)))
+    assert torch.equal(summed["o"], results(case)["o"])
+    for name in ("dprefix_k", "dprefix_v"):
+        assert summed[name].dtype == torch.float32
+        # a sum of 4 in fp32; one rounding to fp16 would be 5e-4
+        assert_close(summed[name], each[name].sum(0), 1e-6, name)
+
+
+@pytest.mark.parametrize("sequence", [ONE_TILE, {"T": 65, "S": 65}])
+@pytest.mark.parametrize("options", [{}, {"kv_lens": [9, 30, 0]}])
+def test_fused_qkv(sequence, options):
+    """The same results from one qkv, whose gradient is one tensor; o merges its heads by a view."""
+    case = on_device(make_case(D=16, P=5, **sequence, **options).to(torch.float32))
+    exact = run(prefix_attention, case)
+    qkv = torch.stack(case.tensors[:3], dim=2).permute(0, 3, 2, 1, 4).contiguous().requires_grad_()
+    prefix = [x.detach().requires_grad_() for x in case.tensors[3:]]
+    o, lse = prefix_attention_qkv(qkv, *prefix, **case.options, return_lse=True)
+    assert torch.equal(o, exact["o"]) and torch.equal(lse, exact["lse"])
+    assert o.transpose(1, 2).is_contiguous()
+    dqkv, *dprefix = torch.autograd.grad((o, lse), (qkv, *prefix), (case.do, case.dlse))
+    assert dqkv.is_contiguous()
+    parts = (*dqkv.permute(2, 0, 3, 1, 4), *dprefix)
+    for name, part in zip(NAMES[2:], parts, strict=True):
+        assert torch.equal(part, exact[name]), name
+    only_prefix = prefix_attention_qkv(qkv.detach(), *prefix, **case.options, return_lse=True)
+    again = torch.autograd.grad(only_prefix, prefix, (case.do, case.dlse))
+    assert all(torch.equal(x, y) for x, y in zip(again, dprefix, strict=True))
+
+
+def test_strided_inputs():
+    """Views with any strides, and a last dimension that is not contiguous (copied)."""
+    case = on_device(named_case("bank and index", "square", 5, T=20, S=20, D=16).to(torch.float32))
+    exact = run(prefix_attention, case)
+    spread = [
+        torch.stack([x, x * torch.nan], -2).flatten(-2)[..., : x.shape[-1]] for x in case.tensors
+    ]
+    turned = [x.mT.contiguous().mT for x in case.tensors]
+    apart = [*case.tensors[:4], case.tensors[4].transpose(1, 2).contiguous().transpose(1, 2)]
+    do = case.do.transpose(2, 3).contiguous().transpose(2, 3)
+    for tensors in (spread, turned, apart):
+        got = run(prefix_attention, replace(case, tensors=tuple(tensors), do=do))
+        assert all(torch.equal(got[name], exact[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("sequence", [ONE_TILE, TILES])
+@pytest.mark.parametrize("prefix_len", [5, 70])
+def test_repeats_bit_for_bit(sequence, prefix_len):
+    case = make_case(B=3, D=16, P=prefix_len, **sequence).to(torch.float32)
+    first = results(case)
+    for _ in range(2 if INTERPRETED else 19):
+        assert all(torch.equal(x, first[name]) for name, x in results(case).items())
+
+
+def test_merging_two_calls_by_their_lse():
+    """[prefix; first keys] and [later keys] merged give the whole: values, lse and gradients."""
+    case = on_device(make_case(T=20, S=30, D=16, P=3, causal=False).to(torch.float32))
+
+    def merged(q, k, v, prefix_k, prefix_v, **_):
+        none = prefix_k[:, :0]
+        first = (q, k[:, :, :9], v[:, :, :9], prefix_k, prefix_v)
+        later = (q, k[:, :, 9:], v[:, :, 9:], none, none)
+        (o1, lse1), (o2, lse2) = (
+            prefix_attention(*x, causal=False, return_lse=True) for x in (first, later)
+        )
+        lse = torch.logaddexp(lse1, lse2)
+        return (lse1 - lse).exp()[..., None] * o1 + (lse2 - lse).exp()[..., None] * o2, lse
+
+    actual, exact = run(merged, case), run(prefix_attention, case)
+    for name in NAMES:
+        # a few roundings of fp32 numbers of order 1 to 10; worst seen 1e-6
+        assert_close(actual[name], exact[name], 1e-5, name)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"T": 0}, {"S": 0}, {"P": 0, "S": 0}, {"B": 0}, {"T": 0, "P": 0}]
+)
+def test_nothing_to_attend(sizes):
+    check(make_case(**{"B": 2, "T": 11, "S": 4, "P": 2, "D": 16, **sizes}))
+
+
+def test_blind_queries_stop_any_gradient():
+    """o = 0, lse = -inf; even a NaN in dlse does not get past a query that sees nothing."""
+    case = make_case(B=2, T=20, S=20, P=3, D=16, kv_lens=[0, 20], prefix_lens=[0])
+    case.dlse[0] = torch.nan
+    got = results(case.to(torch.float32))
+    assert (got["o"][0] == 0).all() and got["lse"][0].isneginf().all()
+    for name in ("dq", "dk", "dv"):
+        assert (got[name][0] == 0).all() and (got[name][1] != 0).any(), name
+    assert (got["dprefix_k"] == 0).all() and (got["dprefix_v"] == 0).all()
+
+
+@pytest.mark.parametrize("dtype, D", [(torch.float64, 16), (torch.float32, 24)])
+def test_what_the_kernels_lack_goes_to_the_reference(dtype, D, monkeypatch):
+    monkeypatch.setattr(launch, "launch", None)
+    case = on_device(make_case(T=20, S=20, D=D).to(dtype))
+    got, exact = run(prefix_attention, case), run(prefix_attention_eager, case)
+    assert_close(got["dq"], exact["dq"], 100 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("sequence, short", [(ONE_TILE, True), (TILES, False)])
+@pytest.mark.parametrize("prefix_len", [0, 5, 40])
+def test_workspace(sequence, short, prefix_len, monkeypatch):
+    """What backward allocates is what the header says."""
+    case = on_device(make_case(B=3, H=2, D=16, P=prefix_len, **sequence).to(torch.float32))
+    o, lse = prefix_attention(*case.tensors, return_lse=True)
+    outputs = [torch.empty_like(x) for x in case.tensors]
+    sizes = []
+
+    def counting(make):
+        def made(*args, **kwargs):
+            x = make(*args, **kwargs)
+            sizes.append(x.numel() * x.element_size())
+            return x
+
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", counting(torch.Tensor.new_empty))
+        patch.setattr(torch, "empty_like", counting(torch.empty_like))
+        nothing = [None] * 4
+        backward.backward(case.do, case.dlse, *case.tensors, *nothing, True, None, o, lse, *outputs)
+    tiles = 1 if short else -(-65 // launch.tiles_of("bwd_dq", case.do)[0].block_m)
+    parts = {0: 0, 5: 3 * tiles, 40: 3}[prefix_len]
+    short = short and prefix_len <= 16  # fp32 prefix tiles have 16 columns
+    assert sum(sizes) == backward.workspace_bytes(
+        3, 2, case.do.shape[2], prefix_len, 16, parts, short
+    )
