@@ -39,7 +39,7 @@ from torch.nn import Parameter
 
 from kernels import decode
 from kernels.backward import backward
-from kernels.launch import Tile, bucket, kernel_arguments, launch, prefix_blocks, run_best
+from kernels.launch import Tile, bucket, cdiv, kernel_arguments, launch, prefix_blocks, run_best
 from kernels.tiles import (
     LN2,
     LOG2E,
@@ -136,7 +136,7 @@ def forward(
     a |= {"q_sign": float((scale > 0) - (scale < 0)), "scale2": (abs(scale) or 1.0) * LOG2E.value}
 
     def run(tile: Tile) -> None:
-        programs = B * H * triton.cdiv(T, tile.block_m)
+        programs = B * H * cdiv(T, tile.block_m)
         launch(_fwd_kernel, programs, tile, **a, o_ptr=o, lse_ptr=lse, CAUSAL=causal,
                **prefix_blocks(P, q))  # fmt: skip
 

@@ -48,7 +48,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Tile, bucket, kernel_arguments, launch, prefix_blocks, run_best, tiles_of
+from kernels.launch import (
+    Tile,
+    bucket,
+    cdiv,
+    kernel_arguments,
+    launch,
+    prefix_blocks,
+    run_best,
+    tiles_of,
+)
 from kernels.tiles import LOG2E, limits, load_rows, row_prefix, row_sequence, store_rows
 
 SIZES = ["seq_len", "kv_len", "prefix_len", "batch_size", "rows"]  # change from call to call
@@ -467,21 +476,21 @@ def run_short(a: dict, need_prefix: bool, tile: Tile) -> dict[str, Tensor | None
 
 def run_dq(a: dict, need_prefix: bool, tile: Tile) -> tuple[dict[str, Tensor | None], int]:
     """Also writes delta. Partial sums, if needed, and how many of them a row has."""
-    tiles_m = triton.cdiv(a["seq_len"], tile.block_m)
+    tiles_m = cdiv(a["seq_len"], tile.block_m)
     partials = new_partials(a, a["batch_size"] * tiles_m) if need_prefix else NO_PARTIALS
     launch(_bwd_dq_kernel, a["batch_size"] * a["n_head"] * tiles_m, tile, **a, **partials)
     return partials, tiles_m
 
 
 def run_dkdv(a: dict, tile: Tile) -> None:
-    tiles_n = triton.cdiv(a["kv_len"], tile.block_n)
+    tiles_n = cdiv(a["kv_len"], tile.block_n)
     launch(_bwd_dkdv_kernel, a["batch_size"] * a["n_head"] * tiles_n, tile, **a)
 
 
 def run_dprefix(a: dict, tile: Tile) -> dict[str, Tensor]:
-    tiles_p = triton.cdiv(a["prefix_len"], tile.block_n)
+    tiles_p = cdiv(a["prefix_len"], tile.block_n)
     rows = 1 if a["BANK"] else rows_a_program(a["batch_size"], a["n_head"] * tiles_p)
-    chunks = triton.cdiv(a["batch_size"], rows)
+    chunks = cdiv(a["batch_size"], rows)
     partials = new_partials(a, chunks)
     launch(_bwd_dprefix_kernel, chunks * a["n_head"] * tiles_p, tile, **a, **partials, rows=rows)
     return partials
@@ -493,7 +502,7 @@ def rows_a_program(batch_size: int, programs_a_row: int) -> int:
     Given by the shapes alone, so that the sum is always made in the same order.
     """
     chunks = max(1, min(batch_size, PROGRAMS // max(1, programs_a_row)))
-    return max(1, triton.cdiv(batch_size, chunks))
+    return max(1, cdiv(batch_size, chunks))
 
 
 def reduce_partials(a: dict, partials: dict, per_row: int, dprefix_k, dprefix_v) -> None:
@@ -502,7 +511,7 @@ def reduce_partials(a: dict, partials: dict, per_row: int, dprefix_k, dprefix_v)
     n_elements, tile = H * P * D, Tile(16, 128, 4, 1)
     n_prefixes = dprefix_k.numel() // n_elements
     launch(
-        _reduce_kernel, n_prefixes * triton.cdiv(n_elements, tile.block_n), tile, **a, **partials,
+        _reduce_kernel, n_prefixes * cdiv(n_elements, tile.block_n), tile, **a, **partials,
         dprefix_k_ptr=dprefix_k, dprefix_v_ptr=dprefix_v,
         n_partials=n_partials, n_elements=n_elements, per_row=per_row,
     )  # fmt: skip

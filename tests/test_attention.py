@@ -127,6 +127,34 @@ def test_within_rounding_at_random_shapes(data):
     check(make_case(B=B, H=draw(1, 2), T=T, S=S, D=16, P=P, **options))
 
 
+OTHER_TILES = [(16, 64, 4, 1), (64, 16, 4, 1)]  # for the interpreter, whose table has few
+
+
+def every_tile() -> list[tuple[str, int, launch.Tile]]:
+    """(kernel, bytes of an element, tile) of heads of 64: tuning may pick any of them."""
+    if INTERPRETED:
+        names = ("fwd", "bwd_dq", "bwd_dkdv", "bwd_dprefix")
+        return [(name, 4, launch.Tile(*tile)) for name in names for tile in OTHER_TILES]
+    rows = launch.TILES[launch.target_of(torch.device("cuda"))].items()
+    return [(name, n, tile) for (name, n, d), tiles in rows if d == 64 for tile in tiles
+            if name != "decode"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, size, tile", every_tile(), ids=str)
+def test_every_tile(name, size, tile, monkeypatch):
+    rows = dict(launch.TILES[launch.target_of(torch.device(DEVICE))])
+    for d in (32, 64):
+        rows[name, size, d] = [tile]
+        if name != "bwd_short":  # else it would take the place of the others
+            rows["bwd_short", size, d] = []
+    monkeypatch.setitem(launch.TILES, launch.target_of(torch.device(DEVICE)), rows)
+    T = {"fwd": 70 if INTERPRETED else 300, "bwd_short": tile.block_m - 3}.get(name, 70)
+    P = 70 if name == "bwd_dprefix" else 9
+    for options in ({}, {"kv_lens": [T - 2, 1]}):
+        case = make_case(B=2, H=1, T=T, S=T, P=P, D=16 if INTERPRETED else 64, **options)
+        check(case, torch.float32 if size == 4 else torch.bfloat16)
+
+
 def flash(case: Case) -> dict[str, torch.Tensor]:
     """One prefix, in plain fp32, as the kernels do it: p from lse, and delta from o."""
     q, k, v, prefix_k, prefix_v = (x.float() for x in case.tensors)
