@@ -46,7 +46,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import (
-    TILES,
     Tile,
     bucket,
     kernel_arguments,
@@ -66,33 +65,6 @@ EARLY_BYTES = 16 * 2**10  # prefix that a program holds in registers: 32 for eac
 PREFIX_TILES = 4  # in one split of a stacked prefix: like a short split of the cache
 STACK_BYTES = 16 * 2**20  # reads saved from which stacking pays: 3 us of L2, one more launch
 
-# For each target: the tiles to try, the default first. block_m: stacked queries; block_n: keys.
-NVIDIA = {
-    ("decode", 2, 32): [Tile(32, 64, 4, 3), Tile(32, 128, 4, 2)],
-    ("decode", 2, 64): [Tile(32, 64, 4, 3), Tile(32, 32, 4, 4), Tile(32, 128, 4, 2)],
-    ("decode", 2, 128): [Tile(32, 64, 4, 3), Tile(32, 32, 4, 3)],
-    ("decode", 4, 32): [Tile(16, 32, 4, 3), Tile(16, 64, 4, 2)],
-    ("decode", 4, 64): [Tile(16, 32, 4, 3), Tile(16, 32, 4, 2)],
-    ("decode", 4, 128): [Tile(16, 32, 8, 2), Tile(16, 16, 8, 3)],
-}
-DECODE_TILES: dict[str, dict[tuple[str, int, int], list[Tile]]] = {
-    "sm_80": NVIDIA,
-    "sm_90": NVIDIA,
-    "sm_100": NVIDIA,
-    "gfx942": {
-        ("decode", 2, 32): [Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)],
-        ("decode", 2, 64): [Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)],
-        ("decode", 2, 128): [Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)],
-        ("decode", 4, 32): [Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)],
-        ("decode", 4, 64): [Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)],
-        ("decode", 4, 128): [Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)],
-    },
-    "interpreter": {
-        ("decode", size, d): [Tile(16, 16, 4, 1)] for size in (2, 4) for d in (32, 64, 128)
-    },
-}
-for name, rows in DECODE_TILES.items():
-    TILES.setdefault(name, {}).update(rows)
 MERGE = Tile(block_m=1, block_n=16, num_warps=2, num_stages=1)  # a query; partial results a step
 
 
