@@ -6,7 +6,7 @@ KERNEL_TESTS := tests/test_attention.py tests/test_decode.py tests/test_operator
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo test test-kernels check format test-official
-.PHONY: compile-all bench bench-gpu clean
+.PHONY: compile compile-all bench bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -37,6 +37,12 @@ test: .venv/.dev ## format, lint and all tests
 test-kernels: .venv/.dev ## the Triton kernels, run in Triton's interpreter on the CPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(KERNEL_TESTS) --durations=10
 
+compile: .venv/.dev ## what the compiler says of the default tiles at D = 64 in bf16, without a GPU
+	$(BIN)/python -m kernels.compile_offline --all --dtype bf16 --head_dim 64 --batch_size 1000 \
+		--prefix_len 10 200 --prefix_dtype fp32 --causal True --prefix_index False \
+		--prefix_lens False --kv_lens False --q_offset False --need all --dlse False --tile 0 \
+		--out benchmarks/compiled.csv
+
 compile-all: .venv/.dev ## compile the kernels for every GPU that they know, in every form (hours)
 	$(BIN)/python -m kernels.compile_offline --all
 
@@ -52,8 +58,11 @@ format: .venv/.dev ## let ruff format and fix the code
 test-official: .venv/.dev ## official gpt2 against transformers (a network, or MINPREFIX_GPT2=folder)
 	$(BIN)/python -m pytest -q -rs -m official tests
 
-bench: .venv/.user ## time the CPU path of the attention operator
+bench: .venv/.dev ## time the attention operator: on a CPU its CPU path, on a GPU the kernels
 	$(BIN)/python -m kernels.bench_reference --out benchmarks/cpu_attention.csv
+	$(BIN)/python -m kernels.bench_overhead --out benchmarks/call_overhead.csv
+	$(BIN)/python -m kernels.bench_attention --out runs/bench
+	$(BIN)/python -m kernels.bench_decode --out runs/bench
 
 bench-gpu: ## on a GPU: kernel tests, sanitizer and benchmarks, in ten minutes, into benchmarks/gpu
 	OUT=$(or $(GPU_OUT),benchmarks/gpu) benchmarks/gpu.sh

@@ -45,7 +45,10 @@ print("python", sys.version.split()[0], "torch", torch.__version__, "triton", tr
 print("cuda", torch.version.cuda, "cudnn", torch.backends.cudnn.version())
 assert torch.cuda.is_available(), "no GPU"'
 step calls 90 "$PYTHON" -m kernels.sanitize
-step tests 150 "$PYTHON" -m pytest -q tests/test_attention.py tests/test_decode.py
+# most of the tests' time is compiling: in parallel where pytest-xdist is installed
+workers=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 8" || true)
+step tests 200 "$PYTHON" -m pytest -q $workers tests/test_attention.py tests/test_decode.py \
+    tests/test_operator.py
 sanitizer memcheck 60
 sanitizer racecheck 60
 room=$((BUDGET - SECONDS - 100)) # leaves time for the last shape and for decoding

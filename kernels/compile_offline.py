@@ -30,6 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from benchmarks.machine import add_row, machine
 from kernels import HEAD_DIMS, INTERPRETED, attention
 from kernels.backward import backward
 from kernels.decode import decode
@@ -341,10 +343,21 @@ def row(result: Result) -> str:
     return f"{line}  {' '.join(options)}" + (f"\n    FAILED {wrong}" if wrong else "")
 
 
+def csv_row(result: Result) -> dict[str, Any]:
+    """The columns that name a kernel come first."""
+    case, compiled = result.job.case, result.compiled
+    of = {"kernel": result.job.name, "tile": result.job.tile, "target": case.target}
+    of |= {"dtype": case.dtype, "head_dim": case.head_dim, "prefix_len": case.prefix_len}
+    of |= {"registers": compiled.registers, "shared_bytes": compiled.shared}
+    of |= {"spilled_bytes": compiled.spills, "wgmma_one_by_one": compiled.one_by_one}
+    return of | {"triton": triton.__version__, "commit": machine()["commit"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the kernels for GPUs that are not here.")
     parser.add_argument("--all", action="store_true", help="every combination, not a cover")
     parser.add_argument("--processes", type=int, default=2, help="compile in this many (default 2)")
+    parser.add_argument("--out", type=Path, help="also put the rows into this CSV")
     for name, values in DIMENSIONS.items():
         is_bool = isinstance(values[0], bool)
         kind = (lambda text: text == "True") if is_bool else type(values[0])
@@ -363,6 +376,8 @@ def main() -> None:
     for result in run_jobs(jobs, args["processes"]):
         failed += bool(result.problem)
         print(row(result), flush=True)
+        if args["out"] and result.compiled:
+            add_row(args["out"], csv_row(result), tuple(csv_row(result))[:6])
     print(f"{len(jobs)} kernels, {failed} failed, {time.perf_counter() - began:.0f} s")
     sys.exit(1 if failed else 0)
 

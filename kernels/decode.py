@@ -48,6 +48,7 @@ from torch import Tensor
 from kernels.launch import (
     Tile,
     bucket,
+    cdiv,
     kernel_arguments,
     launch,
     run_best,
@@ -267,7 +268,7 @@ def stacks(q: Tensor, prefix_k: Tensor, prefix_index: Tensor | None, tile: Tile)
     """
     (B, H, T, D), P = q.shape, prefix_k.shape[-2]
     shared = prefix_index is None and (prefix_k.dim() == 3 or prefix_k.shape[0] == 1)
-    saved = (B - triton.cdiv(B * T, tile.block_m)) * 2 * H * P * D * prefix_k.element_size()
+    saved = (B - cdiv(B * T, tile.block_m)) * 2 * H * P * D * prefix_k.element_size()
     return shared and saved >= STACK_BYTES
 
 
@@ -277,14 +278,14 @@ def plan(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None, ti
     So many that PROGRAMS_EACH programs run on each multiprocessor, if there are as many tiles.
     """
     (B, H, _, _), S, P = q.shape, k.shape[2], prefix_k.shape[-2]
-    tiles, prefix_splits = triton.cdiv(S, tile.block_n), 0
+    tiles, prefix_splits = cdiv(S, tile.block_n), 0
     if stacks(q, prefix_k, prefix_index, tile):
-        prefix_splits = triton.cdiv(P, PREFIX_TILES * tile.block_n)
+        prefix_splits = cdiv(P, PREFIX_TILES * tile.block_n)
     else:
-        tiles += triton.cdiv(P, tile.block_n)
+        tiles += cdiv(P, tile.block_n)
     wanted_splits = PROGRAMS_EACH * MULTIPROCESSORS[target_of(q.device)] // max(B * H, 1)
-    each = triton.cdiv(tiles, max(wanted_splits, 1)) if tiles >= SPLIT_FROM else tiles
-    splits = max(1, triton.cdiv(tiles, max(each, 1)))
+    each = cdiv(tiles, max(wanted_splits, 1)) if tiles >= SPLIT_FROM else tiles
+    splits = max(1, cdiv(tiles, max(each, 1)))
     return Plan(splits, max(each, 1) * tile.block_n, prefix_splits, PREFIX_TILES * tile.block_n)
 
 
@@ -340,7 +341,7 @@ def decode(
             part_lse = q.new_empty(parts, B, H, T, dtype=torch.float32)
         names = ("stride_oc", "stride_ob", "stride_oh", "stride_ot")
         strides = dict(zip(names, part_o.stride(), strict=False))
-        programs = H * triton.cdiv(B * T, tile.block_m) * cut.prefix_splits + B * H * cut.splits
+        programs = H * cdiv(B * T, tile.block_m) * cut.prefix_splits + B * H * cut.splits
         launch(
             _decode_kernel, programs, tile, **a, **strides, o_ptr=part_o, lse_ptr=part_lse,
             batch_size=B, **cut._asdict(),

@@ -158,7 +158,10 @@ def launch(kernel, programs: int, tile: Tile, **arguments) -> None:
     if _recorder is not None:
         _recorder.append(Launch(kernel, programs, tile, arguments))
     elif programs:
-        kernel[(programs,)](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        first = next(iter(arguments.values()))  # a tensor, in every kernel
+        # Triton launches on the current device, which need not be the tensors'
+        with torch.cuda.device_of(first):
+            kernel[(programs,)](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 @contextmanager

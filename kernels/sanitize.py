@@ -27,6 +27,7 @@ CASES = [  # B, T, S, P, D, dtype, options
     (3, 1, 203, 10, 64, torch.bfloat16, "kv_lens q_offset"),
     (3, 5, 1030, 33, 80, torch.float16, "index lens kv_lens q_offset"),
     (70, 1, 65, 70, 64, torch.bfloat16, "lens"),
+    (150, 1, 33, 700, 64, torch.bfloat16, "lens"),  # enough rows for a stacked prefix
 ]
 
 
