@@ -436,19 +436,14 @@ def backward(
     }  # fmt: skip
     key = bucket(T), bucket(S), bucket(P)
     need_prefix = dprefix_k is not None and P > 0
-    short = [
-        tile for tile in tiles_of("bwd_short", q)
-        if max(T, S) <= tile.block_m and not a["MORE_P"] and (dq is None) == (dk is None)
-    ]  # fmt: skip
     partials, per_row = NO_PARTIALS, 1
-    if short:
-        least = min(tile.block_m for tile in short)
-        short = [tile for tile in short if tile.block_m == least]
+    short = short_tiles(q, k, P)
+    if short and (dq is None) == (dk is None):
         run = partial(run_short, a, need_prefix)
         partials = run_best("bwd_short", q, key, run, short)
     else:
         a["delta_ptr"] = torch.empty_like(lse)
-        fused = need_prefix and P <= FUSED_P and not a["MORE_P"]
+        fused = need_prefix and fuses(q, P)
         run = partial(run_dq, a, fused)
         partials, per_row = run_best("bwd_dq", q, key, run)
         if dk is not None:
@@ -457,6 +452,19 @@ def backward(
             partials, per_row = run_best("bwd_dprefix", q, key, partial(run_dprefix, a)), 1
     if need_prefix:
         reduce_partials(a, partials, per_row, dprefix_k, dprefix_v)
+
+
+def short_tiles(q: Tensor, k: Tensor, prefix_len: int) -> list[Tile]:
+    """Tiles of `_bwd_short_kernel`, the smallest that hold a row's queries and keys; or none."""
+    if prefix_blocks(prefix_len, q)["MORE_P"]:
+        return []
+    fit = [t for t in tiles_of("bwd_short", q) if t.block_m >= max(q.shape[2], k.shape[2])]
+    return [t for t in fit if t.block_m == min(t.block_m for t in fit)]
+
+
+def fuses(q: Tensor, prefix_len: int) -> bool:
+    """Whether `_bwd_dq_kernel` also makes the prefix's gradient: see the header."""
+    return prefix_len <= FUSED_P and not prefix_blocks(prefix_len, q)["MORE_P"]
 
 
 NO_PARTIALS = {"partial_k_ptr": None, "partial_v_ptr": None}
@@ -517,9 +525,22 @@ def reduce_partials(a: dict, partials: dict, per_row: int, dprefix_k, dprefix_v)
     )  # fmt: skip
 
 
-def workspace_bytes(B: int, H: int, T: int, P: int, D: int, parts: int, short: bool) -> int:
-    """Memory that `backward` takes besides its results: delta, and the parts of dprefix."""
-    return (0 if short else 4 * B * H * T) + 8 * parts * H * P * D
+def workspace_bytes(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index=None) -> int:
+    """Memory, in bytes, that all gradients take besides themselves: delta and parts of dprefix.
+
+    For the default tiles. Arguments as in `kernels.prefix_attention`.
+    """
+    (B, H, T, D), P = q.shape, prefix_k.shape[-2]
+    bank = prefix_k.dim() == 4 and (prefix_index is not None or prefix_k.shape[0] > 1)
+    delta, parts = 4 * B * H * T, B
+    if short_tiles(q, k, P):
+        delta = 0
+    elif fuses(q, P):
+        parts = B * cdiv(T, tiles_of("bwd_dq", q)[0].block_m)
+    elif not bank:
+        tiles_p = cdiv(P, tiles_of("bwd_dprefix", q)[0].block_n)
+        parts = cdiv(B, rows_a_program(B, H * tiles_p))
+    return delta + 8 * parts * H * P * D
 
 
 def strides(name: str, x: Tensor | None) -> dict[str, int]:
