@@ -104,6 +104,15 @@ def test_within_rounding(case, dtype):
     check(named_case(rows, "square", prefix_len, **sizes), dtype)
 
 
+@pytest.mark.parametrize("start", [28, 60])
+def test_every_place_of_the_diagonal(start):
+    """The first query of a tile one before, at and after the ends of the tiles of keys."""
+    offsets = list(range(start, start + 8))
+    case = make_case(B=8, H=1, T=33, S=102, D=16, P=1, q_offset=offsets)
+    check(replace(case, options=case.options | {"kv_lens": torch.tensor(offsets) + 33}))
+    check(case)
+
+
 @settings(max_examples=30, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(st.data())
