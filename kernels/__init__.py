@@ -6,6 +6,7 @@ for what the kernels lack (fp64, other head sizes), `reference.py`, plain PyTorc
 definition of correct. Importing this package imports torch and nothing else.
 """
 
+import functools
 import importlib.util
 import os
 
@@ -111,8 +112,14 @@ def on_triton(q: Tensor) -> bool:
     dtypes = (torch.float16, torch.float32) if INTERPRETED else (
         torch.float16, torch.bfloat16, torch.float32
     )  # fmt: skip
-    device = q.is_cuda or INTERPRETED
+    device = INTERPRETED or q.is_cuda and gpu_is_recent(q.device.index or 0)
     return device and HAVE_TRITON and q.dtype in dtypes and q.shape[-1] in HEAD_DIMS
+
+
+@functools.cache
+def gpu_is_recent(index: int) -> bool:
+    """Ampere or later, or any AMD GPU: before it Triton has no matrix instructions to use."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 def check_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset):
@@ -130,11 +137,17 @@ def check_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_l
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}")
     if prefix_k.dtype != prefix_v.dtype or prefix_k.dtype not in (q.dtype, torch.float32):
         raise ValueError(f"the prefix is {prefix_k.dtype}/{prefix_v.dtype}, q is {q.dtype}")
+    for name, x in (("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}")
     N = 1 if prefix_k.dim() == 3 else prefix_k.shape[0]
     if prefix_k.dim() == 3 and prefix_index is not None:
         raise ValueError(f"prefix_index needs a bank (N, H, P, D), prefix_k is {shape(prefix_k)}")
     if prefix_k.dim() == 4 and prefix_index is None and N not in (1, B):
         raise ValueError(f"a bank of {N} prefixes and {B} rows need a prefix_index")
+    for x in (prefix_index, prefix_lens, kv_lens, q_offset):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"an index tensor is on {x.device}, q on {q.device}")
     check_int(prefix_index, "prefix_index", (B,), -1, N - 1)
     check_int(prefix_lens, "prefix_lens", (N,), 0, prefix_k.shape[-2], also=(1,))
     check_int(kv_lens, "kv_lens", (B,), 0, k.shape[2])

@@ -10,10 +10,11 @@ exp(m_old - m_new) [2]: a tile may come from the sequence's keys or from the pre
 concatenated, no prefix is copied per row, and no mask exists in memory. Exponentials are powers of
 two, 2^(x log2(e)), with scale log2(e) multiplied in once.
 
-One program makes one tile of queries of one row b and head h. It requests the prefix's tile (up to
-64 columns) with q, before anything is computed, and uses it last, so that its latency passes behind
-the sequence. Longer prefixes go on in a loop. Tiles that no query of the tile sees are not visited,
-those that all of them see are not masked. Only lse is kept for the backward pass (backward.py).
+One program makes one tile of queries of one row b and head h: the prefix first, whose first tile
+(up to 64 columns) it requests together with q, then the sequence. (The other way round would hide
+that latency, but ptxas then makes Hopper's matrix products wait for one another.) Tiles that no
+query of the tile sees are not visited, those that all of them see are not masked. Only lse is kept
+for the backward pass (backward.py).
 
     bytes   read q, k, v, write o: 4 B H T D e (e = bytes of an element; k, v once more per further
             tile of queries where L2 does not hold them), lse: 4 B H T, prefix: 2 N H P D e
@@ -22,7 +23,8 @@ those that all of them see are not masked. Only lse is kept for the backward pas
 The operator. `minprefix::attention` and its backward are registered with torch.library, each with
 a fake, for torch.compile and torch.export. In eager mode an autograd.Function around the same two
 functions takes their place, which costs less per call (`python -m kernels.bench_overhead`). The
-`_qkv` pair differs in its gradient alone: one dqkv instead of dq, dk and dv.
+`_qkv` pair differs in its gradient alone: one dqkv instead of dq, dk and dv. There is no second
+derivative, and torch.func's transforms are not supported.
 
 [1] Li & Liang 2021, https://arxiv.org/abs/2101.00190, eq. (3)
 [2] Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867; Dao 2023, arXiv:2307.08691, alg. 1
@@ -39,7 +41,16 @@ from torch.nn import Parameter
 
 from kernels import decode
 from kernels.backward import backward
-from kernels.launch import Tile, bucket, cdiv, kernel_arguments, launch, prefix_blocks, run_best
+from kernels.launch import (
+    PROGRAMS,
+    Tile,
+    bucket,
+    cdiv,
+    kernel_arguments,
+    launch,
+    prefix_blocks,
+    run_best,
+)  # fmt: skip
 from kernels.tiles import (
     LN2,
     LOG2E,
@@ -68,8 +79,8 @@ def _fwd_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs,
     stride_pn, stride_ph, stride_pp, stride_lens,
-    n_head, seq_len, kv_len, prefix_len, q_sign, scale2,
-    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    n_head, seq_len, kv_len, prefix_len, scale2,
+    CAUSAL: tl.constexpr, Q_SIGN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, MORE_P: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one tile of queries of one row and head."""
@@ -78,7 +89,7 @@ def _fwd_kernel(
     m0 = (tiles_m - 1 - pid % tiles_m) * BLOCK_M  # under causality the last tile takes longest
     b, h = (pid // tiles_m // n_head).to(tl.int64), (pid // tiles_m % n_head).to(tl.int64)
     n, columns = row_prefix(b, prefix_index_ptr, prefix_lens_ptr, stride_lens, prefix_len)
-    keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len)
+    keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len, CAUSAL)
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
@@ -86,22 +97,14 @@ def _fwd_kernel(
     prefix_v_ptr += n * stride_pn + h * stride_ph
 
     q = load_rows(q_ptr, m0, seq_len, stride_qt, BLOCK_M, D, BLOCK_D)
-    q = (q * q_sign).to(q_ptr.dtype.element_ty)
-    if BLOCK_P > 0:  # requested first, used last
+    if Q_SIGN != 1:
+        q = (q * Q_SIGN).to(q_ptr.dtype.element_ty)
+    if BLOCK_P > 0:
         pk = load_rows(prefix_k_ptr, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(q.dtype)
         pv = load_rows(prefix_v_ptr, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(q.dtype)
     o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     z = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-
-    limit, whole = limits(m0, keys, first, CAUSAL, BLOCK_M)
-    last = keys
-    if CAUSAL:
-        last = tl.minimum(keys, first + tl.minimum(m0 + BLOCK_M, seq_len))
-    for n0 in range(0, last, BLOCK_N):
-        k = load_rows(k_ptr, n0, keys, stride_ks, BLOCK_N, D, BLOCK_D)
-        v = load_rows(v_ptr, n0, keys, stride_vs, BLOCK_N, D, BLOCK_D)
-        o, z, m = attend_tile(o, z, m, q, k, v, n0, limit, whole, scale2, BLOCK_N)
 
     if BLOCK_P > 0:
         every = tl.zeros([BLOCK_M], tl.int32) + columns
@@ -112,6 +115,15 @@ def _fwd_kernel(
                 v = load_rows(prefix_v_ptr, p0, columns, stride_pp, BLOCK_P, D, BLOCK_D)
                 k, v = k.to(q.dtype), v.to(q.dtype)
                 o, z, m = attend_tile(o, z, m, q, k, v, p0, every, columns, scale2, BLOCK_P)
+
+    limit, whole = limits(m0, keys, first, CAUSAL, BLOCK_M)
+    last = keys
+    if CAUSAL:
+        last = tl.minimum(keys, first + m0 + BLOCK_M)
+    for n0 in range(0, last, BLOCK_N):
+        k = load_rows(k_ptr, n0, last, stride_ks, BLOCK_N, D, BLOCK_D)
+        v = load_rows(v_ptr, n0, last, stride_vs, BLOCK_N, D, BLOCK_D)
+        o, z, m = attend_tile(o, z, m, q, k, v, n0, limit, whole, scale2, BLOCK_N)
 
     o = o / tl.where(z > 0.0, z, 1.0)[:, None]
     o_ptr += (b * seq_len * n_head + h) * D  # memory order (B, T, H, D)
@@ -126,28 +138,31 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """o, lse of `kernels.prefix_attention`, whose arguments these are, checked already."""
     arguments = (q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset)
-    if decode.wanted(q, k):
+    if decode.wanted(q):
         return decode.decode(*arguments, causal, scale)
     a = kernel_arguments(*arguments)
     (B, H, T, D), P = q.shape, prefix_k.shape[-2]
     o, lse = empty_results(q)
     scale = D**-0.5 if scale is None else scale
     # the kernel's maximum needs a positive factor: the sign (or zero) goes to q
-    a |= {"q_sign": float((scale > 0) - (scale < 0)), "scale2": (abs(scale) or 1.0) * LOG2E.value}
+    a |= {"Q_SIGN": (scale > 0) - (scale < 0), "scale2": (abs(scale) or 1.0) * LOG2E.value}
 
     def run(tile: Tile) -> None:
         programs = B * H * cdiv(T, tile.block_m)
         launch(_fwd_kernel, programs, tile, **a, o_ptr=o, lse_ptr=lse, CAUSAL=causal,
                **prefix_blocks(P, q))  # fmt: skip
 
-    run_best("fwd_short" if T <= 256 else "fwd", q, (bucket(T), bucket(P)), run)
+    few = B * H * cdiv(T, 128) < PROGRAMS  # then smaller tiles, so that more of the GPU is at work
+    key = bucket(T), bucket(k.shape[2]), bucket(P)
+    run_best("fwd_short" if T <= 256 or few else "fwd", q, key, run)
     return o, lse
 
 
 def empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
     """o in the memory order (B, T, H, D), lse in fp32."""
     B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D).transpose(1, 2), q.new_empty(B, H, T, dtype=torch.float32)
+    o = q.new_empty_strided((B, H, T, D), (T * H * D, D, H * D, 1))  # no view: it may be changed
+    return o, q.new_empty(B, H, T, dtype=torch.float32)
 
 
 def attention_backward(
@@ -263,8 +278,10 @@ def operator(name: str, tensors: str, forward: Callable, fake: Callable, backwar
     torch.library.register_autograd(f"minprefix::{name}", grads, setup_context=save, lib=LIBRARY)
 
     def call(*inputs):
-        traced = torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, Parameter)
-        return (op if traced else Eager.apply)(*inputs)
+        # whoever watches or replaces operators (a tracer, a mode, a tensor subclass) must see one
+        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        plain = all(type(x) in (Tensor, Parameter) for x in inputs if isinstance(x, Tensor))
+        return (Eager.apply if plain and not watched else op)(*inputs)
 
     return call
 

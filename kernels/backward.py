@@ -15,21 +15,21 @@ one tile of queries against one of keys, wherever they come from. Around it, thr
   - `_bwd_short_kernel`, where a row's queries, keys and prefix are one tile each (T and S up to 64
     or 128): one program per row and head reads everything once and writes dq, dk, dv and the row's
     part of dprefix. delta exists in registers only. 5 products per pair of query and column.
-  - else `_bwd_dq_kernel` (a program per tile of queries: delta, dq and, for P <= FUSED_P, a part of
-    dprefix), then `_bwd_dkdv_kernel` (a program per tile of keys, over the queries that see them).
-    s and dp are made twice: 7 products.
+  - else `_bwd_dq_kernel` (a program per tile of queries: delta, dq and, for short prefixes, a part
+    of dprefix), then `_bwd_dkdv_kernel` (a program per tile of keys, over the queries that see
+    them). s and dp are made twice: 7 products.
   - `_bwd_dprefix_kernel`, for longer prefixes: a program per tile of prefix columns, over all
     queries of `rows` rows, its sums in registers. 4 products more per pair with a prefix column.
 
 No atomics: parts of dprefix go to memory in fp32 (`partial_k`, `partial_v`), `_reduce_kernel` adds
-those of each prefix in their order, which follows from the shapes: results repeat bit for bit. Up
-to P = 32 a part per tile of queries costs less traffic, 16 P D bytes written and read, than reading
-q and do of the tile once more, 4 BLOCK_M D bytes; beyond it the other way round.
+those of each prefix in their order, which follows from the shapes: results repeat bit for bit. A
+part per tile of queries costs 16 P D bytes, written and read; where that is more than reading q and
+do of the tile once more, 2 e BLOCK_M D bytes, the third kernel makes dprefix (`fuses`).
 
 Bytes, with e per element, M = ceil(T / BLOCK_M) tiles of queries and G parts (below):
 
     short            e B H D (3 T + 2 S) read, e B H D (T + 2 S) written
-    dq, dkdv         e B H D (4 T + 2 S) + e B H D (2 T + 2 S) read, e B H D (T + 2 S) written;
+    dq, dkdv         e B H D (3 T + 2 S) + e B H D (2 T + 2 S) read, e B H D (T + 2 S) written;
                      keys, or queries, once more per further tile where L2 does not hold them
     dprefix          2 e B H D T read (all from L2 or memory once per tile of prefix columns)
     parts            8 G H P D written, then read; G = B (short), B M (dq), the number of chunks of
@@ -49,6 +49,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import (
+    PROGRAMS,
     Tile,
     bucket,
     cdiv,
@@ -57,7 +58,7 @@ from kernels.launch import (
     prefix_blocks,
     run_best,
     tiles_of,
-)
+)  # fmt: skip
 from kernels.tiles import LOG2E, limits, load_rows, row_prefix, row_sequence, store_rows
 
 SIZES = ["seq_len", "kv_len", "prefix_len", "batch_size", "rows"]  # change from call to call
@@ -148,7 +149,8 @@ def _bwd_short_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs,
     stride_pn, stride_ph, stride_pp, stride_lens, stride_dob, stride_doh, stride_dot,
-    stride_dqb, stride_dqh, stride_dqt, stride_dkb, stride_dkh, stride_dks,
+    stride_ob, stride_oh, stride_ot, stride_dqb, stride_dqh, stride_dqt,
+    stride_dkb, stride_dkh, stride_dks,
     n_head, seq_len, kv_len, prefix_len, scale, scale2,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -162,11 +164,11 @@ def _bwd_short_kernel(
     dpk = tl.zeros([BLOCK_D, max(BLOCK_P, 16)], tl.float32)
     dpv = tl.zeros([BLOCK_D, max(BLOCK_P, 16)], tl.float32)
     n, columns = row_prefix(b, prefix_index_ptr, prefix_lens_ptr, stride_lens, prefix_len)
-    keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len)
+    keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len, CAUSAL)
     at_terms = (b * n_head + h) * seq_len
     q_ptr += b * stride_qb + h * stride_qh
     do_ptr += b * stride_dob + h * stride_doh
-    o_ptr += (b * seq_len * n_head + h) * D
+    o_ptr += b * stride_ob + h * stride_oh
     lse_ptr += at_terms
     if dlse_ptr is not None:
         dlse_ptr += at_terms
@@ -182,7 +184,7 @@ def _bwd_short_kernel(
         pv = load_rows(prefix_v_ptr + at_p, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(dtype)
 
     q, do, lse2, delta = load_queries(
-        q_ptr, do_ptr, o_ptr, lse_ptr, dlse_ptr, stride_qt, stride_dot, n_head * D, 0, seq_len,
+        q_ptr, do_ptr, o_ptr, lse_ptr, dlse_ptr, stride_qt, stride_dot, stride_ot, 0, seq_len,
         BLOCK_M, D, BLOCK_D,
     )  # fmt: skip
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -219,12 +221,12 @@ def _bwd_dq_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs,
     stride_pn, stride_ph, stride_pp, stride_lens, stride_dob, stride_doh, stride_dot,
-    stride_dqb, stride_dqh, stride_dqt,
+    stride_ob, stride_oh, stride_ot, stride_dqb, stride_dqh, stride_dqt,
     n_head, seq_len, kv_len, prefix_len, scale, scale2,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, MORE_P: tl.constexpr,
 ):  # fmt: skip
-    """delta, dq and a part of dprefix of one tile of queries of one head, in `rows` rows."""
+    """delta, dq and a part of dprefix of one tile of queries of one row and head."""
     tiles_m = tl.cdiv(seq_len, BLOCK_M)
     pid = tl.program_id(0)
     tile_m = tiles_m - 1 - pid % tiles_m  # under causality the last tile takes longest
@@ -235,28 +237,46 @@ def _bwd_dq_kernel(
     dpk = tl.zeros([BLOCK_D, max(BLOCK_P, 16)], tl.float32)
     dpv = tl.zeros([BLOCK_D, max(BLOCK_P, 16)], tl.float32)
     n, columns = row_prefix(b, prefix_index_ptr, prefix_lens_ptr, stride_lens, prefix_len)
-    keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len)
+    keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len, CAUSAL)
     at_terms = (b * n_head + h) * seq_len
     if dlse_ptr is not None:
         dlse_ptr += at_terms
     q, do, lse2, delta = load_queries(
         q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh,
-        o_ptr + (b * seq_len * n_head + h) * D, lse_ptr + at_terms, dlse_ptr,
-        stride_qt, stride_dot, n_head * D, m0, seq_len, BLOCK_M, D, BLOCK_D,
+        o_ptr + b * stride_ob + h * stride_oh, lse_ptr + at_terms, dlse_ptr,
+        stride_qt, stride_dot, stride_ot, m0, seq_len, BLOCK_M, D, BLOCK_D,
     )  # fmt: skip
     offs_m = m0 + tl.arange(0, BLOCK_M)
     tl.store(delta_ptr + at_terms + offs_m, delta, mask=offs_m < seq_len)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if BLOCK_P > 0:  # first, as in the forward kernel
+        at_p = n * stride_pn + h * stride_ph
+        pk = load_rows(prefix_k_ptr + at_p, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(q.dtype)
+        pv = load_rows(prefix_v_ptr + at_p, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(q.dtype)
+        every = tl.full([BLOCK_M], 0, tl.int32) + columns
+        dq, dpk, dpv = tile_grads(
+            dq, dpk, dpv, q, do, pk, pv, lse2, delta, 0, every, columns, scale2,
+            NEED_DQ, NEED_PREFIX, BLOCK_P,
+        )  # fmt: skip
+        if MORE_P and NEED_DQ:  # then dprefix is made by _bwd_dprefix_kernel
+            for p0 in range(BLOCK_P, columns, BLOCK_P):
+                k = load_rows(prefix_k_ptr + at_p, p0, columns, stride_pp, BLOCK_P, D, BLOCK_D)
+                v = load_rows(prefix_v_ptr + at_p, p0, columns, stride_pp, BLOCK_P, D, BLOCK_D)
+                k, v = k.to(q.dtype), v.to(q.dtype)
+                dq, dpk, dpv = tile_grads(
+                    dq, dpk, dpv, q, do, k, v, lse2, delta, p0, every, columns, scale2,
+                    True, False, BLOCK_P,
+                )  # fmt: skip
     if NEED_DQ:
         limit, whole = limits(m0, keys, first, CAUSAL, BLOCK_M)
         last = keys
         if CAUSAL:
-            last = tl.minimum(keys, first + tl.minimum(m0 + BLOCK_M, seq_len))
+            last = tl.minimum(keys, first + m0 + BLOCK_M)
         k_at, v_at = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
         for n0 in range(0, last, BLOCK_N):
-            k = load_rows(k_at, n0, keys, stride_ks, BLOCK_N, D, BLOCK_D)
-            v = load_rows(v_at, n0, keys, stride_vs, BLOCK_N, D, BLOCK_D)
+            k = load_rows(k_at, n0, last, stride_ks, BLOCK_N, D, BLOCK_D)
+            v = load_rows(v_at, n0, last, stride_vs, BLOCK_N, D, BLOCK_D)
             dq, dpk, dpv = tile_grads(
                 dq,
                 dpk,
@@ -275,24 +295,6 @@ def _bwd_dq_kernel(
                 False,
                 BLOCK_N,
             )
-    if BLOCK_P > 0:
-        at_p = n * stride_pn + h * stride_ph
-        pk = load_rows(prefix_k_ptr + at_p, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(q.dtype)
-        pv = load_rows(prefix_v_ptr + at_p, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(q.dtype)
-        every = tl.full([BLOCK_M], 0, tl.int32) + columns
-        dq, dpk, dpv = tile_grads(
-            dq, dpk, dpv, q, do, pk, pv, lse2, delta, 0, every, columns, scale2,
-            NEED_DQ, NEED_PREFIX, BLOCK_P,
-        )  # fmt: skip
-        if MORE_P and NEED_DQ:  # then dprefix is made by _bwd_dprefix_kernel
-            for p0 in range(BLOCK_P, columns, BLOCK_P):
-                k = load_rows(prefix_k_ptr + at_p, p0, columns, stride_pp, BLOCK_P, D, BLOCK_D)
-                v = load_rows(prefix_v_ptr + at_p, p0, columns, stride_pp, BLOCK_P, D, BLOCK_D)
-                k, v = k.to(q.dtype), v.to(q.dtype)
-                dq, dpk, dpv = tile_grads(
-                    dq, dpk, dpv, q, do, k, v, lse2, delta, p0, every, columns, scale2,
-                    True, False, BLOCK_P,
-                )  # fmt: skip
     if NEED_DQ:
         dq_at = dq_ptr + b * stride_dqb + h * stride_dqh
         store_rows(dq_at, dq * scale, m0, seq_len, stride_dqt, BLOCK_M, D, BLOCK_D)
@@ -317,7 +319,7 @@ def _bwd_dkdv_kernel(
     pid = tl.program_id(0)
     n0 = pid % tiles_n * BLOCK_N  # under causality the first tile takes longest
     b, h = (pid // tiles_n // n_head).to(tl.int64), (pid // tiles_n % n_head).to(tl.int64)
-    keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len)
+    keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len, CAUSAL)
     k_at, v_at = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
     k = load_rows(k_at, n0, keys, stride_ks, BLOCK_N, D, BLOCK_D)
     v = load_rows(v_at, n0, keys, stride_vs, BLOCK_N, D, BLOCK_D)
@@ -375,7 +377,7 @@ def _bwd_dprefix_kernel(
     store_rows(partial_v_ptr + at, tl.trans(dv), p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["n_partials", "n_elements", "per_row"])
+@triton.jit(do_not_specialize=["n_partials", "per_row"])
 def _reduce_kernel(
     partial_k_ptr, partial_v_ptr, dprefix_k_ptr, dprefix_v_ptr, prefix_index_ptr,
     n_partials, n_elements, per_row,
@@ -405,10 +407,6 @@ def _reduce_kernel(
     tl.store(dprefix_v_ptr + at, dv.to(dtype), mask=offs_e < n_elements)
 
 
-PROGRAMS = 264  # that share the rows of a long prefix: two for each multiprocessor of an H100
-FUSED_P = 32  # columns up to which the kernel of dq also makes dprefix: see the header
-
-
 def backward(
     do, dlse, q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset,
     causal, scale, o, lse, dq, dk, dv, dprefix_k, dprefix_v,
@@ -423,13 +421,14 @@ def backward(
     """
     (B, _, T, D), S, P = q.shape, k.shape[2], prefix_k.shape[-2]
     do = torch.zeros_like(o) if do is None else do
-    do = do if do.stride(-1) == 1 else do.contiguous()
+    do, o = (x if x.stride(-1) == 1 else x.contiguous() for x in (do, o))
     scale = D**-0.5 if scale is None else scale
     a = kernel_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset)
     a |= {
-        "do_ptr": do, "o_ptr": o, "lse_ptr": lse,
+        "do_ptr": do, "o_ptr": o, "lse_ptr": lse.contiguous(),
         "dlse_ptr": None if dlse is None else dlse.contiguous(),
         "stride_dob": do.stride(0), "stride_doh": do.stride(1), "stride_dot": do.stride(2),
+        "stride_ob": o.stride(0), "stride_oh": o.stride(1), "stride_ot": o.stride(2),
         "dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv, **strides("dq", dq), **strides("dk", dk),
         "batch_size": B, "scale": scale, "scale2": scale * LOG2E.value,
         "CAUSAL": causal, **prefix_blocks(P, q),
@@ -464,7 +463,9 @@ def short_tiles(q: Tensor, k: Tensor, prefix_len: int) -> list[Tile]:
 
 def fuses(q: Tensor, prefix_len: int) -> bool:
     """Whether `_bwd_dq_kernel` also makes the prefix's gradient: see the header."""
-    return prefix_len <= FUSED_P and not prefix_blocks(prefix_len, q)["MORE_P"]
+    block_m = tiles_of("bwd_dq", q)[0].block_m
+    cheaper = 16 * prefix_len <= 2 * q.element_size() * block_m
+    return cheaper and not prefix_blocks(prefix_len, q)["MORE_P"]
 
 
 NO_PARTIALS = {"partial_k_ptr": None, "partial_v_ptr": None}
@@ -516,7 +517,7 @@ def rows_a_program(batch_size: int, programs_a_row: int) -> int:
 def reduce_partials(a: dict, partials: dict, per_row: int, dprefix_k, dprefix_v) -> None:
     """dprefix_k, dprefix_v: the partials summed over the rows that used each prefix."""
     n_partials, H, P, D = partials["partial_k_ptr"].shape
-    n_elements, tile = H * P * D, Tile(16, 128, 4, 1)
+    n_elements, tile = H * P * D, Tile(32, 64, 4, 1)
     n_prefixes = dprefix_k.numel() // n_elements
     launch(
         _reduce_kernel, n_prefixes * cdiv(n_elements, tile.block_n), tile, **a, **partials,

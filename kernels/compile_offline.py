@@ -11,7 +11,8 @@ A row of the table gives the registers of a thread, the shared memory of a progr
 local memory of a thread, which is where registers are spilled; "wgmma one by one" means that ptxas
 could not keep Hopper's matrix products in flight beside other work. A row fails where a kernel does
 not compile, takes more shared or tensor memory than the target has, or spills with a default tile
-(more than TRADED allows) and is not in ALLOWED_SPILLS. The exit code is then 1. On NVIDIA a row of
+(more than TRADED allows) and is not in ALLOWED_SPILLS, or where a default tile of heads of 64 on
+Hopper is "one by one". The exit code is then 1. On NVIDIA a row of
 32 registers and thousands of spilled bytes is ptxas giving up: the tile is far too large.
 
 Without --all only a pairwise cover is compiled: a few cases in which each two values of different
@@ -310,6 +311,9 @@ def problem(job: Job, compiled: Compiled) -> str:
         return f"shared memory: {compiled.shared} of {room} bytes"
     if compiled.tensor_memory > TENSOR_MEMORY:
         return f"tensor memory: {compiled.tensor_memory} of {TENSOR_MEMORY} columns"
+    hopper = case.target == "sm_90" and case.dtype != "fp32" and case.head_dim == 64
+    if job.default and hopper and compiled.one_by_one:
+        return "wgmma instructions wait for one another (see ptxas -v)"
     key = (job.name, case.target, case.dtype, case.head_dim)
     pressed = compiled.registers >= MOST_REGISTERS[GPU_TARGETS[case.target].backend]
     allowed = ALLOWED_SPILLS.get(key, (0 if pressed else TRADED, ""))[0]

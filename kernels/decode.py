@@ -21,7 +21,9 @@ the lengths of the rows. Read `_decode_kernel`, then `_merge_kernel`, which is (
     B T / BLOCK_M times instead of B times. The programs above then see the cache only.
 
 Nothing is added atomically, and (*) sums in the order of c: results repeat bit for bit. Where one
-program sees all columns of its queries it writes o and lse itself: one launch, no workspace.
+program sees all columns of its queries it writes o and lse itself: one launch, no workspace. (A
+cache that grows from call to call, as a longer and longer view, passes from the one to the other
+once, which compiles a second form of the kernel; a static cache never does.)
 
 With e the bytes of an element and C the number of partial results per query (`Plan.parts`):
 
@@ -89,8 +91,9 @@ def stacked_prefix(
     pid, q_ptr, prefix_k_ptr, prefix_v_ptr, o_ptr, lse_ptr, prefix_lens_ptr,
     stride_qb, stride_qh, stride_qt, stride_ph, stride_pp,
     stride_oc, stride_ob, stride_oh, stride_ot,
-    batch_size, n_head, seq_len, prefix_len, prefix_splits, prefix_chunk, q_sign, scale2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    batch_size, n_head, seq_len, prefix_len, prefix_splits, prefix_chunk, scale2,
+    Q_SIGN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """o_c, lse_c of BLOCK_M of the batch's B T queries, of one head, on one split of the prefix."""
     blocks = tl.cdiv(batch_size * seq_len, BLOCK_M)
@@ -108,7 +111,8 @@ def stacked_prefix(
         mask = mask & (offs_d < D)[None, :]
     at = b * stride_qb + h * stride_qh + t * stride_qt
     q = tl.load(q_ptr + at[:, None] + offs_d[None, :], mask=mask, other=0.0)
-    q = (q * q_sign).to(q_ptr.dtype.element_ty)
+    if Q_SIGN != 1:
+        q = (q * Q_SIGN).to(q_ptr.dtype.element_ty)
 
     o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     z = tl.zeros([BLOCK_M], tl.float32)
@@ -138,8 +142,9 @@ def _decode_kernel(
     stride_vb, stride_vh, stride_vs,
     stride_pn, stride_ph, stride_pp, stride_lens, stride_oc, stride_ob, stride_oh, stride_ot,
     batch_size, n_head, seq_len, kv_len, prefix_len,
-    splits, chunk, prefix_splits, prefix_chunk, q_sign, scale2,
-    CAUSAL: tl.constexpr, STACKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    splits, chunk, prefix_splits, prefix_chunk, scale2,
+    CAUSAL: tl.constexpr, Q_SIGN: tl.constexpr, STACKED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr, MORE_P: tl.constexpr,
 ):  # fmt: skip
@@ -151,15 +156,15 @@ def _decode_kernel(
             pid, q_ptr, prefix_k_ptr, prefix_v_ptr, o_ptr, lse_ptr, prefix_lens_ptr,
             stride_qb, stride_qh, stride_qt, stride_ph, stride_pp,
             stride_oc, stride_ob, stride_oh, stride_ot,
-            batch_size, n_head, seq_len, prefix_len, prefix_splits, prefix_chunk, q_sign, scale2,
-            D, BLOCK_D, BLOCK_M, BLOCK_P,
+            batch_size, n_head, seq_len, prefix_len, prefix_splits, prefix_chunk, scale2,
+            Q_SIGN, D, BLOCK_D, BLOCK_M, BLOCK_P,
         )  # fmt: skip
     else:
         pid -= stacked
         c = (pid % splits).to(tl.int64)
         h, b = (pid // splits % n_head).to(tl.int64), (pid // splits // n_head).to(tl.int64)
         n, columns = row_prefix(b, prefix_index_ptr, prefix_lens_ptr, stride_lens, prefix_len)
-        keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len)
+        keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len, CAUSAL)
         k_ptr += b * stride_kb + h * stride_kh
         v_ptr += b * stride_vb + h * stride_vh
         prefix_k_ptr += n * stride_pn + h * stride_ph
@@ -183,7 +188,8 @@ def _decode_kernel(
 
         q_ptr += b * stride_qb + h * stride_qh
         q = load_rows(q_ptr, 0, seq_len, stride_qt, BLOCK_T, D, BLOCK_D)
-        q = (q * q_sign).to(q_ptr.dtype.element_ty)
+        if Q_SIGN != 1:
+            q = (q * Q_SIGN).to(q_ptr.dtype.element_ty)
         o = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         z = tl.zeros([BLOCK_T], tl.float32)
         m = tl.full([BLOCK_T], float("-inf"), tl.float32)
@@ -309,7 +315,7 @@ def workspace_bytes(
     return 4 * parts * B * H * T * (D + 1) if parts > 1 else 0
 
 
-def wanted(q: Tensor, k: Tensor) -> bool:
+def wanted(q: Tensor) -> bool:
     """Whether `decode` is taken rather than `attention.forward`: up to MAX_QUERIES queries.
 
     Then a program's work is to read keys, whatever their number, and its tile of 16 queries wastes
@@ -345,7 +351,7 @@ def decode(
         launch(
             _decode_kernel, programs, tile, **a, **strides, o_ptr=part_o, lse_ptr=part_lse,
             batch_size=B, **cut._asdict(),
-            q_sign=float((scale > 0) - (scale < 0)), scale2=(abs(scale) or 1.0) * LOG2E.value,
+            Q_SIGN=(scale > 0) - (scale < 0), scale2=(abs(scale) or 1.0) * LOG2E.value,
             CAUSAL=causal, STACKED=stacked,
             **prefix_tiles(prefix_k, a["BLOCK_D"]),
         )  # fmt: skip

@@ -26,14 +26,19 @@ def row_prefix(b, prefix_index_ptr, prefix_lens_ptr, stride_lens, prefix_len):
 
 
 @triton.jit
-def row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len):
-    """(keys, first): row b's number of valid keys, and the place of its first query among them."""
+def row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len, CAUSAL: tl.constexpr):
+    """(keys, first): row b's number of keys, and the place of its first query among them.
+
+    Keys that no query of the row sees are not counted, and never read.
+    """
     keys = kv_len
     if kv_lens_ptr is not None:
         keys = tl.minimum(tl.load(kv_lens_ptr + b).to(tl.int32), kv_len)
     first = kv_len - seq_len
     if q_offset_ptr is not None:
         first = tl.load(q_offset_ptr + b).to(tl.int32)
+    if CAUSAL:
+        keys = tl.minimum(keys, first + seq_len)
     return keys, first
 
 
@@ -51,7 +56,7 @@ def limits(m0, keys, first, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
 @triton.jit
 def load_rows(ptr, start, end, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows start.. of a (rows, D) matrix: [ROWS, BLOCK_D], zeros from row `end` on."""
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    rows, columns = tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK_D)
     mask = (start + rows < end)[:, None]
     if D < BLOCK_D:
         mask = mask & (columns < D)[None, :]
@@ -64,7 +69,7 @@ def store_rows(
     ptr, tile, start, end, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """The inverse of `load_rows`, in the dtype of `ptr`."""
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    rows, columns = tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK_D)
     mask = (start + rows < end)[:, None]
     if D < BLOCK_D:
         mask = mask & (columns < D)[None, :]

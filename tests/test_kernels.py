@@ -32,6 +32,8 @@ ERRORS = [  # what is wrong, and the two things that the message names
     ({"kv_lens": X(3).bool()}, r"kv_lens must be an integer tensor \(3,\), got torch.bool"),
     ({"kv_lens": torch.tensor([7, 8, 0])}, r"kv_lens must lie in \[0, 7\], got \[7, 8, 0\]"),
     ({"kv_lens": torch.tensor([7, -1, 0])}, r"kv_lens must lie in \[0, 7\], got \[7, -1, 0\]"),
+    ({"prefix_k": X(2, 5, 8, device="meta")}, "prefix_k is on meta, q on cpu"),
+    ({"kv_lens": X(3, device="meta").long()}, "an index tensor is on meta, q on cpu"),
     ({"q_offset": torch.tensor(0)}, r"q_offset must be an integer tensor \(3,\), got .* \(\)"),
 ]
 

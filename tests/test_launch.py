@@ -1,5 +1,6 @@
 """Where the kernels meet a device: the table of tiles, tuning on request, what kernels get."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +50,7 @@ def test_tuning_takes_the_fastest_and_measures_once(monkeypatch):
     monkeypatch.setenv("MINPREFIX_AUTOTUNE", "1")
     monkeypatch.setattr(launch, "_tuned", {})
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     assert run_best("fwd", HEADS, (128, 16), lambda tile: tile, tiles) == tiles[0] and not timed
     capturing = False

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import assert_close
 from test_reference import named_case
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from kernels import on_triton, prefix_attention, prefix_attention_qkv
 
@@ -117,6 +118,15 @@ def test_compiles_without_a_break(fused_qkv):
     assert_close(actual, exact, 1e-5)
     for mine, eager in zip(*grads, strict=True):
         assert_close(mine, eager, 1e-5)
+
+
+def test_a_tracer_sees_the_operator():
+    """make_fx on plain tensors: the eager short cut would leave an empty graph."""
+    inputs = [x.detach() if torch.is_tensor(x) else x for x in arguments()]
+    graph = make_fx(lambda *x: attention.attention(*x, *inputs[5:]))(*inputs[:5])
+    assert "minprefix.attention" in graph.code
+    for mine, direct in zip(graph(*inputs[:5]), attention.attention(*inputs), strict=True):
+        assert torch.equal(mine, direct)
 
 
 def test_no_second_derivative():
