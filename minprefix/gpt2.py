@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import prefix_attention, prefix_attention_qkv
+from minprefix.losses import frozen_head_loss
 
 IGNORE = -100  # a label at which there is no loss
 
@@ -266,6 +267,8 @@ class GPT2(nn.Module):
         """
         at = labels != IGNORE
         hidden = self.hidden_states(input_ids, **kwargs)[at]  # (labels, C)
+        if not self.wte.weight.requires_grad:
+            return frozen_head_loss(hidden, self.wte.weight, labels[at])
         logits = F.linear(hidden, self.wte.weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, labels[at], reduction="none")
