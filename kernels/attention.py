@@ -46,6 +46,7 @@ from kernels.launch import (
     Tile,
     bucket,
     cdiv,
+    empty_results,
     kernel_arguments,
     launch,
     prefix_blocks,
@@ -99,14 +100,13 @@ def _fwd_kernel(
     q = load_rows(q_ptr, m0, seq_len, stride_qt, BLOCK_M, D, BLOCK_D)
     if Q_SIGN != 1:
         q = (q * Q_SIGN).to(q_ptr.dtype.element_ty)
-    if BLOCK_P > 0:
-        pk = load_rows(prefix_k_ptr, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(q.dtype)
-        pv = load_rows(prefix_v_ptr, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(q.dtype)
     o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     z = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
     if BLOCK_P > 0:
+        pk = load_rows(prefix_k_ptr, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(q.dtype)
+        pv = load_rows(prefix_v_ptr, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(q.dtype)
         every = tl.zeros([BLOCK_M], tl.int32) + columns
         o, z, m = attend_tile(o, z, m, q, pk, pv, 0, every, columns, scale2, BLOCK_P)
         if MORE_P:
@@ -156,13 +156,6 @@ def forward(
     key = bucket(T), bucket(k.shape[2]), bucket(P)
     run_best("fwd_short" if T <= 256 or few else "fwd", q, key, run)
     return o, lse
-
-
-def empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
-    """o in the memory order (B, T, H, D), lse in fp32."""
-    B, H, T, D = q.shape
-    o = q.new_empty_strided((B, H, T, D), (T * H * D, D, H * D, 1))  # no view: it may be changed
-    return o, q.new_empty(B, H, T, dtype=torch.float32)
 
 
 def attention_backward(

@@ -51,6 +51,7 @@ from kernels.launch import (
     Tile,
     bucket,
     cdiv,
+    empty_results,
     kernel_arguments,
     launch,
     run_best,
@@ -339,8 +340,7 @@ def decode(
     def run(tile: Tile) -> tuple[Tensor, Tensor]:
         cut = plan(q, k, prefix_k, prefix_index, tile)
         stacked, parts = cut.prefix_splits > 0, cut.parts
-        o = q.new_empty(B, T, H, D).transpose(1, 2)
-        lse = q.new_empty(B, H, T, dtype=torch.float32)
+        o, lse = empty_results(q)
         part_o, part_lse = o[None], lse  # one part: the result
         if parts > 1:
             part_o = q.new_empty(parts, B, H, T, D, dtype=torch.float32)

@@ -243,6 +243,13 @@ def prefix_blocks(prefix_len: int, q: torch.Tensor) -> dict[str, int | bool]:
     return {"BLOCK_P": block, "MORE_P": prefix_len > block}
 
 
+def empty_results(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """o (B, H, T, D) in the memory order (B, T, H, D), and lse (B, H, T) in fp32."""
+    B, H, T, D = q.shape
+    o = q.new_empty_strided((B, H, T, D), (T * H * D, D, H * D, 1))  # no view: it may be changed
+    return o, q.new_empty(B, H, T, dtype=torch.float32)
+
+
 def kernel_arguments(
     q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset
 ) -> dict[str, Any]:

@@ -109,6 +109,7 @@ def poisoned(monkeypatch):
         return made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty_strided", filled(torch.Tensor.new_empty_strided))
     monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
 
 
