@@ -19,6 +19,7 @@ import torch
 
 from minprefix import weights
 from minprefix.batches import encode_prompt
+from minprefix.bench import RANDOM, BenchConfig, run_bench
 from minprefix.data import LINEARISATIONS, load_examples
 from minprefix.decoding import GenerationConfig
 from minprefix.demo import run_demo
@@ -114,6 +115,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     info = command("info", run_info, "Parameters of a model, and of a prefix.", with_model)
     info.add_argument("--prefix", type=Path, help="prefix file")
+
+    text = "Time training steps or generation, beside transformers + PEFT where installed."
+    bench = command("bench", run_bench_command, text, with_model)
+    bench.epilog = f"--model may also be {', '.join(RANDOM)}: official sizes, random weights."
+    bench.add_argument("work", choices=("train", "generate"), help="what is timed")
+    add_fields(bench, BenchConfig)
 
     demo = command("demo", run_demo_command, "The main job on embedded model and data.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder")
@@ -345,6 +352,14 @@ def run_info(args) -> dict | None:
     rows = parameter_rows(model, load_prefix(args, model))
     if args.json:
         return {"parameters": rows}
+    print(format_rows(rows))
+    return None
+
+
+def run_bench_command(args) -> dict | None:
+    rows = run_bench(args.work, args.model, args.device, from_args(BenchConfig, args))
+    if args.json:
+        return {"rows": rows}
     print(format_rows(rows))
     return None
 

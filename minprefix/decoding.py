@@ -108,16 +108,23 @@ def sampling_probabilities(logits: Tensor, config: GenerationConfig) -> Tensor:
     return scores.softmax(-1)
 
 
-def sample(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
+def draw(probabilities: Tensor, u: Tensor) -> Tensor:
     """One token per row, (B, V) -> (B,): the first at which the cumulated probability exceeds u.
 
-    Row b takes its u, uniform in [0, 1), from its own generator on the CPU: the draw depends
-    neither on the other rows nor on the device.
+    u: (B,), fp64, uniform in [0, 1).
+    """
+    cumulated = probabilities.cumsum(-1)  # (B, V)
+    return torch.searchsorted(cumulated, u[:, None] * cumulated[:, -1:], right=True)[:, 0]
+
+
+def sample(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """One token per row, (B, V) -> (B,), by `draw`.
+
+    Row b takes its u from its own generator on the CPU: the draw depends neither on the other rows
+    nor on the device.
     """
     u = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
-    u = torch.cat(u).to(probabilities.device)[:, None]  # (B, 1)
-    cumulated = probabilities.cumsum(-1)  # (B, V)
-    return torch.searchsorted(cumulated, u * cumulated[:, -1:], right=True)[:, 0]
+    return draw(probabilities, torch.cat(u).to(probabilities.device))
 
 
 class Rows:
@@ -223,14 +230,22 @@ class BeamSearch:
         return new[:-1] if new[-1] == self.eos_id else new
 
 
+def check_beams(config: GenerationConfig, vocab_size: int) -> None:
+    """ValueError where there are fewer tokens than candidates."""
+    K = config.num_beams
+    if 2 * K > vocab_size:
+        raise ValueError(
+            f"num_beams {K} needs a vocabulary of {2 * K} tokens, the model has {vocab_size}"
+        )
+
+
 def beam_search(
     model: GPT2, prompts: list[list[int]], config: GenerationConfig, eos_id: int,
     acts: PrefixActivations, bad_words_ids: list[list[int]],
 ) -> list[list[int]]:  # fmt: skip
     """The best that `BeamSearch` finds for each prompt: its new tokens, without eos."""
     K, V = config.num_beams, model.config.vocab_size
-    if 2 * K > V:
-        raise ValueError(f"num_beams {K} needs a vocabulary of {2 * K} tokens, the model has {V}")
+    check_beams(config, V)
     batch = Rows(model, prompts, acts, config.max_new_tokens)
     searches = [BeamSearch(tokens, config, eos_id) for tokens in prompts]
     active, unread, n_new = searches, prompts, 0

@@ -1,6 +1,7 @@
 """Generation: from prompts to texts, in batches or as a stream.
 
-`generate` checks everything, sorts prompts into batches and lets `decoding.py` choose the tokens;
+`generate` checks everything, sorts prompts into batches and lets `fast_generation.py` choose the
+tokens, or `decoding.py`, the plain loops that define them;
 `stream` gives the text of one prompt piece by piece. Read `prepare` (what a prompt becomes), then
 `generate`.
 """
@@ -12,8 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from minprefix import decoding, fast_generation
 from minprefix.batches import encode_prompt
-from minprefix.decoding import GenerationConfig, beam_search, greedy_or_sampled
+from minprefix.decoding import GenerationConfig
 from minprefix.gpt2 import GPT2, PrefixActivations
 from minprefix.prefix import Prefix, PrefixBank
 
@@ -106,6 +108,7 @@ def generate_ids(
     model: GPT2, prompts: list[list[int]], config: GenerationConfig, eos_id: int, *,
     prefix: Prefix | PrefixBank | None = None, prefix_index: Sequence[int] | Tensor | None = None,
     bad_words_ids: Sequence[Sequence[int]] = (), seeds: Sequence[int] | None = None,
+    fast: bool = True,
 ) -> list[list[int]]:  # fmt: skip
     """Continue one batch of prompts, at least one: the new tokens of each, without eos.
 
@@ -118,6 +121,7 @@ def generate_ids(
         bad_words_ids: token sequences that are never completed. A lone eos_id among them is
             ignored, as in [2]; min_new_tokens is for that.
         seeds: for sampling, one per prompt; None = config.seed + b.
+        fast: through `fast_generation.py`; False = the plain loops of `decoding.py`, same tokens.
     Raises:
         ValueError: a prompt that is empty or too long, an index that does not fit.
     """
@@ -131,10 +135,11 @@ def generate_ids(
     with eval_mode(model):
         acts = activations(model, prefix, index, offsets)
         args = (model, prompts, config, eos_id, acts, bad_words_ids)
+        loops = fast_generation if fast else decoding
         if config.num_beams > 1:
-            return beam_search(*args)
+            return loops.beam_search(*args)
         new = [[] for _ in prompts]
-        for tokens in greedy_or_sampled(*args, seeds):
+        for tokens in loops.greedy_or_sampled(*args, seeds):
             for b, token in tokens.items():
                 new[b].append(token)
         return new
@@ -159,7 +164,7 @@ def batches(lengths: list[int], offsets: list[int], batch_size: int, room: int) 
 def stream(
     model: GPT2, tokenizer, prompt: str | list[int], *,
     prefix: Prefix | PrefixBank | None = None, prefix_index: int | None = None,
-    config: GenerationConfig | None = None, **options,
+    config: GenerationConfig | None = None, fast: bool = True, **options,
 ) -> Iterator[str]:  # fmt: skip
     """What `generate` gives for one prompt, piece by piece as it comes; greedy or sampling.
 
@@ -179,7 +184,8 @@ def stream(
         with eval_mode(model):
             acts = activations(model, prefix, index, offsets)
             args = (model, ids, config, tokenizer.eos_id, acts, bad_words_ids, [config.seed])
-            for chosen in greedy_or_sampled(*args):
+            loops = fast_generation if fast else decoding
+            for chosen in loops.greedy_or_sampled(*args):
                 yield chosen[0]
 
     return tokenizer.decode_stream(new_tokens())
@@ -189,7 +195,7 @@ def generate(
     model: GPT2, tokenizer, prompts: Sequence[str | list[int]], *,
     prefix: Prefix | PrefixBank | None = None, prefix_index: Sequence[int] | Tensor | None = None,
     batch_size: int = 64, config: GenerationConfig | None = None,
-    progress: Callable[[int, int], None] | None = None, **options,
+    progress: Callable[[int, int], None] | None = None, fast: bool = True, **options,
 ) -> list[str]:  # fmt: skip
     """Continue prompts: the new text of each, in their order.
 
@@ -204,6 +210,7 @@ def generate(
         batch_size: prompts at a time; it changes no text (beyond rounding).
         config, options: how tokens are chosen; options replace fields of config.
         progress: called after each batch with (prompts done, prompts in all).
+        fast: False = the plain loops, several times slower; the same tokens (beyond rounding).
     Raises:
         ValueError: before any work, for options that make no sense, a prompt that is empty or too
             long, an index that does not fit, or a prefix of another model.
@@ -221,7 +228,7 @@ def generate(
         new = generate_ids(
             model, [ids[b] for b in batch], config, tokenizer.eos_id,
             prefix=prefix, prefix_index=None if index is None else [index[b] for b in batch],
-            bad_words_ids=bad_words_ids, seeds=[config.seed + b for b in batch],
+            bad_words_ids=bad_words_ids, seeds=[config.seed + b for b in batch], fast=fast,
         )  # fmt: skip
         texts |= {b: tokenizer.decode(tokens) for b, tokens in zip(batch, new, strict=True)}
         if progress is not None:

@@ -12,6 +12,7 @@ keys S, prefix positions P, layers L, heads H, width C, head width D = C / H, vo
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -78,40 +79,6 @@ class PrefixActivations:
         return replace(self, index=self.index[rows], position_offset=self.position_offset[rows])
 
 
-class KVCache:
-    """Keys and values of the tokens so far, row by row, without the prefix: h_<i of eq. (1).
-
-    Row b holds `lengths[b]` tokens; rows of different lengths stand side by side without padding
-    between their tokens. New tokens overwrite whatever padding stood behind them.
-    """
-
-    def __init__(self, config: GPT2Config, batch_size: int, max_len: int, like: Tensor):
-        shape = (config.n_layer, batch_size, config.n_head, max_len, config.head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # (L, B, H, S, D)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)  # (B,)
-        self.longest = 0  # no row is longer: known without asking the GPU
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, T, D) behind each row's tokens; return the layer's all (B, H, S, D)."""
-        T = k.shape[2]
-        row = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
-        at = self.lengths[:, None] + torch.arange(T, device=k.device)  # (B, T)
-        self.k[layer][row, :, at] = k.transpose(1, 2)
-        self.v[layer][row, :, at] = v.transpose(1, 2)
-        S = self.longest + T
-        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
-
-    def advance(self, lengths: Tensor | None, T: int) -> None:
-        """Count the tokens that all layers have appended: `lengths` (B,) of T, or T in each row."""
-        self.lengths = self.lengths + (T if lengths is None else lengths)
-        self.longest += T
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order and as often as they are named (beams)."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-        self.lengths = self.lengths[rows]
-
-
 class Conv1D(nn.Module):
     """A linear layer whose weight is stored as [in, out], as in the official checkpoints."""
 
@@ -125,7 +92,7 @@ class Conv1D(nn.Module):
 
 
 def gated_prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, gate: Tensor, *,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, gate: Tensor | None, *,
     prefix_index: Tensor | None = None, prefix_lens: Tensor | None = None, **visible,
 ) -> Tensor:  # fmt: skip
     """Attention in which the prefix's softmax terms weigh `gate` times their value.
@@ -139,10 +106,13 @@ def gated_prefix_attention(
     taken, so its gradient exists at 0.
 
     Args:
-        gate: (H,), or (N, H) for a bank.
+        gate: (H,), or (N, H) for a bank; None = 1 everywhere, in one call of the operator.
         prefix_k, prefix_v: (H, P, D); or a bank (N, H, P, D) with its prefix_index (B,).
         prefix_lens: (N,), with a bank. The rest as in `kernels.prefix_attention`.
     """
+    if gate is None:
+        rows = {"prefix_index": prefix_index, "prefix_lens": prefix_lens}
+        return prefix_attention(q, k, v, prefix_k, prefix_v, **rows, **visible)
     none = q.new_empty(q.shape[1], 0, q.shape[3])
     o_s, lse_s = prefix_attention(q, k, v, none, none, return_lse=True, **visible)
     if prefix_k.dim() == 3:
@@ -163,6 +133,56 @@ def gated_prefix_attention(
     return (o_s + lam[..., None] * (o_p - o_s)).to(q.dtype)
 
 
+class KVCache:
+    """Keys and values of the tokens so far, row by row, without the prefix: h_<i of eq. (1).
+
+    Row b holds `lengths[b]` tokens; rows of different lengths stand side by side without padding
+    between their tokens. New tokens overwrite whatever padding stood behind them.
+    """
+
+    def __init__(self, config: GPT2Config, batch_size: int, max_len: int, like: Tensor):
+        shape = (config.n_layer, batch_size, config.n_head, max_len, config.head_dim)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # (L, B, H, S, D)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)  # (B,)
+        self.longest = 0  # no row is longer: known without asking the GPU
+
+    def longest_after(self, T: int) -> int:
+        """What `longest` will be when each row has read T new tokens."""
+        return self.longest + T
+
+    def places(self, T: int) -> Tensor:
+        """Where in its text each of T new tokens per row stands: (B, T)."""
+        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+
+    def attend(self, layer: int, q, k, v, prefix_k, prefix_v, gate, **prefix_rows) -> Tensor:
+        """Attention of the new tokens, q, k, v (B, H, T, D), to the prefix and all tokens so far.
+
+        Padding behind a row's tokens lies after its queries: causality hides it.
+        """
+        visible = {**prefix_rows, "q_offset": self.lengths} if self.longest else prefix_rows
+        k, v = self.append(layer, k, v)
+        return gated_prefix_attention(q, k, v, prefix_k, prefix_v, gate, **visible)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, H, T, D) behind each row's tokens; return the layer's all (B, H, S, D)."""
+        T = k.shape[2]
+        row, at = torch.arange(k.shape[0], device=k.device)[:, None], self.places(T)
+        self.k[layer][row, :, at] = k.transpose(1, 2)
+        self.v[layer][row, :, at] = v.transpose(1, 2)
+        S = self.longest + T
+        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+
+    def advance(self, lengths: Tensor | None, T: int) -> None:
+        """Count the tokens that all layers have appended: `lengths` (B,) of T, or T in each row."""
+        self.lengths = self.lengths + (T if lengths is None else lengths)
+        self.longest += T
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order and as often as they are named (beams)."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.lengths = self.lengths[rows]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over [prefix; tokens so far]."""
 
@@ -172,24 +192,22 @@ class Attention(nn.Module):
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
-    def forward(self, x, prefix_k, prefix_v, gate=None, append=None, **visible) -> Tensor:
+    def forward(self, x, prefix_k, prefix_v, gate=None, attend=None, **visible) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
         Args:
             prefix_k, prefix_v: (H, P, D) or (N, H, P, D).
             gate: (H,) or (N, H); None = ungated.
-            append: takes k, v of the new tokens, gives those of all tokens (`KVCache.append`).
-            visible: prefix_index, prefix_lens, kv_lens, q_offset of `kernels.prefix_attention`.
+            attend: attention to cached tokens, too (`KVCache.attend`); None = to those in x only.
+            visible: prefix_index, prefix_lens, kv_lens of `kernels.prefix_attention`.
         """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
-        if append is not None:
-            k, v = append(k, v)  # (B, H, S, D)
-        if gate is not None:
+        if attend is not None:
+            o = attend(q, k, v, prefix_k, prefix_v, gate, **visible)
+        elif gate is not None:
             o = gated_prefix_attention(q, k, v, prefix_k, prefix_v, gate, **visible)
-        elif append is not None:
-            o = prefix_attention(q, k, v, prefix_k, prefix_v, **visible)
         else:  # the same, with one gradient for the whole of qkv
             o = prefix_attention_qkv(qkv, prefix_k, prefix_v, **visible)
         return self.c_proj(o.transpose(1, 2).reshape(B, T, C))  # merging the heads is a view
@@ -219,8 +237,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x, prefix_k, prefix_v, gate=None, append=None, **visible) -> Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x), prefix_k, prefix_v, gate, append, **visible))
+    def forward(self, x, prefix_k, prefix_v, gate=None, attend=None, **visible) -> Tensor:
+        x = x + self.drop(self.attn(self.ln_1(x), prefix_k, prefix_v, gate, attend, **visible))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -288,25 +306,23 @@ class GPT2(nn.Module):
         Raises:
             ValueError: positions past n_positions; a prefix of another shape than the model.
         """
-        T, cached = input_ids.shape[1], 0 if cache is None else cache.longest
+        T = input_ids.shape[1]
         acts = self._activations(prefix, prefix_index)
-        self._check_fit(acts, input_ids.shape[0], cached + T)
+        self._check_fit(acts, input_ids.shape[0], T if cache is None else cache.longest_after(T))
 
-        first = acts.position_offset if cache is None else acts.position_offset + cache.lengths
-        steps = torch.arange(T, device=input_ids.device)
-        positions = first[:, None] + steps if isinstance(first, Tensor) else first + steps
-        x = self.drop(self.wte(input_ids) + self.wpe(positions))  # (B, T, C)
+        offset = acts.position_offset
+        offset = offset[:, None] if isinstance(offset, Tensor) else offset
+        steps = torch.arange(T, device=input_ids.device) if cache is None else cache.places(T)
+        x = self.drop(self.wte(input_ids) + self.wpe(offset + steps))  # (B, T, C)
 
         visible = {"prefix_index": acts.index, "prefix_lens": acts.lens}
         if cache is None:
             visible["kv_lens"] = kv_lens
-        elif cached:  # padding behind a row's tokens lies after its queries: causality hides it
-            visible["q_offset"] = cache.lengths
         for layer, block in enumerate(self.h):
             prefix_k, prefix_v = acts.table[layer]  # (H, P, D) or (N, H, P, D)
             gate = None if acts.gate is None else acts.gate[layer]
-            append = None if cache is None else (lambda k, v, at=layer: cache.append(at, k, v))
-            args = (x, prefix_k, prefix_v, gate, append)
+            attend = None if cache is None else partial(cache.attend, layer)
+            args = (x, prefix_k, prefix_v, gate, attend)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False, **visible)
             else:

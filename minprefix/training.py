@@ -124,7 +124,7 @@ class Trainer:
             prefix.bind(model)
         self.lr = config.lr or DEFAULT_LR[config.method][model.config.n_embd >= 512]
         self.optimizer = torch.optim.AdamW(
-            self.trained.parameters(), lr=self.lr, weight_decay=config.weight_decay
+            self.trained.parameters(), lr=self.lr, weight_decay=config.weight_decay, fused=True
         )
         max_len = model.config.n_positions + 1 - (0 if tuning else prefix.position_offset)
         self.rows = encode_examples(tokenizer, train, linearisation, max_len)

@@ -8,7 +8,12 @@ from conftest import assert_close, assert_within_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import prefix_attention, prefix_attention_eager, prefix_attention_lean
+from kernels import (
+    prefix_attention,
+    prefix_attention_eager,
+    prefix_attention_lean,
+    reference,
+)
 
 NAMES = ("o", "lse", "dq", "dk", "dv", "dprefix_k", "dprefix_v")
 
@@ -329,3 +334,59 @@ def test_nothing_to_attend(sizes, dtype):
     actual, exact = run(prefix_attention_lean, case), run(prefix_attention_eager, case)
     # products of a few numbers of order 1; worst seen: 3.5 eps
     assert_equal_results(actual, exact, 16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("prefix_len", [0, 1, 5])
+@pytest.mark.parametrize("sequence", SEQUENCES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_scores_side_by_side_equal_definition(rows, sequence, prefix_len, monkeypatch):
+    """What decoding takes on a CPU for many keys, here for few."""
+    monkeypatch.setattr(reference, "MANY_KEYS", 0)
+    for causal in (True, False):
+        case = named_case(rows, sequence, prefix_len, causal=causal)
+        exact = prefix_attention_eager(*case.tensors, **case.options, return_lse=True)
+        o, lse = prefix_attention_lean(*case.tensors, **case.options, return_lse=True)
+        assert torch.equal(prefix_attention_lean(*case.tensors, **case.options), o)
+        assert torch.equal(lse.isneginf(), exact[1].isneginf())
+        # another order of summation in fp64; worst seen: 1.1e-15
+        assert_close(o, exact[0], 1e-14, "o")
+        assert_close(lse.nan_to_num(neginf=0), exact[1].nan_to_num(neginf=0), 1e-14, "lse")
+        assert o.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", ["one prefix", "bank, index, ragged"])
+def test_scores_side_by_side_within_rounding(rows, dtype, monkeypatch):
+    monkeypatch.setattr(reference, "MANY_KEYS", 0)
+    sizes = {"T": 1, "S": 63, "D": 64, "q_offset": [62, 8, 39]}
+    case = named_case(rows, "square", 33, **sizes).to(dtype)
+    wide = case.to(torch.float64)
+    results = [
+        attention(*c.tensors, **c.options, return_lse=True)
+        for attention, c in ((prefix_attention_lean, case), (prefix_attention_eager, case),
+                             (prefix_attention_eager, wide))
+    ]  # fmt: skip
+    sizes, max_score = magnitudes(wide)
+    for name, *x in zip(("o", "lse"), *results, strict=True):
+        assert_within_rounding(*x, sizes[name], max_score, name)
+
+
+def test_scores_side_by_side_copy_no_keys(monkeypatch):
+    """Of many keys nothing as large as they are is made; gradients take the other path."""
+    case = make_case(B=16, H=4, T=1, S=96, D=64, P=10).to(torch.float32)
+    keys = case.tensors[1].numel()
+    assert keys >= reference.MANY_KEYS
+    cats, cat = [], torch.cat
+
+    def noted(tensors, *args, **options):
+        out = cat(tensors, *args, **options)
+        cats.append(out.numel())
+        return out
+
+    monkeypatch.setattr(torch, "cat", noted)
+    prefix_attention_lean(*case.tensors)
+    assert cats == [16 * 4 * 1 * 106]  # scores alone
+    cats.clear()
+    q = case.tensors[0].requires_grad_()
+    prefix_attention_lean(q, *case.tensors[1:])
+    assert max(cats) > keys
