@@ -1,6 +1,7 @@
 """Shared helpers: tiny random models, and the data that a development checkout has beside it."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,21 @@ from minprefix.gpt2 import GPT2, GPT2Config
 from minprefix.tokenizer import Tokenizer
 from minprefix.weights import ASSETS, save_model
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU
+DEVICE = "cpu" if INTERPRETED else "cuda"  # of the kernels' tests
+# of the kernels' tests: the interpreter's bf16 products are wrong
+KERNEL_DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = GPT2Config(
     vocab_size=97, n_positions=64, n_embd=32, n_layer=3, n_head=4, bos_token_id=96, eos_token_id=96
 )
+
+
+def needs_kernels() -> None:
+    """Skip a whole module where the Triton kernels cannot run."""
+    if not (INTERPRETED or torch.cuda.is_available()):
+        reason = "kernel tests: `make test-kernels` (TRITON_INTERPRET=1) or a GPU"
+        pytest.skip(reason, allow_module_level=True)
 
 
 def tiny_gpt2(seed: int = 0, dtype=torch.float64, **changes) -> GPT2:

@@ -4,22 +4,25 @@ They run here in Triton's interpreter (`make test-kernels`) or on a GPU, through
 operator. New tensors hold NaN before a kernel runs, so that what it leaves unwritten shows.
 """
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_close, assert_within_rounding
+from conftest import (
+    DEVICE,
+    INTERPRETED,
+    KERNEL_DTYPES,
+    assert_close,
+    assert_within_rounding,
+    needs_kernels,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_reference import NAMES, Case, magnitudes, make_case, named_case, run
 
 from kernels import prefix_attention, prefix_attention_eager, prefix_attention_qkv
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (INTERPRETED or torch.cuda.is_available()):
-    reason = "kernel tests: `make test-kernels` (TRITON_INTERPRET=1) or a GPU"
-    pytest.skip(reason, allow_module_level=True)
+needs_kernels()
 
 from kernels import backward, launch  # noqa: E402  (imports Triton)
 
@@ -28,9 +31,6 @@ pytestmark = [
     # log2(0) = -inf is meant: a query that sees nothing
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
 ]
-DEVICE = "cpu" if INTERPRETED else "cuda"
-# the interpreter's bf16 products are wrong
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 
 
 def on_device(case: Case) -> Case:
@@ -96,7 +96,7 @@ def names(case) -> str:
     return f"{rows}-{'one tile' if sequence is ONE_TILE else 'tiles'}-P={prefix_len}-{options}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=names)
 def test_within_rounding(case, dtype):
     rows, sequence, prefix_len, options = case
@@ -180,7 +180,7 @@ def flash(case: Case) -> dict[str, torch.Tensor]:
     return dict(zip(NAMES, (o, lse, *(x.to(o.dtype) for x in grads)), strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("sequence", [ONE_TILE, {"T": 65, "S": 65}])
 def test_extreme_scores(sequence, dtype):
     """Scores of +-1e4. Recomputing exp(s - lse) costs eps |s|: plain fp32 done so is the measure

@@ -4,22 +4,18 @@ The kernels run here in Triton's interpreter (`make test-kernels`) or on a GPU. 
 every workspace is filled with NaN before they run, so that what they leave unwritten shows.
 """
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_within_rounding
+from conftest import DEVICE, INTERPRETED, KERNEL_DTYPES, assert_within_rounding, needs_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_reference import ROWS, SEQUENCES, Case, make_case, named_case
 
 from kernels.reference import prefix_attention_eager, prefix_rows
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (INTERPRETED or torch.cuda.is_available()):
-    reason = "kernel tests: `make test-kernels` (TRITON_INTERPRET=1) or a GPU"
-    pytest.skip(reason, allow_module_level=True)
+needs_kernels()
 
 from kernels import decode, launch  # noqa: E402  (imports Triton)
 
@@ -28,9 +24,6 @@ pytestmark = [
     # log2(0) = -inf is meant: a query that sees nothing
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
 ]
-DEVICE = "cpu" if INTERPRETED else "cuda"
-# the interpreter's bf16 products are wrong
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 OPTIONS = ("prefix_index", "prefix_lens", "kv_lens", "q_offset")
 
 
@@ -94,7 +87,7 @@ def test_equals_definition(rows, sequence, cut):
         check(named_case(rows, sequence, prefix_len, H=1, D=16, causal=causal))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("seq_len", [1, 2, 5, 8])
 @pytest.mark.parametrize("prefix_len", [0, 1, 16, 33, 200])  # none, one, a tile, past it, long
 def test_sizes(prefix_len, seq_len, dtype, cut):
@@ -106,7 +99,7 @@ def test_sizes(prefix_len, seq_len, dtype, cut):
 
 
 @pytest.mark.parametrize("fp32_prefix", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 128])
 def test_head_dims(head_dim, dtype, fp32_prefix, cut):
     """A prefix in fp32 is rounded inside the kernel."""

@@ -1,24 +1,18 @@
 """`minprefix::attention` as an operator: torch.library's checks, torch.compile, CUDA graphs."""
 
-import os
-
 import pytest
 import torch
-from conftest import assert_close
+from conftest import DEVICE, INTERPRETED, assert_close, needs_kernels
 from test_reference import named_case
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kernels import on_triton, prefix_attention, prefix_attention_qkv
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (INTERPRETED or torch.cuda.is_available()):
-    reason = "kernel tests: `make test-kernels` (TRITON_INTERPRET=1) or a GPU"
-    pytest.skip(reason, allow_module_level=True)
+needs_kernels()
 
 from kernels import attention  # noqa: E402  (imports Triton)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-DEVICE = "cpu" if INTERPRETED else "cuda"
 OPTIONS = ("prefix_index", "prefix_lens", "kv_lens", "q_offset")
 
 
