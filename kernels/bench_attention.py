@@ -546,6 +546,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a minute: five shapes, fewer peers")
     parser.add_argument("--seconds", type=float, default=270, help="start no shape after this")
     args = parser.parse_args()
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
     device, began, rows = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic(), []
     if device == "cpu":
         print("No GPU: small shapes on the CPU, to run the code. These times say nothing.")

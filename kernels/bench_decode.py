@@ -294,6 +294,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only the shapes with targets")
     parser.add_argument("--seconds", type=float, default=270, help="start no shape after this")
     args = parser.parse_args()
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
     device, began, rows = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic(), []
     where = machine()
     if device == "cpu":
