@@ -254,7 +254,7 @@ def _bwd_dq_kernel(
         at_p = n * stride_pn + h * stride_ph
         pk = load_rows(prefix_k_ptr + at_p, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(q.dtype)
         pv = load_rows(prefix_v_ptr + at_p, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(q.dtype)
-        every = tl.full([BLOCK_M], 0, tl.int32) + columns
+        every = tl.zeros([BLOCK_M], tl.int32) + columns
         dq, dpk, dpv = tile_grads(
             dq, dpk, dpv, q, do, pk, pv, lse2, delta, 0, every, columns, scale2,
             NEED_DQ, NEED_PREFIX, BLOCK_P,
@@ -278,23 +278,9 @@ def _bwd_dq_kernel(
             k = load_rows(k_at, n0, last, stride_ks, BLOCK_N, D, BLOCK_D)
             v = load_rows(v_at, n0, last, stride_vs, BLOCK_N, D, BLOCK_D)
             dq, dpk, dpv = tile_grads(
-                dq,
-                dpk,
-                dpv,
-                q,
-                do,
-                k,
-                v,
-                lse2,
-                delta,
-                n0,
-                limit,
-                whole,
-                scale2,
-                True,
-                False,
-                BLOCK_N,
-            )
+                dq, dpk, dpv, q, do, k, v, lse2, delta, n0, limit, whole, scale2,
+                True, False, BLOCK_N,
+            )  # fmt: skip
     if NEED_DQ:
         dq_at = dq_ptr + b * stride_dqb + h * stride_dqh
         store_rows(dq_at, dq * scale, m0, seq_len, stride_dqt, BLOCK_M, D, BLOCK_D)

@@ -45,7 +45,7 @@ class Launch(NamedTuple):
 
 # (kernel, bytes of an element, BLOCK_D; 32 also stands for 16): tiles as (block_m, block_n,
 # num_warps, num_stages). None spills registers where it is the default, except IEEE products in
-# fp32 at D >= 80. An empty list: the kernel is not used there.
+# fp32 at D >= 80, and up to 16 bytes where ptxas prefers it. An empty list: the kernel is not used.
 _FP32 = {
     ("fwd", 4, 32): [(32, 32, 4, 1)],
     ("fwd", 4, 64): [(32, 32, 8, 1)],
@@ -155,7 +155,7 @@ _target: str | None = None
 def launch(kernel, programs: int, tile: Tile, **arguments) -> None:
     """Run `programs` programs of a kernel. Of the arguments it gets those that it names; tiles give
     the rest. None stands for a pointer that is not given."""
-    arguments |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "NUM_STAGES": tile.num_stages}
+    arguments |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     arguments = {name: arguments[name] for name in kernel.arg_names}
     if _recorder is not None:
         _recorder.append(Launch(kernel, programs, tile, arguments))
