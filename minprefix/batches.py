@@ -78,6 +78,17 @@ class Batch:
     input_ids: torch.Tensor  # (B, T), int64
     labels: torch.Tensor  # (B, T), int64: the next token where it is the target's, else IGNORE
     lengths: torch.Tensor  # (B,), int64: real input tokens
+    at: torch.Tensor  # (n,), int64: places b T + t of the labels
+
+    def to(self, device: torch.device) -> "Batch":
+        """On this device; a GPU is not waited for."""
+        moved = (pinned(x, device).to(device, non_blocking=True) for x in vars(self).values())
+        return type(self)(*moved)
+
+
+def pinned(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x in memory that stays in place, if a GPU shall read it while the host goes on."""
+    return x.pin_memory() if device.type == "cuda" else x
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
@@ -92,7 +103,7 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
         ids = torch.tensor(row.ids)  # (T_b + 1,)
         input_ids[b, : len(ids) - 1] = ids[:-1]
         labels[b, row.prompt_len - 1 : len(ids) - 1] = ids[row.prompt_len :]
-    return Batch(input_ids, labels, lengths)
+    return Batch(input_ids, labels, lengths, (labels != IGNORE).flatten().nonzero()[:, 0])
 
 
 def epoch_batches(

@@ -12,12 +12,9 @@ from torch import Tensor
 from kernels import prefix_attention
 from kernels.reference import query_key_products
 from minprefix.gpt2 import GPT2Config, KVCache, gated_prefix_attention
+from minprefix.graphs import round_up
 
 COLUMNS = 64  # columns of a cache are read in multiples of this where shapes are static
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 class RowCache(KVCache):

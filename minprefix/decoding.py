@@ -144,10 +144,10 @@ class Rows:
         lengths = torch.tensor([len(tokens) for tokens in texts], device=self.device)  # (B,)
         T = max(len(tokens) for tokens in texts)
         ids = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in texts])  # (B, T)
-        hidden = self.model.hidden_states(
-            ids.to(self.device), prefix=self.acts, kv_lens=lengths, cache=self.cache
-        )  # (B, T, C)
-        last = hidden[torch.arange(len(texts), device=self.device), lengths - 1]  # (B, C)
+        at = torch.arange(len(texts), device=self.device) * T + lengths - 1  # last token of each
+        last = self.model.hidden_states(
+            ids.to(self.device), prefix=self.acts, kv_lens=lengths, cache=self.cache, at=at
+        )  # (B, C)
         logits = F.linear(last, self.model.wte.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -19,7 +19,6 @@ results are those of their namesakes in `decoding.py`. Shapes use the letters of
 b counts prompts, K beams.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from weakref import WeakKeyDictionary
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minprefix import caches
-from minprefix.caches import BeamCache, RowCache, round_up
+from minprefix.caches import BeamCache, RowCache
 from minprefix.decoding import (
     Beam,
     BeamSearch,
@@ -39,11 +38,7 @@ from minprefix.decoding import (
     sampling_probabilities,
 )
 from minprefix.gpt2 import GPT2, PrefixActivations
-
-
-def uses_graphs(device: torch.device) -> bool:
-    """Whether steps have static shapes and are captured: on request, until it was seen on a GPU."""
-    return device.type == "cuda" and os.environ.get("MINPREFIX_CUDA_GRAPHS") == "1"
+from minprefix.graphs import capture, round_up, uses_graphs
 
 
 def row_bucket(rows: int) -> int:
@@ -59,25 +54,6 @@ def order_without(ended: list[bool]) -> list[int]:
     kept = [row for row, end in enumerate(ended) if not end]
     movers = iter(reversed(kept))
     return [next(movers) if ended[row] else row for row in range(len(kept))]
-
-
-def capture(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Record what `run` does on the GPU; the result repeats it, into the same tensors."""
-    with torch.cuda.device(device):
-        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            run()  # kernels are compiled and workspaces allocated outside the graph
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
 
 
 class Batch:
@@ -101,11 +77,12 @@ class Batch:
         lengths = torch.tensor([len(tokens) for tokens in prompts], device=self.ids.device)
         T = max(len(tokens) for tokens in prompts)
         ids = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in prompts])  # (B, T)
-        hidden = model.hidden_states(
-            ids.to(self.ids.device), prefix=self.rows_of_prefix(), kv_lens=lengths, cache=self.cache
-        )  # (B, T, C)
+        at = torch.arange(len(prompts), device=lengths.device) * T + lengths - 1  # last tokens
+        last = model.hidden_states(
+            ids.to(self.ids.device), prefix=self.rows_of_prefix(), kv_lens=lengths,
+            cache=self.cache, at=at,
+        )  # (B, C)  # fmt: skip
         self.use(len(prompts))
-        last = hidden[torch.arange(len(prompts), device=hidden.device), lengths - 1]  # (B, C)
         return head(model, last)
 
     def step(self, model: GPT2, tokens: Tensor) -> Tensor:

@@ -237,8 +237,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x, prefix_k, prefix_v, gate=None, attend=None, **visible) -> Tensor:
+    def forward(self, x, prefix_k, prefix_v, gate=None, attend=None, at=None, **visible) -> Tensor:
+        """x (B, T, C) -> (B, T, C); with `at` (n,), places b T + t, the results there: (n, C)."""
         x = x + self.drop(self.attn(self.ln_1(x), prefix_k, prefix_v, gate, attend, **visible))
+        if at is not None:
+            x = x.flatten(0, 1).index_select(0, at)  # (n, C)
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -275,27 +278,31 @@ class GPT2(nn.Module):
         """Logits of the next token: (B, T) -> (B, T, V). Arguments as in `hidden_states`."""
         return F.linear(self.hidden_states(input_ids, **kwargs), self.wte.weight)
 
-    def token_losses(self, input_ids: Tensor, labels: Tensor, **kwargs) -> Tensor:
-        """-log p of each labelled token, eq. (2), in nats: (number of labels that are not -100,).
+    def token_losses(
+        self, input_ids: Tensor, labels: Tensor, at: Tensor | None = None, **kwargs
+    ) -> Tensor:
+        """-log p of each labelled token, eq. (2), in nats: (n,).
 
         Args:
             input_ids: (B, T) int.
-            labels: (B, T) int, the token that follows each input; -100 where there is no loss. The
-                head is computed at the other positions only.
+            labels: (B, T) int, the token that follows each input; -100 where there is no loss.
+            at: (n,) int, the places b T + t of the labels: all that are not -100, in this order,
+                which a GPU must be waited for to learn. What only other positions need is left out.
         """
-        at = labels != IGNORE
-        hidden = self.hidden_states(input_ids, **kwargs)[at]  # (labels, C)
+        if at is None:
+            at = (labels != IGNORE).flatten().nonzero()[:, 0]
+        hidden, labels = self.hidden_states(input_ids, at=at, **kwargs), labels.flatten()[at]
         if not self.wte.weight.requires_grad:
-            return frozen_head_loss(hidden, self.wte.weight, labels[at])
-        logits = F.linear(hidden, self.wte.weight)
+            return frozen_head_loss(hidden, self.wte.weight, labels)
+        logits = F.linear(hidden, self.wte.weight)  # (n, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, labels[at], reduction="none")
+        return F.cross_entropy(logits, labels, reduction="none")
 
     def hidden_states(
         self, input_ids: Tensor, *, prefix=None, prefix_index: Tensor | None = None,
-        kv_lens: Tensor | None = None, cache: KVCache | None = None,
+        kv_lens: Tensor | None = None, cache: KVCache | None = None, at: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """What the head reads: (B, T) -> (B, T, C).
+        """What the head reads: (B, T) -> (B, T, C), or with `at` (n, C).
 
         Args:
             input_ids: (B, T) int; with a cache, the tokens after those that it holds.
@@ -303,6 +310,8 @@ class GPT2(nn.Module):
             prefix_index: (B,) int, with a bank: which prefix each row uses, -1 = none.
             kv_lens: (B,) int, how many of the T tokens of each row are real (right padding).
             cache: keys and values of earlier tokens; extended by this call.
+            at: (n,) int, places b T + t: the results there alone. The last layer's MLP then runs
+                for them only: nothing reads what it adds to other positions.
         Raises:
             ValueError: positions past n_positions; a prefix of another shape than the model.
         """
@@ -322,7 +331,8 @@ class GPT2(nn.Module):
             prefix_k, prefix_v = acts.table[layer]  # (H, P, D) or (N, H, P, D)
             gate = None if acts.gate is None else acts.gate[layer]
             attend = None if cache is None else partial(cache.attend, layer)
-            args = (x, prefix_k, prefix_v, gate, attend)
+            here = at if layer == self.config.n_layer - 1 else None
+            args = (x, prefix_k, prefix_v, gate, attend, here)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False, **visible)
             else:

@@ -29,8 +29,10 @@ from tqdm import tqdm
 
 from minprefix.batches import Batch, BatchOrder, collate, encode_examples, encode_prompt
 from minprefix.data import Example
+from minprefix.fast_training import Eager, Graphed, leaves
 from minprefix.generation import generate
-from minprefix.gpt2 import GPT2
+from minprefix.gpt2 import GPT2, PrefixActivations
+from minprefix.graphs import uses_graphs
 from minprefix.options import check_choice
 from minprefix.prefix import Prefix
 from minprefix.ranks import Ranks
@@ -59,7 +61,7 @@ class TrainConfig:
     weight_decay: float = 0.0  # AdamW, per step and lr
     clip: float = 1.0  # largest norm of the whole gradient
     loss: str = "token"  # mean per target "token", or sum per "sentence" as in the authors' code
-    precision: str = "auto"  # "fp32", "bf16" (autocast), "auto" = bf16 on CUDA and fp32 on a CPU
+    precision: str = "auto"  # "fp32", "bf16", or "auto" = bf16 on CUDA and fp32 on a CPU
     activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory
     seed: int = 0  # order of batches, dropout, random start of the prefix
     log_every: int = 10  # steps per line of the log
@@ -88,8 +90,20 @@ class Interrupted(Exception):
     """Ctrl-C during training; the state is saved."""
 
 
+def in_bf16(model: GPT2) -> GPT2:
+    """A model with the same weights in bf16; `model` stays as it is."""
+    with torch.device("meta"):
+        copy = GPT2(model.config)
+    weights = {name: x.to(torch.bfloat16) for name, x in model.state_dict().items()}
+    copy.load_state_dict(weights, assign=True)
+    return copy
+
+
 class Trainer:
     """One run: `run()` trains from the current step to the end.
+
+    In bf16 a frozen model is copied, with its weights in bf16, and the prefix stays in fp32;
+    fine-tuning keeps the weights in fp32 and computes products in bf16 (autocast).
 
     Args:
         train: examples; each (source, target) pair is one training row.
@@ -109,10 +123,13 @@ class Trainer:
     ):  # fmt: skip
         if (prefix is not None) != (config.method == "prefix"):
             raise ValueError(f"method {config.method!r} and prefix {type(prefix)} do not fit")
+        self.device, self.ranks = model.wte.weight.device, Ranks.here()
+        tuning, bf16 = prefix is None, config.precision == "bf16"
+        self.bf16 = bf16 or (config.precision == "auto" and self.device.type == "cuda")
+        if self.bf16 and not tuning:
+            model = in_bf16(model)
         self.model, self.tokenizer, self.config, self.prefix = model, tokenizer, config, prefix
         self.dev, self.out, self.linearisation = dev, Path(out), linearisation
-        self.device, self.ranks = model.wte.weight.device, Ranks.here()
-        tuning = prefix is None
         model.requires_grad_(tuning).train(tuning)
         model.activation_checkpointing = config.activation_checkpointing
         self.trained = model if tuning else prefix
@@ -136,14 +153,17 @@ class Trainer:
         per_epoch = self.order.steps_per_epoch / self.per_step
         self.steps = config.steps or max(1, round(config.epochs * per_epoch))
         self.step_done, self.best, self.seconds = 0, float("inf"), 0.0
+        self.passes: Eager | Graphed | None = None  # made in the first step
 
     # one step ------------------------------------------------------------------------------------
 
     def autocast(self):
-        """bf16 products where the config says so; weights, softmax and loss stay as they are."""
-        kind, precision = self.device.type, self.config.precision
-        bf16 = precision == "bf16" or (precision == "auto" and kind == "cuda")
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16)
+        """While fine-tuning in bf16: products in bf16, weights, softmax and loss as they are.
+
+        A frozen model has its weights in bf16 and needs none.
+        """
+        cast = self.bf16 and self.prefix is None
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=cast)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0 .. steps - 1: linear up, then linear down to 0."""
@@ -152,11 +172,11 @@ class Trainer:
             return self.lr * (step + 1) / warmup
         return self.lr * (self.steps - step) / max(1, self.steps - warmup)
 
-    def losses(self, batch: Batch) -> torch.Tensor:
+    def losses(self, batch: Batch, prefix: Prefix | PrefixActivations | None) -> torch.Tensor:
         """-log p of each target token of the batch, in nats: (number of target tokens,)."""
-        ids, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
+        batch = batch.to(self.device)
         with self.autocast():
-            return self.model.token_losses(ids, labels, prefix=self.prefix)
+            return self.model.token_losses(batch.input_ids, batch.labels, batch.at, prefix=prefix)
 
     def step(self) -> dict:
         """One optimiser step over `accumulation` batches on each rank; what it measured, summed."""
@@ -169,12 +189,15 @@ class Trainer:
         rows = [self.rows[i] for batch in batches for i in batch]  # of all ranks
         targets = sum(len(row.ids) - row.prompt_len for row in rows)
         divisor = targets if config.loss == "token" else len(rows)
-        total = torch.zeros((), device=self.device)
+        acts = None if self.prefix is None else self.prefix.activations()  # once for all batches
+        if self.passes is None:
+            self.passes = self._passes(acts)
+        self.passes.begin(acts, 1 / divisor)
         for batch in batches[self.ranks.rank :: self.ranks.count]:
-            padded = collate([self.rows[i] for i in batch], self.tokenizer.eos_id)
-            summed = self.losses(padded).sum()
-            (summed / divisor).backward()
-            total += summed.detach()
+            self.passes.add(collate([self.rows[i] for i in batch], self.tokenizer.eos_id))
+        nats, grads = self.passes.end()
+        if acts is not None:  # from the activations on to what is trained
+            torch.autograd.backward(leaves(acts), grads)
         for weight in self.trained.parameters():
             self.ranks.sum(weight.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip)
@@ -187,12 +210,17 @@ class Trainer:
             self.prefix.project()
         self.step_done += 1
         return {
-            "nats": self.ranks.sum(total),
+            "nats": self.ranks.sum(nats),
             "targets": targets,
             "norm": norm,
             "lr": lr,
             "tokens": sum(len(row.ids) - 1 for row in rows),
         }
+
+    def _passes(self, acts: PrefixActivations | None) -> Eager | Graphed:
+        if acts is None or not uses_graphs(self.device):
+            return Eager(self.losses)
+        return Graphed(self.losses, acts, self.model.config.n_positions - acts.max_offset)
 
     # the loop ------------------------------------------------------------------------------------
 
@@ -283,7 +311,7 @@ class Trainer:
         self.model.eval()
         rows = sorted(self.dev_rows, key=lambda row: len(row.ids))
         losses = [
-            self.losses(collate(rows[i : i + 32], self.tokenizer.eos_id))
+            self.losses(collate(rows[i : i + 32], self.tokenizer.eos_id), self.prefix)
             for i in range(0, len(rows), 32)
         ]
         loss = self._finite(torch.cat(losses).double().mean().item(), "dev loss")

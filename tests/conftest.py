@@ -1,4 +1,4 @@
-"""Shared helpers: tiny random models, and the data that a development checkout has beside it."""
+"""Shared helpers: tiny random models and runs, and the data beside a development checkout."""
 
 import json
 import os
@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from minprefix.cli import main
+from minprefix.data import Example
 from minprefix.gpt2 import GPT2, GPT2Config
+from minprefix.prefix import Prefix
 from minprefix.tokenizer import Tokenizer
+from minprefix.training import TrainConfig, Trainer
 from minprefix.weights import ASSETS, save_model
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU
@@ -17,6 +20,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"  # of the kernels' tests
 # of the kernels' tests: the interpreter's bf16 products are wrong
 KERNEL_DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+WORDS = "amber brook cedar dune ember fjord grove harbour inlet jetty".split()
 TINY = GPT2Config(
     vocab_size=97, n_positions=64, n_embd=32, n_layer=3, n_head=4, bos_token_id=96, eos_token_id=96
 )
@@ -162,3 +166,38 @@ def assert_within_rounding(actual, low, exact, magnitude, max_score, name):
     budget = 2 * low_err + 4 * torch.finfo(actual.dtype).eps * (1 + max_score) * magnitude
     assert torch.isfinite(actual).all(), f"{name}: not finite"
     assert err <= budget, f"{name}: error {err:.1e}, budget {budget:.1e}"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Of the embedded model."""
+    return Tokenizer.from_folder(ASSETS / "mini")
+
+
+def pairs(n: int, start: int = 0) -> list[Example]:
+    """Small tables of different lengths with texts."""
+    made = []
+    for i in range(start, start + n):
+        words = [WORDS[(i * 7 + j * 3) % 10] for j in range(2 + i % 5)]
+        made.append(Example(f"place : {' '.join(words)}", (f"It is the {' '.join(words)} {i}.",)))
+    return made
+
+
+def small_model(dtype=torch.float32, **changes) -> GPT2:
+    """With the embedded model's tokens."""
+    sizes = {"vocab_size": 8192, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 128}
+    return tiny_gpt2(
+        dtype=dtype, **{**sizes, "bos_token_id": 8191, "eos_token_id": 8191, **changes}
+    )
+
+
+def trainer(tokenizer, out, *, model=None, dev=3, prefix_options=None, **config) -> Trainer:
+    """A short run on `pairs`; `config` has fields of TrainConfig."""
+    settings = {"batch_size": 4, "steps": 6, "lr": 1e-2, "eval_every": 3, "log_every": 1, **config}
+    config = TrainConfig(**settings)
+    model = model or small_model()
+    prefix = None
+    if config.method == "prefix":
+        prefix = Prefix.random(model.config, 3, 0, **(prefix_options or {})).to(model.wte.weight)
+        prefix.bind(model)
+    return Trainer(model, tokenizer, config, pairs(10), pairs(dev, 50), out, prefix)

@@ -11,49 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_gpt2
+from conftest import pairs, small_model, trainer
 
 from minprefix.data import Example
 from minprefix.gpt2 import GPT2Config
 from minprefix.prefix import Prefix
-from minprefix.tokenizer import Tokenizer
 from minprefix.training import Interrupted, TrainConfig, Trainer
-from minprefix.weights import ASSETS, fingerprint, load, save_model
+from minprefix.weights import fingerprint, load, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = "amber brook cedar dune ember fjord grove harbour inlet jetty".split()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_folder(ASSETS / "mini")
-
-
-def pairs(n: int, start: int = 0) -> list[Example]:
-    """Small tables of different lengths with texts."""
-    made = []
-    for i in range(start, start + n):
-        words = [WORDS[(i * 7 + j * 3) % 10] for j in range(2 + i % 5)]
-        made.append(Example(f"place : {' '.join(words)}", (f"It is the {' '.join(words)} {i}.",)))
-    return made
-
-
-def small_model(dtype=torch.float32, **changes):
-    sizes = {"vocab_size": 8192, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 128}
-    return tiny_gpt2(
-        dtype=dtype, **{**sizes, "bos_token_id": 8191, "eos_token_id": 8191, **changes}
-    )
-
-
-def trainer(tokenizer, out, *, model=None, dev=3, prefix_options=None, **config) -> Trainer:
-    settings = {"batch_size": 4, "steps": 6, "lr": 1e-2, "eval_every": 3, "log_every": 1, **config}
-    config = TrainConfig(**settings)
-    model = model or small_model()
-    prefix = None
-    if config.method == "prefix":
-        prefix = Prefix.random(model.config, 3, 0, **(prefix_options or {})).to(model.wte.weight)
-        prefix.bind(model)
-    return Trainer(model, tokenizer, config, pairs(10), pairs(dev, 50), out, prefix)
 
 
 def log_of(folder: Path, key: str = "loss") -> dict[int, float]:
@@ -337,3 +303,16 @@ def test_wrong_settings_are_named(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=name):
         TrainConfig(**wrong)
+
+
+def test_bf16_works_on_a_copy_of_the_frozen_weights(tokenizer, tmp_path):
+    """The model given stays as it is; the prefix is fp32; the run belongs to the same base."""
+    model = small_model()
+    run = trainer(tokenizer, tmp_path, model=model, precision="bf16")
+    nats = run.step()["nats"]
+    exact = trainer(tokenizer, tmp_path, model=small_model()).step()["nats"]
+    assert {w.dtype for w in run.model.parameters()} == {torch.bfloat16}
+    assert {w.dtype for w in model.parameters()} == {torch.float32}
+    assert {w.dtype for w in run.prefix.parameters()} == {torch.float32}
+    assert fingerprint(run.model) == fingerprint(model) == run.prefix.base
+    assert nats == pytest.approx(exact, rel=2**-8) and nats != exact  # bf16 keeps 8 bits

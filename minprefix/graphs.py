@@ -1,0 +1,44 @@
+"""CUDA graphs: a whole step costs the host one launch.
+
+A graph replays fixed kernels on fixed addresses, so what it reads lies in static buffers and shapes
+are rounded up to a few buckets. `fast_generation.py` has one graph per bucket of a decoding step,
+`fast_training.py` one per bucket of a training step.
+Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def uses_graphs(device: torch.device) -> bool:
+    """Whether steps have static shapes and are captured: on request, until it was seen on a GPU."""
+    return device.type == "cuda" and os.environ.get("MINPREFIX_CUDA_GRAPHS") == "1"
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def capture(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """Record what `run` does on the GPU; the result repeats it, into the same tensors.
+
+    `run` is called twice, and its first call takes effect: the caller undoes it where that matters.
+    """
+    with torch.cuda.device(device):
+        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            run()  # kernels are compiled and workspaces allocated outside the graph
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
