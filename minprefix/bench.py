@@ -15,7 +15,8 @@ and W = sum over rows of T_b P + T_b (T_b + 1) / 2 visible pairs, T_b a row's re
 
 Weights are frozen, so a parameter costs 2 forward and 2 backward; a visible pair 4 and 8 a channel.
 What is computed for padding, without a label or twice does not count; the prefix's MLP, P rows, is
-left out. Percent are of a square matrix product (4096; CPU: 1024) timed just before.
+left out. `percent` is of a square matrix product (4096; CPU: 1024) timed just before; `padding` is
+the percentage of computed positions that are padding.
 
 Peak memory is of building a method and its first steps, weights included: what the allocator gave
 out on CUDA (and what it held from the driver); on Linux's CPU the growth of the resident set.
@@ -85,7 +86,7 @@ class BenchConfig:
     warm_up: int = 2  # train: steps of each method before those that are timed
     steps: int = 3  # blocks of calls of each method, at least
     seconds: float = 5.0  # of each method in a measurement, at least
-    peers: str = "peft"  # "none", "peft" or "peft-compiled" (train); a list
+    peers: str = "peft"  # "none"; "peft"; train: "compiled" (ours), "peft-compiled"; a list
     profile: bool = False  # train: also where the time of one step goes, of the first combination
     out: Path = Path("runs/bench")  # folder for bench.csv, bench.png, profile.csv, profile.png
 
@@ -95,7 +96,7 @@ class BenchConfig:
         for name, low in (("batch_size", 1), ("seq_len", 4), ("prefix_len", 1), ("num_beams", 1)):
             numbers(name, getattr(self, name), low)
         for peer in self.peers.split(","):
-            check_choice("peers", peer, ("none", "peft", "peft-compiled"))
+            check_choice("peers", peer, ("none", "peft", "compiled", "peft-compiled"))
         for name, low in (("new_tokens", 1), ("steps", 1), ("warm_up", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -278,7 +279,12 @@ def measure_train(task: Task, config: BenchConfig, peers: list[str], peak_flops:
     exact = first_steps(PlainSteps(task))
     with tempfile.TemporaryDirectory() as folder:
         makers = {"minprefix": lambda: Ours(task, folder)}
-        makers |= {name: lambda name=name: Peft(task, name == "peft-compiled") for name in peers}
+        makers |= {
+            "compiled": lambda: Ours(task, folder, compiled=True),
+            "peft": lambda: Peft(task),
+            "peft-compiled": lambda: Peft(task, compiled=True),
+        }
+        makers = {name: makers[name] for name in ("minprefix", *peers)}
 
         def check(method) -> dict:
             columns = check_steps(task.dtype, first_steps(method), exact)
@@ -293,6 +299,8 @@ def measure_train(task: Task, config: BenchConfig, peers: list[str], peak_flops:
     per_step = 1 / len(steps)
     lengths = [[len(row.ids) - 1 for row in rows] for rows in steps]
     labels = [sum(len(row.ids) - row.prompt_len for row in rows) for rows in steps]
+    computed = sum(len(sizes) * max(sizes) for sizes in lengths)
+    padding = 1 - sum(map(sum, lengths)) / computed
     flops = per_step * sum(
         train_flops(task.model.config, *sizes, task.prefix.prefix_len)
         for sizes in zip(lengths, labels, strict=True)
@@ -306,6 +314,7 @@ def measure_train(task: Task, config: BenchConfig, peers: list[str], peak_flops:
             "gflops": round(per_s * flops / 1e9, 1),
             "matmul_gflops": round(peak_flops / 1e9, 1),
             "percent": round(100 * per_s * flops / peak_flops, 1),
+            "padding": round(100 * padding, 1),
         }
     return rows, methods
 
@@ -390,12 +399,12 @@ def load_model(name: str, dtype: torch.dtype, device: str) -> tuple[GPT2, object
 
 def peers_here(config: BenchConfig) -> list[str]:
     """The peers that are asked for and installed."""
-    names = [name for name in config.peers.split(",") if name != "none"]
+    names = [name for name in dict.fromkeys(config.peers.split(",")) if name != "none"]
     missing = [m for m in ("transformers", "peft") if importlib.util.find_spec(m) is None]
-    if names and missing:
+    if missing and set(names) - {"compiled"}:
         print(f"{' and '.join(missing)} not installed (requirements-dev.txt): only ours is "
               "measured", file=sys.stderr)  # fmt: skip
-        return []
+        return [name for name in names if name == "compiled"]
     return names
 
 
@@ -445,13 +454,14 @@ def run_bench(work: str, name: str, device: str, config: BenchConfig) -> list[di
 
     if config.data is not None and work != "train":
         raise ValueError(f"--data {config.data} goes with bench train; prompts are random tokens")
-    if "peft-compiled" in config.peers.split(",") and work != "train":
-        raise ValueError("peft-compiled goes with bench train; PEFT's generate is not compiled")
+    if "compiled" in config.peers and work != "train":
+        raise ValueError("compiled and peft-compiled go with bench train only")
     auto = "bf16" if device.startswith("cuda") else "fp32"
     dtype = auto if config.dtype == "auto" else config.dtype
     model, tokenizer = load_model(name, DTYPES[dtype], device)
     peers = peers_here(config)
-    versions = {m: importlib.metadata.version(m) for m in ("transformers", "peft") if peers}
+    installed = ("transformers", "peft") if set(peers) - {"compiled"} else ()
+    versions = {name: importlib.metadata.version(name) for name in installed}
     common = {"work": work, "model": name, "device": device, "dtype": dtype}
     common |= {"data": config.data or "random"}
     common |= dict.fromkeys(("labels", "mlp", "B", "T", "P", "beams", "new"), "")

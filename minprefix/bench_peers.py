@@ -84,16 +84,16 @@ class Task:
 
 
 class Ours:
-    """`Trainer.step`, as `python -m minprefix train` runs it."""
+    """`Trainer.step`, as `python -m minprefix train` runs it, with --compile or without."""
 
-    name = "minprefix"
-
-    def __init__(self, task: Task, folder):
+    def __init__(self, task: Task, folder, compiled: bool = False):
         model = copy.deepcopy(task.model).to(task.device)
         prefix = copy.deepcopy(task.prefix).to(task.device)
+        # so many steps that the learning rate stays as it is
         config = TrainConfig(
-            steps=10**6, batch_size=task.batch_size, lr=LR, clip=CLIP, precision=task.dtype
-        )  # so many steps that the learning rate stays as it is
+            steps=10**6, batch_size=task.batch_size, lr=LR, clip=CLIP, precision=task.dtype,
+            compile=compiled,
+        )  # fmt: skip
         self.trainer = Trainer(model, task.tokenizer, config, task.examples, [], folder, prefix)
 
     @property
@@ -108,8 +108,6 @@ class Ours:
 
 class PlainSteps:
     """The loop written out, with the plain model in fp64: what the others must give."""
-
-    name = "plain"
 
     def __init__(self, task: Task):
         self.task, self.done = task, 0
@@ -169,8 +167,8 @@ def peft_model(task: Task, prefix: Prefix):
 class Peft:
     """A training step of transformers + PEFT, compiled or not."""
 
-    def __init__(self, task: Task, compiled: bool):
-        self.name, self.task, self.done = "peft-compiled" if compiled else "peft", task, 0
+    def __init__(self, task: Task, compiled: bool = False):
+        self.task, self.done = task, 0
         self.model = peft_model(task, task.prefix)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LR, weight_decay=0, fused=True)
@@ -198,8 +196,6 @@ class Peft:
 class OurTexts:
     """`minprefix.generate` with the exported prefix."""
 
-    name = "minprefix"
-
     def __init__(self, task: Task, num_beams: int, exact: bool = False):
         self.task, self.num_beams = task, num_beams
         dtype = EXACT if exact else task.torch_dtype
@@ -218,8 +214,6 @@ class OurTexts:
 
 class PeftTexts:
     """`generate` of transformers + PEFT."""
-
-    name = "peft"
 
     def __init__(self, task: Task, num_beams: int):
         self.task, self.num_beams = task, num_beams

@@ -11,6 +11,8 @@ keys S, prefix positions P, layers L, heads H, width C, head width D = C / H, vo
 [1] https://arxiv.org/abs/2101.00190   [2] https://huggingface.co/openai-community/gpt2
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -245,6 +247,12 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
+@functools.cache
+def compiled_block() -> Callable[..., Tensor]:
+    """`Block.forward` by torch.compile: all layers share it, and rows and tokens may change."""
+    return torch.compile(Block.forward, dynamic=True)
+
+
 class GPT2(nn.Module):
     """The decoder: token ids to next-token logits. The head is the token embedding (tied)."""
 
@@ -257,6 +265,7 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.activation_checkpointing = False  # recompute each block in the backward pass
+        self.compile_blocks = False  # torch.compile each block, where there is no cache
 
     def init_weights(self, seed: int) -> "GPT2":
         """Random weights as GPT-2 has them at the start of its training: N(0, 0.02), and what is
@@ -333,10 +342,13 @@ class GPT2(nn.Module):
             attend = None if cache is None else partial(cache.attend, layer)
             here = at if layer == self.config.n_layer - 1 else None
             args = (x, prefix_k, prefix_v, gate, attend, here)
+            run = (
+                partial(compiled_block(), block) if self.compile_blocks and cache is None else block
+            )
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *args, use_reentrant=False, **visible)
+                x = checkpoint(run, *args, use_reentrant=False, **visible)
             else:
-                x = block(*args, **visible)
+                x = run(*args, **visible)
         if cache is not None:
             cache.advance(kv_lens, T)
         return self.ln_f(x)

@@ -63,6 +63,7 @@ class TrainConfig:
     loss: str = "token"  # mean per target "token", or sum per "sentence" as in the authors' code
     precision: str = "auto"  # "fp32", "bf16", or "auto" = bf16 on CUDA and fp32 on a CPU
     activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory
+    compile: bool = False  # torch.compile each layer: slow first steps, then fewer memory passes
     seed: int = 0  # order of batches, dropout, random start of the prefix
     log_every: int = 10  # steps per line of the log
     eval_every: int = 200  # steps between evaluations on the dev set, and between saved states
@@ -132,6 +133,7 @@ class Trainer:
         self.dev, self.out, self.linearisation = dev, Path(out), linearisation
         model.requires_grad_(tuning).train(tuning)
         model.activation_checkpointing = config.activation_checkpointing
+        model.compile_blocks = config.compile
         self.trained = model if tuning else prefix
         if prefix is None:
             model.config = replace(model.config, linearisation=linearisation)

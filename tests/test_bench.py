@@ -238,12 +238,12 @@ def test_a_panel_holds_the_series_with_most_points():
         ("generate", "--seq-len", "90", "96 positions"),
         ("train", "--dtype", "fp8", "dtype must be one of auto, fp32, bf16, got 'fp8'"),
         ("train", "--labels", "some", "labels must be one of all, targets"),
-        ("train", "--peers", "vllm", "peers must be one of none, peft, peft-compiled"),
+        ("train", "--peers", "vllm", "peers must be one of none, peft, compiled"),
         ("train", "--steps", "0", "steps must be at least 1"),
         ("train", "--seconds", "-1", "seconds must be >= 0"),
         ("train", "--device", "nope", "device nope cannot be used"),
         ("generate", "--data", "restaurants", "goes with bench train"),
-        ("generate", "--peers", "peft-compiled", "goes with bench train"),
+        ("generate", "--peers", "peft-compiled", "go with bench train"),
     ],
 )
 def test_bad_options_are_one_line(refused, work, option, value, named):
