@@ -8,23 +8,10 @@ is first compared with the plain model in fp64: a training step's loss and gradi
 tokens. If ours is wrong the command fails; a wrong peer is a row that says so. Only then is time
 taken, of blocks of calls in turn, so that other work on the machine meets all alike.
 
-Work of a training step, in useful FLOPs, with N the parameters of the layers' matrices, m labels
-and W = sum over rows of T_b P + T_b (T_b + 1) / 2 visible pairs, T_b a row's real tokens:
-
-    4 N tokens  +  4 C V m  +  12 L C W
-
-Weights are frozen, so a parameter costs 2 forward and 2 backward; a visible pair 4 and 8 a channel.
-What is computed for padding, without a label or twice does not count; the prefix's MLP, P rows, is
-left out. `percent` is of a square matrix product (4096; CPU: 1024) timed just before; `padding` is
-the percentage of computed positions that are padding.
-
-Peak memory is of building a method and its first steps, weights included: what the allocator gave
-out on CUDA (and what it held from the driver); on Linux's CPU the growth of the resident set.
-Read `BenchConfig`, `train_flops`, `check_steps`, `check_texts`, `alternate`, then `run_bench`.
+What the work costs at least, and `percent` of what the machine can do: `bench_limits.py`.
+Read `BenchConfig`, `alternate`, `measure_train`, `measure_texts`, then `run_bench`.
 """
 
-import ctypes
-import gc
 import importlib.metadata
 import importlib.util
 import math
@@ -40,6 +27,7 @@ from pathlib import Path
 import torch
 
 from minprefix import weights
+from minprefix.bench_limits import Peak, decode_limit, matmul_flops, read_speed, train_flops
 from minprefix.bench_peers import (
     DTYPES,
     Numbers,
@@ -115,71 +103,6 @@ def numbers(name: str, text: str, low: int) -> list[int]:
             f"{name} must be whole numbers >= {low} with commas between them, got {text!r}"
         )
     return found
-
-
-# work ----------------------------------------------------------------------------------------
-
-
-def train_flops(config: GPT2Config, lengths: list[int], n_labels: int, prefix_len: int) -> float:
-    """FLOPs of one training step by the formula in the header; `lengths` are T_b."""
-    C, n_inner = config.n_embd, config.n_inner or 4 * config.n_embd
-    N = config.n_layer * (4 * C * C + 2 * C * n_inner)
-    W = sum(T * prefix_len + T * (T + 1) / 2 for T in lengths)
-    head = 4 * C * config.vocab_size * n_labels
-    return 4 * N * sum(lengths) + head + 12 * config.n_layer * C * W
-
-
-def matmul_flops(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product, the best of 5 turns."""
-    n, calls = (4096, 20) if device.startswith("cuda") else (1024, 4)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(5):
-        wait(device)
-        began = time.perf_counter()
-        for _ in range(calls):
-            a @ b
-        wait(device)
-        best = max(best, 2 * n**3 * calls / (time.perf_counter() - began))
-    return best
-
-
-class Peak:
-    """The most memory in use since it was made, in MiB, beyond what was in use then."""
-
-    def __init__(self, device: str):
-        gc.collect()
-        self.device, self.cuda = device, device.startswith("cuda")
-        if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-        else:
-            try:
-                ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
-                Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-                self.before = (self._resident("VmRSS"),)
-            except (AttributeError, OSError):  # not Linux, or not the GNU C library
-                self.before = None
-
-    @staticmethod
-    def _resident(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
-
-    def row(self) -> dict:
-        """Columns for the CSV; empty where it cannot be measured."""
-        if self.cuda:
-            now = (
-                torch.cuda.max_memory_allocated(self.device),
-                torch.cuda.max_memory_reserved(self.device),
-            )
-        elif self.before is None:
-            return {"peak_mib": "", "reserved_mib": ""}
-        else:
-            now = (self._resident("VmHWM"),)
-        mib = [round((a - b) / 2**20) for a, b in zip(now, self.before, strict=True)]
-        return {"peak_mib": mib[0], "reserved_mib": mib[1] if self.cuda else ""}
 
 
 # time ------------------------------------------------------------------------------------------
@@ -319,7 +242,9 @@ def measure_train(task: Task, config: BenchConfig, peers: list[str], peak_flops:
     return rows, methods
 
 
-def measure_texts(task: Task, config: BenchConfig, peers: list[str], T: int, beams: int) -> dict:
+def measure_texts(
+    task: Task, config: BenchConfig, peers: list[str], T: int, beams: int, limits: tuple
+) -> dict:
     """Rows by method of generation: all tokens, and one only, which is the prompt's share."""
     n, prompts = config.new_tokens, random_ids(task.model.config, task.batch_size, T)
     reference = OurTexts(task, beams, exact=True).texts(prompts, n)
@@ -341,8 +266,14 @@ def measure_texts(task: Task, config: BenchConfig, peers: list[str], T: int, bea
         rows[name] |= {"tokens_per_s": round(1e3 * task.batch_size * n / ms, 1)}
         rows[name] |= {"prefill_ms": prefill}
         if n > 1 and ms > prefill:
-            decode = 1e3 * task.batch_size * (n - 1) / (ms - prefill)
-            rows[name] |= {"decode_tokens_per_s": round(decode, 1)}
+            steps_per_s = 1e3 * (n - 1) / (ms - prefill)
+            limit = decode_limit(task.model, task.batch_size * beams, *limits)
+            rows[name] |= {
+                "decode_tokens_per_s": round(task.batch_size * steps_per_s, 1),
+                "percent": round(100 * limit * steps_per_s, 1),
+                "read_gb_per_s": round(limits[0] / 1e9, 1),
+                "matmul_gflops": round(limits[1] / 1e9, 1),
+            }
     return rows
 
 
@@ -413,7 +344,7 @@ def measure(
 ) -> None:
     """Measure each combination of `config`, and profile the first one if that is asked for."""
     dtype, train = results.common["dtype"], results.common["work"] == "train"
-    flops = 0.0
+    flops, speed = 0.0, 0.0
     lists = [numbers(n, getattr(config, n), 1) for n in ("batch_size", "seq_len", "prefix_len")]
     lists.append([1] if train else numbers("num_beams", config.num_beams, 1))
     if config.data is not None:
@@ -429,7 +360,8 @@ def measure(
             labels = config.labels if config.data is None else "targets"
             sizes |= {"labels": labels, "mlp": config.mlp}
         else:
-            rows = measure_texts(task, config, peers, T, beams)
+            speed = max(speed, read_speed(device))
+            rows = measure_texts(task, config, peers, T, beams, (speed, flops))
             sizes |= {"beams": beams, "new": config.new_tokens}
         for method, columns in rows.items():
             if method != "minprefix" and "ms" in columns:

@@ -8,7 +8,8 @@ from conftest import tiny_with_words
 
 from benchmarks.machine import read_rows
 from minprefix import bench, bench_peers
-from minprefix.bench import KEY, BenchConfig, Peak, make_task, train_flops
+from minprefix.bench import KEY, BenchConfig, make_task
+from minprefix.bench_limits import Peak, decode_limit, train_flops
 from minprefix.bench_pictures import PARTS, REST, longest_series, part_of
 from minprefix.cli import build_parser
 from minprefix.gpt2 import GPT2Config
@@ -22,6 +23,7 @@ QUICK = ("--device", "cpu", "--seconds", 0, "--steps", 1, "--warm-up", 0)
 @pytest.fixture(autouse=True)
 def small_product(monkeypatch):
     monkeypatch.setattr(bench, "matmul_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(bench, "read_speed", lambda device: 1e9)
 
 
 @pytest.fixture
@@ -180,6 +182,14 @@ def test_flops_by_hand():
     assert train_flops(config, [3, 1], 2, 4) == 768 + 80 + 552
     deeper = GPT2Config(vocab_size=5, n_embd=2, n_head=1, n_layer=3, n_inner=8)
     assert train_flops(deeper, [3, 1], 2, 4) == 3 * (768 + 552) + 80
+
+
+def test_a_decoding_step_reads_all_weights_or_multiplies_by_them():
+    model = tiny_with_words()
+    n = sum(w.numel() for w in model.parameters()) - model.wpe.weight.numel()
+    size = model.wte.weight.element_size()
+    assert decode_limit(model, 1, read_speed=10.0, flops=1e12) == n * size / 10
+    assert decode_limit(model, 7, read_speed=1e12, flops=10.0) == 2 * 7 * n / 10
 
 
 def test_peak_memory_of_the_cpu_is_seen():
