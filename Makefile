@@ -6,7 +6,7 @@ KERNEL_TESTS := tests/test_attention.py tests/test_decode.py tests/test_operator
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo test test-kernels check format test-official
-.PHONY: compile compile-all bench bench-gpu clean
+.PHONY: compile compile-all bench bench-cpu bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -63,6 +63,9 @@ bench: .venv/.dev ## time the attention operator: on a CPU its CPU path, on a GP
 	$(BIN)/python -m kernels.bench_overhead --out benchmarks/call_overhead.csv
 	$(BIN)/python -m kernels.bench_attention --out runs/bench
 	$(BIN)/python -m kernels.bench_decode --out runs/bench
+
+bench-cpu: .venv/.dev ## training and generation beside PEFT on this CPU, into benchmarks/cpu
+	benchmarks/cpu.sh
 
 bench-gpu: ## on a GPU: kernel tests, sanitizer and benchmarks, in ten minutes, into benchmarks/gpu
 	OUT=$(or $(GPU_OUT),benchmarks/gpu) benchmarks/gpu.sh

@@ -20,13 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import torch
 
 from minprefix import weights
+from minprefix.batches import Encoded
 from minprefix.bench_limits import Peak, decode_limit, matmul_flops, read_speed, train_flops
 from minprefix.bench_peers import (
     DTYPES,
@@ -54,6 +55,7 @@ RANDOM = {  # random weights of official sizes: layers, heads, width
 }
 KEY = ("work", "model", "device", "dtype", "data", "labels", "mlp", "B", "T", "P", "beams", "new",
        "method")  # fmt: skip
+PEERS = ("none", "compiled", "peft", "peft-compiled", "peft-shuffled")
 SHOWN = ("B", "T", "P", "beams", "method", "ms", "tokens_per_s", "peak_mib", "percent", "ratio",
          "note")  # fmt: skip
 
@@ -74,7 +76,7 @@ class BenchConfig:
     warm_up: int = 2  # train: steps of each method before those that are timed
     steps: int = 3  # blocks of calls of each method, at least
     seconds: float = 5.0  # of each method in a measurement, at least
-    peers: str = "peft"  # "none"; "peft"; train: "compiled" (ours), "peft-compiled"; a list
+    peers: str = "peft"  # "none"; "peft"; train: "compiled" (ours), others of PEERS; a list
     profile: bool = False  # train: also where the time of one step goes, of the first combination
     out: Path = Path("runs/bench")  # folder for bench.csv, bench.png, profile.csv, profile.png
 
@@ -84,7 +86,7 @@ class BenchConfig:
         for name, low in (("batch_size", 1), ("seq_len", 4), ("prefix_len", 1), ("num_beams", 1)):
             numbers(name, getattr(self, name), low)
         for peer in self.peers.split(","):
-            check_choice("peers", peer, ("none", "peft", "compiled", "peft-compiled"))
+            check_choice("peers", peer, PEERS)
         for name, low in (("new_tokens", 1), ("steps", 1), ("warm_up", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -199,47 +201,54 @@ def built(makers: dict[str, Callable], device: str, check: Callable) -> tuple[di
 
 def measure_train(task: Task, config: BenchConfig, peers: list[str], peak_flops: float) -> tuple:
     """Rows by method of training steps, and the methods themselves."""
-    exact = first_steps(PlainSteps(task))
+    tasks = {name: task for name in ("minprefix", *peers)}
+    if "peft-shuffled" in tasks:
+        tasks["peft-shuffled"] = replace(task, shuffled=True)
+    exact = {t.shuffled: first_steps(PlainSteps(t)) for t in tasks.values()}
     with tempfile.TemporaryDirectory() as folder:
         makers = {"minprefix": lambda: Ours(task, folder)}
         makers |= {
             "compiled": lambda: Ours(task, folder, compiled=True),
             "peft": lambda: Peft(task),
             "peft-compiled": lambda: Peft(task, compiled=True),
+            "peft-shuffled": lambda: Peft(tasks["peft-shuffled"]),
         }
         makers = {name: makers[name] for name in ("minprefix", *peers)}
 
         def check(method) -> dict:
-            columns = check_steps(task.dtype, first_steps(method), exact)
+            columns = check_steps(task.dtype, first_steps(method), exact[method.task.shuffled])
             for _ in range(config.warm_up):
                 method.step()
             return columns
 
         methods, rows = built(makers, task.device, check)
         times, size = alternate({name: m.step for name, m in methods.items()}, config, task.device)
-    done, timed = methods["minprefix"].done, size * len(times["minprefix"])
-    steps = [task.rows(step) for step in range(done - timed, done)]
-    per_step = 1 / len(steps)
+    for name, seen in times.items():
+        rows[name] |= quantiles(seen, mean=config.data is not None)
+        done = methods[name].done
+        steps = [tasks[name].rows(step) for step in range(done - size * len(seen), done)]
+        rows[name] |= throughput(tasks[name], steps, rows[name]["ms"], peak_flops)
+    return rows, methods
+
+
+def throughput(task: Task, steps: list[list[Encoded]], ms: float, peak_flops: float) -> dict:
+    """Columns of these training steps, `ms` each on average."""
     lengths = [[len(row.ids) - 1 for row in rows] for rows in steps]
     labels = [sum(len(row.ids) - row.prompt_len for row in rows) for rows in steps]
-    computed = sum(len(sizes) * max(sizes) for sizes in lengths)
-    padding = 1 - sum(map(sum, lengths)) / computed
-    flops = per_step * sum(
+    flops = sum(
         train_flops(task.model.config, *sizes, task.prefix.prefix_len)
         for sizes in zip(lengths, labels, strict=True)
     )
-    for name, seen in times.items():
-        rows[name] |= quantiles(seen, mean=config.data is not None)
-        per_s = 1e3 / rows[name]["ms"]
-        rows[name] |= {
-            "tokens_per_s": round(per_s * per_step * sum(map(sum, lengths))),
-            "examples_per_s": round(per_s * per_step * sum(map(len, lengths)), 2),
-            "gflops": round(per_s * flops / 1e9, 1),
-            "matmul_gflops": round(peak_flops / 1e9, 1),
-            "percent": round(100 * per_s * flops / peak_flops, 1),
-            "padding": round(100 * padding, 1),
-        }
-    return rows, methods
+    tokens, computed = (sum(f(row) for row in lengths) for f in (sum, lambda r: len(r) * max(r)))
+    per_s = 1e3 / (ms * len(steps))
+    return {
+        "tokens_per_s": round(per_s * tokens),
+        "examples_per_s": round(per_s * sum(map(len, lengths)), 2),
+        "gflops": round(per_s * flops / 1e9, 1),
+        "matmul_gflops": round(peak_flops / 1e9, 1),
+        "percent": round(100 * per_s * flops / peak_flops, 1),
+        "padding": round(100 * (1 - tokens / computed), 1),
+    }
 
 
 def measure_texts(
@@ -365,7 +374,8 @@ def measure(
             sizes |= {"beams": beams, "new": config.new_tokens}
         for method, columns in rows.items():
             if method != "minprefix" and "ms" in columns:
-                columns["ratio"] = round(columns["ms"] / rows["minprefix"]["ms"], 2)
+                rate = "examples_per_s" if train else "tokens_per_s"
+                columns["ratio"] = round(rows["minprefix"][rate] / columns[rate], 2)
             results.add(sizes, method, columns)
         if not profiled:
             save_profile(results, task, sizes, methods, rows)
@@ -386,8 +396,11 @@ def run_bench(work: str, name: str, device: str, config: BenchConfig) -> list[di
 
     if config.data is not None and work != "train":
         raise ValueError(f"--data {config.data} goes with bench train; prompts are random tokens")
-    if "compiled" in config.peers and work != "train":
-        raise ValueError("compiled and peft-compiled go with bench train only")
+    only_train = set(config.peers.split(",")) - {"none", "peft"}
+    if only_train and work != "train":
+        raise ValueError(f"--peers {min(only_train)} goes with bench train")
+    if "peft-shuffled" in only_train and config.data is None:
+        raise ValueError("--peers peft-shuffled needs --data: random rows are all of one length")
     auto = "bf16" if device.startswith("cuda") else "fp32"
     dtype = auto if config.dtype == "auto" else config.dtype
     model, tokenizer = load_model(name, DTYPES[dtype], device)
@@ -395,7 +408,7 @@ def run_bench(work: str, name: str, device: str, config: BenchConfig) -> list[di
     installed = ("transformers", "peft") if set(peers) - {"compiled"} else ()
     versions = {name: importlib.metadata.version(name) for name in installed}
     common = {"work": work, "model": name, "device": device, "dtype": dtype}
-    common |= {"data": config.data or "random"}
+    common |= {"data": Path(config.data or "random").name}
     common |= dict.fromkeys(("labels", "mlp", "B", "T", "P", "beams", "new"), "")
     results = Results(config.out, common, versions)
     measure(results, model, tokenizer, config, device, peers)

@@ -15,6 +15,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,6 +66,7 @@ class Task:
     dtype: str
     device: str
     batch_size: int  # B
+    shuffled: bool = False  # batches of any lengths, as transformers' Trainer makes them by default
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -79,8 +81,11 @@ class Task:
         return BatchOrder([len(row.ids) for row in self.encoded], self.batch_size, seed=0)
 
     def rows(self, step: int) -> list[Encoded]:
-        """The batch of a training step: the same as `Trainer` takes."""
-        return [self.encoded[i] for i in self.order.batch(step)]
+        """The batch of a training step: the same as `Trainer` takes, unless `shuffled`."""
+        if not self.shuffled:
+            return [self.encoded[i] for i in self.order.batch(step)]
+        rng = np.random.default_rng([1, step])
+        return [self.encoded[i] for i in rng.integers(len(self.encoded), size=self.batch_size)]
 
 
 class Ours:
@@ -94,6 +99,7 @@ class Ours:
             steps=10**6, batch_size=task.batch_size, lr=LR, clip=CLIP, precision=task.dtype,
             compile=compiled,
         )  # fmt: skip
+        self.task = task
         self.trainer = Trainer(model, task.tokenizer, config, task.examples, [], folder, prefix)
 
     @property

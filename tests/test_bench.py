@@ -64,9 +64,13 @@ def test_training_beside_peft(run, tmp_path, dtype):
 
 
 def test_training_on_real_batches_and_a_table(run, tables):
-    rows = run("train", "--data", tables, "--batch-size", 3, "--prefix-len", 2, "--no-mlp")
-    assert [row["method"] for row in rows] == ["minprefix", "peft"]
+    peers = ("--peers", "peft,peft-shuffled")
+    rows = run("train", "--data", tables, "--batch-size", 3, "--prefix-len", 2, "--no-mlp", *peers)
+    assert [row["method"] for row in rows] == ["minprefix", "peft", "peft-shuffled"]
     assert {(row["labels"], row["mlp"], row["note"]) for row in rows} == {("targets", "False", "")}
+    assert {row["data"] for row in rows} == {tables.name}
+    ours, same, shuffled = (float(row["padding"]) for row in rows)
+    assert ours == same < shuffled
 
 
 def test_labels_at_targets_are_the_second_half(tiny_folder):
@@ -248,12 +252,13 @@ def test_a_panel_holds_the_series_with_most_points():
         ("generate", "--seq-len", "90", "96 positions"),
         ("train", "--dtype", "fp8", "dtype must be one of auto, fp32, bf16, got 'fp8'"),
         ("train", "--labels", "some", "labels must be one of all, targets"),
-        ("train", "--peers", "vllm", "peers must be one of none, peft, compiled"),
+        ("train", "--peers", "vllm", "peers must be one of none, compiled, peft,"),
         ("train", "--steps", "0", "steps must be at least 1"),
         ("train", "--seconds", "-1", "seconds must be >= 0"),
         ("train", "--device", "nope", "device nope cannot be used"),
         ("generate", "--data", "restaurants", "goes with bench train"),
-        ("generate", "--peers", "peft-compiled", "go with bench train"),
+        ("generate", "--peers", "peft-compiled", "goes with bench train"),
+        ("train", "--peers", "peft,peft-shuffled", "peft-shuffled needs --data"),
     ],
 )
 def test_bad_options_are_one_line(refused, work, option, value, named):
