@@ -70,7 +70,9 @@ def test_training_on_real_batches_and_a_table(run, tables):
     assert {(row["labels"], row["mlp"], row["note"]) for row in rows} == {("targets", "False", "")}
     assert {row["data"] for row in rows} == {tables.name}
     ours, same, shuffled = (float(row["padding"]) for row in rows)
-    assert ours == same < shuffled
+    assert ours == same <= shuffled
+    rates = [float(row["examples_per_s"]) for row in rows]
+    assert float(rows[2]["ratio"]) == pytest.approx(rates[0] / rates[2], abs=0.01)
 
 
 def test_labels_at_targets_are_the_second_half(tiny_folder):
