@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from minprefix import weights
+from minprefix import convert, weights
 from minprefix.batches import encode_prompt
 from minprefix.bench import RANDOM, BenchConfig, run_bench
 from minprefix.data import LINEARISATIONS, load_examples
@@ -109,6 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     export = command("export", run_export, "Write a run's latest prefix, without its MLP.")
     export.add_argument("run_folder", type=Path, metavar="RUN")
     export.add_argument("--out", type=Path, required=True, help="prefix file to write")
+
+    text = "Turn a prefix of PEFT, the paper's code or adapter-hub into ours, or ours into PEFT's."
+    convert.add_options(command("convert", convert.run, text))
 
     download = command("download", run_download, "Fetch an official model into the hub's cache.")
     download.add_argument("name", help="gpt2, gpt2-medium, ..., or any hub id of the family")

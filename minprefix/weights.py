@@ -131,11 +131,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing, though the index beside it names it")
-        tensors |= load_tensors(path)[0] if path.suffix == ".safetensors" else _read_bin(path)
+        tensors |= load_tensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
     return tensors
 
 
-def _read_bin(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote; code in it is refused, not run."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -143,7 +143,9 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # unpickling a damaged file raises almost anything
         raise ValueError(f"{path}: damaged, or holds something other than tensors") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
+    ):
         raise ValueError(f"{path}: holds something other than tensors by name")
     return tensors
 
