@@ -32,7 +32,7 @@ from minprefix.gpt2 import GPT2, GPT2Config
 from minprefix.prefix import Prefix, token_activations
 from minprefix.weights import LISTED, read_config, read_pickle
 
-# what adapter_config.json may say; another value means something that a Prefix is not
+# what adapter-hub's config may say; another value means something that a Prefix is not
 ADAPTERS_ONLY = {"use_gating": (False, None), "leave_out": ([], None)}
 
 MLP_KEYS = {
@@ -40,6 +40,8 @@ MLP_KEYS = {
     *(f"control_trans.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")),
 }
 DEEP_KEYS = MLP_KEYS | {"control_trans.4.weight", "control_trans.4.bias"}
+INFIX_KEYS = MLP_KEYS | {"wte2.weight"}
+DIRECT_KEYS, EMBEDDING_KEYS = {"control_trans"}, {"wte.weight"}
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,27 @@ def table_for(path: Path, rows: Tensor, config: GPT2Config) -> Tensor:
     return table_of_rows(rows, L, H)
 
 
+def table_of_word(path: Path, past: Tensor) -> Tensor:
+    """P_theta of the model's cache on a word, (2 L, 1, H, P, D): key and value, layer by layer."""
+    if past.shape[0] % 2 or past.shape[1] != 1 or 0 in past.shape:
+        raise ValueError(
+            f"{path}: control_trans must be (2 L, 1, H, P, D), got {tuple(past.shape)}"
+        )
+    return past.reshape(-1, 2, *past.shape[2:])
+
+
+def config_beside(path: Path, config: GPT2Config | None) -> GPT2Config | None:
+    """What config.json in the same folder says, which must fit `config`; without one, `config`."""
+    beside = path.with_name("config.json")
+    if not beside.is_file():
+        return config
+    saved = read_config(path.parent)
+    here, there = ((c.n_layer, c.n_head, c.n_embd) for c in (saved, config or saved))
+    if here != there:
+        raise ValueError(f"{beside}: layers, heads, width are {here}, those of the model {there}")
+    return saved
+
+
 @torch.no_grad()
 def read_authors(path: str | Path, config: GPT2Config | None = None) -> Prefix | VirtualTokens:
     """A GPT-2 prefix that the authors' code saved; which kind, its keys say.
@@ -164,52 +187,39 @@ def read_authors(path: str | Path, config: GPT2Config | None = None) -> Prefix |
     Returns:
         A Prefix (MLP of two or three layers; direct, random or from a word), text at P + t. For
         embedding-only and infix the virtual tokens, which need the model.
+    Raises:
+        ValueError: no such state dict, damaged, shapes that do not fit each other or `config`.
+        OSError: it cannot be read.
     """
     path = Path(path)
     path = path / "pytorch_model.bin" if path.is_dir() else path
     tensors, _ = read_tensors(path)
-    beside = path.with_name("config.json")
-    if beside.is_file():
-        saved = read_config(path.parent)
-        sizes = [(c.n_layer, c.n_head, c.n_embd) for c in (saved, config or saved)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"{beside}: layers, heads, width are {sizes[0]}, those of the model {sizes[1]}"
-            )
-        config = saved
     keys = set(tensors)
-    if keys == {"wte.weight"}:
-        return VirtualTokens(mlp_rows(path, tensors))
-    if keys not in ({"control_trans"}, MLP_KEYS, DEEP_KEYS, MLP_KEYS | {"wte2.weight"}):
+    if keys not in (EMBEDDING_KEYS, DIRECT_KEYS, MLP_KEYS, DEEP_KEYS, INFIX_KEYS):
         bart = any(key.startswith(("wte_enc", "control_trans_enc")) for key in keys)
         what = "a BART prefix of the authors' code" if bart else "no GPT-2 prefix of theirs"
         raise ValueError(f"{path}: {what}, the keys are {some(keys) or 'none'}")
-    if keys == {"control_trans"}:
+    if keys == DIRECT_KEYS:
         rows = tensors["control_trans"]
-        if rows.dim() == 5:  # from a word: (2 L, 1, H, P, D), layer by layer key and value
-            if rows.shape[0] % 2 or rows.shape[1] != 1 or 0 in rows.shape:
-                raise ValueError(
-                    f"{path}: control_trans must be (2 L, 1, H, P, D), got {tuple(rows.shape)}"
-                )
-            return Prefix.from_table(rows.reshape(-1, 2, *rows.shape[2:]), rows.shape[3])
+        if rows.dim() == 5:
+            return Prefix.from_table(table_of_word(path, rows), position_offset=rows.shape[3])
     else:
         rows = mlp_rows(path, tensors)
-        if rows.shape[1] == tensors["wte.weight"].shape[1]:  # embeddings from an MLP
+        C = tensors["wte.weight"].shape[1]
+        if keys == EMBEDDING_KEYS or (keys == MLP_KEYS and rows.shape[1] == C):
             return VirtualTokens(rows)
+    config = config_beside(path, config)
     if config is None:
         raise ValueError(
             f"{path}: does not say how many heads there are: needs config.json beside it, or the "
             "base model (--model)"
         )
     table = table_for(path, rows, config)
-    if "wte2.weight" not in keys:
+    if keys != INFIX_KEYS:
         return Prefix.from_table(table, position_offset=table.shape[3])
-    embeddings = tensors["wte2.weight"]
-    if embeddings.shape != (table.shape[3], config.n_embd):
-        raise ValueError(
-            f"{path}: wte2.weight must be {(table.shape[3], config.n_embd)}, got "
-            f"{tuple(embeddings.shape)}"
-        )
+    embeddings, want = tensors["wte2.weight"], (table.shape[3], config.n_embd)
+    if embeddings.shape != want:
+        raise ValueError(f"{path}: wte2.weight must be {want}, got {tuple(embeddings.shape)}")
     return VirtualTokens(embeddings, table)
 
 
@@ -258,7 +268,7 @@ def read_adapters(folder: str | Path, config: GPT2Config | None) -> Prefix:
         )
     file = path.with_name("pytorch_adapter.bin")
     tensors = once(file, read_tensors(file)[0])
-    if set(tensors) == {"control_trans"}:
+    if set(tensors) == DIRECT_KEYS:
         rows = tensors["control_trans"]  # (P 2 L C,)
     elif set(tensors) == MLP_KEYS:
         check_only(path, raw, {"non_linearity": ("tanh",)})

@@ -139,9 +139,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote; code in it is refused, not run."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # unpickling a damaged file raises almost anything
+        if isinstance(error, OSError) and error.filename is not None:  # it cannot be opened
+            raise
         raise ValueError(f"{path}: damaged, or holds something other than tensors") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
