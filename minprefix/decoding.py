@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minprefix.gpt2 import GPT2, KVCache, PrefixActivations
@@ -148,7 +147,7 @@ class Rows:
         last = self.model.hidden_states(
             ids.to(self.device), prefix=self.acts, kv_lens=lengths, cache=self.cache, at=at
         )  # (B, C)
-        logits = F.linear(last, self.model.wte.weight)
+        logits = self.model.head(last)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def select(self, rows: list[int]) -> None:

@@ -24,7 +24,6 @@ from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minprefix import caches
@@ -136,7 +135,7 @@ class Batch:
 
 def head(model: GPT2, hidden: Tensor) -> Tensor:
     """Logits in fp32 or fp64: (..., C) -> (..., V)."""
-    logits = F.linear(hidden, model.wte.weight)
+    logits = model.head(hidden)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -285,7 +285,10 @@ class GPT2(nn.Module):
 
     def forward(self, input_ids: Tensor, **kwargs) -> Tensor:
         """Logits of the next token: (B, T) -> (B, T, V). Arguments as in `hidden_states`."""
-        return F.linear(self.hidden_states(input_ids, **kwargs), self.wte.weight)
+        return self.head(self.hidden_states(input_ids, **kwargs))
+
+    def head(self, hidden: Tensor) -> Tensor:  # (..., C) -> (..., V)
+        return F.linear(hidden, self.wte.weight)
 
     def token_losses(
         self, input_ids: Tensor, labels: Tensor, at: Tensor | None = None, **kwargs
@@ -303,7 +306,7 @@ class GPT2(nn.Module):
         hidden, labels = self.hidden_states(input_ids, at=at, **kwargs), labels.flatten()[at]
         if not self.wte.weight.requires_grad:
             return frozen_head_loss(hidden, self.wte.weight, labels)
-        logits = F.linear(hidden, self.wte.weight)  # (n, V)
+        logits = self.head(hidden)  # (n, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, labels, reduction="none")
 

@@ -97,7 +97,7 @@ def in_bf16(model: GPT2) -> GPT2:
         copy = GPT2(model.config)
     weights = {name: x.to(torch.bfloat16) for name, x in model.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
-    return copy
+    return copy.train(model.training)
 
 
 class Trainer:
