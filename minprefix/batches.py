@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minprefix.data import LINEARISATIONS, Example, checked_text
+from minprefix.examples import LINEARISATIONS, Example, checked_text
 from minprefix.gpt2 import IGNORE
 from minprefix.options import check_choice
 
@@ -28,19 +28,29 @@ class Encoded:
     where: str
 
 
-def encode_prompt(tokenizer, source: str, linearisation: str = "paper") -> list[int]:
-    """enc(source) + [bos]; "original-code": enc(" " + source + " ") + [bos]."""
+def encode_prompt(
+    tokenizer, source: str, linearisation: str = "paper", max_source: int | None = None
+) -> list[int]:
+    """enc(source) + [bos]; "original-code": enc(" " + source + " ") + [bos].
+
+    Args:
+        max_source: keep the source's first tokens only, this many at most (512 for XSum's articles
+            in [1] and [2]); None keeps all of them.
+    """
     check_choice("linearisation", linearisation, LINEARISATIONS)
+    if max_source is not None and max_source < 1:
+        raise ValueError(f"max_source must be at least 1, got {max_source}")
     text = source if linearisation == "paper" else f" {source} "
-    return tokenizer.encode(text) + [tokenizer.bos_id]
+    return tokenizer.encode(text)[:max_source] + [tokenizer.bos_id]
 
 
 def encode_pair(
-    tokenizer, source: str, target: str, linearisation: str = "paper", where: str = ""
-) -> Encoded:
+    tokenizer, source: str, target: str, linearisation: str = "paper", where: str = "",
+    max_source: int | None = None,
+) -> Encoded:  # fmt: skip
     """The prompt, then enc(" " + target) + [eos]; "original-code" has a blank before eos, too."""
     checked_text(target, "the target", where)
-    prompt = encode_prompt(tokenizer, source, linearisation)
+    prompt = encode_prompt(tokenizer, source, linearisation, max_source)
     text = f" {target}" if linearisation == "paper" else f" {target} "
     return Encoded(prompt + tokenizer.encode(text) + [tokenizer.eos_id], len(prompt), where)
 
@@ -50,6 +60,7 @@ def encode_examples(
     examples: Sequence[Example],
     linearisation: str = "paper",
     max_len: int | None = None,
+    max_source: int | None = None,
 ) -> list[Encoded]:
     """Every (source, target) pair, in order.
 
@@ -57,14 +68,15 @@ def encode_examples(
         tokenizer: has encode(text) -> ids, bos_id and eos_id.
         max_len: most tokens that a pair may have, its bos and eos included. The model reads all
             but the eos, so N positions are enough for max_len = N + 1.
+        max_source: cut sources to this many tokens, see `encode_prompt`.
     Raises:
-        ValueError: an empty target or a longer pair; nothing is cut.
+        ValueError: an empty target or a longer pair; but for max_source nothing is cut.
     """
     encoded = []
     for example in examples:
         for number, target in enumerate(example.targets, 1):
             where = example.where + (f" (target {number})" if len(example.targets) > 1 else "")
-            pair = encode_pair(tokenizer, example.source, target, linearisation, where)
+            pair = encode_pair(tokenizer, example.source, target, linearisation, where, max_source)
             if max_len is not None and len(pair.ids) > max_len:
                 raise ValueError(f"{where}: {len(pair.ids)} tokens, at most {max_len} are allowed")
             encoded.append(pair)

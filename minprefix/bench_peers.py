@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minprefix.batches import BatchOrder, Encoded, collate, encode_examples
-from minprefix.data import Example
 from minprefix.decoding import GenerationConfig
+from minprefix.examples import Example
 from minprefix.generation import generate
 from minprefix.gpt2 import GPT2
 from minprefix.prefix import Prefix

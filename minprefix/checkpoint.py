@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from minprefix.data import LINEARISATIONS
+from minprefix.examples import LINEARISATIONS
 from minprefix.files import load_tensors, save_tensors
 from minprefix.prefix import Prefix
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from minprefix.data import Example
+from minprefix.examples import Example
 
 # What a text says about a yes/no field: {field: (yes, no)}; a yes counts only outside of every no.
 # The patterns meet text from `_plain`: lower case, hyphens as blanks ("kid friendly").

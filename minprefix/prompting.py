@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minprefix.data import Example
+from minprefix.examples import Example
 from minprefix.generation import generate
 
 # Ways to ask for a text, tried in this order; `{table}` stands for the linearised table.

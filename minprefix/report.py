@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minprefix.data import Example
+from minprefix.examples import Example
 from minprefix.files import atomic_write, write_text
 from minprefix.gpt2 import GPT2
 from minprefix.prefix import Prefix

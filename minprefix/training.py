@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from minprefix.batches import Batch, BatchOrder, collate, encode_examples, encode_prompt
-from minprefix.data import Example
+from minprefix.examples import Example
 from minprefix.fast_training import Eager, Graphed, leaves
 from minprefix.generation import generate
 from minprefix.gpt2 import GPT2, PrefixActivations
@@ -60,6 +60,7 @@ class TrainConfig:
     warmup_steps: int = 0  # steps of linear warm-up before the decay
     weight_decay: float = 0.0  # AdamW, per step and lr
     clip: float = 1.0  # largest norm of the whole gradient
+    max_source: int | None = None  # cut sources to their first tokens (512 for XSum); None = never
     loss: str = "token"  # mean per target "token", or sum per "sentence" as in the authors' code
     precision: str = "auto"  # "fp32", "bf16", or "auto" = bf16 on CUDA and fp32 on a CPU
     activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory
@@ -146,8 +147,9 @@ class Trainer:
             self.trained.parameters(), lr=self.lr, weight_decay=config.weight_decay, fused=True
         )
         max_len = model.config.n_positions + 1 - (0 if tuning else prefix.position_offset)
-        self.rows = encode_examples(tokenizer, train, linearisation, max_len)
-        dev_rows = encode_examples(tokenizer, dev, linearisation, max_len)
+        frame = (linearisation, max_len, config.max_source)
+        self.rows = encode_examples(tokenizer, train, *frame)
+        dev_rows = encode_examples(tokenizer, dev, *frame)
         spread = np.linspace(0, len(dev_rows) - 1, min(len(dev_rows), config.eval_pairs))
         self.dev_rows = [dev_rows[int(i)] for i in spread]
         self.order = BatchOrder([len(row.ids) for row in self.rows], config.batch_size, config.seed)
@@ -327,7 +329,8 @@ class Trainer:
     def _samples(self) -> list[dict[str, str]]:
         """What the model writes for the first dev tables."""
         sources = [example.source for example in self.dev[: self.config.samples]]
-        prompts = [encode_prompt(self.tokenizer, text, self.linearisation) for text in sources]
+        frame = (self.linearisation, self.config.max_source)
+        prompts = [encode_prompt(self.tokenizer, text, *frame) for text in sources]
         offset = 0 if self.prefix is None else self.prefix.position_offset
         longest = max(map(len, prompts), default=0)
         room = min(60, self.model.config.n_positions - offset - longest)

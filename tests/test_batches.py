@@ -18,7 +18,7 @@ from minprefix.batches import (
     encode_prompt,
     epoch_batches,
 )
-from minprefix.data import Example
+from minprefix.examples import Example
 from minprefix.gpt2 import IGNORE
 from minprefix.tokenizer import Tokenizer
 
@@ -50,6 +50,22 @@ def test_frame_round_trip(tokenizer):
     pair = encode_pair(tokenizer, " | s", "It is. ", "original-code")
     assert tokenizer.decode(pair.ids[: pair.prompt_len - 1]) == "  | s "
     assert tokenizer.decode(pair.ids[pair.prompt_len : -1]) == " It is.  "
+
+
+def test_only_max_source_cuts_and_only_the_source():
+    tokenizer, article = ByteTokenizer(), Example("0123456789", ("a summary",), None, "f:1")
+    (whole,) = encode_examples(tokenizer, [article])
+    for max_source, kept in ((4, "0123"), (10, "0123456789"), (512, "0123456789")):
+        (pair,) = encode_examples(tokenizer, [article], max_source=max_source)
+        assert tokenizer.decode(pair.ids[: pair.prompt_len - 1]) == kept
+        assert pair.ids[pair.prompt_len :] == whole.ids[whole.prompt_len :]
+        assert pair.ids[pair.prompt_len - 1] == tokenizer.bos_id
+        prompt = encode_prompt(tokenizer, article.source, max_source=max_source)
+        assert prompt == pair.ids[: pair.prompt_len]
+    with pytest.raises(ValueError, match="max_source must be at least 1, got 0"):
+        encode_prompt(tokenizer, "a", max_source=0)
+    with pytest.raises(ValueError, match="f:1: 22 tokens, at most 21 are allowed"):
+        encode_examples(tokenizer, [article], max_len=21)
 
 
 def test_encode_examples_takes_every_pair_and_refuses_long_or_empty_ones():

@@ -14,11 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minprefix import data
-from minprefix.data import (
-    LINEARISATIONS,
-    Example,
-    load_examples,
-)
+from minprefix.data import LINEARISATIONS, data_folder, load_examples
+from minprefix.examples import Example
 
 MINI = Path(data.__file__).parent / "assets" / "mini"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the data sets are not here")
@@ -42,6 +39,26 @@ XML = """<?xml version="1.0" encoding="UTF-8"?>
   <modifiedtripleset><mtriple>Wren | mass | 9</mtriple></modifiedtripleset>
   <lex comment="toFix" lid="Id1">Wren 9.</lex>
  </entry>
+</entries></benchmark>
+"""
+
+DART = [
+    {
+        "tripleset": [["Blue Heron", "BUILT_In", "Köln"], ["[TABLECONTEXT]", "[TITLE]", "Ships"]],
+        "subtree_was_extended": False,
+        "annotations": [
+            {"source": "x_lily", "text": "Built  in\nKöln."},
+            {"source": "y", "text": " "},
+            {"source": "y", "text": "A ship of Köln."},
+        ],
+    },
+    {"tripleset": [["Wren", "MASS", ""]], "annotations": [{"source": "y", "text": "A wren."}]},
+]
+DART_XML = """<benchmark><entries><entry category="MISC" eid="Id1" size="2"><modifiedtripleset>
+  <mtriple>Blue Heron | BUILT_In | Köln</mtriple><mtriple>[TABLECONTEXT] | [TITLE] | Ships</mtriple>
+ </modifiedtripleset><lex comment="x_lily" lid="Id1">Built  in
+Köln.</lex><lex comment="y" lid="Id2"> </lex><lex comment="y" lid="Id3">A ship of Köln.</lex>
+</entry>
 </entries></benchmark>
 """
 
@@ -107,6 +124,32 @@ def test_xml_original_code_leads_with_a_bar_and_trains_on_good_texts(tmp_path):
     assert [len(example.targets) for example in scored] == [2, 1]
 
 
+def test_dart_json_and_xml_are_one_set_of_examples(tmp_path):
+    table, wren = load_examples(write(tmp_path, "dart.json", json.dumps(DART)))
+    paper = "Blue Heron : BUILT_In : Köln | [TABLECONTEXT] : [TITLE] : Ships"
+    targets = ("Built in Köln.", "A ship of Köln.")  # the blank text is no text
+    assert table == Example(paper, targets, None, f"{tmp_path}/dart.json:set 1")
+    assert wren.source == "Wren : MASS : "
+    (same,) = load_examples(write(tmp_path, "a.xml", DART_XML), "train")
+    assert same == Example(paper, targets, None, f"{tmp_path}/a.xml:Id1")
+
+
+def test_dart_original_code_has_lower_case_relations_and_no_leading_bar(tmp_path):
+    exact = {"linearisation": "original-code"}
+    table, _ = load_examples(write(tmp_path, "dart.json", json.dumps(DART)), "train", **exact)
+    assert table.source == "Blue Heron : built_in : Köln | [TABLECONTEXT] : [title] : Ships"
+    assert table.targets == ("Built  in Köln.", "A ship of Köln.")
+    (same,) = load_examples(write(tmp_path, "a.xml", DART_XML), "train", **exact)
+    assert (same.source, same.targets) == (table.source, table.targets)  # none is marked good
+
+
+def test_dart_sets_without_a_text_are_counted_in_a_warning(tmp_path, caplog):
+    without = [{**DART[0], "annotations": []}, {**DART[1], "annotations": [{"text": ""}]}, DART[1]]
+    path = write(tmp_path, "dart.json", json.dumps(without))
+    assert [example.where for example in load_examples(path)] == [f"{path}:set 3"]
+    assert f"{path}: 2 triple sets without a text are left out" in caplog.text
+
+
 def test_jsonl_tables_and_sources(tmp_path):
     rows = [
         {"table": {"b": "1 \n 2", "a": "x"}, "text": ["one", "two "], "id": 7},
@@ -161,6 +204,9 @@ BROKEN = {
         (b'{"table": {"a": "b"}, "text": ["c", " "]}', "text is empty"),
         (b'{"source": "a", "target": null}', "target must be a string, got None"),
         (b'{"source": "", "target": "b"}', "source is empty"),
+        (b'{"document": 1, "summary": "b"}', "document must be a string, got 1"),
+        (b'{"document": "a", "summary": " "}', "summary is empty"),
+        (b'{"document": "a", "summary": "b", "url": 1}', "url must be a string, got 1"),
         (b'{"source": "a", "target": "\\ud800"}', "half a surrogate pair"),
     ],
     "a.csv": [
@@ -196,7 +242,21 @@ BROKEN = {
         (b"<a><entry><mtriple>a | b</mtriple></entry></a>", r"subject \| relation \| object"),
         (b"<a><entry><mtriple>a |  | c</mtriple></entry></a>", "a part of the triple .* is empty"),
     ],
-    "a.json": [(b"{}", "a.json: unknown kind of file; accepted are .jsonl, .csv")],
+    "a.json": [
+        (b"", "a.json: the file is empty"),
+        (b"{}", "a.json: expected a list of triple sets, got dict"),
+        (b"[]", "no example in it"),
+        (b"[\n1", "a.json:2: not valid JSON"),
+        (b"[" * 100_000, "a.json: JSON: maximum recursion depth"),
+        (b"[1]", "a.json:set 1: expected an object with tripleset and annotations, got 1"),
+        (b'[{"tripleset": []}]', r"annotations, got \['tripleset'\]"),
+        (b'[{"tripleset": [], "annotations": []}]', r"tripleset must be a list of triples, got"),
+        (b'[{"tripleset": [["a", "b"]], "annotations": []}]', r"object\], got \['a', 'b'\]"),
+        (b'[{"tripleset": [["a", "b", 3]], "annotations": []}]', "must be a string, got 3"),
+        (b'[{"tripleset": [["a", "b", "c"]], "annotations": ["d"]}]', "annotations must be a list"),
+        (b'[{"tripleset": [["a", "b", "c"]], "annotations": [{}]}]', "text must be a string"),
+    ],
+    "a.yaml": [(b"{}", "a.yaml: unknown kind of file; accepted are .jsonl, .csv")],
 }
 
 
@@ -210,9 +270,14 @@ def test_broken_files_are_refused_with_the_place(tmp_path, name, content, messag
 
 
 @quick
-@given(st.sampled_from([".jsonl", ".csv", ".txt", ".xml"]), st.binary(max_size=30), st.randoms())
+@given(
+    st.sampled_from([".jsonl", ".csv", ".txt", ".xml", ".json"]),
+    st.binary(max_size=30),
+    st.randoms(),
+)
 def test_noise_is_read_or_refused_by_a_message_with_the_file(suffix, noise, rng):
     good = {".csv": CSV, ".xml": XML, ".txt": "a||b\nc||d", ".jsonl": '{"source":"a","target":"b"}'}
+    good[".json"] = json.dumps(DART, ensure_ascii=False)
     content = good[suffix].encode()
     at = rng.randrange(len(content) + 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -242,6 +307,13 @@ def test_folders_are_recognised_by_their_files(tmp_path):
         Example("a", ("b",), None, f"{tmp_path}/paper/src1_valid.txt:1")
     ]
     assert load_examples(tmp_path / "own", "dev")[0].where == f"{tmp_path}/own/dev.jsonl:1"
+    for name in ("train.json", "dev.json", "dev.xml", "test.xml"):
+        write(tmp_path, f"dart/dart-v1.1.1-full-{name}", DART_XML if "xml" in name else "[]")
+    with pytest.raises(ValueError, match="dart: no example in it"):  # of two forms the JSON
+        load_examples(tmp_path / "dart", "dev")
+    assert len(load_examples(tmp_path / "dart", "test")) == 1
+    write(tmp_path, "hub/validation.jsonl", '{"document": "a", "summary": "b", "id": "7"}')
+    assert load_examples(tmp_path / "hub", "dev")[0].id == "7"
     write(tmp_path, "own/devset.csv", CSV)
     with pytest.raises(ValueError, match="more than one of them: devset.csv, dev.jsonl"):
         load_examples(tmp_path / "own", "dev")
@@ -260,6 +332,20 @@ def test_wrong_arguments(tmp_path):
         load_examples(tmp_path, "valid")
     with pytest.raises(ValueError, match="linearisation must be one of .* got 'x'"):
         load_examples(tmp_path, linearisation="x")
+
+
+def test_a_name_stands_for_what_was_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(FileNotFoundError, match="e2e is not in .*: run `python -m minprefix data"):
+        load_examples("e2e", "train")
+    assert data_folder("e2e") == tmp_path / "cache/minprefix/data/e2e"
+    write(data_folder("e2e"), "devset.csv", CSV)
+    assert len(load_examples("e2e", "dev")) == 2
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data_folder("xsum") == tmp_path / ".cache/minprefix/data/xsum"
+    with pytest.raises(ValueError, match="must be one of e2e, webnlg, dart, xsum, got 'x'"):
+        data_folder("x")
 
 
 def test_embedded_restaurants(monkeypatch, tmp_path):
@@ -300,7 +386,11 @@ def test_webnlg_counts(split, linearisation, entries, texts, categories):
 
 
 @needs_shared
-def test_dart_xml_counts():
-    examples = load_examples(SHARED / "data/dart/dart-v1.1.1-full-test.xml")
-    assert len(examples) == 5_097
-    assert sum(len(example.targets) for example in examples) == 12_551  # of 12,552, one is empty
+@pytest.mark.parametrize("linearisation", LINEARISATIONS)
+@pytest.mark.parametrize("split,sets,texts", [("dev", 2_768, 6_980), ("test", 5_097, 12_551)])
+def test_dart_counts(split, sets, texts, linearisation):
+    examples = load_examples(SHARED / "data/dart", split, linearisation=linearisation)
+    assert len(examples) == sets
+    assert sum(len(example.targets) for example in examples) == texts  # test: 12,552, one is empty
+    relations = [e.source.split(" | ")[0].split(" : ")[1] for e in examples]
+    assert all(r == r.lower() for r in relations) == (linearisation == "original-code")

@@ -3,9 +3,9 @@
 import pytest
 from conftest import tiny_with_words
 
-from minprefix.data import Example
 from minprefix.decoding import GenerationConfig
 from minprefix.evaluation import evaluate_method
+from minprefix.examples import Example
 from minprefix.metrics import score
 from minprefix.prefix import Prefix
 from minprefix.prompting import TEMPLATES, HardPrompt, answer, show_examples

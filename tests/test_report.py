@@ -7,7 +7,7 @@ from conftest import tiny_with_words
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from minprefix.data import Example
+from minprefix.examples import Example
 from minprefix.prefix import Prefix
 from minprefix.report import (
     format_rows,

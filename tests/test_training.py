@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import pairs, small_model, trainer
 
-from minprefix.data import Example
+from minprefix.examples import Example
 from minprefix.gpt2 import GPT2Config
 from minprefix.prefix import Prefix
 from minprefix.training import Interrupted, TrainConfig, Trainer
