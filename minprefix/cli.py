@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from minprefix import convert, weights
+from minprefix import convert, download_data, weights
 from minprefix.batches import encode_prompt
 from minprefix.bench import RANDOM, BenchConfig, run_bench
-from minprefix.data import LINEARISATIONS, load_examples
+from minprefix.data import DATA_SETS, LINEARISATIONS, load_examples
+from minprefix.data_splits import TOPICS, choose, low_data
 from minprefix.decoding import GenerationConfig
 from minprefix.demo import run_demo
 from minprefix.evaluation import evaluate_method
@@ -49,8 +50,13 @@ def shared_options() -> tuple[argparse.ArgumentParser, ...]:
     with_data = argparse.ArgumentParser(add_help=False)
     with_data.add_argument(
         "--data", default="restaurants",
-        help="'restaurants' (embedded), a folder (E2E, WebNLG 2017, src1_*.txt, *.jsonl) or a file "
-        "(.csv, .xml, .txt with src||tgt, .jsonl) (default: %(default)s)",
+        help=f"'restaurants' (embedded), {', '.join(DATA_SETS)} (see the command data), a folder "
+        "(their files, src1_*.txt, *.jsonl) or a file (.csv, .xml, .json, .parquet, .txt with "
+        "src||tgt, .jsonl) (default: %(default)s)",
+    )  # fmt: skip
+    with_data.add_argument(
+        "--topics", choices=TOPICS,
+        help="only these: seen, unseen (WebNLG), or a split of XSum for extrapolation",
     )  # fmt: skip
     with_data.add_argument(
         "--linearisation", choices=LINEARISATIONS,
@@ -74,6 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = command("train", run_train, "Tune a prefix, or all weights.", with_model, with_data)
     train.add_argument("--dev", help="dev file, where --data is a file")
+    train.add_argument("--subset", type=int, help="low data: this many pairs, 30 %% of it for dev")
+    train.add_argument("--subset-seed", type=int, default=0, help="which (default: %(default)s)")
     train.add_argument("--out", type=Path, help="run folder to make")
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
     add_fields(train, TrainConfig)
@@ -102,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluate.add_argument("--shots", type=int, default=0, help="examples in context, from train")
     evaluate.add_argument("--limit", type=int, help="only the first tables")
+    evaluate.add_argument("--max-source", type=int, help="cut sources to their first tokens")
     evaluate.add_argument("--batch-size", type=int, default=64, help="tables at a time")
     evaluate.add_argument("--outputs", type=Path, help="write sources and texts, JSON lines")
     add_fields(evaluate, GenerationConfig)
@@ -115,6 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     download = command("download", run_download, "Fetch an official model into the hub's cache.")
     download.add_argument("name", help="gpt2, gpt2-medium, ..., or any hub id of the family")
+
+    data = command("data", download_data.run, "Fetch an official data set, or check a copy of it.")
+    download_data.add_options(data)
 
     info = command("info", run_info, "Parameters of a model, and of a prefix.", with_model)
     info.add_argument("--prefix", type=Path, help="prefix file")
@@ -175,7 +187,8 @@ def run_to_train(args) -> tuple[Path, dict]:
         )
     settings = {
         "model": args.model, "device": args.device, "data": args.data, "dev": args.dev,
-        "linearisation": args.linearisation or "paper",
+        "linearisation": args.linearisation or "paper", "topics": args.topics,
+        "subset": args.subset, "subset_seed": args.subset_seed,
         "train": asdict(from_args(TrainConfig, args)),
         "prefix": asdict(from_args(PrefixConfig, args)),
     }  # fmt: skip
@@ -211,6 +224,10 @@ def make_trainer(settings: dict, out: Path) -> Trainer:
         dev = load_examples(data, "dev", **load)
     else:
         dev = load_examples(settings["dev"], "dev", **load) if settings["dev"] else []
+    topics, size = settings.get("topics"), settings.get("subset")
+    train, dev = choose(train, topics, "train"), choose(dev, topics, "dev") if dev else dev
+    if size is not None:
+        train, dev = low_data(train, dev, size, settings["subset_seed"])
     prefix = None
     if config.method == "prefix":
         prefix = make_prefix(model, tokenizer, PrefixConfig(**settings["prefix"]), config.seed)
@@ -299,7 +316,8 @@ def run_evaluate(args) -> dict:
         )
     linearisation = args.linearisation or learned or "paper"
     load = {"linearisation": linearisation}
-    examples = load_examples(args.data, args.split, **load)[: args.limit]
+    examples = load_examples(args.data, args.split, **load)
+    examples = choose(examples, args.topics, args.split)[: args.limit]
     if not (prefix or asks or learned or args.linearisation):
         raise ValueError(
             f"{args.model} was not trained on tables: give --prefix, --hard-prompt, a fine-tuned "
@@ -312,7 +330,8 @@ def run_evaluate(args) -> dict:
             prompt = show_examples(args.hard_prompt, train, args.shots)
     scores, texts = evaluate_method(
         model, tokenizer, examples, prefix=prefix, prompt=prompt, config=config,
-        linearisation=linearisation, batch_size=args.batch_size, progress=True,
+        linearisation=linearisation, max_source=args.max_source, batch_size=args.batch_size,
+        progress=True,
     )  # fmt: skip
     if args.outputs:
         rows = ({"source": e.source, "text": t} for e, t in zip(examples, texts, strict=True))

@@ -96,7 +96,7 @@ def _asking(name: str, doing: str) -> Iterator[None]:
         raise OSError(f"{name}: {doing} from {constants.ENDPOINT}: {reason} ({todo})") from error
 
 
-class _SilentBar(tqdm):
+class SilentBar(tqdm):
     """A progress bar that shows nothing."""
 
     def __init__(self, *args, **kwargs):
@@ -172,7 +172,7 @@ class _Repo:
         url = hf_hub_url(self.name, filename, revision=self.commit)
         # compressed answers have no byte ranges
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-        bar = None if self.progress else _SilentBar
+        bar = None if self.progress else SilentBar
         with _asking(self.name, f"downloading {filename}"), partial.open("ab") as file:
             try:
                 http_get(
