@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
@@ -63,8 +64,8 @@ SOURCES = {
         "https://github.com/tuetschek/e2e-dataset",
         f"{GITHUB}/tuetschek/e2e-dataset/master",
     ),
-    # The challenge's own archive [gitlab.com/shimorina/webnlg-dataset] holds all later releases,
-    # too; the paper's authors keep the files of 2017, as they used them.
+    # gitlab.com/shimorina/webnlg-dataset holds later releases, too; the paper's authors keep the
+    # files of the challenge 2017, as they used them.
     "webnlg": Source(
         "CC BY-NC-SA 4.0 (not for commercial use)",
         "https://github.com/XiangLi1999/PrefixTuning/tree/cleaned/data/webnlg_challenge_2017",
@@ -77,10 +78,12 @@ SOURCES = {
         f"{GITHUB}/Yale-LILY/dart/master/data/v1.1.1",
         unseen=("dart-v1.1.1-full-train.json",),
     ),
+    # The copy on the hub of http://bollin.inf.ed.ac.uk/public/direct/, at a version that has it.
     "xsum": Source(
         "none stated for the BBC's texts (the card of GEM/xsum on the hub says CC BY-SA 4.0)",
         "https://github.com/EdinburghNLP/XSum",
-        "http://bollin.inf.ed.ac.uk/public/direct",
+        f"{constants.ENDPOINT}/datasets/EdinburghNLP/xsum/resolve/"
+        "0f3ea2f2b55fcb11e71fb1e3aec6822e44ddcb0f/data",
         urls={SPLIT_IDS: f"{GITHUB}/EdinburghNLP/XSum/master/XSum-Dataset/{SPLIT_IDS}"},
         unseen=(ARCHIVE, SPLIT_IDS),
     ),

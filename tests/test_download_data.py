@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -226,7 +227,9 @@ def test_xsum_becomes_json_lines(offer, tmp_path):
     assert fetch("xsum") == rows and [name for name, _ in site.seen] == [ARCHIVE]
 
 
-def test_without_a_network_one_line_says_what_to_do(site, offer, cli):
+def test_without_a_network_one_line_says_what_to_do(site, offer, cli, caplog, monkeypatch):
+    client = logging.getLogger("huggingface_hub.file_download")
+    monkeypatch.setattr(client, "handlers", [caplog.handler])
     offer("e2e", E2E)
     site.shutdown()
     site.server_close()
@@ -236,6 +239,7 @@ def test_without_a_network_one_line_says_what_to_do(site, offer, cli):
     assert line.startswith(f"minprefix: error: {site.url}/trainset.csv cannot be fetched (")
     assert line.endswith(f"or put a copy at {path}")
     assert len(err.strip().splitlines()) == 3  # the source, the licence, the error
+    assert not caplog.records  # the client is silent about its attempts
     assert [p.name for p in path.parent.iterdir()] in ([], [".lock"])
 
 
@@ -249,7 +253,7 @@ def test_what_the_command_prints(offer, cli, tmp_path):
     out, _ = cli("data", "e2e", "--data-dir", tmp_path / "here")
     assert f"folder: {tmp_path / 'here'}" in out
     assert all(f"{row['sha256']}  verified" in out for row in result["files"])
-    many = {f"{n}.xml": b"<a/>" for n in range(12)}
+    many = {f"train/{n}triples/a.xml": b"<a/>" for n in range(12)}
     offer("webnlg", many)
     out, _ = cli("data", "webnlg")
     assert "12 files, all verified" in out
