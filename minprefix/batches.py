@@ -33,6 +33,9 @@ def encode_prompt(
 ) -> list[int]:
     """enc(source) + [bos]; "original-code": enc(" " + source + " ") + [bos].
 
+    Both blanks are those of [2]'s tables; its GPT-2 code for articles, of which [1] reports no
+    result, has neither.
+
     Args:
         max_source: keep the source's first tokens only, this many at most (512 for XSum's articles
             in [1] and [2]); None keeps all of them.

@@ -227,6 +227,18 @@ def test_xsum_becomes_json_lines(offer, tmp_path):
     assert fetch("xsum") == rows and [name for name, _ in site.seen] == [ARCHIVE]
 
 
+def test_xsum_in_the_hubs_format_is_unverified(offer, tmp_path):
+    site = offer("xsum", {ARCHIVE: b"", SPLIT_IDS: b""}, unseen=(ARCHIVE, SPLIT_IDS))
+    path = tmp_path / "copies/train/0000.parquet"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"PAR1")
+    (row,) = fetch("xsum", tmp_path / "copies")
+    assert (row["file"], row["state"]) == ("train/0000.parquet", "unverified") and not site.seen
+    assert read_sums(tmp_path / "copies" / RECORD) == {row["file"]: row["sha256"]}
+    path.write_bytes(b"PAR2")
+    assert "changed since it was fetched" in error_of(ValueError, "xsum", tmp_path / "copies")
+
+
 def test_without_a_network_one_line_says_what_to_do(site, offer, cli, caplog, monkeypatch):
     client = logging.getLogger("huggingface_hub.file_download")
     monkeypatch.setattr(client, "handlers", [caplog.handler])
@@ -263,13 +275,13 @@ def test_what_the_command_prints(offer, cli, tmp_path):
 
 def test_names_before_their_download_name_the_command(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in DATA_SETS:
-        for words in (
-            ("train", "--out", tmp_path / "run"), ("evaluate", "--linearisation", "paper"),
-            ("bench", "train", "--out", tmp_path / "bench"),
-        ):  # fmt: skip
-            _, err = cli(*words, "--data", name, code=1)
-            assert f"run `python -m minprefix data {name}`" in err.splitlines()[-1]
+    for name, *words in (
+        ("e2e", "train", "--out", tmp_path / "run"),
+        ("webnlg", "evaluate", "--linearisation", "paper"),
+        ("dart", "bench", "train", "--out", tmp_path / "bench"),
+    ):
+        _, err = cli(*words, "--data", name, code=1)
+        assert f"run `python -m minprefix data {name}`" in err.splitlines()[-1]
 
 
 def test_known_sums_name_official_files():
