@@ -8,6 +8,7 @@ scorer [3]; ROUGE-L is the package rouge-score's [2], which does not (other toke
 
 import re
 from collections.abc import Sequence
+from string import ascii_lowercase, ascii_uppercase
 
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
@@ -30,6 +31,8 @@ YES_NO_PHRASES = {
     )
 }
 
+_LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
+
 
 def _check_lengths(outputs: Sequence[str], others: Sequence, name: str) -> None:
     if not outputs or len(outputs) != len(others):
@@ -51,17 +54,27 @@ def _check_references(outputs: Sequence[str], references: Sequence[Sequence[str]
             )
 
 
+def lower_ascii(text: str) -> str:
+    """A-Z in lower case, all else as it is: what the Perl script mteval-v13a does in [3]."""
+    return text.translate(_LOWER)
+
+
+def streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """References as sacrebleu wants them: first ones, second ones, ...; None where there is none."""
+    most = max(len(texts) for texts in references)
+    return [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
+
+
 def corpus_bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """BLEU-4 of the corpus in percent: sacrebleu, lower-cased, 13a tokens, the closest length.
 
     Each output may have its own number of references, at least one.
     """
     _check_references(outputs, references)
-    most = max(len(texts) for texts in references)
-    # sacrebleu wants one stream per reference number; None where an output has fewer.
-    streams = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
+    outputs = [lower_ascii(output) for output in outputs]
+    references = [[lower_ascii(text) for text in texts] for texts in references]
     # force: do not warn about tokenised texts, such as the E2E files of the paper's code.
-    return BLEU(lowercase=True, tokenize="13a", force=True).corpus_score(outputs, streams).score
+    return BLEU(tokenize="13a", force=True).corpus_score(outputs, streams(references)).score
 
 
 def rouge_l(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
