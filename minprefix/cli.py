@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from minprefix import convert, download_data, weights
+from minprefix import convert, download_data, score_files, weights
 from minprefix.batches import encode_prompt
 from minprefix.bench import RANDOM, BenchConfig, run_bench
 from minprefix.data import DATA_SETS, LINEARISATIONS, load_examples
 from minprefix.data_splits import TOPICS, choose, low_data
 from minprefix.decoding import GenerationConfig
 from minprefix.demo import run_demo
-from minprefix.evaluation import evaluate_method
+from minprefix.evaluation import METRICS, evaluate_method
 from minprefix.files import load_tensors, read_json, write_text
 from minprefix.generation import generate, stream
 from minprefix.options import OneLineParser, add_fields, from_args
@@ -113,7 +113,15 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max-source", type=int, help="cut sources to their first tokens")
     evaluate.add_argument("--batch-size", type=int, default=64, help="tables at a time")
     evaluate.add_argument("--outputs", type=Path, help="write sources and texts, JSON lines")
+    evaluate.add_argument(
+        "--metrics", default="quick", choices=METRICS,
+        help="quick (BLEU, ROUGE-L, slots), a data set's official scores, or auto: by the form of "
+        "the data (default: %(default)s)",
+    )  # fmt: skip
     add_fields(evaluate, GenerationConfig)
+
+    text = "Official scores of a file of texts; no model is needed."
+    score_files.add_options(command("score", score_files.run, text))
 
     export = command("export", run_export, "Write a run's latest prefix, without its MLP.")
     export.add_argument("run_folder", type=Path, metavar="RUN")
@@ -331,7 +339,7 @@ def run_evaluate(args) -> dict:
     scores, texts = evaluate_method(
         model, tokenizer, examples, prefix=prefix, prompt=prompt, config=config,
         linearisation=linearisation, max_source=args.max_source, batch_size=args.batch_size,
-        progress=True,
+        progress=True, metrics=args.metrics,
     )  # fmt: skip
     if args.outputs:
         rows = ({"source": e.source, "text": t} for e, t in zip(examples, texts, strict=True))

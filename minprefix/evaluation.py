@@ -1,5 +1,7 @@
 """Evaluation: write a text for every table of a data set with one method, then score the texts."""
 
+from collections.abc import Sequence
+
 from tqdm import tqdm
 
 from minprefix.batches import encode_prompt
@@ -8,22 +10,45 @@ from minprefix.examples import Example
 from minprefix.generation import generate
 from minprefix.gpt2 import GPT2
 from minprefix.metrics import score
+from minprefix.official_metrics import SUITES, official_scores, suite_of
+from minprefix.options import check_choice
 from minprefix.prefix import Prefix
 from minprefix.prompting import HardPrompt, answer
+
+METRICS = ("quick", *SUITES, "auto")
+
+
+def measure(
+    texts: Sequence[str], examples: Sequence[Example], metrics: str = "quick"
+) -> dict[str, float]:
+    """Scores of the texts: `metrics.score`, or a suite of `official_metrics.official_scores`.
+
+    Args:
+        metrics: one of METRICS; "auto" takes the suite that fits the form of the examples
+            (`official_metrics.suite_of`), else "quick".
+    """
+    check_choice("metrics", metrics, METRICS)
+    suite = suite_of(examples) if metrics == "auto" else metrics
+    if suite == "quick":
+        return score(texts, examples)
+    grouped = suite == "webnlg" and all(example.group for example in examples)
+    groups = [example.group for example in examples] if grouped else None
+    return official_scores(texts, [example.targets for example in examples], suite, groups)
 
 
 def evaluate_method(
     model: GPT2, tokenizer, examples: list[Example], *, prefix: Prefix | None = None,
     prompt: HardPrompt | None = None, config: GenerationConfig | None = None,
     linearisation: str = "paper", max_source: int | None = None, batch_size: int = 64,
-    progress: bool = False,
+    progress: bool = False, metrics: str = "quick",
 ) -> tuple[dict[str, float], list[str]]:  # fmt: skip
-    """Scores (see `metrics.score`) and texts, in the order of the examples.
+    """Scores (see `measure`) and texts, in the order of the examples.
 
     The method is the hard prompt if there is one, else the model in the frame it was trained in
     (`batches.encode_prompt`, which max_source goes to), with the prefix or, for a fine-tuned model,
     without. `progress` draws a bar on stderr.
     """
+    check_choice("metrics", metrics, METRICS)
     config = config or GenerationConfig()
     sources = [example.source for example in examples]
     with tqdm(total=len(sources), unit="text", disable=not progress, delay=1) as bar:
@@ -36,4 +61,4 @@ def evaluate_method(
             prompts = [encode_prompt(tokenizer, source, *frame) for source in sources]
             texts = generate(model, tokenizer, prompts, prefix=prefix, **options)
     texts = [text.strip() for text in texts]
-    return score(texts, examples), texts
+    return measure(texts, examples, metrics), texts

@@ -1,9 +1,8 @@
 """METEOR 1.5 by its own program, which needs Java; nothing is downloaded.
 
-Read `meteor`. The program is the jar that the official E2E, WebNLG and DART evaluations run [1]; the
-package pycocoevalcap [2] brings the same file, its tables beside it, and is the only thing used of
-it (its wrapper wants two gigabytes too, but waits for ever if Java fails). Without Java or the jar
-`why_not` says so, and METEOR is left out.
+Read `meteor`. The program is the jar that the official evaluations run [1]; the package
+pycocoevalcap [2] brings the same file with its tables and is used for nothing else. Without Java or
+the jar `why_not` says so in one line, and METEOR is left out.
 [1] https://www.cs.cmu.edu/~alavie/METEOR/   [2] https://github.com/salaniz/pycocoevalcap
 """
 
@@ -15,7 +14,6 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
 
 
 def _jar() -> Path | None:
@@ -41,7 +39,7 @@ def why_not() -> str | None:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    return re.sub(r"[\r\n]+", " ", text)
 
 
 def meteor(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -70,7 +68,7 @@ def meteor(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float
         done = subprocess.run(command, cwd=jar.parent, capture_output=True, text=True)
     score = re.search(r"^Final score:\s+(\S+)", done.stdout, re.MULTILINE)
     if done.returncode or score is None:
-        said = _line(done.stderr)[-300:] or f"exit code {done.returncode}"
+        said = _line(done.stderr.strip())[-300:] or f"exit code {done.returncode}"
         raise OSError(f"METEOR ({jar}) failed: {said}")
     value = float(score[1])
     return value if value == value else 0.0  # NaN where nothing matched anything

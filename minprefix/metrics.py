@@ -45,10 +45,10 @@ def _check_lengths(outputs: Sequence[str], others: Sequence, name: str) -> None:
             raise ValueError(f"output {number} must be a string, got {output!r}")
 
 
-def _check_references(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+def check_references(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     _check_lengths(outputs, references, "references")
     for number, texts in enumerate(references):
-        if isinstance(texts, str) or not texts:
+        if isinstance(texts, str) or not texts or not all(isinstance(t, str) for t in texts):
             raise ValueError(
                 f"references of output {number} must be a list of texts, got {texts!r}"
             )
@@ -60,7 +60,7 @@ def lower_ascii(text: str) -> str:
 
 
 def streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """References as sacrebleu wants them: first ones, second ones, ...; None where there is none."""
+    """References as sacrebleu wants them: first ones, second ones, ...; None where one lacks."""
     most = max(len(texts) for texts in references)
     return [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
 
@@ -70,7 +70,7 @@ def corpus_bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
     Each output may have its own number of references, at least one.
     """
-    _check_references(outputs, references)
+    check_references(outputs, references)
     outputs = [lower_ascii(output) for output in outputs]
     references = [[lower_ascii(text) for text in texts] for texts in references]
     # force: do not warn about tokenised texts, such as the E2E files of the paper's code.
@@ -82,7 +82,7 @@ def rouge_l(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> floa
 
     Without stemming, as the official E2E scorer. Tokens are runs of a-z and 0-9 only.
     """
-    _check_references(outputs, references)
+    check_references(outputs, references)
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     scores = [
         scorer.score_multi(texts, output)["rougeL"].fmeasure
