@@ -1,7 +1,8 @@
 """Scores of generated texts: BLEU, ROUGE-L and slot coverage, each from 0 to 100.
 
-Read `score`, then `slot_coverage`. BLEU is sacrebleu's [1], which agrees with the official E2E
-scorer [3]; ROUGE-L is the package rouge-score's [2], which does not (other tokens, another F).
+Read `score`, then `slot_coverage`: quick scores for every day. BLEU is sacrebleu's [1], and the
+official E2E scorer's figure [3]; ROUGE-L is the package rouge-score's [2], which is not (other
+tokens, another F). What the paper prints is in `official_metrics.py`.
 [1] https://github.com/mjpost/sacrebleu   [2] https://github.com/google-research/google-research/tree/master/rouge
 [3] https://github.com/tuetschek/e2e-metrics
 """
