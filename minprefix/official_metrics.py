@@ -13,14 +13,15 @@ what it was compared with:
     dart    run_eval_on_dart.sh [3]: the same three programs; its reference files are split and
             lower-cased in the same way, but keep their accents. They are not of v1.1.1 (issue 6
             there), and no official figures were at hand: these columns are not compared.
-    xsum    the package rouge-score, F1 with stemming, as the paper's code calls it [4]; the plain
-            mean, where [4] takes the median of bootstrap samples, which is random and near it.
+    xsum    the package rouge-score, which the paper names, F1 with stemming as transformers'
+            summarisation examples of that time call it [4]; the plain mean, where they take the
+            median of bootstrap samples, which is random and near it. Not compared.
 
 DART's MoverScore, BERTScore and BLEURT need models of their own and are not computed.
 [1] https://github.com/tuetschek/e2e-metrics
 [2] https://gitlab.com/webnlg/webnlg-automatic-evaluation
 [3] https://github.com/Yale-LILY/dart/tree/master/evaluation
-[4] https://github.com/XiangLi1999/PrefixTuning/tree/cleaned/seq2seq
+[4] https://github.com/huggingface/transformers, examples/seq2seq/utils.py of version 3
 """
 
 import re
