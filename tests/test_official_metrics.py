@@ -122,6 +122,7 @@ def test_xsum_by_hand():
     assert scores == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("team", ["ADAPT_Centre", "UPF-TALN"])
 def test_webnlg_equals_the_published_figures_of_two_systems(shared, team):
     """All figures of the 21 entries with 7 triples, as the challenge's scripts printed them."""
