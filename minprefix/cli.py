@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from minprefix import convert, download_data, score_files, weights
+from minprefix.baselines import Adapter, BaselineConfig, describe_baseline, make_baseline
 from minprefix.batches import encode_prompt
 from minprefix.bench import RANDOM, BenchConfig, run_bench
 from minprefix.data import DATA_SETS, LINEARISATIONS, load_examples
@@ -27,13 +28,14 @@ from minprefix.demo import run_demo
 from minprefix.evaluation import METRICS, evaluate_method
 from minprefix.files import load_tensors, read_json, write_text
 from minprefix.generation import generate, stream
+from minprefix.method_counts import OFFICIAL, method_rows, official_config, shapes_of
 from minprefix.options import OneLineParser, add_fields, from_args
 from minprefix.prefix import Prefix, PrefixConfig, make_prefix
 from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
 from minprefix.ranks import joined
 from minprefix.report import format_rows, parameter_rows
 from minprefix.run_folder import read_state, state_path
-from minprefix.training import Interrupted, TrainConfig, Trainer
+from minprefix.training import KEPT, Interrupted, TrainConfig, Trainer
 
 
 def shared_options() -> tuple[argparse.ArgumentParser, ...]:
@@ -78,7 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    train = command("train", run_train, "Tune a prefix, or all weights.", with_model, with_data)
+    text = "Tune a prefix, or a baseline of the paper."
+    train = command("train", run_train, text, with_model, with_data)
     train.add_argument("--dev", help="dev file, where --data is a file")
     train.add_argument("--subset", type=int, help="low data: this many pairs, 30 %% of it for dev")
     train.add_argument("--subset-seed", type=int, default=0, help="which (default: %(default)s)")
@@ -86,10 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
     add_fields(train, TrainConfig)
     add_fields(train, PrefixConfig)
+    add_fields(train, BaselineConfig)
 
     gen = command("generate", run_generate, "Write texts; one prompt is streamed.", with_model)
     gen.add_argument("prompts", nargs="*", help="without any: one per line from standard input")
     gen.add_argument("--prefix", type=Path, help="prefix file")
+    gen.add_argument("--adapter", type=Path, help="adapter file")
     gen.add_argument(
         "--frame", choices=(*LINEARISATIONS, "none"),
         help="read a prompt as a table, as training with this --linearisation does, or 'none': as "
@@ -103,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluate.add_argument("--split", default="test", choices=("train", "dev", "test"))
     evaluate.add_argument("--prefix", type=Path, help="prefix file")
+    evaluate.add_argument("--adapter", type=Path, help="adapter file")
     evaluate.add_argument(
         "--hard-prompt", nargs="?", const=TEMPLATES[0], metavar="TEMPLATE",
         help="ask the frozen model in words, {table} stands for the table (default template: "
@@ -136,8 +142,10 @@ def build_parser() -> argparse.ArgumentParser:
     data = command("data", download_data.run, "Fetch an official data set, or check a copy of it.")
     download_data.add_options(data)
 
-    info = command("info", run_info, "Parameters of a model, and of a prefix.", with_model)
+    text = "Parameters of a model, of each method on it, and of a prefix or adapter."
+    info = command("info", run_info, text, with_model)
     info.add_argument("--prefix", type=Path, help="prefix file")
+    info.add_argument("--adapter", type=Path, help="adapter file")
 
     text = "Time training steps or generation, beside transformers + PEFT where installed."
     bench = command("bench", run_bench_command, text, with_model)
@@ -171,8 +179,7 @@ def run_train(args) -> dict | None:
         return None
     if not math.isfinite(result["best_dev_loss"]):
         result["best_dev_loss"] = None  # without dev data; JSON has no infinity
-    kept = out / ("model" if trainer.prefix is None else "prefix.safetensors")
-    return result | {"kept": str(kept)}
+    return result | {"kept": str(trainer.kept)}
 
 
 def run_to_train(args) -> tuple[Path, dict]:
@@ -199,6 +206,7 @@ def run_to_train(args) -> tuple[Path, dict]:
         "subset": args.subset, "subset_seed": args.subset_seed,
         "train": asdict(from_args(TrainConfig, args)),
         "prefix": asdict(from_args(PrefixConfig, args)),
+        "baseline": asdict(from_args(BaselineConfig, args)),
     }  # fmt: skip
     return args.out, settings
 
@@ -211,6 +219,7 @@ def read_settings(run_folder: Path) -> dict:
     settings = read_json(path)
     try:
         TrainConfig(**settings["train"]), PrefixConfig(**settings["prefix"])
+        BaselineConfig(**settings.setdefault("baseline", {}))  # older runs have none
         missing = {"model", "device", "data", "dev", "linearisation"} - set(settings)
         if missing:
             raise KeyError(min(missing))
@@ -242,7 +251,11 @@ def make_trainer(settings: dict, out: Path) -> Trainer:
         if prefix.init_residual:
             print(f"MLP fitted to the words' activations, largest difference "
                   f"{prefix.init_residual:.1e}", file=sys.stderr)  # fmt: skip
-    return Trainer(model, tokenizer, config, train, dev, out, prefix, linearisation)
+    choice = BaselineConfig(**settings["baseline"])
+    baseline = make_baseline(model, config.method, choice, config.seed)
+    if baseline is not None:
+        print(describe_baseline(baseline, model), file=sys.stderr)
+    return Trainer(model, tokenizer, config, train, dev, out, prefix, linearisation, baseline)
 
 
 def run_generate(args) -> dict | None:
@@ -276,7 +289,14 @@ def run_generate(args) -> dict | None:
 
 
 def load_prefix(args, model) -> Prefix | None:
-    """The prefix that --prefix names, on the model's device and made for it."""
+    """The prefix that --prefix names, on the model's device and made for it.
+
+    What --adapter names is attached to the model.
+    """
+    if args.adapter and args.prefix:
+        raise ValueError("--prefix and --adapter are two methods: choose one")
+    if args.adapter:
+        Adapter.load(args.adapter).to(args.device).attach(model)
     if not args.prefix:
         return None
     prefix = Prefix.load(args.prefix).to(args.device)
@@ -303,8 +323,9 @@ def read_prompts() -> list[str]:
 
 def run_evaluate(args) -> dict:
     asks = args.hard_prompt is not None
-    if args.prefix and asks:
-        raise ValueError("--prefix and --hard-prompt are two methods: choose one")
+    if (args.prefix or args.adapter) and asks:
+        given = "--prefix" if args.prefix else "--adapter"
+        raise ValueError(f"{given} and --hard-prompt are two methods: choose one")
     if args.shots and not asks:
         raise ValueError("--shots needs --hard-prompt")
     if args.shots and Path(args.data).is_file():
@@ -319,8 +340,8 @@ def run_evaluate(args) -> dict:
     learned = (prefix or model.config).linearisation
     if learned and args.linearisation not in (None, learned):
         raise ValueError(
-            f"{args.prefix or args.model} was trained with --linearisation {learned}, "
-            f"not {args.linearisation}"
+            f"{args.prefix or args.adapter or args.model} was trained with --linearisation "
+            f"{learned}, not {args.linearisation}"
         )
     linearisation = args.linearisation or learned or "paper"
     load = {"linearisation": linearisation}
@@ -328,8 +349,8 @@ def run_evaluate(args) -> dict:
     examples = choose(examples, args.topics, args.split)[: args.limit]
     if not (prefix or asks or learned or args.linearisation):
         raise ValueError(
-            f"{args.model} was not trained on tables: give --prefix, --hard-prompt, a fine-tuned "
-            "model, or the --linearisation that it knows"
+            f"{args.model} was not trained on tables: give --prefix, --adapter, --hard-prompt, a "
+            "fine-tuned model, or the --linearisation that it knows"
         )
     if asks:
         prompt = HardPrompt(args.hard_prompt)
@@ -351,7 +372,10 @@ def run_export(args) -> dict:
     settings = read_settings(args.run_folder)
     config = TrainConfig(**settings["train"])
     if config.method != "prefix":
-        raise ValueError(f"{args.run_folder} is a fine-tuning run: its weights are in model/")
+        raise ValueError(
+            f"{args.run_folder} is a run of method {config.method}: "
+            f"{args.run_folder / KEPT[config.method]} is all that it keeps"
+        )
     state = read_state(args.run_folder)
     model, tokenizer = weights.load(settings["model"])
     prefix = make_prefix(model, tokenizer, PrefixConfig(**settings["prefix"]), config.seed)
@@ -378,11 +402,15 @@ def run_download(args) -> dict:
 
 
 def run_info(args) -> dict | None:
-    model, _ = weights.load(args.model, device=args.device)
+    if args.model in OFFICIAL and not (args.prefix or args.adapter or Path(args.model).is_dir()):
+        model = shapes_of(official_config(args.model))  # no need to download the weights
+    else:
+        model, _ = weights.load(args.model, device=args.device)
     rows = parameter_rows(model, load_prefix(args, model))
+    methods = method_rows(model.config)
     if args.json:
-        return {"parameters": rows}
-    print(format_rows(rows))
+        return {"parameters": rows, "methods": methods}
+    print(format_rows(rows), format_rows(methods), sep="\n\n")
     return None
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from minprefix.baselines import adapter_of, count
 from minprefix.examples import Example
 from minprefix.files import atomic_write, write_text
 from minprefix.gpt2 import GPT2
@@ -33,7 +34,8 @@ def cell(value) -> str:
 
 
 def parameter_rows(model: GPT2, prefix: Prefix | None = None) -> list[dict]:
-    """Where the parameters are: part, shape, number, percent of the model."""
+    """Where the parameters are: part, shape, number, percent of the model. An adapter that is
+    attached to the model has a row of its own."""
     total = sum(weight.numel() for weight in model.parameters())
     config = model.config
     parts = [
@@ -56,6 +58,10 @@ def parameter_rows(model: GPT2, prefix: Prefix | None = None) -> list[dict]:
         rows.append(("prefix table", str(tuple(table.shape)), table.numel()))
         if prefix.gate is not None:
             rows.append(("prefix gate", str(tuple(prefix.gate.shape)), prefix.gate.numel()))
+    adapter = adapter_of(model)
+    if adapter is not None:
+        shape = f"bottleneck {adapter.bottleneck}"
+        rows.append((f"adapter, design {adapter.design}", shape, count(adapter)))
     return [
         {"part": name, "shape": shape, "parameters": n, "percent": round(100 * n / total, 4)}
         for name, shape, n in rows

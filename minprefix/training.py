@@ -1,4 +1,4 @@
-"""Training: AdamW on the prefix (or, for comparison, on all weights), resumable at any step.
+"""Training: AdamW on the prefix (or, to compare, on a baseline's weights), resumable at any step.
 
 The objective is eq. (2) of Li & Liang 2021 [1], the sum over target tokens of log p(z_i | h_<i): as
 a mean per target token of the whole effective batch, or summed per sentence as in the authors' code
@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minprefix.baselines import Adapter, TopLayers, check_free
 from minprefix.batches import Batch, BatchOrder, collate, encode_examples, encode_prompt
 from minprefix.examples import Example
 from minprefix.fast_training import Eager, Graphed, leaves
@@ -37,21 +38,29 @@ from minprefix.options import check_choice
 from minprefix.prefix import Prefix
 from minprefix.ranks import Ranks
 from minprefix.run_folder import append_log, cut_log, read_state, state_path, write_state
-from minprefix.weights import save_model
+from minprefix.weights import fingerprint, save_model
 
-METHODS = ("prefix", "finetune")
+# methods, and what each leaves in the run folder for use; "ft-top" and "adapter": `baselines.py`
+KEPT = {"prefix": "prefix.safetensors", "finetune": "model", "ft-top": "model",
+        "adapter": "adapter.safetensors"}  # fmt: skip
+METHODS = tuple(KEPT)
 PRECISIONS = ("auto", "fp32", "bf16")
 
 # Peak learning rates where none is given, for models (below 512 wide, of official size): what the
 # E2E dev set chose for the embedded model, and the paper's for GPT-2 medium on E2E.
-DEFAULT_LR = {"prefix": (1e-3, 8e-5), "finetune": (1e-3, 5e-5)}
+DEFAULT_LR = {
+    "prefix": (1e-3, 8e-5),
+    "finetune": (1e-3, 5e-5),
+    "ft-top": (1e-3, 5e-5),  # the first is a placeholder: no dev set has chosen it yet
+    "adapter": (1e-3, 5e-5),  # likewise; the second for 3 %, the paper has 8e-5 for 0.1 %
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. Defaults are the paper's for table-to-text (appendix, hyper-parameters)."""
 
-    method: str = "prefix"  # "prefix" (frozen model) or "finetune" (all weights, with dropout)
+    method: str = "prefix"  # "prefix", "finetune" (all weights), "ft-top" (top layers), "adapter"
     epochs: float = 5.0  # passes over the training pairs
     steps: int | None = None  # optimiser steps, instead of epochs
     batch_size: int = 10  # pairs per forward pass
@@ -75,6 +84,8 @@ class TrainConfig:
         check_choice("method", self.method, METHODS)
         check_choice("loss", self.loss, ("token", "sentence"))
         check_choice("precision", self.precision, PRECISIONS)
+        if self.compile and self.method == "adapter":
+            raise ValueError("compile does not go with method adapter: it compiles around adapters")
         for name in ("batch_size", "accumulation", "log_every", "eval_every", "eval_pairs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -104,8 +115,9 @@ def in_bf16(model: GPT2) -> GPT2:
 class Trainer:
     """One run: `run()` trains from the current step to the end.
 
-    In bf16 a frozen model is copied, with its weights in bf16, and the prefix stays in fp32;
-    fine-tuning keeps the weights in fp32 and computes products in bf16 (autocast).
+    In bf16 a frozen model is copied, with its weights in bf16, and the prefix or adapter stays in
+    fp32; fine-tuning keeps the weights in fp32 and computes products in bf16 (autocast).
+    Dropout acts in what is fine-tuned, nowhere else. An adapter is attached within steps only.
 
     Args:
         train: examples; each (source, target) pair is one training row.
@@ -113,40 +125,53 @@ class Trainer:
         out: the run folder.
         prefix: what to train with method "prefix"; it is bound to the model.
         linearisation: frame of the token rows, see `batches.encode_pair`.
+        baseline: what to train with "ft-top" or "adapter", see `baselines.make_baseline`.
     Raises:
-        ValueError: a row too long for the model, an empty target, no training data, a prefix of
-            another model.
+        ValueError: a row too long for the model, an empty target, no training data, a prefix or
+            baseline of another model.
     """
 
     def __init__(
         self, model: GPT2, tokenizer, config: TrainConfig, train: list[Example],
         dev: list[Example], out: str | Path, prefix: Prefix | None = None,
-        linearisation: str = "paper",
+        linearisation: str = "paper", baseline: Adapter | TopLayers | None = None,
     ):  # fmt: skip
-        if (prefix is not None) != (config.method == "prefix"):
-            raise ValueError(f"method {config.method!r} and prefix {type(prefix)} do not fit")
+        kind = {"adapter": Adapter, "ft-top": TopLayers}.get(config.method, type(None))
+        if (prefix is not None) != (config.method == "prefix") or not isinstance(baseline, kind):
+            given = f"prefix {type(prefix)} and baseline {type(baseline)}"
+            raise ValueError(f"method {config.method!r}, {given} do not fit")
+        check_free(model)
+        if isinstance(baseline, TopLayers) and baseline.ln_f is not model.ln_f:
+            raise ValueError("the top layers to train are those of another model")
         self.device, self.ranks = model.wte.weight.device, Ranks.here()
-        tuning, bf16 = prefix is None, config.precision == "bf16"
+        self.adapter = baseline if isinstance(baseline, Adapter) else None
+        added = self.adapter if prefix is None else prefix  # to a frozen model
+        self.tuning = tuning = added is None  # weights of the model itself
+        bf16 = config.precision == "bf16"
         self.bf16 = bf16 or (config.precision == "auto" and self.device.type == "cuda")
         if self.bf16 and not tuning:
             model = in_bf16(model)
         self.model, self.tokenizer, self.config, self.prefix = model, tokenizer, config, prefix
         self.dev, self.out, self.linearisation = dev, Path(out), linearisation
-        model.requires_grad_(tuning).train(tuning)
+        model.requires_grad_(False).eval()
         model.activation_checkpointing = config.activation_checkpointing
         model.compile_blocks = config.compile
-        self.trained = model if tuning else prefix
-        if prefix is None:
+        self.trained = prefix or baseline or model
+        self.base = ""  # fingerprint of what stays frozen
+        if config.method != "finetune":
+            self.base = fingerprint(model)
+        if tuning:
+            self.trained.requires_grad_().train()
             model.config = replace(model.config, linearisation=linearisation)
         else:
-            prefix.linearisation = linearisation
-            prefix.check_base(model)
-            prefix.bind(model)
+            added.linearisation = linearisation
+            added.check_base(model)
+            added.base = self.base
         self.lr = config.lr or DEFAULT_LR[config.method][model.config.n_embd >= 512]
         self.optimizer = torch.optim.AdamW(
             self.trained.parameters(), lr=self.lr, weight_decay=config.weight_decay, fused=True
         )
-        max_len = model.config.n_positions + 1 - (0 if tuning else prefix.position_offset)
+        max_len = model.config.n_positions + 1 - (0 if prefix is None else prefix.position_offset)
         frame = (linearisation, max_len, config.max_source)
         self.rows = encode_examples(tokenizer, train, *frame)
         dev_rows = encode_examples(tokenizer, dev, *frame)
@@ -166,8 +191,12 @@ class Trainer:
 
         A frozen model has its weights in bf16 and needs none.
         """
-        cast = self.bf16 and self.prefix is None
+        cast = self.bf16 and self.tuning
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=cast)
+
+    def adapted(self):
+        """Within it, the model has the adapter that is trained, if one is."""
+        return nullcontext() if self.adapter is None else self.adapter.attached(self.model)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0 .. steps - 1: linear up, then linear down to 0."""
@@ -197,8 +226,9 @@ class Trainer:
         if self.passes is None:
             self.passes = self._passes(acts)
         self.passes.begin(acts, 1 / divisor)
-        for batch in batches[self.ranks.rank :: self.ranks.count]:
-            self.passes.add(collate([self.rows[i] for i in batch], self.tokenizer.eos_id))
+        with self.adapted():
+            for batch in batches[self.ranks.rank :: self.ranks.count]:
+                self.passes.add(collate([self.rows[i] for i in batch], self.tokenizer.eos_id))
         nats, grads = self.passes.end()
         if acts is not None:  # from the activations on to what is trained
             torch.autograd.backward(leaves(acts), grads)
@@ -314,13 +344,14 @@ class Trainer:
             return
         self.model.eval()
         rows = sorted(self.dev_rows, key=lambda row: len(row.ids))
-        losses = [
-            self.losses(collate(rows[i : i + 32], self.tokenizer.eos_id), self.prefix)
-            for i in range(0, len(rows), 32)
-        ]
-        loss = self._finite(torch.cat(losses).double().mean().item(), "dev loss")
-        entry = {"step": self.step_done, "dev_loss": loss, "samples": self._samples()}
-        self.model.train(self.prefix is None)
+        with self.adapted():
+            losses = [
+                self.losses(collate(rows[i : i + 32], self.tokenizer.eos_id), self.prefix)
+                for i in range(0, len(rows), 32)
+            ]
+            loss = self._finite(torch.cat(losses).double().mean().item(), "dev loss")
+            entry = {"step": self.step_done, "dev_loss": loss, "samples": self._samples()}
+        self.trained.train()
         if loss < self.best:
             self.best = loss
             self.save_trained()
@@ -344,11 +375,16 @@ class Trainer:
     # files ---------------------------------------------------------------------------------------
 
     def save_trained(self) -> None:
-        """What a user ships: prefix.safetensors, or the folder model/."""
-        if self.prefix is not None:
-            self.prefix.save(self.out / "prefix.safetensors")
+        """What a user ships: prefix.safetensors, adapter.safetensors or the folder model/."""
+        if self.tuning:
+            save_model(self.model, self.tokenizer, self.kept)
         else:
-            save_model(self.model, self.tokenizer, self.out / "model")
+            self.trained.save(self.kept)
+
+    @property
+    def kept(self) -> Path:
+        """Where that is."""
+        return self.out / KEPT[self.config.method]
 
     def save_state(self) -> None:
         """What resuming needs, all of it or nothing."""
@@ -376,7 +412,7 @@ class Trainer:
         try:
             self.trained.load_state_dict(state["trained"])
         except RuntimeError as error:
-            raise ValueError(f"{path}: weights of another model, or another prefix") from error
+            raise ValueError(f"{path}: weights of another model, prefix or adapter") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.step_done, self.best, self.seconds = (state[k] for k in ("step", "best", "seconds"))
 
@@ -387,11 +423,10 @@ class Trainer:
             digest.update(np.array([row.prompt_len, *row.ids], dtype=np.int64).tobytes())
         settings = asdict(self.config) | {"training data": digest.hexdigest()}
         settings |= {"lr": self.lr, "number of ranks": self.ranks.count}
+        if self.base:
+            settings["base model"] = self.base
         if self.prefix is not None:
-            settings |= {
-                "base model": self.prefix.base,
-                "position_offset": self.prefix.position_offset,
-            }
+            settings["position_offset"] = self.prefix.position_offset
         return settings
 
 

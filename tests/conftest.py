@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minprefix.baselines import BaselineConfig, make_baseline
 from minprefix.cli import main
 from minprefix.data import Example
 from minprefix.gpt2 import GPT2, GPT2Config
@@ -191,7 +192,9 @@ def small_model(dtype=torch.float32, **changes) -> GPT2:
     )
 
 
-def trainer(tokenizer, out, *, model=None, dev=3, prefix_options=None, **config) -> Trainer:
+def trainer(
+    tokenizer, out, *, model=None, dev=3, prefix_options=None, baseline_options=None, **config
+) -> Trainer:  # fmt: skip
     """A short run on `pairs`; `config` has fields of TrainConfig."""
     settings = {"batch_size": 4, "steps": 6, "lr": 1e-2, "eval_every": 3, "log_every": 1, **config}
     config = TrainConfig(**settings)
@@ -200,4 +203,7 @@ def trainer(tokenizer, out, *, model=None, dev=3, prefix_options=None, **config)
     if config.method == "prefix":
         prefix = Prefix.random(model.config, 3, 0, **(prefix_options or {})).to(model.wte.weight)
         prefix.bind(model)
-    return Trainer(model, tokenizer, config, pairs(10), pairs(dev, 50), out, prefix)
+    baseline = make_baseline(model, config.method, BaselineConfig(**(baseline_options or {})), 0)
+    return Trainer(
+        model, tokenizer, config, pairs(10), pairs(dev, 50), out, prefix, baseline=baseline
+    )

@@ -203,7 +203,7 @@ def test_missing_data_is_named(refused, tiny_folder, tables, tmp_path):
         (("--parametrisation", "x"), "parametrisation must be one of table, mlp, got 'x'"),
         (("--init", "x"), "init must be one of random, words, prompt, got 'x'"),
         (("--init", "words", "--init-text", ""), "the text is empty"),
-        (("--method", "x"), "method must be one of prefix, finetune, got 'x'"),
+        (("--method", "x"), "method must be one of prefix, finetune, ft-top, adapter, got 'x'"),
         (("--precision", "x"), "precision must be one of auto, fp32, bf16, got 'x'"),
         (("--loss", "x"), "loss must be one of token, sentence, got 'x'"),
         (("--lr", 0), "lr must be positive and finite, got 0.0"),
@@ -384,7 +384,9 @@ def test_a_run_goes_on_with_its_own_data_and_settings_only(refused, cli, tiny_fo
 def test_a_finetuning_run_has_no_prefix_to_export(refused, cli, tiny_folder, tables, tmp_path):
     argv = ("--model", tiny_folder, "--data", tables, "--out", tmp_path / "run", *QUICK)
     cli("train", *argv, "--method", "finetune")
-    assert "fine-tuning run" in refused("export", tmp_path / "run", "--out", tmp_path / "p")
+    assert "a run of method finetune" in refused(
+        "export", tmp_path / "run", "--out", tmp_path / "p"
+    )
 
 
 # disks -----------------------------------------------------------------------------------------

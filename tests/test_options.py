@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import pytest
 
+from minprefix.baselines import BaselineConfig
 from minprefix.cli import build_parser
 from minprefix.decoding import GenerationConfig
 from minprefix.options import OneLineParser, add_fields, field_help, from_args
@@ -75,6 +76,7 @@ def test_wrong_usage_is_one_line(capsys, argv, named):
     [
         ("train", TrainConfig),
         ("train", PrefixConfig),
+        ("train", BaselineConfig),
         ("generate", GenerationConfig),
         ("evaluate", GenerationConfig),
     ],

@@ -17,7 +17,7 @@ from conftest import pairs, small_model, trainer
 from minprefix.examples import Example
 from minprefix.gpt2 import GPT2Config
 from minprefix.prefix import Prefix
-from minprefix.training import Interrupted, TrainConfig, Trainer
+from minprefix.training import METHODS, Interrupted, TrainConfig, Trainer
 from minprefix.weights import fingerprint, load, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,7 +145,7 @@ def test_gate_stays_non_negative(tokenizer, tmp_path):
     assert (run.prefix.gate > 0).any()
 
 
-@pytest.mark.parametrize("method", ["prefix", "finetune"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activation_checkpointing_changes_no_loss(tokenizer, tmp_path, method, checkpointing):
     """Dropout masks included: a step recomputes what it computed."""
@@ -204,7 +204,7 @@ def script(out: Path, method: str, *, resume=False, delay=0.0) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["prefix", "finetune"])
+@pytest.mark.parametrize("method", METHODS)
 def test_killed_run_continues_to_the_same_losses(tmp_path, method):
     """kill -9 in the middle; every later loss and the dev losses are those of an unbroken run."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
