@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minprefix.baselines import BaselineConfig, make_baseline
+from minprefix.baselines import Adapter, BaselineConfig, make_baseline
 from minprefix.cli import main
 from minprefix.data import Example
 from minprefix.gpt2 import GPT2, GPT2Config
@@ -207,3 +207,22 @@ def trainer(
     return Trainer(
         model, tokenizer, config, pairs(10), pairs(dev, 50), out, prefix, baseline=baseline
     )
+
+
+def an_adapter(model: GPT2, design: str = "lin", width: int = 5) -> Adapter:
+    """With random weights everywhere, so that each of them matters."""
+    adapter = Adapter.random(model.config, width, 0, design)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in adapter.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    adapter.bind(model)
+    return adapter.to(model.wte.weight.dtype)
+
+
+def another_model(**changes) -> GPT2:
+    """As `small_model`, with other weights."""
+    model = small_model(**changes)
+    with torch.no_grad():
+        model.h[0].mlp.c_fc.weight += 0.1
+    return model
