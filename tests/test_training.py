@@ -161,6 +161,7 @@ SCRIPT = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
+from conftest import ASSETS, Tokenizer
 from test_training import *
 run = trainer(Tokenizer.from_folder(ASSETS / "mini"), Path({out!r}), steps=24, eval_every=5,
               method={method!r}, prefix_options={{"parametrisation": "mlp", "mid_dim": 8}})
