@@ -20,9 +20,10 @@ import time
 from pathlib import Path
 
 from benchmarks.machine import add_row, machine, read_rows
-from minprefix.data import Example, load_examples
+from minprefix.data import load_examples
 from minprefix.decoding import GenerationConfig
 from minprefix.evaluation import evaluate_method
+from minprefix.examples import Example
 from minprefix.prefix import Prefix, PrefixConfig, make_prefix
 from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
 from minprefix.run_folder import state_path

@@ -43,7 +43,8 @@ from minprefix.bench_peers import (
     first_steps,
 )
 from minprefix.bench_pictures import draw, draw_profile, profile_step, wait
-from minprefix.data import Example, load_examples
+from minprefix.data import load_examples
+from minprefix.examples import Example
 from minprefix.gpt2 import GPT2, GPT2Config
 from minprefix.options import check_choice
 from minprefix.prefix import Prefix

@@ -32,8 +32,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, TER
 from text_unidecode import unidecode
 
-from minprefix.data import E2E_FIELDS, Example
+from minprefix.data_formats import E2E_FIELDS
 from minprefix.e2e_metrics import cider, nist, rouge_l_max
+from minprefix.examples import Example
 from minprefix.meteor import meteor, why_not
 from minprefix.metrics import check_references, corpus_bleu, streams
 from minprefix.options import check_choice

@@ -9,7 +9,7 @@ import torch
 
 from minprefix.baselines import Adapter, BaselineConfig, make_baseline
 from minprefix.cli import main
-from minprefix.data import Example
+from minprefix.examples import Example
 from minprefix.gpt2 import GPT2, GPT2Config
 from minprefix.prefix import Prefix
 from minprefix.tokenizer import Tokenizer

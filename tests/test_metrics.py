@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from minprefix.data import Example, load_examples
+from minprefix.data import load_examples
+from minprefix.examples import Example
 from minprefix.metrics import corpus_bleu, rouge_l, score, slot_coverage
 
 CHECK = Path(__file__).resolve().parents[2] / "shared" / "data" / "e2e-metrics-check"

@@ -6,8 +6,9 @@ import re
 import pytest
 
 from minprefix import official_metrics
-from minprefix.data import Example, load_examples
+from minprefix.data import load_examples
 from minprefix.evaluation import measure
+from minprefix.examples import Example
 from minprefix.meteor import meteor, why_not
 from minprefix.metrics import score
 from minprefix.official_metrics import (
