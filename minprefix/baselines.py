@@ -42,8 +42,8 @@ from minprefix.gpt2 import GPT2, GPT2Config
 from minprefix.options import check_choice
 from minprefix.weights import fingerprint
 
-PLACES = {"lin": ("block",), "houlsby": ("attn", "mlp")}  # by design: behind what in each layer
-DESIGNS = tuple(PLACES)
+SITES = {"lin": ("block",), "houlsby": ("attn", "mlp")}  # by design: behind what in each layer
+DESIGNS = tuple(SITES)
 SHARE = 0.03  # of the model's parameters: the larger of the paper's two adapters
 
 
@@ -120,7 +120,7 @@ class Adapter(nn.Module):
 
         def layer() -> nn.ModuleDict:
             norm = design == "lin"
-            return nn.ModuleDict({p: Bottleneck(config, bottleneck, norm) for p in PLACES[design]})
+            return nn.ModuleDict({p: Bottleneck(config, bottleneck, norm) for p in SITES[design]})
 
         self.h = nn.ModuleList(layer() for _ in range(config.n_layer))
 

@@ -94,6 +94,7 @@ class Batch:
     labels: torch.Tensor  # (B, T), int64: the next token where it is the target's, else IGNORE
     lengths: torch.Tensor  # (B,), int64: real input tokens
     at: torch.Tensor  # (n,), int64: places b T + t of the labels
+    starts: torch.Tensor  # (B,), int64: the bos, the first token behind an infix
 
     def to(self, device: torch.device) -> "Batch":
         """On this device; a GPU is not waited for."""
@@ -118,7 +119,9 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
         ids = torch.tensor(row.ids)  # (T_b + 1,)
         input_ids[b, : len(ids) - 1] = ids[:-1]
         labels[b, row.prompt_len - 1 : len(ids) - 1] = ids[row.prompt_len :]
-    return Batch(input_ids, labels, lengths, (labels != IGNORE).flatten().nonzero()[:, 0])
+    at = (labels != IGNORE).flatten().nonzero()[:, 0]  # (n,)
+    starts = torch.tensor([row.prompt_len - 1 for row in encoded])  # (B,)
+    return Batch(input_ids, labels, lengths, at, starts)
 
 
 def epoch_batches(

@@ -1,8 +1,9 @@
 """Prefix and adapter files: one small safetensors file is all that is needed to use either.
 
 A prefix file holds `prefix_table` (L, 2, H, P, D) in fp32, an optional `gate` (L, H), and as
-metadata the format, the position offset, the frame of the text and the fingerprint of the base
-model. The MLP is not in it (section 4.3 of Li & Liang 2021: it is dropped after training).
+metadata the format, the position offset, the place, the frame of the text, the fingerprint of the
+base model and how it was trained. The MLP is not in it (section 4.3 of Li & Liang 2021: it is
+dropped after training), nor are virtual tokens: what the model computes of them is.
 
 An adapter file holds the weights of `baselines.Adapter` in fp32 under their names, and as metadata
 the format, design, width and epsilon of its layer norms, the frame of the text and the base model.
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from minprefix.baselines import PLACES, Adapter
+from minprefix.baselines import SITES, Adapter
 from minprefix.examples import LINEARISATIONS
 from minprefix.files import load_tensors, save_tensors
 from minprefix.gpt2 import GPT2Config
-from minprefix.prefix import Prefix
+from minprefix.options import check_choice
+from minprefix.prefix import PLACES, Prefix
 
 FORMAT = "minprefix-prefix-1"
 ADAPTER_FORMAT = "minprefix-adapter-1"
@@ -31,8 +33,11 @@ def save_prefix(path: str | Path, prefix: Prefix) -> None:
     metadata = {
         "format": FORMAT,
         "position_offset": str(prefix.position_offset),
+        "place": prefix.place,
         "base": prefix.base,
         "linearisation": prefix.linearisation,
+        "parametrisation": prefix.parametrisation,
+        "trained_parameters": str(prefix.n_trained),
     }
     save_tensors(path, tensors, metadata)
 
@@ -59,7 +64,14 @@ def load_prefix(path: str | Path) -> Prefix:
     offset = metadata.get("position_offset", "")
     if not offset.isdecimal():
         raise ValueError(f"{path}: position_offset must be a number >= 0, got {offset!r}")
-    prefix = Prefix.from_table(table.float(), int(offset), None if gate is None else gate.float())
+    place, n_trained = metadata.get("place", "prefix"), metadata.get("trained_parameters", "0")
+    check_choice(f"{path}: place", place, PLACES)
+    if not n_trained.isdecimal():
+        raise ValueError(f"{path}: trained_parameters must be a number >= 0, got {n_trained!r}")
+    gate = None if gate is None else gate.float()
+    prefix = Prefix.from_table(table.float(), int(offset), gate, place)
+    prefix.parametrisation = metadata.get("parametrisation", "")
+    prefix.n_trained = int(n_trained)
     prefix.base = metadata.get("base", "")
     prefix.linearisation = read_linearisation(path, metadata)
     return prefix
@@ -105,9 +117,9 @@ def load_adapter(path: str | Path) -> Adapter:
     if metadata.get("format") != ADAPTER_FORMAT:
         raise ValueError(f"{path}: not an adapter file (format {metadata.get('format')!r})")
     design, width = metadata.get("design"), metadata.get("bottleneck", "")
-    if design not in PLACES:
+    if design not in SITES:
         raise ValueError(f"{path}: unknown design {design!r}")
-    down, up = (tensors.get(f"h.0.{PLACES[design][0]}.{w}.bias") for w in ("down", "up"))
+    down, up = (tensors.get(f"h.0.{SITES[design][0]}.{w}.bias") for w in ("down", "up"))
     if down is None or up is None or width != str(down.numel()) or 0 in (down.numel(), up.numel()):
         raise ValueError(f"{path}: no tensors of design {design!r} and bottleneck {width!r}")
     try:

@@ -249,8 +249,8 @@ def make_trainer(settings: dict, out: Path) -> Trainer:
     if config.method == "prefix":
         prefix = make_prefix(model, tokenizer, PrefixConfig(**settings["prefix"]), config.seed)
         if prefix.init_residual:
-            print(f"MLP fitted to the words' activations, largest difference "
-                  f"{prefix.init_residual:.1e}", file=sys.stderr)  # fmt: skip
+            print(f"MLP fitted to the words, largest difference {prefix.init_residual:.1e}",
+                  file=sys.stderr)  # fmt: skip
     choice = BaselineConfig(**settings["baseline"])
     baseline = make_baseline(model, config.method, choice, config.seed)
     if baseline is not None:

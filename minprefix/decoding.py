@@ -139,14 +139,17 @@ class Rows:
         """Logits after reading these tokens behind each row's earlier ones: (B, V), fp32 or fp64.
 
         Rows of different lengths are padded on the right, where no real token sees the padding.
+        The first call reads the prompts: an infix stands before the last token of each.
         """
         lengths = torch.tensor([len(tokens) for tokens in texts], device=self.device)  # (B,)
         T = max(len(tokens) for tokens in texts)
         ids = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in texts])  # (B, T)
         at = torch.arange(len(texts), device=self.device) * T + lengths - 1  # last token of each
         last = self.model.hidden_states(
-            ids.to(self.device), prefix=self.acts, kv_lens=lengths, cache=self.cache, at=at
-        )  # (B, C)
+            ids.to(self.device), prefix=self.acts, starts=lengths - 1, kv_lens=lengths,
+            cache=self.cache, at=at,
+        )  # (B, C)  # fmt: skip
+        self.acts = self.acts.passed()
         logits = self.model.head(last)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

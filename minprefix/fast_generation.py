@@ -71,14 +71,14 @@ class Batch:
 
     def read(self, model: GPT2, prompts: list[list[int]], acts: PrefixActivations) -> Tensor:
         """Logits after the prompts, all in one call: (B, V), fp32 or fp64."""
-        self.acts = overwritten(self.acts, acts)
+        self.acts = overwritten(self.acts, acts.passed())
         self.cache.fill(prompts)
         lengths = torch.tensor([len(tokens) for tokens in prompts], device=self.ids.device)
         T = max(len(tokens) for tokens in prompts)
         ids = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in prompts])  # (B, T)
         at = torch.arange(len(prompts), device=lengths.device) * T + lengths - 1  # last tokens
         last = model.hidden_states(
-            ids.to(self.ids.device), prefix=self.rows_of_prefix(), kv_lens=lengths,
+            ids.to(self.ids.device), prefix=acts, starts=lengths - 1, kv_lens=lengths,
             cache=self.cache, at=at,
         )  # (B, C)  # fmt: skip
         self.use(len(prompts))
@@ -106,7 +106,7 @@ class Batch:
         return logits[: len(tokens)]
 
     def rows_of_prefix(self) -> PrefixActivations:
-        """The prefix of the rows in use."""
+        """The prefix of the rows in use, as a step reads it: all infixes are passed."""
         acts, rows = self.acts, self.cache.rows
         if acts.index is None:
             return acts
@@ -171,7 +171,7 @@ def take_batch(model: GPT2, prompts, config: GenerationConfig, acts: PrefixActiv
 
     While it is taken, another generation with the same model makes its own.
     """
-    like, K = model.wte.weight, config.num_beams
+    like, K, acts = model.wte.weight, config.num_beams, acts.passed()
     static = uses_graphs(like.device)
     rows, prompt_len, n_new = len(prompts), max(map(len, prompts)), config.max_new_tokens
     key = ()

@@ -36,6 +36,16 @@ def detached(acts: PrefixActivations) -> PrefixActivations:
     return replace(acts, table=acts.table.detach().requires_grad_(), gate=gate)
 
 
+def dropped(acts: PrefixActivations, probability: float, seed: int) -> PrefixActivations:
+    """Prefix dropout: each entry of the table is 0 with this probability, else enlarged to match.
+
+    One draw serves a whole step, all its batches and ranks; the authors' code draws for each row.
+    """
+    generator = torch.Generator(acts.table.device).manual_seed(seed)
+    u = torch.rand(acts.table.shape, generator=generator, device=acts.table.device)
+    return replace(acts, table=acts.table * (u >= probability) / (1 - probability))
+
+
 def own_copy(acts: PrefixActivations) -> PrefixActivations:
     """Leaves at addresses of our own."""
     gate = None if acts.gate is None else acts.gate.clone()
@@ -88,6 +98,7 @@ def padded(batch: Batch, longest: int) -> Padded:
         F.pad(batch.labels, (0, more), value=IGNORE),
         batch.lengths,
         torch.cat([at, at[:1].expand(n_added)]),
+        batch.starts,
         F.pad(torch.ones(n), (0, n_added)),
     )
 

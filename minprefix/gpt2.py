@@ -3,6 +3,7 @@
 Eq. (1) of Li & Liang 2021 [1], h_i = LM(z_i, h_<i): what a later position reads of position i are
 its keys and values in every layer. A prefix is P more of them per layer that no token has produced,
 eq. (3): the attention layer takes them as `prefix_k` and `prefix_v`; the cache never holds them.
+An infix (section 7.2) is the same behind some of the tokens: those before it do not see it.
 
 Read bottom-up: `Attention`, `Block`, `GPT2`. Modules have the names of the official checkpoints
 [2], so weights load by equal keys. Shapes use the letters of the README's table: batch B, tokens T,
@@ -67,6 +68,7 @@ class PrefixActivations:
     gate: Tensor | None = None  # (L, H) or (L, N, H): weight >= 0 on the prefix's softmax terms
     index: Tensor | None = None  # (B,) which prefix of the bank each row uses, -1 = none
     lens: Tensor | None = None  # (N,) lengths of ragged prefixes
+    infix: bool | Tensor = False  # it stands within the text, before token `starts`; (B,): a bank
 
     @classmethod
     def empty(cls, config: GPT2Config, like: Tensor) -> "PrefixActivations":
@@ -79,6 +81,18 @@ class PrefixActivations:
         if self.index is None:  # one prefix for all rows
             return self
         return replace(self, index=self.index[rows], position_offset=self.position_offset[rows])
+
+    def passed(self) -> "PrefixActivations":
+        """For tokens that all stand behind an infix: to them it is a prefix."""
+        return replace(self, infix=False)
+
+    def behind(self, places: Tensor, starts: Tensor | None) -> Tensor | None:
+        """Which tokens, at `places` (T,) or (B, T), stand behind it: (B, T); None = all."""
+        if self.infix is False:
+            return None
+        if starts is None:
+            raise ValueError("an infix needs `starts`: in each row the first token behind it")
+        return places >= (starts * self.infix)[:, None]  # a bank's prefixes start at 0
 
 
 class Conv1D(nn.Module):
@@ -95,7 +109,8 @@ class Conv1D(nn.Module):
 
 def gated_prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, gate: Tensor | None, *,
-    prefix_index: Tensor | None = None, prefix_lens: Tensor | None = None, **visible,
+    prefix_index: Tensor | None = None, prefix_lens: Tensor | None = None,
+    behind: Tensor | None = None, **visible,
 ) -> Tensor:  # fmt: skip
     """Attention in which the prefix's softmax terms weigh `gate` times their value.
 
@@ -105,16 +120,18 @@ def gated_prefix_attention(
         r = gate exp(lse_p - lse_s),   lam = r / (1 + r) = gate / (gate + exp(lse_s - lse_p)):
 
     gate = 1 is plain prefix attention, gate = 0 exactly the frozen model. No log of the gate is
-    taken, so its gradient exists at 0.
+    taken, so its gradient exists at 0. For queries that do not see an infix, lam = 0.
 
     Args:
         gate: (H,), or (N, H) for a bank; None = 1 everywhere, in one call of the operator.
         prefix_k, prefix_v: (H, P, D); or a bank (N, H, P, D) with its prefix_index (B,).
         prefix_lens: (N,), with a bank. The rest as in `kernels.prefix_attention`.
+        behind: (B, T) bool, which queries see the prefix; None = all.
     """
-    if gate is None:
+    if gate is None and behind is None:
         rows = {"prefix_index": prefix_index, "prefix_lens": prefix_lens}
         return prefix_attention(q, k, v, prefix_k, prefix_v, **rows, **visible)
+    gate = prefix_k.new_ones(prefix_k.shape[:-2]) if gate is None else gate  # (H,) or (N, H)
     none = q.new_empty(q.shape[1], 0, q.shape[3])
     o_s, lse_s = prefix_attention(q, k, v, none, none, return_lse=True, **visible)
     if prefix_k.dim() == 3:
@@ -132,6 +149,7 @@ def gated_prefix_attention(
     # exp(80) is still finite in fp32, and exp(-80) is nothing beside 1
     difference = (lse_s - lse_p).clamp(-80, 80)
     lam = gate[:, :, None] / (gate[:, :, None] + difference.exp())  # (B, H, T)
+    lam = lam if behind is None else lam * behind[:, None]
     return (o_s + lam[..., None] * (o_p - o_s)).to(q.dtype)
 
 
@@ -201,14 +219,14 @@ class Attention(nn.Module):
             prefix_k, prefix_v: (H, P, D) or (N, H, P, D).
             gate: (H,) or (N, H); None = ungated.
             attend: attention to cached tokens, too (`KVCache.attend`); None = to those in x only.
-            visible: prefix_index, prefix_lens, kv_lens of `kernels.prefix_attention`.
+            visible: prefix_index, prefix_lens, kv_lens of `kernels.prefix_attention`; behind.
         """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
         if attend is not None:
             o = attend(q, k, v, prefix_k, prefix_v, gate, **visible)
-        elif gate is not None:
+        elif gate is not None or "behind" in visible:
             o = gated_prefix_attention(q, k, v, prefix_k, prefix_v, gate, **visible)
         else:  # the same, with one gradient for the whole of qkv
             o = prefix_attention_qkv(qkv, prefix_k, prefix_v, **visible)
@@ -312,31 +330,40 @@ class GPT2(nn.Module):
 
     def hidden_states(
         self, input_ids: Tensor, *, prefix=None, prefix_index: Tensor | None = None,
-        kv_lens: Tensor | None = None, cache: KVCache | None = None, at: Tensor | None = None,
+        starts: Tensor | None = None, kv_lens: Tensor | None = None,
+        cache: KVCache | None = None, at: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """What the head reads: (B, T) -> (B, T, C), or with `at` (n, C).
 
         Args:
-            input_ids: (B, T) int; with a cache, the tokens after those that it holds.
+            input_ids: (B, T) int; with a cache, the tokens after those that it holds. Or their
+                embeddings (B, T, C), which need not be those of any token.
             prefix: a `Prefix`, a `PrefixBank` or ready `PrefixActivations`; None = plain GPT-2.
             prefix_index: (B,) int, with a bank: which prefix each row uses, -1 = none.
+            starts: (B,) int, with an infix: the first token of each row behind it (the bos, or any
+                other last token of a prompt). A prefix stands before all and does not read it.
             kv_lens: (B,) int, how many of the T tokens of each row are real (right padding).
             cache: keys and values of earlier tokens; extended by this call.
             at: (n,) int, places b T + t: the results there alone. The last layer's MLP then runs
                 for them only: nothing reads what it adds to other positions.
         Raises:
-            ValueError: positions past n_positions; a prefix of another shape than the model.
+            ValueError: positions past n_positions; a prefix of another shape than the model; an
+                infix without `starts`.
         """
-        T = input_ids.shape[1]
+        B, T = input_ids.shape[:2]
         acts = self._activations(prefix, prefix_index)
-        self._check_fit(acts, input_ids.shape[0], T if cache is None else cache.longest_after(T))
+        self._check_fit(acts, B, T if cache is None else cache.longest_after(T))
 
+        visible = {"prefix_index": acts.index, "prefix_lens": acts.lens}
         offset = acts.position_offset
         offset = offset[:, None] if isinstance(offset, Tensor) else offset
         steps = torch.arange(T, device=input_ids.device) if cache is None else cache.places(T)
-        x = self.drop(self.wte(input_ids) + self.wpe(offset + steps))  # (B, T, C)
+        behind = acts.behind(steps, starts)  # (B, T)
+        if behind is not None:
+            offset, visible["behind"] = offset * behind, behind
+        embd = input_ids if input_ids.is_floating_point() else self.wte(input_ids)
+        x = self.drop(embd + self.wpe(offset + steps))  # (B, T, C)
 
-        visible = {"prefix_index": acts.index, "prefix_lens": acts.lens}
         if cache is None:
             visible["kv_lens"] = kv_lens
         for layer, block in enumerate(self.h):

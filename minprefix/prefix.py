@@ -5,13 +5,21 @@ all others come from the frozen model,
 
     h_i = P_theta[i, :]  if i in P_idx,  else  LM(z_i, h_<i).
 
-h_i is one key and one value per layer and head, so the table has shape (L, 2, H, P, D). Two ways to
-hold it: directly as a parameter, or as the output of an MLP, P_theta[i, :] = MLP(P'_theta[i, :])
-(section 4.3), which trains more steadily and is dropped afterwards (`Prefix.export`). Read
-`PrefixMLP`, then `Prefix`, then `PrefixBank` (many prefixes in one batch).
+h_i is one key and one value per layer and head, so the table has shape (L, 2, H, P, D). It is a
+parameter itself, or what an MLP or the model itself makes of fewer parameters
+(`parametrisations.py`); these train better or show what a table adds, and are dropped afterwards
+(`Prefix.export`). Read `Prefix`, then `PrefixBank` (many prefixes in one batch).
 
-Shapes use the letters of the README's table. Order of rows, widths and the random start of the MLP
-are those of the authors' code [2]: flat feature ((2 l + kv) H + h) D + d, kv = 0 the key.
+P_idx is the beginning of the sequence, or for an infix [x; INFIX; y] (section 7.2) the places
+between source and target: before the bos of the frame source, bos, target, eos, and in general
+before the last token of a prompt, whatever padding stands behind the row. Tokens before it stand at
+t and do not see it, the others at t + offset and do. The authors' code [2] has it at the same
+place, but there the frozen model reads P more embeddings (wte2) after each source, and their keys
+and values are added to the MLP's; so what an infix holds depends on the source, and such a state
+dict is no table. Here the activations are free, as eq. (3) has them.
+
+Shapes use the letters of the README's table. Order of rows, widths and the random start are those
+of the authors' code: flat feature ((2 l + kv) H + h) D + d, kv = 0 the key.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
@@ -22,11 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minprefix.gpt2 import GPT2, GPT2Config, KVCache, PrefixActivations
+from minprefix.gpt2 import GPT2, GPT2Config, PrefixActivations
 from minprefix.options import check_choice
+from minprefix.parametrisations import PrefixMLP, VirtualTokens, token_activations
 from minprefix.weights import fingerprint
 
-PARAMETRISATIONS = ("table", "mlp")
+PARAMETRISATIONS = ("table", "mlp", "embedding", "embedding-mlp")
+PLACES = ("prefix", "infix")
 INITS = ("random", "words", "prompt")
 
 
@@ -35,7 +45,8 @@ class PrefixConfig:
     """How a prefix is made before training; `make_prefix` follows it."""
 
     prefix_len: int | None = None  # P; None = 10 at random, the number of BPE tokens of init_text
-    parametrisation: str = "mlp"  # "table" (direct) or "mlp" (section 4.3)
+    parametrisation: str = "mlp"  # "table" (direct), "mlp", "embedding" (-only) or "embedding-mlp"
+    place: str = "prefix"  # "prefix", or "infix": between source and target
     mid_dim: int = 512  # hidden width of the MLP; the paper's: 512 table-to-text, 800 summaries
     init: str = "random"  # or "words" (their activations), or "prompt" (equal to a hard prompt)
     init_text: str = "table-to-text:"  # the words or the prompt
@@ -43,8 +54,11 @@ class PrefixConfig:
     position_offset: int | None = None  # token t stands at t + offset; None = P, or 0 with a gate
 
     def __post_init__(self):
-        check_choice("parametrisation", self.parametrisation, PARAMETRISATIONS)
+        check_form(self.parametrisation, self.place)
         check_choice("init", self.init, INITS)
+        if (self.init, self.place) == ("prompt", "infix"):
+            raise ValueError("init 'prompt' needs place 'prefix': after a source, a prompt's "
+                             "activations are others for each source")  # fmt: skip
         if self.prefix_len is not None and self.prefix_len < 1:
             raise ValueError(f"prefix_len must be at least 1, got {self.prefix_len}")
         if self.init == "prompt" and self.prefix_len is not None:
@@ -55,70 +69,41 @@ class PrefixConfig:
             raise ValueError(f"mid_dim must be at least 1, got {self.mid_dim}")
 
 
-class PrefixMLP(nn.Module):
-    """P_theta[i, :] = MLP(P'_theta[i, :]): embedding P x C, linear to mid_dim, tanh, to 2 L C."""
-
-    def __init__(self, config: GPT2Config, prefix_len: int, mid_dim: int):
-        super().__init__()
-        self.table_shape = (prefix_len, config.n_layer, 2, config.n_head, config.head_dim)
-        self.prefix_embd = nn.Parameter(torch.empty(prefix_len, config.n_embd))  # (P, C)
-        self.linear_in = nn.Linear(config.n_embd, mid_dim)
-        self.linear_out = nn.Linear(mid_dim, config.n_layer * 2 * config.n_embd)
-
-    def init_weights(self, generator: torch.Generator) -> None:
-        """As PyTorch does by default, and so the authors' code: N(0, 1) for the embedding,
-        U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for both linear layers, weights and biases."""
-        nn.init.normal_(self.prefix_embd, generator=generator)
-        for linear in (self.linear_in, self.linear_out):
-            bound = linear.in_features**-0.5
-            nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
-            nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
-
-    def hidden(self) -> Tensor:  # (P, mid_dim)
-        return torch.tanh(self.linear_in(self.prefix_embd))
-
-    def forward(self) -> Tensor:  # -> (L, 2, H, P, D)
-        with torch.autocast(self.prefix_embd.device.type, enabled=False):
-            rows = self.linear_out(self.hidden())  # (P, 2 L C)
-        return rows.view(self.table_shape).permute(1, 2, 3, 0, 4)
-
-    @torch.no_grad()
-    def fit_last_layer(self, table: Tensor) -> float:
-        """Change the last layer, as little as possible, so that the output is `table`.
-
-        `table` is (L, 2, H, P, D). Least squares in fp64. Returns the largest |difference| that
-        remains: rounding only, as long as P <= mid_dim.
-        """
-        target = table.permute(3, 0, 1, 2, 4).flatten(1).double()  # (P, 2 L C)
-        hidden = F.pad(
-            self.hidden().double(), (0, 1), value=1.0
-        )  # (P, mid_dim + 1), the bias' column
-        layer = torch.cat([self.linear_out.weight, self.linear_out.bias[:, None]], 1).double().T
-        layer += torch.linalg.pinv(hidden) @ (target - hidden @ layer)  # (mid_dim + 1, 2 L C)
-        self.linear_out.weight.copy_(layer[:-1].T)
-        self.linear_out.bias.copy_(layer[-1])
-        return (self() - table).abs().max().item()
+def check_form(parametrisation: str, place: str) -> None:
+    """ValueError for names that do not exist or do not go together."""
+    check_choice("parametrisation", parametrisation, PARAMETRISATIONS)
+    check_choice("place", place, PLACES)
+    if place == "infix" and parametrisation.startswith("embedding"):
+        raise ValueError(
+            f"parametrisation {parametrisation!r} needs place 'prefix': after a source, the keys "
+            "and values of virtual tokens are others for each source"
+        )
 
 
 class Prefix(nn.Module):
     """One prefix for one model. Make it with `random`, `from_words`, `from_prompt` or `load`.
 
     Attributes:
-        prefix_table: (L, 2, H, P, D) parameter; None while an MLP computes it. Read `table()`.
+        prefix_table: (L, 2, H, P, D) parameter; None while an MLP (`mlp`) or virtual tokens
+            (`virtual`) compute it. Read `table()`.
+        place: "prefix" or "infix".
         gate: (L, H) parameter >= 0 on the prefix's softmax terms, or None.
         position_offset: token t stands at position t + offset, in training and in generation.
         base: fingerprint of the model that it belongs to; "" = not known.
         linearisation: the frame it was trained in (`batches.encode_prompt`), which `generate` then
             puts around a text; "" = none, texts go in as they are.
         init_residual: what initialisation from words left over in the MLP, largest |difference|.
+        parametrisation, n_trained: how it is or was trained, and the number of parameters that
+            took; "" and 0 = not known. `export` and files keep them.
     """
 
     def __init__(
         self, config: GPT2Config, prefix_len: int, parametrisation: str = "table",
         mid_dim: int = 512, gate: bool = False, position_offset: int | None = None,
+        place: str = "prefix",
     ):  # fmt: skip
         super().__init__()
-        check_choice("parametrisation", parametrisation, PARAMETRISATIONS)
+        check_form(parametrisation, place)
         if prefix_len < 1:
             raise ValueError(f"prefix_len must be at least 1, got {prefix_len}")
         if position_offset is None:
@@ -128,28 +113,35 @@ class Prefix(nn.Module):
                 f"position_offset {position_offset} (prefix length {prefix_len}) must lie in "
                 f"[0, {config.n_positions}), the positions of the model"
             )
-        self.prefix_len, self.position_offset = prefix_len, position_offset
+        self.prefix_len, self.position_offset, self.place = prefix_len, position_offset, place
         self.base, self.linearisation, self.init_residual = "", "", 0.0
+        self.prefix_table = self.mlp = self.virtual = None
         if parametrisation == "mlp":
-            self.mlp, self.prefix_table = PrefixMLP(config, prefix_len, mid_dim), None
-        else:
+            self.mlp = PrefixMLP(config, prefix_len, mid_dim)
+        elif parametrisation == "table":
             shape = (config.n_layer, 2, config.n_head, prefix_len, config.head_dim)
-            self.mlp, self.prefix_table = None, nn.Parameter(torch.zeros(shape))
+            self.prefix_table = nn.Parameter(torch.zeros(shape))
+        else:
+            width = mid_dim if parametrisation == "embedding-mlp" else None
+            self.virtual = VirtualTokens(config, prefix_len, width)
         self.gate = nn.Parameter(torch.zeros(config.n_layer, config.n_head)) if gate else None
+        self.parametrisation = parametrisation
+        self.n_trained = sum(parameter.numel() for parameter in self.parameters())
 
     @classmethod
     def random(cls, config: GPT2Config, prefix_len: int, seed: int, **options) -> "Prefix":
-        """A table of N(0, 1), as in the authors' code and PEFT; an MLP as `PrefixMLP.init_weights`.
+        """A table of N(0, 1), as in the authors' code and PEFT; else as `RowMLP.init_weights` and
+        `VirtualTokens.init_weights` say.
 
         Args:
-            options: parametrisation ("table"), mid_dim, gate, position_offset.
+            options: parametrisation ("table"), mid_dim, gate, position_offset, place.
         """
         prefix = cls(config, prefix_len, **options)
         generator = torch.Generator().manual_seed(seed)
-        if prefix.mlp is not None:
-            prefix.mlp.init_weights(generator)
-        else:
+        if prefix.prefix_table is not None:
             nn.init.normal_(prefix.prefix_table, generator=generator)
+        else:
+            (prefix.mlp or prefix.virtual).init_weights(generator)
         return prefix
 
     @classmethod
@@ -160,7 +152,9 @@ class Prefix(nn.Module):
         """The activations that the model itself has on `words` (section 7.4).
 
         P is the number of their BPE tokens; with another prefix_len the tokens repeat or are cut.
-        A table holds the activations exactly; an MLP is fitted to them (see `init_residual`).
+        A table holds the activations exactly; an MLP is fitted to them (see `init_residual`);
+        virtual tokens begin as the words' embeddings. An infix, too, begins with the activations of
+        the words alone, at positions 0 .. P-1: those after a source are others for each source.
         """
         ids = tokenizer.encode(words)
         if not ids:
@@ -168,9 +162,13 @@ class Prefix(nn.Module):
         prefix_len = len(ids) if prefix_len is None else prefix_len
         if prefix_len < 1:
             raise ValueError(f"prefix_len must be at least 1, got {prefix_len}")
-        table = token_activations(model, [ids[i % len(ids)] for i in range(prefix_len)])
+        ids = [ids[i % len(ids)] for i in range(prefix_len)]
+        table = token_activations(model, ids)
         prefix = cls.random(model.config, prefix_len, seed, **options).to(table)
-        if prefix.mlp is not None:
+        if prefix.virtual is not None:
+            embd = model.wte.weight[ids].detach().to(table)  # (P, C)
+            prefix.init_residual = prefix.virtual.fit(embd)
+        elif prefix.mlp is not None:
             prefix.init_residual = prefix.mlp.fit_last_layer(table)
         else:
             prefix.prefix_table.data.copy_(table)
@@ -184,6 +182,8 @@ class Prefix(nn.Module):
         The prompt's tokens stand at 0 .. P-1 and the text after them, so P and the offset are
         the number of tokens. An MLP holds the activations to rounding.
         """
+        if options.get("place", "prefix") != "prefix":
+            raise ValueError(f"a prompt stands before the text, got place {options['place']!r}")
         if "prefix_len" in options:
             raise ValueError(f"a prompt gives its own prefix_len, got {options['prefix_len']}")
         if "position_offset" not in options:
@@ -193,13 +193,15 @@ class Prefix(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_table(
-        cls, table: Tensor, position_offset: int, gate: Tensor | None = None
-    ) -> "Prefix":
+        cls, table: Tensor, position_offset: int, gate: Tensor | None = None,
+        place: str = "prefix",
+    ) -> "Prefix":  # fmt: skip
         """A prefix that holds a copy of `table` (L, 2, H, P, D) and of `gate` (L, H)."""
         L, _, H, P, D = table.shape
         # the model's own limit is checked when the prefix is used
         config = GPT2Config(n_layer=L, n_head=H, n_embd=H * D, n_positions=position_offset + 1)
-        prefix = cls(config, P, gate=gate is not None, position_offset=position_offset).to(table)
+        options = {"gate": gate is not None, "position_offset": position_offset, "place": place}
+        prefix = cls(config, P, **options).to(table)
         prefix.prefix_table.copy_(table)
         if gate is not None:
             prefix.gate.copy_(gate)
@@ -220,21 +222,23 @@ class Prefix(nn.Module):
 
     def table(self) -> Tensor:
         """P_theta: (L, 2, H, P, D)."""
-        return self.prefix_table if self.mlp is None else self.mlp()
+        return self.prefix_table if self.prefix_table is not None else (self.mlp or self.virtual)()
 
     def activations(self, prefix_index: Tensor | None = None) -> PrefixActivations:
         """What the model reads."""
         if prefix_index is not None:
             raise ValueError("prefix_index needs a PrefixBank; this is one prefix for all rows")
         offset = self.position_offset
-        return PrefixActivations(self.table(), offset, offset, gate=self.gate)
+        infix = self.place == "infix"
+        return PrefixActivations(self.table(), offset, offset, gate=self.gate, infix=infix)
 
     @torch.no_grad()
     def export(self) -> "Prefix":
         """A copy that holds the table alone: what is kept after training (section 4.3)."""
         gate = None if self.gate is None else self.gate.detach()
-        copy = Prefix.from_table(self.table(), self.position_offset, gate)
+        copy = Prefix.from_table(self.table(), self.position_offset, gate, self.place)
         copy.base, copy.linearisation = self.base, self.linearisation
+        copy.parametrisation, copy.n_trained = self.parametrisation, self.n_trained
         return copy
 
     @torch.no_grad()
@@ -244,8 +248,10 @@ class Prefix(nn.Module):
             self.gate.clamp_(min=0)
 
     def bind(self, model: GPT2) -> None:
-        """Remember that this prefix belongs to `model`."""
+        """Remember that this prefix belongs to `model`, which virtual tokens are then read by."""
         self.base = fingerprint(model)
+        if self.virtual is not None:
+            self.virtual.borrowed.model = model
 
     def check_base(self, model: GPT2) -> None:
         """ValueError if this prefix belongs to another model than `model`."""
@@ -260,7 +266,7 @@ class PrefixBank:
     """Several prefixes for one model, in memory, mixed freely in one batch (section 8.1).
 
     `model(ids, prefix=bank, prefix_index=index)`: row b uses prefix index[b], -1 = none. Lengths,
-    position offsets and gates may differ: each row is computed as it would be alone.
+    position offsets, gates and places may differ: each row is computed as it would be alone.
     """
 
     def __init__(self, prefixes: list[Prefix]):
@@ -286,6 +292,7 @@ class PrefixBank:
                     f"prefix_index must lie in [-1, {N - 1}], got {prefix_index.tolist()}"
                 )
         offsets = torch.tensor([prefix.position_offset for prefix in self.prefixes], device=device)
+        infix = [prefix.place == "infix" for prefix in self.prefixes]  # (N,)
         row = prefix_index.clamp(min=0)
         return PrefixActivations(
             table,
@@ -294,6 +301,7 @@ class PrefixBank:
             gate=self._gates(table),
             index=prefix_index,
             lens=lens,
+            infix=torch.tensor(infix, device=device)[row] if any(infix) else False,
         )
 
     def _gates(self, table: Tensor) -> Tensor | None:
@@ -310,23 +318,6 @@ class PrefixBank:
             prefix.check_base(model)
 
 
-@torch.no_grad()
-def token_activations(model: GPT2, ids: list[int]) -> Tensor:
-    """Keys and values of the tokens `ids` at positions 0, 1, ...: h_<P of eq. (1), (L, 2, H, P, D).
-
-    fp32, or fp64 from an fp64 model.
-    """
-    cache = KVCache(model.config, 1, len(ids), like=model.wte.weight)
-    training = model.training
-    model.eval()
-    try:
-        model.hidden_states(torch.tensor([ids], device=model.wte.weight.device), cache=cache)
-    finally:
-        model.train(training)
-    table = torch.stack([cache.k[:, 0], cache.v[:, 0]], dim=1)  # (L, 2, H, P, D)
-    return table.to(torch.promote_types(table.dtype, torch.float32))
-
-
 def make_prefix(model: GPT2, tokenizer, config: PrefixConfig, seed: int) -> Prefix:
     """The prefix that `config` describes, on the model's device and bound to the model."""
     options = {
@@ -334,6 +325,7 @@ def make_prefix(model: GPT2, tokenizer, config: PrefixConfig, seed: int) -> Pref
         "mid_dim": config.mid_dim,
         "gate": config.gate,
         "position_offset": config.position_offset,
+        "place": config.place,
     }
     if config.init == "prompt":
         if config.position_offset is None and not config.gate:

@@ -55,9 +55,12 @@ def parameter_rows(model: GPT2, prefix: Prefix | None = None) -> list[dict]:
     rows.append(("model", f"L={config.n_layer} H={config.n_head} C={config.n_embd}", total))
     if prefix is not None:
         table = prefix.table()
-        rows.append(("prefix table", str(tuple(table.shape)), table.numel()))
+        if prefix.n_trained:
+            rows.append((f"trained ({prefix.parametrisation})", "", prefix.n_trained))
+        rows.append((f"{prefix.place} table", str(tuple(table.shape)), table.numel()))
         if prefix.gate is not None:
-            rows.append(("prefix gate", str(tuple(prefix.gate.shape)), prefix.gate.numel()))
+            gate = f"{prefix.place} gate"
+            rows.append((gate, str(tuple(prefix.gate.shape)), prefix.gate.numel()))
     adapter = adapter_of(model)
     if adapter is not None:
         shape = f"bottleneck {adapter.bottleneck}"

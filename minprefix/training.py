@@ -30,7 +30,7 @@ from tqdm import tqdm
 from minprefix.baselines import Adapter, TopLayers, check_free
 from minprefix.batches import Batch, BatchOrder, collate, encode_examples, encode_prompt
 from minprefix.examples import Example
-from minprefix.fast_training import Eager, Graphed, leaves
+from minprefix.fast_training import Eager, Graphed, dropped, leaves
 from minprefix.generation import generate
 from minprefix.gpt2 import GPT2, PrefixActivations
 from minprefix.graphs import uses_graphs
@@ -68,6 +68,7 @@ class TrainConfig:
     lr: float | None = None  # AdamW, peak, then linear to 0; None = by method and width, see log
     warmup_steps: int = 0  # steps of linear warm-up before the decay
     weight_decay: float = 0.0  # AdamW, per step and lr
+    prefix_dropout: float = 0.0  # probability, on the entries of the prefix, anew in each step
     clip: float = 1.0  # largest norm of the whole gradient
     max_source: int | None = None  # cut sources to their first tokens (512 for XSum); None = never
     loss: str = "token"  # mean per target "token", or sum per "sentence" as in the authors' code
@@ -95,6 +96,10 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "seed", "samples"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.prefix_dropout < 1:
+            raise ValueError(f"prefix_dropout must lie in [0, 1), got {self.prefix_dropout}")
+        if self.prefix_dropout and self.method != "prefix":
+            raise ValueError(f"prefix_dropout needs method 'prefix', got {self.method!r}")
         if not 0 < (self.epochs if self.steps is None else self.steps) < math.inf:
             raise ValueError(f"nothing to train: epochs {self.epochs}, steps {self.steps}")
 
@@ -209,7 +214,9 @@ class Trainer:
         """-log p of each target token of the batch, in nats: (number of target tokens,)."""
         batch = batch.to(self.device)
         with self.autocast():
-            return self.model.token_losses(batch.input_ids, batch.labels, batch.at, prefix=prefix)
+            return self.model.token_losses(
+                batch.input_ids, batch.labels, batch.at, prefix=prefix, starts=batch.starts
+            )
 
     def step(self) -> dict:
         """One optimiser step over `accumulation` batches on each rank; what it measured, summed."""
@@ -223,6 +230,8 @@ class Trainer:
         targets = sum(len(row.ids) - row.prompt_len for row in rows)
         divisor = targets if config.loss == "token" else len(rows)
         acts = None if self.prefix is None else self.prefix.activations()  # once for all batches
+        if config.prefix_dropout:
+            acts = dropped(acts, config.prefix_dropout, seed=number)  # on all ranks the same
         if self.passes is None:
             self.passes = self._passes(acts)
         self.passes.begin(acts, 1 / divisor)
@@ -426,7 +435,10 @@ class Trainer:
         if self.base:
             settings["base model"] = self.base
         if self.prefix is not None:
-            settings["position_offset"] = self.prefix.position_offset
+            settings |= {
+                "position_offset": self.prefix.position_offset,
+                "place": self.prefix.place,
+            }
         return settings
 
 

@@ -56,7 +56,9 @@ def test_the_file_holds_an_fp32_table_and_nothing_else(tmp_path, dtype):
         assert torch.equal(file.get_tensor("prefix_table"), prefix.table().detach().float())
         metadata = file.metadata()
     assert metadata.pop("base") == fingerprint(model)
-    assert metadata == {"format": FORMAT, "position_offset": "4", "linearisation": ""}
+    expected = {"format": FORMAT, "position_offset": "4", "linearisation": "", "place": "prefix"}
+    trained = sum(parameter.numel() for parameter in prefix.parameters())
+    assert metadata == expected | {"parametrisation": "mlp", "trained_parameters": str(trained)}
     assert prefix.mlp.prefix_embd.dtype == dtype  # saving leaves the prefix as it was
 
 
@@ -156,6 +158,16 @@ WRONG_FILES = {
         {"prefix_table": TABLE, "gate": torch.full((3, 4), torch.nan)},
         GOOD,
         "gate .* not finite numbers",
+    ),
+    "another place": (
+        {"prefix_table": TABLE},
+        {**GOOD, "place": "suffix"},
+        "place must be one of prefix, infix, got 'suffix'",
+    ),
+    "a number in words": (
+        {"prefix_table": TABLE},
+        {**GOOD, "trained_parameters": "many"},
+        "trained_parameters must be .* 'many'",
     ),
     "no offset": ({"prefix_table": TABLE}, {"format": FORMAT}, "position_offset must be .* ''"),
     "linearisation": ({"prefix_table": TABLE}, {**GOOD, "linearisation": "x"}, "linearisation 'x'"),

@@ -10,7 +10,7 @@ from minprefix.caches import BeamCache, RowCache
 from minprefix.decoding import GenerationConfig
 from minprefix.fast_generation import order_without
 from minprefix.generation import generate, generate_ids, stream
-from minprefix.prefix import Prefix
+from minprefix.prefix import Prefix, PrefixBank
 from minprefix.weights import load
 
 OPTIONS = {
@@ -61,11 +61,21 @@ def prefixes(model):
     gated = Prefix.random(model.config, 3, seed=1, gate=True).double()
     torch.nn.init.uniform_(gated.gate, 0.0, 2, torch.Generator().manual_seed(9))
     gated.gate.data[1] = 0
+    virtual = Prefix.random(model.config, 3, seed=2, parametrisation="embedding").double()
+    virtual.bind(model)
+    infix, gated_infix = (
+        Prefix.from_table(p.table(), 4, p.gate, place="infix") for p in (virtual, gated)
+    )
+    mixed = PrefixBank([infix, gated, gated_infix, virtual])
     return {
         "none": {},
         "prefix": {"prefix": Prefix.random(model.config, 5, seed=0).double()},
         "offset": {"prefix": Prefix.random(model.config, 2, seed=0, position_offset=7).double()},
         "gated": {"prefix": gated},
+        "embedding": {"prefix": virtual},
+        "infix": {"prefix": infix},
+        "gated infix": {"prefix": gated_infix},
+        "mixed bank": {"prefix": mixed, "prefix_index": [2, -1, 0, 3, 1, 3, 0, 2, -1, 1]},
         "bank": {"prefix": ragged_bank(model), "prefix_index": [2, -1, 0, 3, 1, 3, 0, 2, -1, 1]},
     }
 

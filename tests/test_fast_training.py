@@ -9,7 +9,13 @@ from minprefix.batches import collate, encode_examples
 from minprefix.fast_training import Graphed, padded
 from minprefix.gpt2 import IGNORE
 
-FORMS = {"table": {}, "mlp": {"parametrisation": "mlp", "mid_dim": 8}, "gate": {"gate": True}}
+FORMS = {
+    "table": {},
+    "mlp": {"parametrisation": "mlp", "mid_dim": 8},
+    "gate": {"gate": True},
+    "embedding": {"parametrisation": "embedding"},
+    "infix": {"place": "infix"},
+}
 WAY = {"loss": "sentence", "accumulation": 2, "batch_size": 3, "steps": 8, "clip": 1e9}
 
 
@@ -34,17 +40,15 @@ def weights_after(steps: int, run) -> tuple[torch.Tensor, list[float]]:
     return torch.cat([p.detach().flatten() for p in run.trained.parameters()]), nats
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "dropout"])
 def test_static_buffers_equal_plain_steps(tokenizer, tmp_path, recordings, monkeypatch, form):
     """Batches of several lengths, a short last one, two per step: fp64, rounding only."""
-    graphed = trainer(
-        tokenizer, tmp_path, model=small_model(torch.float64), prefix_options=FORMS[form], **WAY
-    )
+    options = {"prefix_options": FORMS.get(form), **WAY}
+    options |= {"prefix_dropout": 0.3} if form == "dropout" else {}
+    graphed = trainer(tokenizer, tmp_path, model=small_model(torch.float64), **options)
     got, got_nats = weights_after(8, graphed)
     monkeypatch.setattr(training, "uses_graphs", lambda device: False)
-    plain = trainer(
-        tokenizer, tmp_path, model=small_model(torch.float64), prefix_options=FORMS[form], **WAY
-    )
+    plain = trainer(tokenizer, tmp_path, model=small_model(torch.float64), **options)
     expected, nats = weights_after(8, plain)
     assert isinstance(graphed.passes, Graphed) and not isinstance(plain.passes, Graphed)
     assert_close(got, expected, 1e-9)  # AdamW divides by the root of tiny squares

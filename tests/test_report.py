@@ -54,12 +54,26 @@ def test_parameters_of_mini_add_up():
     assert sum(row["percent"] for row in rows[:-1]) == pytest.approx(100, abs=1e-3)
 
 
-@pytest.mark.parametrize("parametrisation", ["table", "mlp"])
-def test_parameters_of_a_prefix_are_those_that_are_kept(parametrisation):
+TRAINED = {  # P C or L 2 C P; (C + 1) mid_dim, mid_dim times the output and its bias; L H
+    "table": 2 * 2 * 16 * 3 + 4,
+    "mlp": 3 * 16 + 17 * 4 + 5 * 2 * 2 * 16 + 4,
+    "embedding": 3 * 16 + 4,
+    "embedding-mlp": 3 * 16 + 17 * 4 + 5 * 16 + 4,
+}
+
+
+@pytest.mark.parametrize("parametrisation", TRAINED)
+def test_parameters_of_a_prefix_are_those_trained_and_those_kept(tmp_path, parametrisation):
+    """Of a file, too, which holds the kept ones only."""
     model = tiny_with_words()
     options = {"parametrisation": parametrisation, "mid_dim": 4, "gate": True}
-    rows = parameter_rows(model, Prefix.random(model.config, 3, 0, **options))
+    prefix = Prefix.random(model.config, 3, 0, **options)
+    prefix.bind(model)
+    prefix.save(tmp_path / "a.safetensors")
+    rows = parameter_rows(model, prefix)
+    assert parameter_rows(model, Prefix.load(tmp_path / "a.safetensors")) == rows
     numbers = {row["part"]: row["parameters"] for row in rows}
+    assert numbers[f"trained ({parametrisation})"] == TRAINED[parametrisation]
     assert numbers["prefix table"] == 2 * 2 * 16 * 3  # L 2 C P
     assert numbers["prefix gate"] == 2 * 2  # L H
     assert numbers["model"] == sum(p.numel() for p in model.parameters())
