@@ -90,8 +90,11 @@ class PrefixActivations:
         """Which tokens, at `places` (T,) or (B, T), stand behind it: (B, T); None = all."""
         if self.infix is False:
             return None
-        if starts is None:
-            raise ValueError("an infix needs `starts`: in each row the first token behind it")
+        if starts is None or starts.dim() != 1:
+            raise ValueError(
+                "an infix needs `starts` (B,), in each row the first token behind it; got "
+                f"{None if starts is None else tuple(starts.shape)}"
+            )
         return places >= (starts * self.infix)[:, None]  # a bank's prefixes start at 0
 
 

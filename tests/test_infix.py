@@ -204,6 +204,8 @@ def test_what_makes_no_sense_is_refused():
             model(ids, prefix=prefix)
     with pytest.raises(ValueError, match="an infix needs `starts`"):
         model(ids, prefix=PrefixBank([infix, infix]))
+    with pytest.raises(ValueError, match=r"`starts` \(B,\).* got \(2, 1\)"):
+        model(ids, prefix=infix, starts=torch.tensor([[0], [1]]))
     for kind in ("embedding", "embedding-mlp"):
         with pytest.raises(ValueError, match=f"'{kind}' needs place 'prefix'"):
             PrefixConfig(parametrisation=kind, place="infix")
