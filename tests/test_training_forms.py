@@ -103,7 +103,7 @@ def test_resuming_at_another_place_is_refused(tokenizer, tmp_path):
         ).load_state()
     embedding = {"parametrisation": "embedding"}
     trainer(tokenizer, tmp_path / "b", prefix_options=embedding).run(progress=False)
-    with pytest.raises(ValueError, match="another prefix"):
+    with pytest.raises(ValueError, match="another model, prefix or adapter"):
         trainer(tokenizer, tmp_path / "b").load_state()
 
 
