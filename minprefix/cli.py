@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from minprefix import convert, download_data, score_files, weights
+from minprefix import convert, download_data, score_files, search_command, weights
 from minprefix.baselines import Adapter, BaselineConfig, describe_baseline, make_baseline
 from minprefix.batches import encode_prompt
 from minprefix.bench import RANDOM, BenchConfig, run_bench
-from minprefix.data import DATA_SETS, LINEARISATIONS, load_examples
+from minprefix.data import DATA_SETS, LINEARISATIONS, load_examples, load_train_and_dev
 from minprefix.data_splits import TOPICS, choose, low_data
 from minprefix.decoding import GenerationConfig
 from minprefix.demo import run_demo
@@ -31,7 +31,7 @@ from minprefix.generation import generate, stream
 from minprefix.method_counts import OFFICIAL, method_rows, official_config, shapes_of
 from minprefix.options import OneLineParser, add_fields, from_args
 from minprefix.prefix import Prefix, PrefixConfig, make_prefix
-from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
+from minprefix.prompting import TEMPLATES, HardPrompt, TokenPrompt, show_examples
 from minprefix.ranks import joined
 from minprefix.report import format_rows, parameter_rows
 from minprefix.run_folder import read_state, state_path
@@ -91,6 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_fields(train, PrefixConfig)
     add_fields(train, BaselineConfig)
 
+    text = "Search the discrete prompt of P tokens that lowers the loss most; the model is frozen."
+    search_command.add_options(command("search", search_command.run, text, with_model, with_data))
+
     gen = command("generate", run_generate, "Write texts; one prompt is streamed.", with_model)
     gen.add_argument("prompts", nargs="*", help="without any: one per line from standard input")
     gen.add_argument("--prefix", type=Path, help="prefix file")
@@ -114,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="ask the frozen model in words, {table} stands for the table (default template: "
         f"{TEMPLATES[0]!r})",
     )  # fmt: skip
+    evaluate.add_argument("--prompt", type=Path, help="prompt.json of the command search")
     evaluate.add_argument("--shots", type=int, default=0, help="examples in context, from train")
     evaluate.add_argument("--limit", type=int, help="only the first tables")
     evaluate.add_argument("--max-source", type=int, help="cut sources to their first tokens")
@@ -232,15 +236,8 @@ def make_trainer(settings: dict, out: Path) -> Trainer:
     """The run that the settings describe, at step 0."""
     config = TrainConfig(**settings["train"])
     model, tokenizer = weights.load(settings["model"], device=settings["device"])
-    data, linearisation = settings["data"], settings["linearisation"]
-    load = {"linearisation": linearisation}
-    train = load_examples(data, "train", **load)
-    if not Path(data).is_file():
-        if settings["dev"]:
-            raise ValueError(f"--dev goes with a file as --data; {data} has its own dev split")
-        dev = load_examples(data, "dev", **load)
-    else:
-        dev = load_examples(settings["dev"], "dev", **load) if settings["dev"] else []
+    linearisation = settings["linearisation"]
+    train, dev = load_train_and_dev(settings["data"], settings["dev"], linearisation)
     topics, size = settings.get("topics"), settings.get("subset")
     train, dev = choose(train, topics, "train"), choose(dev, topics, "dev") if dev else dev
     if size is not None:
@@ -323,9 +320,10 @@ def read_prompts() -> list[str]:
 
 def run_evaluate(args) -> dict:
     asks = args.hard_prompt is not None
-    if (args.prefix or args.adapter) and asks:
-        given = "--prefix" if args.prefix else "--adapter"
-        raise ValueError(f"{given} and --hard-prompt are two methods: choose one")
+    methods = ("prefix", "adapter", "hard_prompt", "prompt")
+    given = [f"--{m.replace('_', '-')}" for m in methods if getattr(args, m) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are different methods: choose one")
     if args.shots and not asks:
         raise ValueError("--shots needs --hard-prompt")
     if args.shots and Path(args.data).is_file():
@@ -347,7 +345,9 @@ def run_evaluate(args) -> dict:
     load = {"linearisation": linearisation}
     examples = load_examples(args.data, args.split, **load)
     examples = choose(examples, args.topics, args.split)[: args.limit]
-    if not (prefix or asks or learned or args.linearisation):
+    if args.prompt:
+        prompt = TokenPrompt.load(args.prompt, tokenizer)
+    if not (prefix or prompt or asks or learned or args.linearisation):
         raise ValueError(
             f"{args.model} was not trained on tables: give --prefix, --adapter, --hard-prompt, a "
             "fine-tuned model, or the --linearisation that it knows"

@@ -144,3 +144,15 @@ def load_examples(
     if not examples:
         raise ValueError(f"{path}: no example in it")
     return examples
+
+
+def load_train_and_dev(
+    data: str, dev: str | None, linearisation: str = "paper"
+) -> tuple[list[Example], list[Example]]:
+    """Both splits of a folder; or a train file and, if there is one, a dev file."""
+    train = load_examples(data, "train", linearisation=linearisation)
+    if Path(data).is_file():
+        return train, load_examples(dev, "dev", linearisation=linearisation) if dev else []
+    if dev:
+        raise ValueError(f"--dev goes with a file as --data; {data} has its own dev split")
+    return train, load_examples(data, "dev", linearisation=linearisation)

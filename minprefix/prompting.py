@@ -5,11 +5,14 @@ the table, with or without solved examples before it ("in context"). The text is
 writes up to its first line break.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from minprefix.batches import Encoded
 from minprefix.examples import Example
+from minprefix.files import read_json
 from minprefix.generation import generate
 
 # Ways to ask for a text, tried in this order; `{table}` stands for the linearised table.
@@ -53,3 +56,51 @@ def answer(model, tokenizer, prompt: HardPrompt, sources: list[str], **options) 
     prompts = [prompt.render(source) for source in sources]
     texts = generate(model, tokenizer, prompts, **options)
     return [(text.strip().splitlines() or [""])[0].strip() for text in texts]
+
+
+def template_rows(tokenizer, prompt: HardPrompt, examples: Sequence[Example]) -> list[Encoded]:
+    """Every (source, target) pair as a hard prompt frames it: enc(prompt), enc(" " + target), eos.
+
+    The tokens with a loss are those of `batches.encode_pair`, so mean losses can be compared.
+    """
+    rows = []
+    for example in examples:
+        asked = tokenizer.encode(prompt.render(example.source))
+        for target in example.targets:
+            answer = tokenizer.encode(f" {target}") + [tokenizer.eos_id]
+            rows.append(Encoded(asked + answer, len(asked), example.where))
+    return rows
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """A prompt of token ids around the table, which no text need stand for (`prompt_search.py`).
+
+    `answer` takes it in the place of a HardPrompt.
+    """
+
+    tokenizer: object
+    before: list[int]
+    behind: list[int]
+
+    @classmethod
+    def load(cls, path, tokenizer) -> "TokenPrompt":
+        """Read the prompt.json of a search.
+
+        Raises:
+            ValueError: not such a file, or tokens that the tokenizer does not have.
+        """
+        found = read_json(path)
+        parts = [found.get(name) for name in ("before", "behind")]
+        for part in parts:
+            if not isinstance(part, list) or not all(type(v) is int for v in part):
+                raise ValueError(f"{path}: not the prompt of a search")
+        try:
+            tokenizer.decode(parts[0] + parts[1])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return cls(tokenizer, *parts)
+
+    def render(self, source: str) -> list[int]:
+        """The tokens after which the model writes."""
+        return self.before + self.tokenizer.encode(source) + self.behind
