@@ -56,16 +56,15 @@ def starting_prompts(
         ids = tokenizer.encode(text)
         return fit(ids, n, end) if ids else draw(n)
 
-    written = [(*text.partition("{table}")[::2],) for text in (*texts, *INSTRUCTIONS, *TEMPLATES)]
+    texts = (*texts, *INSTRUCTIONS, *TEMPLATES)
     found: dict[tuple[int, ...], None] = {}
     for number in range(TRIES * count):
         if len(found) >= count:
             break
-        # the written ones once; behind the source they come again and again, after other windows
-        again = A > 0 and number % 2 == 0
-        before, behind = (
-            written[number % len(written)] if number < len(written) or again else ("", "")
-        )
+        text = texts[number % len(texts)]
+        if number >= len(texts) and (A == 0 or number % 2):  # text behind comes again and again
+            text = ""
+        before, _, behind = text.partition("{table}")
         prompt = part(before, prompt_len - A, 0) + part(behind, A, A)
         if is_allowed(prompt):
             found[tuple(prompt)] = None

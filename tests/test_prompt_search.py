@@ -1,18 +1,24 @@
 """The searched prompt: scores and gradients written out, planted optima, resuming, files."""
 
 import itertools
+import json
+import signal
 
+import numpy as np
 import pytest
 import torch
 from conftest import pairs, random_ids, small_model, tiny_gpt2
 from torch.nn.functional import cross_entropy, one_hot
 
-from minprefix.batches import encode_examples
+from minprefix.batches import collate, encode_examples, encode_prompt
 from minprefix.data import Example
-from minprefix.prefix import token_activations
+from minprefix.generation import generate
+from minprefix.gpt2 import PrefixActivations
+from minprefix.prefix import Prefix, token_activations
+from minprefix.prompt_moves import race, starting_prompts
 from minprefix.prompt_scores import one_hot_gradient, prompt_nats, prompt_tables, target_tokens
-from minprefix.prompt_search import PromptSearch, SearchConfig
-from minprefix.prompting import HardPrompt, template_rows
+from minprefix.prompt_search import PromptSearch, SearchConfig, state_path
+from minprefix.prompting import HardPrompt, TokenPrompt, template_rows
 from minprefix.tokenizer import BYTE_CHARS, ENDOFTEXT, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,28 +44,34 @@ def rows_of(tokenizer, n: int = 5):
     return encode_examples(tokenizer, pairs(n))
 
 
-def plain_nats(model, prompt: list[int], rows) -> float:
-    """The loss with the prompt's tokens in front of each row, one row at a time."""
-    nats = 0.0
+def plain_nats(model, prompt: list[int], rows, A: int = 0) -> float:
+    """The loss with the prompt's tokens around each source, one row at a time."""
+    nats, (before, behind) = 0.0, (prompt[: len(prompt) - A], prompt[len(prompt) - A :])
     for row in rows:
-        ids = torch.tensor([*prompt, *row.ids])
-        logits = model(ids[None, :-1])[0]  # (P + T, V)
-        first = len(prompt) + row.prompt_len  # the first target token
+        source, bos, target = row.ids[: row.prompt_len - 1], *_bos_and_target(row)
+        asked = before + source + (behind if A else [bos])
+        ids = torch.tensor(asked + target)
+        logits = model(ids[None, :-1])[0]
+        first = len(asked)  # the first target token
         nats += cross_entropy(logits[first - 1 :], ids[first:], reduction="sum").item()
     return nats
+
+
+def _bos_and_target(row) -> tuple[int, list[int]]:
+    return row.ids[row.prompt_len - 1], row.ids[row.prompt_len :]
 
 
 # scores ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompt_len", [0, 1, 7])
-def test_a_score_is_the_loss_with_the_tokens_in_front(tokenizer, monkeypatch, prompt_len):
+@pytest.mark.parametrize(("prompt_len", "A"), [(0, 0), (1, 0), (7, 0), (7, 3), (7, 6), (2, 2)])
+def test_a_score_is_the_loss_with_the_tokens_in_the_text(tokenizer, monkeypatch, prompt_len, A):
     model, rows = small_model(torch.float64).requires_grad_(False), rows_of(tokenizer)
     prompts = random_ids(model, 5, prompt_len)
-    expected = [plain_nats(model, prompt.tolist(), rows) for prompt in prompts]
+    expected = [plain_nats(model, prompt.tolist(), rows, A) for prompt in prompts]
     for at_once in (1, 100, 8192):  # tokens in a pass: how the work is cut does not matter
         monkeypatch.setattr("minprefix.prompt_scores.PASS_TOKENS", at_once)
-        nats = prompt_nats(model, prompts, rows, tokenizer.eos_id)
+        nats = prompt_nats(model, prompts, rows, tokenizer.eos_id, A)
         # fp64, sums of some hundred nats
         assert nats.tolist() == pytest.approx(expected, rel=1e-12)
     assert target_tokens(rows) == sum(len(tokenizer.encode(f" {e.targets[0]}")) + 1
@@ -75,25 +87,39 @@ def test_tables_of_embeddings_are_the_tokens_activations():
         assert (tables[:, :, n] - exact).abs().max() < 1e-12
 
 
-def test_the_gradient_is_that_of_one_hot_choices_in_front_of_the_text(tokenizer, monkeypatch):
+def test_a_bos_behind_the_source_is_the_frame_of_the_prefix(tokenizer):
+    model, rows = small_model(torch.float64).requires_grad_(False), rows_of(tokenizer)
+    prompts = random_ids(model, 3, 4)
+    with_bos = torch.cat([prompts, torch.full((3, 1), tokenizer.bos_id)], 1)
+    nats = [
+        prompt_nats(model, ids, rows, tokenizer.eos_id, A)
+        for ids, A in ((prompts, 0), (with_bos, 1))
+    ]
+    assert nats[0].tolist() == pytest.approx(nats[1].tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("A", [0, 2, 4])
+def test_the_gradient_is_that_of_one_hot_choices_in_the_text(monkeypatch, A):
     model, rows = byte_model(), rows_of(byte_tokenizer(), 4)
-    prompt = random_ids(model, 3)
+    prompt = random_ids(model, 4)
     choices = one_hot(prompt, 257).double().requires_grad_()  # (P, V)
     nats = 0.0
-    for row in rows:  # the model written as the embedding of one-hot rows, hooked into wte
-        ids = torch.tensor(row.ids)
-        text = one_hot(ids[:-1], 257).double()
-        x = torch.cat([choices, text]) @ model.wte.weight
+    for row in rows:  # the whole text as one-hot rows, their embeddings put into wte's place
+        bos, target = _bos_and_target(row)
+        text = one_hot(torch.tensor(row.ids), 257).double()
+        behind = choices[4 - A :] if A else text[row.prompt_len - 1 : row.prompt_len]
+        asked = torch.cat([choices[: 4 - A], text[: row.prompt_len - 1], behind])
+        x = torch.cat([asked, text[row.prompt_len : -1]]) @ model.wte.weight
         hook = model.wte.register_forward_hook(lambda *_, x=x: x[None])
-        logits = model(torch.zeros(1, len(x), dtype=torch.long))[0]
+        logits = model(torch.zeros(1, len(x), dtype=torch.long))[0, len(asked) - 1 :]
         hook.remove()
-        first = 3 + row.prompt_len
-        nats = nats + cross_entropy(logits[first - 1 :], ids[row.prompt_len :], reduction="sum")
+        nats = nats + cross_entropy(logits, torch.tensor(target), reduction="sum")
     (exact,) = torch.autograd.grad(nats / target_tokens(rows), choices)
     for at_once in (1, 8192):
         monkeypatch.setattr("minprefix.prompt_scores.PASS_TOKENS", at_once)
-        gradient = one_hot_gradient(model, prompt, rows, 256)
+        gradient = one_hot_gradient(model, prompt, rows, 256, A)
         assert (gradient - exact).abs().max() < 1e-12 * max(1, exact.abs().max())
+    assert not model.wte._forward_hooks  # the model is left as it was
 
 
 def test_the_gradient_predicts_a_small_step_towards_a_token():
@@ -101,14 +127,12 @@ def test_the_gradient_predicts_a_small_step_towards_a_token():
     model, rows, h = byte_model(), rows_of(byte_tokenizer(), 3), 1e-5
     prompt, place, token = [5, 80, 33], 1, 120
     gradient = one_hot_gradient(model, torch.tensor(prompt), rows, 256)
-    from minprefix.prompt_scores import PrefixActivations, collate
-
+    batch = collate(rows, 256)
     losses = []
     for sign in (1, -1):
         x = model.wte.weight[prompt].clone()
         x[place] += sign * h * (model.wte.weight[token] - model.wte.weight[prompt[place]])
         acts = PrefixActivations(prompt_tables(model, x[None])[:, :, 0], 3, 3)
-        batch = collate(rows, 256)
         losses.append(model.token_losses(batch.input_ids, batch.labels, prefix=acts).mean())
     difference = ((losses[0] - losses[1]) / (2 * h)).item()
     predicted = (gradient[place, token] - gradient[place, prompt[place]]).item()
@@ -146,12 +170,310 @@ def test_the_search_comes_to_the_best_of_all_prompts(tmp_path, prompt_len, rank)
     everything = list(itertools.product(usable, repeat=prompt_len))
     nats = prompt_nats(model, torch.tensor(everything), search.dev_rows, 256)
     losses = (nats / target_tokens(search.dev_rows)).sort().values
-    assert found["dev_loss"] == pytest.approx(
-        losses[everything_rank(losses, found)].item(), rel=1e-12
+    better = int((losses < found["dev_loss"] * (1 - 1e-12)).sum())
+    assert found["dev_loss"] == pytest.approx(losses[better].item(), rel=1e-12)
+    assert better < rank
+    # by far not all were tried
+    assert prompt_len == 1 or search.spent < 0.3 * len(everything) * len(search.dev_rows)
+
+
+def made(tokenizer, out, *, model=None, train=None, dev=3, **config) -> PromptSearch:
+    """A short search on `pairs`."""
+    model = model or small_model(torch.float64)
+    settings = SearchConfig(**{"prompt_len": 4, "steps": 6, **SHORT, **config})
+    dev_pairs = pairs(dev, 50) if dev else []
+    return PromptSearch(model, tokenizer, settings, train or pairs(12), dev_pairs, out)
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def state_of(folder) -> dict:
+    return {k: v for k, v in json.loads(state_path(folder).read_text()).items() if k != "seconds"}
+
+
+def files_of(folder) -> dict:
+    """What a run keeps; safetensors writes its metadata in any order."""
+    kept = {name: (folder / name).read_bytes() for name in ("log.jsonl", "prompt.json")}
+    if (folder / "prefix.safetensors").exists():
+        kept["table"] = Prefix.load(folder / "prefix.safetensors").prefix_table.tolist()
+    return kept
+
+
+@pytest.mark.parametrize("behind", [0, 2])
+def test_a_resumed_search_is_the_unbroken_one(tokenizer, tmp_path, behind, monkeypatch):
+    options = {"behind": behind, "patience": 1, "chains": 2}
+    whole = made(tokenizer, tmp_path / "whole", **options)
+    result = whole.run(progress=False)
+    for last in (0, 3, 5):  # steps that were done when it was killed, in the middle of the next
+        folder, step = tmp_path / f"cut{last}", PromptSearch.step
+
+        def killed(self, last=last, step=step):
+            entry = step(self)
+            if self.step_done > last:
+                (self.out / "log.jsonl").open("a").write('{"step": 99, "torn')
+                raise KeyboardInterrupt
+            return entry
+
+        monkeypatch.setattr(PromptSearch, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made(tokenizer, folder, **options).run(progress=False)
+        monkeypatch.setattr(PromptSearch, "step", step)
+        again = made(tokenizer, folder, **options)
+        again.load_state()
+        assert again.step_done == last
+        found = again.run(progress=False)
+        assert {**found, "seconds": 0} == {**result, "seconds": 0}
+        assert files_of(folder) == files_of(tmp_path / "whole")
+        assert state_of(folder) == state_of(tmp_path / "whole")
+
+
+def test_the_loss_falls_and_the_log_tells_what_was_spent(tokenizer, tmp_path, monkeypatch):
+    counted = []
+
+    def counting(model, prompts, rows, *rest):
+        counted.append(len(prompts) * len(rows))
+        return prompt_nats(model, prompts, rows, *rest)
+
+    monkeypatch.setattr("minprefix.prompt_search.prompt_nats", counting)
+    found = made(tokenizer, tmp_path, steps=8).run(progress=False)
+    log = log_of(tmp_path)
+    assert found["dev_loss"] == min(entry["dev_loss"] for entry in log if "dev_loss" in entry)
+    first = next(entry for entry in log if "dev_loss" in entry)
+    assert (
+        found["dev_loss"] < first["dev_loss"]
+        and found["dev_loss"] < log[0]["dev_loss_without_prompt"]
     )
-    assert everything_rank(losses, found) < rank
-    assert search.spent < 0.5 * len(everything) * len(search.dev_rows) or prompt_len == 1
+    steps = [entry for entry in log if "accepted" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, 9))
+    gradients = sum(2 * entry["batch_rows"] for entry in steps)
+    assert found["row_evaluations"] == sum(counted) + gradients
+    judged = {}
+    for entry in steps:  # a chain never becomes worse, and changes only if accepted
+        if entry["chain"] in judged and len({e["chain"] for e in steps}) == 1:
+            before = judged[entry["chain"]]
+            assert (entry["judge_loss"] < before) == entry["accepted"]
+        judged[entry["chain"]] = entry["judge_loss"]
 
 
-def everything_rank(losses: torch.Tensor, found: dict) -> int:
-    return int((losses < found["dev_loss"] * (1 - 1e-12)).sum())
+def test_the_budget_ends_the_search(tokenizer, tmp_path):
+    search = made(tokenizer, tmp_path, steps=1000, budget=900)
+    found = search.run(progress=False)
+    assert 900 <= found["row_evaluations"] < 1500 and 0 < found["steps"] < 20
+    again = made(tokenizer, tmp_path, steps=1000, budget=900)
+    again.load_state()
+    assert again.run(progress=False) == found
+
+
+def test_the_last_step_evaluates_every_chain(tokenizer, tmp_path):
+    search = made(tokenizer, tmp_path, steps=1, chains=3, eval_every=9)
+    search.run(progress=False)
+    seen = {tuple(entry["tokens"]) for entry in log_of(tmp_path) if "dev_loss" in entry}
+    assert {tuple(prompt) for prompt, _ in search.chains} <= seen
+
+
+def test_only_what_wins_with_the_judge_is_accepted(tokenizer, tmp_path):
+    search = made(tokenizer, tmp_path)
+    search.begin()
+    search.chains = [(prompt, 0.0) for prompt, _ in search.chains]  # nothing is better
+    prompts = [list(prompt) for prompt, _ in search.chains]
+    for _ in range(2 * search.config.patience):
+        assert search.step()["accepted"] is False
+    assert all(prompt in prompts for prompt, _ in search.chains)
+    assert search.level == 2  # and the minibatch grew
+    assert len(search.draw(99)[1]) == min(len(search.rows), 4 * 4)
+    judged = {tuple(row.ids) for row in search.judge_rows}
+    assert not judged & {tuple(row.ids) for row in search.rows}
+
+
+# what is kept ----------------------------------------------------------------------------------
+
+
+def test_the_kept_prefix_is_the_tokens_in_front(tokenizer, tmp_path):
+    search = made(tokenizer, tmp_path, steps=2)
+    found = search.run(progress=False)
+    model, prefix = search.exact, search.prefix(found["tokens"])
+    ids = torch.tensor([encode_prompt(tokenizer, "place : amber")])
+    plain = model(torch.cat([torch.tensor([found["tokens"]]), ids], 1))[:, 4:]
+    assert (model(ids, prefix=prefix) - plain).abs().max() < 1e-12 * max(1, plain.abs().max())
+    kept = Prefix.load(tmp_path / "prefix.safetensors")  # in fp32
+    assert torch.equal(kept.prefix_table, prefix.prefix_table.float())
+    assert (kept.position_offset, kept.linearisation, kept.base) == (4, "paper", prefix.base)
+    prompts = [encode_prompt(tokenizer, example.source) for example in pairs(3)]
+    written = [
+        generate(model, tokenizer, texts, prefix=used, max_new_tokens=6)
+        for texts, used in ((prompts, prefix), ([found["tokens"] + p for p in prompts], None))
+    ]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("behind", [0, 2])
+def test_prompt_json_gives_the_tokens_around_a_table(tokenizer, tmp_path, behind):
+    found = made(tokenizer, tmp_path, steps=1, behind=behind).run(progress=False)
+    prompt, tokens = TokenPrompt.load(tmp_path / "prompt.json", tokenizer), found["tokens"]
+    middle = tokenizer.encode("boat : Gull")
+    if behind:
+        assert prompt.render("boat : Gull") == tokens[:2] + middle + tokens[2:]
+        assert not (tmp_path / "prefix.safetensors").exists()
+    else:
+        assert prompt.render("boat : Gull") == tokens + middle + [tokenizer.bos_id]
+
+
+@pytest.mark.parametrize("behind", [0, 2])
+def test_a_printable_prompt_can_be_typed(tokenizer, tmp_path, behind):
+    search = made(tokenizer, tmp_path, printable=True, behind=behind, prompt_len=5)
+    found = search.run(progress=False)
+    assert found["text"].replace("\n", "").isprintable()
+    if behind:
+        source = pairs(12)[0].source
+        typed = tokenizer.encode(HardPrompt(found["text"]).render(source))
+        assert typed == TokenPrompt.load(tmp_path / "prompt.json", tokenizer).render(source)
+    else:
+        assert tokenizer.encode(found["text"]) == found["tokens"]
+        typed = Prefix.from_prompt(search.exact, tokenizer, found["text"])
+        assert torch.equal(typed.table(), search.prefix(found["tokens"]).table())
+
+
+def test_starts_hold_the_written_instructions(tokenizer):
+    rows, rng = rows_of(tokenizer), np.random.default_rng(0)
+    for A in (0, 3):
+        starts = starting_prompts(
+            tokenizer, ["One two {table} three four."], rows, range(8192), lambda p: True, 9, A,
+            40, rng,
+        )  # fmt: skip
+        assert len(starts) == 40 == len(set(map(tuple, starts)))
+        assert all(len(prompt) == 9 for prompt in starts)
+        first = tokenizer.encode("One two ")
+        assert starts[0][: len(first)] == first
+        behind = tokenizer.encode(" three four.")
+        assert A == 0 or starts[0][-3:] == behind[-3:]
+
+
+def test_a_race_ends_with_the_best(tokenizer):
+    rows = rows_of(tokenizer, 5) * 4
+    worth, spent = {i: abs(i - 37) for i in range(64)}, []
+
+    def nats_of(prompts, some):
+        spent.append(len(prompts) * len(some))
+        return np.array([float(worth[p[0]] * len(some)) for p in prompts])
+
+    prompts = [[i] for i in range(64)]
+    best = race(nats_of, prompts, rows, 3)
+    assert [p for p, _ in best] == [[37], [36], [38]]
+    assert best[1][1] == pytest.approx(20 / target_tokens(rows))
+    assert sum(spent) == 64 * 1 + 16 * 4 + 4 * 15  # of 20 rows: 1, then 5, then all
+    assert race(nats_of, prompts, rows, 3, present=[37]) == []
+    better = race(nats_of, prompts, rows, 3, present=[38])
+    assert [p for p, _ in better] == [[37]]
+    assert race(nats_of, [], rows, 3) == []
+
+
+# errors and the command --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"prompt_len": 0}, "prompt_len must be at least 1, got 0"),
+        ({"budget": 0}, "budget must be at least 1, got 0"),
+        ({"behind": 11}, r"behind must lie in \[0, 10\], got 11"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"chains": 9, "starts": 8}, "chains 9 must not be more than starts 8"),
+        ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, got 'fp8'"),
+    ],
+)
+def test_impossible_settings_are_named(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        SearchConfig(**options)
+
+
+def test_impossible_searches_are_named(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="leaves no room for a text in 128 positions"):
+        made(tokenizer, tmp_path, prompt_len=128)
+    with pytest.raises(ValueError, match="tokens, at most 9 are allowed"):
+        made(tokenizer, tmp_path, prompt_len=120)
+    with pytest.raises(ValueError, match="two training pairs at least, got 1"):
+        made(tokenizer, tmp_path, train=pairs(1))
+    with pytest.raises(ValueError, match="a text to start from is empty"):
+        made(tokenizer, tmp_path, start=("",)).run(progress=False)
+    search = made(tokenizer, tmp_path / "run", steps=1)
+    with pytest.raises(ValueError, match="no saved state in this run folder"):
+        search.load_state()
+    search.run(progress=False)
+    with pytest.raises(ValueError, match="holds a search"):
+        made(tokenizer, tmp_path / "run", steps=1).run(progress=False)
+    with pytest.raises(ValueError, match="the saved search has another data, steps"):
+        made(tokenizer, tmp_path / "run", steps=2, dev=2).load_state()
+    state_path(tmp_path / "run").write_text('{"step_done": 1}')
+    with pytest.raises(ValueError, match="damaged, it lacks before, best, "):
+        made(tokenizer, tmp_path / "run", steps=1).load_state()
+    (tmp_path / "run" / "prompt.json").write_text('{"before": [1], "behind": "x"}')
+    with pytest.raises(ValueError, match="not the prompt of a search"):
+        TokenPrompt.load(tmp_path / "run" / "prompt.json", tokenizer)
+    (tmp_path / "run" / "prompt.json").write_text('{"before": [1], "behind": [8192]}')
+    with pytest.raises(ValueError, match="prompt.json: token id 8192 is not in"):
+        TokenPrompt.load(tmp_path / "run" / "prompt.json", tokenizer)
+
+
+def test_without_dev_data_the_judge_chooses(tokenizer, tmp_path):
+    search = made(tokenizer, tmp_path, steps=3, dev=0)
+    found = search.run(progress=False)
+    assert search.dev_rows == search.judge_rows and "dev_loss_template" not in found
+
+
+QUICK = ("--prompt-len", 3, "--steps", 2, "--candidates", 6, "--batch-size", 4, "--starts", 4,
+         "--device", "cpu")  # fmt: skip
+
+
+def test_the_command_searches_and_others_use_what_it_found(cli, tiny_folder, tables, tmp_path):
+    common = ("--model", tiny_folder, "--data", tables)
+    front, around = tmp_path / "front", tmp_path / "around"
+    out, err = cli("search", *common, "--out", front, *QUICK)
+    assert 'text: "' in out and "dev_loss_without_prompt" in out and "2/2" in err
+    out, _ = cli("search", *common, "--out", around, *QUICK, "--behind", 2, "--json")
+    found = json.loads(out)
+    assert found["kept"] == str(around / "prompt.json") and "{table}" in found["text"]
+    again, _ = cli("search", "--resume", around, "--json")
+    assert json.loads(again) == found
+    scored = ("evaluate", *common, "--max-new-tokens", 4, "--device", "cpu", "--json")
+    for given in (("--prefix", front / "prefix.safetensors"), ("--prompt", around / "prompt.json")):
+        assert json.loads(cli(*scored, *given)[0])["tables"] == 3
+    cli("generate", "--model", tiny_folder, "--prefix", front / "prefix.safetensors",
+        "--device", "cpu", "--max-new-tokens", 3, "boat : Gull")  # fmt: skip
+
+
+def test_the_command_names_what_is_wrong(cli, tiny_folder, tables, tmp_path):
+    common = ("--model", tiny_folder, "--data", tables)
+    cases = [
+        ((), "give either --out"),
+        (("--out", tmp_path / "a", "--behind", 11), "behind must lie in [0, 10], got 11"),
+        (("--resume", tmp_path), "cannot go with --resume"),
+    ]
+    for options, expected in cases:
+        _, err = cli("search", *common, *options, code=1)
+        assert expected in err and err.count("\n") == 1
+    _, err = cli("search", "--resume", tmp_path, code=1)
+    assert "no run of the command search" in err and err.count("\n") == 1
+    (tmp_path / "config.json").write_text("{}")
+    _, err = cli("search", "--resume", tmp_path, code=1)
+    assert "not the settings of a search" in err
+    _, err = cli("search", *common, "--out", tmp_path, code=1)
+    assert "holds a run: go on with --resume" in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_ctrl_c_ends_after_a_step_and_says_how_to_go_on(
+    cli, tiny_folder, tables, tmp_path, monkeypatch
+):
+    step = PromptSearch.step
+
+    def interrupted(self):
+        signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(PromptSearch, "step", interrupted)
+    common = ("--model", tiny_folder, "--data", tables, "--out", tmp_path / "run")
+    _, err = cli("search", *common, *QUICK, code=130)
+    assert f"Go on with: python -m minprefix search --resume {tmp_path / 'run'}" in err
+    assert json.loads(state_path(tmp_path / "run").read_text())["step_done"] == 1
