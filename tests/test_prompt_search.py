@@ -335,6 +335,34 @@ def test_a_printable_prompt_can_be_typed(tokenizer, tmp_path, behind):
         assert torch.equal(typed.table(), search.prefix(found["tokens"]).table())
 
 
+def test_what_cannot_be_typed_is_not_allowed(tokenizer, tmp_path):
+    letters = [tokenizer.encode(letter)[0] for letter in "the"]  # typed, these are one token
+    words = tokenizer.encode("Say the")
+    front = made(tokenizer, tmp_path, printable=True, prompt_len=3)
+    assert not front.is_allowed(letters) and front.is_allowed(words)
+    assert made(tokenizer, tmp_path, prompt_len=3).is_allowed(letters)
+    around = made(tokenizer, tmp_path, printable=True, prompt_len=3, behind=1)
+    colon = tokenizer.encode(":")[0]
+    assert around.is_allowed([*words[:2], colon])
+    alone = front.usable.nonzero()[:, 0].tolist()  # can be typed, but here joins "place"
+    joins = next(v for v in alone if len(tokenizer.encode(tokenizer.decode([v]) + "place")) == 1)
+    assert front.is_allowed([*words[:2], joins]) and not around.is_allowed([words[0], joins, colon])
+    assert not front.usable[tokenizer.bos_id]
+    assert not any("\ufffd" in tokenizer.decode([v]) for v in alone)
+
+
+def test_a_worse_prompt_does_not_replace_the_best(tokenizer, tmp_path):
+    search = made(tokenizer, tmp_path, steps=1)
+    search.run(progress=False)
+    kept = files_of(tmp_path)
+    search.best = 0.0
+    search.chains = [([5, 6, 7, 8], 0.0)]
+    search.evaluate(1)
+    now = files_of(tmp_path)
+    assert now.pop("log.jsonl") != kept.pop("log.jsonl") and now == kept
+    assert search.best == 0.0 and search.best_prompt != [5, 6, 7, 8]
+
+
 def test_starts_hold_the_written_instructions(tokenizer):
     rows, rng = rows_of(tokenizer), np.random.default_rng(0)
     for A in (0, 3):
