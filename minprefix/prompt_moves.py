@@ -1,11 +1,13 @@
 """What a search for a discrete prompt proposes, and the race that sorts it out.
 
-Read `starting_prompts` (what a chain may start from), `neighbours` (what one step may make of a
-prompt) and `race` (many prompts on few rows, few prompts on many). `prompt_search.py` uses them.
+Read `PromptForm` (ids as text, and what may be proposed), `starting_prompts` (what a chain may start
+from), `neighbours` (what one step may make of a prompt) and `race` (many prompts on few rows, few
+prompts on many). `prompt_search.py` uses them.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from minprefix.batches import Encoded
 from minprefix.prompt_scores import target_tokens
 from minprefix.prompting import TEMPLATES
+from minprefix.tokenizer import Tokenizer
 
 INSTRUCTIONS = (
     "table-to-text:",
@@ -27,6 +30,46 @@ TRIES = 20  # draws per prompt that is wanted: some are equal, some not allowed
 Prompt = list[int]
 Allowed = Callable[[Prompt], bool]  # whether a prompt may be proposed
 Nats = Callable[[Sequence[Prompt], Sequence[Encoded]], np.ndarray]  # summed losses, (N,)
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """What a prompt of ids is made of, and which prompts may be proposed."""
+
+    tokenizer: Tokenizer
+    A: int  # tokens behind the source
+    printable: bool  # only prompts that can be typed
+    sources: Sequence[str]  # with which typing is tried, where a prompt has a part behind them
+
+    def parts(self, prompt: Prompt) -> tuple[Prompt, Prompt]:
+        """What stands before the source, and behind it."""
+        return prompt[: len(prompt) - self.A], prompt[len(prompt) - self.A :]
+
+    def text(self, prompt: Prompt) -> str:
+        """The prompt's text, with {table} between its parts where there are two."""
+        before, behind = map(self.tokenizer.decode, self.parts(prompt))
+        return before + ("{table}" + behind if self.A else "")
+
+    def is_usable(self, token: int) -> bool:
+        """Whether a token may stand in a prompt: any, or with `printable` one that can be typed."""
+        if token >= self.tokenizer.vocab_size:  # an embedding without a token
+            return False
+        text = self.tokenizer.decode([token])
+        typed = text.replace("\n", "").isprintable() and self.tokenizer.encode(text) == [token]
+        return typed or not self.printable
+
+    def is_allowed(self, prompt: Prompt) -> bool:
+        """Any; with `printable`, one whose text gives the same tokens, around a source, too."""
+        if not self.printable:
+            return True
+        before, behind = self.parts(prompt)
+        text, end = self.tokenizer.decode(before), self.tokenizer.decode(behind)
+        if not (text + end).replace("\n", "").isprintable():
+            return False
+        encode = self.tokenizer.encode
+        if not self.A:
+            return encode(text) == prompt
+        return all(encode(text + x + end) == before + encode(x) + behind for x in self.sources)
 
 
 def starting_prompts(

@@ -55,13 +55,8 @@ from minprefix.files import read_json, write_text
 from minprefix.gpt2 import GPT2
 from minprefix.options import check_choice
 from minprefix.prefix import Prefix, token_activations
-from minprefix.prompt_moves import neighbours, race, replaced, starting_prompts
-from minprefix.prompt_scores import (
-    GRADIENT_COST,
-    one_hot_gradient,
-    prompt_nats,
-    target_tokens,
-)
+from minprefix.prompt_moves import PromptForm, neighbours, race, replaced, starting_prompts
+from minprefix.prompt_scores import GRADIENT_COST, one_hot_gradient, prompt_nats, target_tokens
 from minprefix.prompting import TEMPLATES, HardPrompt, template_rows
 from minprefix.run_folder import append_log, cut_log
 from minprefix.training import PRECISIONS, Interrupted, deferred_interrupt, in_bf16
@@ -129,7 +124,6 @@ class PromptSearch:
         self.tokenizer, self.config, self.out = tokenizer, config, Path(out)
         self.linearisation, self.device = linearisation, model.wte.weight.device
         P, A = config.prompt_len, config.behind
-        self.cut = P - A  # tokens before the source
         room = model.config.n_positions - P + (A > 0)  # the bos leaves its place
         if room < 1:
             raise ValueError(
@@ -143,7 +137,8 @@ class PromptSearch:
         n_judge = min(config.judge_rows, len(rows) // 2)
         self.judge_rows = [rows[i] for i in order[:n_judge]]
         self.rows = [rows[i] for i in order[n_judge:]]
-        self.sources = [train[int(i)].source for i in np.linspace(0, len(train) - 1, 3)]
+        sources = [train[int(i)].source for i in np.linspace(0, len(train) - 1, 3)]
+        self.form = PromptForm(tokenizer, A, config.printable, sources)
         self.dev_rows, self.templates = self.judge_rows, {}
         if dev:
             dev_rows = encode_examples(tokenizer, dev, linearisation, room + 1)
@@ -156,42 +151,12 @@ class PromptSearch:
         bf16 = config.precision == "bf16"
         bf16 = bf16 or (config.precision == "auto" and self.device.type == "cuda")
         self.model = in_bf16(model).requires_grad_(False).eval() if bf16 else model
-        usable = [self.is_usable(v) for v in range(model.config.vocab_size)]
+        usable = [self.form.is_usable(v) for v in range(model.config.vocab_size)]
         self.usable = torch.tensor(usable)  # (V,)
         # the state: all of it is in search.json
         self.step_done, self.spent, self.level, self.refused, self.seconds = 0, 0, 0, 0, 0.0
         self.chains: list[tuple[list[int], float]] = []  # prompt and its loss on the judge's rows
         self.best, self.best_prompt, self.before = math.inf, [], {}
-
-    def is_usable(self, token: int) -> bool:
-        """Whether a token may stand in a prompt: any, or with `printable` one that can be typed."""
-        if token >= self.tokenizer.vocab_size:  # an embedding without a token
-            return False
-        text = self.tokenizer.decode([token])
-        typed = text.replace("\n", "").isprintable() and self.tokenizer.encode(text) == [token]
-        return typed or not self.config.printable
-
-    def is_allowed(self, prompt: list[int]) -> bool:
-        """Whether a prompt may be proposed: any, or with `printable` one that can be typed."""
-        if not self.config.printable:
-            return True
-        before, behind = self.parts(prompt)
-        text, end = self.tokenizer.decode(before), self.tokenizer.decode(behind)
-        if not (text + end).replace("\n", "").isprintable():
-            return False
-        encode = self.tokenizer.encode
-        if not self.config.behind:
-            return encode(text) == prompt
-        return all(encode(text + x + end) == before + encode(x) + behind for x in self.sources)
-
-    def parts(self, prompt: list[int]) -> tuple[list[int], list[int]]:
-        """What stands before the source, and behind it."""
-        return prompt[: self.cut], prompt[self.cut :]
-
-    def text(self, prompt: list[int]) -> str:
-        """The prompt's text, with {table} between its parts where there are two."""
-        before, behind = map(self.tokenizer.decode, self.parts(prompt))
-        return before + ("{table}" + behind if self.config.behind else "")
 
     # scores --------------------------------------------------------------------------------------
 
@@ -230,7 +195,7 @@ class PromptSearch:
             self.model, ids, rows, self.tokenizer.eos_id, self.config.behind
         )
         proposed = neighbours(
-            present, gradient, self.usable, self.is_allowed,
+            present, gradient, self.usable, self.form.is_allowed,
             top_k=self.config.top_k, count=self.config.candidates, rng=rng,
         )  # fmt: skip
         finalists = race(self.nats, proposed, rows, FINALISTS, present)
@@ -252,7 +217,7 @@ class PromptSearch:
             "accepted": accepted,
             "batch_rows": len(rows),
             "row_evaluations": self.spent,
-            "text": self.text(prompt),
+            "text": self.form.text(prompt),
         }
 
     def composed(
@@ -272,7 +237,7 @@ class PromptSearch:
                 continue
             more = [*joint]
             more[places[0]] = prompt[places[0]]
-            if self.is_allowed(more) and (lower := float(self.losses([more], rows)[0])) < loss:
+            if self.form.is_allowed(more) and (lower := float(self.losses([more], rows)[0])) < loss:
                 joint, loss = more, lower
         return [joint] if joint == best else [joint, best]
 
@@ -281,7 +246,7 @@ class PromptSearch:
         config, (rng, rows) = self.config, self.draw(0)
         prompts = starting_prompts(
             self.tokenizer, config.start, self.rows, self.usable.nonzero()[:, 0].tolist(),
-            self.is_allowed, config.prompt_len, config.behind, config.starts, rng,
+            self.form.is_allowed, config.prompt_len, config.behind, config.starts, rng,
         )  # fmt: skip
         best = race(self.nats, prompts, rows, config.chains)
         prompts = [prompt for prompt, _ in best]
@@ -348,7 +313,7 @@ class PromptSearch:
 
     def result(self) -> dict:
         return {
-            "text": self.text(self.best_prompt),
+            "text": self.form.text(self.best_prompt),
             "tokens": self.best_prompt,
             **self.before,
             "dev_loss": self.best,  # nats per target token, as those before
@@ -379,12 +344,11 @@ class PromptSearch:
 
     def save_best(self) -> None:
         """prompt.json and prefix.safetensors."""
-        prompt = self.best_prompt
-        if not self.config.behind:
-            self.prefix(prompt).save(self.out / "prefix.safetensors")
-            prompt = [*prompt, self.tokenizer.bos_id]  # what the frame puts behind the source
-        before, behind = prompt[: self.cut], prompt[self.cut :]
-        found = {"text": self.text(self.best_prompt), "before": before, "behind": behind}
+        before, behind = self.form.parts(self.best_prompt)
+        if not behind:
+            self.prefix(before).save(self.out / "prefix.safetensors")
+            behind = [self.tokenizer.bos_id]  # what the frame puts there
+        found = {"text": self.form.text(self.best_prompt), "before": before, "behind": behind}
         found |= {"dev_loss": self.best, "linearisation": self.linearisation}
         write_text(self.out / "prompt.json", json.dumps(found, indent=1) + "\n")
 

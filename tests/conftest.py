@@ -12,7 +12,7 @@ from minprefix.cli import main
 from minprefix.examples import Example
 from minprefix.gpt2 import GPT2, GPT2Config
 from minprefix.prefix import Prefix
-from minprefix.tokenizer import Tokenizer
+from minprefix.tokenizer import BYTE_CHARS, ENDOFTEXT, Tokenizer
 from minprefix.training import TrainConfig, Trainer
 from minprefix.weights import ASSETS, save_model
 
@@ -226,3 +226,14 @@ def another_model(**changes) -> GPT2:
     with torch.no_grad():
         model.h[0].mlp.c_fc.weight += 0.1
     return model
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, and the end of text: 257."""
+    return Tokenizer({c: i for i, c in enumerate([*BYTE_CHARS, ENDOFTEXT])}, [])
+
+
+def byte_model() -> GPT2:
+    """A tiny frozen model, fp64, for the tokens of `byte_tokenizer`."""
+    sizes = {"vocab_size": 257, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 128}
+    return tiny_gpt2(**sizes, bos_token_id=256, eos_token_id=256).requires_grad_(False)

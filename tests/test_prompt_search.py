@@ -1,155 +1,28 @@
-"""The searched prompt: scores and gradients written out, planted optima, resuming, files."""
+"""The searched prompt: planted optima, resuming, what is kept."""
 
 import itertools
 import json
-import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import pairs, random_ids, small_model, tiny_gpt2
-from torch.nn.functional import cross_entropy, one_hot
+from conftest import byte_model, byte_tokenizer, pairs, small_model
 
-from minprefix.batches import collate, encode_examples, encode_prompt
+from minprefix.batches import encode_examples, encode_prompt
 from minprefix.data import Example
 from minprefix.generation import generate
-from minprefix.gpt2 import PrefixActivations
-from minprefix.prefix import Prefix, token_activations
+from minprefix.prefix import Prefix
 from minprefix.prompt_moves import race, starting_prompts
-from minprefix.prompt_scores import one_hot_gradient, prompt_nats, prompt_tables, target_tokens
+from minprefix.prompt_scores import prompt_nats, target_tokens
 from minprefix.prompt_search import PromptSearch, SearchConfig, state_path
-from minprefix.prompting import HardPrompt, TokenPrompt, template_rows
-from minprefix.tokenizer import BYTE_CHARS, ENDOFTEXT, Tokenizer
+from minprefix.prompting import HardPrompt, TokenPrompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = {"candidates": 8, "batch_size": 4, "judge_rows": 4, "starts": 6, "eval_every": 2}
 
 
-def frozen(**changes):
-    return tiny_gpt2(**changes).requires_grad_(False)
-
-
-def byte_tokenizer() -> Tokenizer:
-    """One token per byte, and the end of text: 257."""
-    return Tokenizer({c: i for i, c in enumerate([*BYTE_CHARS, ENDOFTEXT])}, [])
-
-
-def byte_model(**changes):
-    ends = {"bos_token_id": 256, "eos_token_id": 256}
-    sizes = {"vocab_size": 257, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 128}
-    return frozen(**{**sizes, **ends, **changes})
-
-
 def rows_of(tokenizer, n: int = 5):
     return encode_examples(tokenizer, pairs(n))
-
-
-def plain_nats(model, prompt: list[int], rows, A: int = 0) -> float:
-    """The loss with the prompt's tokens around each source, one row at a time."""
-    nats, (before, behind) = 0.0, (prompt[: len(prompt) - A], prompt[len(prompt) - A :])
-    for row in rows:
-        source, bos, target = row.ids[: row.prompt_len - 1], *_bos_and_target(row)
-        asked = before + source + (behind if A else [bos])
-        ids = torch.tensor(asked + target)
-        logits = model(ids[None, :-1])[0]
-        first = len(asked)  # the first target token
-        nats += cross_entropy(logits[first - 1 :], ids[first:], reduction="sum").item()
-    return nats
-
-
-def _bos_and_target(row) -> tuple[int, list[int]]:
-    return row.ids[row.prompt_len - 1], row.ids[row.prompt_len :]
-
-
-# scores ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("prompt_len", "A"), [(0, 0), (1, 0), (7, 0), (7, 3), (7, 6), (2, 2)])
-def test_a_score_is_the_loss_with_the_tokens_in_the_text(tokenizer, monkeypatch, prompt_len, A):
-    model, rows = small_model(torch.float64).requires_grad_(False), rows_of(tokenizer)
-    prompts = random_ids(model, 5, prompt_len)
-    expected = [plain_nats(model, prompt.tolist(), rows, A) for prompt in prompts]
-    for at_once in (1, 100, 8192):  # tokens in a pass: how the work is cut does not matter
-        monkeypatch.setattr("minprefix.prompt_scores.PASS_TOKENS", at_once)
-        nats = prompt_nats(model, prompts, rows, tokenizer.eos_id, A)
-        # fp64, sums of some hundred nats
-        assert nats.tolist() == pytest.approx(expected, rel=1e-12)
-    assert target_tokens(rows) == sum(len(tokenizer.encode(f" {e.targets[0]}")) + 1
-                                      for e in pairs(5))  # fmt: skip
-
-
-def test_tables_of_embeddings_are_the_tokens_activations():
-    model = frozen()
-    prompts = random_ids(model, 3, 6)
-    tables = prompt_tables(model, model.wte(prompts))
-    for n, prompt in enumerate(prompts):
-        exact = token_activations(model, prompt.tolist())
-        assert (tables[:, :, n] - exact).abs().max() < 1e-12
-
-
-def test_a_bos_behind_the_source_is_the_frame_of_the_prefix(tokenizer):
-    model, rows = small_model(torch.float64).requires_grad_(False), rows_of(tokenizer)
-    prompts = random_ids(model, 3, 4)
-    with_bos = torch.cat([prompts, torch.full((3, 1), tokenizer.bos_id)], 1)
-    nats = [
-        prompt_nats(model, ids, rows, tokenizer.eos_id, A)
-        for ids, A in ((prompts, 0), (with_bos, 1))
-    ]
-    assert nats[0].tolist() == pytest.approx(nats[1].tolist(), rel=1e-12)
-
-
-@pytest.mark.parametrize("A", [0, 2, 4])
-def test_the_gradient_is_that_of_one_hot_choices_in_the_text(monkeypatch, A):
-    model, rows = byte_model(), rows_of(byte_tokenizer(), 4)
-    prompt = random_ids(model, 4)
-    choices = one_hot(prompt, 257).double().requires_grad_()  # (P, V)
-    nats = 0.0
-    for row in rows:  # the whole text as one-hot rows, their embeddings put into wte's place
-        bos, target = _bos_and_target(row)
-        text = one_hot(torch.tensor(row.ids), 257).double()
-        behind = choices[4 - A :] if A else text[row.prompt_len - 1 : row.prompt_len]
-        asked = torch.cat([choices[: 4 - A], text[: row.prompt_len - 1], behind])
-        x = torch.cat([asked, text[row.prompt_len : -1]]) @ model.wte.weight
-        hook = model.wte.register_forward_hook(lambda *_, x=x: x[None])
-        logits = model(torch.zeros(1, len(x), dtype=torch.long))[0, len(asked) - 1 :]
-        hook.remove()
-        nats = nats + cross_entropy(logits, torch.tensor(target), reduction="sum")
-    (exact,) = torch.autograd.grad(nats / target_tokens(rows), choices)
-    for at_once in (1, 8192):
-        monkeypatch.setattr("minprefix.prompt_scores.PASS_TOKENS", at_once)
-        gradient = one_hot_gradient(model, prompt, rows, 256, A)
-        assert (gradient - exact).abs().max() < 1e-12 * max(1, exact.abs().max())
-    assert not model.wte._forward_hooks  # the model is left as it was
-
-
-def test_the_gradient_predicts_a_small_step_towards_a_token():
-    """(1 - h) x_p + h W_v in the place of x_p: central difference with h = 1e-5."""
-    model, rows, h = byte_model(), rows_of(byte_tokenizer(), 3), 1e-5
-    prompt, place, token = [5, 80, 33], 1, 120
-    gradient = one_hot_gradient(model, torch.tensor(prompt), rows, 256)
-    batch = collate(rows, 256)
-    losses = []
-    for sign in (1, -1):
-        x = model.wte.weight[prompt].clone()
-        x[place] += sign * h * (model.wte.weight[token] - model.wte.weight[prompt[place]])
-        acts = PrefixActivations(prompt_tables(model, x[None])[:, :, 0], 3, 3)
-        losses.append(model.token_losses(batch.input_ids, batch.labels, prefix=acts).mean())
-    difference = ((losses[0] - losses[1]) / (2 * h)).item()
-    predicted = (gradient[place, token] - gradient[place, prompt[place]]).item()
-    # h^2 of truncation, eps / h of rounding: 1e-10 each beside derivatives of order 1
-    assert predicted == pytest.approx(difference, abs=1e-8)
-
-
-def test_a_template_row_has_the_targets_of_a_framed_row(tokenizer):
-    prompt, examples = HardPrompt("Say {table}:"), pairs(3)
-    for asked, framed, example in zip(
-        template_rows(tokenizer, prompt, examples), rows_of(tokenizer, 3), examples, strict=True
-    ):
-        assert asked.ids[: asked.prompt_len] == tokenizer.encode(f"Say {example.source}:")
-        assert asked.ids[asked.prompt_len :] == framed.ids[framed.prompt_len :]
-
-
-# the search ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("prompt_len", "rank"), [(1, 1), (2, 16)])
@@ -339,14 +212,16 @@ def test_what_cannot_be_typed_is_not_allowed(tokenizer, tmp_path):
     letters = [tokenizer.encode(letter)[0] for letter in "the"]  # typed, these are one token
     words = tokenizer.encode("Say the")
     front = made(tokenizer, tmp_path, printable=True, prompt_len=3)
-    assert not front.is_allowed(letters) and front.is_allowed(words)
-    assert made(tokenizer, tmp_path, prompt_len=3).is_allowed(letters)
+    assert not front.form.is_allowed(letters) and front.form.is_allowed(words)
+    assert made(tokenizer, tmp_path, prompt_len=3).form.is_allowed(letters)
     around = made(tokenizer, tmp_path, printable=True, prompt_len=3, behind=1)
     colon = tokenizer.encode(":")[0]
-    assert around.is_allowed([*words[:2], colon])
+    assert around.form.is_allowed([*words[:2], colon])
     alone = front.usable.nonzero()[:, 0].tolist()  # can be typed, but here joins "place"
     joins = next(v for v in alone if len(tokenizer.encode(tokenizer.decode([v]) + "place")) == 1)
-    assert front.is_allowed([*words[:2], joins]) and not around.is_allowed([words[0], joins, colon])
+    assert front.form.is_allowed([*words[:2], joins]) and not around.form.is_allowed(
+        [words[0], joins, colon]
+    )
     assert not front.usable[tokenizer.bos_id]
     assert not any("\ufffd" in tokenizer.decode([v]) for v in alone)
 
@@ -397,7 +272,7 @@ def test_a_race_ends_with_the_best(tokenizer):
     assert race(nats_of, [], rows, 3) == []
 
 
-# errors and the command --------------------------------------------------------------------------
+# errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -448,60 +323,3 @@ def test_without_dev_data_the_judge_chooses(tokenizer, tmp_path):
     search = made(tokenizer, tmp_path, steps=3, dev=0)
     found = search.run(progress=False)
     assert search.dev_rows == search.judge_rows and "dev_loss_template" not in found
-
-
-QUICK = ("--prompt-len", 3, "--steps", 2, "--candidates", 6, "--batch-size", 4, "--starts", 4,
-         "--device", "cpu")  # fmt: skip
-
-
-def test_the_command_searches_and_others_use_what_it_found(cli, tiny_folder, tables, tmp_path):
-    common = ("--model", tiny_folder, "--data", tables)
-    front, around = tmp_path / "front", tmp_path / "around"
-    out, err = cli("search", *common, "--out", front, *QUICK)
-    assert 'text: "' in out and "dev_loss_without_prompt" in out and "2/2" in err
-    out, _ = cli("search", *common, "--out", around, *QUICK, "--behind", 2, "--json")
-    found = json.loads(out)
-    assert found["kept"] == str(around / "prompt.json") and "{table}" in found["text"]
-    again, _ = cli("search", "--resume", around, "--json")
-    assert json.loads(again) == found
-    scored = ("evaluate", *common, "--max-new-tokens", 4, "--device", "cpu", "--json")
-    for given in (("--prefix", front / "prefix.safetensors"), ("--prompt", around / "prompt.json")):
-        assert json.loads(cli(*scored, *given)[0])["tables"] == 3
-    cli("generate", "--model", tiny_folder, "--prefix", front / "prefix.safetensors",
-        "--device", "cpu", "--max-new-tokens", 3, "boat : Gull")  # fmt: skip
-
-
-def test_the_command_names_what_is_wrong(cli, tiny_folder, tables, tmp_path):
-    common = ("--model", tiny_folder, "--data", tables)
-    cases = [
-        ((), "give either --out"),
-        (("--out", tmp_path / "a", "--behind", 11), "behind must lie in [0, 10], got 11"),
-        (("--resume", tmp_path), "cannot go with --resume"),
-    ]
-    for options, expected in cases:
-        _, err = cli("search", *common, *options, code=1)
-        assert expected in err and err.count("\n") == 1
-    _, err = cli("search", "--resume", tmp_path, code=1)
-    assert "no run of the command search" in err and err.count("\n") == 1
-    (tmp_path / "config.json").write_text("{}")
-    _, err = cli("search", "--resume", tmp_path, code=1)
-    assert "not the settings of a search" in err
-    _, err = cli("search", *common, "--out", tmp_path, code=1)
-    assert "holds a run: go on with --resume" in err
-    assert not (tmp_path / "a").exists()
-
-
-def test_ctrl_c_ends_after_a_step_and_says_how_to_go_on(
-    cli, tiny_folder, tables, tmp_path, monkeypatch
-):
-    step = PromptSearch.step
-
-    def interrupted(self):
-        signal.raise_signal(signal.SIGINT)
-        return step(self)
-
-    monkeypatch.setattr(PromptSearch, "step", interrupted)
-    common = ("--model", tiny_folder, "--data", tables, "--out", tmp_path / "run")
-    _, err = cli("search", *common, *QUICK, code=130)
-    assert f"Go on with: python -m minprefix search --resume {tmp_path / 'run'}" in err
-    assert json.loads(state_path(tmp_path / "run").read_text())["step_done"] == 1
