@@ -1,8 +1,8 @@
 """What a search for a discrete prompt proposes, and the race that sorts it out.
 
-Read `PromptForm` (ids as text, and what may be proposed), `starting_prompts` (what a chain may start
-from), `neighbours` (what one step may make of a prompt) and `race` (many prompts on few rows, few
-prompts on many). `prompt_search.py` uses them.
+Read `PromptForm` (ids as text, and what may be proposed), `starting_prompts` (what a chain may
+start from), `neighbours` (what one step may make of a prompt) and `race` (many prompts on few rows,
+few prompts on many). `prompt_search.py` uses them.
 """
 
 import math
