@@ -334,20 +334,19 @@ def run_evaluate(args) -> dict:
         raise ValueError(f"--outputs {args.outputs}: {args.outputs.parent} is no folder")
     config = from_args(GenerationConfig, args)
     model, tokenizer = weights.load(args.model, device=args.device)
-    prefix, prompt = load_prefix(args, model), None
-    learned = (prefix or model.config).linearisation
+    prefix = load_prefix(args, model)
+    prompt = TokenPrompt.load(args.prompt, tokenizer) if args.prompt else None
+    learned = (prefix or prompt or model.config).linearisation
     if learned and args.linearisation not in (None, learned):
         raise ValueError(
-            f"{args.prefix or args.adapter or args.model} was trained with --linearisation "
-            f"{learned}, not {args.linearisation}"
+            f"{args.prefix or args.adapter or args.prompt or args.model} was trained with "
+            f"--linearisation {learned}, not {args.linearisation}"
         )
     linearisation = args.linearisation or learned or "paper"
     load = {"linearisation": linearisation}
     examples = load_examples(args.data, args.split, **load)
     examples = choose(examples, args.topics, args.split)[: args.limit]
-    if args.prompt:
-        prompt = TokenPrompt.load(args.prompt, tokenizer)
-    if not (prefix or prompt or asks or learned or args.linearisation):
+    if not (prefix or asks or learned or args.linearisation):
         raise ValueError(
             f"{args.model} was not trained on tables: give --prefix, --adapter, --hard-prompt, a "
             "fine-tuned model, or the --linearisation that it knows"

@@ -50,7 +50,7 @@ import torch
 from tqdm import tqdm
 
 from minprefix.batches import Encoded, encode_examples
-from minprefix.data import Example
+from minprefix.examples import Example
 from minprefix.files import read_json, write_text
 from minprefix.gpt2 import GPT2
 from minprefix.options import check_choice
@@ -137,7 +137,7 @@ class PromptSearch:
         n_judge = min(config.judge_rows, len(rows) // 2)
         self.judge_rows = [rows[i] for i in order[:n_judge]]
         self.rows = [rows[i] for i in order[n_judge:]]
-        sources = [train[int(i)].source for i in np.linspace(0, len(train) - 1, 3)]
+        sources = [tokenizer.decode(row.ids[: row.prompt_len - 1]) for row in rows[:3]]
         self.form = PromptForm(tokenizer, A, config.printable, sources)
         self.dev_rows, self.templates = self.judge_rows, {}
         if dev:

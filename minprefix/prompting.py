@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minprefix.batches import Encoded
-from minprefix.examples import Example
+from minprefix.batches import Encoded, encode_prompt
+from minprefix.examples import LINEARISATIONS, Example
 from minprefix.files import read_json
 from minprefix.generation import generate
+from minprefix.options import check_choice
 
 # Ways to ask for a text, tried in this order; `{table}` stands for the linearised table.
 TEMPLATES = (
@@ -82,6 +83,7 @@ class TokenPrompt:
     tokenizer: object
     before: list[int]
     behind: list[int]
+    linearisation: str = "paper"  # how the table between them is written, `batches.encode_prompt`
 
     @classmethod
     def load(cls, path, tokenizer) -> "TokenPrompt":
@@ -95,12 +97,15 @@ class TokenPrompt:
         for part in parts:
             if not isinstance(part, list) or not all(type(v) is int for v in part):
                 raise ValueError(f"{path}: not the prompt of a search")
+        linearisation = found.get("linearisation")
         try:
+            check_choice("linearisation", linearisation, LINEARISATIONS)
             tokenizer.decode(parts[0] + parts[1])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        return cls(tokenizer, *parts)
+        return cls(tokenizer, *parts, linearisation)
 
     def render(self, source: str) -> list[int]:
         """The tokens after which the model writes."""
-        return self.before + self.tokenizer.encode(source) + self.behind
+        framed = encode_prompt(self.tokenizer, source, self.linearisation)
+        return self.before + framed[:-1] + self.behind  # the bos is in `behind`, if anywhere

@@ -10,8 +10,8 @@ from conftest import assert_close, random_ids, tiny_gpt2
 from test_prefix import Words, literal_logits
 
 from minprefix.batches import collate, encode_examples, encode_prompt
-from minprefix.data import Example
 from minprefix.decoding import GenerationConfig, Rows
+from minprefix.examples import Example
 from minprefix.generation import generate_ids
 from minprefix.gpt2 import GPT2
 from minprefix.prefix import Prefix, PrefixBank, PrefixConfig, make_prefix, token_activations

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_model, byte_tokenizer, pairs, small_model
+from test_prompt_scores import plain_nats
+from torch.nn.functional import cross_entropy
 
 from minprefix.batches import encode_examples, encode_prompt
-from minprefix.data import Example
+from minprefix.examples import Example
 from minprefix.generation import generate
 from minprefix.prefix import Prefix
 from minprefix.prompt_moves import race, starting_prompts
@@ -194,6 +196,22 @@ def test_prompt_json_gives_the_tokens_around_a_table(tokenizer, tmp_path, behind
 
 
 @pytest.mark.parametrize("behind", [0, 2])
+def test_prompt_json_keeps_the_frame_of_the_search(tokenizer, tmp_path, behind):
+    config = SearchConfig(prompt_len=4, steps=1, behind=behind, **SHORT)
+    model, frame = small_model(torch.float64), "original-code"
+    search = PromptSearch(model, tokenizer, config, pairs(12), pairs(2), tmp_path, frame)
+    found = search.run(progress=False)["tokens"]
+    prompt = TokenPrompt.load(tmp_path / "prompt.json", tokenizer)
+    example = pairs(1)[0]
+    (row,) = encode_examples(tokenizer, [example], frame)
+    nats = plain_nats(model, found, [row], behind)
+    asked, target = prompt.render(example.source), row.ids[row.prompt_len :]
+    logits = model(torch.tensor([asked + target[:-1]]))[0, len(asked) - 1 :]
+    written = cross_entropy(logits, torch.tensor(target), reduction="sum").item()
+    assert written == pytest.approx(nats, rel=1e-12)
+
+
+@pytest.mark.parametrize("behind", [0, 2])
 def test_a_printable_prompt_can_be_typed(tokenizer, tmp_path, behind):
     search = made(tokenizer, tmp_path, printable=True, behind=behind, prompt_len=5)
     found = search.run(progress=False)
@@ -314,9 +332,14 @@ def test_impossible_searches_are_named(tokenizer, tmp_path):
     (tmp_path / "run" / "prompt.json").write_text('{"before": [1], "behind": "x"}')
     with pytest.raises(ValueError, match="not the prompt of a search"):
         TokenPrompt.load(tmp_path / "run" / "prompt.json", tokenizer)
-    (tmp_path / "run" / "prompt.json").write_text('{"before": [1], "behind": [8192]}')
-    with pytest.raises(ValueError, match="prompt.json: token id 8192 is not in"):
-        TokenPrompt.load(tmp_path / "run" / "prompt.json", tokenizer)
+    found = {"before": [1], "behind": [8192], "linearisation": "paper"}
+    for change, expected in (
+        ({}, "token id 8192 is not in"),
+        ({"linearisation": 1}, "must be one"),
+    ):
+        (tmp_path / "run" / "prompt.json").write_text(json.dumps(found | change))
+        with pytest.raises(ValueError, match=f"prompt.json: .*{expected}"):
+            TokenPrompt.load(tmp_path / "run" / "prompt.json", tokenizer)
 
 
 def test_without_dev_data_the_judge_chooses(tokenizer, tmp_path):
