@@ -137,7 +137,8 @@ class PromptSearch:
         n_judge = min(config.judge_rows, len(rows) // 2)
         self.judge_rows = [rows[i] for i in order[:n_judge]]
         self.rows = [rows[i] for i in order[n_judge:]]
-        sources = [tokenizer.decode(row.ids[: row.prompt_len - 1]) for row in rows[:3]]
+        some = [rows[int(i)] for i in np.linspace(0, len(rows) - 1, 3)]
+        sources = [tokenizer.decode(row.ids[: row.prompt_len - 1]) for row in some]
         self.form = PromptForm(tokenizer, A, config.printable, sources)
         self.dev_rows, self.templates = self.judge_rows, {}
         if dev:
