@@ -71,6 +71,7 @@ def repeated(batch: Batch, N: int) -> Batch:
         batch.labels.repeat(N, 1),
         batch.lengths.repeat(N),
         (start + batch.at).flatten(),
+        batch.starts.repeat(N),
     )
 
 
