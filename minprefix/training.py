@@ -171,7 +171,7 @@ class Trainer:
         else:
             added.linearisation = linearisation
             added.check_base(model)
-            added.base = self.base
+            added.bind(model)
         self.lr = config.lr or DEFAULT_LR[config.method][model.config.n_embd >= 512]
         self.optimizer = torch.optim.AdamW(
             self.trained.parameters(), lr=self.lr, weight_decay=config.weight_decay, fused=True
