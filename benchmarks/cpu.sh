@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/cpu}
-bench() { .venv/bin/python -m minprefix bench "$@" --device cpu --out "$out"; }
+bench() { .venv/bin/python -m minprefix bench "$@" --device cpu --seconds "${BENCH_SECONDS:-5}" --out "$out"; }
 for dtype in fp32 bf16; do
   bench train --dtype $dtype --batch-size 10 --labels all --peers compiled,peft,peft-compiled \
     --profile
@@ -12,8 +12,7 @@ for dtype in fp32 bf16; do
   bench train --dtype $dtype --batch-size 1,4,32 --labels all
   bench train --dtype $dtype --batch-size 10 --labels targets
   for data in restaurants ${E2E:-}; do
-    bench train --dtype $dtype --batch-size 10 --data "$data" --peers peft,peft-shuffled \
-      --seconds 15
+    bench train --dtype $dtype --batch-size 10 --data "$data" --peers peft,peft-shuffled
   done
   bench generate --dtype $dtype --batch-size 1,4,16 --num-beams 1,5
   bench generate --dtype $dtype --batch-size 16 --prefix-len 1,50,100,200
