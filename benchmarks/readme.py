@@ -1,4 +1,4 @@
-"""The README's picture and its table, from the committed CSVs: python -m benchmarks.readme"""
+"""The README's picture and its tables, from the committed CSVs: python -m benchmarks.readme"""
 
 from pathlib import Path
 
@@ -7,11 +7,12 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from benchmarks.machine import read_rows
+from minprefix.bench import KEY
 from minprefix.files import atomic_write, write_text
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- table: benchmarks/e2e.csv -->\n", "<!-- end of table -->"
+END = "<!-- end of table -->"
 ORDER = ("hard prompt", "examples in context", "prefix", "finetune")
 NAMES = {
     "hard prompt": "hard prompt",
@@ -29,7 +30,7 @@ def final_rows() -> list[dict[str, str]]:
     )
 
 
-def table() -> str:
+def e2e_table() -> str:
     """The Markdown table of the test rows."""
     lines = [
         "| method | decoding | seed | BLEU | ROUGE-L | slot values in the text | parameters kept "
@@ -47,10 +48,50 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(text: str) -> str:
-    """The README's text with the table between its two marks."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + table() + END + rest.split(END, 1)[1]
+def speed_table() -> str:
+    """Ours beside PEFT on a CPU, P = 10: throughput, and peak memory beyond the process's own."""
+    lines = [
+        "| work | dtype | tokens/s | PEFT | ratio | MiB | PEFT |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = [row for row in read_rows(HERE / "cpu" / "bench.csv") if row["P"] == "10"]
+    ours = [row for row in rows if row["method"] == "minprefix"]
+    for row in sorted(ours, key=lambda r: (r["work"] != "train", r["model"] != "mini")):
+        (peft,) = (r for r in rows if r["method"] == "peft" and case(r) == case(row))
+        lines.append(
+            f"| {work_of(row)} | {row['dtype']} | {float(row['tokens_per_s']):,.0f} "
+            f"| {float(peft['tokens_per_s']):,.0f} | {peft['ratio']} | {row['peak_mib']} "
+            f"| {peft['peak_mib']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def case(row: dict[str, str]) -> tuple[str, ...]:
+    """What two methods were measured on together."""
+    return tuple(value for name, value in row.items() if name in KEY and name != "method")
+
+
+def work_of(row: dict[str, str]) -> str:
+    """One measurement in words."""
+    model = row["model"].replace("random-gpt2", "GPT-2 small")
+    if row["work"] == "generate":
+        search = "greedy" if row["beams"] == "1" else f"{row['beams']} beams"
+        return f"{model}: write {row['new']} tokens, B {row['B']}, {search}"
+    if row["data"] != "random":
+        return f"{model}: train on {row['data']}, B {row['B']}, T {row['T']} on average"
+    return f"{model}: train, B {row['B']}, T {row['T']}, loss at {row['labels']}"
+
+
+TABLES = {"benchmarks/e2e.csv": e2e_table, "benchmarks/cpu/bench.csv": speed_table}
+
+
+def with_tables(text: str) -> str:
+    """The README's text with each table between its two marks."""
+    for name, table in TABLES.items():
+        begin = f"<!-- table: {name} -->\n"
+        before, rest = text.split(begin)
+        text = before + begin + table() + END + rest.split(END, 1)[1]
+    return text
 
 
 def draw(path: Path) -> None:
@@ -93,8 +134,9 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     draw(HERE / "readme.png")
-    write_text(README, with_table(README.read_text(encoding="utf-8")))
-    print(table())
+    write_text(README, with_tables(README.read_text(encoding="utf-8")))
+    for table in TABLES.values():
+        print(table())
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from benchmarks.machine import add_row, machine, read_rows
-from benchmarks.readme import HERE, README, draw, final_rows, with_table
+from benchmarks.readme import HERE, README, draw, final_rows, with_tables
 from kernels import bench_attention, sanitize
 from kernels.bench_attention import ISSUE, PASSES, SMALL, Shape, Truth, make_sample
 
 
 def test_readme_table_is_made_from_the_csv():
     text = README.read_text(encoding="utf-8")
-    assert with_table(text) == text, "run: python -m benchmarks.readme"
+    assert with_tables(text) == text, "run: python -m benchmarks.readme"
     assert len(final_rows()) >= 4
 
 
