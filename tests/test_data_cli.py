@@ -5,7 +5,7 @@ import json
 import pytest
 from test_cli import only_json, train
 
-import minprefix.cli
+from minprefix import train_command
 from minprefix.data import data_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,13 +32,13 @@ def articles(tmp_path):
 @pytest.fixture
 def trained_on(monkeypatch):
     """The sources of train and dev of each run that a command starts."""
-    seen, trainer = [], minprefix.cli.Trainer
+    seen, trainer = [], train_command.Trainer
 
     def look(model, tokenizer, config, train, dev, *args):
         seen.append([[e.source.split(" So.")[0] for e in examples] for examples in (train, dev)])
         return trainer(model, tokenizer, config, train, dev, *args)
 
-    monkeypatch.setattr(minprefix.cli, "Trainer", look)
+    monkeypatch.setattr(train_command, "Trainer", look)
     return seen
 
 
