@@ -58,6 +58,8 @@ def speed_table() -> str:
     ours = [row for row in rows if row["method"] == "minprefix"]
     for row in sorted(ours, key=lambda r: (r["work"] != "train", r["model"] != "mini")):
         (peft,) = (r for r in rows if r["method"] == "peft" and case(r) == case(row))
+        if not peft["ms"]:  # its results were refused, see its note
+            continue
         lines.append(
             f"| {work_of(row)} | {row['dtype']} | {float(row['tokens_per_s']):,.0f} "
             f"| {float(peft['tokens_per_s']):,.0f} | {peft['ratio']} | {row['peak_mib']} "
