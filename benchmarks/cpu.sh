@@ -10,6 +10,7 @@ for dtype in fp32 bf16; do
     --profile
   bench train --dtype $dtype --batch-size 10 --prefix-len 1,50,100,200 --labels all
   bench train --dtype $dtype --batch-size 1,4,32 --labels all
+  bench train --dtype $dtype --batch-size 10 --seq-len 32,64,256 --labels all
   bench train --dtype $dtype --batch-size 10 --labels targets
   for data in restaurants ${E2E:-}; do
     bench train --dtype $dtype --batch-size 10 --data "$data" --peers peft,peft-shuffled

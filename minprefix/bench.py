@@ -79,7 +79,7 @@ class BenchConfig:
     seconds: float = 5.0  # of each method in a measurement, at least
     peers: str = "peft"  # "none"; "peft"; train: "compiled" (ours), others of PEERS; a list
     profile: bool = False  # train: also where the time of one step goes, of the first combination
-    out: Path = Path("runs/bench")  # folder for bench.csv, bench.png, profile.csv, profile.png
+    out: Path = Path("runs/bench")  # folder for bench.csv, profile.csv and their pictures
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, ("auto", "fp32", "bf16"))
@@ -298,6 +298,11 @@ class Results:
         self.rows: list[dict] = []
         folder.mkdir(parents=True, exist_ok=True)
 
+    def picture(self, name: str) -> Path:
+        """One for each model and dtype."""
+        model = Path(self.common["model"]).name
+        return self.path.with_name(f"{name}-{model}-{self.common['dtype']}.png")
+
     def add(self, sizes: dict, method: str, columns: dict) -> None:
         """Write a row at once, and show it."""
         from benchmarks.machine import add_row, machine
@@ -310,7 +315,7 @@ class Results:
 
 
 def save_profile(results: Results, task: Task, sizes: dict, methods: dict, rows: dict) -> None:
-    """profile.csv and profile.png: one training step of each method."""
+    """profile.csv and its picture: one training step of each method."""
     from benchmarks.machine import add_row, machine
 
     drawn = []
@@ -321,7 +326,7 @@ def save_profile(results: Results, task: Task, sizes: dict, methods: dict, rows:
         add_row(results.path.with_name("profile.csv"), drawn[-1] | machine(), KEY)
     title = ", ".join(f"{name} {value}" for name, value in sizes.items())
     title = f"{results.common['model']}, {task.dtype}, {task.device}: {title}"
-    draw_profile(drawn, results.path.with_name("profile.png"), title)
+    draw_profile(drawn, results.picture("profile"), title)
 
 
 # the command -----------------------------------------------------------------------------------
@@ -415,5 +420,5 @@ def run_bench(work: str, name: str, device: str, config: BenchConfig) -> list[di
     measure(results, model, tokenizer, config, device, peers)
     here = (name, dtype, device)
     drawn = [r for r in read_rows(results.path) if (r["model"], r["dtype"], r["device"]) == here]
-    draw(drawn, config.out / "bench.png", f"{name}, {dtype}, {device}")
+    draw(drawn, results.picture("bench"), f"{name}, {dtype}, {device}")
     return results.rows

@@ -31,7 +31,7 @@ def longest_series(rows: list[dict[str, str]], x: str) -> tuple[dict, list[dict[
 def draw(rows: list[dict[str, str]], path: Path, title: str) -> None:
     """Throughput against those of B, T and P that vary, from the CSV's rows; nothing if none does.
 
-    A row of panels for each kind of work; a panel's title says what stays the same.
+    A panel's title says what stays the same.
     """
     from matplotlib.figure import Figure
 
@@ -42,10 +42,13 @@ def draw(rows: list[dict[str, str]], path: Path, title: str) -> None:
         panels += [panel for panel in found if len({row[panel[1]] for row in panel[3]}) > 1]
     if not panels:
         return
-    figure = Figure(figsize=(4.6 * len(panels), 4.2), dpi=130, layout="constrained")
-    for axes, (work, x, common, series) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    columns = min(3, len(panels))
+    n_rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.8 * n_rows + 0.4), dpi=130, layout="constrained")
+    grid = figure.subplots(n_rows, columns, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (work, x, common, series) in zip(grid, panels, strict=False):
         for method, beams in dict.fromkeys((row["method"], row["beams"]) for row in series):
             points = sorted(
                 (int(row[x]), float(row["tokens_per_s"]))
