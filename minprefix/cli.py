@@ -29,6 +29,7 @@ from minprefix.data_splits import TOPICS
 from minprefix.demo import run_demo
 from minprefix.method_counts import OFFICIAL, method_rows, official_config, shapes_of
 from minprefix.options import OneLineParser, add_fields, from_args
+from minprefix.paper import command as paper
 from minprefix.report import format_rows, parameter_rows
 from minprefix.training import Interrupted
 
@@ -121,6 +122,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench.epilog = f"--model may also be {', '.join(RANDOM)}: official sizes, random weights."
     bench.add_argument("work", choices=("train", "generate"), help="what is timed")
     add_fields(bench, BenchConfig)
+
+    text = "A table or figure of the paper, run here: CSV, figure, and which claims hold."
+    paper.add_options(command("paper", paper.run, text, with_model))
 
     demo = command("demo", run_demo_command, "The main job on embedded model and data.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder")

@@ -1,0 +1,207 @@
+"""The command `paper`: a table or figure of the paper, from its runs to CSV, figure and claims.
+
+    python -m minprefix paper sweep --data-dir DATA        what the dev set chooses for mini
+    python -m minprefix paper table4 --data-dir DATA       the same command goes on where it was
+    python -m minprefix paper all --quick                  a look around, in minutes
+    python -m minprefix paper report --out benchmarks/paper
+
+DATA holds the folders e2e, webnlg and dart; without it they are those that `python -m minprefix
+data` fetched. Read `run`, then `run_experiment`.
+"""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from minprefix.paper.claims import judge
+from minprefix.paper.estimate import seconds_of
+from minprefix.paper.experiments import EXPERIMENTS, NOT_HERE, Cell, restaurants_for, sweep
+from minprefix.paper.figures import draw
+from minprefix.paper.pool import free_gpus, problem_of, run_all
+from minprefix.paper.presets import SWEEP, Plan
+from minprefix.paper.report import write_report
+from minprefix.paper.results import quality, row_of, write_rows
+from minprefix.paper.run import Run, record_of, why_missing
+from minprefix.training import PRECISIONS, Interrupted
+
+WHAT = (*EXPERIMENTS, "all", "sweep", "report")
+
+
+def add_options(parser) -> None:
+    """Options of the command, beside that of the model and its device."""
+    add = parser.add_argument
+    # fmt: off
+    add("what", choices=WHAT, metavar="WHAT", help=f"one of {', '.join(WHAT)}; all: tables and "
+        "figures; sweep: choose mini's settings on the dev set; report: RESULTS.md from the CSVs")
+    add("--data-dir", type=Path, help="folder with e2e, webnlg, dart in it (default: what the "
+        "command data has fetched)")
+    add("--only", nargs="+", metavar="DATA", help="only these data sets")
+    add("--quick", action="store_true", help="to look around: few steps, few tables, one seed")
+    add("--seeds", type=int, help="number of seeds (default: 3; low data: 2)")
+    add("--subsets", type=int, help="low data: number of subsets (default: 5)")
+    add("--steps", type=int, help="optimiser steps, instead of the preset's; low data: at most so "
+        "many")
+    add("--num-beams", type=int, help="(default: 5 as in the paper, with --quick 1)")
+    add("--precision", choices=PRECISIONS, default="auto", help="of training")
+    add("--batch-size", type=int, default=64, help="tables decoded at a time")
+    add("--jobs", type=int, help="processes (default: one for each free GPU, or 1)")
+    add("--runs", type=Path, default=Path("runs/paper"), help="run folders; commands share them "
+        "(default: %(default)s)")
+    add("--out", type=Path, help="CSVs, figures, RESULTS.md (default: RUNS/results)")
+    add("--sweep-file", type=Path, default=SWEEP, help="CSV of a sweep, for mini's settings "
+        "(default: the committed one)")
+    # fmt: on
+
+
+def run(args) -> dict | None:
+    """The command; a dict with --json.
+
+    Raises:
+        ValueError: options that make no sense, or runs that failed (the others are done).
+        Interrupted: Ctrl-C; the same command goes on.
+    """
+    out = args.out or args.runs / "results"
+    if args.what == "report":
+        return {"report": str(write_report(out))}
+    plan, jobs = plan_of(args), jobs_of(args)
+    failed, files = [], []
+    for name in EXPERIMENTS if args.what == "all" else (args.what,):
+        path, problems = run_experiment(name, plan, args, out, jobs)
+        failed += [f"{name}: {problem}" for problem in problems]
+        files.append(str(path))
+    report = write_report(out)
+    if failed:
+        raise ValueError(f"{len(failed)} runs failed, the others are done: {failed[0]}")
+    return {"files": files, "report": str(report)} if args.json else None
+
+
+def plan_of(args) -> Plan:
+    """The plan that the options describe."""
+    for name in ("seeds", "subsets", "steps", "num_beams", "batch_size", "jobs"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    plan = Plan(
+        model=args.model, quick=args.quick, steps=args.steps, beams=args.num_beams,
+        precision=args.precision, batch_size=args.batch_size, sweep=args.sweep_file,
+    )  # fmt: skip
+    if args.quick:
+        plan = replace(plan, seeds=(0,), low_seeds=(0,), subsets=(0,), sizes=(50, 100))
+    if args.seeds:
+        plan = replace(plan, seeds=tuple(range(args.seeds)), low_seeds=tuple(range(args.seeds)))
+    if args.subsets:
+        plan = replace(plan, subsets=tuple(range(args.subsets)))
+    if why_missing("dart", args.data_dir):
+        plan = replace(plan, length_data="e2e")
+    return plan
+
+
+def jobs_of(args) -> tuple[int, list[str]]:
+    """Number of processes, and the GPUs that they are spread over."""
+    gpus = free_gpus() if "cuda" in args.device else []
+    jobs = args.jobs or max(1, len(gpus))
+    if jobs == 1 and gpus and args.device == "cuda" and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        args.device = f"cuda:{gpus[0]}"
+    return jobs, gpus
+
+
+def cells_of(name: str, plan: Plan, args) -> tuple[list[Cell], dict[str, str]]:
+    """The cells of a table or figure, and why those of a data set cannot be run: {data: reason}."""
+    cells = sweep(plan) if name == "sweep" else EXPERIMENTS[name](plan)
+    if args.only:
+        unknown = set(args.only) - {"e2e", "webnlg", "dart"}
+        if unknown:
+            raise ValueError(f"--only knows e2e, webnlg and dart, got {min(unknown)}")
+        cells = [cell for cell in cells if cell.run.data in args.only]
+    wanted = dict.fromkeys(cell.run.data for cell in cells)
+    missing = {data: why for data in wanted if (why := why_missing(data, args.data_dir))}
+    if args.quick and "e2e" in missing:
+        say(f"{missing.pop('e2e')}: the embedded restaurant tables stand in for it")
+        others = [cell for cell in cells if cell.run.data != "e2e"]
+        cells = restaurants_for(cells) + others
+    return cells, missing
+
+
+def run_experiment(
+    name: str, plan: Plan, args, out: Path, jobs: tuple[int, list[str]]
+) -> tuple[Path, list[str]]:
+    """Run what is missing of a table or figure; its CSV, and why runs failed.
+
+    CSV and figure are written anew after each run, so that they show what there is.
+    """
+    cells, missing = cells_of(name, plan, args)
+    model = Path(args.model).name
+    path = out / f"{name}-{model}{'-quick' if args.quick else ''}.csv"
+    runs = list({c.run.id: c.run for c in cells if c.run.data not in missing}.values())
+    todo = [run for run in runs if record_of(args.runs / run.id) is None]
+    say(f"{name}: {len(runs)} runs, {len(runs) - len(todo)} of them are done")
+    for reason in missing.values():
+        say(f"not tested: {reason}")
+
+    def write() -> list[dict]:
+        rows = []
+        for cell in cells:
+            why = missing.get(cell.run.data)
+            problem = f"not tested: {why}" if why else problem_of(cell.run, args.runs)
+            record = record_of(args.runs / cell.run.id)
+            rows.append(row_of(name, plan.scale, model, cell, record, problem))
+        write_rows(path, rows)
+        return rows
+
+    if todo:
+        go(todo, runs, args, jobs, write)
+    rows = write()
+    tell(name, rows, path)
+    failed = [problem_of(run, args.runs) for run in runs]
+    return path, [problem for problem in failed if problem]
+
+
+def go(todo: list[Run], runs: list[Run], args, jobs: tuple[int, list[str]], write) -> None:
+    """Run `todo`, with an estimate before and a line after each."""
+    count, gpus = jobs
+    count = min(count, len(todo))
+    seconds = seconds_of(runs, args.runs, args.data_dir, args.device)
+    total = sum(seconds[run.id] for run in todo) / count
+    say(f"{len(todo)} runs to go, about {duration(total)} with {count} at a time")
+    done = []
+
+    def after(run: Run) -> None:
+        done.append(run)
+        record = record_of(args.runs / run.id)
+        said = problem_of(run, args.runs)
+        if record is not None:
+            bleu = quality({name: str(v) for name, v in record["scores"].items()})
+            said = f"BLEU {bleu:.2f}, {record['train_seconds'] + record['decode_seconds']:.0f} s"
+        write()
+        left = max(0.0, total - sum(seconds[r.id] for r in done) / count)
+        say(f"[{len(done)}/{len(todo)}] {run.id}: {said}; about {duration(left)} left")
+
+    try:
+        run_all(todo, args.runs, args.data_dir, args.device, count, gpus, after)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        raise Interrupted(f"{str(stop) or 'interrupted'}. The same command goes on") from None
+
+
+def tell(name: str, rows: list[dict], path: Path) -> None:
+    """The figure, and the claims on stdout."""
+    if name == "sweep":
+        say(f"wrote {path}")
+        return
+    drawn = draw(name, rows, path.with_suffix(".png"))
+    say(f"wrote {path}" + (f" and {path.with_suffix('.png').name}" if drawn else ""))
+    for line in judge(name, rows):
+        print(line, file=sys.stderr if "--json" in sys.argv else sys.stdout, flush=True)
+    if name in NOT_HERE:
+        print(NOT_HERE[name], file=sys.stderr if "--json" in sys.argv else sys.stdout, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

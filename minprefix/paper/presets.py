@@ -1,0 +1,223 @@
+"""Settings of each method: the paper's for official models, those that the dev set chose for mini.
+
+Read `METHODS` (how the methods differ), `PAPER` (the paper's hyper-parameters), `GRID` (what the
+sweep tries for mini), then `Plan.run`, which makes a `Run` from them. Plan is all that a user
+chooses; the tables and figures are functions of it (`experiments.py`).
+
+Numbers are those of Li & Liang 2021, arXiv v1 Table 5 [1] and ACL appendix A.2, Tables 6 and 8 [2].
+
+[1] https://arxiv.org/abs/2101.00190v1   [2] https://aclanthology.org/2021.acl-long.353
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from minprefix.baselines import BaselineConfig
+from minprefix.decoding import GenerationConfig
+from minprefix.paper.results import quality, read_rows
+from minprefix.paper.run import Run
+from minprefix.prefix import PrefixConfig
+from minprefix.prompt_search import SearchConfig
+from minprefix.training import TrainConfig
+
+SWEEP = Path(__file__).parents[2] / "benchmarks" / "paper" / "sweep-mini.csv"
+LOW_INIT, LOW_LEN = "table-to-text:", 6  # [2] A.2: the start and length of low-data prefixes
+EMBEDDING = "embedding-mlp"  # the authors' code trains virtual tokens through an MLP, too
+
+
+def emb(n: int) -> dict:
+    return {"method": "prefix", "prefix": {"parametrisation": EMBEDDING, "prefix_len": n}}
+
+
+def infix(n: int) -> dict:
+    return {"method": "prefix", "prefix": {"place": "infix", "prefix_len": n}}
+
+
+# by the paper's name: the training method, and what differs from the defaults of its configs
+METHODS = {
+    "FT-FULL": {"method": "finetune"},
+    "FT-TOP2": {"method": "ft-top", "baseline": {"top_layers": 2}},
+    "ADAPTER (3%)": {"method": "adapter", "baseline": {"adapter_share": 0.03}},
+    "ADAPTER (0.1%)": {"method": "adapter", "baseline": {"adapter_share": 0.001}},
+    "PREFIX": {"method": "prefix", "prefix": {}},
+    "EMB-1": emb(1), "EMB-10": emb(10), "EMB-20": emb(20),
+    "INFIX-1": infix(1), "INFIX-10": infix(10), "INFIX-20": infix(20),
+    "DISCRETE": {"method": "search", "behind": 0},
+    "DISCRETE AROUND": {"method": "search", "behind": 3},
+}  # fmt: skip
+
+# [1] Table 5 = [2] Table 6: lr, epochs, batch, prefix length. EMB-n and INFIX-n are not in it: they
+# are trained as PREFIX is.
+PAPER = {
+    ("PREFIX", "e2e"): (8e-5, 5, 10, 5),
+    ("PREFIX", "webnlg"): (5e-5, 5, 5, 5),
+    ("PREFIX", "dart"): (5e-5, 10, 5, 10),
+    ("ADAPTER (3%)", "e2e"): (5e-5, 5, 5, None),
+    ("ADAPTER (0.1%)", "e2e"): (8e-5, 10, 5, None),
+    ("ADAPTER (3%)", "webnlg"): (5e-5, 5, 5, None),
+    ("ADAPTER (0.1%)", "webnlg"): (5e-5, 10, 5, None),
+    ("ADAPTER (3%)", "dart"): (5e-5, 5, 5, None),
+    ("ADAPTER (0.1%)", "dart"): (8e-5, 5, 5, None),
+    ("FT-FULL", "e2e"): (5e-5, 5, 10, None),
+    ("FT-FULL", "webnlg"): (1e-5, 10, 6, None),
+    ("FT-FULL", "dart"): (1e-5, 10, 6, None),
+    ("FT-TOP2", "e2e"): (5e-5, 5, 10, None),
+    ("FT-TOP2", "webnlg"): (5e-5, 10, 9, None),
+    ("FT-TOP2", "dart"): (5e-5, 5, 5, None),
+}
+# [2] A.2, Table 8, low data: lr, batch; most update steps by size (tuned there in 100 .. 600)
+PAPER_LOW = {"lr": 5e-5, "batch_size": 10}
+PAPER_LOW_STEPS = {
+    "PREFIX": {50: 200, 100: 200, 200: 200, 500: 400},
+    "FT-FULL": {50: 100, 100: 100, 200: 200, 500: 400},
+}
+
+# mini: what is the same for all methods, so that the effort is
+MINI = {"steps": 2500, "batch_size": 32}
+MINI_LEN = 10  # prefix length
+MINI_LOW = {"batch_size": 10}
+# mini: four learning rates for each method, by what it trains; chosen on the dev set
+GRID = {
+    "finetune": (2e-4, 5e-4, 1e-3, 2e-3),
+    "ft-top": (2e-4, 5e-4, 1e-3, 2e-3),
+    "adapter": (5e-4, 1e-3, 2e-3, 5e-3),
+    "prefix": (5e-4, 1e-3, 2e-3, 5e-3),
+}
+# mini, low data: learning rates x most steps, for each method; chosen on the dev set
+GRID_LOW = {
+    "finetune": ((1e-4, 3e-4, 1e-3), (100, 400)),
+    "prefix": ((3e-4, 1e-3, 3e-3), (100, 400)),
+}
+SWEPT_SIZE = {50: 100, 100: 100, 200: 100, 500: 500}  # low data: size -> the size it was swept at
+SWEEP_SUBSET = 100  # a subset of its own, none of those that are reported
+
+QUICK = {"steps": 30, "batch_size": 8, "eval_every": 15, "eval_pairs": 16}
+QUICK_TABLES = 24
+
+
+def family(name: str) -> str:
+    """The method whose settings it takes: INFIX-20 those of INFIX-10, and EMB-n those of EMB-10."""
+    kind = name.split("-")[0]
+    return f"{kind}-10" if kind in ("EMB", "INFIX") else name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a user chooses for all experiments."""
+
+    model: str = "mini"  # "mini", or an official model: a name or a folder
+    quick: bool = False  # a minute for each, to look around and for tests
+    seeds: tuple[int, ...] = (0, 1, 2)  # of experiments on all data
+    low_seeds: tuple[int, ...] = (0, 1)  # [2]: 2 seeds for each subset of low data
+    subsets: tuple[int, ...] = (0, 1, 2, 3, 4)  # [2]: 5 subsets
+    sizes: tuple[int, ...] = (50, 100, 200, 500)  # [2]: training pairs
+    steps: int | None = None  # instead of the preset's; low data: at most so many
+    beams: int | None = None  # None = 5 as in the paper, 1 where quick
+    precision: str = "auto"  # of training
+    batch_size: int = 64  # tables decoded at a time
+    length_data: str = "dart"  # of figure 4: the paper's, or another where that is not at hand
+    sweep: Path = SWEEP  # what the dev set chose for mini
+
+    @property
+    def presets(self) -> str:
+        return "mini" if self.model == "mini" or self.quick else "paper"
+
+    @property
+    def scale(self) -> str:
+        """How far the runs are from the preset: stands in every row."""
+        words = ["quick"] if self.quick else []
+        if self.steps is not None:
+            words.append(f"{self.steps} steps")
+        return ", ".join(words) or f"preset ({self.presets})"
+
+    def decoding(self) -> GenerationConfig:
+        beams = self.beams or (1 if self.quick else 5)
+        return GenerationConfig(max_new_tokens=40 if self.quick else 100, num_beams=beams)
+
+    def run(self, data: str, name: str, seed: int, *, size: int | None = None, **changes) -> Run:
+        """The run of a method in `METHODS`.
+
+        Args:
+            size: low data: so many training pairs, the prefix from words; None = all.
+            changes: fields of the run; "prefix" holds changes to its PrefixConfig, "train" to
+                its TrainConfig.
+        """
+        method = METHODS[name]
+        prefix = dict(changes.pop("prefix", {}))
+        trained = dict(changes.pop("train", {}))
+        tables = QUICK_TABLES if self.quick else None
+        fixed = {"tables": tables, "decoding": self.decoding(), "batch_size": self.batch_size}
+        run = Run(data, self.model, size=size, **fixed | changes)
+        if method["method"] == "search":
+            return replace(run, search=self.search(seed, method["behind"]))
+        settings, length = self.settings(data, name, size, prefix.get("init"))
+        train = TrainConfig(
+            method=method["method"], seed=seed, precision=self.precision, samples=0,
+            **settings | trained,
+        )  # fmt: skip
+        run = replace(run, train=train)
+        if method["method"] == "prefix":
+            start = {"init": "words", "init_text": LOW_INIT} if size else {}
+            config = {"prefix_len": length} | start | method["prefix"] | prefix
+            return replace(run, prefix=PrefixConfig(**config))
+        if "baseline" in method:
+            return replace(run, baseline=BaselineConfig(**method["baseline"]))
+        return run
+
+    def search(self, seed: int, behind: int) -> SearchConfig:
+        """The search for a discrete prompt; `--steps` is for training and leaves it alone.
+
+        behind: how many of its tokens stand behind the table (in the place of the bos).
+        """
+        if self.quick:
+            return SearchConfig(
+                prompt_len=4, behind=behind, steps=2, candidates=8, starts=8, batch_size=8,
+                judge_rows=16, eval_pairs=16, seed=seed,
+            )  # fmt: skip
+        return SearchConfig(behind=behind, seed=seed, precision=self.precision)
+
+    def settings(self, data: str, name: str, size: int | None, init: str | None):
+        """Fields of TrainConfig, and the prefix length."""
+        if self.quick:
+            return QUICK | {"steps": self.steps or QUICK["steps"]}, LOW_LEN if size else MINI_LEN
+        if self.presets == "paper":
+            return self._paper(data, name, size)
+        chosen = self._chosen(data, name, size, init)
+        steps = self.steps or MINI["steps"]
+        if size:
+            steps = min(steps, chosen.pop("steps", 200))
+            return MINI_LOW | {"steps": steps, "eval_every": max(1, steps // 10)} | chosen, LOW_LEN
+        chosen.pop("steps", None)
+        every = {"eval_every": max(1, steps // 10), "eval_pairs": 500}
+        return MINI | every | chosen | {"steps": steps}, MINI_LEN
+
+    def _paper(self, data: str, name: str, size: int | None):
+        if size:
+            by_size = PAPER_LOW_STEPS["FT-FULL" if name == "FT-FULL" else "PREFIX"]
+            steps = min(by_size.get(size, 400), self.steps or 400)
+            return PAPER_LOW | {"steps": steps, "eval_every": 20}, LOW_LEN
+        kind = name if (name, data) in PAPER else "PREFIX"
+        lr, epochs, batch, length = PAPER[kind, data]
+        steps = {} if self.steps is None else {"steps": self.steps}
+        many = {"lr": lr, "epochs": epochs, "batch_size": batch, "eval_every": 1000}
+        return many | steps, length
+
+    def _chosen(self, data: str, name: str, size: int | None, init: str | None) -> dict:
+        """lr (and, in low data, steps) with the best dev BLEU in the sweep; {} without one.
+
+        A data set that was not swept takes what was chosen on E2E.
+        """
+        size = SWEPT_SIZE.get(size, 100) if size else None
+        name = family(name) + (" random" if init == "random" and size else "")
+        for swept in (data, "e2e"):
+            rows = [
+                row
+                for row in read_rows(self.sweep)
+                if (row["data"], row["name"], row["size"]) == (swept, name, str(size or ""))
+                and quality(row) is not None
+            ]
+            if rows:
+                best = max(rows, key=quality)
+                found = {"lr": float(best["lr"])}
+                return found | ({"steps": int(best["steps"])} if size else {})
+        return {}

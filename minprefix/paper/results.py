@@ -1,0 +1,147 @@
+"""Rows of results: from finished runs to a CSV, and means with their spread from its rows.
+
+Read `row_of` (one run), `write_rows`, then `mean_sd` and `difference`, which the claims, figures
+and the report are made with. A row holds texts, as a CSV does; an empty cell has no value.
+"""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from minprefix.files import read_text, write_text
+
+Row = dict[str, str]
+KEY = ("name", "x", "data", "size", "subset", "seed")  # what tells the rows of one CSV apart
+# columns before and behind the scores
+FIRST = ("experiment", "model", "scale", *KEY, "split", "decoding")
+LAST = (
+    "tables", "method", "prefix_len", "init", "lr", "steps", "epochs", "batch_size", "precision",
+    "pairs", "dev_pairs", "dev_loss", "train_loss", "trained", "kept", "train_seconds",
+    "decode_seconds", "device", "problem", "cpu", "threads", "torch", "commit", "run",
+)  # fmt: skip
+
+
+def row_of(experiment: str, scale: str, model: str, cell, record: dict | None, problem: str) -> Row:
+    """The CSV row of a cell whose run left `record` (its scores.json), or did not because of
+    `problem`."""
+    run = cell.run
+    beams = run.decoding.num_beams
+    row = {
+        "experiment": experiment, "model": model, "scale": scale, "name": cell.name, "x": cell.x,
+        "data": run.data, "size": run.size, "subset": run.subset, "seed": run.seed,
+        "split": run.split, "decoding": f"beam {beams}" if beams > 1 else "greedy",
+        "method": run.method, "problem": problem, "run": run.id,
+    }  # fmt: skip
+    if run.train is not None:
+        row |= {"lr": run.train.lr, "batch_size": run.train.batch_size}
+        row |= {"epochs": run.train.epochs if run.train.steps is None else None}
+        row |= {"steps": run.train.steps, "precision": run.train.precision}
+    if run.prefix is not None:
+        words = run.prefix.init_text if run.prefix.init == "words" else run.prefix.init
+        row |= {"prefix_len": run.prefix.prefix_len, "init": words}
+    if record is not None:
+        row |= {name: digits(value) for name, value in record["scores"].items()}
+        row |= {name: digits(v) for name, v in record.items() if name != "scores"}
+    return {name: "" if value is None else str(value) for name, value in row.items()}
+
+
+def digits(value):
+    """Floats with five significant digits."""
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """A CSV with the columns of all rows."""
+    found = dict.fromkeys(name for row in rows for name in row)
+    scores = [name for name in found if name not in (*FIRST, *LAST)]
+    columns = [name for name in (*FIRST, *scores, *LAST) if name in found]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV; none if there is no file."""
+    return list(csv.DictReader(io.StringIO(read_text(path)))) if path.exists() else []
+
+
+def value(row: Row, column: str) -> float | None:
+    """A score; None where the row has none."""
+    return float(row[column]) if row.get(column) else None
+
+
+def quality(row: Row) -> float | None:
+    """BLEU of all tables: what settings are chosen by."""
+    return value(row, "BLEU") if row.get("BLEU") else value(row, "BLEU A")
+
+
+def pick(rows: Sequence[Row], **same: str) -> list[Row]:
+    """The rows with these cells."""
+    return [row for row in rows if all(row.get(name, "") == v for name, v in same.items())]
+
+
+class Mean(NamedTuple):
+    """Mean and standard deviation (0 from one value) of n values."""
+
+    mean: float
+    sd: float
+    n: int
+
+
+def mean_sd(rows: Sequence[Row], column: str) -> Mean | None:
+    """Of a column, over the rows that have a value; None if none has."""
+    values = [v for row in rows if (v := value(row, column)) is not None]
+    if not values:
+        return None
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return Mean(statistics.fmean(values), sd, len(values))
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences a - b, its standard error (None from one pair), pairs."""
+
+    mean: float
+    error: float | None
+    n: int
+
+    @property
+    def noise(self) -> bool:
+        """Whether it is within two standard errors of 0, or nothing is known of its error."""
+        return self.error is None or abs(self.mean) < 2 * self.error
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f"{self.mean:+.2f} (one pair: no spread)"
+        return f"{self.mean:+.2f} ± {self.error:.2f} (standard error of {self.n} pairs)"
+
+
+def units(rows: Sequence[Row], column: str, per: tuple[str, ...]) -> dict[tuple[str, ...], float]:
+    """Mean of the column by the cells `per`."""
+    found: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
+        if (v := value(row, column)) is not None:
+            found.setdefault(tuple(row.get(name, "") for name in per), []).append(v)
+    return {key: statistics.fmean(values) for key, values in found.items()}
+
+
+def difference(a: Sequence[Row], b: Sequence[Row], column: str) -> Difference | None:
+    """a - b in a column. What is paired: low data's subsets where there are several, else seeds.
+
+    Seeds on one subset share its data and are no independent trials, so they are averaged first;
+    so are values at several x. None where nothing pairs.
+    """
+    subsets = {row["subset"] for row in [*a, *b] if row["size"]}
+    per = ("subset",) if len(subsets) > 1 else ("seed",)
+    left, right = units(a, column, per), units(b, column, per)
+    gaps = [left[key] - right[key] for key in left if key in right]
+    if not gaps:
+        return None
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
+    return Difference(statistics.fmean(gaps), error, len(gaps))
