@@ -23,21 +23,20 @@ data subsets, are the pairs, and "within noise" is less than two standard errors
 """
 
 
-def digits(column: str) -> int:
+def digits(data: str, column: str) -> int:
     """Decimal places, as the paper has them."""
     small = column.startswith(("NIST", "CIDEr", "TER"))
-    return 2 if small else 1
+    return 2 if small or (column.startswith("MET") and data in ("webnlg", "dart")) else 1
 
 
-def cell(found: Mean | None, column: str, said: float | None) -> str:
+def cell(found: Mean | None, places: int, said: float | None) -> str:
     """One cell of a table: ours, then the paper's."""
-    places = digits(column)
     ours = "" if found is None else f"{found.mean:.{places}f}"
     if found is not None and found.n > 1:
         ours += f" ± {found.sd:.{places}f}"
     if found is not None:
         ours += f" ({found.n})"
-    return ours if said is None else f"{ours}<br>*paper {said:g}*"
+    return ours if said is None else f"{ours}<br>*paper {said:.{places}f}*"
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -59,7 +58,7 @@ def table(experiment: str, rows: Sequence[Row], data: str) -> str:
             if not here or not columns:
                 continue
             said = published(experiment, data, name)
-            cells = [cell(mean_sd(here, c), c, said.get(c)) for c in columns]
+            cells = [cell(mean_sd(here, c), digits(data, c), said.get(c)) for c in columns]
             counts = [f"{int(here[0][c]):,}" if here[0].get(c) else "" for c in ("trained", "kept")]
             lines.append([name, *([x] if any(xs) else []), *cells, *counts])
     text = f"**{data}**\n\n" + markdown(header, lines) if lines else ""
@@ -83,11 +82,11 @@ def settings(rows: Sequence[Row]) -> str:
     """One line: what the runs were."""
 
     def said(column: str) -> str:
-        return ", ".join(v for v in names_of(rows, column) if v) or "none"
+        return ", ".join(dict.fromkeys(v for row in rows if (v := row.get(column)))) or "none"
 
     return (
         f"Model {said('model')}; {said('scale')}; seeds {said('seed')}; {said('decoding')}; "
-        f"device {said('device')}."
+        f"run on {said('gpu') if any(row.get('gpu') for row in rows) else said('cpu')}."
     )
 
 

@@ -21,7 +21,8 @@ FIRST = ("experiment", "model", "scale", *KEY, "split", "decoding")
 LAST = (
     "tables", "method", "prefix_len", "init", "lr", "steps", "epochs", "batch_size", "precision",
     "pairs", "dev_pairs", "dev_loss", "train_loss", "trained", "kept", "train_seconds",
-    "decode_seconds", "device", "problem", "cpu", "threads", "torch", "commit", "run",
+    "decode_seconds", "problem", "cpu", "gpu", "threads", "torch", "cuda", "triton", "commit",
+    "run",
 )  # fmt: skip
 
 

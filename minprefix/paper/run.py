@@ -24,7 +24,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from minprefix import prompt_search, weights
 from minprefix.baselines import Adapter, BaselineConfig, make_baseline
@@ -188,6 +187,9 @@ def execute(run: Run, folder: Path, data_dir: Path | None = None, device: str = 
         Interrupted: Ctrl-C; the state is saved.
         ValueError, OSError, FloatingPointError: as loading, training and scoring raise them.
     """
+    from benchmarks.machine import machine  # beside the package, in the checkout
+
+    machine()  # the commit that runs, not the one at the end
     training = make_training(run, data_dir, folder, device)
     search = run.train is None
     if (prompt_search.state_path(folder) if search else state_path(folder)).exists():
@@ -218,8 +220,8 @@ def execute(run: Run, folder: Path, data_dir: Path | None = None, device: str = 
         "kept": n_kept,
         "train_seconds": round(result["seconds"], 2),
         "decode_seconds": round(decode_seconds, 2),
-        "device": torch.cuda.get_device_name() if "cuda" in device else "cpu",
     }
+    record |= machine()
     lines = (
         json.dumps({"source": e.source, "text": t}, ensure_ascii=False) + "\n"
         for e, t in zip(examples, texts, strict=True)
