@@ -99,9 +99,9 @@ def plan_of(args) -> Plan:
 
 def jobs_of(args) -> tuple[int, list[str]]:
     """Number of processes, and the GPUs that they are spread over."""
-    gpus = free_gpus() if "cuda" in args.device else []
+    gpus = free_gpus() if args.device == "cuda" else []  # cuda:1 is that one
     jobs = args.jobs or max(1, len(gpus))
-    if jobs == 1 and gpus and args.device == "cuda" and "CUDA_VISIBLE_DEVICES" not in os.environ:
+    if jobs == 1 and gpus and "CUDA_VISIBLE_DEVICES" not in os.environ:
         args.device = f"cuda:{gpus[0]}"
     return jobs, gpus
 
@@ -152,7 +152,7 @@ def run_experiment(
     if todo:
         go(todo, runs, args, jobs, write)
     rows = write()
-    tell(name, rows, path)
+    tell(name, rows, path, sys.stderr if args.json else sys.stdout)
     failed = [problem_of(run, args.runs) for run in runs]
     return path, [problem for problem in failed if problem]
 
@@ -183,17 +183,17 @@ def go(todo: list[Run], runs: list[Run], args, jobs: tuple[int, list[str]], writ
         raise Interrupted(f"{str(stop) or 'interrupted'}. The same command goes on") from None
 
 
-def tell(name: str, rows: list[dict], path: Path) -> None:
-    """The figure, and the claims on stdout."""
+def tell(name: str, rows: list[dict], path: Path, stream) -> None:
+    """Draw the figure, print the claims."""
     if name == "sweep":
         say(f"wrote {path}")
         return
     drawn = draw(name, rows, path.with_suffix(".png"))
     say(f"wrote {path}" + (f" and {path.with_suffix('.png').name}" if drawn else ""))
     for line in judge(name, rows):
-        print(line, file=sys.stderr if "--json" in sys.argv else sys.stdout, flush=True)
+        print(line, file=stream, flush=True)
     if name in NOT_HERE:
-        print(NOT_HERE[name], file=sys.stderr if "--json" in sys.argv else sys.stdout, flush=True)
+        print(NOT_HERE[name], file=stream, flush=True)
 
 
 def duration(seconds: float) -> str:

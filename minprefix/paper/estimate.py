@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,8 +77,10 @@ def seconds_of(
             speeds.setdefault(kind(run), []).append(speed)
     first = {kind(run): run for run in reversed(runs)}
     for name in sorted(wanted - set(speeds)):
-        known = first[name].train is not None
-        speeds[name] = [measured(first[name], data_dir, device) if known else Speed(0, 0)]
+        speeds[name] = [Speed(0, 0)]
+        if first[name].train is not None:
+            with suppress(Exception):  # the run itself will say what is wrong
+                speeds[name] = [measured(first[name], data_dir, device)]
     sizes: dict[tuple[str, str], int] = {}
     seconds = {}
     for run in runs:

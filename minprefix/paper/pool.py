@@ -7,6 +7,7 @@ the others go on; the next command tries it again.
 """
 
 import fcntl
+import gc
 import json
 import multiprocessing
 import os
@@ -53,6 +54,7 @@ def attempt(run: Run, folder: Path, data_dir: Path | None, device: str) -> None:
     except Exception as error:  # whatever it is, the other runs go on
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         write_text(folder / "failure.json", json.dumps({"reason": reason}) + "\n")
+    gc.collect()  # the model, before the next one is loaded
 
 
 def work(
@@ -155,7 +157,7 @@ def run_all(
 
 def start(jobs: int, runs, root: Path, data_dir, device: str, gpus: Sequence[str]) -> list:
     """Worker processes; a new one has its GPU and its threads from the environment."""
-    threads = max(1, torch.get_num_threads() // (1 if gpus else jobs))
+    threads = max(1, torch.get_num_threads() // (jobs if device == "cpu" else 1))
     context = multiprocessing.get_context("spawn")
     before = dict(os.environ)
     workers = []

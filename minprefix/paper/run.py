@@ -197,6 +197,7 @@ def execute(run: Run, folder: Path, data_dir: Path | None = None, device: str = 
     result = training.run(progress=False)
     n_trained = 0 if search else sum(p.numel() for p in training.trained.parameters())
     rows, dev_rows = len(training.rows), len(training.dev_rows)
+    lr = None if search else training.lr
     del training
     model, tokenizer, extra = trained(run, folder, device)
     n_kept = n_trained
@@ -210,6 +211,7 @@ def execute(run: Run, folder: Path, data_dir: Path | None = None, device: str = 
     best = result["dev_loss" if search else "best_dev_loss"]
     record = {
         "scores": score_texts(run, texts, examples),
+        "lr": lr,
         "steps": result["steps"],
         "dev_loss": best if math.isfinite(best) else None,
         "train_loss": losses[-1] if losses else None,

@@ -1,0 +1,252 @@
+"""The command `paper` from its runs to CSV, figure and claims, on a tiny model."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from minprefix.paper import pool
+from minprefix.paper.experiments import TABLE1, TABLE4, figure3, figure6, table1, table3, table4
+from minprefix.paper.presets import Plan
+from minprefix.paper.results import read_rows
+from minprefix.paper.run import Run, record_of
+from minprefix.training import TrainConfig
+from minprefix.weights import save_model
+from tests.conftest import tiny_with_words
+from tests.paper_data import write_e2e, write_webnlg
+
+CHANGING = ("train_seconds", "decode_seconds", "threads")  # what runs need not share
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def without_meteor(monkeypatch):
+    """METEOR starts a Java program for each score."""
+    monkeypatch.setenv("MINPREFIX_METEOR", "/nowhere/meteor.jar")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_e2e(folder / "e2e")
+    write_webnlg(folder / "webnlg")
+    return folder
+
+
+@pytest.fixture
+def options(tiny_folder, data_dir, tmp_path) -> list[str]:
+    words = ["--quick", "--steps", 3, "--model", tiny_folder, "--data-dir", data_dir]
+    return [str(word) for word in [*words, "--device", "cpu", "--runs", tmp_path / "runs"]]
+
+
+def steady(path: Path) -> list[dict]:
+    """The rows of a CSV without what runs need not share."""
+    rows = read_rows(path)
+    return [{k: v for k, v in row.items() if k not in CHANGING} for row in rows]
+
+
+def test_table4_gives_rows_figure_claims_and_report_and_is_not_run_twice(cli, options, tmp_path):
+    out, err = cli("paper", "table4", *options)
+    results = tmp_path / "runs" / "results"
+    rows = read_rows(results / "table4-tiny-quick.csv")
+    assert [row["name"] for row in rows] == list(TABLE4)
+    assert all(row["BLEU"] and not row["problem"] and row["commit"] for row in rows)
+    assert all(float(row["lr"]) > 0 for row in rows if row["method"] != "search")
+    assert {row["scale"] for row in rows} == {"quick, 3 steps"} and rows[0]["tables"] == "6"
+    by = {row["name"]: row for row in rows}
+    assert by["EMB-20"]["prefix_len"] == "20" and by["DISCRETE"]["trained"] == "0"
+    assert (results / "table4-tiny-quick.png").read_bytes().startswith(b"\x89PNG")
+    assert out.count("Table 4") >= 2 and "about" in err and "METEOR is left out" in err
+    report = (results / "RESULTS.md").read_text()
+    assert "paper 62.2" in report and "table4-tiny-quick.png" in report
+    again = (results / "table4-tiny-quick.csv").read_bytes()
+    _, err = cli("paper", "table4", *options)
+    assert f"{len(TABLE4)} of them are done" in err and "to go" not in err
+    assert (results / "table4-tiny-quick.csv").read_bytes() == again
+
+
+def test_methods_of_table1_and_a_missing_data_set(cli, options, tmp_path):
+    out, err = cli("paper", "table1", *options, "--only", "webnlg", "dart")
+    rows = read_rows(tmp_path / "runs" / "results" / "table1-tiny-quick.csv")
+    assert [row["name"] for row in rows] == [*TABLE1, *TABLE1]
+    done = [row for row in rows if row["data"] == "webnlg"]
+    assert all(row["BLEU S"] and row["BLEU U"] and row["BLEU A"] for row in done)
+    counts = {row["name"]: int(row["trained"]) for row in done}
+    assert counts["FT-FULL"] > counts["FT-TOP2"] > counts["ADAPTER (0.1%)"]
+    assert {r["problem"] for r in rows if r["data"] == "dart"} == {
+        "not tested: dart is not at hand"
+    }
+    assert "not tested: dart is not at hand" in err and "dart" in out
+    _, err = cli("paper", "table3", *options)  # the same runs
+    assert f"{len(TABLE1)} of them are done" in err and "to go" not in err
+    assert not list((tmp_path / "runs").glob("*finetune*/model")), "weights are deleted"
+    assert not list((tmp_path / "runs").glob("*/state"))
+
+
+@pytest.mark.slow
+def test_figure3_killed_and_gone_on_with_gives_the_rows_of_an_unbroken_run(cli, options, tmp_path):
+    long = [*options, "--steps", "60"]
+    command = [sys.executable, "-m", "minprefix", "paper", "figure3", *long]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    runs = tmp_path / "runs"
+    for _ in range(6000):  # until a run is finished and the next has saved a state
+        if list(runs.glob("*/scores.json")) and list(runs.glob("*/state/state.pt")):
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {path: path.read_bytes() for path in runs.glob("*/scores.json")}
+    assert 1 <= len(kept) < 4, "killed in the middle"
+    cli("paper", "figure3", *long)
+    assert all(path.read_bytes() == before for path, before in kept.items()), "not run again"
+    name = "results/figure3-tiny-quick.csv"
+    whole = [*long[:-4], "--runs", str(tmp_path / "whole"), "--steps", "60"]
+    cli("paper", "figure3", *whole)
+    assert steady(runs / name) == steady(tmp_path / "whole" / name)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_rows_of_one(cli, options, tmp_path):
+    cli("paper", "figure3", *options)
+    both = [*options[:-1], str(tmp_path / "both"), "--jobs", "2"]
+    cli("paper", "figure3", *both)
+    name = "results/figure3-tiny-quick.csv"
+    one, two = steady(tmp_path / "runs" / name), steady(tmp_path / "both" / name)
+    assert one == two and all(row["BLEU"] for row in one)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_processes_which_save(options, tmp_path):
+    words = [*options, "--steps", "100000", "--jobs", "2"]
+    command = [sys.executable, "-m", "minprefix", "paper", "figure3", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    runs = tmp_path / "runs"
+    for _ in range(6000):
+        if len(list(runs.glob("*/state/state.pt"))) == 2:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "The same command goes on" in err
+    for lock in runs.glob("*/lock"):
+        with pool.locked(lock.parent, wait=False) as free:
+            assert free, "no process has it any more"
+    assert len(list(runs.glob("*/state/state.pt"))) == 2 and not list(runs.glob("*/scores.json"))
+
+
+def runs_of(n: int) -> list[Run]:
+    return [Run("e2e", "mini", TrainConfig(seed=seed)) for seed in range(n)]
+
+
+def test_two_workers_never_take_the_same_run(monkeypatch, tmp_path):
+    taken = []
+
+    def execute(run, folder, data_dir, device):
+        taken.append(run.id)
+        time.sleep(0.01)  # long enough for the other worker to come by
+        (folder / "scores.json").write_text("{}")
+
+    monkeypatch.setattr(pool, "execute", execute)
+    runs = runs_of(12)
+    workers = [
+        threading.Thread(target=pool.work, args=(runs, tmp_path, None, "cpu")) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(taken) == sorted(run.id for run in runs)
+
+
+def test_a_run_that_another_process_has_is_waited_for(monkeypatch, tmp_path):
+    (run,) = runs_of(1)
+    monkeypatch.setattr(pool, "execute", lambda *_: pytest.fail("the other one has done it"))
+    with pool.locked(tmp_path / run.id, wait=False) as mine:
+        assert mine
+        worker = threading.Thread(target=pool.work, args=([run], tmp_path, None, "cpu"))
+        worker.start()
+        time.sleep(0.05)
+        assert worker.is_alive()
+        (tmp_path / run.id / "scores.json").write_text("{}")
+    worker.join(timeout=10)
+    assert not worker.is_alive() and not (tmp_path / run.id / "failure.json").exists()
+
+
+def test_a_failed_run_is_a_row_and_is_tried_again(cli, options, tmp_path, monkeypatch):
+    execute = pool.execute
+
+    def fails(run, *args):
+        if run.method == "finetune" and run.size == 50:
+            raise FloatingPointError("the loss is nan\nafter step 2")
+        return execute(run, *args)
+
+    monkeypatch.setattr(pool, "execute", fails)
+    _, err = cli("paper", "figure3", *options, code=1)
+    assert "1 runs failed" in err and "FloatingPointError: the loss is nan after step 2" in err
+    path = tmp_path / "runs" / "results" / "figure3-tiny-quick.csv"
+    rows = read_rows(path)
+    assert [bool(row["problem"]) for row in rows] == [True, False, False, False]
+    assert not rows[0]["BLEU"] and all(row["BLEU"] for row in rows[1:])
+    monkeypatch.setattr(pool, "execute", execute)
+    _, err = cli("paper", "figure3", *options)
+    assert "3 of them are done" in err
+    assert not any(row["problem"] for row in read_rows(path))
+
+
+def test_an_interrupted_command_says_that_it_goes_on(cli, options, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool, "execute", stopped)
+    _, err = cli("paper", "figure3", *options, code=130)
+    assert "The same command goes on" in err
+
+
+def test_names_are_digests_of_the_whole_definition():
+    plan = Plan(seeds=(0, 1))
+    names = {cell.run.id for cell in table1(plan)}
+    assert len(names) == len(table1(plan)) == 3 * len(TABLE1) * 2
+    assert {cell.run.id for cell in table3(plan)} < names
+    assert len({c.run.id for c in table4(plan)} & names) == 2, "PREFIX of both tables is one run"
+    assert len({c.run.id for c in figure6(plan)} & names) == 4, "all of the data"
+    (a, b) = (Plan(precision=p).run("e2e", "PREFIX", 0) for p in ("fp32", "bf16"))
+    assert a.id != b.id and a.id == Plan(precision="fp32").run("e2e", "PREFIX", 0).id
+    few = figure3(Plan())
+    assert len(few) == 4 * 2 * 5 * 2 == len({cell.run.id for cell in few})
+
+
+def test_quick_looks_around_without_any_data(cli, tokenizer, tmp_path, monkeypatch):
+    """The embedded tables, named as what they are."""
+    save_model(tiny_with_words(n_positions=256), tokenizer, tmp_path / "tiny")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = ["--quick", "--steps", "2", "--model", tmp_path / "tiny", "--runs", tmp_path / "runs"]
+    _, err = cli("paper", "figure3", *words, "--device", "cpu", "--json")
+    assert "the embedded restaurant tables stand in" in err
+    rows = read_rows(tmp_path / "runs" / "results" / "figure3-tiny-quick.csv")
+    assert {row["data"] for row in rows} == {"restaurants"} and all(row["BLEU"] for row in rows)
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--steps", "--jobs", "--subsets"])
+def test_numbers_that_make_no_sense_are_named(cli, options, option):
+    _, err = cli("paper", "table4", *options, option, "0", code=1)
+    assert f"{option} must be at least 1, got 0" in err
+
+
+def test_a_name_that_is_no_data_set_is_named(cli, options):
+    _, err = cli("paper", "table1", *options, "--only", "xsum", code=1)
+    assert "got xsum" in err
+
+
+def test_texts_are_kept_for_every_table(cli, options, tmp_path):
+    cli("paper", "figure3", *options)
+    (folder,) = (tmp_path / "runs").glob("e2e-prefix6-n50*")
+    lines = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
+    assert len(lines) == record_of(folder)["tables"] == 6
+    assert {"source", "text"} == set(lines[0])
+    record = record_of(folder)
+    assert record["pairs"] == 50 and record["dev_pairs"] == 15 and record["steps"] == 3
