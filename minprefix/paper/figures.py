@@ -10,7 +10,7 @@ from minprefix.files import atomic_write
 from minprefix.paper.published import published
 from minprefix.paper.results import Row, mean_sd, pick
 
-OURS, THEIRS, FAINT = "#d9822b", "#9aa5ad", 0.18  # colours; opacity of a band
+OURS, FAINT = "#d9822b", 0.18  # colour; opacity of a band
 COLOURS = {"PREFIX": OURS, "FT-FULL": "#3b6ea5"}
 SCORES = {  # what a figure shows: column, label
     "figure3": (("BLEU", "BLEU"), ("R-L", "ROUGE-L")),
@@ -22,7 +22,7 @@ AXES = {
     "figure4": "prefix length (positions)",
     "figure6": "part of the training pairs (%)",
 }
-SAMPLE = "bars and bands: one standard deviation over seeds and subsets"
+SAMPLE = "whiskers, bands: 1 standard deviation over runs"
 
 
 def names_of(rows: Sequence[Row], column: str = "name") -> list[str]:
@@ -42,7 +42,7 @@ def new_figure(panels: int, width: float = 4.6):
 
 
 def bars(axes, rows: Sequence[Row], experiment: str, data: str, column: str) -> None:
-    """A bar for each name, the paper's number (GPT-2 medium) as a grey mark beside it."""
+    """A bar for each name, the paper's number (GPT-2 medium) as a black mark."""
     names = [name for name in names_of(rows) if mean_sd(pick(rows, name=name), column)]
     for i, name in enumerate(names):
         mean, sd, n = mean_sd(pick(rows, name=name), column)
@@ -73,16 +73,19 @@ def draw_table(experiment: str, rows: Sequence[Row]):
 
 
 def draw_starts(rows: Sequence[Row]):
-    """Figure 5: a bar for each start, in low data and with all data."""
+    """Figure 5: a point for each start, in low data and with all data."""
     panels = [x for x in ("100", "all") if mean_sd(pick(rows, x=x), "BLEU")]
     if not panels:
         return None
     figure, axes = new_figure(len(panels))
     for one, x in zip(axes, panels, strict=True):
-        bars(one, pick(rows, x=x), "figure5", "e2e", "BLEU")
-        lowest = min(mean_sd(pick(rows, x=x, name=n), "BLEU").mean for n in names_of(rows)
-                     if mean_sd(pick(rows, x=x, name=n), "BLEU"))  # fmt: skip
-        one.set(title=f"{x} training pairs", xlim=(max(0, lowest - 15), None), xlabel="BLEU")
+        found = {n: mean_sd(pick(rows, x=x, name=n), "BLEU") for n in names_of(rows)}
+        found = {name: mean for name, mean in found.items() if mean is not None}
+        for i, (mean, sd, _) in enumerate(found.values()):
+            one.errorbar(mean, i, xerr=sd, fmt="o", color=OURS, ecolor="#333333", capsize=3)
+        one.set_yticks(range(len(found)), list(found))
+        one.set_ylim(len(found) - 0.5, -0.5)
+        one.set(title=f"{x} training pairs", xlabel="BLEU (0 to 100)")
     return figure
 
 
@@ -129,10 +132,10 @@ def draw(experiment: str, rows: Sequence[Row], path: Path) -> bool:
     if figure is None:
         return False
     about = rows[0]
-    spread = SAMPLE + (
-        "; black: the paper, GPT-2 medium" if experiment in ("table1", "table4") else ""
-    )
-    figure.suptitle(f"{experiment}: {about['model']}, {about['scale']}\n{spread}", fontsize=8)
+    lines = [f"{experiment}: {about['model']}, {about['scale']}", SAMPLE]
+    if experiment in ("table1", "table4"):
+        lines.append("black: the paper, GPT-2 medium")
+    figure.suptitle("\n".join(lines), fontsize=8)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, metadata={"Software": None})
     return True
