@@ -6,7 +6,7 @@ KERNEL_TESTS := tests/test_attention.py tests/test_decode.py tests/test_operator
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo test test-kernels check format test-official
-.PHONY: compile compile-all bench bench-cpu bench-gpu bench-gpu-steps clean
+.PHONY: compile compile-all bench bench-cpu bench-gpu bench-gpu-steps paper clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -72,6 +72,9 @@ bench-gpu: ## on a GPU: kernel tests, sanitizer and benchmarks, in ten minutes, 
 
 bench-gpu-steps: ## on a GPU: training steps and generation beside PEFT, into benchmarks/gpu_steps
 	OUT=$(or $(GPU_OUT),benchmarks/gpu_steps) benchmarks/gpu_steps.sh
+
+paper: .venv/.user ## every table and figure of the paper with mini (DATA=folder, JOBS=4 on a GPU)
+	benchmarks/paper.sh
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -14,7 +14,7 @@ from minprefix.paper import pool
 from minprefix.paper.experiments import TABLE1, TABLE4, figure3, figure6, table1, table3, table4
 from minprefix.paper.presets import Plan
 from minprefix.paper.results import read_rows
-from minprefix.paper.run import Run, record_of
+from minprefix.paper.run import Run, record_of, why_missing
 from minprefix.training import TrainConfig
 from minprefix.weights import save_model
 from tests.conftest import tiny_with_words
@@ -250,3 +250,11 @@ def test_texts_are_kept_for_every_table(cli, options, tmp_path):
     assert {"source", "text"} == set(lines[0])
     record = record_of(folder)
     assert record["pairs"] == 50 and record["dev_pairs"] == 15 and record["steps"] == 3
+
+
+def test_data_without_a_training_split_is_missing(tmp_path):
+    (tmp_path / "dart").mkdir()
+    (tmp_path / "dart" / "dart-v1-dev.json").write_text("[]")
+    assert why_missing("dart", tmp_path) == "the train split of dart is not at hand"
+    assert why_missing("webnlg", tmp_path) == "webnlg is not at hand"
+    assert why_missing("restaurants", tmp_path) == ""

@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from minprefix.meteor import why_not
 from minprefix.paper.claims import judge
 from minprefix.paper.estimate import seconds_of
 from minprefix.paper.experiments import EXPERIMENTS, NOT_HERE, Cell, restaurants_for, sweep
@@ -65,6 +66,8 @@ def run(args) -> dict | None:
     if args.what == "report":
         return {"report": str(write_report(out))}
     plan, jobs = plan_of(args), jobs_of(args)
+    if problem := why_not():
+        say(problem)
     failed, files = [], []
     for name in EXPERIMENTS if args.what == "all" else (args.what,):
         path, problems = run_experiment(name, plan, args, out, jobs)
