@@ -11,7 +11,7 @@ from minprefix import weights
 from minprefix.checkpoint import load_prefix, save_prefix
 from minprefix.files import read_json
 from minprefix.foreign import (
-    VirtualTokens,
+    AuthorsTokens,
     check_fits,
     read_adapters,
     read_authors,
@@ -59,7 +59,7 @@ def read_any(source: Path, model: GPT2 | None = None) -> Prefix:
         prefix = load_prefix(source)
     else:
         prefix = read_authors(source, config)
-    if isinstance(prefix, VirtualTokens):
+    if isinstance(prefix, AuthorsTokens):
         if model is None and prefix.infix_table is None:
             raise ValueError(
                 f"{source}: virtual tokens at the input (embedding-only): their keys and values "

@@ -20,7 +20,7 @@ refused, not run.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +29,8 @@ from torch import Tensor
 
 from minprefix.files import load_tensors, read_json
 from minprefix.gpt2 import GPT2, GPT2Config
-from minprefix.prefix import Prefix, token_activations
+from minprefix.parametrisations import activations
+from minprefix.prefix import Prefix
 from minprefix.weights import LISTED, read_config, read_pickle
 
 # what adapter-hub's config may say; another value means something that a Prefix is not
@@ -45,7 +46,7 @@ DIRECT_KEYS, EMBEDDING_KEYS = {"control_trans"}, {"wte.weight"}
 
 
 @dataclass(frozen=True)
-class VirtualTokens:
+class AuthorsTokens:
     """A prefix that only the frozen model turns into keys and values, by running `embeddings`.
 
     Embedding-only: at positions 0 .. P-1, before the text (`run_virtual_tokens`). Infix: after the
@@ -178,7 +179,7 @@ def config_beside(path: Path, config: GPT2Config | None) -> GPT2Config | None:
 
 
 @torch.no_grad()
-def read_authors(path: str | Path, config: GPT2Config | None = None) -> Prefix | VirtualTokens:
+def read_authors(path: str | Path, config: GPT2Config | None = None) -> Prefix | AuthorsTokens:
     """A GPT-2 prefix that the authors' code saved; which kind, its keys say.
 
     Args:
@@ -207,7 +208,7 @@ def read_authors(path: str | Path, config: GPT2Config | None = None) -> Prefix |
         rows = mlp_rows(path, tensors)
         C = tensors["wte.weight"].shape[1]
         if keys == EMBEDDING_KEYS or (keys == MLP_KEYS and rows.shape[1] == C):
-            return VirtualTokens(rows)
+            return AuthorsTokens(rows)
     config = config_beside(path, config)
     if config is None:
         raise ValueError(
@@ -220,26 +221,25 @@ def read_authors(path: str | Path, config: GPT2Config | None = None) -> Prefix |
     embeddings, want = tensors["wte2.weight"], (table.shape[3], config.n_embd)
     if embeddings.shape != want:
         raise ValueError(f"{path}: wte2.weight must be {want}, got {tuple(embeddings.shape)}")
-    return VirtualTokens(embeddings, table)
+    return AuthorsTokens(embeddings, table)
 
 
-def run_virtual_tokens(model: GPT2, tokens: VirtualTokens) -> Prefix:
+def run_virtual_tokens(model: GPT2, tokens: AuthorsTokens) -> Prefix:
     """The table of embedding-only: keys and values that the model has on them at 0 .. P-1."""
     P, C = tokens.embeddings.shape
     if tokens.infix_table is not None:
         raise ValueError(
-            "an infix's keys and values depend on the text before it: it has no table, so it "
-            "cannot become a prefix file"
+            "the keys and values of the authors' infix depend on the text before it: it has no "
+            "table, so it cannot become a prefix file (an infix trained here has one)"
         )
     if C != model.config.n_embd:
         raise ValueError(f"virtual tokens of width {C} for a model of width {model.config.n_embd}")
     if P >= model.config.n_positions:
         raise ValueError(f"{P} virtual tokens > {model.config.n_positions} positions of the model")
-    with torch.device("meta"):  # the same model, whose vocabulary is the virtual tokens
-        small = GPT2(replace(model.config, vocab_size=P))
-    embeddings = tokens.embeddings.to(model.wte.weight)
-    small.load_state_dict(model.state_dict() | {"wte.weight": embeddings}, assign=True)
-    prefix = Prefix.from_table(token_activations(small, list(range(P))), position_offset=P)
+    with torch.no_grad():
+        table = activations(model, tokens.embeddings.to(model.wte.weight))
+    prefix = Prefix.from_table(table, position_offset=P)
+    prefix.parametrisation = "embedding"
     prefix.bind(model)
     return prefix
 

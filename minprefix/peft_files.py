@@ -76,6 +76,11 @@ def write_peft(folder: str | Path, prefix: Prefix, base_model: str | None = None
         OSError: it cannot be written.
     """
     P, folder = prefix.prefix_len, Path(folder)
+    if prefix.place != "prefix":
+        raise ValueError(
+            "PEFT has no infix: all tokens see its prefix, which stands before the source: train "
+            "one with --place prefix"
+        )
     if prefix.gate is not None:
         raise ValueError(
             "PEFT has no gate on the prefix's softmax terms, so a prefix with a gate cannot become "

@@ -9,7 +9,7 @@ from conftest import assert_close, random_ids, tiny_with_words
 from safetensors.torch import load_file
 
 from minprefix.files import load_tensors
-from minprefix.foreign import VirtualTokens, run_virtual_tokens
+from minprefix.foreign import AuthorsTokens, run_virtual_tokens
 from minprefix.prefix import Prefix
 from minprefix.weights import find, fingerprint, load
 
@@ -107,7 +107,7 @@ def test_from_virtual_tokens(cli, tiny_folder, tmp_path):
     embeddings, out = torch.randn(P, C), tmp_path / "out.safetensors"
     source = authors(tmp_path / "a", {"wte.weight": embeddings})
     cli("convert", source, "--to", "minprefix", "--out", out, "--model", tiny_folder)
-    exact = run_virtual_tokens(MODEL, VirtualTokens(embeddings))
+    exact = run_virtual_tokens(MODEL, AuthorsTokens(embeddings))
     assert torch.equal(Prefix.load(out).prefix_table, exact.prefix_table)
     assert Prefix.load(out).base == fingerprint(MODEL)
 
@@ -147,8 +147,8 @@ def test_refusals_write_nothing(cli, ours, tiny_folder, tmp_path):
         (flat, "minprefix", (), "adapter_config.json: does not say how many heads"),
         (flat, "peft", model, "--position-offset 5"),
         (virtual, "minprefix", (), f"{virtual}: virtual tokens at the input"),
-        (infix, "minprefix", model, f"{infix}: an infix's keys and values depend on"),
-        (infix, "minprefix", (), f"{infix}: an infix's keys and values depend on"),
+        (infix, "minprefix", model, f"{infix}: the keys and values of the authors' infix depend on"),
+        (infix, "minprefix", (), f"{infix}: the keys and values of the authors' infix depend on"),
         (wide, "minprefix", model, f"{wide}: 2 layers with 4 heads of 8 do not fit"),
         (tmp_path / "other.safetensors", "peft", model, "made for another model"),
         (ours, "minprefix", ("--position-offset", -1), "position_offset must be >= 0, got -1"),

@@ -8,7 +8,7 @@ import torch
 from conftest import assert_close, hf_twin, random_ids, tiny_gpt2
 from torch import nn
 
-from minprefix.foreign import VirtualTokens, read_adapters, read_authors, run_virtual_tokens
+from minprefix.foreign import AuthorsTokens, read_adapters, read_authors, run_virtual_tokens
 from minprefix.gpt2 import GPT2Config
 from minprefix.prefix import Prefix
 
@@ -156,7 +156,7 @@ def test_virtual_tokens_of_another_model():
         ((64, C), "64 .* > 64"),
     ):
         with pytest.raises(ValueError, match=message):
-            run_virtual_tokens(tiny_gpt2(), VirtualTokens(torch.zeros(shape)))
+            run_virtual_tokens(tiny_gpt2(), AuthorsTokens(torch.zeros(shape)))
 
 
 def mlp_state(**changes) -> dict[str, torch.Tensor]:

@@ -111,6 +111,7 @@ def test_what_peft_cannot_compute_is_refused(tmp_path):
     config = tiny_gpt2().config
     for options, message in (
         ({"gate": True, "position_offset": P}, "no gate.*--no-gate"),
+        ({"place": "infix"}, "no infix.*--place prefix"),
         ({"position_offset": 0}, f"position P = {P}, with this prefix at 0.*--position-offset {P}"),
     ):
         with pytest.raises(ValueError, match=message) as error:
