@@ -28,7 +28,7 @@ def load_prefix(args, model) -> Prefix | None:
     What --adapter names is attached to the model.
     """
     if args.adapter and args.prefix:
-        raise ValueError("--prefix and --adapter are two methods: choose one")
+        raise ValueError("--prefix and --adapter are different methods: choose one")
     if args.adapter:
         Adapter.load(args.adapter).to(args.device).attach(model)
     if not args.prefix:

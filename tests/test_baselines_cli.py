@@ -99,8 +99,8 @@ def test_errors_in_one_line(cli, tiny_folder, tables, run, tmp_path):
     path = run / "adapter.safetensors"
     adapter, tiny = ("--adapter", path), ("--model", tiny_folder)
     wrong = {
-        "--prefix and --adapter are two": ("generate", "a", *tiny, *adapter, "--prefix", "p"),
-        "--adapter and --hard-prompt are two": (
+        "--prefix and --adapter are different": ("generate", "a", *tiny, *adapter, "--prefix", "p"),
+        "--adapter and --hard-prompt are different": (
             "evaluate", *tiny, *adapter, "--data", tables, "--hard-prompt",
         ),
         f"it names base {fingerprint(load(tiny_folder)[0])[:12]}": (
