@@ -71,7 +71,8 @@ bench-gpu: ## on a GPU: kernel tests, sanitizer and benchmarks, in ten minutes, 
 	OUT=$(or $(GPU_OUT),benchmarks/gpu) benchmarks/gpu.sh
 
 bench-gpu-steps: ## on a GPU: training steps and generation beside PEFT, into benchmarks/gpu_steps
-	OUT=$(or $(GPU_OUT),benchmarks/gpu_steps) benchmarks/gpu_steps.sh
+	OUT=$(or $(GPU_OUT),benchmarks/gpu_steps) benchmarks/gpu_steps.sh main
+	OUT=$(or $(GPU_OUT),benchmarks/gpu_steps) benchmarks/gpu_steps.sh more
 
 paper: .venv/.user ## every table and figure of the paper with mini (DATA=folder, JOBS=4 on a GPU)
 	benchmarks/paper.sh

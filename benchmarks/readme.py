@@ -49,10 +49,10 @@ def e2e_table() -> str:
 
 
 def speed_table() -> str:
-    """Ours beside PEFT on a CPU, P = 10: throughput, and peak memory beyond the process's own."""
+    """Ours beside PEFT on a CPU, P = 10."""
     lines = [
-        "| work | dtype | tokens/s | PEFT | ratio | peak MiB | PEFT |",
-        "|---|---|---|---|---|---|---|",
+        "| work | dtype | tokens/s | PEFT | ratio |",
+        "|---|---|---|---|---|",
     ]
     rows = [row for row in read_rows(HERE / "cpu" / "bench.csv") if row["P"] == "10"]
     ours = [row for row in rows if row["method"] == "minprefix" and shown(row)]
@@ -62,8 +62,7 @@ def speed_table() -> str:
             continue
         lines.append(
             f"| {work_of(row)} | {row['dtype']} | {float(row['tokens_per_s']):,.0f} "
-            f"| {float(peft['tokens_per_s']):,.0f} | {float(peft['ratio']):.2f} "
-            f"| {int(row['peak_mib']):,} | {int(peft['peak_mib']):,} |"
+            f"| {float(peft['tokens_per_s']):,.0f} | {float(peft['ratio']):.2f} |"
         )
     return "\n".join(lines) + "\n"
 

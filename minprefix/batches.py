@@ -104,7 +104,7 @@ class Batch:
 
 def pinned(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """x in memory that stays in place, if a GPU shall read it while the host goes on."""
-    return x.pin_memory() if device.type == "cuda" else x
+    return x.pin_memory() if (x.device.type, device.type) == ("cpu", "cuda") else x
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:

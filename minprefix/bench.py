@@ -218,8 +218,7 @@ def measure_train(task: Task, config: BenchConfig, peers: list[str], peak_flops:
 
         def check(method) -> dict:
             columns = check_steps(task.dtype, first_steps(method), exact[method.task.shuffled])
-            for _ in range(config.warm_up):
-                method.step()
+            method.warm_up(config.warm_up)
             return columns
 
         methods, rows = built(makers, task.device, check)
@@ -351,6 +350,8 @@ def peers_here(config: BenchConfig) -> list[str]:
         print(f"{' and '.join(missing)} not installed (requirements-dev.txt): only ours is "
               "measured", file=sys.stderr)  # fmt: skip
         return [name for name in names if name == "compiled"]
+    if set(names) - {"compiled"}:
+        importlib.import_module("peft")  # and transformers: not in the memory of the first peer
     return names
 
 

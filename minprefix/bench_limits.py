@@ -8,8 +8,9 @@ W = sum over rows of T_b P + T_b (T_b + 1) / 2 visible pairs, T_b a row's real t
 Weights are frozen, so a parameter costs 2 forward and 2 backward; a visible pair 4 and 8 a channel.
 What is computed for padding, without a label or twice does not count; the prefix's MLP, P rows, is
 left out. `percent` of a training step is of a square matrix product (4096; CPU: 1024) timed just
-before; it is more than can be had where the last layer's MLP runs at labels only, which is not
-subtracted. `padding` is the percentage of computed positions that are padding.
+before; it is a little too high: what is not computed (the first layer's c_attn backward, the last
+layer's MLP where there is no label) is not subtracted. `padding` is the percentage of positions
+that are padding in the batches, without what CUDA graphs add to fill their buckets.
 
 A step of decoding reads every weight once and multiplies each row by it, 2 FLOPs: it takes at least
 the longer of the two times; `percent` is of that. Keys and values are left out.

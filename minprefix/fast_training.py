@@ -118,6 +118,8 @@ class Graphed:
         self.nats, self.scale = (torch.zeros((), dtype=wide, device=self.device) for _ in range(2))
         self.batches: dict[tuple[int, int, int], Padded] = {}  # static, by bucket
         self.replays: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
+        # the sums lie outside of it, so that all buckets need the memory of the largest only
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     @torch.no_grad()
     def begin(self, acts: PrefixActivations, scale: float) -> None:
@@ -134,7 +136,7 @@ class Graphed:
             self.batches[bucket] = batch.to(self.device)
             sums = (*self.grads, self.nats)
             before = [total.clone() for total in sums]  # a recording takes effect once, too
-            self.replays[bucket] = capture(lambda: self._pass(bucket), self.device)
+            self.replays[bucket] = capture(lambda: self._pass(bucket), self.device, self.pool)
             for total, value in zip(sums, before, strict=True):
                 total.copy_(value)
         for name, static in vars(self.batches[bucket]).items():

@@ -271,6 +271,8 @@ class Block(nn.Module):
 @functools.cache
 def compiled_block() -> Callable[..., Tensor]:
     """`Block.forward` by torch.compile: all layers share it, and rows and tokens may change."""
+    # first, middle and last layers, prefix, infix and gate, one row or many: more than 8 graphs
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(Block.forward, dynamic=True)
 
 
@@ -379,7 +381,8 @@ class GPT2(nn.Module):
                 partial(compiled_block(), block) if self.compile_blocks and cache is None else block
             )
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(run, *args, use_reentrant=False, **visible)
+                keep = {"use_reentrant": False, "preserve_rng_state": block.training}  # for dropout
+                x = checkpoint(run, *args, **keep, **visible)
             else:
                 x = run(*args, **visible)
         if cache is not None:

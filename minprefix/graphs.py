@@ -22,10 +22,16 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def capture(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+def capture(
+    run: Callable[[], Tensor], device: torch.device, pool: tuple | None = None
+) -> Callable[[], Tensor]:
     """Record what `run` does on the GPU; the result repeats it, into the same tensors.
 
     `run` is called twice, and its first call takes effect: the caller undoes it where that matters.
+
+    Args:
+        pool: memory that graphs share which never run at once, and leave nothing in it that is
+            read later (`torch.cuda.graph_pool_handle`); None = memory of its own.
     """
     with torch.cuda.device(device):
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -34,7 +40,7 @@ def capture(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Ten
             run()  # kernels are compiled and workspaces allocated outside the graph
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             out = run()
 
     def replay() -> Tensor:

@@ -109,14 +109,14 @@ def activations(model: GPT2, inputs: Tensor) -> Tensor:
     Returns:
         (L, 2, H, P, D), fp32, or fp64 from an fp64 model.
     """
-    recorder, training = Recorder(inputs.device), model.training
-    if training:
-        model.eval()
+    recorder = Recorder(inputs.device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         model.hidden_states(inputs[None], cache=recorder)
     finally:
-        if training:
-            model.train()
+        for module in training:
+            module.training = True
     table = torch.stack([recorder.kv[layer][:, 0] for layer in range(model.config.n_layer)])
     return table.to(torch.promote_types(table.dtype, torch.float32))
 

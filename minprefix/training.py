@@ -312,6 +312,8 @@ class Trainer:
                 if stop:
                     self._stop_early()
         self.ranks.wait()
+        self.model.eval()  # as `load` gives it
+        self.model.activation_checkpointing = self.model.compile_blocks = False
         return {
             "steps": self.step_done,
             "best_dev_loss": self.best,
@@ -415,6 +417,8 @@ class Trainer:
         """
         path, state = state_path(self.out), read_state(self.out, self.device)
         ours, theirs = self._settings(), state["settings"]
+        # what older runs could not choose
+        theirs = asdict(TrainConfig()) | {"place": "prefix", "bf16": self.bf16} | theirs
         changed = sorted(name for name in ours if theirs.get(name) != ours[name])
         if changed:
             raise ValueError(f"{path}: the saved run has another {', '.join(changed)}")
@@ -431,7 +435,7 @@ class Trainer:
         for row in self.rows:
             digest.update(np.array([row.prompt_len, *row.ids], dtype=np.int64).tobytes())
         settings = asdict(self.config) | {"training data": digest.hexdigest()}
-        settings |= {"lr": self.lr, "number of ranks": self.ranks.count}
+        settings |= {"lr": self.lr, "number of ranks": self.ranks.count, "bf16": self.bf16}
         if self.base:
             settings["base model"] = self.base
         if self.prefix is not None:

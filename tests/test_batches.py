@@ -17,6 +17,7 @@ from minprefix.batches import (
     encode_pair,
     encode_prompt,
     epoch_batches,
+    pinned,
 )
 from minprefix.examples import Example
 from minprefix.gpt2 import IGNORE
@@ -152,3 +153,11 @@ def test_batch_order_is_a_function_of_the_step():
 def test_wrong_batch_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_only_what_is_on_the_cpu_is_pinned():
+    """A batch that a GPU has already is not touched (a meta tensor is not on the CPU either)."""
+    x = torch.empty(2, device="meta")
+    assert pinned(x, torch.device("cuda")) is x
+    on_cpu = torch.zeros(2)
+    assert pinned(on_cpu, torch.device("cpu")) is on_cpu

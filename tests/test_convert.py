@@ -147,7 +147,12 @@ def test_refusals_write_nothing(cli, ours, tiny_folder, tmp_path):
         (flat, "minprefix", (), "adapter_config.json: does not say how many heads"),
         (flat, "peft", model, "--position-offset 5"),
         (virtual, "minprefix", (), f"{virtual}: virtual tokens at the input"),
-        (infix, "minprefix", model, f"{infix}: the keys and values of the authors' infix depend on"),
+        (
+            infix,
+            "minprefix",
+            model,
+            f"{infix}: the keys and values of the authors' infix depend on",
+        ),
         (infix, "minprefix", (), f"{infix}: the keys and values of the authors' infix depend on"),
         (wide, "minprefix", model, f"{wide}: 2 layers with 4 heads of 8 do not fit"),
         (tmp_path / "other.safetensors", "peft", model, "made for another model"),

@@ -24,7 +24,7 @@ def recordings(monkeypatch):
     """Buckets on the CPU: like a recording, the first call takes effect and gives a replay."""
     made = []
 
-    def capture(run, device):
+    def capture(run, device, pool):
         run()
         made.append(run)
         return run

@@ -152,3 +152,11 @@ def test_make_prefix_binds_virtual_tokens():
     embd = make_prefix(model, Words(), PrefixConfig(parametrisation="embedding"), seed=0).virtual
     # 320 numbers of N(0, 1): standard error of their std 0.04
     assert abs(embd.virtual_embd.std() - 1) < 0.2
+
+
+def test_activations_are_without_dropout_whatever_mode_a_part_is_in():
+    model = tiny_gpt2().eval()
+    expected = token_activations(model, [1, 2, 3])
+    model.h[1].train()
+    assert torch.equal(token_activations(model, [1, 2, 3]), expected)
+    assert model.h[1].drop.training and not model.h[0].drop.training and not model.training

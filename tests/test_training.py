@@ -16,6 +16,7 @@ from conftest import pairs, small_model, trainer
 
 from minprefix.examples import Example
 from minprefix.gpt2 import GPT2Config
+from minprefix.parametrisations import token_activations
 from minprefix.prefix import Prefix
 from minprefix.training import METHODS, Interrupted, TrainConfig, Trainer
 from minprefix.weights import fingerprint, load, save_model
@@ -100,7 +101,7 @@ def test_finetuning_changes_all_weights_and_loads_again(tokenizer, tmp_path):
     before = {name: weight.clone() for name, weight in run.model.named_parameters()}
     run.run(progress=False)
     same = [n for n, w in run.model.named_parameters() if torch.equal(w, before[n])]
-    assert same == [] and run.model.training
+    assert same == [] and not run.model.training
     model, _ = load(tmp_path / "model")
     assert isinstance(model.config, GPT2Config)
 
@@ -337,3 +338,34 @@ def test_bf16_works_on_a_copy_of_the_frozen_weights(tokenizer, tmp_path):
     assert {w.dtype for w in run.prefix.parameters()} == {torch.float32}
     assert fingerprint(run.model) == fingerprint(model) == run.prefix.base
     assert nats == pytest.approx(exact, rel=2**-8) and nats != exact  # bf16 keeps 8 bits
+
+
+def test_a_run_leaves_the_model_as_it_was_given(tokenizer, tmp_path):
+    """In eval mode, all of its modules, and without the run's ways to save memory or time."""
+    for method in ("prefix", "finetune", "ft-top"):
+        model = small_model()
+        run = trainer(
+            tokenizer, tmp_path / method, model=model, method=method,
+            activation_checkpointing=True,
+        )  # fmt: skip
+        run.run(progress=False)
+        assert not any(module.training for module in model.modules()), method
+        assert not model.activation_checkpointing and not model.compile_blocks
+        ids = [5, 6, 7]
+        assert torch.equal(token_activations(model, ids), token_activations(model, ids))
+
+
+def test_a_run_of_an_older_version_goes_on(tokenizer, tmp_path):
+    """Its settings lack what could not be chosen then; another precision is still refused."""
+    run = trainer(tokenizer, tmp_path)
+    run.step()
+    tmp_path.mkdir(exist_ok=True)
+    ours = Trainer._settings
+    older = {"compile", "prefix_dropout", "place", "bf16", "max_source"}
+    run._settings = lambda: {k: v for k, v in ours(run).items() if k not in older}
+    run.save_state()
+    trainer(tokenizer, tmp_path).load_state()
+    run._settings = lambda: ours(run) | {"bf16": True}
+    run.save_state()
+    with pytest.raises(ValueError, match="another bf16"):
+        trainer(tokenizer, tmp_path).load_state()
