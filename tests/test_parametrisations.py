@@ -8,7 +8,7 @@ from conftest import assert_close, hf_twin, random_ids, tiny_gpt2
 from test_prefix import Words, assert_equals_prompt
 
 from minprefix.gpt2 import GPT2
-from minprefix.parametrisations import activations
+from minprefix.parametrisations import activations, token_activations
 from minprefix.prefix import Prefix, PrefixBank, PrefixConfig, make_prefix
 
 KINDS = ["embedding", "embedding-mlp"]
