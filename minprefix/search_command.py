@@ -14,6 +14,7 @@ from pathlib import Path
 
 from minprefix import weights
 from minprefix.data import load_train_and_dev
+from minprefix.data_splits import choose
 from minprefix.files import read_json, write_text
 from minprefix.options import add_fields, from_args
 from minprefix.prompt_search import PromptSearch, SearchConfig, state_path
@@ -83,7 +84,7 @@ def run_to_search(args) -> tuple[Path, dict]:
         )
     settings = {
         "model": args.model, "device": args.device, "data": args.data, "dev": args.dev,
-        "linearisation": args.linearisation or "paper",
+        "linearisation": args.linearisation or "paper", "topics": args.topics,
         "search": asdict(from_args(SearchConfig, args)),
     }  # fmt: skip
     return args.out, settings
@@ -93,6 +94,7 @@ def make_search(settings: dict, out: Path) -> PromptSearch:
     """The search that the settings describe, at step 0."""
     model, tokenizer = weights.load(settings["model"], device=settings["device"])
     train, dev = load_train_and_dev(settings["data"], settings["dev"], settings["linearisation"])
-    given = settings["search"]
+    topics, given = settings.get("topics"), settings["search"]  # older searches have no topics
+    train, dev = choose(train, topics, "train"), choose(dev, topics, "dev") if dev else dev
     config = SearchConfig(**given | {"start": tuple(given["start"])})
     return PromptSearch(model, tokenizer, config, train, dev, out, settings["linearisation"])

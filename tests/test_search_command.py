@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from minprefix import search_command
 from minprefix.prompt_search import PromptSearch, state_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,6 +29,29 @@ def test_the_command_searches_and_others_use_what_it_found(cli, tiny_folder, tab
         assert json.loads(cli(*scored, *given)[0])["tables"] == 3
     cli("generate", "--model", tiny_folder, "--prefix", front / "prefix.safetensors",
         "--device", "cpu", "--max-new-tokens", 3, "boat : Gull")  # fmt: skip
+
+
+def test_topics_choose_the_examples_and_are_kept(cli, tiny_folder, tmp_path, monkeypatch):
+    data, seen, search = tmp_path / "data", [], search_command.PromptSearch
+    data.mkdir()
+    topics = ("sport/golf", "news/uk", "news/world", "news/health")
+    articles = [
+        {"document": f"Of {t}.", "summary": "So.", "url": f"http://www.bbc.co.uk/{t}-10000000"}
+        for t in topics
+    ]
+    for split in ("train", "dev"):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(a) + "\n" for a in articles))
+
+    def look(model, tokenizer, config, train, dev, *args):
+        seen.append([[example.source for example in part] for part in (train, dev)])
+        return search(model, tokenizer, config, train, dev, *args)
+
+    monkeypatch.setattr(search_command, "PromptSearch", look)
+    run = ("--out", tmp_path / "run", *QUICK)
+    cli("search", "--model", tiny_folder, "--data", data, "--topics", "within-news", *run)
+    cli("search", "--resume", tmp_path / "run")
+    assert seen == [[["Of news/uk.", "Of news/world."]] * 2] * 2
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["topics"] == "within-news"
 
 
 def test_the_command_names_what_is_wrong(cli, tiny_folder, tables, tmp_path):
