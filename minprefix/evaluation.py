@@ -47,8 +47,14 @@ def evaluate_method(
     The method is the hard prompt if there is one, else the model in the frame it was trained in
     (`batches.encode_prompt`, which max_source goes to), with the prefix or, for a fine-tuned model,
     without. `progress` draws a bar on stderr.
+
+    Raises:
+        ValueError: max_source beside a prompt, which asks with the whole source; what `measure` and
+            `generation.generate` refuse.
     """
     check_choice("metrics", metrics, METRICS)
+    if prompt is not None and max_source is not None:
+        raise ValueError(f"max_source {max_source} does not go with a prompt: it cuts no source")
     config = config or GenerationConfig()
     sources = [example.source for example in examples]
     with tqdm(total=len(sources), unit="text", disable=not progress, delay=1) as bar:

@@ -1,6 +1,7 @@
 """Bad input to the commands: one clear line on stderr, an exit code, earlier files intact."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -302,6 +303,11 @@ def test_impossible_evaluations_are_named(refused, tiny_folder, tables, run, tmp
     assert "[0, 8], the training tables, got 9" in refused(*common, "--hard-prompt", "--shots", 9)
     assert "got -1" in refused(*common, "--hard-prompt", "--shots", -1)
     assert "--shots needs --hard-prompt" in refused(*common, "--shots", 1)
+    tokens = tmp_path / "prompt.json"
+    tokens.write_text('{"before": [1], "behind": [2], "linearisation": "paper"}')
+    for prompt, cut in itertools.product((("--hard-prompt",), ("--prompt", tokens)), (0, 5)):
+        message = refused(*common, *prompt, "--max-source", cut, "--max-new-tokens", 2)
+        assert f"max_source {cut} does not go with a prompt" in message
     other = ("--linearisation", "original-code")
     assert "trained with --linearisation paper, not" in refused(*common, *prefix, *other)
     assert "choose one" in refused(*common, *prefix, "--hard-prompt")
