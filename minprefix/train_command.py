@@ -12,7 +12,7 @@ import json
 import math
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from minprefix import weights
@@ -25,6 +25,14 @@ from minprefix.prefix import PrefixConfig, make_prefix
 from minprefix.ranks import joined
 from minprefix.run_folder import read_state, state_path
 from minprefix.training import KEPT, Interrupted, TrainConfig, Trainer
+
+# by method: the fields of PrefixConfig and BaselineConfig that it reads
+READ = {
+    "prefix": tuple(field.name for field in fields(PrefixConfig)),
+    "finetune": (),
+    "ft-top": ("top_layers", "top_embedding"),
+    "adapter": ("adapter_design", "bottleneck", "adapter_share"),
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -82,15 +90,28 @@ def run_to_train(args) -> tuple[Path, dict]:
         raise ValueError(
             f"{args.out} holds a run: go on with --resume {args.out}, or choose another"
         )
+    train = from_args(TrainConfig, args)
+    check_read(train.method, args.argv)
     settings = {
         "model": args.model, "device": args.device, "data": args.data, "dev": args.dev,
         "linearisation": args.linearisation or "paper", "topics": args.topics,
         "subset": args.subset, "subset_seed": args.subset_seed,
-        "train": asdict(from_args(TrainConfig, args)),
+        "train": asdict(train),
         "prefix": asdict(from_args(PrefixConfig, args)),
         "baseline": asdict(from_args(BaselineConfig, args)),
     }  # fmt: skip
     return args.out, settings
+
+
+def check_read(method: str, argv: list[str]) -> None:
+    """ValueError if the words of the command line have an option that only other methods read."""
+    given = {word.split("=")[0] for word in argv}
+    for field in (*fields(PrefixConfig), *fields(BaselineConfig)):
+        flag = field.name.replace("_", "-")
+        options = sorted(given & {f"--{flag}", f"--no-{flag}"})  # the latter of a bool
+        if options and field.name not in READ[method]:
+            readers = " or ".join(name for name in READ if field.name in READ[name])
+            raise ValueError(f"{options[0]} is for method {readers}, not for {method}")
 
 
 def read_settings(run_folder: Path) -> dict:

@@ -1,14 +1,18 @@
 """The baselines from the command line: train, resume, generate, evaluate, info."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from conftest import tiny_with_words
 
-from minprefix.baselines import Adapter, bottleneck_for, count
+from minprefix.baselines import Adapter, BaselineConfig, bottleneck_for, count
 from minprefix.generation import generate
+from minprefix.prefix import PrefixConfig
 from minprefix.tokenizer import Tokenizer
+from minprefix.train_command import READ
+from minprefix.training import METHODS
 from minprefix.weights import ASSETS, fingerprint, load, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,13 +76,14 @@ def test_top_layers_from_training_to_scores(cli, tiny_folder, tables, tmp_path):
 
 @pytest.mark.parametrize("method", ["adapter", "ft-top"])
 def test_a_run_is_resumed_with_its_baseline(cli, tiny_folder, tables, tmp_path, method):
-    options = ("--method", method, "--bottleneck", 3, "--top-layers", 1)
+    name, value = {"adapter": ("bottleneck", 3), "ft-top": ("top_layers", 1)}[method]
+    options = ("--method", method, f"--{name.replace('_', '-')}={value}")
     train(cli, tiny_folder, tables, tmp_path / "run", *options)
     log = tmp_path / "run" / "log.jsonl"
     before = log.read_text()
     config = tmp_path / "run" / "config.json"
     settings = json.loads(config.read_text())
-    assert settings["baseline"]["bottleneck"] == 3 and settings["baseline"]["top_layers"] == 1
+    assert settings["baseline"][name] == value
     out, _ = cli("train", "--resume", tmp_path / "run", "--json")
     assert json.loads(out)["steps"] == 4 and log.read_text() == before
 
@@ -113,8 +118,8 @@ def test_errors_in_one_line(cli, tiny_folder, tables, run, tmp_path):
         f"{path}: not a prefix file": ("info", *tiny, "--prefix", path),
         f"a run of method adapter: {path} is all": ("export", run, "--out", tmp_path / "p"),
         "adapter_share 0.1 both say": (
-            "train", *tiny, "--data", tables, "--out", tmp_path / "new", "--adapter-share", 0.1,
-            "--bottleneck", 3,
+            "train", *tiny, "--data", tables, "--out", tmp_path / "new", "--method", "adapter",
+            "--adapter-share", 0.1, "--bottleneck", 3,
         ),
         "top_layers must lie in [1, 2]": (
             "train", *tiny, "--data", tables, "--out", tmp_path / "new", "--method", "ft-top",
@@ -125,6 +130,34 @@ def test_errors_in_one_line(cli, tiny_folder, tables, run, tmp_path):
         out, err = cli(*argv, code=1)
         assert message in err and out == "" and err.count("\n") == 1, err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("ft-top", ("--prefix-len", 50, "--place", "infix"), "--prefix-len is for method prefix,"),
+        ("finetune", ("--place=infix",), "--place is for method prefix, not for finetune"),
+        ("adapter", ("--gate",), "--gate is for method prefix, not for adapter"),
+        ("adapter", ("--no-gate",), "--no-gate is for method prefix, not for adapter"),
+        ("adapter", ("--top-layers", 2), "--top-layers is for method ft-top, not for adapter"),
+        ("prefix", ("--bottleneck", 4), "--bottleneck is for method adapter, not for prefix"),
+        ("ft-top", ("--adapter-share=0.1",), "--adapter-share is for method adapter, not for ft-"),
+    ],
+)
+def test_options_of_other_methods_are_refused(
+    cli, tiny_folder, tables, tmp_path, method, options, message
+):
+    common = ("--model", tiny_folder, "--data", tables, "--out", tmp_path / "new")
+    out, err = cli("train", *common, "--method", method, *options, code=1)
+    assert message in err and out == "" and err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_each_method_reads_its_fields():
+    """`READ` names every method, every option at least once, and none that does not exist."""
+    names = [field.name for config in (PrefixConfig, BaselineConfig) for field in fields(config)]
+    assert set(READ) == set(METHODS)
+    assert {name for read in READ.values() for name in read} == set(names)
 
 
 def test_info_of_an_official_model_downloads_nothing(cli, monkeypatch):

@@ -25,13 +25,14 @@ from minprefix.weights import MODELS, load
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("--batch-size", 4, "--steps", 4, "--eval-every", 2, "--log-every", 1, "--samples", 1,
-         "--mid-dim", 8, "--lr", 1e-2)  # fmt: skip
+         "--lr", 1e-2)  # fmt: skip
 TABLE = "boat : Gull 20 | colour : green"
 
 
 def train(cli, model, data, out, *options, code: int = 0) -> tuple[str, str]:
     common = ("--model", model, "--data", data, "--out", out, "--device", "cpu")
-    return cli("train", *common, *QUICK, *options, code=code)
+    small = () if "finetune" in options else ("--mid-dim", 8)
+    return cli("train", *common, *QUICK, *small, *options, code=code)
 
 
 @pytest.fixture
@@ -359,6 +360,7 @@ sys.exit(main(sys.argv[1:]))
 def test_ctrl_c_leaves_a_run_that_can_be_used_and_resumed(cli, tiny_folder, tables, tmp_path):
     out = tmp_path / "my run"
     argv = ["train", "--model", tiny_folder, "--data", tables, "--out", out, *QUICK]
+    argv += ["--mid-dim", 8]
     argv += ["--steps", 100, "--eval-every", 100]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOWED, *map(str, argv)],

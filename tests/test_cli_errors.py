@@ -399,8 +399,8 @@ def test_a_run_goes_on_with_its_own_data_and_settings_only(refused, cli, tiny_fo
 
 
 def test_a_finetuning_run_has_no_prefix_to_export(refused, cli, tiny_folder, tables, tmp_path):
-    argv = ("--model", tiny_folder, "--data", tables, "--out", tmp_path / "run", *QUICK)
-    cli("train", *argv, "--method", "finetune")
+    argv = ("--model", tiny_folder, "--data", tables, "--out", tmp_path / "run", "--steps", 1)
+    cli("train", *argv, "--samples", 0, "--device", "cpu", "--method", "finetune")
     assert "a run of method finetune" in refused(
         "export", tmp_path / "run", "--out", tmp_path / "p"
     )
