@@ -28,9 +28,10 @@ modules. Shapes use the letters of the README's table; m is the width of a bottl
 [4] https://arxiv.org/abs/1902.00751, code https://github.com/google-research/adapter-bert
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -94,8 +95,15 @@ class Bottleneck(nn.Module):
         return x + F.linear(h, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
 
 
-# models that compute with an adapter: it, what takes its hooks away, the model's own config
-ATTACHED: WeakKeyDictionary[GPT2, tuple["Adapter", list, GPT2Config]] = WeakKeyDictionary()
+# models that compute with an adapter: it, and what takes its hooks away
+ATTACHED: WeakKeyDictionary[GPT2, tuple["Adapter", list]] = WeakKeyDictionary()
+
+
+def behind(sublayer: nn.Module, part: Bottleneck):
+    """A forward hook: what `part` makes of the output takes its place. A copy of the sublayer has
+    the hook, too; there it does nothing."""
+    here = weakref.ref(sublayer)
+    return lambda module, args, x: part(x) if module is here() else None
 
 
 class Adapter(nn.Module):
@@ -104,8 +112,8 @@ class Adapter(nn.Module):
     Attributes:
         design, bottleneck: as in `BaselineConfig`.
         base: fingerprint of the model that it belongs to; "" = not known.
-        linearisation: the frame it was trained in (`batches.encode_prompt`); a model that it is
-            attached to has it in its config, as a fine-tuned model does. "" = none.
+        linearisation: the frame it was trained in (`batches.encode_prompt`), which is that of a
+            model it is attached to (`frame_of`). "" = none.
     """
 
     def __init__(self, config: GPT2Config, bottleneck: int, design: str = "lin"):
@@ -172,7 +180,8 @@ class Adapter(nn.Module):
     def attach(self, model: GPT2) -> None:
         """From now on `model` computes with this adapter, in training and in generation.
 
-        Its weights and their names stay as they are: it can be saved, copied or fingerprinted.
+        Its weights, their names and its config stay as they are. What is saved of it, and a copy
+        (`copy.deepcopy`), is the model without the adapter.
 
         Raises:
             ValueError: another model than `base`, one with an adapter, one with compiled layers.
@@ -184,7 +193,7 @@ class Adapter(nn.Module):
         """`model` is as it was before `attach`. ValueError if it is without this adapter."""
         if adapter_of(model) is not self:
             raise ValueError("this adapter is not attached to this model")
-        _, handles, model.config = ATTACHED.pop(model)
+        _, handles = ATTACHED.pop(model)
         for handle in handles:
             handle.remove()
         KEPT.pop(model, None)  # graphs recorded with the adapter
@@ -206,18 +215,20 @@ class Adapter(nn.Module):
         for block, layer in zip(model.h, self.h, strict=True):
             for place, part in layer.items():
                 sublayer = block if place == "block" else getattr(block, place)
-                # the hook's result takes the place of what the sublayer gave
-                hook = sublayer.register_forward_hook(lambda _, args, x, part=part: part(x))
-                handles.append(hook)
-        ATTACHED[model] = self, handles, model.config
-        if self.linearisation:
-            model.config = replace(model.config, linearisation=self.linearisation)
+                handles.append(sublayer.register_forward_hook(behind(sublayer, part)))
+        ATTACHED[model] = self, handles
         KEPT.pop(model, None)  # graphs recorded without it
 
 
 def adapter_of(model: GPT2) -> Adapter | None:
     """The adapter that is attached to the model."""
     return ATTACHED[model][0] if model in ATTACHED else None
+
+
+def frame_of(model: GPT2) -> str:
+    """The frame that the model was trained in, or the adapter that is attached to it; "" = none."""
+    adapter = adapter_of(model)
+    return (adapter and adapter.linearisation) or model.config.linearisation
 
 
 def check_free(model: GPT2) -> None:

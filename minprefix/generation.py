@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minprefix import decoding, fast_generation
+from minprefix.baselines import frame_of
 from minprefix.batches import encode_prompt
 from minprefix.decoding import GenerationConfig
 from minprefix.gpt2 import GPT2, PrefixActivations
@@ -75,7 +76,7 @@ def prepare(
     ids = []
     for b, prompt in enumerate(prompts):
         own = prefix if index is None else prefix.prefixes[index[b]] if index[b] >= 0 else None
-        frame = model.config.linearisation if own is None else own.linearisation
+        frame = frame_of(model) if own is None else own.linearisation
         if not isinstance(prompt, str):
             ids.append(list(prompt))
         elif frame:
@@ -203,7 +204,7 @@ def generate(
 
     Args:
         prompts: a list of token ids is taken as it is. A text is encoded in the frame that its
-            prefix or the fine-tuned model was trained in (`linearisation`), as it is without one.
+            prefix, adapter or fine-tuned model was trained in (`linearisation`), as it is without.
         prefix: for all prompts, or a bank.
         prefix_index: with a bank, one int per prompt: which prefix it uses, -1 = none. None = as
             many prompts as prefixes, in the same order.

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from minprefix import weights
-from minprefix.baselines import Adapter
+from minprefix.baselines import Adapter, frame_of
 from minprefix.batches import encode_prompt
 from minprefix.data import LINEARISATIONS, load_examples
 from minprefix.data_splits import choose
@@ -59,7 +59,7 @@ def run_generate(args) -> dict | None:
         raise ValueError(f"prompt {prompts.index('') + 1} is empty")
     model, tokenizer = weights.load(args.model, device=args.device)
     prefix = load_prefix(args, model)
-    frame = args.frame or (prefix or model.config).linearisation or "none"
+    frame = args.frame or (prefix.linearisation if prefix else frame_of(model)) or "none"
     if frame == "none":
         prompts = [tokenizer.encode(prompt) for prompt in prompts]
     else:
@@ -142,7 +142,8 @@ def run_evaluate(args) -> dict:
     model, tokenizer = weights.load(args.model, device=args.device)
     prefix = load_prefix(args, model)
     prompt = TokenPrompt.load(args.prompt, tokenizer) if args.prompt else None
-    learned = (prefix or prompt or model.config).linearisation
+    extra = prefix or prompt
+    learned = extra.linearisation if extra else frame_of(model)
     if learned and args.linearisation not in (None, learned):
         raise ValueError(
             f"{args.prefix or args.adapter or args.prompt or args.model} was trained with "

@@ -1,5 +1,6 @@
 """Adapters and fine-tuning of the top layers: what they compute, what trains, what is kept."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from minprefix.baselines import (
     adapter_of,
     bottleneck_for,
     count,
+    frame_of,
     make_baseline,
 )
 from minprefix.batches import collate
@@ -32,7 +34,7 @@ from minprefix.fast_generation import KEPT
 from minprefix.generation import generate, generate_ids
 from minprefix.gpt2 import GPT2
 from minprefix.training import TrainConfig, Trainer
-from minprefix.weights import fingerprint, load
+from minprefix.weights import fingerprint, load, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,14 +122,32 @@ def test_detaching_leaves_nothing(design):
     adapter.linearisation = "paper"
     name, weights = fingerprint(model), {n: w.clone() for n, w in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="inside"), adapter.attached(model):
-        assert adapter_of(model) is adapter and model.config.linearisation == "paper"
+        assert adapter_of(model) is adapter and frame_of(model) == "paper"
         assert fingerprint(model) == name and list(model.state_dict()) == list(weights)
         raise RuntimeError("inside")
-    assert model.config is config and model not in ATTACHED
+    assert model.config is config and frame_of(model) == "" and model not in ATTACHED
     assert not any(module._forward_hooks for module in model.modules())
     assert all(torch.equal(w, weights[n]) for n, w in model.state_dict().items())
     with pytest.raises(ValueError, match="not attached to this model"):
         adapter.detach(model)
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@torch.no_grad()
+def test_what_is_copied_or_saved_is_the_model_without_its_adapter(tokenizer, tmp_path, design):
+    model = small_model()
+    adapter, ids = an_adapter(model, design), random_ids(model, 2, 9)
+    adapter.linearisation, plain = "paper", model(ids)
+    adapter.attach(model)
+    adapted, twin = model(ids), copy.deepcopy(model)
+    save_model(model, tokenizer, tmp_path)
+    for other in (twin, load(tmp_path)[0]):
+        assert adapter_of(other) is None and frame_of(other) == other.config.linearisation == ""
+        assert torch.equal(other(ids), plain) and not torch.equal(adapted, plain)
+    adapter.attach(twin)  # once, beside the hooks that came with the copy
+    assert torch.equal(twin(ids), adapted)
+    adapter.detach(model)
+    assert torch.equal(twin(ids), adapted) and torch.equal(model(ids), plain)
 
 
 def test_recorded_steps_do_not_outlive_a_change_of_adapter():
