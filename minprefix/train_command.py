@@ -24,7 +24,7 @@ from minprefix.options import add_fields, from_args
 from minprefix.prefix import PrefixConfig, make_prefix
 from minprefix.ranks import joined
 from minprefix.run_folder import read_state, state_path
-from minprefix.training import KEPT, Interrupted, TrainConfig, Trainer
+from minprefix.training import KEPT, Interrupted, TrainConfig, Trainer, in_bf16
 
 # by method: the fields of PrefixConfig and BaselineConfig that it reads
 READ = {
@@ -168,6 +168,8 @@ def run_export(args) -> dict:
     prefix = make_prefix(model, tokenizer, PrefixConfig(**settings["prefix"]), config.seed)
     if state["settings"].get("base model") != prefix.base:
         raise ValueError(f"{args.run_folder}: {settings['model']} is not the model of this run")
+    if state["settings"].get("bf16", False):  # virtual tokens were read by the model in bf16
+        prefix.bind(in_bf16(model))
     try:
         prefix.load_state_dict(state["trained"])
     except RuntimeError as error:

@@ -10,6 +10,7 @@ from test_training import log_of
 from minprefix.fast_training import dropped
 from minprefix.generation import generate
 from minprefix.prefix import Prefix
+from minprefix.run_folder import read_state, write_state
 from minprefix.weights import load
 
 MLP = {"mid_dim": 8}
@@ -200,3 +201,19 @@ def test_commands(cli, tiny_folder, tables, tmp_path, options, form, place):
     model, tokenizer = load(tiny_folder)
     own = generate(model, tokenizer, ["boat : Gull 20"], prefix=latest, max_new_tokens=8)
     assert texts == [own[0].strip()]
+
+
+@pytest.mark.parametrize("form", ["embedding", "embedding-mlp"])
+def test_a_run_in_bf16_is_exported_as_it_was_computed(cli, tiny_folder, tables, tmp_path, form):
+    run, files = tmp_path / "run", [tmp_path / name for name in ("bf16", "fp32")]
+    cli("train", "--model", tiny_folder, "--device", "cpu", "--data", tables, "--out", run,
+        "--steps", 2, "--batch-size", 4, "--mid-dim", 8, "--prefix-len", 3,
+        "--parametrisation", form, "--precision", "bf16")  # fmt: skip
+    kept = Prefix.load(run / "prefix.safetensors").prefix_table
+    for file in files:
+        state = read_state(run)
+        state["settings"]["bf16"] = file.name == "bf16"
+        write_state(run, state)
+        cli("export", run, "--out", file)
+    low, exact = ((Prefix.load(file).prefix_table - kept).abs().max().item() for file in files)
+    assert low == 0 < exact  # one evaluation, after step 2: the latest is the best
