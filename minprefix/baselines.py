@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from minprefix.fast_generation import KEPT
 from minprefix.gpt2 import GPT2, GPT2Config
 from minprefix.options import check_choice
-from minprefix.weights import fingerprint
+from minprefix.weights import check_base, fingerprint
 
 SITES = {"lin": ("block",), "houlsby": ("attn", "mlp")}  # by design: behind what in each layer
 DESIGNS = tuple(SITES)
@@ -171,11 +171,7 @@ class Adapter(nn.Module):
                 f"this adapter is for {self.n_layer} layers of width {self.n_embd}, the model has "
                 f"{config.n_layer} of width {config.n_embd}"
             )
-        if self.base and self.base != fingerprint(model):
-            raise ValueError(
-                f"this adapter was made for another model: it names base {self.base[:12]}, "
-                f"the loaded model is {fingerprint(model)[:12]}"
-            )
+        check_base(self.base, model, "adapter")
 
     def attach(self, model: GPT2) -> None:
         """From now on `model` computes with this adapter, in training and in generation.

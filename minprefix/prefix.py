@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from minprefix.gpt2 import GPT2, GPT2Config, PrefixActivations
 from minprefix.options import check_choice
 from minprefix.parametrisations import PrefixMLP, VirtualTokens, token_activations
-from minprefix.weights import fingerprint
+from minprefix.weights import check_base, fingerprint
 
 PARAMETRISATIONS = ("table", "mlp", "embedding", "embedding-mlp")
 PLACES = ("prefix", "infix")
@@ -255,11 +255,7 @@ class Prefix(nn.Module):
 
     def check_base(self, model: GPT2) -> None:
         """ValueError if this prefix belongs to another model than `model`."""
-        if self.base and self.base != fingerprint(model):
-            raise ValueError(
-                f"this prefix was made for another model: it names base {self.base[:12]}, "
-                f"the loaded model is {fingerprint(model)[:12]}"
-            )
+        check_base(self.base, model, "prefix")
 
 
 class PrefixBank:

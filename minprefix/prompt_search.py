@@ -29,7 +29,7 @@ and dev rows that choose which accepted prompt is kept. Read `SearchConfig`, `Pr
 
     log.jsonl            one line per step, with the row-evaluations spent so far
     search.json          the state
-    prompt.json          the best prompt on the dev rows: token ids and text
+    prompt.json          the best prompt on the dev rows: token ids, text, base model
     prefix.safetensors   with A = 0 the same as a prefix like any other
 
 Effort is counted in row-evaluations: one row read behind one prompt, forward (`GRADIENT_COST`).
@@ -60,6 +60,7 @@ from minprefix.prompt_scores import GRADIENT_COST, one_hot_gradient, prompt_nats
 from minprefix.prompting import TEMPLATES, HardPrompt, template_rows
 from minprefix.run_folder import append_log, cut_log
 from minprefix.training import PRECISIONS, Interrupted, deferred_interrupt, in_bf16
+from minprefix.weights import fingerprint
 
 FINALISTS = 8  # prompts that reach the end of a race
 MOST_LEVELS = 3  # the minibatch is doubled so often at most
@@ -351,6 +352,7 @@ class PromptSearch:
             behind = [self.tokenizer.bos_id]  # what the frame puts there
         found = {"text": self.form.text(self.best_prompt), "before": before, "behind": behind}
         found |= {"dev_loss": self.best, "linearisation": self.linearisation}
+        found["base"] = fingerprint(self.exact)
         write_text(self.out / "prompt.json", json.dumps(found, indent=1) + "\n")
 
     def save_state(self) -> None:
@@ -386,7 +388,7 @@ class PromptSearch:
             digest.update(np.array([row.prompt_len, *row.ids], dtype=np.int64).tobytes())
         settings = asdict(self.config) | {"data": digest.hexdigest()}
         settings["start"] = list(settings["start"])  # as JSON gives it back
-        return settings | {"base model": self.prefix([0]).base}
+        return settings | {"base model": fingerprint(self.exact)}
 
 
 STATE = (

@@ -14,7 +14,9 @@ from minprefix.batches import Encoded, encode_prompt
 from minprefix.examples import LINEARISATIONS, Example
 from minprefix.files import read_json
 from minprefix.generation import generate
+from minprefix.gpt2 import GPT2
 from minprefix.options import check_choice
+from minprefix.weights import check_base
 
 # Ways to ask for a text, tried in this order; `{table}` stands for the linearised table.
 TEMPLATES = (
@@ -53,7 +55,13 @@ def show_examples(template: str, train: list[Example], shots: int, seed: int = 0
 
 
 def answer(model, tokenizer, prompt: HardPrompt, sources: list[str], **options) -> list[str]:
-    """What the frozen model writes for each table, cut at the first line break."""
+    """What the frozen model writes for each table, cut at the first line break.
+
+    Raises:
+        ValueError: a TokenPrompt of another model; what `generation.generate` refuses.
+    """
+    if isinstance(prompt, TokenPrompt):
+        prompt.check_base(model)
     prompts = [prompt.render(source) for source in sources]
     texts = generate(model, tokenizer, prompts, **options)
     return [(text.strip().splitlines() or [""])[0].strip() for text in texts]
@@ -84,6 +92,7 @@ class TokenPrompt:
     before: list[int]
     behind: list[int]
     linearisation: str = "paper"  # how the table between them is written, `batches.encode_prompt`
+    base: str = ""  # fingerprint of the model that it was searched for; "" = not known
 
     @classmethod
     def load(cls, path, tokenizer) -> "TokenPrompt":
@@ -97,13 +106,19 @@ class TokenPrompt:
         for part in parts:
             if not isinstance(part, list) or not all(type(v) is int for v in part):
                 raise ValueError(f"{path}: not the prompt of a search")
-        linearisation = found.get("linearisation")
+        linearisation, base = found.get("linearisation"), found.get("base", "")  # older: without
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: base {base!r} is no fingerprint")
         try:
             check_choice("linearisation", linearisation, LINEARISATIONS)
             tokenizer.decode(parts[0] + parts[1])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        return cls(tokenizer, *parts, linearisation)
+        return cls(tokenizer, *parts, linearisation, base)
+
+    def check_base(self, model: GPT2) -> None:
+        """ValueError if this prompt was searched for another model than `model`."""
+        check_base(self.base, model, "prompt")
 
     def render(self, source: str) -> list[int]:
         """The tokens after which the model writes."""

@@ -263,3 +263,12 @@ def fingerprint(model: GPT2) -> str:
         some = weight.flatten()[at].to(torch.bfloat16).view(torch.int16).cpu()
         digest.update(name.encode() + some.numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_base(base: str, model: GPT2, what: str) -> None:
+    """ValueError if `what` names a base model, by its fingerprint, and it is not `model`."""
+    if base and base != fingerprint(model):
+        raise ValueError(
+            f"this {what} was made for another model: it names base {base[:12]}, "
+            f"the loaded model is {fingerprint(model)[:12]}"
+        )

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import byte_model, byte_tokenizer, pairs, small_model
+from conftest import another_model, byte_model, byte_tokenizer, pairs, small_model
 from test_prompt_scores import plain_nats
 from torch.nn.functional import cross_entropy
 
@@ -17,7 +17,8 @@ from minprefix.prefix import Prefix
 from minprefix.prompt_moves import race, starting_prompts
 from minprefix.prompt_scores import prompt_nats, target_tokens
 from minprefix.prompt_search import PromptSearch, SearchConfig, state_path
-from minprefix.prompting import HardPrompt, TokenPrompt
+from minprefix.prompting import HardPrompt, TokenPrompt, answer
+from minprefix.weights import fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = {"candidates": 8, "batch_size": 4, "judge_rows": 4, "starts": 6, "eval_every": 2}
@@ -211,6 +212,23 @@ def test_prompt_json_keeps_the_frame_of_the_search(tokenizer, tmp_path, behind):
     assert written == pytest.approx(nats, rel=1e-12)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_prompt_json_belongs_to_the_model_of_the_search(tokenizer, tmp_path, precision):
+    config = SearchConfig(prompt_len=4, steps=1, behind=2, precision=precision, **SHORT)
+    model, path = small_model(), tmp_path / "prompt.json"
+    PromptSearch(model, tokenizer, config, pairs(12), [], tmp_path).run(progress=False)
+    sources, few = [pairs(1)[0].source], {"max_new_tokens": 2}
+    texts = answer(model, tokenizer, TokenPrompt.load(path, tokenizer), sources, **few)
+    with pytest.raises(ValueError, match="this prompt was made for another model: it names base"):
+        answer(another_model(), tokenizer, TokenPrompt.load(path, tokenizer), sources, **few)
+    found = json.loads(path.read_text())
+    assert found.pop("base") == fingerprint(model)
+    path.write_text(json.dumps(found))  # as older searches left it: for any model
+    prompt = TokenPrompt.load(path, tokenizer)
+    assert answer(model, tokenizer, prompt, sources, **few) == texts
+    assert answer(another_model(), tokenizer, prompt, sources, **few) is not None
+
+
 @pytest.mark.parametrize("behind", [0, 2])
 def test_a_printable_prompt_can_be_typed(tokenizer, tmp_path, behind):
     search = made(tokenizer, tmp_path, printable=True, behind=behind, prompt_len=5)
@@ -336,6 +354,7 @@ def test_impossible_searches_are_named(tokenizer, tmp_path):
     for change, expected in (
         ({}, "token id 8192 is not in"),
         ({"linearisation": 1}, "must be one"),
+        ({"base": 1}, "base 1 is no fingerprint"),
     ):
         (tmp_path / "run" / "prompt.json").write_text(json.dumps(found | change))
         with pytest.raises(ValueError, match=f"prompt.json: .*{expected}"):
