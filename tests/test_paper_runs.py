@@ -88,6 +88,28 @@ def test_methods_of_table1_and_a_missing_data_set(cli, options, tmp_path):
     assert not list((tmp_path / "runs").glob("*/state"))
 
 
+def test_finished_rows_stay_without_their_data_and_beside_only(cli, options, tmp_path):
+    """Of table 1 on WebNLG: with --only e2e, then with a --data-dir that has nothing."""
+    path = tmp_path / "runs" / "results" / "table1-tiny-quick.csv"
+    cli("paper", "table1", *options, "--only", "webnlg")
+    rows = read_rows(path)
+    cli("paper", "table1", *options, "--only", "e2e")
+    both = read_rows(path)
+    assert [row["data"] for row in both] == ["e2e"] * len(TABLE1) + ["webnlg"] * len(TABLE1)
+    scores = [row["BLEU A"] for row in rows]
+    assert [row["BLEU A"] for row in both[len(TABLE1) :]] == scores and all(scores)
+    (tmp_path / "empty").mkdir()
+    words = ["--data-dir", tmp_path / "empty", "--only", "webnlg", "dart"]
+    _, err = cli("paper", "table1", *options, *words)
+    after = [row for row in read_rows(path) if row["data"] == "webnlg"]
+    assert [row["BLEU A"] for row in after] == scores and not any(r["problem"] for r in after)
+    lost = {row["problem"] for row in read_rows(path) if row["data"] == "dart"}
+    assert lost == {"not tested: dart is not at hand"}
+    _, err = cli("paper", "table4", *options, "--only", "webnlg")
+    assert "table4: has no runs on webnlg" in err
+    assert not path.with_name("table4-tiny-quick.csv").exists()
+
+
 @pytest.mark.slow
 def test_figure3_killed_and_gone_on_with_gives_the_rows_of_an_unbroken_run(cli, options, tmp_path):
     long = [*options, "--steps", "60"]

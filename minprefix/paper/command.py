@@ -22,10 +22,11 @@ from minprefix.paper.figures import draw
 from minprefix.paper.pool import free_gpus, problem_of, run_all
 from minprefix.paper.presets import SWEEP, Plan
 from minprefix.paper.report import write_report
-from minprefix.paper.results import quality, row_of, write_rows
+from minprefix.paper.results import quality, read_rows, row_of, write_rows
 from minprefix.paper.run import Run, record_of, why_missing
 from minprefix.training import PRECISIONS, Interrupted
 
+DATA = ("e2e", "webnlg", "dart")  # in the order of the CSVs
 WHAT = (*EXPERIMENTS, "all", "sweep", "report")
 
 
@@ -37,7 +38,8 @@ def add_options(parser) -> None:
         "figures; sweep: choose mini's settings on the dev set; report: RESULTS.md from the CSVs")
     add("--data-dir", type=Path, help="folder with e2e, webnlg, dart in it (default: what the "
         "command data has fetched)")
-    add("--only", nargs="+", metavar="DATA", help="only these data sets")
+    add("--only", nargs="+", metavar="DATA", help="only these data sets; the CSV keeps its rows of "
+        "the others")
     add("--quick", action="store_true", help="to look around: few steps, few tables, one seed")
     add("--seeds", type=int, help="number of seeds (default: 3; low data: 2)")
     add("--subsets", type=int, help="low data: number of subsets (default: 5)")
@@ -72,7 +74,7 @@ def run(args) -> dict | None:
     for name in EXPERIMENTS if args.what == "all" else (args.what,):
         path, problems = run_experiment(name, plan, args, out, jobs)
         failed += [f"{name}: {problem}" for problem in problems]
-        files.append(str(path))
+        files += [str(path)] if path.exists() else []
     report = write_report(out)
     if failed:
         raise ValueError(f"{len(failed)} runs failed, the others are done: {failed[0]}")
@@ -95,7 +97,8 @@ def plan_of(args) -> Plan:
         plan = replace(plan, seeds=tuple(range(args.seeds)), low_seeds=tuple(range(args.seeds)))
     if args.subsets:
         plan = replace(plan, subsets=tuple(range(args.subsets)))
-    if why_missing("dart", args.data_dir):
+    dart = (cell.run for cell in EXPERIMENTS["figure4"](plan))
+    if why_missing("dart", args.data_dir) and not any(record_of(args.runs / r.id) for r in dart):
         plan = replace(plan, length_data="e2e")
     return plan
 
@@ -113,8 +116,7 @@ def cells_of(name: str, plan: Plan, args) -> tuple[list[Cell], dict[str, str]]:
     """The cells of a table or figure, and why those of a data set cannot be run: {data: reason}."""
     cells = sweep(plan) if name == "sweep" else EXPERIMENTS[name](plan)
     if args.only:
-        unknown = set(args.only) - {"e2e", "webnlg", "dart"}
-        if unknown:
+        if unknown := set(args.only) - set(DATA):
             raise ValueError(f"--only knows e2e, webnlg and dart, got {min(unknown)}")
         cells = [cell for cell in cells if cell.run.data in args.only]
     wanted = dict.fromkeys(cell.run.data for cell in cells)
@@ -131,11 +133,18 @@ def run_experiment(
 ) -> tuple[Path, list[str]]:
     """Run what is missing of a table or figure; its CSV, and why runs failed.
 
-    CSV and figure are written anew after each run, so that they show what there is.
+    CSV and figure are written anew after each run, so that they show what there is: finished runs
+    also of data that is no longer at hand, and the rows as they were of data that --only leaves out
+    (data sets are never paired with each other).
     """
     cells, missing = cells_of(name, plan, args)
     model = Path(args.model).name
     path = out / f"{name}-{model}{'-quick' if args.quick else ''}.csv"
+    left_out = set(DATA) - set(args.only or DATA)
+    kept = [row for row in read_rows(path) if row["data"] in left_out]
+    if not cells and not kept:
+        say(f"{name}: has no runs on {', '.join(args.only)}")
+        return path, []
     runs = list({c.run.id: c.run for c in cells if c.run.data not in missing}.values())
     todo = [run for run in runs if record_of(args.runs / run.id) is None]
     say(f"{name}: {len(runs)} runs, {len(runs) - len(todo)} of them are done")
@@ -143,12 +152,15 @@ def run_experiment(
         say(f"not tested: {reason}")
 
     def write() -> list[dict]:
-        rows = []
+        rows = list(kept)
         for cell in cells:
-            why = missing.get(cell.run.data)
-            problem = f"not tested: {why}" if why else problem_of(cell.run, args.runs)
+            why, problem = missing.get(cell.run.data), problem_of(cell.run, args.runs)
+            if why and problem:  # it has no scores, and cannot have
+                problem = f"not tested: {why}"
             record = record_of(args.runs / cell.run.id)
             rows.append(row_of(name, plan.scale, model, cell, record, problem))
+        if kept:
+            rows.sort(key=lambda row: DATA.index(row["data"]) if row["data"] in DATA else -1)
         write_rows(path, rows)
         return rows
 
