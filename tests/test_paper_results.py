@@ -10,7 +10,7 @@ from minprefix.paper import claims, estimate
 from minprefix.paper.claims import CLAIMS, FAILS, HOLDS, UNTESTED, compare, judge
 from minprefix.paper.experiments import EXPERIMENTS, figure5, sweep
 from minprefix.paper.figures import draw
-from minprefix.paper.presets import PAPER, SWEEP, Plan
+from minprefix.paper.presets import GRID, GRID_LOW, PAPER, SWEEP, Plan
 from minprefix.paper.published import published
 from minprefix.paper.report import report
 from minprefix.paper.results import difference, mean_sd, quality, write_rows
@@ -80,11 +80,57 @@ def swept(path: Path, rows: list[tuple]) -> Path:
     return path
 
 
+def trials(name: str, size: int | str, best: tuple[float, int]) -> list[tuple]:
+    """All trials of a method on E2E; `best` (lr, steps) has the highest BLEU."""
+    tried = [(lr, steps) for lr in GRID_LOW["prefix"][0] for steps in (100, 400)]
+    tried = tried if size else [(lr, 900) for lr in GRID["prefix"]]
+    return [(name, "e2e", size, *one, 50 + (one == best)) for one in tried]
+
+
+def test_a_half_finished_sweep_is_not_chosen_from(tmp_path):
+    rows = trials("PREFIX", "", (0.002, 900))
+    plan = Plan(sweep=swept(tmp_path / "sweep.csv", rows[:-1]))
+    with pytest.raises(ValueError, match="3 of 4 trials of PREFIX on e2e are finished"):
+        plan.run("e2e", "PREFIX", 0)
+    with pytest.raises(ValueError, match="3 of 4"):
+        plan.run("webnlg", "PREFIX", 0)
+    assert sweep(plan), "the sweep itself goes on"
+    names = ("name", "data", "size", "lr", "steps", "BLEU", "problem")
+    for problem, lr in (("FloatingPointError: nan", 0.002), ("not tested: no data", None)):
+        ends = [("", ""), ("", ""), ("", ""), ("", problem)]
+        if lr is None:
+            ends = [("", problem)] * 4
+        else:
+            ends = [(r[-1], "") for r in rows[:-1]] + [("", problem)]
+        cells = [(*r[:-1], *end) for r, end in zip(rows, ends, strict=True)]
+        write_rows(plan.sweep, [dict(zip(names, map(str, c), strict=True)) for c in cells])
+        assert plan.run("e2e", "PREFIX", 0).train.lr == lr
+
+
+def test_rows_without_a_sweep_say_so(tmp_path):
+    plan = Plan(sweep=swept(tmp_path / "sweep.csv", trials("PREFIX", "", (0.002, 900))))
+    assert plan.scale_of(plan.run("e2e", "PREFIX", 0)) == "preset (mini)"
+    assert plan.scale_of(plan.run("e2e", "FT-FULL", 0)) == "preset (mini), no sweep"
+    assert plan.scale_of(plan.run("e2e", "DISCRETE", 0)) == "preset (mini)"
+    few = replace(plan, steps=5, sweep=tmp_path / "none.csv")
+    assert few.scale_of(few.run("e2e", "PREFIX", 0)) == "5 steps, no sweep"
+    official = Plan(model="gpt2-medium")
+    assert official.scale_of(official.run("e2e", "PREFIX", 0)) == "preset (paper)"
+    assert {Plan().scale_of(cell.run) for cell in sweep(Plan())} == {"preset (mini)"}
+
+
+def test_a_sweep_file_that_is_not_there_is_named(cli, tmp_path):
+    words = ["--device", "cpu", "--runs", tmp_path, "--data-dir", tmp_path, "--only", "e2e"]
+    _, err = cli("paper", "table4", *words, "--sweep-file", tmp_path / "no.csv", code=1)
+    assert "no.csv: there is no such file" in err
+    _, err = cli("paper", "table4", *words, "--seeds", 1)
+    assert SWEEP.exists() or err.count("no sweep: ") == 1
+
+
 def test_mini_takes_what_the_dev_set_chose(tmp_path):
     path = swept(tmp_path / "sweep.csv", [
-        ("PREFIX", "e2e", "", 0.001, 900, 50.0), ("PREFIX", "e2e", "", 0.002, 900, 51.0),
-        ("INFIX-10", "e2e", "", 0.005, 900, 40.0), ("PREFIX", "e2e", 100, 0.003, 400, 30.0),
-        ("PREFIX random", "e2e", 100, 0.0003, 100, 20.0),
+        *trials("PREFIX", "", (0.002, 900)), *trials("INFIX-10", "", (0.005, 900)),
+        *trials("PREFIX", 100, (0.003, 400)), *trials("PREFIX random", 100, (0.0003, 100)),
     ])  # fmt: skip
     plan = Plan(sweep=path)
     full = plan.run("e2e", "PREFIX", 0)

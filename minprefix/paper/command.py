@@ -52,7 +52,7 @@ def add_options(parser) -> None:
     add("--runs", type=Path, default=Path("runs/paper"), help="run folders; commands share them "
         "(default: %(default)s)")
     add("--out", type=Path, help="CSVs, figures, RESULTS.md (default: RUNS/results)")
-    add("--sweep-file", type=Path, default=SWEEP, help="CSV of a sweep, for mini's settings "
+    add("--sweep-file", type=Path, help="CSV of a sweep, for mini's settings "
         "(default: the committed one)")
     # fmt: on
 
@@ -89,8 +89,13 @@ def plan_of(args) -> Plan:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     plan = Plan(
         model=args.model, quick=args.quick, steps=args.steps, beams=args.num_beams,
-        precision=args.precision, batch_size=args.batch_size, sweep=args.sweep_file,
+        precision=args.precision, batch_size=args.batch_size, sweep=args.sweep_file or SWEEP,
     )  # fmt: skip
+    if args.sweep_file and not args.sweep_file.is_file():
+        raise ValueError(f"--sweep-file {args.sweep_file}: there is no such file")
+    needs_sweep = plan.presets == "mini" and not args.quick and args.what != "sweep"
+    if needs_sweep and not plan.sweep.exists():
+        say("no sweep: learning rates are the defaults, no dev set chose them (see paper sweep)")
     if args.quick:
         plan = replace(plan, seeds=(0,), low_seeds=(0,), subsets=(0,), sizes=(50, 100))
     if args.seeds:
@@ -158,7 +163,7 @@ def run_experiment(
             if why and problem:  # it has no scores, and cannot have
                 problem = f"not tested: {why}"
             record = record_of(args.runs / cell.run.id)
-            rows.append(row_of(name, plan.scale, model, cell, record, problem))
+            rows.append(row_of(name, plan.scale_of(cell.run), model, cell, record, problem))
         if kept:
             rows.sort(key=lambda row: DATA.index(row["data"]) if row["data"] in DATA else -1)
         write_rows(path, rows)

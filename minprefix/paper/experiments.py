@@ -151,6 +151,7 @@ def sweep(plan: Plan) -> list[Cell]:
     All data: four learning rates. Low data: three learning rates times two numbers of steps, on a
     subset that no figure uses. The dev inputs are SWEEP_TABLES of the official dev set, greedily.
     """
+    plan = replace(plan, sweep=None)
     greedy = GenerationConfig(max_new_tokens=plan.decoding().max_new_tokens)
     judged = {"split": "dev", "tables": SWEEP_TABLES, "decoding": greedy}
     if plan.quick:

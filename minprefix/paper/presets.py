@@ -9,12 +9,13 @@ Numbers are those of Li & Liang 2021, arXiv v1 Table 5 [1] and ACL appendix A.2,
 [1] https://arxiv.org/abs/2101.00190v1   [2] https://aclanthology.org/2021.acl-long.353
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minprefix.baselines import BaselineConfig
 from minprefix.decoding import GenerationConfig
-from minprefix.paper.results import quality, read_rows
+from minprefix.paper.results import pick, quality, read_rows
 from minprefix.paper.run import Run
 from minprefix.prefix import PrefixConfig
 from minprefix.prompt_search import SearchConfig
@@ -88,6 +89,7 @@ GRID_LOW = {
     "finetune": ((1e-4, 3e-4, 1e-3), (100, 400)),
     "prefix": ((3e-4, 1e-3, 3e-3), (100, 400)),
 }
+NO_SWEEP = "no sweep"  # in the scale of rows whose learning rate is the default
 SWEPT_SIZE = {50: 100, 100: 100, 200: 100, 500: 500}  # low data: size -> the size it was swept at
 SWEEP_SUBSET = 100  # a subset of its own, none of those that are reported
 
@@ -116,7 +118,7 @@ class Plan:
     precision: str = "auto"  # of training
     batch_size: int = 64  # tables decoded at a time
     length_data: str = "dart"  # of figure 4: the paper's, or another where that is not at hand
-    sweep: Path = SWEEP  # what the dev set chose for mini
+    sweep: Path | None = SWEEP  # what the dev set chose for mini; None = choose nothing
 
     @property
     def presets(self) -> str:
@@ -124,11 +126,16 @@ class Plan:
 
     @property
     def scale(self) -> str:
-        """How far the runs are from the preset: stands in every row."""
+        """How far the runs are from the preset."""
         words = ["quick"] if self.quick else []
         if self.steps is not None:
             words.append(f"{self.steps} steps")
         return ", ".join(words) or f"preset ({self.presets})"
+
+    def scale_of(self, run: Run) -> str:
+        """`scale`, as it stands in the run's row: also whether no dev set chose its settings."""
+        chosen = run.train is None or run.train.lr is not None
+        return self.scale + ("" if chosen or self.quick else f", {NO_SWEEP}")
 
     def decoding(self) -> GenerationConfig:
         beams = self.beams or (1 if self.quick else 5)
@@ -205,19 +212,29 @@ class Plan:
     def _chosen(self, data: str, name: str, size: int | None, init: str | None) -> dict:
         """lr (and, in low data, steps) with the best dev BLEU in the sweep; {} without one.
 
-        A data set that was not swept takes what was chosen on E2E.
+        A data set that was not swept takes what was chosen on E2E. Trials that failed are trials.
+
+        Raises:
+            ValueError: the sweep has not finished all trials of the method.
         """
+        if self.sweep is None:
+            return {}
         size = SWEPT_SIZE.get(size, 100) if size else None
         name = family(name) + (" random" if init == "random" and size else "")
+        grid = (GRID_LOW if size else GRID).get(METHODS[name.removesuffix(" random")]["method"], ())
+        trials = math.prod(map(len, grid)) if size else len(grid)
         for swept in (data, "e2e"):
-            rows = [
-                row
-                for row in read_rows(self.sweep)
-                if (row["data"], row["name"], row["size"]) == (swept, name, str(size or ""))
-                and quality(row) is not None
-            ]
-            if rows:
-                best = max(rows, key=quality)
+            rows = pick(read_rows(self.sweep), data=swept, name=name, size=str(size or ""))
+            rows = [row for row in rows if not row.get("problem", "").startswith("not tested")]
+            tried = {(r["lr"], r["steps"]) for r in rows if r.get("problem") != "not finished"}
+            if rows and len(tried) < trials:
+                raise ValueError(
+                    f"{self.sweep}: {len(tried)} of {trials} trials of {name} on {swept}"
+                    f"{f', {size} pairs,' if size else ''} are finished: `paper sweep` goes on"
+                )
+            scored = [row for row in rows if quality(row) is not None]
+            if scored:
+                best = max(scored, key=quality)
                 found = {"lr": float(best["lr"])}
                 return found | ({"steps": int(best["steps"])} if size else {})
         return {}
