@@ -238,10 +238,12 @@ def test_claims_of_table4():
     rows = [
         *seeds("PREFIX", 60, 61), *seeds("EMB-1", 30, 30), *seeds("EMB-10", 50, 52),
         *seeds("EMB-20", 48, 47), *seeds("DISCRETE", 20, 22), *seeds("INFIX-1", 63, 66),
+        *seeds("DISCRETE AROUND", 54, 55),
     ]  # fmt: skip
-    emb, discrete, infix = judge("table4", rows)
+    emb, discrete, around, infix = judge("table4", rows)
     assert HOLDS in emb and "PREFIX - EMB-10: +9.50" in emb and "[v1] 7.2" in emb
-    assert HOLDS in discrete and "EMB-20 - DISCRETE" in discrete
+    assert HOLDS in discrete and "EMB-10 - DISCRETE: +30.00" in discrete
+    assert FAILS in around and "EMB-10 - DISCRETE AROUND: -3.50" in around
     assert FAILS in infix and "PREFIX - INFIX-1: -4.00 ± 1.00" in infix
     quick = [r | {"scale": "quick"} for r in rows]
     assert all(UNTESTED in line and HOLDS not in line for line in judge("table4", quick))
