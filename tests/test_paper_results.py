@@ -1,6 +1,7 @@
 """Settings, statistics, claims, figures and the report, on rows written here."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from minprefix.paper.figures import draw
 from minprefix.paper.presets import GRID, GRID_LOW, PAPER, SWEEP, Plan
 from minprefix.paper.published import published
 from minprefix.paper.report import report
-from minprefix.paper.results import difference, mean_sd, quality, write_rows
+from minprefix.paper.results import difference, mean_sd, quality, t_quantile, write_rows
 from minprefix.paper.run import Run, SearchConfig
 from minprefix.training import TrainConfig
 from minprefix.weights import save_model
@@ -198,10 +199,21 @@ def test_mean_and_spread_by_hand():
     assert mean_sd([row("a", "")], "BLEU") is None
 
 
+@pytest.mark.parametrize("freedom", [*range(1, 12), 30])
+def test_t_quantiles_leave_five_percent_outside(freedom):
+    """The density, summed from 0 to the quantile; 3e-5: what 3 decimal places leave of it."""
+    density = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / (freedom * math.pi) ** 0.5
+    step = t_quantile(freedom) / 20000
+    middles = ((i + 0.5) * step for i in range(20000))
+    inside = sum((1 + t * t / freedom) ** (-(freedom + 1) / 2) for t in middles) * step * density
+    assert inside == pytest.approx(0.475, abs=3e-5)
+
+
 def test_differences_are_paired_by_seed():
     gap = difference(seeds("a", 10, 20, 30), seeds("b", 9, 18, 27), "BLEU")  # 1, 2, 3
     assert gap.mean == 2 and gap.n == 3 and gap.error == pytest.approx(1 / 3**0.5)
-    assert not gap.noise and "+2.00 ± 0.58" in str(gap)
+    assert gap.noise and "+2.00 ± 0.58" in str(gap), "3.5 standard errors of 3 pairs are few"
+    assert not difference(seeds("a", 10, 20, 30), seeds("b", 8, 17, 26), "BLEU").noise
     single = difference(seeds("a", 5), seeds("b", 1), "BLEU")
     assert single.error is None and single.noise and "no spread" in str(single)
     assert difference(seeds("a", 5), [row("b", 1, seed=7)], "BLEU") is None
@@ -286,7 +298,19 @@ def test_claims_of_figure5():
     assert HOLDS in better and "words - random: +17.50" in better
     assert HOLDS in varies and "10.00 BLEU, of words 1.00" in varies
     assert HOLDS in task and "+5.00 ± 0.00" in task
-    assert HOLDS in same and "+0.25 ± 0.75" in same
+    assert "no difference seen (2 pairs)" in same and HOLDS not in same
+    assert "+0.25 ± 0.75" in same and "95 % ± 9.53" in same
+
+
+def test_alike_needs_a_narrow_interval():
+    def said(*scores) -> str:
+        rows = seeds("table-to-text:", *scores, x="all")
+        return judge("figure5", rows + seeds("random", 60, 60, 60, x="all"))[-1]
+
+    assert HOLDS in said(60.3, 60.5, 60.4)
+    assert "no difference seen (3 pairs)" in said(58, 60, 63)
+    assert FAILS in said(63, 63.1, 63.2)
+    assert "one pair" in said(60) and UNTESTED in said(60)
 
 
 def test_claims_of_table1_and_3_and_figure6():

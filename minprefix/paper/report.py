@@ -19,7 +19,8 @@ HEAD = """# The paper's tables and figures, run here
 Made by `python -m minprefix paper report` from the CSVs in this folder; each row of those is one
 run, with its seed, settings, machine and commit. Cells are mean ± standard deviation (runs).
 "Paper" is GPT-2 medium in arXiv v1. The claims are judged by paired differences: seeds, or in low
-data subsets, are the pairs, and "within noise" is less than two standard errors.
+data subsets, are the pairs, and "within noise" means that 0 is in the difference's 95 % interval
+(Student's t: with 2 or 3 pairs that is 12.7 or 4.3 standard errors to each side).
 """
 
 

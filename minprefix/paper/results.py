@@ -16,6 +16,15 @@ from minprefix.files import read_text, write_text
 
 Row = dict[str, str]
 KEY = ("name", "x", "data", "size", "subset", "seed")  # what tells the rows of one CSV apart
+T_QUANTILES = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+)  # 97.5 %, 1 to 7 degrees of freedom
 # columns before and behind the scores
 FIRST = ("experiment", "model", "scale", *KEY, "split", "decoding")
 LAST = (
@@ -105,6 +114,20 @@ def mean_sd(rows: Sequence[Row], column: str) -> Mean | None:
     return Mean(statistics.fmean(values), sd, len(values))
 
 
+def t_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t: +- so many standard errors are a 95 % interval.
+
+    A table where few pairs make it large; beyond, the expansion about the normal's quantile z
+    (Abramowitz & Stegun 26.7.5), to three decimal places.
+    """
+    if freedom <= len(T_QUANTILES):
+        return T_QUANTILES[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
 class Difference(NamedTuple):
     """Mean of paired differences a - b, its standard error (None from one pair), pairs."""
 
@@ -113,9 +136,14 @@ class Difference(NamedTuple):
     n: int
 
     @property
+    def margin(self) -> float:
+        """Half of the 95 % interval; infinite from one pair."""
+        return math.inf if self.error is None else t_quantile(self.n - 1) * self.error
+
+    @property
     def noise(self) -> bool:
-        """Whether it is within two standard errors of 0, or nothing is known of its error."""
-        return self.error is None or abs(self.mean) < 2 * self.error
+        """Whether 0 is in its 95 % interval, or nothing is known of its error."""
+        return abs(self.mean) < self.margin
 
     def __str__(self) -> str:
         if self.error is None:
