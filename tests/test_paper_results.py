@@ -316,10 +316,16 @@ def test_alike_needs_a_narrow_interval():
 def test_claims_of_table1_and_3_and_figure6():
     rows = [r for data, column in (("e2e", "BLEU"), ("webnlg", "BLEU A")) for name, score in
             (("PREFIX", 50), ("FT-FULL", 49), ("ADAPTER (0.1%)", 44))
-            for r in seeds(name, "", "", data=data, **{column: score, "BLEU": score})]  # fmt: skip
+            for r in seeds(name, "", "", data=data, kept=1000 + score,
+                           **{column: score, "BLEU": score})]  # fmt: skip
     lines = judge("table1", rows)
     assert HOLDS in lines[0] and lines[2].endswith(UNTESTED), "dart"
-    assert "mean +6.00 BLEU" in lines[3]
+    assert HOLDS in lines[3] and "mean +6.00 BLEU" in lines[3]
+    wide = [r | {"kept": "61440"} if r["name"] == "PREFIX" else r for r in rows]
+    unequal = judge("table1", wide)[3]
+    assert "not tested: unequal sizes" in unequal and "61,440 and 1,044 parameters" in unequal
+    one = judge("table1", [w if w["data"] == "e2e" else r for w, r in zip(wide, rows, strict=True)])
+    assert HOLDS in one[3] and "left out: e2e" in one[3]
     unseen = [*seeds("PREFIX", 0, 0, **{"BLEU U": 30}), *seeds("FT-FULL", 0, 0, **{"BLEU U": 35})]
     assert FAILS in judge("table3", unseen)[0]
     parts = [r for x, gain in (("10%", -1), ("20%", -9), ("40%", 2), ("100%", 4))

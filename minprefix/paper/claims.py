@@ -18,6 +18,7 @@ from minprefix.paper.results import Difference, Row, difference, mean_sd, pick
 
 HOLDS, FAILS, UNTESTED = "holds here", "does not hold here", "not tested"
 NOISE = "within noise"
+SAME_SIZE = 1.5  # times as many parameters are still "as many": the paper's own pairs are within it
 ALIKE = 1.0  # BLEU, below the smallest gap that [v1] argues with (e2e: 69.7 against 68.2)
 
 
@@ -80,18 +81,27 @@ def alike(judge: Callable[[Sequence[Row]], Difference | None], column: str, what
 
 
 def adapter_gap(rows: Sequence[Row]) -> Verdict:
-    """Mean over the data sets of PREFIX - ADAPTER (0.1%)."""
-    gaps, said = [], []
+    """Mean of PREFIX - ADAPTER (0.1%) over the data sets where both keep as many parameters."""
+    gaps, said, unequal = [], [], []
     for data, column in (("e2e", "BLEU"), ("webnlg", "BLEU A"), ("dart", "BLEU")):
         of = pick(rows, data=data)
         a, b = pick(of, name="PREFIX"), pick(of, name="ADAPTER (0.1%)")
         if (gap := difference(a, b, column)) is not None:
+            kept = [mean_sd(of, "kept") for of in (a, b)]
+            if None in kept or max(kept).mean > SAME_SIZE * min(kept).mean:
+                sizes = " and ".join(f"{k.mean:,.0f}" if k else "unknown" for k in kept)
+                unequal.append(f"{data}: {sizes} parameters kept, {gap} BLEU")
+                continue
             gaps.append(gap.mean)
             said.append(f"{data} {gap}")
+    pair = "PREFIX - ADAPTER (0.1%)"
     if not gaps:
-        return Verdict(UNTESTED)
+        if not unequal:
+            return Verdict(UNTESTED)
+        return Verdict(f"{UNTESTED}: unequal sizes", f"{pair}: {'; '.join(unequal)}")
     mean = sum(gaps) / len(gaps)
-    numbers = f"PREFIX - ADAPTER (0.1%): mean {mean:+.2f} BLEU; {'; '.join(said)}"
+    left_out = [f"of unequal sizes, left out: {one}" for one in unequal]
+    numbers = f"{pair}: mean {mean:+.2f} BLEU; {'; '.join(said + left_out)}"
     return Verdict(HOLDS if mean > 0 else FAILS, numbers)
 
 
