@@ -256,6 +256,9 @@ def test_claims_of_table4():
     assert HOLDS in emb and "PREFIX - EMB-10: +9.50" in emb and "[v1] 7.2" in emb
     assert HOLDS in discrete and "EMB-10 - DISCRETE: +30.00" in discrete
     assert FAILS in around and "EMB-10 - DISCRETE AROUND: -3.50" in around
+    assert [claims.ONE_LENGTH in line for line in (emb, discrete, around, infix)] == [
+        True, False, False, True,
+    ]  # fmt: skip
     assert FAILS in infix and "PREFIX - INFIX-1: -4.00 ± 1.00" in infix
     quick = [r | {"scale": "quick"} for r in rows]
     assert all(UNTESTED in line and HOLDS not in line for line in judge("table4", quick))
@@ -285,6 +288,9 @@ def test_claims_of_figure4_look_at_the_training_loss_too():
             (("1", 40, 2.0), ("10", 50, 1.5), ("40", 51, 1.2))]  # fmt: skip
     rises, falls, loss = judge("figure4", rows)
     assert HOLDS in rises and FAILS in falls and HOLDS in loss
+    assert all(claims.ONE_LENGTH in line for line in (rises, falls, loss))
+    for cells in ({"model": "gpt2-medium"}, {"scale": "5 steps, no sweep"}):
+        assert claims.ONE_LENGTH not in "".join(judge("figure4", [r | cells for r in rows]))
 
 
 def test_claims_of_figure5():
