@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ from minprefix.prefix import Prefix
 from minprefix.tokenizer import BYTE_CHARS, ENDOFTEXT, Tokenizer
 from minprefix.training import TrainConfig, Trainer
 from minprefix.weights import ASSETS, save_model
+
+# a shell starts what runs in its background with Ctrl-C ignored, which children inherit
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU
 DEVICE = "cpu" if INTERPRETED else "cuda"  # of the kernels' tests
