@@ -1,6 +1,7 @@
 """The command `paper` from its runs to CSV, figure and claims, on a tiny model."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -146,14 +147,18 @@ def test_two_processes_give_the_rows_of_one(cli, options, tmp_path):
 def test_ctrl_c_stops_all_processes_which_save(options, tmp_path):
     words = [*options, "--steps", "100000", "--jobs", "2"]
     command = [sys.executable, "-m", "minprefix", "paper", "figure3", *words]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     runs = tmp_path / "runs"
-    for _ in range(6000):
-        if len(list(runs.glob("*/state/state.pt"))) == 2:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        for _ in range(6000):
+            if len(list(runs.glob("*/state/state.pt"))) == 2:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    except BaseException:  # its workers would go on for hours
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == 130 and "The same command goes on" in err
     for lock in runs.glob("*/lock"):
         with pool.locked(lock.parent, wait=False) as free:
