@@ -104,7 +104,7 @@ def padded(batch: Batch, longest: int) -> Padded:
 
 
 class Graphed:
-    """The same, replayed. All buckets add to the same sums.
+    """The same with a prefix, replayed. All buckets add to the same sums.
 
     Args:
         longest: most tokens that a row may have once it is padded.

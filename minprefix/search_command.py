@@ -18,7 +18,7 @@ from minprefix.data_splits import choose
 from minprefix.files import read_json, write_text
 from minprefix.options import add_fields, from_args
 from minprefix.prompt_search import PromptSearch, SearchConfig, state_path
-from minprefix.training import Interrupted
+from minprefix.training import tells_how_to_go_on
 
 KEYS = ("model", "device", "data", "dev", "linearisation", "search")
 ALLOWED = ("--resume", "--device", "--json", "--debug")  # with --resume
@@ -41,13 +41,8 @@ def run(args) -> dict | None:
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
-    go_on = f"Go on with: python -m minprefix search --resume {shlex.quote(str(out))}"
-    try:
+    with tells_how_to_go_on(f"python -m minprefix search --resume {shlex.quote(str(out))}"):
         result = search.run()
-    except Interrupted as stop:
-        raise Interrupted(f"{stop}. {go_on}") from None
-    except KeyboardInterrupt:  # before the first step, or the second one: the last saved state
-        raise Interrupted(f"interrupted. {go_on}") from None
     result["kept"] = str(out / ("prompt.json" if search.config.behind else "prefix.safetensors"))
     if args.json:
         return result

@@ -24,7 +24,7 @@ from minprefix.options import add_fields, from_args
 from minprefix.prefix import PrefixConfig, make_prefix
 from minprefix.ranks import joined
 from minprefix.run_folder import read_state, state_path
-from minprefix.training import KEPT, Interrupted, TrainConfig, Trainer, in_bf16
+from minprefix.training import KEPT, TrainConfig, Trainer, in_bf16, tells_how_to_go_on
 
 # by method: the fields of PrefixConfig and BaselineConfig that it reads
 READ = {
@@ -58,13 +58,8 @@ def run(args) -> dict | None:
         elif ranks.first:
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
-        go_on = f"Go on with: python -m minprefix train --resume {shlex.quote(str(out))}"
-        try:
+        with tells_how_to_go_on(f"python -m minprefix train --resume {shlex.quote(str(out))}"):
             result = trainer.run()
-        except Interrupted as stop:
-            raise Interrupted(f"{stop}. {go_on}") from None
-        except KeyboardInterrupt:  # before the first step, or the second one: the last saved state
-            raise Interrupted(f"interrupted. {go_on}") from None
     if not ranks.first:
         return None
     if not math.isfinite(result["best_dev_loss"]):

@@ -447,6 +447,18 @@ class Trainer:
 
 
 @contextmanager
+def tells_how_to_go_on(command: str):
+    """Within the block, what an interrupted run says ends with the command that continues it."""
+    go_on = f"Go on with: {command}"
+    try:
+        yield
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}. {go_on}") from None
+    except KeyboardInterrupt:  # before the first step, or the second one: the last saved state
+        raise Interrupted(f"interrupted. {go_on}") from None
+
+
+@contextmanager
 def deferred_interrupt():
     """Within the block a first Ctrl-C only sets a flag, so that no step is torn; gives its reader.
 
