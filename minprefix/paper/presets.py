@@ -18,7 +18,7 @@ from minprefix.decoding import GenerationConfig
 from minprefix.paper.results import pick, quality, read_rows
 from minprefix.paper.run import Run
 from minprefix.prefix import PrefixConfig
-from minprefix.prompt_search import SearchConfig
+from minprefix.prompt_search import GRADIENT_COST, SearchConfig
 from minprefix.training import TrainConfig
 
 SWEEP = Path(__file__).parents[2] / "benchmarks" / "paper" / "sweep-mini.csv"
@@ -74,8 +74,9 @@ PAPER_LOW_STEPS = {
 }
 
 # mini: what is the same for all methods, so that the effort is
-MINI = {"steps": 2500, "batch_size": 32}
+MINI = {"steps": 2500, "batch_size": 16}
 MINI_LEN = 10  # prefix length
+EVAL_PAIRS = 500  # of the dev set, in an evaluation
 MINI_LOW = {"batch_size": 10}
 # mini: four learning rates for each method, by what it trains; chosen on the dev set
 GRID = {
@@ -172,7 +173,11 @@ class Plan:
         return run
 
     def search(self, seed: int, behind: int) -> SearchConfig:
-        """The search for a discrete prompt; `--steps` is for training and leaves it alone.
+        """The search for a discrete prompt.
+
+        For mini it may evaluate as many rows as a training and the four trials that chose its
+        learning rate do; a row's gradient counts as two evaluations more. For official models
+        `--steps` leaves it alone.
 
         behind: how many of its tokens stand behind the table (in the place of the bos).
         """
@@ -181,7 +186,14 @@ class Plan:
                 prompt_len=4, behind=behind, steps=2, candidates=8, starts=8, batch_size=8,
                 judge_rows=16, eval_pairs=16, seed=seed,
             )  # fmt: skip
-        return SearchConfig(behind=behind, seed=seed, precision=self.precision)
+        if self.presets == "paper":
+            return SearchConfig(behind=behind, seed=seed, precision=self.precision)
+        trainings = 1 + len(GRID["prefix"])
+        rows = (self.steps or MINI["steps"]) * MINI["batch_size"]
+        return SearchConfig(
+            behind=behind, seed=seed, precision=self.precision, eval_pairs=EVAL_PAIRS,
+            budget=GRADIENT_COST * trainings * rows,
+        )  # fmt: skip
 
     def settings(self, data: str, name: str, size: int | None, init: str | None):
         """Fields of TrainConfig, and the prefix length."""
@@ -195,7 +207,7 @@ class Plan:
             steps = min(steps, chosen.pop("steps", 200))
             return MINI_LOW | {"steps": steps, "eval_every": max(1, steps // 10)} | chosen, LOW_LEN
         chosen.pop("steps", None)
-        every = {"eval_every": max(1, steps // 10), "eval_pairs": 500}
+        every = {"eval_every": max(1, steps // 5), "eval_pairs": EVAL_PAIRS}
         return MINI | every | chosen | {"steps": steps}, MINI_LEN
 
     def _paper(self, data: str, name: str, size: int | None):
