@@ -176,7 +176,7 @@ class Plan:
         """The search for a discrete prompt.
 
         For mini it may evaluate as many rows as a training and the four trials that chose its
-        learning rate do; a row's gradient counts as two evaluations more. For official models
+        learning rate do, where a row's gradient counts as `GRADIENT_COST`. For official models
         `--steps` leaves it alone.
 
         behind: how many of its tokens stand behind the table (in the place of the bos).
