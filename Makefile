@@ -15,6 +15,8 @@ help: ## list the targets
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	@# scripts in tutorials/ and notebooks import this checkout, wherever they are started
+	$(BIN)/python -c 'import pathlib as p, sysconfig; p.Path(sysconfig.get_path("purelib"), "minprefix.pth").write_text(str(p.Path.cwd()) + "\n")'
 	touch $@
 
 .venv/.dev: requirements-dev.txt .venv/.user
