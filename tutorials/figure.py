@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[1] / "runs" / "tutorials"
 
 
 def new(columns: int = 1, rows: int = 1, *, width: float = 4.6, height: float = 3.6):
-    """A figure of `columns` x `rows` panels, sizes in inches each, and its axes as `subplots` do."""
+    """A figure of `columns` x `rows` panels of so many inches, and its axes (as `subplots`)."""
     figure = Figure(figsize=(width * columns, height * rows), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns)
     for one in figure.axes:
