@@ -18,8 +18,6 @@ TABLE4 = (
     "DISCRETE", "DISCRETE AROUND", "EMB-1", "EMB-10", "EMB-20", "INFIX-1", "INFIX-10", "INFIX-20",
     "PREFIX",
 )  # fmt: skip
-# of the sweep on E2E: those that most tables and figures need come first
-SWEPT = ("PREFIX", "FT-FULL", "EMB-10", "INFIX-10", "ADAPTER (0.1%)", "ADAPTER (3%)", "FT-TOP2")
 LENGTHS = (1, 5, 10, 20, 40)  # ACL A.2
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, None)  # ACL Figure 6; None, all data, is ours
 TASK_WORDS = ("summarize", "table-to-text:")
@@ -147,25 +145,19 @@ NOT_HERE = {
 }
 
 
-def sweep(plan: Plan) -> list[Cell]:
-    """What chooses the settings of `mini`: equally many trials for each method, on the dev set.
+def full_trials(plan: Plan, data: str, names: tuple[str, ...], judged: dict) -> list[Cell]:
+    """All data: four learning rates for each method."""
+    steps = 6 if plan.quick else plan.steps or MINI["steps"]
+    return [
+        Cell(name, plan.run(data, name, 0, train={"lr": lr, "steps": steps}, **judged))
+        for name in names
+        for lr in GRID[METHODS[name]["method"]]
+    ]
 
-    All data: four learning rates. Low data: three learning rates times two numbers of steps, on a
-    subset that no figure uses. The dev inputs are SWEEP_TABLES of the official dev set, greedily.
-    """
-    plan = replace(plan, sweep=None)
-    greedy = GenerationConfig(max_new_tokens=plan.decoding().max_new_tokens)
-    judged = {"split": "dev", "tables": SWEEP_TABLES, "decoding": greedy}
-    if plan.quick:
-        judged["tables"] = 8
+
+def low_trials(plan: Plan, judged: dict) -> list[Cell]:
+    """Low data: three learning rates times two numbers of steps, on a subset that no figure uses."""
     cells = []
-    steps = plan.steps or MINI["steps"]
-    names = {"e2e": SWEPT, "webnlg": TABLE1, "dart": TABLE1}
-    for data, tried in names.items():
-        for name in ("FT-FULL", "PREFIX") if plan.quick else tried:
-            for lr in GRID[METHODS[name]["method"]]:
-                train = {"lr": lr, "steps": 6 if plan.quick else steps}
-                cells.append(Cell(name, plan.run(data, name, 0, train=train, **judged)))
     for size in sorted(set(SWEPT_SIZE.values()))[: 1 if plan.quick else None]:
         low = {"size": size, "subset": SWEEP_SUBSET} | judged
         for name, init in (("FT-FULL", {}), ("PREFIX", {}), ("PREFIX", {"init": "random"})):
@@ -176,6 +168,29 @@ def sweep(plan: Plan) -> list[Cell]:
                     run = plan.run("e2e", name, 0, train=train, prefix=init, **low)
                     cells.append(Cell(f"{name} random" if init else name, run))
     return cells
+
+
+def sweep(plan: Plan) -> list[Cell]:
+    """What chooses the settings of `mini`: equally many trials for each method, on the dev set.
+
+    What most tables and figures need comes first. The dev inputs are SWEEP_TABLES of the official
+    dev set, greedily.
+    """
+    plan = replace(plan, sweep=None)
+    greedy = GenerationConfig(max_new_tokens=plan.decoding().max_new_tokens)
+    judged = {"split": "dev", "tables": SWEEP_TABLES, "decoding": greedy}
+    if plan.quick:
+        judged["tables"] = 8
+    first = ("FT-FULL", "PREFIX") if plan.quick else ("PREFIX", "FT-FULL", "EMB-10", "INFIX-10")
+    all_names = first if plan.quick else TABLE1
+    rest = tuple(name for name in all_names if name not in first)
+    return [
+        *full_trials(plan, "e2e", first, judged),
+        *low_trials(plan, judged),
+        *full_trials(plan, "e2e", rest, judged),
+        *full_trials(plan, "webnlg", all_names, judged),
+        *full_trials(plan, "dart", all_names, judged),
+    ]
 
 
 def restaurants_for(cells: list[Cell]) -> list[Cell]:
