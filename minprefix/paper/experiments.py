@@ -156,7 +156,7 @@ def full_trials(plan: Plan, data: str, names: tuple[str, ...], judged: dict) -> 
 
 
 def low_trials(plan: Plan, judged: dict) -> list[Cell]:
-    """Low data: three learning rates times two numbers of steps, on a subset that no figure uses."""
+    """Low data: three learning rates x two numbers of steps, on a subset that no figure uses."""
     cells = []
     for size in sorted(set(SWEPT_SIZE.values()))[: 1 if plan.quick else None]:
         low = {"size": size, "subset": SWEEP_SUBSET} | judged
