@@ -160,7 +160,10 @@ def low_trials(plan: Plan, judged: dict) -> list[Cell]:
     cells = []
     for size in sorted(set(SWEPT_SIZE.values()))[: 1 if plan.quick else None]:
         low = {"size": size, "subset": SWEEP_SUBSET} | judged
-        for name, init in (("FT-FULL", {}), ("PREFIX", {}), ("PREFIX", {"init": "random"})):
+        starts = [("FT-FULL", {}), ("PREFIX", {})]
+        if size == 100:  # figure 5
+            starts += [("PREFIX", {"init": "random"})]
+        for name, init in starts:
             rates, most = GRID_LOW[METHODS[name]["method"]]
             for lr in rates:
                 for steps in (6,) if plan.quick else most:
