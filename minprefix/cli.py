@@ -48,9 +48,9 @@ def shared_options() -> tuple[argparse.ArgumentParser, ...]:
     with_data = argparse.ArgumentParser(add_help=False)
     with_data.add_argument(
         "--data", default="restaurants",
-        help=f"'restaurants' (embedded), {', '.join(DATA_SETS)} (see the command data), a folder "
-        "(their files, src1_*.txt, *.jsonl) or a file (.csv, .xml, .json, .parquet, .txt with "
-        "src||tgt, .jsonl) (default: %(default)s)",
+        help=f"'restaurants' or 'notes' (embedded), {', '.join(DATA_SETS)} (see the command data), "
+        "a folder (their files, src1_*.txt, *.jsonl) or a file (.csv, .xml, .json, .parquet, .txt "
+        "with src||tgt, .jsonl) (default: %(default)s)",
     )  # fmt: skip
     with_data.add_argument(
         "--topics", choices=TOPICS,

@@ -44,7 +44,8 @@ SPLIT_FILES = {
         "test.jsonl",
     ),
 }  # fmt: skip
-RESTAURANTS = Path(__file__).parent / "assets" / "restaurants"
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = ("restaurants", "notes")  # folders in it: tables and texts, articles and summaries
 DATA_SETS = ("e2e", "webnlg", "dart", "xsum")  # names that `python -m minprefix data` downloads
 
 
@@ -118,8 +119,8 @@ def load_examples(
     "original-code" the training split leaves them out, as [2] does. Empty texts are no texts.
 
     Args:
-        path: one of DATA_SETS if `python -m minprefix data` has fetched it, "restaurants" for the
-            embedded data, a file (.jsonl, .csv, .xml, .json, .parquet, .txt) or a folder with the
+        path: one of DATA_SETS if `python -m minprefix data` has fetched it, one of EMBEDDED, a
+            file (.jsonl, .csv, .xml, .json, .parquet, .txt) or a folder with the
             files that SPLIT_FILES lists. (A folder of such a name: ./e2e.)
         split: "train", "dev" or "test". A folder needs it; of a single file it says what the file
             is, which matters only for the selection above.
@@ -136,7 +137,7 @@ def load_examples(
         if not path.is_dir():
             todo = f"python -m minprefix data {name}"
             raise FileNotFoundError(f"{name} is not in {path}: run `{todo}`, or give a folder")
-    path = RESTAURANTS if str(path) == "restaurants" else Path(path)
+    path = ASSETS / path if str(path) in EMBEDDED else Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     files = _find_files(path, split) if path.is_dir() else [path]

@@ -20,7 +20,8 @@ from pathlib import Path
 from minprefix.examples import Example, checked_text, clean
 from minprefix.files import atomic_write, read_json
 
-ARTICLE = ("document", "summary")  # the keys of a row; id and url are optional
+ARTICLE = ("document", "summary")  # the keys of a row
+OPTIONAL = ("id", "url", "topic")
 
 # What pages of the BBC say beside the text; lines that the hub's version leaves out, too.
 PAGE_LINES = {
@@ -53,19 +54,22 @@ def bbc_topic(url: str) -> str:
 
 
 def article(row: dict, linearisation: str, where: str) -> Example:
-    """The example of a row {"document": ..., "summary": ...}, with "id" and "url" if it has them.
+    """The example of a row {"document": ..., "summary": ...}, with what it has of OPTIONAL.
 
-    A document may be empty (some articles are a picture); a summary may not.
+    The topic is the row's, or else its URL's. A document may be empty (some articles are a
+    picture); a summary may not.
     """
     document = row["document"]
     if not isinstance(document, str) or document.strip():
         checked_text(document, "document", where)
     summary = checked_text(row["summary"], "summary", where)
     number, url = row.get("id") or where, row.get("url") or ""
-    if not isinstance(url, str):
-        raise ValueError(f"{where}: url must be a string, got {url!r}")
+    topic = row.get("topic") or ""
+    for name, value in (("url", url), ("topic", topic)):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {name} must be a string, got {value!r}")
     source, target = clean(document, linearisation), clean(summary, linearisation)
-    return Example(source, (target,), None, where, bbc_topic(url), str(number))
+    return Example(source, (target,), None, where, topic or bbc_topic(url), str(number))
 
 
 def read_parquet(path: Path, linearisation: str) -> Iterator[Example]:
@@ -81,7 +85,7 @@ def read_parquet(path: Path, linearisation: str) -> Iterator[Example]:
             names = file.schema_arrow.names
             if not set(ARTICLE) <= set(names):
                 raise ValueError(f"{path}: needs the columns document and summary; has {names}")
-            columns, number = [*ARTICLE, *({"id", "url"} & set(names))], 0
+            columns, number = [*ARTICLE, *(set(OPTIONAL) & set(names))], 0
             for batch in file.iter_batches(columns=columns):
                 for row in batch.to_pylist():
                     number += 1

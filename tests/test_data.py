@@ -163,6 +163,7 @@ BROKEN = {
         (b'{"document": 1, "summary": "b"}', "document must be a string, got 1"),
         (b'{"document": "a", "summary": " "}', "summary is empty"),
         (b'{"document": "a", "summary": "b", "url": 1}', "url must be a string, got 1"),
+        (b'{"document": "a", "summary": "b", "topic": 1}', "topic must be a string, got 1"),
         (b'{"source": "a", "target": "\\ud800"}', "half a surrogate pair"),
     ],
     "a.csv": [
@@ -305,8 +306,8 @@ def test_a_name_stands_for_what_was_downloaded(tmp_path, monkeypatch):
 
 
 def test_embedded_restaurants(monkeypatch, tmp_path):
-    write(tmp_path, "dev.jsonl", '{"table": {"name": "X"}, "text": "X."}')
-    monkeypatch.setattr(data, "RESTAURANTS", tmp_path)
+    write(tmp_path / "restaurants", "dev.jsonl", '{"table": {"name": "X"}, "text": "X."}')
+    monkeypatch.setattr(data, "ASSETS", tmp_path)
     assert load_examples("restaurants", "dev")[0].source == "name : X"
 
 

@@ -1,8 +1,8 @@
 """The embedded summarisation data: invented notes from small towns, written by rule.
 
 `python -m minprefix.assets.notes.make` rewrites train.jsonl, dev.jsonl and test.jsonl beside this
-file, byte for byte the same each time; with --counts it prints the data card's figures, with
---show N some pairs. A line has XSum's keys [1] and a topic:
+file, byte for byte the same each time; with --show N it prints some pairs instead. `measure.py` has
+the data card's figures. A line has XSum's keys [1] and a topic:
 {"document": ..., "summary": ..., "id": ..., "topic": "news/council"}.
 Read `telling.Story`, one of the scenarios in `council.py`, then `build` here: a scenario draws its
 facts first; document and summary are told from the same facts by different templates.
@@ -13,20 +13,18 @@ import argparse
 import json
 import pathlib
 import random
-import re
-from collections import Counter
 from dataclasses import dataclass
 
-from minprefix.assets.notes import council, life, roads, sport
+from minprefix.assets.notes import business, council, life, nature, roads, sport, weather
 from minprefix.assets.notes.telling import Draw, Story, tell
 
 HERE = pathlib.Path(__file__).parent
 SEED = 2018  # the year of XSum
 SPLITS = {"train": 1400, "dev": 150, "test": 250}  # notes
 SCENARIOS = (
-    council.vote, council.survey, council.results, council.site, roads.crash, roads.works,
-    roads.storm, roads.record, life.festival, life.prize, life.count, life.rescue, life.school,
-    sport.football, sport.race, sport.injury, sport.coach,
+    council.vote, council.survey, business.results, business.site, roads.crash, roads.works,
+    weather.storm, weather.record, life.festival, life.prize, life.school, nature.count,
+    nature.rescue, sport.football, sport.race, sport.injury, sport.coach,
 )  # fmt: skip
 
 
@@ -35,7 +33,7 @@ class Note:
     """A story as it was told: what tests need to know beside the row of the file."""
 
     story: Story
-    sentences: list[str]  # the document
+    document: str
     summary: str
     stated: set[str]  # the facts that the summary names
 
@@ -50,7 +48,7 @@ def build() -> dict[str, list[Note]]:
             scenario = SCENARIOS[len(notes) % len(SCENARIOS)]
             story = scenario(Draw(rng, split))
             note = Note(story, *tell(story, rng))
-            new = {" ".join(note.sentences), note.summary, str(story.facts)}
+            new = {note.document, note.summary, str(story.facts)}
             if not new & seen:
                 seen |= new
                 notes.append(note)
@@ -61,7 +59,7 @@ def build() -> dict[str, list[Note]]:
 def rows(split: str, notes: list[Note]) -> list[dict]:
     return [
         {
-            "document": " ".join(note.sentences),
+            "document": note.document,
             "summary": note.summary,
             "id": f"{split}-{number}",
             "topic": note.story.topic,

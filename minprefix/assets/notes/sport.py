@@ -3,7 +3,7 @@
 Written for this project.
 """
 
-from minprefix.assets.notes.names import DAYS, HE, MONTHS, SHE
+from minprefix.assets.notes.names import DAYS, HE, SHE
 from minprefix.assets.notes.telling import Draw, Story
 
 CLUBS = ("Rovers", "Town", "United", "Wanderers", "City", "Athletic")
@@ -35,7 +35,8 @@ def football(d: Draw) -> Story:
             ],
             "2-1",
             (
-                "{us} came from behind to beat {them} 2-1 [thanks to|with] a late {short} by "
+                "{us} came back to beat {them} with a late {short}.",
+                "{us} came from behind to beat {them} {score} [thanks to|with] a late {short} by "
                 "{hero}.",
                 "{hero}'s {short} near the end completed a [comeback|recovery] by {us} against "
                 "{them}.",
@@ -48,8 +49,8 @@ def football(d: Draw) -> Story:
             ],
             "2-1",
             (
-                "A late {short} by {hero} gave {us} a 2-1 [win|victory] over {them}.",
-                "{them} fought back but lost 2-1 to {us}, [beaten by|undone by] {hero}'s late "
+                "A late {short} by {hero} gave {us} a {score} [win|victory] over {them}.",
+                "{them} fought back but lost {score} to {us}, [beaten by|undone by] {hero}'s late "
                 "{short}.",
             ),
         ),
@@ -60,8 +61,8 @@ def football(d: Draw) -> Story:
             ],
             "1-0",
             (
-                "A late {short} by {hero} was enough for {us} to beat {them} 1-0.",
-                "{them} wasted a penalty and lost 1-0 to {us} in the last minutes.",
+                "A late {short} by {hero} was enough for {us} to beat {them} {score}.",
+                "{them} wasted a penalty and lost {score} to {us} in the last minutes.",
             ),
         ),
         "draw": (
@@ -71,9 +72,9 @@ def football(d: Draw) -> Story:
             ],
             "1-1",
             (
-                "{hero}'s late {short} saved a point for {us} in a 1-1 draw with {them}.",
+                "{hero}'s late {short} saved a point for {us} in a {score} draw with {them}.",
                 "{them} were [close to victory|on course to win] until a late {short} by {hero} "
-                "earned {us} a 1-1 draw.",
+                "earned {us} a {score} draw.",
             ),
         ),
     }[course]
@@ -81,6 +82,7 @@ def football(d: Draw) -> Story:
         "open": (
             "{crowd} people had come to see {us} [play|meet] {them} on {day}.",
             "The rain never stopped while {us} and {them} played on {day}.",
+            "{us} and {them} gave {crowd} people a good match on {day}.",
             "{coach}, the coach of {us}, could not sit still [on {day}|during the game on {day}].",
             "It was the last match of the season for {us} and {them}.",
         ),
@@ -154,6 +156,7 @@ def race(d: Draw) -> Story:
         )
     else:
         summary = (
+            "{first} won the {race} in {town} by {gap} seconds.",
             "{first} has won {town}'s {race} but missed the record by {miss} seconds.",
             "{first} was the fastest {athlete} in {town}, {gap} seconds ahead of {second}, who "
             "{short}.",
@@ -170,7 +173,8 @@ def race(d: Draw) -> Story:
     parts = {
         "open": (
             "{field} people stood at the start of the {race} in {town} on {day}.",
-            "Fog lay over {town} when the {race} began on {day}.",
+            "The {race} in {town} had a surprising end on {day}.",
+            "{first} and {second} were both at the {race} in {town} on {day}.",
             "{second} had been the favourite in {town} on {day}.",
             "{a} rang the bell for the start of the {race} in {town}.",
         ),
@@ -232,7 +236,8 @@ def injury(d: Draw) -> Story:
     }  # fmt: skip
     parts = {
         "open": (
-            "{coach} came into the room with a serious face on {day}.",
+            "It has been a bad week for {team} and {player}.",
+            "Fans of {team} will not see {player} for [some time|a while].",
             "{player} sat on the bench on {day} with one foot in ice.",
             "The {sport} team {team} are {rank} in the table.",
             "Nobody has scored more for {team} this season than {player}, with {points} points.",
@@ -282,11 +287,12 @@ def coach(d: Draw) -> Story:
     facts = {
         "club": f"{d.town()} {d.pick(CLUBS)}", "coach": d.person(), "chair": d.person(),
         "next": d.person(), "draws": d.number(2, 5), "others": d.number(2, 8),
-        "age": d.number(38, 63), "years": d.number(2, 6), "a": d.person(), "day": d.pick(DAYS),
-        "until": d.number(2031, 2036), "crowd": d.number(11, 49) * 100,
+        "age": d.number(38, 63), "a": d.person(), "day": d.pick(DAYS),
+        "until": d.number(2031, 2036), "since": d.pick(("Since the winter", "Since the summer",
+        "In the last weeks", "In this half of the season")), "crowd": d.number(11, 49) * 100,
     }  # fmt: skip
     if stays:
-        games = "[Since the winter|Since the start of spring], the team has won {others} games and drawn {draws}."
+        games = "{since}, the team has won {others} games and drawn {draws}."
         decision = (
             "{chair}, who chairs the club, offered {coach} a new contract, which runs until "
             "{until:d}.",
@@ -301,7 +307,7 @@ def coach(d: Draw) -> Story:
         )
         future = "{a}, who plays in goal, called it the best news of the year."
     else:
-        games = "[Since the winter|Since the start of spring], the team has lost {others} games and drawn {draws}."
+        games = "{since}, the team has lost {others} games and drawn {draws}."
         decision = (
             "{chair}, who chairs the club, handed {coach} a letter and took back the keys.",
             "{chair}, who chairs the club, spoke of a hard decision and shook hands with {coach}.",
@@ -314,10 +320,11 @@ def coach(d: Draw) -> Story:
         future = "{next} will lead the training from {day}."
     parts = {
         "open": (
-            "{coach} drove to the ground of {club} earlier than usual on {day}.",
+            "There was a long meeting [at|of] {club} about {coach} on {day}.",
+            "{club} have [made up their minds about|decided what to do with] {coach}.",
             "The lights in the office of {club} burned [late|all night].",
             "{crowd} fans sang the name of {coach} at the last home game of {club}.",
-            "It is {years} years since {coach} came to {club}.",
+            "It is not long since {coach} came to {club}.",
         ),
         "games": games,
         "decision": decision,

@@ -118,12 +118,13 @@ def spell(number: int) -> str:
 
 def names_in(formula: str) -> list[str]:
     """The facts that a formula of `derived` or `claims` is about."""
-    return [node.id for node in ast.walk(ast.parse(formula)) if isinstance(node, ast.Name)]
+    nodes = ast.walk(ast.parse(formula))
+    return [node.id for node in nodes if isinstance(node, ast.Name) and node.id != "month"]
 
 
 def evaluate(formula: str, facts: dict):
-    """A formula of ours, such as "this - last", over the facts."""
-    return eval(formula, {"__builtins__": {}}, facts)
+    """A formula of ours, such as "this - last" or "month(now) - month(planned)", over the facts."""
+    return eval(formula, {"__builtins__": {}, "month": MONTHS.index}, facts)
 
 
 def choose_ways(text: Ways, rng: random.Random) -> str:
@@ -135,11 +136,16 @@ def choose_ways(text: Ways, rng: random.Random) -> str:
 
 
 def polish(text: str) -> str:
-    """One blank between words, a capital behind each full stop, "an" before a vowel, "s'" for "s's"."""
+    """Blanks, capitals behind full stops, "an" before a vowel, "Lions'" for "Lions's"."""
     text = re.sub(r" +", " ", text).replace(" ,", ",").replace(" .", ".").strip()
-    text = re.sub(r"(?<=[a-z]s)'s\b", "'", text)  # the Lions' captain
+    text = re.sub(r"(?<=[a-z]s)'s\b", "'", text)
     text = re.sub(r"\b([Aa]) (?=[aeiouAEIOU]|8\b|1[18]\b|8\d\b)", r"\1n ", text)
     return re.sub(r"(^|[.?!] )([a-z])", lambda match: match[1] + match[2].upper(), text)
+
+
+def sentences(text: str) -> list[str]:
+    """A document's sentences; no abbreviation in it has a full stop."""
+    return re.split(r"(?<=[.?!]) ", text)
 
 
 def _say(text: Ways, facts: dict, telling: _Telling, rng: random.Random) -> str:
@@ -147,16 +153,17 @@ def _say(text: Ways, facts: dict, telling: _Telling, rng: random.Random) -> str:
     return polish(choose_ways(telling.format(choose_ways(text, rng), **facts), rng))
 
 
-def tell(story: Story, rng: random.Random) -> tuple[list[str], str, set[str]]:
-    """The sentences of the document, the summary, and the names of the facts that it states."""
+def tell(story: Story, rng: random.Random) -> tuple[str, str, set[str]]:
+    """The document, the summary, and the names of the facts that the summary states."""
     facts = dict(story.facts)
     for name, formula in story.derived.items():
         facts[name] = evaluate(formula, facts)
     plan = [story.parts[name] for name in rng.choice(story.orders).split()]
-    for extra in rng.sample(story.extras, rng.choice((1, 1, 2, 2, 3))):
+    count = rng.choice((1, 1, 2, 2, 3)[: 2 * len(story.extras)])
+    for extra in rng.sample(story.extras, count):
         plan.insert(rng.randint(2, len(plan)), extra)
     telling = _Telling()
     document = " ".join(_say(part, facts, telling, rng) for part in plan)
     telling = _Telling()
     summary = _say(story.summary, facts, telling, rng)
-    return re.split(r"(?<=[.?!]) (?=[A-Z\"])", document), summary, telling.used
+    return document, summary, telling.used
