@@ -196,5 +196,5 @@ def test_how_a_story_is_told():
 def test_nobody_is_drawn_twice_for_one_story():
     draw = Draw(random.Random(0), "dev")
     people = [draw.person() for _ in range(10)]
-    assert len({person.last for person in people}) == 10
+    assert len({person.last for person in people}) == len({person.first for person in people}) == 10
     assert len({draw.town() for _ in range(10)}) == 10

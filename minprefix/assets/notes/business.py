@@ -15,7 +15,7 @@ TRADES = {
     ),
     "boots": (
         "shoe factory",
-        ("a film star had been seen in a pair of them", "a [famous customer|star's taste]"),
+        ("a film star had been seen in a pair of them", "a [famous|well-known] customer"),
         ("a shop chain had stopped ordering from them", "the loss of a [big|major] customer"),
     ),
     "lemonade": (
@@ -87,7 +87,7 @@ def results(d: Draw) -> Story:
         ),
         "firm": (
             "The [family firm|company], based in {town}, makes {goods}.",
-            "{name} is a [family business|company] in {town} that makes {goods}.",
+            "{name} of {town} [makes|is known for its] {goods}.",
         ),
         "this": (
             "[Over the last twelve months|In the past year] its sales [reached|were] {this} "
@@ -184,7 +184,7 @@ def site(d: Draw) -> Story:
         }
         extras = ["The building will cost {cost} million pounds.", "Work begins in {month}."]
         summary = (
-            "{why} [will bring|is bringing] {total} jobs to {town}, where {firm} is [opening|"
+            "{why} will bring {total} jobs to {town}, where {firm} is [opening|"
             "setting up] a {place}.",
             "{firm} has chosen {town} over {rival} for a {place} with {total} jobs.",
             "{total} people will find work in {town} at the new {place} of {firm}.",
@@ -219,7 +219,11 @@ def site(d: Draw) -> Story:
         facts,
         parts,
         orders=("open plan jobs why rival", "open plan why jobs rival", "open plan why rival jobs"),
-        extras=(*extras, "The site measures {acres} acres.", "{a} has the keys to the gate."),
+        extras=(
+            *extras,
+            "The site measures {acres} acres.",
+            "{a}, the caretaker, has the keys to the gate.",
+        ),
         summary=summary,
         derived={"total": "part + rest"},
     )

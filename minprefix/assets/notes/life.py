@@ -146,7 +146,7 @@ def prize(d: Draw) -> Story:
             "The {town} Prize was [awarded|handed over] on {day}.",
             "A {kind} has [brought its author|earned somebody] the {town} Prize.",
         ),
-        "list": " ".join(["Three {books_left} were left.", *entries]),
+        "list": " ".join(["Three {books_left} had reached the last round.", *entries]),
         "winner": (
             "The envelope held a card with the name of {winner.last}.",
             "In the end, it was {winner.last} who was called to the stage.",
@@ -185,7 +185,7 @@ def prize(d: Draw) -> Story:
 
 WISHES = {  # what pupils want: the same in other words
     "a telescope": "an instrument to watch the stars",
-    "a set of drums": "percussion",
+    "a set of drums": "percussion instruments",
     "a minibus": "a vehicle for school trips",
     "a glasshouse": "a place to grow plants",
     "twenty bicycles": "bikes",
@@ -235,7 +235,7 @@ def school(d: Draw) -> Story:
         ),
         "wish": (
             "The price of {wish} is {need} pounds.",
-            "The school would like to have {wish}, which costs {need} pounds.",
+            "The school would like to have {wish}, at a price of {need} pounds.",
         ),
         "first": (
             "[First|To begin with], {first} brought {one} pounds.",
@@ -256,7 +256,7 @@ def school(d: Draw) -> Story:
             "{b}, a grandmother of five, gave a jar of old coins for the museum.",
             "The school cook made soup for all the helpers.",
             "A list of all those who helped hangs in the entrance.",
-            "{a} now wants to become a banker.",
+            "{a}, who counted the coins, now wants to become a banker.",
         ),
         summary=summary,
         derived={

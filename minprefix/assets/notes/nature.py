@@ -6,22 +6,22 @@ Written for this project.
 from minprefix.assets.notes.names import DAYS, MONTHS
 from minprefix.assets.notes.telling import Draw, Story
 
-ANIMALS = {  # what is counted, and the family that the summary names
-    "barn owls": "owls", "puffins": "seabirds", "grey seals": "seals", "common toads": "toads",
-    "swallows": "[small|migrating] birds", "brown hares": "hares", "water voles": "river animals",
-    "white storks": "large birds",
+ANIMALS = {  # what is counted: the family that the summary names
+    "barn owls": "owls", "kingfishers": "river birds", "hedgehogs": "[small|spiny] animals",
+    "common toads": "toads", "swallows": "[small|migrating] birds", "brown hares": "hares",
+    "water voles": "river animals", "white storks": "large birds", "badgers": "wild animals",
 }  # fmt: skip
 BETTER = {  # why there are more: the same in short
     "farmers had left strips of long grass at the edge of their fields": "strips of long grass",
     "there had been plenty to eat after the mild winter": "a mild winter",
     "foxes had been kept out by a new fence": "a new fence",
-    "walkers now kept to the marked paths": "disciplined walkers",
+    "walkers had learned to stay on the paths": "[careful|considerate] walkers",
 }
 WORSE = {
     "the ponds had dried up in the spring": "a dry spring",
     "the hedges in which they hid had been cut down": "the loss of hedges",
     "cats and dogs had run free there": "pets",
-    "oil from a ship had reached the shore": "an oil spill",
+    "oil from a lorry had run into the streams": "an oil spill",
 }
 
 
@@ -63,8 +63,8 @@ def count(d: Draw) -> Story:
         "numbers": (
             "[This time|This {month}], {this} {kind} were [seen|found|counted]. [Last year|Twelve "
             "months ago], there had been {last}.",
-            "A year [ago|before], the helpers had found {last} {kind}. [Now|This time] it was "
-            "{this}.",
+            "A year [ago|before], the helpers had found {last} {kind}. This time, there "
+            "were {this}.",
             "The list for last year has {last} {kind}; the new one has {this}.",
         ),
         "why": (
@@ -161,7 +161,7 @@ def rescue(d: Draw) -> Story:
         extras=(
             "{owner} [cried and laughed|hugged everybody].",
             "A fence will now be put up.",
-            "{a} took a photograph that was printed on cups.",
+            "A neighbour, {a}, took a photograph that was printed on cups.",
             "It is not the first time that {name} has run away.",
         ),
         summary=(

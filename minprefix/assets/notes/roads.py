@@ -64,7 +64,7 @@ def crash(d: Draw) -> Story:
     parts = {
         "open": (
             "A road near {town} was [blocked|shut] for much of {day} morning.",
-            "A lorry kept the police of {town} busy [for hours|] on {day}.",
+            "Police in {town} had a [busy|difficult] {day} morning.",
             "{a} heard a long crash while making the morning tea at {farm}'s Farm near {town}.",
             "School buses from {far} to {town} arrived late or not at all on {day}.",
             "It was a strange {day} morning for [drivers in|people who drive to] {town}.",
@@ -146,7 +146,7 @@ def works(d: Draw) -> Story:
             "and make the work more expensive.",
         )
         wait = "[People|Drivers] in {town} will have to [be patient|wait] for {name} Bridge."
-        extra = "{a} has started a list of all the excuses that were given."
+        extra = "{a}, who lives nearby, has started a list of all the excuses that were given."
     else:
         summary = (
             "{name} Bridge in {town} will reopen {gap} months [early|ahead of time], and for less "
@@ -155,7 +155,7 @@ def works(d: Draw) -> Story:
             "months early and more cheaply than expected.",
         )
         wait = "[People|Drivers] in {town} had not expected to have {name} Bridge back so soon."
-        extra = "{a} has promised to bake a cake for all the workers."
+        extra = "{a}, who lives nearby, has promised to bake a cake for the workers."
     parts = {
         "open": (
             "Drivers between {town} and {far} have [got used to|learned to live with] a long way "

@@ -43,11 +43,12 @@ class Person:
 
 
 class Draw:
-    """Random facts of one note; towns and surnames of its split, none of them twice."""
+    """Random facts of one note; towns and surnames of its split. No name comes twice."""
 
     def __init__(self, rng: random.Random, split: str):
         self.rng = rng
         self._towns = rng.sample(TOWNS[split], len(TOWNS[split]))
+        self._first_names: set[str] = set()
         self._surnames = rng.sample(SURNAMES[split], len(SURNAMES[split]))
 
     def town(self) -> str:
@@ -57,7 +58,9 @@ class Draw:
         return self._surnames.pop()
 
     def person(self, first_names: Sequence[str] = HE + SHE) -> Person:
-        return Person(self.rng.choice(first_names), self.surname())
+        free = [name for name in first_names if name not in self._first_names]
+        self._first_names.add(first := self.rng.choice(free))
+        return Person(first, self.surname())
 
     def pick(self, values: Sequence):
         return self.rng.choice(values)

@@ -125,7 +125,7 @@ def record(d: Draw) -> Story:
         )
         summary = (
             "The {kind} {month} [on record|since records began] has {impact} in {town}.",
-            "There has never been a {other} {month} in {town}, which has {impact}.",
+            "There has never been a {other} {month} in {town}, and it has {impact}.",
         )
     else:
         past = (
