@@ -99,6 +99,54 @@ def test_numbers_of_a_summary_are_in_the_document_or_derived():
     assert derived_ones > len(NOTES) / 5
 
 
+# What a summary says, where its document says it (each number a group), and what is done with them.
+READINGS = {
+    "a road is shut": (
+        r"(\w+) hours",
+        r"(?:road at|From) (\w+)(?: and [a-z ]+ at| o'clock until| in the morning until) (\w+)",
+        lambda closed, opened: opened - closed,
+    ),
+    "an animal is stuck": (
+        r"(\w+) hours",
+        r"[Ss]ince (\w+) o'clock.* (?:It was|struck) (\w+) when",
+        lambda start, end: end - start,
+    ),
+    "homes without power": (
+        r"([\d,]+) (?:homes|houses|households)",
+        r"([\d,]+) homes [^.]*? ([\d,]+) (?:lost|more|others)",
+        lambda homes, more: homes + more,
+    ),
+    "visitors": (
+        r"([\d,]{4,})",
+        r"([\d,]+) \w+(?: came)? on Friday, ([\d,]+) on Saturday and ([\d,]+) on",
+        lambda *days: sum(days),
+    ),
+    "games without": (
+        r"(\w+) games",
+        r"(?:won|lost) (\w+) games and drawn (\w+)",
+        lambda *games: sum(games),
+    ),
+    "jobs": (
+        r"(\d+) (?:jobs|people)",
+        r"(\d+) (?:people|workers) (?!will be|will have)[a-z ]+? (\d+) (?:at|in) ",
+        lambda *jobs: sum(jobs),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_derived_numbers_by_reading_the_document(name):
+    in_summary, in_document, rule = READINGS[name]
+    read = 0
+    for note in NOTES:
+        said, given = re.search(in_summary, note.summary), re.search(in_document, note.document)
+        if said and given and note.story.derived:
+            operands = [max(numbers(group)) for group in given.groups()]
+            assert numbers(said[1]) == {rule(*operands)}, f"{note.summary} <- {note.document}"
+            read += 1
+    assert read > 30
+
+
 def test_claims_hold_and_can_be_checked_in_the_document():
     for note in NOTES:
         for claim in note.story.claims:
