@@ -80,6 +80,19 @@ def test_held_out_names_are_new(held_out, seen):
     text = make.to_lines(make.rows(seen, SPLITS[seen]))
     names = TOWNS[held_out] + SURNAMES[held_out]
     assert not [name for name in names if re.search(rf"\b{name}\b", text)]
+    for note in SPLITS[held_out]:
+        assert any(town in note.summary for town in TOWNS[held_out]), note.summary
+
+
+def test_what_a_summary_is_about_is_in_the_document():
+    """Of facts that have no other words: the event, the place, the team, the animal."""
+    for note in NOTES:
+        facts = note.story.facts
+        for name in note.stated & {"race", "animal", "town", "far", "us", "them", "club", "team"}:
+            assert facts[name] in note.document, f"{name}: {note.summary} <- {note.document}"
+        if note.story.topic == "news/culture":
+            event = facts.get("books_left", facts["kind"])  # a comic is one of the comics
+            assert event in note.document, f"{note.summary} <- {note.document}"
 
 
 def test_numbers_of_a_summary_are_in_the_document_or_derived():

@@ -57,7 +57,7 @@ def festival(d: Draw) -> Story:
         )
     parts = {
         "open": (
-            "The last of {tents} tents in the park of {town} was taken down on Monday.",
+            "The last of {tents} tents of the {kind} in {town} was taken down on Monday.",
             "{head} has now run the {kind} in {town} {times} times.",
             "On Sunday night, the {kind} in {town} [ended with fireworks|came to an end].",
             "The {kind} in {town} is over, and the numbers are known.",

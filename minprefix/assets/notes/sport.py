@@ -176,7 +176,7 @@ def race(d: Draw) -> Story:
             "{field} people stood at the start of the {race} in {town} on {day}.",
             "The {race} in {town} had a surprising end on {day}.",
             "{first} and {second} were both at the {race} in {town} on {day}.",
-            "{second} had been the favourite in {town} on {day}.",
+            "{second} had been the favourite for the {race} in {town} on {day}.",
             "{a} rang the bell for the start of the {race} in {town}.",
         ),
         "mishap": "{second}, who had been leading [for a long time|until then], {mishap}.",
