@@ -17,6 +17,7 @@ import torch
 from minprefix import (
     convert,
     download_data,
+    pretrain_command,
     score_files,
     search_command,
     text_commands,
@@ -105,6 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = "Turn a prefix of PEFT, the paper's code or adapter-hub into ours, or ours into PEFT's."
     convert.add_options(command("convert", convert.run, text))
+
+    text = "Train a GPT-2 from scratch on a folder of text, tokenizer included."
+    pretrain_command.add_options(command("pretrain", pretrain_command.run, text))
 
     download = command("download", run_download, "Fetch an official model into the hub's cache.")
     download.add_argument("name", help="gpt2, gpt2-medium, ..., or any hub id of the family")

@@ -59,12 +59,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, line ends as they are.
+    """The text of a UTF-8 file, line ends as they are; errors as `decode_text`."""
+    return decode_text(Path(path).read_bytes(), path)
+
+
+def decode_text(data: bytes, path: str | Path) -> str:
+    """The text of UTF-8 bytes that come from the file `path`.
 
     Raises:
         ValueError: invalid UTF-8; names the file and the line.
     """
-    data = Path(path).read_bytes()
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -84,13 +84,17 @@ def write_samples(path: Path, examples: list[Example], texts: dict[str, list[str
     write_text(path, "\n".join(blocks))
 
 
-def plot_loss(log: list[dict], path: Path, title: str) -> None:
-    """Training and dev loss against the step."""
+def plot_loss(
+    log: list[dict], path: Path, title: str, levels: dict[str, float] | None = None
+) -> None:
+    """Training and dev loss against the step, beside constant levels to compare with, by name."""
     figure, axes = new_figure()
     train = [entry for entry in log if "loss" in entry]
     dev = [entry for entry in log if "dev_loss" in entry]
     axes.plot([e["step"] for e in train], [e["loss"] for e in train], label="training", lw=1.2)
     axes.plot([e["step"] for e in dev], [e["dev_loss"] for e in dev], "o-", label="dev")
+    for name, level in (levels or {}).items():
+        axes.axhline(level, color="grey", lw=1, ls="--", label=name)
     axes.set(xlabel="optimiser step", ylabel="loss (nats per target token)", title=title)
     axes.legend(frameon=False)
     save_figure(figure, path)

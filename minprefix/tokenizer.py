@@ -7,7 +7,9 @@ through a table to the ids of vocab.json: in GPT-2 the two are equal, in BART th
 
 Read `Tokenizer`. In both files a byte is written as one printable character (`BYTE_CHARS`), and a
 token that neither is a byte nor comes from a merge is special: text never turns into it.
+`Tokenizer.train` finds the merges in texts (Sennrich et al. 2016 [3]); the library [4] does it.
 [1] https://github.com/openai/gpt-2/blob/master/src/encoder.py   [2] https://github.com/openai/tiktoken
+[3] https://arxiv.org/abs/1508.07909   [4] https://github.com/huggingface/tokenizers
 """
 
 import codecs
@@ -78,6 +80,37 @@ class Tokenizer:
         """
         vocab = _read_vocab(Path(folder) / "vocab.json")
         return cls(vocab, _read_merges(Path(folder) / "merges.txt", vocab))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Byte-level BPE of these texts: again and again the most frequent pair is merged.
+
+        Ids are in the order of GPT-2's: the bytes, the merges as they were found, <|endoftext|>.
+        The same texts give the same tokenizer.
+
+        Args:
+            vocab_size: tokens, the 256 bytes and <|endoftext|> included. There are fewer where no
+                pair is left that occurs twice.
+        Raises:
+            ValueError: vocab_size below 257.
+        """
+        if vocab_size < len(BYTE_CHARS) + 1:
+            raise ValueError(
+                f"vocab_size must be at least 257 (256 bytes, {ENDOFTEXT}), got {vocab_size}"
+            )
+        import tokenizers  # only training needs it
+
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=BYTE_CHARS,
+            show_progress=False,
+        )  # fmt: skip
+        bpe.train_from_iterator(texts, trainer)
+        merges = [(a, b) for a, b in json.loads(bpe.to_str())["model"]["merges"]]
+        # in GPT-2 bytes stand in the order of their characters; two merges may give one token
+        tokens = dict.fromkeys([*sorted(BYTE_CHARS), *(a + b for a, b in merges), ENDOFTEXT])
+        return cls({token: token_id for token_id, token in enumerate(tokens)}, merges)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ordinary text: "<|endoftext|>" inside it is text like any other.

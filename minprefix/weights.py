@@ -191,6 +191,15 @@ def _check_fit(tensors: dict[str, Tensor], model: GPT2, folder: Path) -> None:
         raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(texts)}")
 
 
+def check_device(device: str) -> None:
+    """ValueError if tensors cannot be made on this device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device {device} cannot be used: {reason}") from error
+
+
 def load(
     name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[GPT2, Tokenizer]:
@@ -206,11 +215,7 @@ def load(
     """
     if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype {dtype} is not one of float64, float32, float16, bfloat16")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"device {device} cannot be used: {reason}") from error
+    check_device(device)
     folder = find(name_or_path)
     config = read_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
