@@ -277,7 +277,7 @@ class Pretrainer:
                     clock = time.perf_counter()
                 if stop and not last:
                     self._stop_early()
-        self.seconds, self.started = self.seconds_so_far(), None
+        self.started = None
         self.model.eval()
         return self._result()
 
@@ -323,8 +323,7 @@ class Pretrainer:
     def _stop_early(self) -> None:
         if not math.isfinite(self.best):
             save_model(self.model, self.tokenizer, self.out)
-        self.seconds, self.started = self.seconds_so_far(), None
-        steps = self.config.steps
+        self.started, steps = None, self.config.steps
         raise Interrupted(f"stopped after step {self.step_done} of {steps}; state saved")
 
     @torch.no_grad()
@@ -348,11 +347,12 @@ class Pretrainer:
 
     def save_state(self) -> None:
         """What resuming needs, all of it or nothing."""
+        self.seconds = self.seconds_so_far()
         state = {
             "settings": self._settings(),
             "step": self.step_done,
             "best": self.best,
-            "seconds": self.seconds_so_far(),
+            "seconds": self.seconds,
             "trained": self.model.state_dict(),
             "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
         }
