@@ -6,7 +6,7 @@ KERNEL_TESTS := tests/test_attention.py tests/test_decode.py tests/test_operator
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo test test-kernels check format test-official
-.PHONY: compile compile-all bench bench-cpu bench-gpu bench-gpu-steps paper clean
+.PHONY: compile compile-all bench bench-cpu bench-gpu bench-gpu-steps bench-pretrain paper clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -75,6 +75,9 @@ bench-gpu: ## on a GPU: kernel tests, sanitizer and benchmarks, in ten minutes, 
 bench-gpu-steps: ## on a GPU: training steps and generation beside PEFT, into benchmarks/gpu_steps
 	OUT=$(or $(GPU_OUT),benchmarks/gpu_steps) benchmarks/gpu_steps.sh main
 	OUT=$(or $(GPU_OUT),benchmarks/gpu_steps) benchmarks/gpu_steps.sh more
+
+bench-pretrain: .venv/.user ## on a GPU: mini's recipe in ten minutes (CORPUS=folder), into benchmarks/pretrain
+	OUT=$(or $(GPU_OUT),benchmarks/pretrain) benchmarks/pretrain.sh
 
 paper: .venv/.user ## every table and figure of the paper with mini (DATA=folder, JOBS=4 on a GPU)
 	benchmarks/paper.sh

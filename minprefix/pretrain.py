@@ -288,7 +288,7 @@ class Pretrainer:
     def _result(self) -> dict[str, float]:
         tokenizer, val = self.tokenizer, self.corpus.val
         n_bytes = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
-        per_byte = len(val) / max(1, n_bytes[val].sum())
+        per_byte = len(val) / max(1, int(n_bytes[val].sum()))
         return {
             "steps": self.step_done,
             "tokens": self.step_done * self.config.batch_tokens,
