@@ -124,11 +124,10 @@ assert lengths[-1] == sum(len(tokenizer.encode(text)) for text in train_texts)
 print(" restaurant ->", *word, "| bytestring ->", *(tokenizer.decode([i]) for i in
       tokenizer.encode(" bytestring")), sep=" · ")  # fmt: skip
 mini = minprefix.load("mini")[1]
+n_dev = len("".join(dev_texts).encode())
 for name, one in (("this one", tokenizer), ("that of mini", mini)):
     n = sum(len(one.encode(text)) for text in dev_texts)
-    print(
-        f"{name:12} V = {one.vocab_size:,}: {len(''.join(dev_texts).encode()) / n:.2f} bytes per token, held-out texts"
-    )
+    print(f"{name:12} V = {one.vocab_size:,}: {n_dev / n:.2f} bytes per token, held-out texts")
 
 # %% [markdown]
 # ## 3. Packing
