@@ -182,6 +182,8 @@ class Pretrainer:
         self.val_windows = validation_windows(corpus.val, T, config.eval_tokens)
         self.model = self._first_model().to(self.device)
         self.optimizers = make_optimizers(self.model, config)
+        texts = {"text": corpus.train, "held-out text": corpus.val}
+        self.digests = {name: hashlib.sha256(ids).hexdigest() for name, ids in texts.items()}
         self.step_done, self.best, self.seconds = 0, math.inf, 0.0
         self.started: float | None = None  # of a run that is going on: when it would have begun
 
@@ -376,6 +378,4 @@ class Pretrainer:
 
     def _settings(self) -> dict:
         """What must be the same when a run goes on."""
-        texts = {"text": self.corpus.train, "held-out text": self.corpus.val}
-        digests = {name: hashlib.sha256(ids).hexdigest() for name, ids in texts.items()}
-        return asdict(self.config) | digests | {"bf16": self.bf16}
+        return asdict(self.config) | self.digests | {"bf16": self.bf16}

@@ -126,6 +126,31 @@ def test_save_writes_what_transformers_loads(tokenizer, tmp_path):
     assert Tokenizer.from_folder(tmp_path).encode("the food") == tokenizer.encode("the food")
 
 
+@pytest.mark.parametrize("vocab_size", [257, 258, 600])
+def test_a_trained_tokenizer_gives_the_ids_of_transformers(tmp_path, vocab_size):
+    """On all of Unicode, and on what it was trained on."""
+    rng = random.Random(2)
+    known = [random_text(rng) for _ in range(300)] + ["the pub by the river, " * n for n in (1, 9)]
+    trained = Tokenizer.train(known, vocab_size)
+    assert trained.files() == Tokenizer.train(iter(known), vocab_size).files()
+    trained.save(tmp_path)
+    again, theirs = Tokenizer.from_folder(tmp_path), GPT2Tokenizer.from_pretrained(tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    assert vocab["!"] == 0 and again.eos_id == theirs.eos_token_id == vocab_size - 1
+    strings = known + texts(700)
+    for text, ids in zip(strings, theirs(strings)["input_ids"], strict=True):
+        assert trained.encode(text) == again.encode(text) == ids, ascii(text)
+        assert again.decode(ids) == text
+    if vocab_size == 600:
+        assert len(again.encode(" river")) == 1
+
+
+def test_too_few_or_too_many_tokens_to_train(tmp_path):
+    with pytest.raises(ValueError, match="vocab_size must be at least 257 .* got 256"):
+        Tokenizer.train(["text"], 256)
+    assert Tokenizer.train(["ab ab ab"], 1000).vocab_size == 256 + 2 + 1  # "ab", " ab"
+
+
 BYTES = {char: n for n, char in enumerate(BYTE_CHARS)}
 GOOD = {**BYTES, "ab": 256, "<|endoftext|>": 257}
 BAD_FILES = {
