@@ -6,7 +6,8 @@ KERNEL_TESTS := tests/test_attention.py tests/test_decode.py tests/test_operator
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo test test-kernels check format test-official
-.PHONY: compile compile-all bench bench-cpu bench-gpu bench-gpu-steps bench-pretrain paper clean
+.PHONY: compile compile-all bench bench-cpu bench-gpu bench-gpu-steps bench-pretrain paper notebooks
+.PHONY: clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -81,6 +82,12 @@ bench-pretrain: .venv/.user ## on a GPU: mini's recipe in ten minutes (CORPUS=fo
 
 paper: .venv/.user ## every table and figure of the paper with mini (DATA=folder, JOBS=4 on a GPU)
 	benchmarks/paper.sh
+
+notebooks: .venv/.dev ## run every tutorial as a notebook, into runs/notebooks
+	mkdir -p runs/notebooks
+	for path in tutorials/[0-9]*.py; do name=$$(basename $$path .py); \
+		PYTHONPATH=$(CURDIR) $(BIN)/python -m jupytext --quiet --to ipynb --set-kernel - --execute \
+		--run-path tutorials --output runs/notebooks/$$name.ipynb $$path || exit 1; done
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
