@@ -86,7 +86,7 @@ paper: .venv/.user ## every table and figure of the paper with mini (DATA=folder
 notebooks: .venv/.dev ## run every tutorial as a notebook, into runs/notebooks
 	mkdir -p runs/notebooks
 	for path in tutorials/[0-9]*.py; do name=$$(basename $$path .py); \
-		PYTHONPATH=$(CURDIR) $(BIN)/python -m jupytext --quiet --to ipynb --set-kernel python3 --execute \
+		PYTHONPATH=$(CURDIR) PYTHONWARNINGS="ignore:IProgress" $(BIN)/python -m jupytext --quiet --to ipynb --set-kernel python3 --execute \
 		--run-path tutorials --output runs/notebooks/$$name.ipynb $$path || exit 1; done
 
 clean: ## remove .venv and caches; runs/ stays

@@ -5,6 +5,7 @@ trained or read from the prefix, TEXT the frozen model's own, OTHER a method to 
 """
 
 import builtins
+import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -25,9 +26,11 @@ def new(columns: int = 1, rows: int = 1, *, width: float = 4.6, height: float = 
 def show(figure: Figure, name: str) -> None:
     """Show it in a notebook; elsewhere write runs/tutorials/NAME.png and say so."""
     if hasattr(builtins, "__IPYTHON__"):
-        from IPython.display import display
+        from IPython.display import Image, display
 
-        display(figure)
+        png = io.BytesIO()  # a Figure without pyplot has no picture of its own in a notebook
+        figure.savefig(png, format="png")
+        display(Image(png.getvalue()))
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.png"
