@@ -429,10 +429,10 @@ assert per_position == L * 2 * C
 #    teach?
 # 3. Put two texts of different lengths into one batch, padded on the right. Why do the real
 #    positions need no other mask than the causal one?
-# 4. Make the LayerNorm's $\epsilon$ a thousandth larger. By how much do logits move, and by how much
-#    does fp32 move them? What follows for tests of equality?
-# 5. Read "The Tiger" into a cache and "The Raven" into another. Make a third one of the first one's
-#    keys and the second one's values. Continue it with " is a pub near the river. The food at the".
+# 4. Make the LayerNorm's $\epsilon$ a thousandth larger. By how much do logits move, and by how
+#    much does fp32 move them? What follows for tests of equality?
+# 5. Read "The Tiger" into a cache and "The Raven" into another. Make a third one of the first's
+#    keys and the second's values. Continue it with " is a pub near the river. The food at the".
 #    Whose first token is likelier, and what does that say about keys and values?
 #
 # ## References
