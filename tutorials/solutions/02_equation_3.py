@@ -1,0 +1,131 @@
+"""Solutions to the exercises of 02_equation_3."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+import minprefix
+from kernels import prefix_attention
+from minprefix.parametrisations import token_activations
+from minprefix.prefix import Prefix, PrefixBank
+
+model, tokenizer = minprefix.load("mini", dtype=torch.float64)
+model.requires_grad_(False)
+config = model.config
+H, C, D = config.n_head, config.n_embd, config.head_dim
+z = torch.tensor([tokenizer.encode("name : The Eagle | type : pub")])  # (1, T)
+T = z.shape[1]
+generator = torch.Generator().manual_seed(0)
+
+
+def random(*shape):
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def gap(a, b):
+    return (a - b).abs().max().item()
+
+
+def parts(q, k, v, prefix_k, prefix_v):
+    """o_P, o_S (1, H, T, D) and lam (1, H, T, 1): attention to the prefix alone, to z alone."""
+    none = prefix_k[:, :0]
+    o_S, log_Z_S = prefix_attention(q, k, v, none, none, return_lse=True)
+    o_P, log_Z_P = prefix_attention(
+        q, prefix_k[None], prefix_v[None], none, none, causal=False, return_lse=True
+    )
+    return o_P, o_S, torch.sigmoid(log_Z_P - log_Z_S)[..., None]
+
+
+def exercise_1():
+    """Nothing: attention sums over the rows, and a sum has no order. A row's own position is in its
+    key already, if it ever had one. Words in another order are other activations."""
+    table = random(config.n_layer, 2, H, 5, D)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    logits = model(z, prefix=Prefix.from_table(table, 5))
+    rows = gap(model(z, prefix=Prefix.from_table(table[..., order, :], 5)), logits)
+    ids = tokenizer.encode("Write one short sentence")[:5]
+    assert len(ids) == 5
+    texts = [Prefix.from_table(token_activations(model, x), 5)
+             for x in (ids, [ids[i] for i in order])]  # fmt: skip
+    words = gap(model(z, prefix=texts[0]), model(z, prefix=texts[1]))
+    print(f"  logits move by {rows:.0e} (rows in another order), {words:.1f} (words)")
+    assert rows < 1e-11 and words > 0.1
+
+
+def exercise_2():
+    """It still takes weight: o = (1 - lam) o_S. Such a prefix turns heads down, token by token."""
+    q, k, v = random(3, 1, H, T, D)
+    prefix_k, zeros = random(H, 5, D), torch.zeros(H, 5, D, dtype=torch.float64)
+    _, o_S, lam = parts(q, k, v, prefix_k, zeros)
+    difference = gap(prefix_attention(q, k, v, prefix_k, zeros), (1 - lam) * o_S)
+    print(f"  |o - (1 - lam) o_S| <= {difference:.0e}; lam from {lam.min():.2f} to {lam.max():.2f}")
+    assert difference < 1e-13
+
+
+def exercise_3():
+    """lam = sigmoid(log Z_P - log Z_S) and sigmoid' = sigmoid (1 - sigmoid), so with
+    o = o_S + lam (o_P - o_S) the claim follows. All that reaches keys has the factor lam: none does
+    where lam = 0. With one row, P = 1, o_P = v whatever the key is; then the key is reached through
+    lam alone, and not where lam is 0 or 1 or where v = o_S already:
+
+        dk = sum_t lam_t (1 - lam_t) do_t . (v - o_S,t) q_t / sqrt(D)
+    """
+    q, k, v, do = random(4, 1, H, T, D)
+    prefix_k, prefix_v = random(H, 1, D).requires_grad_(), random(H, 1, D)
+    (dk,) = torch.autograd.grad(prefix_attention(q, k, v, prefix_k, prefix_v), prefix_k, do)
+    o_P, o_S, lam = (x.detach() for x in parts(q, k, v, prefix_k, prefix_v))
+    d_log_Z = lam * (1 - lam) * (do * (o_P - o_S)).sum(-1, keepdim=True)  # (1, H, T, 1)
+    by_hand = (d_log_Z * q).sum((0, 2))[:, None] / math.sqrt(D)  # d log Z_P / dk = q / sqrt(D)
+    print(f"  by hand and autograd differ by {gap(by_hand, dk):.0e} of {dk.abs().max():.2g}")
+    assert gap(by_hand, dk) < 1e-12 * dk.abs().max()
+
+
+def exercise_4():
+    """Rows of embeddings at positions 0 .. P-1 go through the model like any tokens'. By causality
+    their keys and values do not depend on the text, so they are a table: one that C P numbers
+    reach, a factor 2 L fewer than equation (3) frees."""
+    P = 5
+    prefix = Prefix.random(config, P, seed=0, parametrisation="embedding").double()
+    prefix.bind(model)
+    free = sum(parameter.numel() for parameter in prefix.parameters())
+    as_tokens = torch.cat([prefix.virtual.virtual_embd[None], model.wte(z)], dim=1)  # (1, P + T, C)
+    through_model = model(as_tokens)[:, P:]
+    as_table = model(z, prefix=prefix.export())
+    print(f"  differ by {gap(through_model, as_table):.0e}; {free:,} numbers instead of "
+          f"{prefix.export().prefix_table.numel():,}")  # fmt: skip
+    assert gap(through_model, as_table) < 1e-11
+    assert prefix.export().prefix_table.numel() == 2 * config.n_layer * free == 2 * free * 8
+
+
+def exercise_5():
+    """Pad the shorter prefix and hide the padding from its row: the one mask that prefixes need."""
+
+    def attend(q, k, v, prefixes):
+        """q, k, v (B, H, T, D), prefixes B pairs (H, P_b, D) -> (B, H, T, D)."""
+        lens = torch.tensor([pk.shape[1] for pk, _ in prefixes])
+        P = int(lens.max())
+        pk, pv = (torch.stack([F.pad(x, (0, 0, 0, P - x.shape[1])) for x in xs])
+                  for xs in zip(*prefixes, strict=True))  # fmt: skip
+        s = q @ torch.cat([pk, k], dim=2).mT / math.sqrt(D)  # (B, H, T, P + T)
+        seen = torch.ones(len(lens), T, P + T, dtype=torch.bool).tril(P)
+        seen[:, :, :P] = (torch.arange(P) < lens[:, None])[:, None]
+        return s.masked_fill(~seen[:, None], -math.inf).softmax(-1) @ torch.cat([pv, v], dim=2)
+
+    q, k, v = random(3, 2, H, T, D)
+    users = [tuple(random(2, H, P, D)) for P in (3, 7)]
+    o = attend(q, k, v, users)
+    for b, user in enumerate(users):
+        alone = prefix_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], *user)
+        assert gap(o[b : b + 1], alone) < 1e-13
+    # the same in the whole model, where the two rows also stand at other positions
+    prefixes = [Prefix.random(config, P, seed=P).double() for P in (3, 7)]
+    logits = model(z.expand(2, -1), prefix=PrefixBank(prefixes))
+    differences = [gap(logits[b], model(z, prefix=prefixes[b])[0]) for b in range(2)]
+    print(f"  two users in one batch: logits differ by {max(differences):.0e} from each alone")
+    assert max(differences) < 1e-11
+
+
+for exercise in (exercise_1, exercise_2, exercise_3, exercise_4, exercise_5):
+    print(exercise.__name__)
+    exercise()
