@@ -12,8 +12,8 @@
 #
 # **What to know first.** PyTorch tensors and modules. No knowledge of transformers.
 #
-# **Running time.** Some seconds on two CPU cores with the embedded model. Another `MODEL`,
-# such as `gpt2`, is downloaded first; reading it and section 9 then take longer.
+# **Running time.** Some seconds on two CPU cores with the embedded model. Another `MODEL`, such
+# as `gpt2`, is downloaded first, and all of it takes longer.
 #
 # **Sources.** Attention: Vaswani et al. [1]; the model: Radford et al. [2]; the names of its
 # weights: the official checkpoints [3]; equation (1): Li & Liang [4]. The list is at the end.
@@ -127,8 +127,8 @@ check("matrix and loop", attention(q, k, v), attention_loop(q, k, v))
 # ## 3. From text to vectors
 # Now the real weights. A checkpoint is a file of named tensors. Text becomes token ids, and
 # each token begins as the sum of two vectors of $C$ numbers, one for what it is (`wte`) and one for
-# where it stands (`wpe`): $x_t = \mathrm{wte}[z_t] + \mathrm{wpe}[t]$. Without `wpe`, attention
-# could not tell orders apart.
+# where it stands (`wpe`): $x_t = \mathrm{wte}[z_t] + \mathrm{wpe}[t]$. A weighted mean has no order
+# of its own; `wpe` brings it in.
 
 # %%
 model, tokenizer = minprefix.load(MODEL, dtype=torch.float64)  # the library's, to compare with

@@ -163,7 +163,7 @@ check("the rows and the words", equation_3(h_words, z), prompted)
 # \mathrm{LM}_\phi(z_i, h_{<i}) & \text{otherwise.} \end{cases} \tag{3}$$
 #
 # $P_\theta$ has $|P_{idx}| \times \dim(h_i)$ entries and is all that is trained, on equation (2) as
-# it stands, with $Y_{idx}$ now counted behind the prefix; $\phi$ is frozen. The first line is a plain
+# it stands, with $Y_{idx}$ counted behind the prefix; $\phi$ is frozen. The first line is a plain
 # read: rows do not pass through the model, they *are* activations, of every layer. The second line
 # is the frozen model, and yet its $h_i$ depends on $\theta$: it reads the prefix on the way.
 
