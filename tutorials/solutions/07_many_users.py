@@ -1,0 +1,123 @@
+"""Solutions to the exercises of tutorial 7 (07_many_users). Each one is asserted.
+
+The prefixes here are not trained: from words they are as good for what is asked.
+"""
+
+import copy
+import tempfile
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import minprefix
+from minprefix import Prefix, PrefixBank
+from minprefix.batches import collate, encode_examples, encode_prompt
+from minprefix.data import load_examples
+
+model, tokenizer = minprefix.load("mini")
+model = model.requires_grad_(False).double()
+WORDS = {"Ada": "brief:", "Ben": "table-to-text:", "Eve": "Do you fancy this?"}
+users = {user: Prefix.from_words(model, tokenizer, words) for user, words in WORDS.items()}
+lengths = [prefix.prefix_len for prefix in users.values()]
+dev = load_examples("restaurants", "dev")
+
+# 1. One offset for all: the rows change whose own offset is another. What a row should be is set by
+#    its prefix's training, so the offset belongs to the prefix (and is saved in its file).
+ids = torch.tensor([encode_prompt(tokenizer, "name : The Eagle | type : pub")] * 3)
+acts = PrefixBank(list(users.values())).activations(torch.arange(3))
+longest = torch.full((3,), max(lengths))
+own, wrong = (model(ids, prefix=a) for a in (acts, replace(acts, position_offset=longest)))
+moved = (own - wrong).abs().flatten(1).amax(1)  # (3,)
+print(f"1. lengths {lengths}, all at offset {max(lengths)}: logits move by {moved.tolist()}")
+assert len(set(lengths)) == 3
+for length, change in zip(lengths, moved.tolist(), strict=True):
+    assert (change == 0) == (length == max(lengths)) and (change == 0 or change > 1e-3)
+
+# 2. Ada and Eve in one batch: each user's own mean, their sum, an optimiser for each.
+rows = encode_examples(tokenizer, dev[:2])
+data = {"Ada": rows[:2], "Eve": rows[4:6]}
+
+
+def tune(together: bool) -> dict[str, torch.Tensor]:
+    """The tables after two steps."""
+    prefixes = {user: copy.deepcopy(users[user]) for user in data}
+    optimizers = [torch.optim.AdamW(p.parameters(), lr=0.01) for p in prefixes.values()]
+    for _ in range(2):
+        if together:
+            batch = collate([row for own in data.values() for row in own], tokenizer.eos_id)
+            index = torch.tensor([n for n, own in enumerate(data.values()) for _ in own])
+            losses = model.token_losses(
+                batch.input_ids, batch.labels, batch.at,
+                prefix=PrefixBank(list(prefixes.values())), prefix_index=index,
+            )  # fmt: skip
+            owner = index[batch.at // batch.input_ids.shape[1]]  # of each label
+            loss = sum(losses[owner == n].mean() for n in range(len(data)))
+        else:
+            loss = 0
+            for user, own in data.items():
+                batch = collate(own, tokenizer.eos_id)
+                kind = {"prefix": prefixes[user]}
+                loss += model.token_losses(batch.input_ids, batch.labels, batch.at, **kind).mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return {user: prefix.prefix_table.detach() for user, prefix in prefixes.items()}
+
+
+both, apart = tune(True), tune(False)
+gap = max((both[user] - apart[user]).abs().max().item() for user in data)
+step = max((both[user] - users[user].prefix_table).abs().max().item() for user in data)
+print(f"2. after two steps of up to {step:.3f} the tables differ by {gap:.1e}")
+# Adam divides by the size of the gradient, so its rounding counts where it is nearly 0
+assert gap < 1e-6 < step
+
+
+# 3. Files, and the least recently used of those in memory goes.
+class Shelf:
+    """Prefixes in files, at most `slots` of them in memory."""
+
+    def __init__(self, files: dict[str, Path], slots: int):
+        self.files, self.slots, self.loads = files, slots, 0
+        self.held: OrderedDict[str, Prefix] = OrderedDict()
+
+    def get(self, user: str) -> Prefix:
+        if user not in self.held:
+            if len(self.held) == self.slots:
+                self.held.popitem(last=False)
+            self.held[user], self.loads = Prefix.load(self.files[user]).double(), self.loads + 1
+        self.held.move_to_end(user)
+        return self.held[user]
+
+
+with tempfile.TemporaryDirectory() as folder:
+    files = {user: Path(folder) / f"{user}.safetensors" for user in users}
+    for user, path in files.items():
+        users[user].save(path)
+    shelf = Shelf(files, slots=2)
+    for user in (
+        "Ada",
+        "Ben",
+        "Ada",
+        "Eve",
+        "Ada",
+        "Ben",
+    ):  # Eve takes Ben's place, Ben takes Eve's
+        logits = model(ids[:1], prefix=shelf.get(user))
+        exact = model(ids[:1], prefix=users[user])
+        assert len(shelf.held) <= 2
+        # files hold fp32, the tables here are fp64
+        assert (logits - exact).abs().max() < 1e-4
+    print(f"3. six requests, {shelf.loads} loads, in memory: {list(shelf.held)}")
+    assert shelf.loads == 4 and list(shelf.held) == ["Ada", "Ben"]
+
+# 4. GPT-2 medium (24 layers of width 1024, 354,823,168 parameters) in bf16, 80 GB.
+L, C, e, parameters, P, S = 24, 1024, 2, 354_823_168, 10, 512
+prefix_bytes, cache_bytes = 2 * L * P * C * e, 2 * L * S * C * e
+fits = int((80e9 - e * parameters) // (prefix_bytes + cache_bytes))
+print(
+    f"4. {prefix_bytes / 1e6:.1f} MB + {cache_bytes / 1e6:.1f} MB of cache each: {fits} users at once"
+)
+assert cache_bytes * P == prefix_bytes * S  # a position is a position: the cache is the limit
