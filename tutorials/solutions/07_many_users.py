@@ -104,7 +104,7 @@ with tempfile.TemporaryDirectory() as folder:
         "Eve",
         "Ada",
         "Ben",
-    ):  # Eve takes Ben's place, Ben takes Eve's
+    ):  # Ben goes, then Eve
         logits = model(ids[:1], prefix=shelf.get(user))
         exact = model(ids[:1], prefix=users[user])
         assert len(shelf.held) <= 2
@@ -118,6 +118,6 @@ L, C, e, parameters, P, S = 24, 1024, 2, 354_823_168, 10, 512
 prefix_bytes, cache_bytes = 2 * L * P * C * e, 2 * L * S * C * e
 fits = int((80e9 - e * parameters) // (prefix_bytes + cache_bytes))
 print(
-    f"4. {prefix_bytes / 1e6:.1f} MB + {cache_bytes / 1e6:.1f} MB of cache each: {fits} users at once"
+    f"4. {prefix_bytes / 1e6:.1f} MB and a cache of {cache_bytes / 1e6:.1f} MB each: {fits} users"
 )
 assert cache_bytes * P == prefix_bytes * S  # a position is a position: the cache is the limit
