@@ -109,9 +109,8 @@ figure.legend(handles, labels, frameon=False, ncols=3, loc="outside lower center
 show(figure, "09_parts")
 
 # %% [markdown]
-# A profiler takes time for each operator that it sees, so a step of many small ones looks longer
-# than it is: compare the last two lines. The parts say where to look; the clock says how much it
-# is.
+# These are parts of a single step, and a profiler takes time of its own for each operator that it
+# sees: compare the last two lines. The parts say where to look; the clock says how much it is.
 #
 # ## 2. What a step must compute
 # Count FLOPs from the parameters. A matrix with n numbers costs a token 2n FLOPs forward and 2n
@@ -179,8 +178,8 @@ for dtype, e in (("fp32", 4), ("bf16", 2)):
 # ## 3. The causes, one by one
 # **GELU as eight operators.** transformers computes GPT-2's GELU as written, $0.5\, x\, (1 +
 # \tanh(\sqrt{2/\pi}\,(x + 0.044715\, x^3)))$ [2]: each operator reads and writes 4C numbers per
-# token, and so does each of its derivatives. Here it is one operator. This is most of the part
-# "norms, GELU, sums, copies"; `torch.compile` merges the eight, too.
+# token, and so does each of its derivatives. Here it is one operator, and `torch.compile` makes it
+# one, too. It is in the part "norms, GELU, sums, copies", with others; section 4 measures it alone.
 
 # %%
 part = "norms, GELU, sums, copies"
