@@ -374,7 +374,7 @@ for name, share in seen.items():
 figure, axes = new(columns=3, width=3.4, height=3.4)
 for axis, (name, share) in zip(axes, seen.items(), strict=True):
     image = axis.imshow(share[:, :, begins:].mean(-1), vmin=0, vmax=1, cmap="magma", aspect="auto")
-    axis.set(xlabel="head", ylabel="layer", title=name)
+    axis.set(xlabel="head", ylabel="layer", title=name, yticks=range(L), xticks=range(H))
 figure.colorbar(image, ax=axes, label="share of attention on the P positions")
 show(figure, "03_mass_by_head")
 
