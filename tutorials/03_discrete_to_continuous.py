@@ -27,6 +27,7 @@ from figure import OTHER, PREFIX, TEXT, new, show
 import minprefix
 from minprefix.batches import collate, encode_examples, encode_prompt
 from minprefix.data import load_examples
+from minprefix.decoding import GenerationConfig
 from minprefix.demo import BF16
 from minprefix.evaluation import evaluate_method
 from minprefix.parametrisations import Recorder, activations, token_activations
@@ -37,6 +38,7 @@ from minprefix.run_folder import read_log
 from minprefix.training import TrainConfig, Trainer, in_bf16
 
 MODEL = "mini"
+BRIEF = GenerationConfig(max_new_tokens=50)
 WORDS = "table-to-text:"  # the prompt by hand, and the start of everything that is trained
 STEPS, ROWS = (120, 8) if BF16 else (50, 8)  # fewer where bf16 is slow, to stay within a minute
 model, tokenizer = minprefix.load(MODEL)
@@ -329,6 +331,8 @@ print(
 # %% [markdown]
 # Where the norms have grown far past those of tokens and the nearest cosines are low, the solution
 # is no misspelt sentence: it lies off the set of prompts, and rounding it back loses what was won.
+# Where the nearest tokens are still those that it began with, all that was learned is in the part
+# that no token has.
 #
 # ## 7. How much attention goes to it?
 #
@@ -405,7 +409,7 @@ for name, prefix in ladder.items():
         text = minprefix.generate(fast, tokenizer, prompts, max_new_tokens=40)[0].strip()
         print(f"{name:16} {'':29} {text[:90]!r}")
         continue
-    scores, texts = evaluate_method(fast, tokenizer, test, prefix=prefix)
+    scores, texts = evaluate_method(fast, tokenizer, test, prefix=prefix, config=BRIEF)
     short_scores = f"BLEU {scores['bleu']:5.1f}, slots {scores['slot_coverage']:5.1f} %"
     print(f"{name:16} {short_scores:29} {texts[0][:90]!r}")
 

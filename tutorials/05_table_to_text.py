@@ -26,6 +26,7 @@ from figure import OTHER, PREFIX, TEXT, new, show
 import minprefix
 from minprefix.batches import collate, encode_examples
 from minprefix.data import load_examples
+from minprefix.decoding import GenerationConfig
 from minprefix.demo import BF16
 from minprefix.evaluation import evaluate_method, measure
 from minprefix.metrics import slot_coverage
@@ -35,6 +36,7 @@ from minprefix.run_folder import read_log
 from minprefix.training import TrainConfig, Trainer
 
 MODEL = "mini"
+BRIEF = GenerationConfig(max_new_tokens=50)
 SHORT, LONG = (40, 200) if BF16 else (16, 80)  # steps; fewer where bf16 is slow
 model, tokenizer = minprefix.load(MODEL)
 model.requires_grad_(False)
@@ -77,7 +79,8 @@ print("  input           label (what it must predict)")
 for t in range(row.prompt_len - 4, row.prompt_len + 3):
     seen, label = batch.input_ids[0, t].item(), batch.labels[0, t].item()
     said = "-, no loss" if label == -100 else repr(tokenizer.decode([label]))
-    print(f"  {tokenizer.decode([seen])!r:15} {said}")
+    word = "bos" if seen == tokenizer.bos_id else repr(tokenizer.decode([seen]))
+    print(f"  {word:15} {said}")
 n = len(row.ids) - row.prompt_len
 print(f"{len(row.ids)} tokens, {n} of them with a loss")
 
@@ -184,7 +187,7 @@ assert losses[-1] < chosen["dev loss"]  # more steps of the same: it went on lea
 # %%
 kept = Prefix.load(long["out"] / "prefix.safetensors")
 some = test[:32]
-scores, texts = evaluate_method(model, tokenizer, some, prefix=kept, batch_size=32)
+scores, texts = evaluate_method(model, tokenizer, some, prefix=kept, config=BRIEF)
 for example, text in zip(some[:4], texts, strict=False):
     print("table:    ", example.source)
     print("reference:", example.targets[0])

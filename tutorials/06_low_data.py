@@ -27,6 +27,7 @@ import minprefix
 from minprefix.batches import collate, encode_examples
 from minprefix.data import load_examples
 from minprefix.data_splits import DEV_PART, low_data, subset
+from minprefix.decoding import GenerationConfig
 from minprefix.demo import BF16
 from minprefix.evaluation import evaluate_method
 from minprefix.paper.claims import judge
@@ -37,6 +38,7 @@ from minprefix.run_folder import read_log
 from minprefix.training import TrainConfig, Trainer
 
 MODEL = "mini"
+BRIEF = GenerationConfig(max_new_tokens=50)
 SIZES, SUBSETS = (20, 50, 200), (0, 1)
 WORDS = "table-to-text:"
 SHRINK = 1 if BF16 else 3  # where bf16 is slow: fewer steps, to stay within a minute
@@ -111,7 +113,7 @@ def run(method: str, size: int, number: int, init: str = "words") -> dict:
         if prefix is None:
             best, _ = minprefix.load(trainer.kept)
         log = read_log(trainer.out)
-    scores, texts = evaluate_method(best, tokenizer, test, prefix=kept)
+    scores, texts = evaluate_method(best, tokenizer, test, prefix=kept, config=BRIEF)
     loss = test_loss(best, kept)
     at = min((e for e in log if "dev_loss" in e), key=lambda e: e["dev_loss"])["step"]
     return {
