@@ -66,7 +66,7 @@ with torch.no_grad():
     one, two = (model(ids, prefix=x) for x in (virtual, prefix))
 gap = (one - two).abs().max().item()
 print(f"MLP: residual {residual:.1e}; logits: largest |difference| {gap:.1e}")
-assert gap < 1e-8  # least squares on a hidden layer of condition 1e3 or so
+assert gap < 1e-11  # fp64: 2.5e-13 seen, logits of order 20
 
 # %% [markdown]
 # ## 4. The part of the gradient that embeddings can follow
