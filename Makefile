@@ -7,7 +7,7 @@ KERNEL_TESTS := tests/test_attention.py tests/test_decode.py tests/test_operator
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo test test-kernels check format test-official
 .PHONY: compile compile-all bench bench-cpu bench-gpu bench-gpu-steps bench-pretrain paper notebooks
-.PHONY: clean
+.PHONY: docs linkcheck clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -22,6 +22,10 @@ help: ## list the targets
 
 .venv/.dev: requirements-dev.txt .venv/.user
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	touch $@
+
+.venv/.docs: requirements-docs.txt .venv/.dev
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-docs.txt
 	touch $@
 
 setup: .venv/.user ## .venv with what a user needs
@@ -88,6 +92,13 @@ notebooks: .venv/.dev ## run every tutorial as a notebook, into runs/notebooks
 	for path in tutorials/[0-9]*.py; do name=$$(basename $$path .py); \
 		PYTHONPATH=$(CURDIR) PYTHONWARNINGS="ignore:IProgress" $(BIN)/python -m jupytext --quiet --to ipynb --set-kernel python3 --execute \
 		--run-path tutorials --output runs/notebooks/$$name.ipynb $$path || exit 1; done
+
+docs: .venv/.docs ## the site, tutorials run and checked, into runs/docs/html
+	$(BIN)/python -m sphinx -W --keep-going -q -d runs/docs/doctrees docs runs/docs/html
+	$(BIN)/python -m docs.check_site runs/docs/html
+
+linkcheck: .venv/.docs ## the site's links to other sites (a network)
+	MINPREFIX_DOCS_EXECUTE=off $(BIN)/python -m sphinx -q -b linkcheck docs runs/docs/linkcheck
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,168 @@
+"""Whether a built site holds together: its links, that it loads nothing from elsewhere, its looks.
+
+    python -m docs.check_site runs/docs/html                 # what `make docs` ends with
+    python -m docs.check_site runs/docs/html --shots FOLDER  # and a picture of every page
+
+Links to other sites are looked at by `make linkcheck`, which needs a network. In a browser (Debian's
+chromium, driven by Playwright; without either this part is left out, and said to be), each page is
+opened at the width of a desk and of a phone: no error on the console, no request but file://, no
+equation that MathJax could not read, nothing wider than the window.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+WIDTHS = (1280, 390)  # px: a desk, a phone
+LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
+QUIET = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a page links to, what it loads, and the names that can be linked to in it."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.links, self.loaded, self.ids = [], [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value for name, value in attrs if value}
+        self.ids |= {values[name] for name in ("id", "name") if name in values}
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        if tag in LOADED and LOADED[tag] in values:
+            self.loaded.append(values[LOADED[tag]])
+
+
+def link_errors(site: Path) -> list[str]:
+    """Links and loaded files that are not there or not of this site."""
+    pages = {path.resolve(): Page(path.read_text("utf-8")) for path in site.rglob("*.html")}
+    errors = [] if pages else [f"{site}: no pages there"]
+    for path, page in pages.items():
+        name = path.relative_to(site.resolve())
+        for address in page.links + page.loaded:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                if address in page.loaded and parts.scheme != "data":
+                    errors.append(f"{name}: loads {address}")
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            if not target.is_file():
+                errors.append(f"{name}: no {address}")
+            elif parts.fragment and target in pages:
+                fragments = pages[target].ids
+                if unquote(parts.fragment) not in fragments and parts.fragment not in fragments:
+                    errors.append(f"{name}: no place {address}")
+    for path in site.rglob("*.css"):
+        for address in re.findall(
+            r"(?:url\(|@import)\s*['\"]?((?:https?:)?//[^'\")]+)", path.read_text("utf-8")
+        ):
+            errors.append(f"{path.relative_to(site)}: loads {address}")
+    return errors
+
+
+def browser_missing() -> str:
+    """Why there is no browser to look with; "" if there is one."""
+    try:
+        import playwright  # noqa: F401
+    except ImportError:
+        return "no playwright: pip install -r requirements-docs.txt"
+    return "" if shutil.which("chromium") else "no chromium: apt-get install chromium"
+
+
+@contextmanager
+def open_browser() -> Iterator:
+    """Debian's Chromium, without a display."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=QUIET)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def watched_page(browser, **options) -> Iterator:
+    """A page, and a list that errors and requests of it go into."""
+    context, errors = browser.new_context(**options), []
+    page = context.new_page()
+    page.on("console", lambda m: m.type == "error" and errors.append(f"console: {m.text}"))
+    page.on("pageerror", lambda error: errors.append(f"script: {error}"))
+    page.on("requestfailed", lambda r: errors.append(f"failed: {r.url}"))
+    page.on(
+        "request",
+        lambda r: r.url.startswith(("file:", "data:", "blob:")) or errors.append(f"asks {r.url}"),
+    )
+    try:
+        yield page, errors
+    finally:
+        context.close()
+
+
+LOOKS = """async () => {
+    if (window.MathJax && MathJax.startup) await MathJax.startup.promise;
+    const wide = document.documentElement.scrollWidth - window.innerWidth;
+    const bad = [...document.querySelectorAll("[data-mjx-error], mjx-merror")];
+    return { wide, bad: bad.map(e => e.getAttribute("data-mjx-error") || e.textContent) };
+}"""
+
+
+def browser_errors(site: Path, shots: Path | None) -> list[str]:
+    """What is wrong with the pages as a browser shows them; writes pictures into `shots`."""
+    found = []
+    shown = [p for p in sorted(site.rglob("*.html")) if "_modules" not in p.relative_to(site).parts]
+    with open_browser() as browser:
+        for width in WIDTHS:
+            for dark in (False, True) if shots else (False,):
+                scheme = "dark" if dark else "light"
+                options = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
+                with watched_page(browser, **options) as (page, errors):
+                    for path in shown:
+                        name = path.relative_to(site)
+                        page.goto(path.resolve().as_uri())
+                        looks = page.evaluate(LOOKS)
+                        if looks["wide"] > 0:
+                            errors.append(f"{looks['wide']} px wider than the window")
+                        errors += [f"equation: {text}" for text in looks["bad"]]
+                        found += [f"{name} at {width} px: {error}" for error in errors]
+                        errors.clear()
+                        if shots:
+                            shot = f"{'-'.join(name.with_suffix('').parts)}-{width}-{scheme}.png"
+                            page.screenshot(path=shots / shot, full_page=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Check a built site.")
+    parser.add_argument("site", type=Path)
+    parser.add_argument("--shots", type=Path, help="folder for a picture of every page")
+    args = parser.parse_args()
+    errors, missing = link_errors(args.site), browser_missing()
+    if args.shots:
+        args.shots.mkdir(parents=True, exist_ok=True)
+    if not missing:
+        errors += browser_errors(args.site, args.shots)
+    for error in errors:
+        print(error, file=sys.stderr)
+    pages = len(list(args.site.rglob("*.html")))
+    print(
+        f"{pages} pages, {len(errors)} errors"
+        + (f"; not seen in a browser: {missing}" if missing else "")
+    )
+    sys.exit(bool(errors))
+
+
+if __name__ == "__main__":
+    main()

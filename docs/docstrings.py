@@ -1,0 +1,57 @@
+"""Our docstrings as reST, just before napoleon reads their Args, Returns and Raises.
+
+They are written to be read as they stand: names in single backticks, formulas indented, shapes as
+(B, H, T, D). So outside backticks reST's signs are escaped, and indented formulas stay as they are.
+"""
+
+import dataclasses
+import re
+
+from minprefix.options import field_help
+
+SECTION = re.compile(r"(Args|Returns|Yields|Raises|Attributes):$")
+REFERENCE = re.compile(r"\[\d+\] ")
+SOURCE = re.compile(r"Source: ")
+FREE_SIGNS = re.compile(r"([*|\\])|(?<=\w)_(?!\w)")  # emphasis, substitution, reference
+
+
+def escaped(line: str) -> str:
+    """A line with reST's signs escaped outside of its backticks."""
+    parts = re.split(r"(`[^`]*`)", line)
+    return "".join(
+        part if part.startswith("`") else FREE_SIGNS.sub(r"\\\g<0>", part) for part in parts
+    )
+
+
+def rest_of(lines: list[str]) -> list[str]:
+    """The lines of one docstring as napoleon and reST want them."""
+    found, block = [], ""  # what indented lines belong to: a section, a literal block, a reference
+    for before, line in zip(["", *lines], lines, strict=False):
+        text = SOURCE.sub("**Source:** ", escaped(line))
+        if not line.strip():
+            found.append("")
+        elif REFERENCE.match(line):
+            found += ["| " + text] if block == "reference" else ["", "| " + text]
+            block = "reference"
+        elif not line.startswith(" "):
+            found += ["", text] if block == "reference" and before.strip() else [text]
+            block = "section" if SECTION.match(line) else ""
+        elif block in ("section", "reference") or block == "" and before.strip():
+            found.append(text)
+        else:
+            found += [line] if block == "literal" else ["::", "", line]
+            block = "literal"
+    return found
+
+
+def to_rest(app, what: str, name: str, obj, options, lines: list[str]) -> None:
+    """Sphinx's event `autodoc-process-docstring`: changes `lines` in place."""
+    lines[:] = rest_of(lines)
+    if what == "class" and dataclasses.is_dataclass(obj):
+        fields = field_help(obj)
+        if fields:
+            lines += ["", ".. rubric:: Fields", ""]
+            lines += [
+                line for k, text in fields.items() for line in (f"``{k}``", f"    {escaped(text)}")
+            ]
+            lines.append("")

@@ -1,0 +1,321 @@
+"""Pages of the site that are made from files, and the tutorials as the site shows them.
+
+Before Sphinx reads, `write_all` makes `docs/api/` (a page per module), `docs/results/` (from the
+committed CSVs), `docs/solutions/` and `docs/tutorials/`, copies in which links that hold in a
+checkout are links of the site and whose end says how to run the script. Git ignores all four.
+"""
+
+import ast
+import csv
+import hashlib
+import re
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+import jupytext
+from docutils import nodes
+
+from benchmarks.readme import e2e_table, speed_table
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+TUTORIALS, BENCHMARKS = ROOT / "tutorials", ROOT / "benchmarks"
+
+GROUPS = {
+    "Model and prefix": "gpt2 bart prefix parametrisations baselines method_counts bank weights hub "
+    "tokenizer checkpoint",
+    "Data and training": "examples data data_formats data_triples data_articles data_splits "
+    "download_data batches losses training fast_training run_folder ranks",
+    "Texts": "generation decoding fast_generation caches graphs serve",
+    "Scores": "evaluation metrics official_metrics e2e_metrics ptb meteor score_files",
+    "Discrete prompts": "prompting prompt_search prompt_scores prompt_moves",
+    "Files": "files foreign peft_files convert",
+}
+LEFT_OUT = re.compile(r"kernels\.(bench_|sanitize|compile_offline)|minprefix\.bench|.*\.__main__")
+MADE = ("api", "results", "solutions", "tutorials")  # folders of docs/
+LONG = 16  # rows; a longer table of a CSV is folded
+
+
+def library_hash() -> str:
+    """Changes with whatever the tutorials run beside their own code: 16 hex digits."""
+    paths = [p for folder in ("minprefix", "kernels") for p in (ROOT / folder).rglob("*.py")]
+    digest = hashlib.sha256()
+    for path in sorted([*paths, TUTORIALS / "figure.py", ROOT / "requirements.txt"]):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_all() -> None:
+    """All pages that are made from files; those of files that are gone go, too."""
+    pages = api_pages() | tutorial_pages() | solution_pages() | result_pages()
+    for folder in MADE:
+        for path in (DOCS / folder).glob("*.*"):
+            if str(path.relative_to(DOCS)) not in pages:
+                path.unlink()
+    for name, text in pages.items():
+        path = DOCS / name
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:  # Sphinx looks at times
+            path.write_text(text, encoding="utf-8")
+
+
+# API reference ------------------------------------------------------------------------------------
+
+
+def modules() -> list[str]:
+    """The public modules, by name."""
+    paths = [path for name in ("minprefix", "kernels") for path in (ROOT / name).rglob("*.py")]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    names = [name.removesuffix(".__init__") for name in names if ".assets" not in name]
+    return sorted(name for name in names if not LEFT_OUT.match(name))
+
+
+def grouped() -> dict[str, list[str]]:
+    """{heading: modules}; whatever GROUPS does not name stands in the last groups."""
+    names, groups = modules(), {"Start": ["minprefix", "kernels"]}
+    for heading, members in GROUPS.items():
+        groups[heading] = [f"minprefix.{m}" for m in members.split() if f"minprefix.{m}" in names]
+    groups["Kernels"] = [name for name in names if name.startswith("kernels.")]
+    groups["The paper's tables"] = [name for name in names if name.startswith("minprefix.paper")]
+    taken = {name for members in groups.values() for name in members}
+    groups["Command line and the rest"] = [name for name in names if name not in taken]
+    return groups
+
+
+def first_sentence(module: str) -> str:
+    """The first paragraph of a module's docstring, in one line."""
+    path = ROOT / Path(*module.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def api_pages() -> dict[str, str]:
+    """A page per module and one that lists them."""
+    groups = grouped()
+    lines = [
+        "# API reference",
+        "",
+        "Made from the docstrings. Shapes use the letters of this table:",
+    ]
+    lines += ["", "```{include} ../../README.md", ":start-after: '## Letters'"]
+    lines += [":end-before: '## Layout'", "```", ""]
+    pages = {}
+    for heading, members in groups.items():
+        lines += [f"## {heading}", "", "| module | |", "|---|---|"]
+        lines += [f"| [`{name}`]({name}.md) | {cell(first_sentence(name))} |" for name in members]
+        lines += [""]
+        pages |= {f"api/{name}.md": module_page(name) for name in members}
+    names = [name for members in groups.values() for name in members]
+    lines += ["```{toctree}", ":hidden:", "", *names, "```", ""]
+    return pages | {"api/index.md": "\n".join(lines)}
+
+
+def module_page(name: str) -> str:
+    """A module's page: its docstring, then its public names in the order of the source."""
+    options = {
+        "minprefix": [":no-members:"],
+        "kernels": [":members: prefix_attention, prefix_attention_qkv"],
+    }.get(name, [])
+    lines = [f"# {name}", "", "```{eval-rst}", f".. automodule:: {name}"]
+    lines += [f"   {option}" for option in options] + ["```", ""]
+    if name == "minprefix":
+        lines += ["What it exports:", ""]
+        lines += [f"- {{py:obj}}`{target}`" for target in exports(name)] + [""]
+    return "\n".join(lines)
+
+
+def exports(package: str) -> list[str]:
+    """Full names of what the package's __init__ imports from its modules, in its order."""
+    tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
+    froms = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return [f"{node.module}.{alias.name}" for node in froms for alias in node.names]
+
+
+# results ------------------------------------------------------------------------------------------
+
+KNOWN = {  # what a CSV holds, for those that have no table of their own below
+    "e2e.csv": "E2E with `mini`: all runs, dev and test",
+    "e2e_select.csv": "E2E with `mini`: learning rates, chosen by dev loss in short runs",
+    "e2e_hard_prompts.csv": "E2E with `mini`: hard prompts, chosen on the dev set",
+    "cpu_attention.csv": "The attention operator's CPU path: fused attention against two products",
+    "call_overhead.csv": "What a call of the operator costs in Python, µs",
+    "compiled.csv": "The kernels as compiled for four GPUs: registers, shared memory, spills",
+    "cpu/bench.csv": "Training and generation beside PEFT: all that was measured",
+    "cpu/profile.csv": "Where the time of one training step goes, ms",
+}
+WIDE = {"cpu/bench.csv"}  # too wide to be read as a table: the file only
+
+
+def result_pages() -> dict[str, str]:
+    """The results' page, and with results of the paper's experiments theirs."""
+    lines = ["# Results", ""]
+    lines += [
+        "Every table here is made from a CSV file of the repository when this site is built; "
+    ]
+    lines += ["each file names the machine, the versions and the commit of its numbers.", ""]
+    lines += ["## E2E with the embedded model", "", note("e2e"), "", e2e_table()]
+    lines += [picture("readme.png", "Left: which keys each query sees. Right: BLEU on E2E."), ""]
+    lines += ["## Speed on a CPU, beside PEFT", "", note("speed"), "", speed_table()]
+    lines += [picture(str(path), title) for path, title in speed_pictures()]
+    lines += ["## All files", ""]
+    for path in sorted(BENCHMARKS.rglob("*.csv")):
+        name = str(path.relative_to(BENCHMARKS))
+        if not name.startswith("paper/"):
+            lines += csv_section(path, KNOWN.get(name, ""))
+    pages, report = {}, BENCHMARKS / "paper" / "RESULTS.md"
+    if report.exists():
+        text = "```{include} ../../benchmarks/paper/RESULTS.md\n:relative-images:\n```\n"
+        pictures = [p for p in sorted(report.parent.glob("*.png")) if p.name not in text]
+        text += "".join(picture(f"paper/{p.name}", p.stem) + "\n" for p in pictures)
+        lines += ["```{toctree}", ":hidden:", "", "paper", "```", ""]
+        pages["results/paper.md"] = text
+    return pages | {"results/index.md": "\n".join(lines)}
+
+
+def note(name: str) -> str:
+    """What the README says above its table of this kind; one source for both."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    heading, mark = {
+        "e2e": ("## What a frozen model can do with it", "<!-- table: benchmarks/e2e.csv"),
+        "speed": ("## How fast", "<!-- table: benchmarks/cpu/bench.csv"),
+    }[name]
+    text = text.split(heading, 1)[1].split(mark, 1)[0].strip()
+    return re.sub(r"\]\((?!http)([^)]+)\)", r"](../../\1)", text)
+
+
+def speed_pictures() -> list[tuple[Path, str]]:
+    titles = {"bench": "Throughput", "profile": "Where the time of a training step goes"}
+    found = sorted((BENCHMARKS / "cpu").glob("*.png"))
+    return [
+        (p.relative_to(BENCHMARKS), f"{titles.get(p.stem.split('-')[0], '')}: {p.stem}")
+        for p in found
+    ]
+
+
+def picture(name: str, title: str) -> str:
+    return f"![{title}](../../benchmarks/{name})\n"
+
+
+def csv_section(path: Path, title: str) -> list[str]:
+    """A heading, the file to download, and its rows; long tables are folded."""
+    name = str(path.relative_to(BENCHMARKS))
+    with open(path, encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    lines = [f"### {name}", "", f"{title or 'Rows of one measurement'}. "]
+    lines += [f"[{name}](../../benchmarks/{name}), {len(rows)} rows.", ""]
+    if name in WIDE or len(header) > 25:
+        return lines
+    table = ["| " + " | ".join(map(cell, header)) + " |", "|" + "---|" * len(header)]
+    table += ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
+    if len(rows) > LONG:
+        table = ["<details><summary>The table</summary>", "", *table, "", "</details>"]
+    return lines + table + [""]
+
+
+def cell(text: str) -> str:
+    """Text for a Markdown table: no bar, no line end, no Markdown but code."""
+    text = text.replace("\n", " ").replace("|", r"\|").replace("*", r"\*").replace("<", "&lt;")
+    return text.replace("{", "&#123;").replace("[", r"\[").replace("$", r"\$")
+
+
+# tutorials ----------------------------------------------------------------------------------------
+
+
+def tutorials() -> list[Path]:
+    return sorted(TUTORIALS.glob("[0-9]*.py"))
+
+
+def solution_pages() -> dict[str, str]:
+    """Each file of solutions as it is, under the name of its tutorial."""
+    pages = {}
+    for path in sorted((TUTORIALS / "solutions").glob("[0-9]*.py")):
+        pages[f"solutions/{path.stem}.md"] = (
+            f"---\norphan: true\n---\n\n# Solutions of {path.stem}\n\n"
+            f"To the exercises of [the tutorial](../tutorials/{path.name}). Run them with "
+            f"`python tutorials/solutions/{path.name}`.\n\n"
+            f"```{{literalinclude}} ../../tutorials/solutions/{path.name}\n```\n"
+        )
+    return pages
+
+
+def tutorial_pages() -> dict[str, str]:
+    """The tutorials as they are run and shown."""
+    return {
+        f"tutorials/{path.name}": site_links(path.read_text(encoding="utf-8"))
+        + last_cell(path.stem)
+        for path in tutorials()
+    }
+
+
+def read_tutorial(text: str):
+    """A percent script as a notebook of this Python."""
+    notebook = jupytext.reads(text, fmt="py:percent")
+    notebook.metadata["kernelspec"] = {
+        "name": "python3", "display_name": "Python 3", "language": "python",
+    }  # fmt: skip
+    return notebook
+
+
+def site_links(text: str) -> str:
+    """Markdown links (of comment lines) to files of the checkout, as links of the site."""
+
+    names = modules()
+
+    def target(match: re.Match) -> str:
+        path = match[1]
+        if path.startswith("solutions/"):
+            return f"](../{path.removesuffix('.py')}.md)"
+        module = path.removeprefix("../").removesuffix(".py").replace("/", ".")
+        if module.removesuffix(".__init__") in names:
+            return f"](../api/{module.removesuffix('.__init__')}.md)"
+        return f"](../{path})"  # docs/ lies in between
+
+    return re.sub(r"\]\(((?:\.\./|solutions/)[^)\s#]+)\)", target, text)
+
+
+def last_cell(name: str) -> str:
+    """A Markdown cell: how to run this page, and where the solutions are."""
+    lines = [
+        "",
+        "# %% [markdown]",
+        "# ---",
+        f"# This page is `tutorials/{name}.py`; its output was ",
+    ]
+    lines += [f"# made when the site was built. Run it with `python tutorials/{name}.py`."]
+    if (TUTORIALS / "solutions" / f"{name}.py").exists():
+        lines += [f"# [Solutions of the exercises](../solutions/{name}.md)."]
+    return "\n".join(lines) + "\n"
+
+
+def name_pictures(app, doctree) -> None:
+    """Sphinx's event `doctree-read`: a figure that a cell has drawn is named by its section."""
+    for image in doctree.findall(nodes.image):
+        section = image.parent
+        while section is not None and not isinstance(section, nodes.section):
+            section = section.parent
+        if "alt" not in image and section is not None:
+            image["alt"] = f"Figure of: {section[0].astext()}"
+
+
+# what is copied -----------------------------------------------------------------------------------
+
+
+def copy_extras(app, error: Exception | None) -> None:
+    """Sphinx's event `build-finished`: MathJax with its licence, and the interactive page."""
+    if error is not None or app.builder.format != "html":
+        return
+    mathjax, out = files("mathjax") / "static" / "mathjax", Path(app.outdir)
+    (out / "_static" / "mathjax").mkdir(parents=True, exist_ok=True)
+    for name in ("es5/tex-svg-full.js", "LICENSE"):
+        data = (mathjax / name).read_bytes()
+        (out / "_static" / "mathjax" / Path(name).name).write_bytes(data)
+    (out / "interactive").mkdir(exist_ok=True)
+    for path in (DOCS / "interactive").glob("*.*"):
+        if path.suffix == ".html":  # in the checkout it links to the scripts
+            text = path.read_text(encoding="utf-8")
+            text = re.sub(r'"\.\./\.\./(tutorials/\w+)\.py"', r'"../\1.html"', text)
+            (out / "interactive" / path.name).write_text(text, encoding="utf-8")
+        elif path.suffix in (".js", ".css"):
+            shutil.copy(path, out / "interactive" / path.name)
