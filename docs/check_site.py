@@ -3,8 +3,8 @@
     python -m docs.check_site runs/docs/html                 # what `make docs` ends with
     python -m docs.check_site runs/docs/html --shots FOLDER  # and a picture of every page
 
-Links to other sites are looked at by `make linkcheck`, which needs a network. In a browser (Debian's
-chromium, driven by Playwright; without either this part is left out, and said to be), each page is
+Links to other sites are looked at by `make linkcheck`, which needs a network. In a browser
+(Chromium, driven by Playwright; without either this part is left out, and said to be), each page is
 opened at the width of a desk and of a phone: no error on the console, no request but file://, no
 equation that MathJax could not read, nothing wider than the window.
 """

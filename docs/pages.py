@@ -14,7 +14,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import jupytext
-from docutils import nodes
 
 from benchmarks.readme import e2e_table, speed_table
 
@@ -23,8 +22,8 @@ ROOT = DOCS.parent
 TUTORIALS, BENCHMARKS = ROOT / "tutorials", ROOT / "benchmarks"
 
 GROUPS = {
-    "Model and prefix": "gpt2 bart prefix parametrisations baselines method_counts bank weights hub "
-    "tokenizer checkpoint",
+    "Model and prefix": "gpt2 bart prefix parametrisations baselines method_counts bank weights "
+    "hub tokenizer checkpoint",
     "Data and training": "examples data data_formats data_triples data_articles data_splits "
     "download_data batches losses training fast_training run_folder ranks",
     "Texts": "generation decoding fast_generation caches graphs serve",
@@ -291,6 +290,8 @@ def last_cell(name: str) -> str:
 
 def name_pictures(app, doctree) -> None:
     """Sphinx's event `doctree-read`: a figure that a cell has drawn is named by its section."""
+    from docutils import nodes
+
     for image in doctree.findall(nodes.image):
         section = image.parent
         while section is not None and not isinstance(section, nodes.section):
@@ -300,6 +301,12 @@ def name_pictures(app, doctree) -> None:
 
 
 # what is copied -----------------------------------------------------------------------------------
+
+
+def on_site(html: str) -> str:
+    """The interactive page's links: in the checkout to scripts, on the site to pages."""
+    html = html.replace('"../../README.md"', '"../index.html"')
+    return re.sub(r'"\.\./\.\./(tutorials/\w+)\.py"', r'"../\1.html"', html)
 
 
 def copy_extras(app, error: Exception | None) -> None:
@@ -314,8 +321,7 @@ def copy_extras(app, error: Exception | None) -> None:
     (out / "interactive").mkdir(exist_ok=True)
     for path in (DOCS / "interactive").glob("*.*"):
         if path.suffix == ".html":  # in the checkout it links to the scripts
-            text = path.read_text(encoding="utf-8")
-            text = re.sub(r'"\.\./\.\./(tutorials/\w+)\.py"', r'"../\1.html"', text)
+            text = on_site(path.read_text(encoding="utf-8"))
             (out / "interactive" / path.name).write_text(text, encoding="utf-8")
         elif path.suffix in (".js", ".css"):
             shutil.copy(path, out / "interactive" / path.name)
