@@ -141,7 +141,7 @@ function begin() {
   at("P").max = LENGTHS.length - 1;
   at("P").value = LENGTHS.length - 1;
   for (const [id, n] of [["token", T], ["layer", L], ["head", H]]) at(id).max = n - 1;
-  choose({ g: 1, token: data.prompt_len, layer: 0, head: 0 });
+  choose({ g: 1, token: data.prompt_len, layer: L >> 1, head: H >> 1 });
   data.tokens.forEach((token, t) => {
     const span = element("span", {}, visible(token), element("small", {}));
     span.addEventListener("click", () => choose({ token: t }));
