@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from minprefix.fast_generation import KEPT
 from minprefix.gpt2 import GPT2, GPT2Config
 from minprefix.options import check_choice
-from minprefix.weights import check_base, fingerprint
+from minprefix.weights import check_base, fingerprint, need_gpt2
 
 SITES = {"lin": ("block",), "houlsby": ("attn", "mlp")}  # by design: behind what in each layer
 DESIGNS = tuple(SITES)
@@ -165,6 +165,7 @@ class Adapter(nn.Module):
 
     def check_base(self, model: GPT2) -> None:
         """ValueError if this adapter does not fit `model`, or was made for another one."""
+        need_gpt2(model, "an adapter")
         config = model.config
         if (self.n_layer, self.n_embd) != (config.n_layer, config.n_embd):
             raise ValueError(
@@ -268,7 +269,9 @@ def make_baseline(
     model: GPT2, method: str, config: BaselineConfig, seed: int
 ) -> Adapter | TopLayers | None:
     """What `Trainer` takes as its `baseline`: an adapter on the model's device and bound to it, the
-    model's top layers, or for other methods None."""
+    model's top layers, or for other methods None. ValueError for a BART, which has neither."""
+    if method in ("ft-top", "adapter"):
+        need_gpt2(model, f"method {method!r}")
     if method == "ft-top":
         return TopLayers(model, config.top_layers, config.top_embedding)
     if method != "adapter":

@@ -1,16 +1,18 @@
 """Batches: examples -> token ids with a loss mask -> padded rows, in a fixed order.
 
 Read `encode_pair` (the frame of one example: source, bos, target, eos; section 3 of [1] writes it
-[x; y]), `collate` (what a step reads) and `BatchOrder` (which rows step s sees). Shapes use the
-letters of the README's table. Differs from the authors' code [2]: nothing is cut in silence.
+[x; y], and for BART, [bos, source, eos] to the encoder and [eos, bos, target, eos] to the decoder),
+`collate` (what a step reads) and `BatchOrder` (which rows step s sees). Shapes use the letters of
+the README's table. Differs from the authors' code [2]: nothing is cut in silence.
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from minprefix.examples import LINEARISATIONS, Example, checked_text
 from minprefix.gpt2 import IGNORE
@@ -23,9 +25,20 @@ POOL_BATCHES = 50  # batches sorted by length together: little padding, and stil
 class Encoded:
     """Prompt and target of one example as token ids; the loss is on ids[prompt_len:]."""
 
-    ids: list[int]  # source, bos, target, eos
-    prompt_len: int  # tokens of the source and the bos
+    ids: list[int]  # source, bos, target, eos; BART's decoder: eos (its start), bos, target, eos
+    prompt_len: int  # tokens of the source and the bos; BART: 1
     where: str
+    source: list[int] | None = None  # BART's encoder: bos, source, eos
+
+    @property
+    def length(self) -> int:
+        """Tokens in all."""
+        return len(self.ids) + len(self.source or ())
+
+
+def for_bart(tokenizer) -> bool:
+    """Whether its texts are for an encoder-decoder."""
+    return getattr(tokenizer, "family", "gpt2") == "bart"
 
 
 def encode_prompt(
@@ -33,16 +46,21 @@ def encode_prompt(
 ) -> list[int]:
     """enc(source) + [bos]; "original-code": enc(" " + source + " ") + [bos].
 
+    For BART [bos] + enc(source) + [eos], which the encoder reads, in both, as in [2].
+
     Both blanks are those of [2]'s tables; its GPT-2 code for articles, of which [1] reports no
     result, has neither.
 
     Args:
         max_source: keep the source's first tokens only, this many at most (512 for XSum's articles
-            in [1] and [2]); None keeps all of them.
+            in [1] and [2]); None keeps all of them. BART's bos and eos are among them, as in [2].
     """
     check_choice("linearisation", linearisation, LINEARISATIONS)
     if max_source is not None and max_source < 1:
         raise ValueError(f"max_source must be at least 1, got {max_source}")
+    if for_bart(tokenizer):
+        kept = None if max_source is None else max(0, max_source - 2)
+        return [tokenizer.bos_id] + tokenizer.encode(source)[:kept] + [tokenizer.eos_id]
     text = source if linearisation == "paper" else f" {source} "
     return tokenizer.encode(text)[:max_source] + [tokenizer.bos_id]
 
@@ -51,9 +69,16 @@ def encode_pair(
     tokenizer, source: str, target: str, linearisation: str = "paper", where: str = "",
     max_source: int | None = None,
 ) -> Encoded:  # fmt: skip
-    """The prompt, then enc(" " + target) + [eos]; "original-code" has a blank before eos, too."""
+    """The prompt, then enc(" " + target) + [eos]; "original-code" has a blank before eos, too.
+
+    For BART the prompt is the source, and the decoder reads [eos, bos] + enc(target): the labels,
+    bos included, moved by one, with eos as its start token [2].
+    """
     checked_text(target, "the target", where)
     prompt = encode_prompt(tokenizer, source, linearisation, max_source)
+    if for_bart(tokenizer):
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        return Encoded([eos, bos] + tokenizer.encode(target) + [eos], 1, where, prompt)
     text = f" {target}" if linearisation == "paper" else f" {target} "
     return Encoded(prompt + tokenizer.encode(text) + [tokenizer.eos_id], len(prompt), where)
 
@@ -70,7 +95,8 @@ def encode_examples(
     Args:
         tokenizer: has encode(text) -> ids, bos_id and eos_id.
         max_len: most tokens that a pair may have, its bos and eos included. The model reads all
-            but the eos, so N positions are enough for max_len = N + 1.
+            but the eos, so N positions are enough for max_len = N + 1. For BART, most of
+            a target; a source may then have N.
         max_source: cut sources to this many tokens, see `encode_prompt`.
     Raises:
         ValueError: an empty target or a longer pair; but for max_source nothing is cut.
@@ -82,6 +108,9 @@ def encode_examples(
             pair = encode_pair(tokenizer, example.source, target, linearisation, where, max_source)
             if max_len is not None and len(pair.ids) > max_len:
                 raise ValueError(f"{where}: {len(pair.ids)} tokens, at most {max_len} are allowed")
+            if max_len is not None and len(pair.source or ()) > max_len - 1:
+                n = f"a source of {len(pair.source)} tokens, at most {max_len - 1} are allowed"
+                raise ValueError(f"{where}: {n} (max_source cuts)")
             encoded.append(pair)
     return encoded
 
@@ -95,11 +124,22 @@ class Batch:
     lengths: torch.Tensor  # (B,), int64: real input tokens
     at: torch.Tensor  # (n,), int64: places b T + t of the labels
     starts: torch.Tensor  # (B,), int64: the bos, the first token behind an infix
+    # of BART, what its encoder reads
+    source_ids: torch.Tensor | None = field(default=None, kw_only=True)  # (B, S), int64
+    source_lens: torch.Tensor | None = field(default=None, kw_only=True)  # (B,), int64
 
     def to(self, device: torch.device) -> "Batch":
         """On this device; a GPU is not waited for."""
-        moved = (pinned(x, device).to(device, non_blocking=True) for x in vars(self).values())
-        return type(self)(*moved)
+        given = {name: x for name, x in vars(self).items() if x is not None}
+        return type(self)(
+            **{n: pinned(x, device).to(device, non_blocking=True) for n, x in given.items()}
+        )
+
+    def beside(self) -> dict[str, torch.Tensor]:
+        """What `hidden_states` takes beside input_ids."""
+        if self.source_ids is None:
+            return {"starts": self.starts}
+        return {"source_ids": self.source_ids, "source_lens": self.source_lens}
 
 
 def pinned(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -121,7 +161,13 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
         labels[b, row.prompt_len - 1 : len(ids) - 1] = ids[row.prompt_len :]
     at = (labels != IGNORE).flatten().nonzero()[:, 0]  # (n,)
     starts = torch.tensor([row.prompt_len - 1 for row in encoded])  # (B,)
-    return Batch(input_ids, labels, lengths, at, starts)
+    if encoded[0].source is None:
+        return Batch(input_ids, labels, lengths, at, starts)
+    sources = [torch.tensor(row.source) for row in encoded]
+    source_lens = torch.tensor([len(source) for source in sources])  # (B,)
+    source_ids = pad_sequence(sources, batch_first=True, padding_value=pad_id)  # (B, S)
+    more = {"source_ids": source_ids, "source_lens": source_lens}
+    return Batch(input_ids, labels, lengths, at, starts, **more)
 
 
 def epoch_batches(

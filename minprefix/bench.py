@@ -335,6 +335,7 @@ def load_model(name: str, dtype: torch.dtype, device: str) -> tuple[GPT2, object
     """A model, on the CPU, and a tokenizer: of `RANDOM` (then mini's), or as `weights.load`."""
     known = "mini" if name in RANDOM else name
     model, tokenizer = weights.load(known, dtype=dtype, device=device)  # names a wrong device
+    weights.need_gpt2(model, "the benchmark")
     if name in RANDOM:
         n_layer, n_head, n_embd = RANDOM[name]
         config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)

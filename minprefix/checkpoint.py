@@ -3,7 +3,9 @@
 A prefix file holds `prefix_table` (L, 2, H, P, D) in fp32, an optional `gate` (L, H), and as
 metadata the format, the position offset, the place, the frame of the text, the fingerprint of the
 base model and how it was trained. The MLP is not in it (section 4.3 of Li & Liang 2021: it is
-dropped after training), nor are virtual tokens: what the model computes of them is.
+dropped after training), nor are virtual tokens: what the model computes of them is. That of a BART
+has a table for each site, `encoder.prefix_table` and so on, or the embeddings of virtual tokens,
+`virtual_embd` (P, C): there the source behind them decides what they become.
 
 An adapter file holds the weights of `baselines.Adapter` in fp32 under their names, and as metadata
 the format, design, width and epsilon of its layer norms, the frame of the text and the base model.
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from minprefix.bart import SITES as BART_SITES
+from minprefix.bart_prefix import BARTPrefix
 from minprefix.baselines import SITES, Adapter
 from minprefix.examples import LINEARISATIONS
 from minprefix.files import load_tensors, save_tensors
@@ -21,17 +25,25 @@ from minprefix.options import check_choice
 from minprefix.prefix import PLACES, Prefix
 
 FORMAT = "minprefix-prefix-1"
+BART_FORMAT = "minprefix-bart-prefix-1"
 ADAPTER_FORMAT = "minprefix-adapter-1"
 
 
-def save_prefix(path: str | Path, prefix: Prefix) -> None:
+def save_prefix(path: str | Path, prefix: Prefix | BARTPrefix) -> None:
     """Write the prefix file, all of it or nothing. OSError if it cannot be written."""
     prefix = prefix.export()
-    tensors = {"prefix_table": prefix.prefix_table.detach().float().cpu().contiguous()}
-    if prefix.gate is not None:
-        tensors["gate"] = prefix.gate.detach().float().cpu()
+    if isinstance(prefix, BARTPrefix):
+        tensors = {f"{site}.prefix_table": table for site, table in prefix.tables().items()}
+        tensors |= {f"{site}.gate": gate for site, gate in prefix.gates().items()}
+        if prefix.virtual is not None:
+            tensors["virtual_embd"] = prefix.virtual.embeddings()
+    else:
+        tensors = {"prefix_table": prefix.prefix_table}
+        if prefix.gate is not None:
+            tensors["gate"] = prefix.gate
+    tensors = {name: x.detach().float().cpu().contiguous() for name, x in tensors.items()}
     metadata = {
-        "format": FORMAT,
+        "format": BART_FORMAT if isinstance(prefix, BARTPrefix) else FORMAT,
         "position_offset": str(prefix.position_offset),
         "place": prefix.place,
         "base": prefix.base,
@@ -42,25 +54,17 @@ def save_prefix(path: str | Path, prefix: Prefix) -> None:
     save_tensors(path, tensors, metadata)
 
 
-def load_prefix(path: str | Path) -> Prefix:
-    """Read a prefix file.
+def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
+    """Read a prefix file, of GPT-2 or of BART.
 
     Raises:
         ValueError: not such a file, damaged, or tensors of impossible shapes.
         OSError: it cannot be read.
     """
     tensors, metadata = load_tensors(path)
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, BART_FORMAT):
         raise ValueError(f"{path}: not a prefix file (format {metadata.get('format')!r})")
-    table, gate = tensors.get("prefix_table"), tensors.get("gate")
-    if table is None or table.dim() != 5 or table.shape[1] != 2 or 0 in table.shape:
-        found = None if table is None else tuple(table.shape)
-        raise ValueError(f"{path}: prefix_table must be (L, 2, H, P, D) with P > 0, got {found}")
-    if gate is not None and gate.shape != (table.shape[0], table.shape[2]):
-        raise ValueError(f"{path}: gate must be (L, H), got {tuple(gate.shape)}")
     check_finite(path, tensors)
-    if gate is not None and gate.min() < 0:
-        raise ValueError(f"{path}: gate must be >= 0, got {gate.min().item()}")
     offset = metadata.get("position_offset", "")
     if not offset.isdecimal():
         raise ValueError(f"{path}: position_offset must be a number >= 0, got {offset!r}")
@@ -68,13 +72,57 @@ def load_prefix(path: str | Path) -> Prefix:
     check_choice(f"{path}: place", place, PLACES)
     if not n_trained.isdecimal():
         raise ValueError(f"{path}: trained_parameters must be a number >= 0, got {n_trained!r}")
-    gate = None if gate is None else gate.float()
-    prefix = Prefix.from_table(table.float(), int(offset), gate, place)
+    tensors = {name: x.float() for name, x in tensors.items()}
+    if metadata["format"] == FORMAT:
+        table, gate = table_and_gate(path, tensors)
+        prefix = Prefix.from_table(table, int(offset), gate, place)
+    else:
+        prefix = bart_prefix_of(path, tensors, int(offset))
     prefix.parametrisation = metadata.get("parametrisation", "")
     prefix.n_trained = int(n_trained)
     prefix.base = metadata.get("base", "")
     prefix.linearisation = read_linearisation(path, metadata)
     return prefix
+
+
+def table_and_gate(
+    path: str | Path, tensors: dict[str, torch.Tensor], site: str = ""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of the tensors whose names begin with `site`; ValueError for impossible shapes or values."""
+    table, gate = tensors.get(f"{site}prefix_table"), tensors.get(f"{site}gate")
+    if table is None or table.dim() != 5 or table.shape[1] != 2 or 0 in table.shape:
+        found = None if table is None else tuple(table.shape)
+        name = f"{site}prefix_table"
+        raise ValueError(f"{path}: {name} must be (L, 2, H, P, D) with P > 0, got {found}")
+    if gate is not None and gate.shape != (table.shape[0], table.shape[2]):
+        raise ValueError(f"{path}: {site}gate must be (L, H), got {tuple(gate.shape)}")
+    if gate is not None and gate.min() < 0:
+        raise ValueError(f"{path}: {site}gate must be >= 0, got {gate.min().item()}")
+    return table, gate
+
+
+def bart_prefix_of(
+    path: str | Path, tensors: dict[str, torch.Tensor], position_offset: int
+) -> BARTPrefix:
+    """The prefix of these tensors; ValueError if they do not fit together."""
+    virtual = tensors.get("virtual_embd")
+    if virtual is not None:
+        if len(tensors) > 1 or virtual.dim() != 2 or 0 in virtual.shape:
+            raise ValueError(f"{path}: expected virtual_embd (P, C) alone, found {[*tensors]}")
+        return BARTPrefix.from_tables({}, position_offset, virtual=virtual)
+    names = {name.split(".")[0] for name in tensors}
+    if not names or not names <= set(BART_SITES):
+        raise ValueError(f"{path}: no tables of {', '.join(BART_SITES)} in it: {[*tensors]}")
+    parts = {s: table_and_gate(path, tensors, f"{s}.") for s in BART_SITES if s in names}
+    shapes = {s: tuple(table.shape) for s, (table, _) in parts.items()}
+    if len({shape[1:] for shape in shapes.values()}) > 1:
+        raise ValueError(f"{path}: tables of one prefix must have the same H, P, D, got {shapes}")
+    layers = {shape[0] for site, shape in shapes.items() if site != "encoder"}
+    gates = {site: gate for site, (_, gate) in parts.items() if gate is not None}
+    if len(layers) > 1 or len(gates) not in (0, len(parts)):
+        raise ValueError(f"{path}: tables and gates do not fit one model: {shapes}, {[*gates]}")
+    tables = {site: table for site, (table, _) in parts.items()}
+    return BARTPrefix.from_tables(tables, position_offset, gates)
 
 
 def check_finite(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -28,7 +28,7 @@ from minprefix.bench import RANDOM, BenchConfig, run_bench
 from minprefix.data import DATA_SETS, LINEARISATIONS
 from minprefix.data_splits import TOPICS
 from minprefix.demo import run_demo
-from minprefix.method_counts import OFFICIAL, method_rows, official_config, shapes_of
+from minprefix.method_counts import BARTS, OFFICIAL, method_rows, official_config, shapes_of
 from minprefix.options import OneLineParser, add_fields, from_args
 from minprefix.paper import command as paper
 from minprefix.report import format_rows, parameter_rows
@@ -68,7 +68,7 @@ def shared_options() -> tuple[argparse.ArgumentParser, ...]:
 def build_parser() -> argparse.ArgumentParser:
     """One sub-command per `run_COMMAND`."""
     common, with_model, with_data = shared_options()
-    text = "Prefix-tuning for GPT-2: tune, write, measure."
+    text = "Prefix-tuning for GPT-2 and BART: tune, write, measure."
     parser = OneLineParser(prog="python -m minprefix", description=text)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -140,7 +140,9 @@ def run_download(args) -> dict:
 
 
 def run_info(args) -> dict | None:
-    if args.model in OFFICIAL and not (args.prefix or args.adapter or Path(args.model).is_dir()):
+    if args.model in (*OFFICIAL, *BARTS) and not (
+        args.prefix or args.adapter or Path(args.model).is_dir()
+    ):
         model = shapes_of(official_config(args.model))  # no need to download the weights
     else:
         model, _ = weights.load(args.model, device=args.device)

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 from minprefix import weights
+from minprefix.bart import BART
+from minprefix.bart_prefix import BARTPrefix
 from minprefix.checkpoint import load_prefix, save_prefix
 from minprefix.files import read_json
 from minprefix.foreign import (
@@ -47,7 +49,7 @@ def system_of(source: Path) -> str:
     return "peft" if "peft_type" in read_json(path) else "adapters"
 
 
-def read_any(source: Path, model: GPT2 | None = None) -> Prefix:
+def read_any(source: Path, model: GPT2 | BART | None = None) -> Prefix | BARTPrefix:
     """The prefix of any system that `foreign.py` or `checkpoint.py` reads, checked for `model`."""
     system = system_of(source)
     config = None if model is None else model.config
@@ -104,6 +106,11 @@ def convert(
             check_fits(source, prefix, model.config)
     if not prefix.base:
         notes.append("without --model the prefix names no base model: loading it checks sizes only")
+    if to == "peft" and isinstance(prefix, BARTPrefix):
+        raise ValueError(
+            f"{source}: a BART's prefix cannot become PEFT's, which has none for the encoder and "
+            "none for cross attention"
+        )
     if to == "peft":
         # PEFT knows no model of the name mini, but its folder
         write_peft(out, prefix, str(weights.find("mini")) if model_name == "mini" else model_name)
@@ -116,10 +123,14 @@ def convert(
         save_prefix(out, prefix)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    L, _, H, P, D = prefix.table().shape
+    sizes = {"n_layer": 0, "n_head": 0, "head_dim": 0}  # of virtual tokens: none
+    tables = prefix.tables() if isinstance(prefix, BARTPrefix) else {"decoder": prefix.table()}
+    for table in tables.values():  # a BART: of the decoder, or cross attention, where there is one
+        sizes = dict(zip(sizes, (len(table), table.shape[2], table.shape[4]), strict=True))
+    told = {"sites": ",".join(tables)} if isinstance(prefix, BARTPrefix) else {}
     return {
-        "file": str(out), "prefix_len": P, "position_offset": prefix.position_offset,
-        "n_layer": L, "n_head": H, "head_dim": D, "base": prefix.base,
+        "file": str(out), "prefix_len": prefix.prefix_len,
+        "position_offset": prefix.position_offset, **sizes, **told, "base": prefix.base,
     }  # fmt: skip
 
 
@@ -127,7 +138,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", type=Path,
         help="prefix file of ours, folder of PEFT or adapter-hub, folder or state dict of the "
-        "authors' code (GPT-2)",
+        "authors' code (GPT-2, BART)",
     )  # fmt: skip
     parser.add_argument("--to", choices=TARGETS, required=True, help="prefix file, or PEFT folder")
     parser.add_argument("--out", type=Path, required=True, help="file or folder to write")
@@ -139,7 +150,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--position-offset", type=int, metavar="N",
         help="token t stands at t + N (default: as it was trained: P with PEFT and the authors' "
-        "code, 0 with adapter-hub)",
+        "code for GPT-2, 0 with adapter-hub and for BART)",
     )  # fmt: skip
 
 

@@ -4,8 +4,9 @@ A batch of prompts is read in one call; after that each call reads one token per
 made into activations once per batch and then only read (eq. (3) of Li & Liang 2021 [1]): it is no
 part of the cache, so beams and finished rows rearrange the cache without touching it.
 
-Read `forbid`, `sampling_probabilities` and `sample` (logits to token), `Rows`, then the two loops,
-`greedy_or_sampled` and `beam_search`. Shapes use the letters of the README's table; b counts
+Read `forbid`, `sampling_probabilities` and `sample` (logits to token), `begin` (what is read first:
+in BART the prompts are sources, encoded once), `Rows`, then the two loops, `greedy_or_sampled` and
+`beam_search`. Shapes use the letters of the README's table; b counts
 prompts, K beams.
 
 Beam search, forbidden words, top-k and top-p follow `generate` of transformers 5 [2] to the token,
@@ -18,12 +19,13 @@ searched in fp64.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minprefix.bart import BART, BARTActivations
 from minprefix.gpt2 import GPT2, KVCache, PrefixActivations
 
 
@@ -34,7 +36,10 @@ class GenerationConfig:
     max_new_tokens: int = 100  # a text ends here at the latest
     min_new_tokens: int = 0  # the end-of-text token is forbidden before
     num_beams: int = 1  # K of beam search; 1 = off (the paper: 5 for tables)
-    length_penalty: float = 1.0  # beams: score = sum of log p / (tokens with the end) ** this
+    # of the next three, None = as the model's config.json says; GPT-2: 1, off, 0
+    length_penalty: float | None = None  # beams: score = sum of log p / (tokens with end) ** this
+    early_stopping: bool | None = None  # beams: end when K have ended, whatever might still come
+    no_repeat_ngram_size: int | None = None  # no n tokens in a row come twice in a text; 0 = off
     do_sample: bool = False  # draw tokens at random
     temperature: float = 1.0  # sampling: logits are divided by it
     top_k: int = 0  # sampling: only the k likeliest tokens; 0 = off
@@ -51,7 +56,9 @@ class GenerationConfig:
                 f"min_new_tokens must lie in [0, max_new_tokens], got {self.min_new_tokens} of "
                 f"{self.max_new_tokens}"
             )
-        if not math.isfinite(self.length_penalty):
+        if (self.no_repeat_ngram_size or 0) < 0:
+            raise ValueError(f"no_repeat_ngram_size must be >= 0, got {self.no_repeat_ngram_size}")
+        if self.length_penalty is not None and not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty must be finite, got {self.length_penalty}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(
@@ -70,25 +77,101 @@ class GenerationConfig:
         if isinstance(self.bad_words, str) or "" in self.bad_words:
             raise ValueError(f"bad_words must be a tuple of texts, got {self.bad_words!r}")
 
+    def for_model(self, model: GPT2 | BART) -> "GenerationConfig":
+        """With the model's own values where nothing is said."""
+        silent = {"length_penalty": 1.0, "early_stopping": False, "no_repeat_ngram_size": 0}
+        own = {name: getattr(model.config, name, value) for name, value in silent.items()}
+        return replace(self, **{n: x for n, x in own.items() if getattr(self, n) is None})
 
-def forbid(
-    scores: Tensor, sequences: list[list[int]], bad_words_ids: list[list[int]], eos_id: int | None
-) -> None:
+
+class Beginning(NamedTuple):
+    """What the model reads before the first new token is chosen."""
+
+    texts: list[list[int]]  # by prompt: GPT-2 reads the prompt, a BART's decoder its first tokens
+    options: dict[str, object] = {}  # of `hidden_states`: a BART's encoded sources
+    given: int = 0  # new tokens among the texts: a first one that is forced
+    must_end: bool = False  # the last of max_new_tokens can only be the end of text
+
+
+def begin(
+    model: GPT2 | BART, prompts: list[list[int]], config: GenerationConfig,
+    acts: PrefixActivations | BARTActivations,
+) -> Beginning:  # fmt: skip
+    """For GPT-2 the prompts; for BART they are sources, encoded here, and the decoder begins."""
+    if isinstance(model, GPT2):
+        return Beginning(prompts)
+    own = model.config
+    first = [own.decoder_start_token_id]
+    if own.forced_bos_token_id is not None:
+        first.append(own.forced_bos_token_id)
+    given = len(first) - 1
+    if config.max_new_tokens <= given:
+        raise ValueError(
+            f"max_new_tokens must be at least {given + 1}, as the first token is forced; got "
+            f"{config.max_new_tokens}"
+        )
+    ids, lengths = right_padded(prompts, model.wte.weight.device)
+    options = {"source": model.with_keys(model.encode(ids, lengths, prefix=acts))}
+    ends = own.forced_eos_token_id is not None
+    return Beginning([list(first) for _ in prompts], options, given, ends)
+
+
+def right_padded(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T), 0 behind each text, and lengths (B,)."""
+    T = max(len(tokens) for tokens in texts)
+    ids = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in texts])
+    return ids.to(device), torch.tensor([len(tokens) for tokens in texts], device=device)
+
+
+class Limits(NamedTuple):
+    """What may not come after so many new tokens; `limits` makes it of the settings."""
+
+    bad_words_ids: list[list[int]]
+    no_repeat: int = 0  # n: no n tokens in a row twice
+    too_early: int | None = None  # the end of text, where it may not come yet
+    must_end: int | None = None  # the end of text, where nothing else may come
+
+
+def limits(
+    config: GenerationConfig, beginning: Beginning, bad_words_ids: list[list[int]], eos_id: int,
+    n_new: int,
+) -> Limits:  # fmt: skip
+    """For the token that comes after `n_new` others; `config` has gone through `for_model`."""
+    last = beginning.must_end and n_new + 1 == config.max_new_tokens
+    return Limits(
+        bad_words_ids, config.no_repeat_ngram_size,
+        eos_id if n_new < config.min_new_tokens else None, eos_id if last else None,
+    )  # fmt: skip
+
+
+def repeated(tokens: list[int], n: int) -> list[int]:
+    """What would complete n tokens in a row that `tokens` has already."""
+    end = tokens[len(tokens) - n + 1 :]  # the n - 1 before the next
+    starts = range(len(tokens) - n + 1)
+    return [tokens[i + n - 1] for i in starts if tokens[i : i + n - 1] == end]
+
+
+def forbid(scores: Tensor, sequences: list[list[int]], limits: Limits) -> None:
     """Set the scores of tokens that may not come next to -inf, in place.
 
     Args:
         scores: (B, V), logits or log-probabilities.
-        sequences: each row's tokens so far, prompt included.
-        bad_words_ids: where a sequence ends in all but the last token of one of these, that last
+        sequences: each row's tokens so far, a prompt of GPT-2 included.
+        limits: where a sequence ends in all but the last token of one of its bad words, that last
             token is forbidden; one of a single token is forbidden everywhere.
-        eos_id: the end of text where it may not come yet, else None.
     """
-    if eos_id is not None:
-        scores[:, eos_id] = -math.inf
-    for *beginning, last in bad_words_ids:
+    if limits.too_early is not None:
+        scores[:, limits.too_early] = -math.inf
+    if limits.no_repeat:
+        for row, tokens in enumerate(sequences):
+            scores[row, repeated(tokens, limits.no_repeat)] = -math.inf
+    for *beginning, last in limits.bad_words_ids:
         n = len(beginning)
         rows = [b for b, tokens in enumerate(sequences) if tokens[len(tokens) - n :] == beginning]
         scores[rows, last] = -math.inf
+    if limits.must_end is not None:  # log p = 0, as in [2]
+        scores.fill_(-math.inf)
+        scores[:, limits.must_end] = 0.0
 
 
 def sampling_probabilities(logits: Tensor, config: GenerationConfig) -> Tensor:
@@ -129,11 +212,14 @@ def sample(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
 class Rows:
     """What the model has read so far of the rows of a batch, and the prefix that each row has."""
 
-    def __init__(self, model: GPT2, prompts: list[list[int]], acts: PrefixActivations, n_new: int):
-        self.model, self.acts = model, acts
+    def __init__(
+        self, model: GPT2 | BART, beginning: Beginning, acts: PrefixActivations | BARTActivations,
+        n_new: int,
+    ):  # fmt: skip
+        self.model, self.acts, self.options = model, acts, beginning.options
         self.device = model.wte.weight.device
-        max_len = max(len(tokens) for tokens in prompts) + n_new
-        self.cache = KVCache(model.config, len(prompts), max_len, like=model.wte.weight)
+        max_len = max(len(tokens) for tokens in beginning.texts) + n_new
+        self.cache = KVCache(model.config, len(beginning.texts), max_len, like=model.wte.weight)
 
     def read(self, texts: list[list[int]]) -> Tensor:
         """Logits after reading these tokens behind each row's earlier ones: (B, V), fp32 or fp64.
@@ -141,14 +227,12 @@ class Rows:
         Rows of different lengths are padded on the right, where no real token sees the padding.
         The first call reads the prompts: an infix stands before the last token of each.
         """
-        lengths = torch.tensor([len(tokens) for tokens in texts], device=self.device)  # (B,)
-        T = max(len(tokens) for tokens in texts)
-        ids = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in texts])  # (B, T)
-        at = torch.arange(len(texts), device=self.device) * T + lengths - 1  # last token of each
+        ids, lengths = right_padded(texts, self.device)
+        at = torch.arange(len(texts), device=self.device) * ids.shape[1] + lengths - 1  # last ones
+        infix = {} if self.acts.infix is False else {"starts": lengths - 1}
         last = self.model.hidden_states(
-            ids.to(self.device), prefix=self.acts, starts=lengths - 1, kv_lens=lengths,
-            cache=self.cache, at=at,
-        )  # (B, C)  # fmt: skip
+            ids, prefix=self.acts, kv_lens=lengths, cache=self.cache, at=at, **infix, **self.options
+        )  # (B, C)
         self.acts = self.acts.passed()
         logits = self.model.head(last)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -158,6 +242,7 @@ class Rows:
         at = torch.tensor(rows, device=self.device)
         self.cache.select(at)
         self.acts = self.acts.select(at)
+        self.options = {name: rows_of.select(at) for name, rows_of in self.options.items()}
 
 
 def greedy_or_sampled(
@@ -165,14 +250,16 @@ def greedy_or_sampled(
     acts: PrefixActivations, bad_words_ids: list[list[int]], seeds: Sequence[int],
 ) -> Iterator[dict[int, int]]:  # fmt: skip
     """At each step the next token of every prompt that has not ended: {b: token}, without eos."""
-    batch = Rows(model, prompts, acts, config.max_new_tokens)
+    config = config.for_model(model)
+    beginning = begin(model, prompts, config, acts)
+    batch = Rows(model, beginning, acts, config.max_new_tokens)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    sequences = [list(tokens) for tokens in prompts]  # by b; they grow
-    rows, unread = list(range(len(prompts))), prompts  # the b in each row of the batch
-    for n_new in range(config.max_new_tokens):
+    sequences = [list(tokens) for tokens in beginning.texts]  # by b; they grow
+    rows, unread = list(range(len(prompts))), beginning.texts  # the b in each row of the batch
+    for n_new in range(beginning.given, config.max_new_tokens):
         logits = batch.read(unread)  # (rows, V)
-        too_early = eos_id if n_new < config.min_new_tokens else None
-        forbid(logits, [sequences[b] for b in rows], bad_words_ids, too_early)
+        now = limits(config, beginning, bad_words_ids, eos_id, n_new)
+        forbid(logits, [sequences[b] for b in rows], now)
         if config.do_sample:
             probabilities = sampling_probabilities(logits, config)
             tokens = sample(probabilities, [generators[b] for b in rows]).tolist()
@@ -199,7 +286,12 @@ class Beam(NamedTuple):
 
 
 class BeamSearch:
-    """The beams of one prompt: K running ones and the K best that have ended, both best first."""
+    """The beams of one prompt: K running ones and the K best that have ended, both best first.
+
+    Args:
+        prompt: what the model (a BART's decoder) reads first.
+        config: `GenerationConfig.for_model`.
+    """
 
     def __init__(self, prompt: list[int], config: GenerationConfig, eos_id: int):
         self.config, self.eos_id, self.prompt_len = config, eos_id, len(prompt)
@@ -212,8 +304,8 @@ class BeamSearch:
 
         At most K of them are ends (one eos per beam), so K remain to run on. An end counts only if
         it is among the first K. The search is done when K have ended and the best running beam,
-        judged at its present length, does not beat the worst of them; or at max_new_tokens, where
-        every beam ends.
+        judged at its present length, does not beat the worst of them (early_stopping: whatever runs
+        on); or at max_new_tokens, where every beam ends.
         """
         K, penalty = self.config.num_beams, n_new**self.config.length_penalty
         ends = [beam.tokens[-1] == self.eos_id for beam in candidates]
@@ -224,7 +316,8 @@ class BeamSearch:
         self.ended = sorted(self.ended, key=lambda beam: -beam.score)[:K]
         self.running = [beam for beam, end in zip(candidates, ends, strict=True) if not end][:K]
         hope = self.running[0].score / penalty
-        self.done = at_limit or (len(self.ended) == K and hope <= self.ended[-1].score)
+        settled = self.config.early_stopping or (self.ended and hope <= self.ended[-1].score)
+        self.done = at_limit or bool(len(self.ended) == K and settled)
 
     def best(self) -> list[int]:
         """New tokens of the best that has ended, without eos."""
@@ -248,14 +341,16 @@ def beam_search(
     """The best that `BeamSearch` finds for each prompt: its new tokens, without eos."""
     K, V = config.num_beams, model.config.vocab_size
     check_beams(config, V)
-    batch = Rows(model, prompts, acts, config.max_new_tokens)
-    searches = [BeamSearch(tokens, config, eos_id) for tokens in prompts]
-    active, unread, n_new = searches, prompts, 0
+    config = config.for_model(model)
+    beginning = begin(model, prompts, config, acts)
+    batch = Rows(model, beginning, acts, config.max_new_tokens)
+    searches = [BeamSearch(tokens, config, eos_id) for tokens in beginning.texts]
+    active, unread, n_new = searches, beginning.texts, beginning.given
     while active:
         beams = [beam for search in active for beam in search.running]  # one per row of the batch
         log_p = batch.read(unread).log_softmax(-1)  # (rows, V)
-        too_early = eos_id if n_new < config.min_new_tokens else None
-        forbid(log_p, [beam.tokens for beam in beams], bad_words_ids, too_early)
+        now = limits(config, beginning, bad_words_ids, eos_id, n_new)
+        forbid(log_p, [beam.tokens for beam in beams], now)
         scores = log_p + log_p.new_tensor([beam.score for beam in beams])[:, None]
         best = scores.view(len(active), -1).topk(2 * K)  # of a prompt's beams * V continuations
 

@@ -27,17 +27,25 @@ import torch
 from torch import Tensor
 
 from minprefix import caches
+from minprefix.bart import BART, BARTActivations
 from minprefix.caches import BeamCache, RowCache
 from minprefix.decoding import (
     Beam,
     BeamSearch,
+    Beginning,
     GenerationConfig,
+    Limits,
+    begin,
     check_beams,
     draw,
+    limits,
+    right_padded,
     sampling_probabilities,
 )
 from minprefix.gpt2 import GPT2, PrefixActivations
 from minprefix.graphs import capture, round_up, uses_graphs
+
+Activations = PrefixActivations | BARTActivations
 
 
 def row_bucket(rows: int) -> int:
@@ -61,27 +69,27 @@ class Batch:
     It holds no reference to the model, so that a batch can be kept for as long as its model lives.
     """
 
-    def __init__(self, key: tuple, cache: RowCache | BeamCache, acts: PrefixActivations, K: int):
+    def __init__(self, key: tuple, cache: RowCache | BeamCache, acts: Activations, K: int):
         self.key, self.cache = key, cache
         prompts = cache if K == 1 else cache.prompts
         self.max_rows = len(prompts.lengths)
         self.ids = prompts.lengths.new_zeros(self.max_rows, K)  # what a step reads
         self.acts = own_copy(acts, self.max_rows)
+        self.options: dict[str, object] = {}  # of `hidden_states`: a BART's encoded sources
         self.graphs: dict[tuple[int, int], Callable[[], Tensor]] = {}
 
-    def read(self, model: GPT2, prompts: list[list[int]], acts: PrefixActivations) -> Tensor:
+    def read(self, model: GPT2 | BART, beginning: Beginning, acts: Activations) -> Tensor:
         """Logits after the prompts, all in one call: (B, V), fp32 or fp64."""
         self.acts = overwritten(self.acts, acts.passed())
-        self.cache.fill(prompts)
-        lengths = torch.tensor([len(tokens) for tokens in prompts], device=self.ids.device)
-        T = max(len(tokens) for tokens in prompts)
-        ids = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in prompts])  # (B, T)
-        at = torch.arange(len(prompts), device=lengths.device) * T + lengths - 1  # last tokens
+        self.cache.fill(beginning.texts)
+        self.options = beginning.options
+        ids, lengths = right_padded(beginning.texts, self.ids.device)
+        at = torch.arange(len(ids), device=ids.device) * ids.shape[1] + lengths - 1  # last tokens
+        infix = {} if acts.infix is False else {"starts": lengths - 1}
         last = model.hidden_states(
-            ids.to(self.ids.device), prefix=acts, starts=lengths - 1, kv_lens=lengths,
-            cache=self.cache, at=at,
-        )  # (B, C)  # fmt: skip
-        self.use(len(prompts))
+            ids, prefix=acts, kv_lens=lengths, cache=self.cache, at=at, **infix, **self.options
+        )  # (B, C)
+        self.use(len(ids))
         return head(model, last)
 
     def step(self, model: GPT2, tokens: Tensor) -> Tensor:
@@ -91,7 +99,7 @@ class Batch:
 
         def run() -> Tensor:
             hidden = model.hidden_states(
-                self.ids[:rows], prefix=self.rows_of_prefix(), cache=self.cache
+                self.ids[:rows], prefix=self.rows_of_prefix(), cache=self.cache, **self.options
             )
             return head(model, hidden)
 
@@ -105,10 +113,10 @@ class Batch:
         self.cache.count()
         return logits[: len(tokens)]
 
-    def rows_of_prefix(self) -> PrefixActivations:
+    def rows_of_prefix(self) -> Activations:
         """The prefix of the rows in use, as a step reads it: all infixes are passed."""
         acts, rows = self.acts, self.cache.rows
-        if acts.index is None:
+        if isinstance(acts, BARTActivations) or acts.index is None:
             return acts
         offset = acts.position_offset[:rows]
         return replace(acts, index=acts.index[:rows], position_offset=offset)
@@ -123,11 +131,12 @@ class Batch:
 
     def keep(self, order: list[int]) -> None:
         """Row i is from now on what row order[i] was."""
+        self.options = {name: rows_of.keep(order) for name, rows_of in self.options.items()}
         moved = [(to, source) for to, source in enumerate(order) if to != source]
         if moved:
             to, source = (list(rows) for rows in zip(*moved, strict=True))
             self.cache.move(to, source)
-            if self.acts.index is not None:
+            if isinstance(self.acts, PrefixActivations) and self.acts.index is not None:
                 for x in (self.acts.index, self.acts.position_offset):
                     x[to] = x[source]
         self.use(len(order))
@@ -146,8 +155,13 @@ def tensors_of(acts: PrefixActivations) -> dict[str, Tensor]:
     return {name: x for name, x in vars(acts).items() if isinstance(x, Tensor)}
 
 
-def own_copy(acts: PrefixActivations, rows: int) -> PrefixActivations:
-    """The same tensors at addresses of our own; those with an entry per row are made longer."""
+def own_copy(acts: Activations, rows: int) -> Activations:
+    """The same tensors at addresses of our own; those with an entry per row are made longer.
+
+    A BART's stay where they are: there are no graphs of its steps.
+    """
+    if isinstance(acts, BARTActivations):
+        return acts
 
     def copy(name: str, x: Tensor) -> Tensor:
         return x.new_zeros(rows) if name in ROW_TENSORS else x.detach().clone()
@@ -155,8 +169,10 @@ def own_copy(acts: PrefixActivations, rows: int) -> PrefixActivations:
     return replace(acts, **{name: copy(name, x) for name, x in tensors_of(acts).items()})
 
 
-def overwritten(own: PrefixActivations, acts: PrefixActivations) -> PrefixActivations:
+def overwritten(own: Activations, acts: Activations) -> Activations:
     """`own` with the values of `acts`, at the same addresses."""
+    if isinstance(acts, BARTActivations):
+        return acts
     for name, x in tensors_of(acts).items():
         target = getattr(own, name)
         target[: len(x)] = x
@@ -166,13 +182,14 @@ def overwritten(own: PrefixActivations, acts: PrefixActivations) -> PrefixActiva
 KEPT: WeakKeyDictionary[GPT2, Batch] = WeakKeyDictionary()  # the last batch, for its graphs
 
 
-def take_batch(model: GPT2, prompts, config: GenerationConfig, acts: PrefixActivations) -> Batch:
-    """A batch with room for the prompts; the kept one if it fits. `KEPT` has it back afterwards.
+def take_batch(model: GPT2 | BART, prompts, config: GenerationConfig, acts: Activations) -> Batch:
+    """A batch with room for the prompts (what is read first); the kept one if it fits.
 
-    While it is taken, another generation with the same model makes its own.
+    `KEPT` has it back afterwards. While it is taken, another generation with the same model makes
+    its own.
     """
     like, K, acts = model.wte.weight, config.num_beams, acts.passed()
-    static = uses_graphs(like.device)
+    static = uses_graphs(like.device) and isinstance(model, GPT2)
     rows, prompt_len, n_new = len(prompts), max(map(len, prompts)), config.max_new_tokens
     key = ()
     if static:  # what graphs depend on: sizes, and the addresses of the weights
@@ -213,31 +230,56 @@ class Sent:
         return self.x.tolist()
 
 
-class BadWords:
-    """Forbidden tokens, as `decoding.forbid` has them, found on the device."""
+class Forbidden:
+    """Forbidden tokens, as `decoding.forbid` has them, found on the device.
 
-    def __init__(self, bad_words_ids: list[list[int]], device: torch.device):
+    `recent` are the last tokens of each row, -1 before its first: as many as the longest bad word
+    needs, or all so far where no n tokens may come twice.
+    """
+
+    def __init__(self, bad_words_ids: list[list[int]], no_repeat: int, device: torch.device):
+        self.no_repeat = no_repeat
         self.words = [(torch.tensor(word[:-1], device=device, dtype=torch.long), word[-1])
                       for word in bad_words_ids]  # fmt: skip
         self.window = max((len(word) - 1 for word in bad_words_ids), default=0)  # tokens needed
 
     def recent(self, prompts: list[list[int]], device: torch.device) -> Tensor:
-        """The last tokens of each prompt, -1 before its first: (B, window)."""
+        """Of the prompts: (B, window)."""
+        if self.no_repeat:
+            self.window = max(self.window, self.no_repeat - 1, *map(len, prompts))
         W = self.window
         recent = [([-1] * W + tokens)[len(tokens) :] for tokens in prompts]
         return torch.tensor(recent, device=device, dtype=torch.long)
 
     def followed(self, recent: Tensor, tokens: Tensor) -> Tensor:
         """(..., window) and one token more of each (...)."""
-        return torch.cat([recent[..., 1:], tokens[..., None]], dim=-1) if self.window else recent
+        kept = recent if self.no_repeat else recent[..., 1:]
+        return torch.cat([kept, tokens[..., None]], dim=-1) if self.window else recent
 
-    def forbid(self, scores: Tensor, recent: Tensor, eos_id: int | None) -> None:
+    def forbid(self, scores: Tensor, recent: Tensor, limits: Limits) -> None:
         """Set the scores (rows, V) of tokens that may not come after `recent` to -inf, in place."""
-        if eos_id is not None:
-            scores[:, eos_id] = float("-inf")
+        if limits.too_early is not None:
+            scores[:, limits.too_early] = float("-inf")
+        if self.no_repeat:
+            self._forbid_repeats(scores, recent)
         for beginning, last in self.words:
-            hit = (recent[:, self.window - len(beginning) :] == beginning).all(1)
+            hit = (recent[:, recent.shape[1] - len(beginning) :] == beginning).all(1)
             scores[:, last].masked_fill_(hit, float("-inf"))
+        if limits.must_end is not None:
+            scores.fill_(float("-inf"))
+            scores[:, limits.must_end] = 0.0
+
+    def _forbid_repeats(self, scores: Tensor, recent: Tensor) -> None:
+        n = self.no_repeat
+        if recent.shape[1] < n:
+            return
+        runs = recent.unfold(1, n, 1)  # (rows, window - n + 1, n): all n tokens in a row
+        end = recent[:, None, recent.shape[1] - n + 1 :]  # (rows, 1, n - 1)
+        again = (runs[..., :-1] == end).all(-1) & (runs >= 0).all(-1)
+        scores.scatter_add_(  # -inf or 0
+            1, runs[..., -1].clamp(min=0),
+            scores.new_zeros(again.shape).masked_fill_(again, float("-inf")),
+        )  # fmt: skip
 
 
 def greedy_or_sampled(
@@ -245,10 +287,12 @@ def greedy_or_sampled(
     acts: PrefixActivations, bad_words_ids: list[list[int]], seeds: Sequence[int],
 ) -> Iterator[dict[int, int]]:  # fmt: skip
     """At each step the next token of every prompt that has not ended: {b: token}, without eos."""
-    batch = take_batch(model, prompts, config, acts)
+    config = config.for_model(model)
+    beginning = begin(model, prompts, config, acts)
+    batch = take_batch(model, beginning.texts, config, acts)
     ahead, device = batch.cache.static, batch.ids.device
-    words = BadWords(bad_words_ids, device)
-    recent, u = words.recent(prompts, device), None
+    words = Forbidden(bad_words_ids, config.no_repeat_ngram_size, device)
+    recent, u = words.recent(beginning.texts, device), None
     if config.do_sample:  # all draws at once: (B, max_new_tokens)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         u = [torch.rand(config.max_new_tokens, generator=generator, dtype=torch.float64)
@@ -256,9 +300,10 @@ def greedy_or_sampled(
         u = torch.stack(u).to(device)
     rows: list[int | None] = list(range(len(prompts)))  # the b in each row; None = it has ended
     try:
-        logits = batch.read(model, prompts, acts)  # (rows, V)
-        for n_new in range(config.max_new_tokens):
-            words.forbid(logits, recent, eos_id if n_new < config.min_new_tokens else None)
+        logits = batch.read(model, beginning, acts)  # (rows, V)
+        for n_new in range(beginning.given, config.max_new_tokens):
+            now = limits(config, beginning, bad_words_ids, eos_id, n_new)
+            words.forbid(logits, recent, now)
             if u is None:
                 tokens = logits.argmax(-1)  # (rows,)
             else:
@@ -299,26 +344,28 @@ def beam_search(
     """
     K, V = config.num_beams, model.config.vocab_size
     check_beams(config, V)
-    batch = take_batch(model, prompts, config, acts)
+    config = config.for_model(model)
+    beginning = begin(model, prompts, config, acts)
+    batch = take_batch(model, beginning.texts, config, acts)
     ahead, device = batch.cache.static, batch.ids.device
-    words = BadWords(bad_words_ids, device)
-    searches = [BeamSearch(tokens, config, eos_id) for tokens in prompts]
+    words = Forbidden(bad_words_ids, config.no_repeat_ngram_size, device)
+    searches = [BeamSearch(tokens, config, eos_id) for tokens in beginning.texts]
     rows = list(searches)  # in each row of the batch
     try:
-        logits = batch.read(model, prompts, acts)[:, None]  # (rows, beams, V)
-        recent = words.recent(prompts, device)[:, None]  # (rows, beams, window)
+        logits = batch.read(model, beginning, acts)[:, None]  # (rows, beams, V)
+        recent = words.recent(beginning.texts, device)[:, None]  # (rows, beams, window)
         scores = logits.new_zeros(len(rows), 1)  # (rows, beams)
-        for n_new in range(1, config.max_new_tokens + 1):
+        for n_new in range(beginning.given + 1, config.max_new_tokens + 1):
             log_p, at_limit = logits.log_softmax(-1), n_new == config.max_new_tokens
-            too_early = eos_id if n_new <= config.min_new_tokens else None
-            words.forbid(log_p.flatten(0, 1), recent.flatten(0, 1), too_early)
+            now = limits(config, beginning, bad_words_ids, eos_id, n_new - 1)
+            words.forbid(log_p.flatten(0, 1), recent.flatten(0, 1), now)
             best = (log_p + scores[..., None]).flatten(1).topk(2 * K)
             sent = Sent(torch.stack([best.values.double(), best.indices.double()]))
             # those that run on: the first K that are no end
             running = (best.indices % V == eos_id).int().argsort(dim=1, stable=True)[:, :K]
             scores, indices = best.values.gather(1, running), best.indices.gather(1, running)
             tokens, parents = indices % V, indices // V  # (rows, K)
-            recent = recent.gather(1, parents[..., None].expand(-1, -1, words.window))
+            recent = recent.gather(1, parents[..., None].expand(-1, -1, recent.shape[-1]))
             recent = words.followed(recent, tokens)
             if ahead and not at_limit:
                 batch.cache.follow(parents)

@@ -14,12 +14,13 @@ Shapes use the letters of the README's table; n counts labels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minprefix.bart import BARTActivations
 from minprefix.batches import Batch, pinned
 from minprefix.gpt2 import IGNORE, PrefixActivations
 from minprefix.graphs import capture, round_up
@@ -27,34 +28,38 @@ from minprefix.graphs import capture, round_up
 TOKENS = 16  # T is rounded up to a multiple
 LABELS = 8  # n is rounded up to a multiple of B T / LABELS
 
-Losses = Callable[[Batch, PrefixActivations | None], Tensor]  # of each label, nats: (n,)
+Activations = PrefixActivations | BARTActivations
+Losses = Callable[[Batch, Activations | None], Tensor]  # of each label, nats: (n,)
 
 
-def detached(acts: PrefixActivations) -> PrefixActivations:
+def detached(acts: Activations) -> Activations:
     """The same values as leaves, at which gradients arrive."""
-    gate = None if acts.gate is None else acts.gate.detach().requires_grad_()
-    return replace(acts, table=acts.table.detach().requires_grad_(), gate=gate)
+    return acts.map(lambda x: x.detach().requires_grad_())
 
 
-def dropped(acts: PrefixActivations, probability: float, seed: int) -> PrefixActivations:
+def dropped(acts: Activations, probability: float, seed: int) -> Activations:
     """Prefix dropout: each entry of the table is 0 with this probability, else enlarged to match.
 
     One draw serves a whole step, all its batches and ranks; the authors' code draws for each row.
     """
-    generator = torch.Generator(acts.table.device).manual_seed(seed)
-    u = torch.rand(acts.table.shape, generator=generator, device=acts.table.device)
-    return replace(acts, table=acts.table * (u >= probability) / (1 - probability))
+    first = acts.leaves()[0]
+    generator = torch.Generator(first.device).manual_seed(seed)
+
+    def drop(x: Tensor) -> Tensor:
+        u = torch.rand(x.shape, generator=generator, device=x.device)
+        return x * (u >= probability) / (1 - probability)
+
+    return acts.map(drop, gates=False)
 
 
 def own_copy(acts: PrefixActivations) -> PrefixActivations:
     """Leaves at addresses of our own."""
-    gate = None if acts.gate is None else acts.gate.clone()
-    return detached(replace(acts, table=acts.table.clone(), gate=gate))
+    return detached(acts.map(Tensor.clone))
 
 
-def leaves(acts: PrefixActivations | None) -> list[Tensor]:
-    """What has a gradient: the table, and the gate if there is one; nothing without a prefix."""
-    return [] if acts is None else [x for x in (acts.table, acts.gate) if x is not None]
+def leaves(acts: Activations | None) -> list[Tensor]:
+    """What has a gradient: tables and gates; nothing without a prefix."""
+    return [] if acts is None else acts.leaves()
 
 
 class Eager:
@@ -63,7 +68,7 @@ class Eager:
     def __init__(self, losses: Losses):
         self.losses = losses
 
-    def begin(self, acts: PrefixActivations | None, scale: float) -> None:
+    def begin(self, acts: Activations | None, scale: float) -> None:
         """A step with these activations; its loss is `scale` times the sum over all labels."""
         self.acts, self.scale = None if acts is None else detached(acts), scale
         self.nats: Tensor | float = 0.0
@@ -140,7 +145,8 @@ class Graphed:
             for total, value in zip(sums, before, strict=True):
                 total.copy_(value)
         for name, static in vars(self.batches[bucket]).items():
-            static.copy_(pinned(vars(batch)[name], self.device), non_blocking=True)
+            if static is not None:
+                static.copy_(pinned(vars(batch)[name], self.device), non_blocking=True)
         self.replays[bucket]()
 
     def _pass(self, bucket: tuple[int, int, int]) -> Tensor:

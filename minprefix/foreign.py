@@ -1,4 +1,4 @@
-"""Prefixes of other systems: PEFT's folders, the authors' GPT-2 state dicts, adapter-hub's folders.
+"""Prefixes of other systems: PEFT's folders, the authors' state dicts, adapter-hub's folders.
 
 All three hold the same rows (P, 2 L C), one per prefix position, with flat feature
 ((2 l + kv) H + h) D + d, kv = 0 the key; `table_of_rows` makes P_theta of them. They differ in
@@ -7,7 +7,7 @@ where token t of the text stands, which is part of what a prefix means:
 | system | files, of GPT-2 | token t at |
 |---|---|---|
 | PEFT [1], see `peft_files.py` | adapter_config.json, adapter_model.safetensors | P + t |
-| the authors' code [2] | config.json, pytorch_model.bin | P + t |
+| the authors' code [2] | config.json, pytorch_model.bin | P + t; BART's: t |
 | adapter-hub [3] | adapter_config.json, pytorch_adapter.bin | t |
 
 An MLP is computed and dropped: what is used of it is its table (section 4.3 of Li & Liang 2021).
@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minprefix.bart import BARTConfig
+from minprefix.bart_prefix import BARTPrefix
 from minprefix.files import load_tensors, read_json
 from minprefix.gpt2 import GPT2, GPT2Config
 from minprefix.parametrisations import activations
@@ -43,6 +45,12 @@ MLP_KEYS = {
 DEEP_KEYS = MLP_KEYS | {"control_trans.4.weight", "control_trans.4.bias"}
 INFIX_KEYS = MLP_KEYS | {"wte2.weight"}
 DIRECT_KEYS, EMBEDDING_KEYS = {"control_trans"}, {"wte.weight"}
+# the authors' BART has an MLP for each attention: embeddings and linear layers, by our sites
+BART_PARTS = {
+    "encoder": ("wte_enc", "control_trans_enc"),
+    "decoder": ("wte", "control_trans"),
+    "cross": ("wte2", "control_trans2"),
+}
 
 
 @dataclass(frozen=True)
@@ -106,8 +114,15 @@ def some(names) -> str:
     return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
 
 
-def check_fits(source: str | Path, prefix: Prefix, config: GPT2Config) -> None:
+def check_fits(source: str | Path, prefix: Prefix | BARTPrefix, config) -> None:
     """ValueError if a model of this shape cannot use the prefix; `source` is named in it."""
+    if isinstance(prefix, BARTPrefix) != isinstance(config, BARTConfig):
+        kinds = ("BART", "GPT-2") if isinstance(prefix, BARTPrefix) else ("GPT-2", "BART")
+        raise ValueError(f"{source}: a prefix of a {kinds[0]}, but the model is a {kinds[1]}")
+    if isinstance(prefix, BARTPrefix):
+        for site, part in prefix.sites.items():
+            check_fits(f"{source}, {site}", part, config.at(site))
+        return
     L, _, H, _, D = prefix.table().shape
     if (L, H, D) != (config.n_layer, config.n_head, config.head_dim):
         raise ValueError(
@@ -122,21 +137,23 @@ def check_fits(source: str | Path, prefix: Prefix, config: GPT2Config) -> None:
         )
 
 
-def mlp_rows(path: Path, tensors: dict[str, Tensor]) -> Tensor:
+def mlp_rows(
+    path: Path, tensors: dict[str, Tensor], wte: str = "wte", control: str = "control_trans"
+) -> Tensor:
     """Linear-tanh-Linear (or one more of both) of the embeddings, as both systems name them.
 
     -> (P, n), n the width of the last layer.
     """
-    x = tensors["wte.weight"]  # (P, C)
+    x = tensors[f"{wte}.weight"]  # (P, C)
     if x.dim() != 2 or 0 in x.shape:
-        raise ValueError(f"{path}: wte.weight must be (P, C) with P > 0, got {tuple(x.shape)}")
+        raise ValueError(f"{path}: {wte}.weight must be (P, C) with P > 0, got {tuple(x.shape)}")
     for i in (0, 2, 4):
-        if f"control_trans.{i}.weight" not in tensors:
+        if f"{control}.{i}.weight" not in tensors:
             break
-        weight, bias = (tensors[f"control_trans.{i}.{kind}"] for kind in ("weight", "bias"))
+        weight, bias = (tensors[f"{control}.{i}.{kind}"] for kind in ("weight", "bias"))
         if weight.dim() != 2 or weight.shape[1] != x.shape[1] or bias.shape != weight.shape[:1]:
             raise ValueError(
-                f"{path}: control_trans.{i} must be (n, {x.shape[1]}) with a bias (n,), got "
+                f"{path}: {control}.{i} must be (n, {x.shape[1]}) with a bias (n,), got "
                 f"{tuple(weight.shape)} and {tuple(bias.shape)}"
             )
         x = F.linear(torch.tanh(x) if i else x, weight, bias)
@@ -166,7 +183,7 @@ def table_of_word(path: Path, past: Tensor) -> Tensor:
     return past.reshape(-1, 2, *past.shape[2:])
 
 
-def config_beside(path: Path, config: GPT2Config | None) -> GPT2Config | None:
+def config_beside(path: Path, config):
     """What config.json in the same folder says, which must fit `config`; without one, `config`."""
     beside = path.with_name("config.json")
     if not beside.is_file():
@@ -179,15 +196,18 @@ def config_beside(path: Path, config: GPT2Config | None) -> GPT2Config | None:
 
 
 @torch.no_grad()
-def read_authors(path: str | Path, config: GPT2Config | None = None) -> Prefix | AuthorsTokens:
-    """A GPT-2 prefix that the authors' code saved; which kind, its keys say.
+def read_authors(
+    path: str | Path, config: GPT2Config | BARTConfig | None = None
+) -> Prefix | AuthorsTokens | BARTPrefix:
+    """A prefix that the authors' code saved; which kind, its keys say.
 
     Args:
         path: the folder that it saved, or a file with the state dict.
         config: of the base model; None = config.json beside the state dict.
     Returns:
-        A Prefix (MLP of two or three layers; direct, random or from a word), text at P + t. For
-        embedding-only and infix the virtual tokens, which need the model.
+        A Prefix (MLP of two or three layers; direct, random or from a word), text at P + t; of a
+        BART see `read_authors_bart`. For embedding-only and infix the virtual tokens, which need
+        the model.
     Raises:
         ValueError: no such state dict, damaged, shapes that do not fit each other or `config`.
         OSError: it cannot be read.
@@ -196,10 +216,11 @@ def read_authors(path: str | Path, config: GPT2Config | None = None) -> Prefix |
     path = path / "pytorch_model.bin" if path.is_dir() else path
     tensors, _ = read_tensors(path)
     keys = set(tensors)
+    if any(key.startswith(("wte_enc.", "control_trans_enc.", "control_trans2.")) for key in keys):
+        return read_authors_bart(path, tensors, config)
     if keys not in (EMBEDDING_KEYS, DIRECT_KEYS, MLP_KEYS, DEEP_KEYS, INFIX_KEYS):
-        bart = any(key.startswith(("wte_enc", "control_trans_enc")) for key in keys)
-        what = "a BART prefix of the authors' code" if bart else "no GPT-2 prefix of theirs"
-        raise ValueError(f"{path}: {what}, the keys are {some(keys) or 'none'}")
+        told = f"no prefix of the authors' code, the keys are {some(keys) or 'none'}"
+        raise ValueError(f"{path}: {told}")
     if keys == DIRECT_KEYS:
         rows = tensors["control_trans"]
         if rows.dim() == 5:
@@ -222,6 +243,37 @@ def read_authors(path: str | Path, config: GPT2Config | None = None) -> Prefix |
     if embeddings.shape != want:
         raise ValueError(f"{path}: wte2.weight must be {want}, got {tuple(embeddings.shape)}")
     return AuthorsTokens(embeddings, table)
+
+
+def read_authors_bart(
+    path: Path, tensors: dict[str, Tensor], config: BARTConfig | None
+) -> BARTPrefix:
+    """A BART prefix that the authors' code saved: an MLP for each attention, text at t.
+
+    Their encoder has as many layers as their decoder, and all three have the same P.
+    """
+    wanted = {
+        key.replace("wte.", f"{wte}.").replace("control_trans.", f"{control}."): site
+        for site, (wte, control) in BART_PARTS.items()
+        for key in MLP_KEYS
+    }
+    sites = {wanted.get(key) for key in tensors}
+    odd = [key for key in tensors if key not in wanted]
+    lost = [key for key, site in wanted.items() if site in sites and key not in tensors]
+    if odd or lost:
+        told = f"left over {some(odd) or 'none'}, missing {some(lost) or 'none'}"
+        raise ValueError(f"{path}: not the keys of the authors' BART prefix: {told}")
+    config = config_beside(path, config)
+    if not isinstance(config, BARTConfig):
+        what = "nothing" if config is None else "a GPT-2"
+        raise ValueError(
+            f"{path}: a prefix of a BART, but config.json beside it, or --model, names {what}"
+        )
+    rows = {s: mlp_rows(path, tensors, *BART_PARTS[s]) for s in BART_PARTS if s in sites}
+    if len({len(x) for x in rows.values()}) > 1:
+        raise ValueError(f"{path}: attentions have prefixes of {[len(x) for x in rows.values()]}")
+    tables = {site: table_for(path, x, config.at(site)) for site, x in rows.items()}
+    return BARTPrefix.from_tables(tables)
 
 
 def run_virtual_tokens(model: GPT2, tokens: AuthorsTokens) -> Prefix:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minprefix import decoding, fast_generation
+from minprefix.bart import BART, BARTActivations
 from minprefix.baselines import frame_of
 from minprefix.batches import encode_prompt
 from minprefix.decoding import GenerationConfig
@@ -44,9 +45,23 @@ def check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
             raise ValueError(f"prompt {b} has ids outside [0, {vocab_size - 1}]: {tokens}")
 
 
-def check_fit(prompt_len: int, offset: int, config: GenerationConfig, n_positions: int) -> None:
+def room_of_prompt(model: GPT2 | BART, config: GenerationConfig) -> int:
+    """How many positions a prompt may take: in a BART all, as it has the encoder for itself."""
+    n_positions = model.config.n_positions
+    return n_positions if isinstance(model, BART) else n_positions - config.max_new_tokens
+
+
+def check_fit(model: GPT2 | BART, prompt_len: int, offset: int, config: GenerationConfig) -> None:
     """ValueError if a prompt and what is generated after it need more positions than there are."""
-    if prompt_len + offset + config.max_new_tokens > n_positions:
+    n_positions = model.config.n_positions
+    if isinstance(model, BART):
+        for what, n in (("source", prompt_len), ("start and new", 1 + config.max_new_tokens)):
+            if n + offset > n_positions:
+                raise ValueError(
+                    f"too long: {n} {what} tokens + position offset {offset} > {n_positions} "
+                    "positions of the model"
+                )
+    elif prompt_len + offset + config.max_new_tokens > n_positions:
         raise ValueError(
             f"too long: {prompt_len} prompt tokens + position offset {offset} + max_new_tokens "
             f"{config.max_new_tokens} > {n_positions} positions of the model"
@@ -69,7 +84,7 @@ def rows_of_prefix(prefix, prefix_index, n_prompts: int) -> tuple[list[int] | No
 
 
 def prepare(
-    model: GPT2, tokenizer, prompts, prefix, prefix_index, config: GenerationConfig
+    model: GPT2 | BART, tokenizer, prompts, prefix, prefix_index, config: GenerationConfig
 ) -> tuple[list[list[int]], list[int] | None, list[int]]:
     """Token ids, index into the bank and position offset of each prompt; ValueError if unfit."""
     index, offsets = rows_of_prefix(prefix, prefix_index, len(prompts))
@@ -79,24 +94,25 @@ def prepare(
         frame = frame_of(model) if own is None else own.linearisation
         if not isinstance(prompt, str):
             ids.append(list(prompt))
-        elif frame:
-            ids.append(encode_prompt(tokenizer, prompt, frame))
+        elif frame or isinstance(model, BART):
+            ids.append(encode_prompt(tokenizer, prompt, frame or "paper"))
         else:
             ids.append(tokenizer.encode(prompt))
     check_tokens(ids, model.config.vocab_size)
     for tokens, offset in zip(ids, offsets, strict=True):
-        check_fit(len(tokens), offset, config, model.config.n_positions)
+        check_fit(model, len(tokens), offset, config)
     if prefix is not None:
         prefix.check_base(model)
     return ids, index, offsets
 
 
 def activations(
-    model: GPT2, prefix, index: list[int] | None, offsets: list[int]
-) -> PrefixActivations:
+    model: GPT2 | BART, prefix, index: list[int] | None, offsets: list[int]
+) -> PrefixActivations | BARTActivations:
     """What the model reads of each row's prefix."""
     if prefix is None:
-        return PrefixActivations.empty(model.config, model.wte.weight)
+        kind = BARTActivations if isinstance(model, BART) else PrefixActivations
+        return kind.empty(model.config, model.wte.weight)
     if index is None:
         return prefix.activations()
     acts = prefix.activations(torch.tensor(index, device=model.wte.weight.device))
@@ -113,6 +129,9 @@ def generate_ids(
 ) -> list[list[int]]:  # fmt: skip
     """Continue one batch of prompts, at least one: the new tokens of each, without eos.
 
+    A BART's prompts are sources, with their <s> and </s>; what is new is the target, without the
+    first token where that is forced.
+
     Args:
         prompts: token ids, of any lengths. They are padded to the longest, so the longest must fit
             beside the largest position offset (`generate` makes batches that do).
@@ -128,7 +147,7 @@ def generate_ids(
     """
     index, offsets = rows_of_prefix(prefix, prefix_index, len(prompts))
     check_tokens(prompts, model.config.vocab_size)
-    check_fit(max(map(len, prompts)), max(offsets), config, model.config.n_positions)
+    check_fit(model, max(map(len, prompts)), max(offsets), config)
     bad_words_ids = [list(word) for word in bad_words_ids if list(word) != [eos_id]]
     if seeds is None:
         seeds = [config.seed + b for b in range(len(prompts))]
@@ -198,13 +217,14 @@ def generate(
     batch_size: int = 64, config: GenerationConfig | None = None,
     progress: Callable[[int, int], None] | None = None, fast: bool = True, **options,
 ) -> list[str]:  # fmt: skip
-    """Continue prompts: the new text of each, in their order.
+    """Continue prompts, or answer them with a BART: the new text of each, in their order.
 
         generate(model, tokenizer, ["name : The Eagle"], prefix=prefix, num_beams=5)
 
     Args:
         prompts: a list of token ids is taken as it is. A text is encoded in the frame that its
             prefix, adapter or fine-tuned model was trained in (`linearisation`), as it is without.
+            For a BART it is the source, which always has its <s> and </s>.
         prefix: for all prompts, or a bank.
         prefix_index: with a bank, one int per prompt: which prefix it uses, -1 = none. None = as
             many prompts as prefixes, in the same order.
@@ -224,7 +244,7 @@ def generate(
     ids, index, offsets = prepare(model, tokenizer, prompts, prefix, prefix_index, config)
     bad_words_ids = [tokenizer.encode(word) for word in config.bad_words]
     texts: dict[int, str] = {}
-    room = model.config.n_positions - config.max_new_tokens
+    room = room_of_prompt(model, config)
     for batch in batches([len(tokens) for tokens in ids], offsets, batch_size, room):
         new = generate_ids(
             model, [ids[b] for b in batch], config, tokenizer.eos_id,

@@ -76,6 +76,50 @@ class PrefixActivations:
         shape = (config.n_layer, 2, config.n_head, 0, config.head_dim)
         return cls(like.new_empty(shape), position_offset=0, max_offset=0)
 
+    @property
+    def rows(self) -> dict[str, Tensor | None]:
+        """Which prefix of a bank each row sees, as attention takes it."""
+        return {"prefix_index": self.index, "prefix_lens": self.lens}
+
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values, (H, P, D) or (N, H, P, D), and the gate, (H,) or (N, H) or None."""
+        k, v = self.table[layer]
+        return k, v, None if self.gate is None else self.gate[layer]
+
+    def positions(self, places: Tensor) -> Tensor:
+        """Where tokens at `places` (T,) or (B, T) of their text stand: place + offset."""
+        offset = self.position_offset
+        return places + (offset[:, None] if isinstance(offset, Tensor) else offset)
+
+    def map(self, change: Callable[[Tensor], Tensor], gates: bool = True) -> "PrefixActivations":
+        """With a change of the table, and of the gate if there is one (and gates are meant)."""
+        gate = change(self.gate) if gates and self.gate is not None else self.gate
+        return replace(self, table=change(self.table), gate=gate)
+
+    def leaves(self) -> list[Tensor]:
+        """What has a gradient: the table, and the gate if there is one."""
+        return [x for x in (self.table, self.gate) if x is not None]
+
+    def check_fit(self, config, batch_size: int, n_tokens: int) -> None:
+        """ValueError if a model of this config cannot read it, or not before so many tokens."""
+        shape = tuple(self.table.shape)
+        want = (config.n_layer, 2, config.n_head, config.head_dim)
+        if (*shape[:2], shape[-3], shape[-1]) != want:
+            raise ValueError(
+                f"the prefix has shape {shape}, the model needs (L, 2, [N,] H, P, D) with "
+                f"L = {want[0]}, H = {want[2]}, D = {want[3]}"
+            )
+        if self.index is not None and self.index.shape != (batch_size,):
+            raise ValueError(
+                f"the batch has {batch_size} rows, the prefix index has shape "
+                f"{tuple(self.index.shape)}"
+            )
+        if self.max_offset + n_tokens > config.n_positions:
+            raise ValueError(
+                f"too long: position offset {self.max_offset} + {n_tokens} tokens > "
+                f"{config.n_positions} positions of the model"
+            )
+
     def select(self, rows: Tensor) -> "PrefixActivations":
         """For these rows of the batch, in this order and as often as they are named."""
         if self.index is None:  # one prefix for all rows
@@ -209,11 +253,13 @@ class KVCache:
 class Attention(nn.Module):
     """Multi-head self-attention over [prefix; tokens so far]."""
 
+    linear = Conv1D  # how weights are stored
+
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_attn = self.linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
+        self.c_proj = self.linear(config.n_embd, config.n_embd)
 
     def forward(self, x, prefix_k, prefix_v, gate=None, attend=None, **visible) -> Tensor:
         """x (B, T, C) -> (B, T, C).
@@ -222,7 +268,8 @@ class Attention(nn.Module):
             prefix_k, prefix_v: (H, P, D) or (N, H, P, D).
             gate: (H,) or (N, H); None = ungated.
             attend: attention to cached tokens, too (`KVCache.attend`); None = to those in x only.
-            visible: prefix_index, prefix_lens, kv_lens of `kernels.prefix_attention`; behind.
+            visible: prefix_index, prefix_lens, kv_lens, causal of `kernels.prefix_attention`;
+                behind.
         """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
@@ -269,11 +316,24 @@ class Block(nn.Module):
 
 
 @functools.cache
-def compiled_block() -> Callable[..., Tensor]:
-    """`Block.forward` by torch.compile: all layers share it, and rows and tokens may change."""
+def compiled_block(kind: type[nn.Module] = Block) -> Callable[..., Tensor]:
+    """A block's `forward` by torch.compile: all layers share it, rows and tokens may change."""
     # first, middle and last layers, prefix, infix and gate, one row or many: more than 8 graphs
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(Block.forward, dynamic=True)
+    return torch.compile(kind.forward, dynamic=True)
+
+
+def run_block(model, block: nn.Module, x, prefix_k, prefix_v, gate, attend, *args, **options):
+    """One layer's forward pass: compiled where there is no cache, its activations recomputed in
+    the backward pass, as `model.compile_blocks` and `model.activation_checkpointing` say."""
+    run = block
+    if model.compile_blocks and attend is None:
+        run = partial(compiled_block(type(block)), block)
+    args = (x, prefix_k, prefix_v, gate, attend, *args)
+    if model.activation_checkpointing and torch.is_grad_enabled():
+        keep = {"use_reentrant": False, "preserve_rng_state": block.training}  # for dropout
+        return checkpoint(run, *args, **keep, **options)
+    return run(*args, **options)
 
 
 class GPT2(nn.Module):
@@ -310,8 +370,10 @@ class GPT2(nn.Module):
         """Logits of the next token: (B, T) -> (B, T, V). Arguments as in `hidden_states`."""
         return self.head(self.hidden_states(input_ids, **kwargs))
 
+    head_bias = None  # BART has one
+
     def head(self, hidden: Tensor) -> Tensor:  # (..., C) -> (..., V)
-        return F.linear(hidden, self.wte.weight)
+        return F.linear(hidden, self.wte.weight, self.head_bias)
 
     def token_losses(
         self, input_ids: Tensor, labels: Tensor, at: Tensor | None = None, **kwargs
@@ -328,7 +390,7 @@ class GPT2(nn.Module):
             at = (labels != IGNORE).flatten().nonzero()[:, 0]
         hidden, labels = self.hidden_states(input_ids, at=at, **kwargs), labels.flatten()[at]
         if not self.wte.weight.requires_grad:
-            return frozen_head_loss(hidden, self.wte.weight, labels)
+            return frozen_head_loss(hidden, self.wte.weight, labels, bias=self.head_bias)
         logits = self.head(hidden)  # (n, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, labels, reduction="none")
@@ -357,34 +419,23 @@ class GPT2(nn.Module):
         """
         B, T = input_ids.shape[:2]
         acts = self._activations(prefix, prefix_index)
-        self._check_fit(acts, B, T if cache is None else cache.longest_after(T))
+        acts.check_fit(self.config, B, T if cache is None else cache.longest_after(T))
 
-        visible = {"prefix_index": acts.index, "prefix_lens": acts.lens}
-        offset = acts.position_offset
-        offset = offset[:, None] if isinstance(offset, Tensor) else offset
+        visible = acts.rows
         steps = torch.arange(T, device=input_ids.device) if cache is None else cache.places(T)
+        positions = acts.positions(steps)  # (T,) or (B, T)
         behind = acts.behind(steps, starts)  # (B, T)
         if behind is not None:
-            offset, visible["behind"] = offset * behind, behind
+            positions, visible["behind"] = positions.where(behind, steps), behind
         embd = input_ids if input_ids.is_floating_point() else self.wte(input_ids)
-        x = self.drop(embd + self.wpe(offset + steps))  # (B, T, C)
+        x = self.drop(embd + self.wpe(positions))  # (B, T, C)
 
         if cache is None:
             visible["kv_lens"] = kv_lens
         for layer, block in enumerate(self.h):
-            prefix_k, prefix_v = acts.table[layer]  # (H, P, D) or (N, H, P, D)
-            gate = None if acts.gate is None else acts.gate[layer]
             attend = None if cache is None else partial(cache.attend, layer)
             here = at if layer == self.config.n_layer - 1 else None
-            args = (x, prefix_k, prefix_v, gate, attend, here)
-            run = (
-                partial(compiled_block(), block) if self.compile_blocks and cache is None else block
-            )
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                keep = {"use_reentrant": False, "preserve_rng_state": block.training}  # for dropout
-                x = checkpoint(run, *args, **keep, **visible)
-            else:
-                x = run(*args, **visible)
+            x = run_block(self, block, x, *acts.of_layer(layer), attend, here, **visible)
         if cache is not None:
             cache.advance(kv_lens, T)
         return self.ln_f(x)
@@ -397,22 +448,3 @@ class GPT2(nn.Module):
         if isinstance(prefix, PrefixActivations):
             return prefix
         return prefix.activations(prefix_index)
-
-    def _check_fit(self, acts: PrefixActivations, batch_size: int, n_tokens: int) -> None:
-        config, shape = self.config, tuple(acts.table.shape)
-        want = (config.n_layer, 2, config.n_head, config.head_dim)
-        if (*shape[:2], shape[-3], shape[-1]) != want:
-            raise ValueError(
-                f"the prefix has shape {shape}, the model needs (L, 2, [N,] H, P, D) with "
-                f"L = {want[0]}, H = {want[2]}, D = {want[3]}"
-            )
-        if acts.index is not None and acts.index.shape != (batch_size,):
-            raise ValueError(
-                f"the batch has {batch_size} rows, the prefix index has shape "
-                f"{tuple(acts.index.shape)}"
-            )
-        if acts.max_offset + n_tokens > config.n_positions:
-            raise ValueError(
-                f"too long: position offset {acts.max_offset} + {n_tokens} tokens > "
-                f"{config.n_positions} positions of the model"
-            )

@@ -3,7 +3,8 @@
 Nothing is loaded: modules are built without memory and counted, so the numbers are those of the
 code that trains. For GPT-2 medium, what the paper says stands beside them: "345M", "250K" for E2E
 (length 5) and "500K" for DART (length 10) in footnote 7 of its ACL version, the percents in its
-tables [1].
+tables [1]. For BART large they are its two prefixes for XSum; which lengths those have it does not
+say, but 100, the length in its appendix, and 5 come to them.
 
 [1] https://aclanthology.org/2021.acl-long.353
 """
@@ -12,6 +13,8 @@ from dataclasses import replace
 
 import torch
 
+from minprefix.bart import BART, BARTConfig
+from minprefix.bart_prefix import BARTPrefix
 from minprefix.baselines import DESIGNS, Adapter, TopLayers, bottleneck_for, count
 from minprefix.gpt2 import GPT2, GPT2Config
 from minprefix.prefix import Prefix
@@ -24,27 +27,58 @@ OFFICIAL = {
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
+BARTS = {  # layers of encoder and of decoder, heads, width, vocabulary
+    "facebook/bart-base": (6, 12, 768, 50265),
+    "facebook/bart-large": (12, 16, 1024, 50265),
+    "facebook/bart-large-cnn": (12, 16, 1024, 50264),
+}
+BART_LENGTHS, BART_MID = (5, 100, 200), 800  # 200: the paper's figure 4, XSum; width of the MLPs
+BART_PAPER = {"prefix, P = 5": "0.1%", "prefix, P = 100": "2%"}
 SHARES = (0.03, 0.001)  # the paper's adapters
 LENGTHS = (5, 10)  # the paper's prefixes: E2E and WebNLG, DART
 PAPER = {"fine-tuning": "345M", "adapter 3%": "3%", "adapter 0.1%": "0.1%",
          "prefix, P = 5": "250K", "prefix, P = 10": "500K"}  # fmt: skip
 
 
-def official_config(name: str) -> GPT2Config:
-    """The config of a name in `OFFICIAL`."""
+def official_config(name: str) -> GPT2Config | BARTConfig:
+    """The config of a name in `OFFICIAL` or `BARTS`."""
+    if name in BARTS:
+        n_layer, n_head, n_embd, vocab_size = BARTS[name]
+        return BARTConfig(vocab_size, n_embd=n_embd, n_encoder_layer=n_layer, n_layer=n_layer,
+                          n_head=n_head, n_inner=4 * n_embd)  # fmt: skip
     n_layer, n_head, n_embd = OFFICIAL[name]
     return GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
 
 
-def shapes_of(config: GPT2Config) -> GPT2:
+def shapes_of(config: GPT2Config | BARTConfig) -> GPT2 | BART:
     """A model without memory."""
     with torch.device("meta"):
-        return GPT2(config)
+        return GPT2(config) if isinstance(config, GPT2Config) else BART(config)
 
 
-def method_rows(config: GPT2Config) -> list[dict]:
+def bart_rows(config: BARTConfig) -> list[dict]:
+    """`method_rows` of a BART: fine-tuning, and a prefix at all three attentions."""
+    total = count(shapes_of(config))
+    found = [("fine-tuning", total, total)]
+    for length in BART_LENGTHS:
+        with torch.device("meta"):
+            table = count(BARTPrefix(config, length))
+            mlp = count(BARTPrefix(config, length, parametrisation="mlp", mid_dim=BART_MID))
+        found.append((f"prefix, P = {length}", mlp, table))
+    rows = []
+    for method, trained, kept in found:
+        percent = round(100 * kept / total, 4)
+        rows.append({"method": method, "trained": trained, "kept": kept, "percent": percent})
+    if replace(config, linearisation="") == official_config("facebook/bart-large"):
+        rows = [row | {"paper": BART_PAPER.get(row["method"], "")} for row in rows]
+    return rows
+
+
+def method_rows(config: GPT2Config | BARTConfig) -> list[dict]:
     """By method: parameters trained, parameters kept for use, these in percent of the model; for
-    GPT-2 medium also what the paper says."""
+    GPT-2 medium and BART large also what the paper says."""
+    if isinstance(config, BARTConfig):
+        return bart_rows(config)
     model, rows = shapes_of(config), []
     total = count(model)
 

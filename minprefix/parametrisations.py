@@ -98,6 +98,10 @@ class Recorder:
     def advance(self, lengths: Tensor | None, T: int) -> None:
         pass
 
+    def table(self) -> Tensor:
+        """What was noted of a single row: (L, 2, H, T, D)."""
+        return torch.stack([self.kv[layer][:, 0] for layer in range(len(self.kv))])
+
 
 def activations(model: GPT2, inputs: Tensor) -> Tensor:
     """Keys and values that the model computes of a text at positions 0, 1, ...: h_<P of eq. (1).
@@ -117,7 +121,7 @@ def activations(model: GPT2, inputs: Tensor) -> Tensor:
     finally:
         for module in training:
             module.training = True
-    table = torch.stack([recorder.kv[layer][:, 0] for layer in range(model.config.n_layer)])
+    table = recorder.table()
     return table.to(torch.promote_types(table.dtype, torch.float32))
 
 
@@ -176,5 +180,7 @@ class VirtualTokens(nn.Module):
         model = self.borrowed.model
         if model is None:
             raise ValueError("virtual tokens are read by a model: call prefix.bind(model) first")
-        embd = self.virtual_embd if self.mlp is None else self.mlp.rows()
-        return activations(model, embd.to(model.wte.weight))
+        return activations(model, self.embeddings().to(model.wte.weight))
+
+    def embeddings(self) -> Tensor:  # -> (P, C)
+        return self.virtual_embd if self.mlp is None else self.mlp.rows()

@@ -30,10 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minprefix.bart import BART
 from minprefix.gpt2 import GPT2, GPT2Config, PrefixActivations
 from minprefix.options import check_choice
 from minprefix.parametrisations import PrefixMLP, VirtualTokens, token_activations
-from minprefix.weights import check_base, fingerprint
+from minprefix.weights import check_base, fingerprint, need_gpt2
 
 PARAMETRISATIONS = ("table", "mlp", "embedding", "embedding-mlp")
 PLACES = ("prefix", "infix")
@@ -51,11 +52,13 @@ class PrefixConfig:
     init: str = "random"  # or "words" (their activations), or "prompt" (equal to a hard prompt)
     init_text: str = "table-to-text:"  # the words or the prompt
     gate: bool = False  # per layer and head, starts at 0: step 0 is the frozen model
-    position_offset: int | None = None  # token t stands at t + offset; None = P, or 0 with a gate
+    position_offset: int | None = None  # token t stands at t + this; None = P; 0: gate, BART
+    sites: tuple[str, ...] = ()  # BART: "encoder", "decoder" or "cross" attention; none = all
 
     def __post_init__(self):
         check_form(self.parametrisation, self.place)
         check_choice("init", self.init, INITS)
+        object.__setattr__(self, "sites", tuple(self.sites))  # a list in config.json
         if (self.init, self.place) == ("prompt", "infix"):
             raise ValueError("init 'prompt' needs place 'prefix': after a source, a prompt's "
                              "activations are others for each source")  # fmt: skip
@@ -137,12 +140,15 @@ class Prefix(nn.Module):
             options: parametrisation ("table"), mid_dim, gate, position_offset, place.
         """
         prefix = cls(config, prefix_len, **options)
-        generator = torch.Generator().manual_seed(seed)
-        if prefix.prefix_table is not None:
-            nn.init.normal_(prefix.prefix_table, generator=generator)
-        else:
-            (prefix.mlp or prefix.virtual).init_weights(generator)
+        prefix.init_weights(torch.Generator().manual_seed(seed))
         return prefix
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """The random start of `random`."""
+        if self.prefix_table is not None:
+            nn.init.normal_(self.prefix_table, generator=generator)
+        else:
+            (self.mlp or self.virtual).init_weights(generator)
 
     @classmethod
     def from_words(
@@ -168,12 +174,18 @@ class Prefix(nn.Module):
         if prefix.virtual is not None:
             embd = model.wte.weight[ids].detach().to(table)  # (P, C)
             prefix.init_residual = prefix.virtual.fit(embd)
-        elif prefix.mlp is not None:
-            prefix.init_residual = prefix.mlp.fit_last_layer(table)
         else:
-            prefix.prefix_table.data.copy_(table)
+            prefix.init_residual = prefix.fit_table(table)
         prefix.bind(model)
         return prefix
+
+    @torch.no_grad()
+    def fit_table(self, table: Tensor) -> float:
+        """Begin with this table (L, 2, H, P, D); the largest |difference| that an MLP leaves."""
+        if self.mlp is not None:
+            return self.mlp.fit_last_layer(table)
+        self.prefix_table.copy_(table)
+        return 0.0
 
     @classmethod
     def from_prompt(cls, model: GPT2, tokenizer, prompt: str, **options) -> "Prefix":
@@ -255,6 +267,7 @@ class Prefix(nn.Module):
 
     def check_base(self, model: GPT2) -> None:
         """ValueError if this prefix belongs to another model than `model`."""
+        need_gpt2(model, "this prefix")
         check_base(self.base, model, "prefix")
 
 
@@ -268,6 +281,9 @@ class PrefixBank:
     def __init__(self, prefixes: list[Prefix]):
         if not prefixes:
             raise ValueError("a bank needs at least one prefix")
+        for prefix in prefixes:
+            if not isinstance(prefix, Prefix):
+                raise ValueError(f"a bank is of GPT-2's prefixes, got a {type(prefix).__name__}")
         self.prefixes = list(prefixes)
 
     def activations(self, prefix_index: Tensor | None = None) -> PrefixActivations:
@@ -315,7 +331,14 @@ class PrefixBank:
 
 
 def make_prefix(model: GPT2, tokenizer, config: PrefixConfig, seed: int) -> Prefix:
-    """The prefix that `config` describes, on the model's device and bound to the model."""
+    """The prefix that `config` describes, on the model's device and bound to the model; of a BART
+    it is a `BARTPrefix`."""
+    if isinstance(model, BART):
+        from minprefix.bart_prefix import make_bart_prefix
+
+        return make_bart_prefix(model, tokenizer, config, seed)
+    if config.sites:
+        raise ValueError(f"sites {', '.join(config.sites)} are BART's; GPT-2 has one attention")
     options = {
         "parametrisation": config.parametrisation,
         "mid_dim": config.mid_dim,

@@ -60,7 +60,7 @@ from minprefix.prompt_scores import GRADIENT_COST, one_hot_gradient, prompt_nats
 from minprefix.prompting import TEMPLATES, HardPrompt, template_rows
 from minprefix.run_folder import append_log, cut_log
 from minprefix.training import PRECISIONS, Interrupted, deferred_interrupt, in_bf16
-from minprefix.weights import fingerprint
+from minprefix.weights import fingerprint, need_gpt2
 
 FINALISTS = 8  # prompts that reach the end of a race
 MOST_LEVELS = 3  # the minibatch is doubled so often at most
@@ -122,6 +122,7 @@ class PromptSearch:
         self, model: GPT2, tokenizer, config: SearchConfig, train: list[Example],
         dev: list[Example], out: str | Path, linearisation: str = "paper",
     ):  # fmt: skip
+        need_gpt2(model, "a searched prompt")
         self.tokenizer, self.config, self.out = tokenizer, config, Path(out)
         self.linearisation, self.device = linearisation, model.wte.weight.device
         P, A = config.prompt_len, config.behind

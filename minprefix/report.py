@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from minprefix.bart import BART
+from minprefix.bart_prefix import BARTPrefix
 from minprefix.baselines import adapter_of, count
 from minprefix.examples import Example
 from minprefix.files import atomic_write, write_text
@@ -33,34 +35,59 @@ def cell(value) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def parameter_rows(model: GPT2, prefix: Prefix | None = None) -> list[dict]:
+def parts_of(model: GPT2 | BART) -> list[tuple[str, str, str]]:
+    """Name, shape, and what the names of the part's parameters contain."""
+    L = model.config.n_layer
+    if isinstance(model, GPT2):
+        return [
+            ("token embedding = head", "(V, C)", ".wte."),
+            ("position embedding", "(n_positions, C)", ".wpe."),
+            (f"{L} layers: attention", "L x (C, 3C), (C, C)", ".attn."),
+            (f"{L} layers: MLP", "L x (C, 4C), (4C, C)", ".mlp."),
+            ("layer norms", "(2L + 1) x 2 x (C,)", ".ln"),
+        ]
+    E = model.config.n_encoder_layer
+    return [
+        ("token embedding = head", "(V, C)", ".wte."),
+        ("position embeddings", "2 x (2 + n_positions, C)", ".wpe."),
+        (f"{E} + {L} layers: self-attention", "each (C, 3C), (C, C)", ".attn."),
+        (f"{L} layers: cross attention", "each (C, C), (C, 2C), (C, C)", ".cross."),
+        (f"{E} + {L} layers: MLP", "each (C, 4C), (4C, C)", ".mlp."),
+        ("layer norms", f"({2 * E} + {3 * L} + 2) x 2 x (C,)", ".ln"),
+    ]
+
+
+def prefix_rows(prefix: Prefix | BARTPrefix) -> list[tuple[str, str, int]]:
+    """Name, shape and number of what is trained and of what is kept of a prefix."""
+    rows = []
+    if prefix.n_trained:
+        rows.append((f"trained ({prefix.parametrisation})", "", prefix.n_trained))
+    if isinstance(prefix, BARTPrefix):
+        kept = [(f"prefix table, {site}", table) for site, table in prefix.tables().items()]
+        kept += [(f"prefix gate, {site}", gate) for site, gate in prefix.gates().items()]
+        if prefix.virtual is not None:
+            kept.append(("virtual tokens of the source", prefix.virtual.embeddings()))
+    else:
+        kept = [(f"{prefix.place} table", prefix.table())]
+        kept += [] if prefix.gate is None else [(f"{prefix.place} gate", prefix.gate)]
+    rows += [(name, str(tuple(x.shape)), x.numel()) for name, x in kept]
+    if len(kept) > 1:
+        rows.append(("prefix in all", "", sum(x.numel() for _, x in kept)))
+    return rows
+
+
+def parameter_rows(model: GPT2 | BART, prefix: Prefix | BARTPrefix | None = None) -> list[dict]:
     """Where the parameters are: part, shape, number, percent of the model. An adapter that is
     attached to the model has a row of its own."""
     total = sum(weight.numel() for weight in model.parameters())
     config = model.config
-    parts = [
-        ("token embedding = head", "(V, C)", model.wte),
-        ("position embedding", "(n_positions, C)", model.wpe),
-        (f"{config.n_layer} layers: attention", "L x (C, 3C), (C, C)", "attn"),
-        (f"{config.n_layer} layers: MLP", "L x (C, 4C), (4C, C)", "mlp"),
-        ("layer norms", "(2L + 1) x 2 x (C,)", "ln"),
-    ]
     rows = []
-    for name, shape, part in parts:
-        if isinstance(part, str):
-            n = sum(w.numel() for key, w in model.named_parameters() if f".{part}" in f".{key}")
-        else:
-            n = part.weight.numel()
+    for name, shape, part in parts_of(model):
+        n = sum(w.numel() for key, w in model.named_parameters() if part in f".{key}")
         rows.append((name, shape, n))
     rows.append(("model", f"L={config.n_layer} H={config.n_head} C={config.n_embd}", total))
     if prefix is not None:
-        table = prefix.table()
-        if prefix.n_trained:
-            rows.append((f"trained ({prefix.parametrisation})", "", prefix.n_trained))
-        rows.append((f"{prefix.place} table", str(tuple(table.shape)), table.numel()))
-        if prefix.gate is not None:
-            gate = f"{prefix.place} gate"
-            rows.append((gate, str(tuple(prefix.gate.shape)), prefix.gate.numel()))
+        rows += prefix_rows(prefix)
     adapter = adapter_of(model)
     if adapter is not None:
         shape = f"bottleneck {adapter.bottleneck}"

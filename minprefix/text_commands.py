@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minprefix import weights
 from minprefix.baselines import Adapter, frame_of
-from minprefix.batches import encode_prompt
+from minprefix.batches import encode_prompt, for_bart
 from minprefix.data import LINEARISATIONS, load_examples
 from minprefix.data_splits import choose
 from minprefix.decoding import GenerationConfig
@@ -60,10 +60,11 @@ def run_generate(args) -> dict | None:
     model, tokenizer = weights.load(args.model, device=args.device)
     prefix = load_prefix(args, model)
     frame = args.frame or (prefix.linearisation if prefix else frame_of(model)) or "none"
-    if frame == "none":
+    if frame == "none" and not for_bart(tokenizer):
         prompts = [tokenizer.encode(prompt) for prompt in prompts]
     else:
-        prompts = [encode_prompt(tokenizer, prompt, frame) for prompt in prompts]
+        style = "paper" if frame == "none" else frame
+        prompts = [encode_prompt(tokenizer, prompt, style) for prompt in prompts]
     options = {"prefix": prefix, "config": config}
     if len(prompts) == 1 and config.num_beams == 1 and not args.json:
         pieces, begun = stream(model, tokenizer, prompts[0], **options), frame == "none"

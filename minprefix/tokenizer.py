@@ -1,4 +1,4 @@
-"""GPT-2's byte-level BPE tokenizer, from the two files of a checkpoint: vocab.json and merges.txt.
+"""The byte-level BPE tokenizer of GPT-2 and BART, from a checkpoint's vocab.json and merges.txt.
 
 Text is cut into words by a regular expression, each word becomes UTF-8 bytes, and neighbouring
 tokens are merged, always the pair that stands first in merges.txt, until none of its pairs is left
@@ -22,6 +22,8 @@ import tiktoken
 from minprefix.files import read_json, read_text, write_text
 
 ENDOFTEXT = "<|endoftext|>"
+# by family: the special tokens that stand before a text, behind it, and in padding
+SPECIAL = {"gpt2": (ENDOFTEXT, ENDOFTEXT, ENDOFTEXT), "bart": ("<s>", "</s>", "<pad>")}
 
 # 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ of [1], written as in
 # tiktoken: the same words, but possessive (++), so that long runs cost no backtracking
@@ -45,23 +47,27 @@ class Tokenizer:
 
     Attributes:
         vocab_size: number of tokens, special ones included; ids are 0 ... vocab_size - 1.
-        bos_id, eos_id: the id of <|endoftext|>, which stands between GPT-2's documents.
+        family: "gpt2" or "bart".
+        bos_id, eos_id, pad_id: in GPT-2 all are <|endoftext|>, which stands between documents; in
+            BART they are <s>, </s> and <pad>.
+        text_ids: ids of text are below it; special tokens may lie beyond.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], family: str = "gpt2"):
         """
         Args:
             vocab: the id of each token; every byte and the result of every merge has one.
             merges: pairs of tokens in order of priority. `from_folder` checks both.
         """
         self._vocab, self._merges = vocab, merges
-        self.vocab_size = len(vocab)
-        self.bos_id = self.eos_id = vocab[ENDOFTEXT]
+        self.vocab_size, self.family = len(vocab), family
+        self.bos_id, self.eos_id, self.pad_id = (vocab[token] for token in SPECIAL[family])
         # dicts keep the first place of a token: its rank is its best merge's
         by_id = sorted(BYTE_CHARS, key=vocab.__getitem__)
         ranked = list(dict.fromkeys([*by_id, *(a + b for a, b in merges)]))
         as_bytes = [bytes(BYTE_OF[char] for char in token) for token in ranked]
         self._id_of_rank = [vocab[token] for token in ranked]
+        self.text_ids = max(self._id_of_rank) + 1
         self._bytes_of_id = [b""] * len(vocab)  # special tokens have none
         for token_id, token_bytes in zip(self._id_of_rank, as_bytes, strict=True):
             self._bytes_of_id[token_id] = token_bytes
@@ -71,15 +77,15 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+    def from_folder(cls, folder: str | Path, family: str = "gpt2") -> "Tokenizer":
         """Read vocab.json and merges.txt.
 
         Raises:
             FileNotFoundError: one of them is missing.
             ValueError: malformed, or the two disagree; names the file and the line or token.
         """
-        vocab = _read_vocab(Path(folder) / "vocab.json")
-        return cls(vocab, _read_merges(Path(folder) / "merges.txt", vocab))
+        vocab = _read_vocab(Path(folder) / "vocab.json", SPECIAL[family])
+        return cls(vocab, _read_merges(Path(folder) / "merges.txt", vocab), family)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -164,7 +170,7 @@ class Tokenizer:
             write_text(Path(folder) / name, text)
 
 
-def _read_vocab(path: Path) -> dict[str, int]:
+def _read_vocab(path: Path, special: tuple[str, ...]) -> dict[str, int]:
     """The id of each token; ids are 0 ... len - 1 in any order."""
     vocab = read_json(path)
     owner = {}
@@ -175,7 +181,7 @@ def _read_vocab(path: Path) -> dict[str, int]:
         if token_id in owner:
             raise ValueError(f"{path}: {owner[token_id]!r} and {token!r} share the id {token_id}")
         owner[token_id] = token
-    for token in (*BYTE_CHARS, ENDOFTEXT):
+    for token in (*BYTE_CHARS, *special):
         if token not in vocab:
             raise ValueError(f"{path}: no token {token!r}")
     return vocab

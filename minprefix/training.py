@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minprefix.bart import BART, BARTActivations
+from minprefix.bart_prefix import BARTPrefix
 from minprefix.baselines import Adapter, TopLayers, check_free
 from minprefix.batches import Batch, BatchOrder, collate, encode_examples, encode_prompt
 from minprefix.examples import Example
@@ -38,7 +40,7 @@ from minprefix.options import check_choice
 from minprefix.prefix import Prefix
 from minprefix.ranks import Ranks
 from minprefix.run_folder import append_log, cut_log, read_state, state_path, write_state
-from minprefix.weights import fingerprint, save_model
+from minprefix.weights import fingerprint, need_gpt2, save_model
 
 # methods, and what each leaves in the run folder for use; "ft-top" and "adapter": `baselines.py`
 KEPT = {"prefix": "prefix.safetensors", "finetune": "model", "ft-top": "model",
@@ -54,6 +56,10 @@ DEFAULT_LR = {
     "ft-top": (1e-3, 5e-5),  # the first is a placeholder: no dev set has chosen it yet
     "adapter": (1e-3, 5e-5),  # likewise; the second for 3 %, the paper has 8e-5 for 0.1 %
 }
+
+# Likewise for BART: the first of the prefix from a trial on E2E's dev set, the second are XSum's in
+# the paper (its appendix: prefix; fine-tuning within the news).
+BART_LR = {"prefix": (2e-3, 5e-5), "finetune": (5e-4, 3e-5)}
 
 
 @dataclass(frozen=True)
@@ -108,10 +114,10 @@ class Interrupted(Exception):
     """Ctrl-C during training; the state is saved."""
 
 
-def in_bf16(model: GPT2) -> GPT2:
+def in_bf16(model: GPT2 | BART) -> GPT2 | BART:
     """A model with the same weights in bf16; `model` stays as it is."""
     with torch.device("meta"):
-        copy = GPT2(model.config)
+        copy = type(model)(model.config)
     weights = {name: x.to(torch.bfloat16) for name, x in model.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
     return copy.train(model.training)
@@ -137,14 +143,16 @@ class Trainer:
     """
 
     def __init__(
-        self, model: GPT2, tokenizer, config: TrainConfig, train: list[Example],
-        dev: list[Example], out: str | Path, prefix: Prefix | None = None,
+        self, model: GPT2 | BART, tokenizer, config: TrainConfig, train: list[Example],
+        dev: list[Example], out: str | Path, prefix: Prefix | BARTPrefix | None = None,
         linearisation: str = "paper", baseline: Adapter | TopLayers | None = None,
     ):  # fmt: skip
         kind = {"adapter": Adapter, "ft-top": TopLayers}.get(config.method, type(None))
         if (prefix is not None) != (config.method == "prefix") or not isinstance(baseline, kind):
             given = f"prefix {type(prefix)} and baseline {type(baseline)}"
             raise ValueError(f"method {config.method!r}, {given} do not fit")
+        if config.method not in ("prefix", "finetune"):
+            need_gpt2(model, f"method {config.method!r}")
         check_free(model)
         if isinstance(baseline, TopLayers) and baseline.ln_f is not model.ln_f:
             raise ValueError("the top layers to train are those of another model")
@@ -172,7 +180,8 @@ class Trainer:
             added.linearisation = linearisation
             added.check_base(model)
             added.bind(model)
-        self.lr = config.lr or DEFAULT_LR[config.method][model.config.n_embd >= 512]
+        default = BART_LR if isinstance(model, BART) else DEFAULT_LR
+        self.lr = config.lr or default[config.method][model.config.n_embd >= 512]
         self.optimizer = torch.optim.AdamW(
             self.trained.parameters(), lr=self.lr, weight_decay=config.weight_decay, fused=True
         )
@@ -182,7 +191,7 @@ class Trainer:
         dev_rows = encode_examples(tokenizer, dev, *frame)
         spread = np.linspace(0, len(dev_rows) - 1, min(len(dev_rows), config.eval_pairs))
         self.dev_rows = [dev_rows[int(i)] for i in spread]
-        self.order = BatchOrder([len(row.ids) for row in self.rows], config.batch_size, config.seed)
+        self.order = BatchOrder([row.length for row in self.rows], config.batch_size, config.seed)
         self.per_step = config.accumulation * self.ranks.count  # batches per optimiser step
         per_epoch = self.order.steps_per_epoch / self.per_step
         self.steps = config.steps or max(1, round(config.epochs * per_epoch))
@@ -210,12 +219,12 @@ class Trainer:
             return self.lr * (step + 1) / warmup
         return self.lr * (self.steps - step) / max(1, self.steps - warmup)
 
-    def losses(self, batch: Batch, prefix: Prefix | PrefixActivations | None) -> torch.Tensor:
+    def losses(self, batch: Batch, prefix) -> torch.Tensor:
         """-log p of each target token of the batch, in nats: (number of target tokens,)."""
         batch = batch.to(self.device)
         with self.autocast():
             return self.model.token_losses(
-                batch.input_ids, batch.labels, batch.at, prefix=prefix, starts=batch.starts
+                batch.input_ids, batch.labels, batch.at, prefix=prefix, **batch.beside()
             )
 
     def step(self) -> dict:
@@ -257,11 +266,11 @@ class Trainer:
             "targets": targets,
             "norm": norm,
             "lr": lr,
-            "tokens": sum(len(row.ids) - 1 for row in rows),
+            "tokens": sum(row.length - 1 for row in rows),
         }
 
-    def _passes(self, acts: PrefixActivations | None) -> Eager | Graphed:
-        if acts is None or not uses_graphs(self.device):
+    def _passes(self, acts: PrefixActivations | BARTActivations | None) -> Eager | Graphed:
+        if not isinstance(acts, PrefixActivations) or not uses_graphs(self.device):
             return Eager(self.losses)
         return Graphed(self.losses, acts, self.model.config.n_positions - acts.max_offset)
 
@@ -354,7 +363,7 @@ class Trainer:
             self.save_trained()
             return
         self.model.eval()
-        rows = sorted(self.dev_rows, key=lambda row: len(row.ids))
+        rows = sorted(self.dev_rows, key=lambda row: row.length)
         with self.adapted():
             losses = [
                 self.losses(collate(rows[i : i + 32], self.tokenizer.eos_id), self.prefix)
@@ -374,7 +383,8 @@ class Trainer:
         frame = (self.linearisation, self.config.max_source)
         prompts = [encode_prompt(self.tokenizer, text, *frame) for text in sources]
         offset = 0 if self.prefix is None else self.prefix.position_offset
-        longest = max(map(len, prompts), default=0)
+        # a BART's target begins with its start token, a GPT-2's stands behind the source
+        longest = 1 if isinstance(self.model, BART) else max(map(len, prompts), default=0)
         room = min(60, self.model.config.n_positions - offset - longest)
         if not prompts or room < 1:
             return []
@@ -433,7 +443,8 @@ class Trainer:
         """What must be the same when a run goes on: settings, training rows, base model."""
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(np.array([row.prompt_len, *row.ids], dtype=np.int64).tobytes())
+            ids = [row.prompt_len, *row.ids, *(row.source or ())]
+            digest.update(np.array(ids, dtype=np.int64).tobytes())
         settings = asdict(self.config) | {"training data": digest.hexdigest()}
         settings |= {"lr": self.lr, "number of ranks": self.ranks.count, "bf16": self.bf16}
         if self.base:
@@ -443,6 +454,8 @@ class Trainer:
                 "position_offset": self.prefix.position_offset,
                 "place": self.prefix.place,
             }
+        if isinstance(self.prefix, BARTPrefix):
+            settings["sites"] = list(self.prefix.sites)
         return settings
 
 

@@ -1,4 +1,4 @@
-"""Official GPT-2 checkpoints: from a folder or the hub to a model, and back to a folder.
+"""Official GPT-2 and BART checkpoints: from a folder or the hub to a model, and back to a folder.
 
 Read `load`, the public entry: `find` says which folder a name means, `read_config` and
 `read_weights` take it apart, and every tensor is compared with the model by name and shape before
@@ -6,8 +6,9 @@ one is used. `save_model` writes a folder that `transformers` [1] loads. A check
 config.json, model.safetensors (or pytorch_model.bin; either may be in shards), vocab.json and
 merges.txt.
 
-The modules have the checkpoint's names, so there is no map, only what `_rename` drops: the prefix
-`transformer.`, the buffers of the causal mask, and the head if it is a copy of the embedding.
+GPT-2's modules have the checkpoint's names, so there is no map, only what `_rename` drops: the
+prefix `transformer.`, the buffers of the causal mask, and the head if it is a copy of the
+embedding. The map of BART's names is in `weights_bart.py`.
 [1] https://github.com/huggingface/transformers
 """
 
@@ -21,24 +22,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minprefix import hub
+from minprefix import hub, weights_bart
+from minprefix.bart import BART, BARTConfig
 from minprefix.files import atomic_write, load_tensors, read_json, save_tensors
 from minprefix.gpt2 import GPT2, GPT2Config
 from minprefix.tokenizer import Tokenizer
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 
-# names with their numbers of parameters, the tied head counted once; `mini` is embedded
+EMBEDDED = ("mini", "mini-bart")
+
+# names with their numbers of parameters, the tied head counted once
 MODELS = {
     "mini": 17_538_816,
+    "mini-bart": 14_462_720,
     "distilgpt2": 81_912_576,
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
     "gpt2-large": 774_030_080,
     "gpt2-xl": 1_557_611_200,
+    "facebook/bart-base": 139_420_416,
+    "facebook/bart-large": 406_291_456,
+    "facebook/bart-large-cnn": 406_290_432,
 }
 
-# what config.json may say of parts that `gpt2.py` has in one form only; the first is the default
+# what config.json may say of parts that a model has here in one form only; the first is the default
 ONLY = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the same function
@@ -52,18 +60,19 @@ ARCHITECTURE = (
     "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon",
 )  # fmt: skip
 
+ZERO = ("no_repeat_ngram_size",)  # numbers of a config that may be 0
 LISTED = 5  # names of tensors, at most, per kind of error
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The folder of a checkpoint: `mini`, a folder of this name, or one fetched from the hub.
+    """The folder of a checkpoint: embedded, a folder of this name, or one fetched from the hub.
 
     Raises:
         FileNotFoundError: it looks like a path, but there is no such folder.
         OSError, ValueError: as `fetch`.
     """
-    if name_or_path == "mini":
-        return ASSETS / "mini"
+    if name_or_path in EMBEDDED:
+        return ASSETS / name_or_path
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
@@ -79,40 +88,61 @@ def fetch(name: str, *, progress: bool = True) -> Path:
     """The folder, in the cache, of a model of the hub; downloads what is missing, with resume.
 
     Args:
-        name: the model's id on the hub, such as gpt2 or distilgpt2.
+        name: the model's id on the hub, such as gpt2 or facebook/bart-large.
         progress: show a bar per file, on a terminal.
     Raises:
         OSError: the hub or the disk failed; says what to do.
-        ValueError: no such model, or none of the GPT-2 family, or a damaged file.
+        ValueError: no such model, or neither a GPT-2 nor a BART, or a damaged file.
     """
     return hub.download(name, check=read_config, progress=progress)
 
 
-def read_config(folder: Path) -> GPT2Config:
-    """config.json, with GPT-2's defaults for what it does not say.
+def read_config(folder: Path) -> GPT2Config | BARTConfig:
+    """config.json, with the family's defaults for what it does not say.
 
     Raises:
-        ValueError: another kind of model, a part that `gpt2.py` lacks, a value of the wrong type.
+        ValueError: another kind of model, a part that ours lacks, a value of the wrong type.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing, so {folder} is no (complete) checkpoint")
     raw = read_json(path)
-    for key, allowed in ONLY.items():
-        value = raw.get(key, None if key == "model_type" else allowed[0])
+    if raw.get("model_type") == "bart":
+        check_only(path, raw, weights_bart.ONLY)
+        beside = folder / "generation_config.json"
+        generation = read_json(beside) if beside.is_file() else None
+        values = weights_bart.in_our_names(raw, generation, path)
+        return make_config(BARTConfig, values, path)
+    if raw.get("model_type") != "gpt2":
+        kind = raw.get("model_type")
+        raise ValueError(f"{path}: model_type is {kind!r}; supported: 'gpt2' or 'bart'")
+    check_only(path, raw, ONLY)
+    return make_config(GPT2Config, raw, path)
+
+
+def check_only(path: Path, raw: dict, only: dict[str, tuple]) -> None:
+    """ValueError if config.json asks for a part that we have in another form."""
+    for key, allowed in only.items():
+        value = raw.get(key, allowed[0])
         if value not in allowed or type(value) is not type(allowed[0]):  # since 1 == True
-            only = " or ".join(map(repr, allowed))
-            raise ValueError(f"{path}: {key} is {value!r}; supported: {only}")
+            supported = " or ".join(map(repr, allowed))
+            raise ValueError(f"{path}: {key} is {value!r}; supported: {supported}")
+
+
+def make_config(kind: type, raw: dict, path: Path):
+    """A config dataclass of the values by its fields; ValueError for one of the wrong type."""
     values = {}
-    for field in fields(GPT2Config):
+    for field in fields(kind):
         value = values[field.name] = raw.get(field.name, field.default)
-        kind = int | float if field.type is float else field.type
-        least = 0 if field.type is float or field.name.endswith("_id") else 1
-        fits = isinstance(value, kind) and not isinstance(value, bool)
-        if not fits or (isinstance(value, int | float) and value < least):
+        types = int | float if field.type is float else field.type
+        least = 0 if field.type is float or field.name.endswith("_id") or field.name in ZERO else 1
+        fits = isinstance(value, types) and (field.type is bool) == isinstance(value, bool)
+        if not fits or (
+            isinstance(value, int | float) and field.type is not bool and value < least
+        ):
             raise ValueError(f"{path}: {field.name} is {value!r}")
     try:
-        return GPT2Config(**values)
+        return kind(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -168,9 +198,8 @@ def _rename(raw: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_fit(tensors: dict[str, Tensor], model: GPT2, folder: Path) -> None:
+def _check_fit(tensors: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
     """Compare names and shapes with the model's; one error lists all that is wrong."""
-    wanted = model.state_dict()
     both = [name for name in wanted if name in tensors]
     problems = {
         "missing": [name for name in wanted if name not in tensors],
@@ -200,13 +229,36 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device} cannot be used: {reason}") from error
 
 
+def read_tokenizer(folder: Path, config: GPT2Config | BARTConfig) -> Tokenizer:
+    """The tokenizer of a checkpoint; ValueError if its ids are not those of the model."""
+    if isinstance(config, GPT2Config):
+        tokenizer = Tokenizer.from_folder(folder)
+        size = tokenizer.vocab_size
+    else:
+        tokenizer = Tokenizer.from_folder(folder, "bart")
+        size = tokenizer.text_ids  # bart-large-cnn lacks the last token, <mask>
+        ours = (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id, tokenizer.eos_id)
+        names = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
+        for name, token_id in zip(names, ours, strict=True):
+            if getattr(config, name) != token_id:
+                raise ValueError(
+                    f"{folder}: {name} is {getattr(config, name)}; supported: {token_id}, the id "
+                    "in vocab.json"
+                )
+    if size > config.vocab_size:
+        sizes = f"{size} tokens, the model {config.vocab_size}"
+        raise ValueError(f"{folder}: vocab.json has {sizes}")
+    return tokenizer
+
+
 def load(
     name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> tuple[GPT2, Tokenizer]:
+) -> tuple[GPT2 | BART, Tokenizer]:
     """A pretrained model, in eval mode, and its tokenizer.
 
     Args:
-        name_or_path: a name in `MODELS`, any other GPT-2 of the hub, or a checkpoint's folder.
+        name_or_path: a name in `MODELS`, any other GPT-2 or BART of the hub, or a checkpoint's
+            folder. Which of the two it is, config.json says.
         dtype: of the parameters, whatever the file has; mini is stored in bf16.
         device: such as cpu or cuda.
     Raises:
@@ -218,20 +270,23 @@ def load(
     check_device(device)
     folder = find(name_or_path)
     config = read_config(folder)
-    tokenizer = Tokenizer.from_folder(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, the model {config.vocab_size}"
-        raise ValueError(f"{folder}: vocab.json has {sizes}")
-    tensors = _rename(read_weights(folder), folder)
+    tokenizer = read_tokenizer(folder, config)
+    tensors = read_weights(folder)
     with torch.device("meta"):  # shapes without memory
-        model = GPT2(config)
-    _check_fit(tensors, model, folder)
+        model = GPT2(config) if isinstance(config, GPT2Config) else BART(config)
+    if isinstance(model, GPT2):
+        tensors = _rename(tensors, folder)
+        _check_fit(tensors, model.state_dict(), folder)
+    else:
+        tensors = weights_bart.clean(tensors, config.vocab_size, folder)
+        _check_fit(tensors, weights_bart.to_checkpoint(model.state_dict()), folder)
+        tensors = weights_bart.from_checkpoint(tensors, list(model.state_dict()))
     tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
     return model.eval(), tokenizer
 
 
-def save_model(model: GPT2, tokenizer: Tokenizer, folder: str | Path) -> None:
+def save_model(model: GPT2 | BART, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write a folder that `load` and `transformers` read: the model in its dtype, the tokenizer.
 
     All files are written before the first is renamed, and config.json comes last: a full disk
@@ -239,10 +294,18 @@ def save_model(model: GPT2, tokenizer: Tokenizer, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    values, state = asdict(model.config), model.state_dict()
+    only, architecture = ONLY, "GPT2LMHeadModel"
+    if isinstance(model, BART):
+        only, architecture = weights_bart.ONLY, "BartForConditionalGeneration"
+        values = weights_bart.in_their_names(values)
+        state = weights_bart.to_checkpoint(state)
+        # as in the official files
+        state = {n if n == "final_logits_bias" else f"model.{n}": x for n, x in state.items()}
     config = {
-        **{key: allowed[0] for key, allowed in ONLY.items()},
-        "architectures": ["GPT2LMHeadModel"],
-        **asdict(model.config),
+        **{key: allowed[0] for key, allowed in only.items()},
+        "architectures": [architecture],
+        **values,
         "tie_word_embeddings": True,
         "torch_dtype": str(model.wte.weight.dtype).removeprefix("torch."),
     }
@@ -250,17 +313,18 @@ def save_model(model: GPT2, tokenizer: Tokenizer, folder: str | Path) -> None:
     with ExitStack() as stack:  # ends, and so renames, in reverse order
         for name, text in texts.items():
             stack.enter_context(atomic_write(folder / name)).write_bytes(text.encode())
-        save_tensors(folder / "model.safetensors", model.state_dict(), {"format": "pt"})
+        save_tensors(folder / "model.safetensors", state, {"format": "pt"})
 
 
 @torch.no_grad()
-def fingerprint(model: GPT2) -> str:
+def fingerprint(model: GPT2 | BART) -> str:
     """64 hexadecimal digits that name a model by content.
 
     sha256 over the fields that shape it and 64 fixed elements of each tensor, rounded to bf16: an
     fp32 and a bf16 copy, a .bin and a safetensors file of the same weights have the same one.
     """
-    fields = {name: getattr(model.config, name) for name in ARCHITECTURE}
+    names = weights_bart.ARCHITECTURE if isinstance(model, BART) else ARCHITECTURE
+    fields = {name: getattr(model.config, name) for name in names}
     fields["n_inner"] = fields["n_inner"] or 4 * model.config.n_embd
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, weight in model.state_dict().items():
@@ -270,7 +334,13 @@ def fingerprint(model: GPT2) -> str:
     return digest.hexdigest()
 
 
-def check_base(base: str, model: GPT2, what: str) -> None:
+def need_gpt2(model: GPT2 | BART, what: str) -> None:
+    """ValueError for a BART; `what` is for GPT-2 alone."""
+    if not isinstance(model, GPT2):
+        raise ValueError(f"{what}: for GPT-2 only, this model is a {type(model).__name__}")
+
+
+def check_base(base: str, model: GPT2 | BART, what: str) -> None:
     """ValueError if `what` names a base model, by its fingerprint, and it is not `model`."""
     if base and base != fingerprint(model):
         raise ValueError(

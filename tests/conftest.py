@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from minprefix import weights_bart
+from minprefix.bart import BART, BARTConfig
 from minprefix.baselines import Adapter, BaselineConfig, make_baseline
 from minprefix.cli import main
 from minprefix.examples import Example
@@ -242,3 +244,31 @@ def byte_model() -> GPT2:
     """A tiny frozen model, fp64, for the tokens of `byte_tokenizer`."""
     sizes = {"vocab_size": 257, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 128}
     return tiny_gpt2(**sizes, bos_token_id=256, eos_token_id=256).requires_grad_(False)
+
+
+def tiny_bart(seed: int = 0, dtype=torch.float64, **changes) -> BART:
+    """A random BART of a few thousand parameters, in eval mode; encoder and decoder differ in
+    depth. Weights, and the head's bias, are large enough for logits that differ clearly."""
+    sizes = {"vocab_size": 97, "n_positions": 48, "n_embd": 32, "n_encoder_layer": 2, "n_layer": 3}
+    config = BARTConfig(**{**sizes, "n_head": 4, "n_inner": 48, **changes})
+    model = BART(config).init_weights(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for weight in [*model.parameters(), model.head_bias]:
+            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    return model.to(dtype).eval()
+
+
+def hf_bart_twin(model: BART):
+    """The BART of `transformers` with our weights, in their dtype: eager attention, eval mode."""
+    from transformers import BartConfig as HFConfig
+    from transformers import BartForConditionalGeneration
+
+    values = weights_bart.in_their_names(model.config.__dict__)
+    twin = BartForConditionalGeneration(HFConfig(**values, attn_implementation="eager"))
+    tensors = weights_bart.to_checkpoint(model.state_dict())
+    names = {n if n == "final_logits_bias" else f"model.{n}": x for n, x in tensors.items()}
+    copies = {f"model.{name}" if "embed" in name else name for name in weights_bart.TIED}
+    tied = {name: model.wte.weight for name in copies}
+    twin.load_state_dict(names | tied)
+    return twin.to(model.wte.weight.dtype).eval()

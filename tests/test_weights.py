@@ -160,7 +160,7 @@ def test_named_sizes_have_their_number_of_parameters():
         "gpt2-large": (36, 20, 1280),
         "gpt2-xl": (48, 25, 1600),
     }
-    assert sizes.keys() | {"mini"} == MODELS.keys()
+    assert sizes.keys() | {"mini"} == {name for name in MODELS if "bart" not in name}
     for name, (n_layer, n_head, n_embd) in sizes.items():
         with torch.device("meta"):
             model = GPT2(GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd))

@@ -121,6 +121,7 @@ def training_data(run: Run, data_dir: Path | None) -> tuple[list[Example], list[
 def make_training(run: Run, data_dir: Path | None, folder: Path, device: str):
     """The run's `Trainer` or `PromptSearch` at step 0."""
     model, tokenizer = weights.load(run.model, device=device)
+    weights.need_gpt2(model, "tables and figures")
     train, dev = training_data(run, data_dir)
     if run.train is None:
         return PromptSearch(model, tokenizer, run.search, train, dev, folder)
