@@ -21,7 +21,7 @@ Shapes use the letters of the README's table; S counts source tokens, T target t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
@@ -83,40 +83,40 @@ class BARTConfig:
 
 @dataclass(frozen=True)
 class BARTActivations:
-    """What the model reads of a prefix, eq. (3): keys and values at each site, P = 0 for none.
+    """What the model reads of a prefix, eq. (3): keys and values at each site that has one.
 
-    Source tokens stand where `encoder` says, target tokens where `decoder` does. Embedding-only has
-    no table: `virtual` are the embeddings of P tokens before the source, which the encoder reads at
-    positions 0 .. P-1 together with it, and the decoder through cross attention.
+    Embedding-only has no table: `virtual` are the embeddings of P tokens before the source, which
+    the encoder reads at positions 0 .. P-1 together with it, and the decoder through cross
+    attention.
     """
 
-    encoder: PrefixActivations
-    decoder: PrefixActivations
-    cross: PrefixActivations
+    sites: dict[str, PrefixActivations] = field(default_factory=dict)
+    position_offset: int = 0  # token t of source and target, beside virtual tokens of the source
     virtual: Tensor | None = None  # (P, C)
     infix: ClassVar[bool] = False
 
-    @classmethod
-    def empty(cls, config: BARTConfig, like: Tensor) -> "BARTActivations":
-        """No prefix, in the dtype and on the device of `like`."""
-        return cls(*(PrefixActivations.empty(config.at(site), like) for site in SITES))
-
-    def sites(self) -> list[PrefixActivations]:
-        return [self.encoder, self.decoder, self.cross]
+    def at(self, site: str, config: BARTConfig, like: Tensor) -> PrefixActivations:
+        """What the site reads; P = 0, in the dtype and on the device of `like`, if it has none."""
+        if site in self.sites:
+            return self.sites[site]
+        offset = 0 if self.virtual is not None and site != "encoder" else self.position_offset
+        none = PrefixActivations.empty(config.at(site), like)
+        return replace(none, position_offset=offset, max_offset=offset)
 
     def map(self, change: Callable[[Tensor], Tensor], gates: bool = True) -> "BARTActivations":
         """With a change of each table, each gate (if they are meant) and the virtual tokens."""
         virtual = None if self.virtual is None else change(self.virtual)
-        return BARTActivations(*(acts.map(change, gates) for acts in self.sites()), virtual)
+        sites = {site: acts.map(change, gates) for site, acts in self.sites.items()}
+        return replace(self, sites=sites, virtual=virtual)
 
     def leaves(self) -> list[Tensor]:
         """What may have a gradient."""
-        found = [leaf for acts in self.sites() for leaf in acts.leaves()]
+        found = [leaf for acts in self.sites.values() for leaf in acts.leaves()]
         return found if self.virtual is None else [*found, self.virtual]
 
     def select(self, rows: Tensor) -> "BARTActivations":
-        """For these rows of the batch, in this order and as often as they are named."""
-        return BARTActivations(*(acts.select(rows) for acts in self.sites()), self.virtual)
+        """For these rows of the batch: the same, one prefix is for all rows."""
+        return self
 
     def passed(self) -> "BARTActivations":
         """For later tokens: the same, there is no infix."""
@@ -305,21 +305,22 @@ class BART(nn.Module):
             prefix, prefix_index: as in `hidden_states`.
             recorder: `parametrisations.Recorder` to note keys and values of the layers.
         """
-        acts = self._activations(prefix, prefix_index)
-        B, S = source_ids.shape
-        acts.encoder.check_fit(self.config.at("encoder"), B, S)
+        prefix = self._activations(prefix, prefix_index)
+        (B, S), virtual = source_ids.shape, prefix.virtual
+        acts = prefix.at("encoder", self.config, self.wte.weight)
+        acts.check_fit(self.config.at("encoder"), B, S)
         embd = self.wte(source_ids)  # (B, S, C)
-        positions = acts.encoder.positions(torch.arange(S, device=source_ids.device))
-        if acts.virtual is not None:
-            P = len(acts.virtual)
-            embd = torch.cat([acts.virtual.to(embd).expand(B, -1, -1), embd], dim=1)
+        positions = acts.positions(torch.arange(S, device=source_ids.device))
+        if virtual is not None:
+            P = len(virtual)
+            embd = torch.cat([virtual.to(embd).expand(B, -1, -1), embd], dim=1)
             positions = torch.cat([torch.arange(P, device=embd.device), positions])
             source_lens = None if source_lens is None else source_lens + P
         x = self.encoder.embed(self._scaled(embd), positions)
-        visible = acts.encoder.rows | {"kv_lens": source_lens}
+        visible = acts.rows | {"kv_lens": source_lens}
         for layer, block in enumerate(self.encoder.h):
             attend = None if recorder is None else partial(recorder.attend, layer)
-            x = run_block(self, block, x, *acts.encoder.of_layer(layer), attend, **visible)
+            x = run_block(self, block, x, *acts.of_layer(layer), attend, **visible)
         return Source(x, source_lens)
 
     def with_keys(self, source: Source) -> Source:
@@ -347,26 +348,24 @@ class BART(nn.Module):
             ValueError: positions past n_positions; a prefix of another shape, or of GPT-2.
         """
         B, T = input_ids.shape
-        acts = self._activations(prefix, prefix_index)
+        prefix = self._activations(prefix, prefix_index)
         if source is None:
-            source = self.encode(source_ids, source_lens, prefix=acts)
-        n_tokens = T if cache is None else cache.longest_after(T)
-        acts.decoder.check_fit(self.config, B, n_tokens)
-        acts.cross.check_fit(self.config, B, 0)
+            source = self.encode(source_ids, source_lens, prefix=prefix)
+        own, cross = (prefix.at(s, self.config, self.wte.weight) for s in ("decoder", "cross"))
+        own.check_fit(self.config, B, T if cache is None else cache.longest_after(T))
+        cross.check_fit(self.config, B, 0)
         steps = torch.arange(T, device=input_ids.device) if cache is None else cache.places(T)
-        x = self.decoder.embed(self._scaled(self.wte(input_ids)), acts.decoder.positions(steps))
+        x = self.decoder.embed(self._scaled(self.wte(input_ids)), own.positions(steps))
 
-        visible, cross_visible = acts.decoder.rows, acts.cross.rows | {"kv_lens": source.lens}
+        visible, cross_visible = own.rows, cross.rows | {"kv_lens": source.lens}
         if cache is None:
             visible["kv_lens"] = kv_lens
         for layer, block in enumerate(self.decoder.h):
             attend = None if cache is None else partial(cache.attend, layer)
             here = at if layer == self.config.n_layer - 1 else None
             kv = None if source.kv is None else source.kv[layer]
-            cross = (source.states, kv, acts.cross.of_layer(layer), cross_visible)
-            x = run_block(
-                self, block, x, *acts.decoder.of_layer(layer), attend, here, *cross, **visible
-            )
+            read = (source.states, kv, cross.of_layer(layer), cross_visible)
+            x = run_block(self, block, x, *own.of_layer(layer), attend, here, *read, **visible)
         if cache is not None:
             cache.advance(kv_lens, T)
         return x
@@ -378,7 +377,7 @@ class BART(nn.Module):
         if prefix_index is not None:
             raise ValueError("prefix_index needs a bank, and there is none of BART prefixes")
         if prefix is None:
-            return BARTActivations.empty(self.config, self.wte.weight)
+            return BARTActivations()
         acts = prefix if isinstance(prefix, BARTActivations) else prefix.activations()
         if not isinstance(acts, BARTActivations):
             raise ValueError(f"a BART needs a BARTPrefix, got {type(prefix).__name__}")

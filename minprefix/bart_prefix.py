@@ -19,13 +19,11 @@ decoder reads them through cross attention. Read `BARTPrefix`, then `word_activa
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from minprefix.bart import BART, SITES, BARTActivations, BARTConfig
-from minprefix.gpt2 import PrefixActivations
 from minprefix.options import check_choice
 from minprefix.parametrisations import Recorder, VirtualTokens
 from minprefix.prefix import PARAMETRISATIONS, Prefix, PrefixConfig
@@ -73,7 +71,7 @@ class BARTPrefix(nn.Module):
                 f"position_offset {position_offset} (prefix length {prefix_len}) must lie in "
                 f"[{prefix_len * tokens}, {config.n_positions}), the positions of the model"
             )
-        self.config, self.prefix_len, self._offset = config, prefix_len, position_offset
+        self.prefix_len, self._offset = prefix_len, position_offset
         self.base, self.linearisation, self.init_residual = "", "", 0.0
         self.parametrisation, self.virtual, self.sites = parametrisation, None, nn.ModuleDict()
         if tokens:
@@ -196,19 +194,9 @@ class BARTPrefix(nn.Module):
         """What the model reads."""
         if prefix_index is not None:
             raise ValueError("prefix_index needs a bank, and there is none of BART prefixes")
-        like = next(self.parameters())
-        offset, found = self.position_offset, {}
-        for site in SITES:
-            if site in self.sites:
-                found[site] = self.sites[site].activations()
-            else:
-                empty = PrefixActivations.empty(self.config.at(site), like)
-                found[site] = replace(empty, position_offset=offset, max_offset=offset)
+        sites = {site: part.activations() for site, part in self.sites.items()}
         virtual = None if self.virtual is None else self.virtual.embeddings()
-        if virtual is not None:  # only the source stands behind them
-            empty = PrefixActivations.empty(self.config, like)
-            found["decoder"] = found["cross"] = empty
-        return BARTActivations(**found, virtual=virtual)
+        return BARTActivations(sites, self.position_offset, virtual)
 
     @torch.no_grad()
     def export(self) -> "BARTPrefix":
@@ -226,7 +214,7 @@ class BARTPrefix(nn.Module):
 
     def bind(self, model: BART) -> None:
         """Remember that this prefix belongs to `model`."""
-        self.base, self.config = fingerprint(model), model.config
+        self.base = fingerprint(model)
 
     def check_base(self, model: BART) -> None:
         """ValueError if this prefix belongs to another model than `model`."""

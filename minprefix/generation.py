@@ -111,8 +111,9 @@ def activations(
 ) -> PrefixActivations | BARTActivations:
     """What the model reads of each row's prefix."""
     if prefix is None:
-        kind = BARTActivations if isinstance(model, BART) else PrefixActivations
-        return kind.empty(model.config, model.wte.weight)
+        if isinstance(model, BART):
+            return BARTActivations()
+        return PrefixActivations.empty(model.config, model.wte.weight)
     if index is None:
         return prefix.activations()
     acts = prefix.activations(torch.tensor(index, device=model.wte.weight.device))

@@ -445,6 +445,8 @@ class GPT2(nn.Module):
             raise ValueError("prefix_index needs a PrefixBank")
         if prefix is None:
             return PrefixActivations.empty(self.config, self.wte.weight)
-        if isinstance(prefix, PrefixActivations):
-            return prefix
-        return prefix.activations(prefix_index)
+        if not isinstance(prefix, PrefixActivations) and hasattr(prefix, "activations"):
+            prefix = prefix.activations(prefix_index)
+        if not isinstance(prefix, PrefixActivations):
+            raise ValueError(f"a GPT-2 needs a Prefix, got {type(prefix).__name__}")
+        return prefix

@@ -123,7 +123,7 @@ def literal_logits(twin, source, target, mask, tables, offset=0):
     scale = config.d_model**0.5 if config.scale_embedding else 1.0
 
     def embedded(stack, ids):
-        x = scale * twin.model.shared(ids)
+        x = scale * twin.model.shared.weight[ids]
         x = x + stack.embed_positions.weight[2 + offset + torch.arange(ids.shape[1])]
         return stack.layernorm_embedding(x)
 
@@ -274,5 +274,5 @@ def test_wrong_prefixes_are_named():
     far = a_prefix(model, position_offset=40)
     assert "40 + 17 tokens > 48" in error(far)
     assert "bank" in error(None, prefix_index=torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match="got a BARTPrefix|prefix"):
-        gpt2(source % 97, prefix=BARTActivations.empty(model.config, model.wte.weight))
+    with pytest.raises(ValueError, match="needs a Prefix, got BARTActivations"):
+        gpt2(source % 97, prefix=BARTActivations())
