@@ -307,7 +307,8 @@ def greedy_or_sampled(
             if u is None:
                 tokens = logits.argmax(-1)  # (rows,)
             else:
-                tokens = draw(sampling_probabilities(logits, config), u[:, n_new])
+                drawn = u[:, n_new - beginning.given]
+                tokens = draw(sampling_probabilities(logits, config), drawn)
             sent, at_limit = Sent(tokens), n_new + 1 == config.max_new_tokens
             recent = words.followed(recent, tokens)
             if ahead and not at_limit:  # the GPU reads the tokens while the host waits for them
