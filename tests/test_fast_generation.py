@@ -7,7 +7,7 @@ from test_generation import BAD_WORDS, EOS, METHODS, TEXTS, prefer, ragged_bank,
 
 from minprefix import caches, fast_generation
 from minprefix.caches import BeamCache, RowCache
-from minprefix.decoding import GenerationConfig
+from minprefix.decoding import Beginning, GenerationConfig
 from minprefix.fast_generation import order_without
 from minprefix.generation import generate, generate_ids, stream
 from minprefix.prefix import Prefix, PrefixBank
@@ -254,7 +254,7 @@ def test_beams_see_their_ancestors(gate):
     generator = torch.Generator().manual_seed(1)
     with torch.inference_mode():
         batch = fast_generation.take_batch(model, prompts, config, acts)
-        batch.read(model, prompts, acts)
+        batch.read(model, Beginning(prompts), acts)
         texts = [[tokens] for tokens in prompts]
         for step in range(5):
             parents = torch.randint(len(texts[0]), (4, K), generator=generator)
@@ -304,7 +304,7 @@ def test_steps_do_not_wait():
     config = GenerationConfig(max_new_tokens=14)
     with torch.inference_mode():
         batch = fast_generation.take_batch(model, prompts, config, acts)
-        logits = batch.read(model, prompts, acts)
+        logits = batch.read(model, Beginning(prompts), acts)
         logits = batch.step(model, logits.argmax(-1, keepdim=True))
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -167,12 +167,15 @@ def mlp_state(**changes) -> dict[str, torch.Tensor]:
 
 BART = {"wte_enc.weight": torch.zeros(P, C), "wte.weight": torch.zeros(P, C)}
 WRONG = {  # what the file holds, and what is said of it
-    "gpt2": ({"wte.weight": torch.ones(9, 8), "ln_f.bias": torch.ones(8)}, "no GPT-2 prefix"),
-    "bart": (BART, "a BART prefix of the authors' code, the keys are wte.weight, wte_enc.weight"),
+    "gpt2": (
+        {"wte.weight": torch.ones(9, 8), "ln_f.bias": torch.ones(8)},
+        "no prefix of the authors' code",
+    ),
+    "bart": (BART, "the authors' BART prefix: left over none, missing control_trans.0.bias"),
     "nothing": ({}, "the keys are none"),
     "keys missing": (
         {"wte.weight": BART["wte.weight"], "control_trans.0.bias": torch.ones(3)},
-        "no GPT-2",
+        "no prefix of the authors' code",
     ),
     "one dimension": (mlp_state(wte=torch.ones(9)), r"wte.weight must be \(P, C\).*got \(9,\)"),
     "P = 0": (mlp_state(wte=torch.ones(0, C)), r"with P > 0, got \(0, 32\)"),

@@ -364,8 +364,8 @@ def test_a_model_without_a_file_is_refused(serve, name):
 
 def test_other_models_are_refused_before_their_weights_are_downloaded(serve):
     hub = serve()
-    hub.files["config.json"] = b'{"model_type": "bart"}'
-    with pytest.raises(ValueError, match="model_type is 'bart'; supported: 'gpt2'"):
+    hub.files["config.json"] = b'{"model_type": "t5"}'
+    with pytest.raises(ValueError, match="model_type is 't5'; supported: 'gpt2' or 'bart'"):
         fetch(NAME)
     assert not hub.gets("model.safetensors")
 

@@ -10,7 +10,7 @@ from conftest import assert_close, random_ids, tiny_gpt2
 from test_prefix import Words, literal_logits
 
 from minprefix.batches import collate, encode_examples, encode_prompt
-from minprefix.decoding import GenerationConfig, Rows
+from minprefix.decoding import Beginning, GenerationConfig, Rows
 from minprefix.examples import Example
 from minprefix.generation import generate_ids
 from minprefix.gpt2 import GPT2
@@ -143,8 +143,8 @@ def test_reading_on_equals_reading_at_once():
     """Prompts of several lengths, then pieces behind them: what decoding does."""
     model, infix = tiny_gpt2(), random_infix(tiny_gpt2())
     texts, prompt_lens = [random_ids(model, n, seed=n).tolist() for n in (12, 7, 9)], [8, 1, 4]
-    rows = Rows(model, [text[:n] for text, n in zip(texts, prompt_lens, strict=True)],
-                infix.activations(), n_new=6)  # fmt: skip
+    prompts = [text[:n] for text, n in zip(texts, prompt_lens, strict=True)]
+    rows = Rows(model, Beginning(prompts), infix.activations(), n_new=6)
     ends = [0, 0, 0]
     for more in (prompt_lens, [1, 3, 2], [1, 1, 1]):
         pieces = [text[e : e + n] for text, e, n in zip(texts, ends, more, strict=True)]

@@ -177,7 +177,7 @@ def test_config_takes_defaults_for_what_is_missing(folder):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model_type", "bart"),
+        ("model_type", "t5"),
         ("model_type", ...),
         ("activation_function", "gelu"),
         ("add_cross_attention", True),
