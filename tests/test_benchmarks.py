@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import bart
 from benchmarks.machine import add_row, machine, read_rows
 from benchmarks.readme import HERE, README, draw, final_rows, with_tables
 from kernels import bench_attention, sanitize
@@ -124,3 +125,12 @@ def test_calls_for_the_sanitizer_run_and_repeat(monkeypatch):
     """The same calls as on a GPU, through the CPU path."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     sanitize.main()
+
+
+@pytest.mark.slow
+def test_bart_benchmark_runs(capsys):
+    sizes = ("--source", "9", "--target", "5", "--prefix-len", "2", "--num-beams", "2")
+    rows = bart.main(["--model", "mini-bart", "--device", "cpu", *sizes])
+    assert [row["work"] for row in rows] == ["training step", "text, 2 beams"]
+    assert all(row["seconds"] > 0 and row["peak MiB"] > 50 for row in rows)
+    assert "14,462,720 parameters" in capsys.readouterr().out

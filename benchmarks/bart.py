@@ -1,0 +1,117 @@
+"""What prefix-tuning a full-size BART costs here: one training step, one text by beam search.
+
+    python -m benchmarks.bart                                  # bart-large's sizes, P = 200
+    python -m benchmarks.bart --device cuda --dtype bfloat16 --batch-size 16
+
+Weights are random: times do not depend on them. The step is XSum's in the paper (sources of 512
+tokens, targets of 60, a prefix with MLPs at all three attentions): forward, backward and AdamW; the
+first is warm-up, the median of the others is printed. The text is of 60 new tokens by 6 beams. Peak
+memory is the process's largest resident set on a CPU, allocated memory on a GPU; MiB = 2**20.
+"""
+
+import argparse
+import resource
+import statistics
+import time
+
+import torch
+
+from minprefix.bart import BART
+from minprefix.bart_prefix import BARTPrefix
+from minprefix.baselines import count
+from minprefix.decoding import GenerationConfig
+from minprefix.generation import generate_ids
+from minprefix.method_counts import BARTS, official_config
+from minprefix.report import format_rows
+from minprefix.weights import EMBEDDED, find, read_config
+
+
+def peak_mib(device: str) -> float:
+    """Since the last reset on a GPU; since the start of the process on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux: KiB
+
+
+def timed(call, device: str) -> float:
+    """Seconds of one call; a GPU is waited for before and after."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    begin = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - begin
+
+
+def train_step(model: BART, args) -> tuple[float, float]:
+    """Median seconds of a step, and peak MiB."""
+    prefix = BARTPrefix.random(
+        model.config, args.prefix_len, 0, parametrisation="mlp", mid_dim=800
+    ).to(args.device)
+    optimizer = torch.optim.AdamW(prefix.parameters(), lr=5e-5, weight_decay=0.0)
+    B, V = args.batch_size, model.config.vocab_size
+    sources = torch.randint(4, V, (B, args.source), device=args.device)
+    targets = torch.randint(4, V, (B, args.target + 1), device=args.device)
+
+    def step() -> None:
+        losses = model.token_losses(
+            targets[:, :-1], targets[:, 1:], source_ids=sources, prefix=prefix
+        )
+        losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    seconds = [timed(step, args.device) for _ in range(1 + args.steps)][1:]
+    return statistics.median(seconds), peak_mib(args.device)
+
+
+def write_text(model: BART, args) -> tuple[float, float]:
+    """Seconds of a batch of texts by beam search, and peak MiB."""
+    prefix = BARTPrefix.random(model.config, args.prefix_len, 0).to(args.device)
+    config = GenerationConfig(
+        max_new_tokens=args.target, min_new_tokens=args.target - 1, num_beams=args.num_beams,
+        length_penalty=0.8,
+    )  # fmt: skip
+    sources = torch.randint(4, model.config.vocab_size, (args.batch_size, args.source)).tolist()
+
+    def write() -> None:
+        generate_ids(model, sources, config, model.config.eos_token_id, prefix=prefix)
+
+    return timed(write, args.device), peak_mib(args.device)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="facebook/bart-large", choices=(*BARTS, "mini-bart"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    for name, value in {
+        "batch-size": 1, "prefix-len": 200, "source": 512, "target": 60, "steps": 1, "num-beams": 6,
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    embedded = args.model in EMBEDDED
+    config = read_config(find(args.model)) if embedded else official_config(args.model)
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        model = BART(config).init_weights(0)
+    model = model.to(getattr(torch, args.dtype)).requires_grad_(False).eval()
+    rows = []
+    for work, measure in (
+        ("training step", train_step),
+        (f"text, {args.num_beams} beams", write_text),
+    ):
+        if args.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        seconds, peak = measure(model, args)
+        rows.append({"work": work, "seconds": round(seconds, 3), "peak MiB": round(peak)})
+        print(f"{work}: {seconds:.2f} s, peak {peak:,.0f} MiB", flush=True)
+    sizes = f"B {args.batch_size}, P {args.prefix_len}, {args.source}/{args.target} tokens"
+    print(f"{args.model}, {count(model):,} parameters, {args.dtype}, {args.device}, {sizes}")
+    print(format_rows(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
