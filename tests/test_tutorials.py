@@ -47,6 +47,13 @@ def test_runs_from_any_folder(path: Path, tmp_path: Path):
     assert not list(tmp_path.iterdir()), "it left files where it was started"
 
 
+def solved(solution: str) -> set[int]:
+    """Numbers of the exercises in a file of solutions: exercise_n, a heading or comment `n. `."""
+    functions = [x.name for x in ast.parse(solution).body if isinstance(x, ast.FunctionDef)]
+    named = re.findall(r"\d+", " ".join(x for x in functions if x.startswith("exercise")))
+    return {int(n) for n in named + re.findall(r"^# (?:## )?(\d+)\. ", solution, re.MULTILINE)}
+
+
 def frame_problems(text: str, solution: str | None) -> list[str]:
     """What in a tutorial's text differs from the frame above; `solution`: its solutions' text."""
     problems = []
@@ -74,10 +81,8 @@ def frame_problems(text: str, solution: str | None) -> list[str]:
         problems.append(f"exercises are numbered {numbers}, not 1 to 3, 4 or 5")
     if solution is None:
         return [*problems, "there is no file of solutions"]
-    functions = {x.name for x in ast.parse(solution).body if isinstance(x, ast.FunctionDef)}
-    unsolved = [n for n in numbers if f"exercise_{n}" not in functions]
-    if unsolved:
-        problems.append(f"the solutions lack exercise_{unsolved}")
+    if unsolved := sorted(set(numbers) - solved(solution)):
+        problems.append(f"the solutions lack exercises {unsolved}")
     return problems
 
 
@@ -134,4 +139,5 @@ def test_frame_problems_are_seen():
         problems = frame_problems(GOOD.replace(old, new, 1), SOLVED)
         assert len(problems) == 1 and told in problems[0], (old, problems)
     assert frame_problems(GOOD, None) == ["there is no file of solutions"]
-    assert "exercise_[2]" in frame_problems(GOOD, SOLVED.replace("exercise_2", "two"))[0]
+    assert "exercises [2]" in frame_problems(GOOD, SOLVED.replace("exercise_2", "two"))[0]
+    assert frame_problems(GOOD, "def exercises_1_and_2(): ...\n# ## 3. Three\n") == []

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # GPT-2 from scratch
+# # 1. GPT-2 from scratch
 # A prefix is read by attention, and only by attention. So this first tutorial takes GPT-2 apart,
 # from one attention score to the whole model, and puts it together again in about sixty lines.
 # These load the weights of the embedded model and give the logits of the library and of

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Equation 3: what a prefix is
+# # 2. Equation 3: what a prefix is
 # Prefix-tuning changes one line of a language model, equation (3) of Li & Liang [1]. Here that line
 # is derived and then rewritten: a loop that reads like the paper, a concatenation, two softmaxes
 # with a gate, and the operator that a GPU kernel computes. Each must give the logits of the one

@@ -5,16 +5,18 @@
 # free embeddings in the place of words, and a prefix. They form a ladder: whatever one rung can
 # express, the next can express too. This is the argument of sections 4.1 and 7.2 of the paper.
 #
-# **You will learn** why the rungs are nested, shown in fp64 with equal logits; why a prefix is
-# strictly more than embeddings; what each rung reaches when all get the same effort; what words
+# **What you will learn.** Why the rungs are nested, shown in fp64 with equal logits; why a prefix
+# is strictly more than embeddings; what each rung reaches when all get the same effort; what words
 # learned embeddings are near to; and how much attention a text gives to what stands before it.
 #
-# **Know first:** 01_gpt2_from_scratch (keys and values), 02_equation_3 (the prefix in the softmax,
-# the share $\lambda$). **Time:** about a minute on two CPU cores; three short trainings are most of
-# it. With `MODEL = "gpt2"` section 5 takes much longer.
+# **What to know first.** 01_gpt2_from_scratch (keys and values), 02_equation_3 (the prefix in the
+# softmax, the share $\lambda$).
 #
-# **Sources:** Li & Liang 2021, <https://arxiv.org/abs/2101.00190> (sections 4 and 7.2);
-# Zou et al. 2023, <https://arxiv.org/abs/2307.15043> (the search of section 5).
+# **Running time.** About a minute on two CPU cores; three short trainings are most of it. With
+# `MODEL = "gpt2"` section 5 takes much longer.
+#
+# **Sources.** Li & Liang 2021, <https://arxiv.org/abs/2101.00190> (sections 4 and 7.2); Zou et al.
+# 2023, <https://arxiv.org/abs/2307.15043> (the search of section 5).
 
 # %%
 import math

@@ -4,14 +4,16 @@
 # `make demo` in slow motion: from restaurant tables to a prefix of a few hundred kilobytes that
 # makes a frozen model write sentences about them. Every choice is made in the open.
 #
-# **You will learn** what a row looks like and which of its tokens the loss sees; how start, prefix
-# length and learning rate change the first steps; how to train, score and read what comes out, with
-# the slots that are lost or invented; and what the file holds.
+# **What you will learn.** What a row looks like and which of its tokens the loss sees; how start,
+# prefix length and learning rate change the first steps; how to train, score and read what comes
+# out, with the slots that are lost or invented; and what the file holds.
 #
-# **Know first:** 02_equation_3 and 03_discrete_to_continuous. **Time:** about a minute on two CPU
-# cores, half of it the longer training in section 4. `MODEL = "gpt2"` takes much longer.
+# **What to know first.** 02_equation_3 and 03_discrete_to_continuous.
 #
-# **Sources:** Li & Liang 2021, <https://arxiv.org/abs/2101.00190> (eq. (2), sections 4.3, 5 to 7);
+# **Running time.** About a minute on two CPU cores, half of it the longer training in section 4.
+# `MODEL = "gpt2"` takes much longer.
+#
+# **Sources.** Li & Liang 2021, <https://arxiv.org/abs/2101.00190> (eq. (2), sections 4.3, 5 to 7);
 # the E2E challenge, <https://github.com/tuetschek/e2e-metrics>.
 
 # %%

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Pretrain your own model
+# # 10. Pretrain your own model
 # A prefix is worth what the frozen model behind it has learned. Every tutorial so far took that
 # model as given. This one makes one: tokenizer, weights, loss curve, and the folder of files that
 # `minprefix.load` and Hugging Face read. At the end a prefix is tuned on it.
@@ -13,7 +13,7 @@
 #
 # **Running time.** About a minute on two CPU cores.
 #
-# **Text.** The checkout holds one larger text of a single kind, the sentences about invented
+# The text: the checkout holds one larger text of a single kind, the sentences about invented
 # restaurants that other tutorials write. The model here is trained on those sentences, without
 # their tables, and on nothing else; so it will know restaurants and nothing else.
 #

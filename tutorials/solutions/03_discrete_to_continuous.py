@@ -80,7 +80,7 @@ assert gap < 1e-11  # fp64: 2.5e-13 seen, logits of order 20
 x, step = model.wte.weight[prompt[:1]], 1e-4  # (1, C)
 nudges = step * torch.eye(C, dtype=torch.float64)[:, None]  # (C, 1, C)
 tables = prompt_tables(model, torch.cat([x + nudges, x - nudges]))  # (L, 2, 2C, H, 1, D)
-flat = tables.transpose(0, 2).transpose(1, 2).flatten(1)  # (2C, 2LC): prompt, then kv and layer
+flat = tables.transpose(0, 2).transpose(1, 2).flatten(1)  # (2C, 2LC): prompt, layer, kv
 J = ((flat[:C] - flat[C:]) / (2 * step)).T  # (2LC, C)
 
 batch = collate(rows, tokenizer.eos_id)
@@ -93,7 +93,7 @@ def loss_of(table):
 
 h = prompt_tables(model, x[None])[:, :, 0].requires_grad_()  # (L, 2, H, 1, D)
 (g,) = torch.autograd.grad(loss_of(h), h)
-g = g.transpose(0, 1).flatten()  # in the order of J's rows: kv, then layer
+g = g.flatten()  # in the order of J's rows: layer, then kv
 free = x[None].clone().requires_grad_()
 (dx,) = torch.autograd.grad(loss_of(prompt_tables(model, free)[:, :, 0]), free)
 error = (J.T @ g - dx.flatten()).norm() / dx.norm()
