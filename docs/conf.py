@@ -57,6 +57,7 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_preprocess_types = False
 viewcode_line_numbers = True
+viewcode_follow_imported_members = False  # a name lives where it is written
 
 mathjax_path = "mathjax/tex-svg-full.js"  # draws paths: no fonts to load
 mathjax3_config = {"options": {"enableMenu": False}}  # the menu would load more files

@@ -349,7 +349,7 @@ for chance, z in zip(*logits[0, -1].softmax(-1).topk(5), strict=True):
 # later query reads exactly $k_i$ and $v_i$, of each layer. Nothing else of position $i$ is ever
 # needed again. The paper calls it $h_i$ and writes the model as a recurrence,
 #
-# $$h_i = \mathrm{LM}(z_i, h_{<i}) , \tag{1}$$
+# $$h_i = \mathrm{LM}(z_i, h_{<i}) , \qquad (1)$$
 #
 # and programs call the stored $h_{<i}$ a *KV cache*. First: the past does not depend on the future.
 

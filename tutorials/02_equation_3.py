@@ -51,7 +51,7 @@ def check(name, a, b):
 # ## 1. Equation (1): the model as a recurrence
 # Let $z_i$ be the token at position $i$. The model is
 #
-# $$h_i = \mathrm{LM}_\phi(z_i, h_{<i}), \tag{1}$$
+# $$h_i = \mathrm{LM}_\phi(z_i, h_{<i}), \qquad (1)$$
 #
 # where $h_i$ is all that later positions read of position $i$: one key and one value in each layer
 # and head, so $h_i$ has shape (L, 2, H, D), and $h_{<i}$ is a cache of $i$ of them. The function
@@ -101,7 +101,7 @@ check("the recurrence and the model", logits, model(z[None])[0])
 # The model reads all of $z$ and is asked only for $y$. With $Y_{idx}$ the positions of $y$,
 #
 # $$\max_\phi \; \log p_\phi(y \mid x)
-# = \max_\phi \sum_{i \in Y_{idx}} \log p_\phi(z_i \mid h_{<i}). \tag{2}$$
+# = \max_\phi \sum_{i \in Y_{idx}} \log p_\phi(z_i \mid h_{<i}). \qquad (2)$$
 #
 # $z_i$ is predicted at position $i - 1$. So the label at position $t$ is the next token, and
 # labels that lie in $x$ do not count. Fine-tuning maximises (2) over the weights $\phi$.
@@ -160,7 +160,7 @@ check("the rows and the words", equation_3(h_words, z), prompted)
 # only $V^P$ instructions of length $P$; rows may be any real numbers. Make them parameters:
 #
 # $$h_i = \begin{cases} P_\theta[i, :] & i \in P_{idx} \\
-# \mathrm{LM}_\phi(z_i, h_{<i}) & \text{otherwise.} \end{cases} \tag{3}$$
+# \mathrm{LM}_\phi(z_i, h_{<i}) & \text{otherwise.} \end{cases} \qquad (3)$$
 #
 # $P_\theta$ has $|P_{idx}| \times \dim(h_i)$ entries and is all that is trained, on equation (2) as
 # it stands, with $Y_{idx}$ counted behind the prefix; $\phi$ is frozen. The first line is a plain
