@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from minprefix.bart import BART, SITES, BARTActivations, BARTConfig
 from minprefix.options import check_choice
 from minprefix.parametrisations import Recorder, VirtualTokens
-from minprefix.prefix import PARAMETRISATIONS, Prefix, PrefixConfig
+from minprefix.prefix import PARAMETRISATIONS, Prefix, PrefixConfig, word_ids
 from minprefix.weights import check_base, fingerprint
 
 
@@ -120,15 +120,9 @@ class BARTPrefix(nn.Module):
         Tables hold `word_activations`, MLPs are fitted to them (`init_residual`: the largest
         difference at any site), virtual tokens begin as the words' embeddings.
         """
-        ids = tokenizer.encode(words)
-        if not ids:
-            raise ValueError("no words to start the prefix from: the text is empty")
-        prefix_len = len(ids) if prefix_len is None else prefix_len
-        if prefix_len < 1:
-            raise ValueError(f"prefix_len must be at least 1, got {prefix_len}")
-        ids = [ids[i % len(ids)] for i in range(prefix_len)]
+        ids = word_ids(tokenizer, words, prefix_len)
         tables = word_activations(model, ids)
-        prefix = cls.random(model.config, prefix_len, seed, **options).to(tables["cross"])
+        prefix = cls.random(model.config, len(ids), seed, **options).to(tables["cross"])
         residuals = [part.fit_table(tables[site]) for site, part in prefix.sites.items()]
         if prefix.virtual is not None:
             embd = model.wte.weight[ids].detach().to(tables["cross"])  # (P, C)

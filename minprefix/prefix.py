@@ -83,6 +83,21 @@ def check_form(parametrisation: str, place: str) -> None:
         )
 
 
+def word_ids(tokenizer, words: str, prefix_len: int | None) -> list[int]:
+    """The words' BPE tokens, repeated or cut to prefix_len; None = as many as there are.
+
+    Raises:
+        ValueError: no words, or a length below 1.
+    """
+    ids = tokenizer.encode(words)
+    if not ids:
+        raise ValueError("no words to start the prefix from: the text is empty")
+    prefix_len = len(ids) if prefix_len is None else prefix_len
+    if prefix_len < 1:
+        raise ValueError(f"prefix_len must be at least 1, got {prefix_len}")
+    return [ids[i % len(ids)] for i in range(prefix_len)]
+
+
 class Prefix(nn.Module):
     """One prefix for one model. Make it with `random`, `from_words`, `from_prompt` or `load`.
 
@@ -162,15 +177,9 @@ class Prefix(nn.Module):
         virtual tokens begin as the words' embeddings. An infix, too, begins with the activations of
         the words alone, at positions 0 .. P-1: those after a source are others for each source.
         """
-        ids = tokenizer.encode(words)
-        if not ids:
-            raise ValueError("no words to start the prefix from: the text is empty")
-        prefix_len = len(ids) if prefix_len is None else prefix_len
-        if prefix_len < 1:
-            raise ValueError(f"prefix_len must be at least 1, got {prefix_len}")
-        ids = [ids[i % len(ids)] for i in range(prefix_len)]
+        ids = word_ids(tokenizer, words, prefix_len)
         table = token_activations(model, ids)
-        prefix = cls.random(model.config, prefix_len, seed, **options).to(table)
+        prefix = cls.random(model.config, len(ids), seed, **options).to(table)
         if prefix.virtual is not None:
             embd = model.wte.weight[ids].detach().to(table)  # (P, C)
             prefix.init_residual = prefix.virtual.fit(embd)
