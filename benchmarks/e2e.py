@@ -19,15 +19,15 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.machine import add_row, machine, read_rows
+from benchmarks.machine import add_row, machine
+from benchmarks.tuning import best_of, rows_of, train
 from minprefix.data import load_examples
 from minprefix.decoding import GenerationConfig
 from minprefix.evaluation import evaluate_method
 from minprefix.examples import Example
-from minprefix.prefix import Prefix, PrefixConfig, make_prefix
+from minprefix.prefix import PrefixConfig
 from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
-from minprefix.run_folder import state_path
-from minprefix.training import Interrupted, TrainConfig, Trainer
+from minprefix.training import Interrupted, TrainConfig
 from minprefix.weights import load
 
 HERE = Path(__file__).parent
@@ -50,30 +50,9 @@ SHOTS = (0, 2, 4)  # examples in context
 HARD_TABLES = 200  # dev tables that choose the hard prompt
 
 
-def train(config: TrainConfig, data: str, out: Path) -> Trainer:
-    """Train in `out`, from its last state if it has one; `out` then holds the best on dev."""
-    model, tokenizer = load("mini")
-    prefix = None
-    if config.method == "prefix":
-        prefix = make_prefix(model, tokenizer, PREFIX, config.seed)
-    train_set, dev = (load_examples(data, split) for split in ("train", "dev"))
-    run = Trainer(model, tokenizer, config, train_set, dev, out, prefix)
-    if state_path(out).exists():
-        run.load_state()
-    run.run()
-    return run
-
-
-def best_of(method: str, out: Path):
-    """Model, tokenizer and prefix (or None) that training kept in `out`."""
-    model, tokenizer = load(out / "model" if method == "finetune" else "mini")
-    prefix = Prefix.load(out / "prefix.safetensors") if method == "prefix" else None
-    return model, tokenizer, prefix
-
-
 def select(data: str, out: Path) -> None:
     """Short runs with several learning rates, scored on the dev set."""
-    dev = load_examples(data, "dev")
+    sets = load_examples(data, "train"), load_examples(data, "dev")
     path = HERE / "e2e_select.csv"
     for method, rates in SELECT.items():
         for lr in rates:
@@ -82,10 +61,10 @@ def select(data: str, out: Path) -> None:
                 continue
             config = dataclasses.replace(TRAIN[method], lr=lr, steps=SELECT_STEPS)
             folder = out / f"select-{method}-{lr}"
-            run = train(config, data, folder)
-            model, tokenizer, prefix = best_of(method, folder)
+            run = train("mini", config, PREFIX, sets, folder)
+            model, tokenizer, prefix = best_of("mini", method, folder)
             scores, _ = evaluate_method(
-                model, tokenizer, dev, prefix=prefix, config=DECODING["greedy"]
+                model, tokenizer, sets[1], prefix=prefix, config=DECODING["greedy"]
             )
             row = key | {"dev_loss": round(run.best, 4), "dev_bleu": round(scores["bleu"], 2)}
             add_row(path, row | {"seconds": round(run.seconds)} | machine(), tuple(key))
@@ -96,8 +75,9 @@ def final(method: str, data: str, out: Path, seed: int) -> None:
     """Train at full length, then score dev and test with both ways of decoding."""
     config = dataclasses.replace(TRAIN[method], seed=seed)
     folder = out / f"{method}-{seed}"
-    run = train(config, data, folder)
-    model, tokenizer, prefix = best_of(method, folder)
+    sets = load_examples(data, "train"), load_examples(data, "dev")
+    run = train("mini", config, PREFIX, sets, folder)
+    model, tokenizer, prefix = best_of("mini", method, folder)
     kept = sum(p.numel() for p in (prefix or model).parameters())
     settings = {"steps": config.steps, "lr": config.lr, "train_seconds": round(run.seconds)}
     for split, name in (("dev", "greedy"), ("test", "greedy"), ("test", "beam 5")):
@@ -105,12 +85,6 @@ def final(method: str, data: str, out: Path, seed: int) -> None:
             model, tokenizer, load_examples(data, split), name,
             {"method": method, "seed": seed, "split": split}, kept, settings, prefix=prefix,
         )  # fmt: skip
-
-
-def rows_of(path: Path, key: dict) -> list[dict[str, str]]:
-    """The rows of the CSV with these values."""
-    key = {name: str(value) for name, value in key.items()}
-    return [row for row in read_rows(path) if key.items() <= row.items()]
 
 
 def hard_prompts(data: str) -> None:

@@ -1,0 +1,41 @@
+"""What the benchmarks that tune share: a run that goes on where it stopped, and what it kept."""
+
+from pathlib import Path
+
+from benchmarks.machine import read_rows
+from minprefix.checkpoint import load_prefix
+from minprefix.examples import Example
+from minprefix.prefix import PrefixConfig, make_prefix
+from minprefix.run_folder import state_path
+from minprefix.training import TrainConfig, Trainer
+from minprefix.weights import load
+
+
+def train(
+    name: str, config: TrainConfig, prefix: PrefixConfig, data: tuple[list[Example], list[Example]],
+    out: Path,
+) -> Trainer:  # fmt: skip
+    """Train model `name` on (train, dev) in `out`, from its last state if it has one; `out` then
+    holds the best on dev. `prefix` is read by method "prefix" alone."""
+    model, tokenizer = load(name)
+    made = None
+    if config.method == "prefix":
+        made = make_prefix(model, tokenizer, prefix, config.seed)
+    run = Trainer(model, tokenizer, config, *data, out, made)
+    if state_path(out).exists():
+        run.load_state()
+    run.run()
+    return run
+
+
+def best_of(name: str, method: str, out: Path):
+    """Model, tokenizer and prefix (or None) that a training of model `name` kept in `out`."""
+    model, tokenizer = load(out / "model" if method == "finetune" else name)
+    prefix = load_prefix(out / "prefix.safetensors") if method == "prefix" else None
+    return model, tokenizer, prefix
+
+
+def rows_of(path: Path, key: dict) -> list[dict[str, str]]:
+    """The rows of the CSV with these values."""
+    key = {name: str(value) for name, value in key.items()}
+    return [row for row in read_rows(path) if key.items() <= row.items()]
