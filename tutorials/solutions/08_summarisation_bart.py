@@ -1,0 +1,118 @@
+# %% [markdown]
+# # Solutions: 8. Summarisation with BART
+#
+# The exercises stand at the end of `tutorials/08_summarisation_bart.py`.
+
+# %%
+import tempfile
+from pathlib import Path
+
+import torch
+
+import minprefix
+from minprefix.bart_prefix import BARTPrefix
+from minprefix.batches import collate, encode_examples
+from minprefix.data import load_examples
+from minprefix.data_splits import choose
+from minprefix.demo import BF16
+from minprefix.prefix import PrefixConfig, make_prefix
+from minprefix.report import format_rows
+from minprefix.training import TrainConfig, Trainer
+
+model, tokenizer = minprefix.load("mini-bart")
+model.requires_grad_(False)
+train, dev, test = (load_examples("notes", split) for split in ("train", "dev", "test"))
+folder = Path(tempfile.mkdtemp(prefix="minprefix-"))
+STEPS = 30
+
+
+def tune(name: str, config: PrefixConfig, examples: list) -> BARTPrefix:
+    """A prefix after STEPS steps of 16 rows."""
+    prefix = make_prefix(model, tokenizer, config, seed=0)
+    settings = TrainConfig(
+        steps=STEPS, batch_size=16, lr=2e-3, warmup_steps=3, samples=0,
+        precision="bf16" if BF16 else "fp32",
+    )  # fmt: skip
+    Trainer(model, tokenizer, settings, examples, [], folder / name, prefix).run(progress=False)
+    return prefix
+
+
+@torch.no_grad()
+def loss(prefix, examples: list) -> float:
+    """Mean per target token of one batch, nats."""
+    batch = collate(encode_examples(tokenizer, examples), tokenizer.pad_id)
+    here = {"source_ids": batch.source_ids, "source_lens": batch.source_lens, "at": batch.at}
+    return model.token_losses(batch.input_ids, batch.labels, prefix=prefix, **here).mean().item()
+
+
+# %% [markdown]
+# ## 1. Padding that is seen
+#
+# The encoder has no causal mask that would hide what stands behind a row: only `source_lens` does.
+# In a decoder-only model with padding on the right, no token looks there.
+
+# %%
+batch = collate(encode_examples(tokenizer, test[:4]), tokenizer.pad_id)
+with torch.no_grad():
+    masked = model(batch.source_ids, batch.input_ids, source_lens=batch.source_lens)
+    seen = model(batch.source_ids, batch.input_ids)
+longest = batch.source_lens.max()
+for n, gap in zip(batch.source_lens, (masked - seen).abs().amax((1, 2)), strict=True):
+    print(f"{n} tokens and {longest - n} of padding: logits move by up to {gap:.2f}")
+    assert (gap > 0.01) == (n < longest)
+
+# %% [markdown]
+# ## 2. Virtual tokens before the source
+#
+# One set of embeddings, which the encoder reads with the note: far fewer numbers to keep, and what
+# they become is up to the frozen layers. The prefix has a key and a value of its own everywhere.
+
+# %%
+choices = {
+    "prefix at three sites": PrefixConfig(prefix_len=10),
+    "virtual tokens": PrefixConfig(prefix_len=10, parametrisation="embedding-mlp"),
+}
+rows = []
+for name, config in choices.items():
+    prefix = tune(name.replace(" ", "-"), config, train)
+    kept = sum(p.numel() for p in prefix.export().parameters())
+    row = {"method": name, "trained": prefix.n_trained, "kept": kept}
+    rows.append(row | {"dev loss": loss(prefix, dev)})
+print(format_rows(rows))
+config = model.config
+assert rows[0]["kept"] == 10 * 3 * 2 * config.n_layer * config.n_embd
+assert rows[1]["kept"] == 10 * config.n_embd
+# The same rate for both is no fair comparison; each wants a rate of its own, chosen on dev.
+
+# %% [markdown]
+# ## 3. News to sports
+
+# %%
+news = choose(train, "news-to-sports", "train")
+sports = choose(test, "news-to-sports", "test")
+mixed = train[:: max(1, len(train) // len(news))][: len(news)]  # as many notes, all topics
+rows = []
+for name, examples in (("news", news), ("all topics", mixed)):
+    prefix = tune(name.replace(" ", "-"), PrefixConfig(prefix_len=10), examples)
+    losses = {"test loss on sports": loss(prefix, sports), "dev loss, all": loss(prefix, dev)}
+    rows.append({"trained on": name, "notes": len(examples)} | losses)
+print(format_rows(rows))
+
+# %% [markdown]
+# ## 4. From 0 or from P
+#
+# Another offset moves all embeddings, so the function differs, although no table does. A table of
+# GPT-2 holds what a prompt at positions 0 .. P-1 became, so the text has to go on at P. Here no
+# table is a prompt, and the authors' code keeps positions from 0, where the model was pretrained.
+
+# %%
+tables = tune("offset", PrefixConfig(prefix_len=10), train).tables()
+from_0, from_p = (BARTPrefix.from_tables(tables, position_offset=offset) for offset in (0, 10))
+batch = collate(encode_examples(tokenizer, test[:1]), tokenizer.pad_id)
+with torch.no_grad():
+    gap = model(batch.source_ids, batch.input_ids, prefix=from_0) - model(
+        batch.source_ids, batch.input_ids, prefix=from_p
+    )
+print(f"logits differ by {gap.abs().max():.2f}; loss from 0: {loss(from_0, dev):.3f}, ", end="")
+print(f"from P: {loss(from_p, dev):.3f}")
+assert gap.abs().max() > 0.01
