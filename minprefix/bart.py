@@ -66,7 +66,8 @@ class BARTConfig:
     dropout: float = 0.1  # probability, on embeddings and sums; it acts while fine-tuning only
     attention_dropout: float = 0.0  # kept for the file; no dropout inside attention here
     activation_dropout: float = 0.0  # kept for the file; no dropout inside the MLPs here
-    linearisation: str = ""  # of a fine-tuned model: the frame it learned
+    linearisation: str = ""  # of a fine-tuned model: the frame it learned, and the next
+    max_source: int | None = None
 
     def __post_init__(self):
         if self.n_embd % self.n_head:

@@ -43,8 +43,8 @@ class BARTPrefix(nn.Module):
     Attributes:
         sites: by site that has a prefix, a `Prefix` (table or MLP, gate).
         virtual: `VirtualTokens`, for embedding-only; there are then no sites.
-        prefix_len, position_offset, base, linearisation, init_residual, parametrisation, n_trained:
-            as in `Prefix`.
+        prefix_len, position_offset, base, linearisation, max_source, init_residual,
+            parametrisation, n_trained: as in `Prefix`.
     """
 
     place, gate = "prefix", None  # a prefix of GPT-2 may say otherwise; gates are the sites'
@@ -72,7 +72,8 @@ class BARTPrefix(nn.Module):
                 f"[{prefix_len * tokens}, {config.n_positions}), the positions of the model"
             )
         self.prefix_len, self._offset = prefix_len, position_offset
-        self.base, self.linearisation, self.init_residual = "", "", 0.0
+        self.base, self.linearisation, self.max_source = "", "", None
+        self.init_residual = 0.0
         self.parametrisation, self.virtual, self.sites = parametrisation, None, nn.ModuleDict()
         if tokens:
             width = mid_dim if parametrisation == "embedding-mlp" else None
@@ -198,6 +199,7 @@ class BARTPrefix(nn.Module):
         virtual = None if self.virtual is None else self.virtual.embeddings()
         copy = BARTPrefix.from_tables(self.tables(), self.position_offset, self.gates(), virtual)
         copy.base, copy.linearisation = self.base, self.linearisation
+        copy.max_source = self.max_source
         copy.parametrisation, copy.n_trained = self.parametrisation, self.n_trained
         return copy
 

@@ -112,8 +112,8 @@ class Adapter(nn.Module):
     Attributes:
         design, bottleneck: as in `BaselineConfig`.
         base: fingerprint of the model that it belongs to; "" = not known.
-        linearisation: the frame it was trained in (`batches.encode_prompt`), which is that of a
-            model it is attached to (`frame_of`). "" = none.
+        linearisation, max_source: the frame it was trained in (`batches.encode_prompt`), which is
+            that of a model it is attached to (`frame_of`). "" = none; None = nothing is cut.
     """
 
     def __init__(self, config: GPT2Config, bottleneck: int, design: str = "lin"):
@@ -124,7 +124,7 @@ class Adapter(nn.Module):
         self.design, self.bottleneck = design, bottleneck
         self.n_layer, self.n_embd = config.n_layer, config.n_embd
         self.layer_norm_epsilon = config.layer_norm_epsilon
-        self.base, self.linearisation = "", ""
+        self.base, self.linearisation, self.max_source = "", "", None
 
         def layer() -> nn.ModuleDict:
             norm = design == "lin"
@@ -222,10 +222,13 @@ def adapter_of(model: GPT2) -> Adapter | None:
     return ATTACHED[model][0] if model in ATTACHED else None
 
 
-def frame_of(model: GPT2) -> str:
-    """The frame that the model was trained in, or the adapter that is attached to it; "" = none."""
-    adapter = adapter_of(model)
-    return (adapter and adapter.linearisation) or model.config.linearisation
+def frame_of(model: GPT2, prefix=None) -> tuple[str, int | None]:
+    """The frame that was trained, (linearisation, max_source): of the prefix, or else the adapter
+    that is attached to the model, or else the model; ("", None) = none."""
+    learned = prefix or adapter_of(model)
+    if learned is None or not (learned.linearisation or prefix):
+        learned = model.config
+    return learned.linearisation, learned.max_source
 
 
 def check_free(model: GPT2) -> None:

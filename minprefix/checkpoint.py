@@ -47,7 +47,7 @@ def save_prefix(path: str | Path, prefix: Prefix | BARTPrefix) -> None:
         "position_offset": str(prefix.position_offset),
         "place": prefix.place,
         "base": prefix.base,
-        "linearisation": prefix.linearisation,
+        **frame_metadata(prefix),
         "parametrisation": prefix.parametrisation,
         "trained_parameters": str(prefix.n_trained),
     }
@@ -81,7 +81,7 @@ def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
     prefix.parametrisation = metadata.get("parametrisation", "")
     prefix.n_trained = int(n_trained)
     prefix.base = metadata.get("base", "")
-    prefix.linearisation = read_linearisation(path, metadata)
+    prefix.linearisation, prefix.max_source = read_frame(path, metadata)
     return prefix
 
 
@@ -132,12 +132,20 @@ def check_finite(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{path}: {name} holds values that are not finite numbers")
 
 
-def read_linearisation(path: str | Path, metadata: dict[str, str]) -> str:
-    """What the metadata say; ValueError if we do not know it."""
-    linearisation = metadata.get("linearisation", "")
+def frame_metadata(learned: Prefix | BARTPrefix | Adapter) -> dict[str, str]:
+    """The frame that it was trained in, as `read_frame` reads it."""
+    cut = {} if learned.max_source is None else {"max_source": str(learned.max_source)}
+    return {"linearisation": learned.linearisation} | cut
+
+
+def read_frame(path: str | Path, metadata: dict[str, str]) -> tuple[str, int | None]:
+    """Linearisation ("" = none) and max_source (None = nothing is cut); ValueError for others."""
+    linearisation, cut = metadata.get("linearisation", ""), metadata.get("max_source")
     if linearisation not in ("", *LINEARISATIONS):
         raise ValueError(f"{path}: unknown linearisation {linearisation!r}")
-    return linearisation
+    if cut is not None and (not cut.isdecimal() or int(cut) < 1):
+        raise ValueError(f"{path}: max_source must be a number >= 1, got {cut!r}")
+    return linearisation, None if cut is None else int(cut)
 
 
 def save_adapter(path: str | Path, adapter: Adapter) -> None:
@@ -149,7 +157,7 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
         "bottleneck": str(adapter.bottleneck),
         "layer_norm_epsilon": repr(adapter.layer_norm_epsilon),
         "base": adapter.base,
-        "linearisation": adapter.linearisation,
+        **frame_metadata(adapter),
     }
     save_tensors(path, tensors, metadata)
 
@@ -187,5 +195,5 @@ def load_adapter(path: str | Path) -> Adapter:
     check_finite(path, tensors)
     adapter.load_state_dict({name: x.float() for name, x in tensors.items()}, assign=True)
     adapter.base = metadata.get("base", "")
-    adapter.linearisation = read_linearisation(path, metadata)
+    adapter.linearisation, adapter.max_source = read_frame(path, metadata)
     return adapter

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from minprefix.baselines import frame_of
 from minprefix.batches import encode_prompt
 from minprefix.decoding import GenerationConfig
 from minprefix.examples import Example
@@ -45,8 +46,8 @@ def evaluate_method(
     """Scores (see `measure`) and texts, in the order of the examples.
 
     The method is the hard prompt if there is one, else the model in the frame it was trained in
-    (`batches.encode_prompt`, which max_source goes to), with the prefix or, for a fine-tuned model,
-    without. `progress` draws a bar on stderr.
+    (`batches.encode_prompt`), with the prefix or, for a fine-tuned model, without. Sources are cut
+    to max_source tokens; None = as in training. `progress` draws a bar on stderr.
 
     Raises:
         ValueError: max_source beside a prompt, which asks with the whole source; what `measure` and
@@ -63,6 +64,8 @@ def evaluate_method(
         if prompt is not None:
             texts = answer(model, tokenizer, prompt, sources, **options)
         else:
+            if max_source is None:
+                max_source = frame_of(model, prefix)[1]
             frame = (linearisation, max_source)
             prompts = [encode_prompt(tokenizer, source, *frame) for source in sources]
             texts = generate(model, tokenizer, prompts, prefix=prefix, **options)

@@ -91,11 +91,11 @@ def prepare(
     ids = []
     for b, prompt in enumerate(prompts):
         own = prefix if index is None else prefix.prefixes[index[b]] if index[b] >= 0 else None
-        frame = frame_of(model) if own is None else own.linearisation
+        frame, cut = frame_of(model, own)
         if not isinstance(prompt, str):
             ids.append(list(prompt))
         elif frame or isinstance(model, BART):
-            ids.append(encode_prompt(tokenizer, prompt, frame or "paper"))
+            ids.append(encode_prompt(tokenizer, prompt, frame or "paper", cut))
         else:
             ids.append(tokenizer.encode(prompt))
     check_tokens(ids, model.config.vocab_size)
@@ -224,7 +224,8 @@ def generate(
 
     Args:
         prompts: a list of token ids is taken as it is. A text is encoded in the frame that its
-            prefix, adapter or fine-tuned model was trained in (`linearisation`), as it is without.
+            prefix, adapter or fine-tuned model was trained in (`baselines.frame_of`), as it is
+            without.
             For a BART it is the source, which always has its <s> and </s>.
         prefix: for all prompts, or a bank.
         prefix_index: with a bank, one int per prompt: which prefix it uses, -1 = none. None = as

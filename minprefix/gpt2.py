@@ -45,6 +45,7 @@ class GPT2Config:
     resid_pdrop: float = 0.1  # probability, on what each layer adds
     attn_pdrop: float = 0.1  # kept for the file; no dropout inside attention here
     linearisation: str = ""  # of a fine-tuned model: the frame it learned (`batches.encode_prompt`)
+    max_source: int | None = None  # likewise, to how many tokens sources were cut; None = never
 
     def __post_init__(self):
         if self.n_embd % self.n_head:

@@ -69,7 +69,7 @@ def bart_rows(config: BARTConfig) -> list[dict]:
     for method, trained, kept in found:
         percent = round(100 * kept / total, 4)
         rows.append({"method": method, "trained": trained, "kept": kept, "percent": percent})
-    if replace(config, linearisation="") == official_config("facebook/bart-large"):
+    if replace(config, linearisation="", max_source=None) == official_config("facebook/bart-large"):
         rows = [row | {"paper": BART_PAPER.get(row["method"], "")} for row in rows]
     return rows
 
@@ -105,6 +105,6 @@ def method_rows(config: GPT2Config | BARTConfig) -> list[dict]:
             table = count(Prefix(config, length, **options))
             mlp = count(Prefix(config, length, parametrisation="mlp", **options))
         add(f"prefix, P = {length}", mlp, table)
-    if replace(config, linearisation="") != official_config("gpt2-medium"):
+    if replace(config, linearisation="", max_source=None) != official_config("gpt2-medium"):
         rows = [{name: x for name, x in row.items() if name != "paper"} for row in rows]
     return rows

@@ -10,7 +10,7 @@ import json
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from minprefix.data import LINEARISATIONS
+from minprefix.checkpoint import frame_metadata, read_frame
 from minprefix.files import atomic_write, read_json, save_tensors
 from minprefix.foreign import check_only, read_tensors, rows_of_table, size, some, table_of_rows
 from minprefix.prefix import Prefix
@@ -59,9 +59,8 @@ def read_peft(folder: str | Path) -> Prefix:
         )
     prefix = Prefix.from_table(table_of_rows(rows, L, H), position_offset=P)
     # PEFT does not write these, `write_peft` does
-    prefix.base, prefix.linearisation = metadata.get("base", ""), metadata.get("linearisation", "")
-    if prefix.linearisation not in ("", *LINEARISATIONS):
-        raise ValueError(f"{path}: unknown linearisation {prefix.linearisation!r}")
+    prefix.base = metadata.get("base", "")
+    prefix.linearisation, prefix.max_source = read_frame(path, metadata)
     return prefix
 
 
@@ -107,7 +106,7 @@ def write_peft(folder: str | Path, prefix: Prefix, base_model: str | None = None
         "task_type": "CAUSAL_LM",
         "token_dim": H * D,
     }  # no keys of newer versions: older ones refuse what they do not know
-    metadata = {"format": "pt", "base": prefix.base, "linearisation": prefix.linearisation}
+    metadata = {"format": "pt", "base": prefix.base} | frame_metadata(prefix)
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -110,6 +110,7 @@ class Prefix(nn.Module):
         base: fingerprint of the model that it belongs to; "" = not known.
         linearisation: the frame it was trained in (`batches.encode_prompt`), which `generate` then
             puts around a text; "" = none, texts go in as they are.
+        max_source: to how many tokens its sources were cut, and are by `generate`; None = never.
         init_residual: what initialisation from words left over in the MLP, largest |difference|.
         parametrisation, n_trained: how it is or was trained, and the number of parameters that
             took; "" and 0 = not known. `export` and files keep them.
@@ -132,7 +133,8 @@ class Prefix(nn.Module):
                 f"[0, {config.n_positions}), the positions of the model"
             )
         self.prefix_len, self.position_offset, self.place = prefix_len, position_offset, place
-        self.base, self.linearisation, self.init_residual = "", "", 0.0
+        self.base, self.linearisation, self.max_source = "", "", None
+        self.init_residual = 0.0
         self.prefix_table = self.mlp = self.virtual = None
         if parametrisation == "mlp":
             self.mlp = PrefixMLP(config, prefix_len, mid_dim)
@@ -259,6 +261,7 @@ class Prefix(nn.Module):
         gate = None if self.gate is None else self.gate.detach()
         copy = Prefix.from_table(self.table(), self.position_offset, gate, self.place)
         copy.base, copy.linearisation = self.base, self.linearisation
+        copy.max_source = self.max_source
         copy.parametrisation, copy.n_trained = self.parametrisation, self.n_trained
         return copy
 

@@ -59,12 +59,13 @@ def run_generate(args) -> dict | None:
         raise ValueError(f"prompt {prompts.index('') + 1} is empty")
     model, tokenizer = weights.load(args.model, device=args.device)
     prefix = load_prefix(args, model)
-    frame = args.frame or (prefix.linearisation if prefix else frame_of(model)) or "none"
+    frame, cut = frame_of(model, prefix)
+    frame = args.frame or frame or "none"
     if frame == "none" and not for_bart(tokenizer):
         prompts = [tokenizer.encode(prompt) for prompt in prompts]
     else:
         style = "paper" if frame == "none" else frame
-        prompts = [encode_prompt(tokenizer, prompt, style) for prompt in prompts]
+        prompts = [encode_prompt(tokenizer, prompt, style, cut) for prompt in prompts]
     options = {"prefix": prefix, "config": config}
     if len(prompts) == 1 and config.num_beams == 1 and not args.json:
         pieces, begun = stream(model, tokenizer, prompts[0], **options), frame == "none"
@@ -113,7 +114,11 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=Path, help="prompt.json of the command search")
     parser.add_argument("--shots", type=int, default=0, help="examples in context, from train")
     parser.add_argument("--limit", type=int, help="only the first tables")
-    parser.add_argument("--max-source", type=int, help="cut sources to their first tokens")
+    parser.add_argument(
+        "--max-source",
+        type=int,
+        help="cut sources to their first tokens (default: as in training)",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="tables at a time")
     parser.add_argument("--outputs", type=Path, help="write sources and texts, JSON lines")
     parser.add_argument(
@@ -143,13 +148,12 @@ def run_evaluate(args) -> dict:
     model, tokenizer = weights.load(args.model, device=args.device)
     prefix = load_prefix(args, model)
     prompt = TokenPrompt.load(args.prompt, tokenizer) if args.prompt else None
-    extra = prefix or prompt
-    learned = extra.linearisation if extra else frame_of(model)
+    learned, cut = (prompt.linearisation, None) if prompt else frame_of(model, prefix)
+    trained = f"{args.prefix or args.adapter or args.prompt or args.model} was trained with"
     if learned and args.linearisation not in (None, learned):
-        raise ValueError(
-            f"{args.prefix or args.adapter or args.prompt or args.model} was trained with "
-            f"--linearisation {learned}, not {args.linearisation}"
-        )
+        raise ValueError(f"{trained} --linearisation {learned}, not {args.linearisation}")
+    if cut and args.max_source not in (None, cut):
+        raise ValueError(f"{trained} --max-source {cut}, not {args.max_source}")
     linearisation = args.linearisation or learned or "paper"
     load = {"linearisation": linearisation}
     examples = load_examples(args.data, args.split, **load)

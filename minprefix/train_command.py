@@ -169,7 +169,7 @@ def run_export(args) -> dict:
         prefix.load_state_dict(state["trained"])
     except RuntimeError as error:
         raise ValueError(f"{args.run_folder}: the state is of another model or prefix") from error
-    prefix.linearisation = settings["linearisation"]
+    prefix.linearisation, prefix.max_source = settings["linearisation"], config.max_source
     prefix.save(args.out)
     tensors, _ = load_tensors(args.out)
     return {

@@ -175,9 +175,10 @@ class Trainer:
             self.base = fingerprint(model)
         if tuning:
             self.trained.requires_grad_().train()
-            model.config = replace(model.config, linearisation=linearisation)
+            frame = {"linearisation": linearisation, "max_source": config.max_source}
+            model.config = replace(model.config, **frame)
         else:
-            added.linearisation = linearisation
+            added.linearisation, added.max_source = linearisation, config.max_source
             added.check_base(model)
             added.bind(model)
         default = BART_LR if isinstance(model, BART) else DEFAULT_LR

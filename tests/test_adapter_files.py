@@ -20,16 +20,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_round_trip(tmp_path, design):
     model = tiny_gpt2(dtype=torch.float32, layer_norm_epsilon=3e-4)
     adapter, ids = an_adapter(model, design), random_ids(model, 2, 7)
-    adapter.linearisation = "paper"
+    adapter.linearisation, adapter.max_source = "paper", 9
     adapter.save(tmp_path / "a.safetensors")
     loaded = Adapter.load(tmp_path / "a.safetensors")
     tensors, metadata = load_tensors(tmp_path / "a.safetensors")
     assert sum(x.numel() for x in tensors.values()) == count(adapter) == count(loaded)
     assert metadata == {
         "format": ADAPTER_FORMAT, "design": design, "bottleneck": "5", "base": fingerprint(model),
-        "layer_norm_epsilon": "0.0003", "linearisation": "paper",
+        "layer_norm_epsilon": "0.0003", "linearisation": "paper", "max_source": "9",
     }  # fmt: skip
-    assert loaded.linearisation == "paper" and loaded.base == fingerprint(model)
+    assert (loaded.linearisation, loaded.max_source) == ("paper", 9)
+    assert loaded.base == fingerprint(model)
     assert all(weight.requires_grad for weight in loaded.parameters())
     with adapter.attached(model):
         logits = model(ids)

@@ -29,10 +29,10 @@ def a_prefix(model: GPT2, **options) -> Prefix:
 def test_round_trip(tmp_path, parametrisation, gate):
     model = tiny_gpt2(dtype=torch.float32)
     prefix = a_prefix(model, parametrisation=parametrisation, gate=gate, position_offset=7)
-    prefix.linearisation = "paper"
+    prefix.linearisation, prefix.max_source = "paper", 9
     prefix.save(tmp_path / "a.safetensors")
     loaded = Prefix.load(tmp_path / "a.safetensors")
-    assert loaded.linearisation == "paper"
+    assert (loaded.linearisation, loaded.max_source) == ("paper", 9)
     assert loaded.mlp is None and torch.equal(loaded.prefix_table, prefix.table())
     assert loaded.prefix_len == 4 and loaded.position_offset == 7
     assert loaded.base == prefix.base == fingerprint(model)

@@ -7,6 +7,7 @@ from test_cli import only_json, train
 
 from minprefix import train_command
 from minprefix.data import data_folder
+from minprefix.prefix import Prefix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,9 +58,13 @@ def test_topics_and_max_source_from_training_to_scores(
     score = ("evaluate", "--model", tiny_folder, "--data", articles, "--max-new-tokens", 3)
     score += ("--prefix", run / "prefix.safetensors", "--json", "--device", "cpu")
     assert only_json(cli(*score, *topics)[0])["tables"] == 1  # news/health
-    _, err = cli(*score, code=1)
-    assert "n_positions" in err or "positions" in err
-    assert only_json(cli(*score, "--max-source", 20)[0])["tables"] == 4
+    assert only_json(cli(*score)[0])["tables"] == 4  # the prefix knows that sources are cut
+    assert Prefix.load(run / "prefix.safetensors").max_source == 20
+    long = "A text of news. " * 40
+    text, _ = cli("generate", *score[1:3], *score[7:9], *score[5:7], "--json", long)
+    assert only_json(text)["texts"]
+    _, err = cli(*score, "--max-source", 19, code=1)
+    assert "was trained with --max-source 20, not 19" in err
     _, err = cli(*score, "--topics", "seen", code=1)
     assert "no examples for the topics seen" in err
 
