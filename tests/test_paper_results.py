@@ -110,7 +110,10 @@ def test_a_half_finished_sweep_is_not_chosen_from(tmp_path):
 
 def test_rows_without_a_sweep_say_so(tmp_path):
     plan = Plan(sweep=swept(tmp_path / "sweep.csv", trials("PREFIX", "", (0.002, 900))))
-    assert plan.scale_of(plan.run("e2e", "PREFIX", 0)) == "preset (mini)"
+    other = "preset (mini), rates of 900-step trials"
+    assert plan.scale_of(plan.run("e2e", "PREFIX", 0)) == other
+    as_long = replace(plan, steps=900)
+    assert as_long.scale_of(as_long.run("e2e", "PREFIX", 0)) == "900 steps"
     assert plan.scale_of(plan.run("e2e", "FT-FULL", 0)) == "preset (mini), no sweep"
     assert plan.scale_of(plan.run("e2e", "DISCRETE", 0)) == "preset (mini)"
     few = replace(plan, steps=5, sweep=tmp_path / "none.csv")

@@ -134,9 +134,17 @@ class Plan:
         return ", ".join(words) or f"preset ({self.presets})"
 
     def scale_of(self, run: Run) -> str:
-        """`scale`, as it stands in the run's row: also whether no dev set chose its settings."""
-        chosen = run.train is None or run.train.lr is not None
-        return self.scale + ("" if chosen or self.quick else f", {NO_SWEEP}")
+        """`scale`, as it stands in the run's row: also whether no dev set chose its settings, and
+        whether trials of another length did."""
+        if run.train is None or self.quick:
+            return self.scale
+        if run.train.lr is None:
+            return f"{self.scale}, {NO_SWEEP}"
+        if self.presets == "paper" or self.sweep is None or run.size or run.split == "dev":
+            return self.scale
+        swept = {row["steps"] for row in read_rows(self.sweep) if not row["size"]}
+        other = swept - {str(run.train.steps)}
+        return self.scale + (f", rates of {'/'.join(sorted(other))}-step trials" if other else "")
 
     def decoding(self) -> GenerationConfig:
         beams = self.beams or (1 if self.quick else 5)
