@@ -2,6 +2,7 @@
 
     python -m benchmarks.bart                                  # bart-large's sizes, P = 200
     python -m benchmarks.bart --device cuda --dtype bfloat16 --batch-size 16
+    python -m benchmarks.bart --out benchmarks/bart.csv        # adds rows to a CSV
 
 Weights are random: times do not depend on them. The step is XSum's in the paper (sources of 512
 tokens, targets of 60, a prefix with MLPs at all three attentions): forward, backward and AdamW; the
@@ -13,9 +14,11 @@ import argparse
 import resource
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
+from benchmarks.machine import add_row, machine
 from minprefix.bart import BART
 from minprefix.bart_prefix import BARTPrefix
 from minprefix.baselines import count
@@ -90,6 +93,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         "batch-size": 1, "prefix-len": 200, "source": 512, "target": 60, "steps": 1, "num-beams": 6,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="CSV to add the rows to")
     args = parser.parse_args(argv)
     embedded = args.model in EMBEDDED
     config = read_config(find(args.model)) if embedded else official_config(args.model)
@@ -106,6 +110,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
             torch.cuda.reset_peak_memory_stats()
         seconds, peak = measure(model, args)
         rows.append({"work": work, "seconds": round(seconds, 3), "peak MiB": round(peak)})
+        if args.out:
+            names = ("model", "device", "dtype", "batch_size", "prefix_len", "source", "target", "num_beams")
+            key = {"work": work} | {name: getattr(args, name) for name in names}
+            add_row(args.out, key | rows[-1] | machine(), tuple(key))
         print(f"{work}: {seconds:.2f} s, peak {peak:,.0f} MiB", flush=True)
     sizes = f"B {args.batch_size}, P {args.prefix_len}, {args.source}/{args.target} tokens"
     print(f"{args.model}, {count(model):,} parameters, {args.dtype}, {args.device}, {sizes}")
