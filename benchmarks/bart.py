@@ -111,8 +111,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
         seconds, peak = measure(model, args)
         rows.append({"work": work, "seconds": round(seconds, 3), "peak MiB": round(peak)})
         if args.out:
-            names = ("model", "device", "dtype", "batch_size", "prefix_len", "source", "target", "num_beams")
-            key = {"work": work} | {name: getattr(args, name) for name in names}
+            names = ("model", "device", "dtype", "batch_size", "prefix_len", "source", "target")
+            key = {"work": work, "beams": args.num_beams}
+            key |= {name: getattr(args, name) for name in names}
             add_row(args.out, key | rows[-1] | machine(), tuple(key))
         print(f"{work}: {seconds:.2f} s, peak {peak:,.0f} MiB", flush=True)
     sizes = f"B {args.batch_size}, P {args.prefix_len}, {args.source}/{args.target} tokens"

@@ -21,6 +21,13 @@ NAMES = {
     "finetune": "fine-tuning",
 }
 
+BART_METHODS = {
+    "first sentence": "first sentence (lead-1)",
+    "best sentence (oracle)": "each note's best sentence (oracle)",
+    "prefix": "prefix (10 positions at each site)",
+    "finetune": "fine-tuning",
+}
+
 
 def final_rows() -> list[dict[str, str]]:
     """Rows of the test set, in the order of ORDER, then decoding, then seed."""
@@ -45,6 +52,37 @@ def e2e_table() -> str:
             f"| {row['rouge_l']} | {row['slot_coverage']} % | {int(row['parameters']):,} "
             f"| {training} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def bart_table() -> str:
+    """mini-bart on tables and on notes: the test rows, parts of the notes as summaries among them.
+
+    Of a method with several seeds the mean, with the standard deviation and their number.
+    """
+    columns = ("bleu", "slot_coverage", "R-1", "R-2", "R-L")
+    lines = [
+        "| data | method | decoding | BLEU | slot values | R-1 | R-2 | R-L | training |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in read_rows(HERE / "bart_tasks.csv"):
+        if row["split"] == "test" and row["method"] in BART_METHODS:
+            key = (row["task"], row["method"], row["decoding"])
+            groups.setdefault(key, []).append(row)
+    order = {name: n for n, name in enumerate(BART_METHODS)}
+    for (task, method, decoding), rows in sorted(
+        groups.items(), key=lambda g: (g[0][0], order[g[0][1]], g[0][2] != "greedy")
+    ):
+        cells = []
+        for column in columns:
+            found = [float(row[column]) for row in rows if row.get(column)]
+            spread = f" ± {np.std(found, ddof=1):.1f} ({len(found)})" if len(found) > 1 else ""
+            cells.append(f"{np.mean(found):.1f}{spread}" if found else "")
+        seconds = [float(row["train_seconds"]) for row in rows if row["train_seconds"]]
+        training = f"{np.mean(seconds) / 60:.0f} min" if seconds else "none"
+        name = BART_METHODS[method]
+        lines.append(f"| {task} | {name} | {decoding} | {' | '.join(cells)} | {training} |")
     return "\n".join(lines) + "\n"
 
 
@@ -92,7 +130,11 @@ def work_of(row: dict[str, str]) -> str:
     return f"{model}: train, B {row['B']}, T {row['T']}, loss at {row['labels']}"
 
 
-TABLES = {"benchmarks/e2e.csv": e2e_table, "benchmarks/cpu/bench.csv": speed_table}
+TABLES = {
+    "benchmarks/e2e.csv": e2e_table,
+    "benchmarks/bart_tasks.csv": bart_table,
+    "benchmarks/cpu/bench.csv": speed_table,
+}
 
 
 def with_tables(text: str) -> str:
