@@ -12,7 +12,8 @@
 #
 # **What to know first.** 02_equation_3 (what a prefix is) and 05_table_to_text (how one is tuned).
 #
-# **Running time.** A little over a minute on two CPU cores, most of it training in sections 6 and 7.
+# **Running time.** A little over a minute on two CPU cores; training, in sections 6 and 7, is most
+# of it.
 #
 # **Sources.** Li & Liang 2021, <https://arxiv.org/abs/2101.00190> (section 4.1, tables 2 and 3) and
 # their code; BART: Lewis et al. 2020; the notes: `minprefix/assets/notes`.
