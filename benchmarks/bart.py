@@ -2,24 +2,32 @@
 
     python -m benchmarks.bart                                  # bart-large's sizes, P = 200
     python -m benchmarks.bart --device cuda --dtype bfloat16 --batch-size 16
+    python -m benchmarks.bart --peers                          # beside transformers and PEFT
     python -m benchmarks.bart --out benchmarks/bart.csv        # adds rows to a CSV
 
 Weights are random: times do not depend on them. The step is XSum's in the paper (sources of 512
 tokens, targets of 60, a prefix with MLPs at all three attentions): forward, backward and AdamW; the
-first is warm-up, the median of the others is printed. The text is of 60 new tokens by 6 beams. Peak
-memory is the process's largest resident set on a CPU, allocated memory on a GPU; MiB = 2**20.
+first is warm-up, the median of the others is printed. The text is of 60 new tokens by 6 beams.
+
+Peers make such a step, too: `transformers` with frozen weights and no prefix, for gradients of the
+source's embeddings, and PEFT. PEFT's prefix is the decoder's alone, so nothing goes back through
+its encoder; "minprefix, decoder" is ours with that one prefix. Peak memory is the process's largest
+resident set so far on a CPU, allocated memory on a GPU; MiB = 2**20.
 """
 
 import argparse
 import resource
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.machine import add_row, machine
-from minprefix.bart import BART
+from minprefix import weights_bart
+from minprefix.bart import BART, SITES
 from minprefix.bart_prefix import BARTPrefix
 from minprefix.baselines import count
 from minprefix.decoding import GenerationConfig
@@ -27,6 +35,8 @@ from minprefix.generation import generate_ids
 from minprefix.method_counts import BARTS, official_config
 from minprefix.report import format_rows
 from minprefix.weights import EMBEDDED, find, read_config
+
+MID_DIM = 800  # width of the MLPs, as in the authors' code for XSum
 
 
 def peak_mib(device: str) -> float:
@@ -46,23 +56,81 @@ def timed(call, device: str) -> float:
     return time.perf_counter() - begin
 
 
-def train_step(model: BART, args) -> tuple[float, float]:
-    """Median seconds of a step, and peak MiB."""
-    prefix = BARTPrefix.random(
-        model.config, args.prefix_len, 0, parametrisation="mlp", mid_dim=800
-    ).to(args.device)
-    optimizer = torch.optim.AdamW(prefix.parameters(), lr=5e-5, weight_decay=0.0)
+def transformers_bart(model: BART, attention: str):
+    """transformers' BART with the same weights, in their dtype; attention "eager" or "sdpa"."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    values = weights_bart.in_their_names(model.config.__dict__)
+    twin = BartForConditionalGeneration(BartConfig(**values, attn_implementation=attention))
+    tensors = weights_bart.to_checkpoint(model.state_dict())
+    names = {n if n == "final_logits_bias" else f"model.{n}": x for n, x in tensors.items()}
+    copies = {f"model.{name}" if "embed" in name else name for name in weights_bart.TIED}
+    twin.load_state_dict(names | dict.fromkeys(copies, model.wte.weight))
+    return twin.to(model.wte.weight).eval()
+
+
+def our_losses(model: BART, args, sites=SITES):
+    """What is trained, and losses of (sources, what the decoder reads, labels)."""
+    options = {"parametrisation": "mlp", "mid_dim": MID_DIM, "sites": sites}
+    prefix = BARTPrefix.random(model.config, args.prefix_len, 0, **options).to(args.device)
+
+    def losses(sources, inputs, labels):
+        return model.token_losses(inputs, labels, source_ids=sources, prefix=prefix)
+
+    return [*prefix.parameters()], losses
+
+
+def transformers_losses(model: BART, args):
+    """Likewise, without a prefix; nothing is trained."""
+    twin = transformers_bart(model, "sdpa").requires_grad_(False)
+
+    def losses(sources, inputs, labels):
+        embd = twin.get_input_embeddings()(sources).requires_grad_()
+        logits = twin(inputs_embeds=embd, decoder_input_ids=inputs).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+
+    return [], losses
+
+
+def peft_losses(model: BART, args):
+    """Likewise, with PEFT's prefix."""
+    import peft
+
+    settings = peft.PrefixTuningConfig(
+        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=args.prefix_len, prefix_projection=True,
+        encoder_hidden_size=MID_DIM,
+    )  # fmt: skip
+    twin = peft.get_peft_model(transformers_bart(model, "sdpa"), settings).to(args.device).eval()
+    twin.prompt_encoder.float()
+
+    def losses(sources, inputs, labels):
+        logits = twin(input_ids=sources, decoder_input_ids=inputs).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+
+    return [p for p in twin.parameters() if p.requires_grad], losses
+
+
+METHODS = {
+    "minprefix": our_losses,
+    "minprefix, decoder": partial(our_losses, sites=("decoder",)),
+    "transformers": transformers_losses,
+    "peft": peft_losses,
+}
+
+
+def train_step(model: BART, args, method: str = "minprefix") -> tuple[float, float]:
+    """Median seconds of a step of one of METHODS, and peak MiB."""
+    trained, losses = METHODS[method](model, args)
+    optimizer = torch.optim.AdamW(trained, lr=5e-5, weight_decay=0, fused=True) if trained else None
     B, V = args.batch_size, model.config.vocab_size
     sources = torch.randint(4, V, (B, args.source), device=args.device)
     targets = torch.randint(4, V, (B, args.target + 1), device=args.device)
 
     def step() -> None:
-        losses = model.token_losses(
-            targets[:, :-1], targets[:, 1:], source_ids=sources, prefix=prefix
-        )
-        losses.mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        losses(sources, targets[:, :-1], targets[:, 1:]).mean().backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     seconds = [timed(step, args.device) for _ in range(1 + args.steps)][1:]
     return statistics.median(seconds), peak_mib(args.device)
@@ -93,6 +161,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         "batch-size": 1, "prefix-len": 200, "source": 512, "target": 60, "steps": 1, "num-beams": 6,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
+    parser.add_argument("--peers", action="store_true", help="the step of the others, too")
     parser.add_argument("--out", type=Path, help="CSV to add the rows to")
     args = parser.parse_args(argv)
     embedded = args.model in EMBEDDED
@@ -102,20 +171,21 @@ def main(argv: list[str] | None = None) -> list[dict]:
         model = BART(config).init_weights(0)
     model = model.to(getattr(torch, args.dtype)).requires_grad_(False).eval()
     rows = []
-    for work, measure in (
-        ("training step", train_step),
-        (f"text, {args.num_beams} beams", write_text),
-    ):
+    runs = [("training step", "minprefix", train_step)]
+    if args.peers:
+        runs += [("training step", m, partial(train_step, method=m)) for m in METHODS][1:]
+    runs.append((f"text, {args.num_beams} beams", "minprefix", write_text))
+    for work, method, measure in runs:
         if args.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
         seconds, peak = measure(model, args)
-        rows.append({"work": work, "seconds": round(seconds, 3), "peak MiB": round(peak)})
+        row = {"work": work, "method": method}
+        rows.append(row | {"seconds": round(seconds, 3), "peak MiB": round(peak)})
         if args.out:
             names = ("model", "device", "dtype", "batch_size", "prefix_len", "source", "target")
-            key = {"work": work, "beams": args.num_beams}
-            key |= {name: getattr(args, name) for name in names}
+            key = row | {"beams": args.num_beams} | {name: getattr(args, name) for name in names}
             add_row(args.out, key | rows[-1] | machine(), tuple(key))
-        print(f"{work}: {seconds:.2f} s, peak {peak:,.0f} MiB", flush=True)
+        print(f"{method}, {work}: {seconds:.2f} s, peak {peak:,.0f} MiB", flush=True)
     sizes = f"B {args.batch_size}, P {args.prefix_len}, {args.source}/{args.target} tokens"
     print(f"{args.model}, {count(model):,} parameters, {args.dtype}, {args.device}, {sizes}")
     print(format_rows(rows))

@@ -54,6 +54,8 @@ more)
         bench 1 90 train "${medium[@]}" --batch-size 10 --data "$data" --peers peft,peft-shuffled
     done
     bench 1 150 train "${medium[@]}" --batch-size 16 --prefix-len 1,50,100,200
+    step 80 "$PYTHON" -m benchmarks.bart --device cuda --dtype bfloat16 --batch-size 16 \
+        --steps 10 --peers --out "$OUT/bart.csv"
     bench 1 140 generate "${medium[@]}" --batch-size 16 --prefix-len 1,50,100,200 --new-tokens 32
     ;;
 *)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minprefix import weights_bart
+from benchmarks.bart import transformers_bart
 from minprefix.bart import BART, BARTConfig
 from minprefix.baselines import Adapter, BaselineConfig, make_baseline
 from minprefix.cli import main
@@ -261,14 +261,4 @@ def tiny_bart(seed: int = 0, dtype=torch.float64, **changes) -> BART:
 
 def hf_bart_twin(model: BART):
     """The BART of `transformers` with our weights, in their dtype: eager attention, eval mode."""
-    from transformers import BartConfig as HFConfig
-    from transformers import BartForConditionalGeneration
-
-    values = weights_bart.in_their_names(model.config.__dict__)
-    twin = BartForConditionalGeneration(HFConfig(**values, attn_implementation="eager"))
-    tensors = weights_bart.to_checkpoint(model.state_dict())
-    names = {n if n == "final_logits_bias" else f"model.{n}": x for n, x in tensors.items()}
-    copies = {f"model.{name}" if "embed" in name else name for name in weights_bart.TIED}
-    tied = {name: model.wte.weight for name in copies}
-    twin.load_state_dict(names | tied)
-    return twin.to(model.wte.weight.dtype).eval()
+    return transformers_bart(model, "eager")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_bart
 
 from benchmarks import bart
 from benchmarks.machine import add_row, machine, read_rows
@@ -130,7 +131,17 @@ def test_calls_for_the_sanitizer_run_and_repeat(monkeypatch):
 @pytest.mark.slow
 def test_bart_benchmark_runs(capsys):
     sizes = ("--source", "9", "--target", "5", "--prefix-len", "2", "--num-beams", "2")
-    rows = bart.main(["--model", "mini-bart", "--device", "cpu", *sizes])
-    assert [row["work"] for row in rows] == ["training step", "text, 2 beams"]
+    rows = bart.main(["--model", "mini-bart", "--device", "cpu", "--peers", *sizes])
+    assert [row["work"] for row in rows] == ["training step"] * 4 + ["text, 2 beams"]
+    assert [row["method"] for row in rows] == [*bart.METHODS, "minprefix"]
     assert all(row["seconds"] > 0 and row["peak MiB"] > 50 for row in rows)
     assert "14,462,720 parameters" in capsys.readouterr().out
+
+
+def test_bart_peer_computes_what_ours_does_without_a_prefix():
+    model = tiny_bart()
+    source, inputs, labels = (torch.randint(3, 97, (2, n)) for n in (7, 5, 5))
+    _, losses = bart.transformers_losses(model, None)
+    exact = model.token_losses(inputs, labels, source_ids=source)
+    theirs = losses(source, inputs, labels)
+    assert (theirs - exact).abs().max() < 1e-5  # their losses are in fp32; worst seen: 4e-7
