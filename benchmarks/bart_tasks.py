@@ -64,7 +64,7 @@ TASKS = {
     "news-to-sports": dataclasses.replace(NOTES, topics="news-to-sports"),
     "within-news": dataclasses.replace(NOTES, topics="within-news"),
 }  # fmt: skip
-DEV_EXAMPLES = 200  # of the dev set, evenly spread, that choose a learning rate
+DEV_EXAMPLES = 200  # at least so many of the dev set, if it has them, choose a learning rate
 
 
 def load_sets(name: str, data: str) -> dict[str, list[Example]]:

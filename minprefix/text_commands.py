@@ -114,11 +114,8 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=Path, help="prompt.json of the command search")
     parser.add_argument("--shots", type=int, default=0, help="examples in context, from train")
     parser.add_argument("--limit", type=int, help="only the first tables")
-    parser.add_argument(
-        "--max-source",
-        type=int,
-        help="cut sources to their first tokens (default: as in training)",
-    )
+    cut = "cut sources to their first tokens (default: as in training)"
+    parser.add_argument("--max-source", type=int, help=cut)
     parser.add_argument("--batch-size", type=int, default=64, help="tables at a time")
     parser.add_argument("--outputs", type=Path, help="write sources and texts, JSON lines")
     parser.add_argument(

@@ -275,8 +275,8 @@ for name, *pair in (("GPT-2", gpt2.double(), gpt2_tokenizer), ("encoder", exact,
 #
 # ## 6. Tuning one
 #
-# As in 05: the trainer, the loss, the files are the same. Each site has its own MLP while
-# it is trained. First a choice: which sites? Four short runs on the same rows.
+# As in 05: the trainer, the loss, the files are the same. Each site has its own MLP while it is
+# trained. First a choice: which sites? Four short runs on the same rows.
 
 
 # %%
@@ -379,11 +379,11 @@ for name, texts in (("reference", references), *written.items()):
         names, numbers = names + len(stated(text)[0]), numbers + len(stated(text)[1])
         right += len(stated(text)[1] & stated(reference)[1])
     rows.append({
-        "text": name, "names": names, "in the note": noted[0], "numbers": numbers,
-        "in the note ": noted[1], "in the reference": right,
+        "text": name, "names": names, "names in the note": noted[0], "numbers": numbers,
+        "numbers in the note": noted[1], "numbers in the reference": right,
     })  # fmt: skip
 print(format_rows(rows))
-assert rows[0]["names"] == rows[0]["in the note"]  # references invent nobody
+assert rows[0]["names"] == rows[0]["names in the note"]  # references invent nobody
 
 # %% [markdown]
 # Names are copied early in training. A number has to be copied from the right place, or worked out
