@@ -14,6 +14,7 @@ from minprefix.paper.presets import GRID, GRID_LOW, METHODS, MINI, SWEEP_SUBSET,
 from minprefix.paper.run import Run
 
 TABLE1 = ("FT-FULL", "FT-TOP2", "ADAPTER (3%)", "ADAPTER (0.1%)", "PREFIX")
+TABLE1_MINI = (*TABLE1[:-1], "ADAPTER (0.35%)", "PREFIX")
 TABLE4 = (
     "DISCRETE", "DISCRETE AROUND", "EMB-1", "EMB-10", "EMB-20", "INFIX-1", "INFIX-10", "INFIX-20",
     "PREFIX",
@@ -35,12 +36,17 @@ class Cell:
     x: str = ""  # place on the x axis; "" in tables
 
 
+def table1_names(plan: Plan) -> tuple[str, ...]:
+    """The rows of table 1; `mini` has one more, the adapter that is as large as its prefix."""
+    return TABLE1_MINI if plan.model == "mini" else TABLE1
+
+
 def table1(plan: Plan) -> list[Cell]:
     """Table 1 (ACL 2): five methods on three data sets."""
     return [
         Cell(name, plan.run(data, name, seed))
         for data in ("e2e", "webnlg", "dart")
-        for name in TABLE1
+        for name in table1_names(plan)
         for seed in plan.seeds
     ]
 
@@ -156,7 +162,7 @@ def full_trials(plan: Plan, data: str, names: tuple[str, ...], judged: dict) -> 
 
 
 def low_trials(plan: Plan, judged: dict) -> list[Cell]:
-    """Low data: three learning rates x two numbers of steps, on a subset that no figure uses."""
+    """Low data: four learning rates x two numbers of steps, on a subset that no figure uses."""
     cells = []
     for size in sorted(set(SWEPT_SIZE.values()))[: 1 if plan.quick else None]:
         low = {"size": size, "subset": SWEEP_SUBSET} | judged
@@ -185,7 +191,7 @@ def sweep(plan: Plan) -> list[Cell]:
     if plan.quick:
         judged["tables"] = 8
     first = ("FT-FULL", "PREFIX") if plan.quick else ("PREFIX", "FT-FULL", "EMB-10", "INFIX-10")
-    all_names = first if plan.quick else TABLE1
+    all_names = first if plan.quick else table1_names(plan)
     rest = tuple(name for name in all_names if name not in first)
     return [
         *full_trials(plan, "e2e", first, judged),

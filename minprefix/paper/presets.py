@@ -34,12 +34,15 @@ def infix(n: int) -> dict:
     return {"method": "prefix", "prefix": {"place": "infix", "prefix_len": n}}
 
 
-# by the paper's name: the training method, and what differs from the defaults of its configs
+# By the paper's name: the training method, and what differs from the defaults of its configs. The
+# paper's narrow adapter keeps as many parameters as its prefix, 0.1 % of GPT-2 medium; the prefix
+# of `mini` is 0.35 % of it, so there an adapter of that size stands beside it.
 METHODS = {
     "FT-FULL": {"method": "finetune"},
     "FT-TOP2": {"method": "ft-top", "baseline": {"top_layers": 2}},
     "ADAPTER (3%)": {"method": "adapter", "baseline": {"adapter_share": 0.03}},
     "ADAPTER (0.1%)": {"method": "adapter", "baseline": {"adapter_share": 0.001}},
+    "ADAPTER (0.35%)": {"method": "adapter", "baseline": {"adapter_share": 0.0035}},
     "PREFIX": {"method": "prefix", "prefix": {}},
     "EMB-1": emb(1), "EMB-10": emb(10), "EMB-20": emb(20),
     "INFIX-1": infix(1), "INFIX-10": infix(10), "INFIX-20": infix(20),
@@ -87,10 +90,11 @@ GRID = {
 }
 # mini, low data: learning rates x most steps, for each method; chosen on the dev set
 GRID_LOW = {
-    "finetune": ((1e-4, 3e-4, 1e-3), (100, 400)),
-    "prefix": ((3e-4, 1e-3, 3e-3), (100, 400)),
+    "finetune": ((1e-4, 3e-4, 1e-3, 3e-3), (100, 400)),
+    "prefix": ((1e-4, 3e-4, 1e-3, 3e-3), (100, 400)),
 }
 NO_SWEEP = "no sweep"  # in the scale of rows whose learning rate is the default
+SWEPT = "e2e"  # whose choices a data set takes that was not swept itself
 SWEPT_SIZE = {50: 100, 100: 100, 200: 100, 500: 500}  # low data: size -> the size it was swept at
 SWEEP_SUBSET = 100  # a subset of its own, none of those that are reported
 
@@ -135,16 +139,21 @@ class Plan:
 
     def scale_of(self, run: Run) -> str:
         """`scale`, as it stands in the run's row: also whether no dev set chose its settings, and
-        whether trials of another length did."""
+        whether trials of another length or on another data set did."""
         if run.train is None or self.quick:
             return self.scale
         if run.train.lr is None:
             return f"{self.scale}, {NO_SWEEP}"
         if self.presets == "paper" or self.sweep is None or run.size or run.split == "dev":
             return self.scale
-        swept = {row["steps"] for row in read_rows(self.sweep) if not row["size"]}
-        other = swept - {str(run.train.steps)}
-        return self.scale + (f", rates of {'/'.join(sorted(other))}-step trials" if other else "")
+        rows = pick(read_rows(self.sweep), size="")
+        here = pick(rows, data=run.data, method=run.method)
+        other = {row["steps"] for row in here or rows} - {str(run.train.steps)}
+        where = "" if run.data == SWEPT or here else f" on {SWEPT}"
+        if not other and not where:
+            return self.scale
+        steps = f"{'/'.join(sorted(other))}-step " if other else ""
+        return f"{self.scale}, rates of {steps}trials{where}"
 
     def decoding(self) -> GenerationConfig:
         beams = self.beams or (1 if self.quick else 5)
@@ -232,7 +241,8 @@ class Plan:
     def _chosen(self, data: str, name: str, size: int | None, init: str | None) -> dict:
         """lr (and, in low data, steps) with the best dev BLEU in the sweep; {} without one.
 
-        A data set that was not swept takes what was chosen on E2E. Trials that failed are trials.
+        A data set that was not swept takes what was chosen on `SWEPT`. Trials that failed are
+        trials.
 
         Raises:
             ValueError: the sweep has not finished all trials of the method.
@@ -243,7 +253,7 @@ class Plan:
         name = family(name) + (" random" if init == "random" and size else "")
         grid = (GRID_LOW if size else GRID).get(METHODS[name.removesuffix(" random")]["method"], ())
         trials = math.prod(map(len, grid)) if size else len(grid)
-        for swept in (data, "e2e"):
+        for swept in (data, SWEPT):
             rows = pick(read_rows(self.sweep), data=swept, name=name, size=str(size or ""))
             rows = [row for row in rows if not row.get("problem", "").startswith("not tested")]
             tried = {(r["lr"], r["steps"]) for r in rows if r.get("problem") != "not finished"}
