@@ -8,14 +8,24 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from minprefix.paper import pool
-from minprefix.paper.experiments import TABLE1, TABLE4, figure3, figure6, table1, table3, table4
+from minprefix.paper.experiments import (
+    TABLE1,
+    TABLE1_MINI,
+    TABLE4,
+    figure3,
+    figure6,
+    table1,
+    table3,
+    table4,
+)
 from minprefix.paper.presets import Plan
 from minprefix.paper.results import read_rows
-from minprefix.paper.run import Run, record_of, why_missing
+from minprefix.paper.run import Run, failure_of, record_of, why_missing
 from minprefix.training import TrainConfig
 from minprefix.weights import save_model
 from tests.conftest import tiny_with_words
@@ -204,6 +214,17 @@ def test_a_run_that_another_process_has_is_waited_for(monkeypatch, tmp_path):
     assert not worker.is_alive() and not (tmp_path / run.id / "failure.json").exists()
 
 
+def test_a_process_that_dies_before_its_first_run_is_named(monkeypatch, tmp_path):
+    """Killed by the system for its memory, say: no folder is there yet."""
+    dead = SimpleNamespace(is_alive=lambda: False, exitcode=-9)
+    monkeypatch.setattr(pool, "start", lambda *_: [dead, dead])
+    (run,) = runs_of(1)
+    named = []
+    pool.run_all([run], tmp_path / "runs", None, "cpu", 2, [], named.append)
+    assert named == [run]
+    assert failure_of(tmp_path / "runs" / run.id) == "its process ended with exit code -9"
+
+
 def test_a_failed_run_is_a_row_and_is_tried_again(cli, options, tmp_path, monkeypatch):
     execute = pool.execute
 
@@ -237,7 +258,7 @@ def test_an_interrupted_command_says_that_it_goes_on(cli, options, monkeypatch):
 def test_names_are_digests_of_the_whole_definition():
     plan = Plan(seeds=(0, 1))
     names = {cell.run.id for cell in table1(plan)}
-    assert len(names) == len(table1(plan)) == 3 * len(TABLE1) * 2
+    assert len(names) == len(table1(plan)) == 3 * len(TABLE1_MINI) * 2
     assert {cell.run.id for cell in table3(plan)} < names
     assert len({c.run.id for c in table4(plan)} & names) == 2, "PREFIX of both tables is one run"
     assert len({c.run.id for c in figure6(plan)} & names) == 4, "all of the data"

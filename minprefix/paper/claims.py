@@ -372,20 +372,26 @@ CLAIMS = {
 }
 
 
-def judge(experiment: str, rows: Sequence[Row]) -> list[str]:
-    """One line for each claim of a table or figure: the claim, its source, what holds here.
-
-    Quick runs test nothing.
-    """
+def verdicts(experiment: str, rows: Sequence[Row]) -> list[tuple[Claim, Verdict]]:
+    """What the rows say of each claim of a table or figure. Quick runs test nothing."""
     done = [row for row in rows if not row.get("problem")]
     quick = any(row["scale"].startswith("quick") for row in done)
     swept = any(row["model"] == "mini" and NO_SWEEP not in row["scale"] for row in done)
-    lines = []
+    found = []
     for claim in CLAIMS[experiment]:
-        verdict = claim.judge(done)
-        numbers = f" ({verdict.numbers})" if verdict.numbers else ""
-        status = f"{UNTESTED}, a quick run says" if quick and numbers else verdict.status
-        if claim.lengths and numbers and swept and not quick:
+        status, numbers = (verdict := claim.judge(done)).status, verdict.numbers
+        if quick and numbers:
+            status = f"{UNTESTED}, a quick run says"
+        elif claim.lengths and numbers and swept:
             numbers += f"; {ONE_LENGTH}"
-        lines.append(f"{claim.text} ({claim.source}): {status}{numbers}")
-    return lines
+        found.append((claim, Verdict(status, numbers)))
+    return found
+
+
+def judge(experiment: str, rows: Sequence[Row]) -> list[str]:
+    """`verdicts`, one line for each claim: the claim, its source, what holds here."""
+    return [
+        f"{claim.text} ({claim.source}): {said.status}"
+        + (f" ({said.numbers})" if said.numbers else "")
+        for claim, said in verdicts(experiment, rows)
+    ]

@@ -151,6 +151,7 @@ def run_all(
         if not settled(folder):  # a process that was killed, by the system for its memory perhaps
             codes = sorted({worker.exitcode for worker in workers if worker.exitcode})
             reason = f"its process ended with exit code {', '.join(map(str, codes)) or 'unknown'}"
+            folder.mkdir(parents=True, exist_ok=True)  # where no process came to take the run
             write_text(folder / "failure.json", json.dumps({"reason": reason}) + "\n")
         done(run)
 

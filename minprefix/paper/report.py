@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minprefix.files import write_text
-from minprefix.paper.claims import judge
+from minprefix.paper.claims import NOISE, judge, verdicts
 from minprefix.paper.experiments import EXPERIMENTS, NOT_HERE
 from minprefix.paper.figures import names_of
 from minprefix.paper.published import ACL, COLUMNS, published
@@ -106,6 +106,19 @@ def section(path: Path, experiment: str) -> str:
     return "\n".join(parts)
 
 
+def summary(folder: Path) -> str:
+    """A line for each claim: whether it holds here. The numbers stand in its section."""
+    lines = []
+    for experiment in EXPERIMENTS:
+        for path in sorted(folder.glob(f"{experiment}-*.csv")):
+            rows = read_rows(path)
+            for claim, said in verdicts(experiment, rows):
+                noise = f", {NOISE}" if NOISE in said.numbers else ""
+                lines.append([experiment, rows[0]["model"], claim.text, said.status + noise])
+    header = ["", "model", "the paper says", "here"]
+    return "## In short\n\n" + markdown(header, lines) if lines else ""
+
+
 def sweep_section(path: Path) -> str:
     """What was tried on the dev set, and what was chosen: best dev BLEU by method and size."""
     rows = [row for row in read_rows(path) if quality(row) is not None]
@@ -132,11 +145,11 @@ def report(folder: Path) -> str:
     Raises:
         ValueError: there is none.
     """
-    parts = [HEAD]
+    parts = [HEAD, *([text] if (text := summary(folder)) else [])]
     for experiment in EXPERIMENTS:
         parts += [section(path, experiment) for path in sorted(folder.glob(f"{experiment}-*.csv"))]
     parts += [sweep_section(path) for path in sorted(folder.glob("sweep-*.csv"))]
-    if len(parts) == 1:
+    if parts == [HEAD]:
         raise ValueError(f"{folder}: no results there, such as table4-mini.csv")
     return "\n".join(parts)
 
