@@ -2,6 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 OUT ?= runs/demo
+# tests in a process per core; one by one: make test WORKERS=0
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
 KERNEL_TESTS := tests/test_attention.py tests/test_decode.py tests/test_operator.py
 
 .DEFAULT_GOAL := help
@@ -38,11 +41,11 @@ demo: .venv/.user ## tune a prefix on the embedded tables, write texts, measure 
 test: .venv/.dev ## format, lint and all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -m "not official" --durations=10
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(KERNEL_TESTS) --durations=10
+	$(PYTEST) -m "not official" --durations=10
+	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS) --durations=10
 
 test-kernels: .venv/.dev ## the Triton kernels, run in Triton's interpreter on the CPU
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(KERNEL_TESTS) --durations=10
+	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS) --durations=10
 
 compile: .venv/.dev ## what the compiler says of the default tiles at D = 64 in bf16, without a GPU
 	$(BIN)/python -m kernels.compile_offline --all --dtype bf16 --head_dim 64 --batch_size 1000 \
@@ -56,7 +59,7 @@ compile-all: .venv/.dev ## compile the kernels for every GPU that they know, in 
 check: .venv/.dev ## format, lint and the fast tests: while working
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -m "not slow and not official" -x
+	$(PYTEST) -m "not slow and not official" -x
 
 format: .venv/.dev ## let ruff format and fix the code
 	$(BIN)/ruff check --fix .

@@ -53,13 +53,19 @@ def tiny_gpt2(seed: int = 0, dtype=torch.float64, **changes) -> GPT2:
     return model.to(dtype).eval()
 
 
+# several processes share the tests (`make test`): a thread for each, and for what each starts
+ALONE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) == 1
+if not ALONE:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
 @pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def some_threads():
+    torch.set_num_threads(2 if ALONE else 1)
 
 
 @pytest.fixture
-def one_thread(two_threads):
+def one_thread(some_threads):
     """For many small calls: they are faster on one thread, above all beside other work."""
     torch.set_num_threads(1)
 

@@ -28,7 +28,7 @@ def graphs_on_request(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def one_thread(two_threads):
+def one_thread(some_threads):
     """Tiny matrices: a second thread costs more than it brings."""
     torch.set_num_threads(1)
 

@@ -37,7 +37,7 @@ class Chars:
 
 
 @pytest.fixture(autouse=True)
-def one_thread(two_threads):
+def one_thread(some_threads):
     """Tiny matrices: a second thread costs more than it brings."""
     torch.set_num_threads(1)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jupytext
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
@@ -35,7 +36,8 @@ def name(path: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS + SOLUTIONS, ids=name)
 def test_runs_from_any_folder(path: Path, tmp_path: Path):
-    here = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    threads = str(torch.get_num_threads())
+    here = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, path], cwd=tmp_path, env=os.environ | here, timeout=HANGS,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
