@@ -84,7 +84,7 @@ MINI_LOW = {"batch_size": 10}
 # mini: four learning rates for each method, by what it trains; chosen on the dev set
 GRID = {
     "finetune": (2e-4, 5e-4, 1e-3, 2e-3),
-    "ft-top": (2e-4, 5e-4, 1e-3, 2e-3),
+    "ft-top": (5e-4, 1e-3, 2e-3, 5e-3),
     "adapter": (5e-4, 1e-3, 2e-3, 5e-3),
     "prefix": (5e-4, 1e-3, 2e-3, 5e-3),
 }
