@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 PREFIX = PrefixConfig(prefix_len=10, mid_dim=512)  # an MLP at each of the three attentions
 RATES = {"prefix": (1e-3, 2e-3, 4e-3), "finetune": (2e-4, 5e-4, 1e-3)}
 GREEDY = GenerationConfig(max_new_tokens=80, num_beams=1)
-XSUM = GenerationConfig(  # the paper's way of decoding
+XSUM = GenerationConfig(  # the paper's 6 beams and penalty; BART's config blocks n-grams
     max_new_tokens=60, num_beams=6, length_penalty=0.8, no_repeat_ngram_size=3
 )
 

@@ -15,18 +15,18 @@ from pathlib import Path
 
 import jupytext
 
-from benchmarks.readme import e2e_table, speed_table
+from benchmarks.readme import bart_table, e2e_table, speed_table
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 TUTORIALS, BENCHMARKS = ROOT / "tutorials", ROOT / "benchmarks"
 
 GROUPS = {
-    "Model and prefix": "gpt2 bart prefix parametrisations baselines method_counts bank weights "
-    "hub tokenizer checkpoint",
+    "Model and prefix": "gpt2 bart prefix bart_prefix parametrisations baselines method_counts "
+    "weights weights_bart hub tokenizer checkpoint",
     "Data and training": "examples data data_formats data_triples data_articles data_splits "
-    "download_data batches losses training fast_training run_folder ranks",
-    "Texts": "generation decoding fast_generation caches graphs serve",
+    "download_data batches losses training fast_training run_folder ranks pretrain pretrain_data",
+    "Texts": "generation decoding fast_generation caches graphs",
     "Scores": "evaluation metrics official_metrics e2e_metrics ptb meteor score_files",
     "Discrete prompts": "prompting prompt_search prompt_scores prompt_moves",
     "Files": "files foreign peft_files convert",
@@ -138,6 +138,9 @@ KNOWN = {  # what a CSV holds, for those that have no table of their own below
     "e2e.csv": "E2E with `mini`: all runs, dev and test",
     "e2e_select.csv": "E2E with `mini`: learning rates, chosen by dev loss in short runs",
     "e2e_hard_prompts.csv": "E2E with `mini`: hard prompts, chosen on the dev set",
+    "bart_tasks.csv": "E2E and notes with `mini-bart`: all runs, dev and test",
+    "bart_select.csv": "The same: learning rates, chosen on the dev set in short runs",
+    "bart.csv": "bart-large's size: a training step and a text on two CPU cores",
     "cpu_attention.csv": "The attention operator's CPU path: fused attention against two products",
     "call_overhead.csv": "What a call of the operator costs in Python, µs",
     "compiled.csv": "The kernels as compiled for four GPUs: registers, shared memory, spills",
@@ -156,6 +159,7 @@ def result_pages() -> dict[str, str]:
     lines += ["each file names the machine, the versions and the commit of its numbers.", ""]
     lines += ["## E2E with the embedded model", "", note("e2e"), "", e2e_table()]
     lines += [picture("readme.png", "Left: which keys each query sees. Right: BLEU on E2E."), ""]
+    lines += ["## An encoder-decoder: `mini-bart`", "", note("bart"), "", bart_table()]
     lines += ["## Speed on a CPU, beside PEFT", "", note("speed"), "", speed_table()]
     lines += [picture(str(path), title) for path, title in speed_pictures()]
     lines += ["## All files", ""]
@@ -178,9 +182,11 @@ def note(name: str) -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     heading, mark = {
         "e2e": ("## What a frozen model can do with it", "<!-- table: benchmarks/e2e.csv"),
+        "bart": ("What `mini-bart`", "<!-- table: benchmarks/bart_tasks.csv"),
         "speed": ("## How fast", "<!-- table: benchmarks/cpu/bench.csv"),
     }[name]
     text = text.split(heading, 1)[1].split(mark, 1)[0].strip()
+    text = text if heading.startswith("#") else f"{heading} {text}"
     return re.sub(r"\]\((?!http)([^)]+)\)", r"](../../\1)", text)
 
 

@@ -284,7 +284,7 @@ class Prefix(nn.Module):
 
 
 class PrefixBank:
-    """Several prefixes for one model, in memory, mixed freely in one batch (section 8.1).
+    """Several prefixes for one model, in memory, mixed freely in one batch (section 8.2).
 
     `model(ids, prefix=bank, prefix_index=index)`: row b uses prefix index[b], -1 = none. Lengths,
     position offsets, gates and places may differ: each row is computed as it would be alone.

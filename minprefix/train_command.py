@@ -38,7 +38,9 @@ READ = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command, beside those of model and data."""
     parser.add_argument("--dev", help="dev file, where --data is a file")
-    parser.add_argument("--subset", type=int, help="low data: this many pairs, 30 %% of it for dev")
+    parser.add_argument(
+        "--subset", type=int, help="low data: this many pairs, 30 %% as many for dev"
+    )
     parser.add_argument("--subset-seed", type=int, default=0, help="which (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="run folder to make")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")

@@ -465,8 +465,8 @@ else:
 # The compiler needs no GPU (`make compile`). It says how many registers a thread takes, how much
 # shared memory a program, and how many bytes of registers had to be spilled to memory, which would
 # undo the savings. A multiprocessor of an H100 has 65,536 registers, room for 2,048 threads and 228
-# KiB of shared memory, of which each program takes 1 KiB more than it asks for [6]. `at once`: the
-# number of programs that fit: while one waits for memory, another can multiply.
+# KiB of shared memory, of which each program takes 1 KiB more than it asks for [6]. `at once` is
+# the number of programs that fit: while one waits for memory, another can multiply.
 
 # %%
 BENCHMARKS = Path(find_spec("kernels").origin).parents[1] / "benchmarks"
@@ -570,7 +570,7 @@ print(f"mean share of the prefix: query 0 {lam[:, :, 0].mean():.2f}, query {T - 
 #    results by lse, and count the bytes that the merging adds.
 # 5. From which T on is the fused forward pass at P = 10 bound by products on an H100?
 #
-# Solutions: `solutions/04_fused_attention.py`.
+# Solutions: `tutorials/solutions/04_fused_attention.py`.
 #
 # ## References
 # 1. Li & Liang 2021, Prefix-Tuning, eq. (3): https://arxiv.org/abs/2101.00190

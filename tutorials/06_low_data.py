@@ -238,11 +238,12 @@ axes.set(xlabel=f"test loss at {SIZES[0]} pairs (nats per target token)", ylabel
 show(figure, "06_start")
 
 # %% [markdown]
-# ## 6. The same experiment on E2E, at the paper's size
+# ## 6. The same experiment on E2E
 #
-# `python -m minprefix paper figure3` and `figure5` run it on the real data with this model: 5
-# subsets, 2 seeds, settings chosen on dev sets. It takes hours, and leaves a CSV, which is read
-# here if it is there. The lines under the table judge the paper's claims by its rows.
+# `python -m minprefix paper figure3` and `figure5` run it on the real data with this model, as
+# the paper does: 5 subsets, 2 seeds, unless told otherwise; settings chosen on dev sets. It takes
+# hours, and leaves a CSV, which is read here if it is there. The lines under the table judge the
+# paper's claims by its rows.
 
 # %%
 for experiment in ("figure3", "figure5"):
@@ -268,8 +269,9 @@ for experiment in ("figure3", "figure5"):
 # - A low-data result is a mean over subsets, with its spread, of runs that stopped by a dev set as
 #   small as their training set. One run is an anecdote.
 # - Compare on the same subsets, and take the interval of the difference.
-# - The paper's claim, the prefix is ahead with few examples, is about GPT-2 medium and large. What
-#   you saw above is about `mini` in short runs. Both are worth knowing before you choose.
+# - The paper's claim, the prefix is ahead with few examples, is about GPT-2 medium on E2E and
+#   BART-large on XSum. What you saw above is about `mini` in short runs. Both are worth knowing
+#   before you choose.
 # - Start from words. It costs nothing, and the first steps begin nearer to text.
 # - When not to use a prefix: if you may store a copy of the model, have data, and the task is far
 #   from what the model can do, fine-tuning is the stronger tool. The prefix is for many tasks or

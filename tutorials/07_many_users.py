@@ -4,7 +4,7 @@
 # **What you will learn.** How one frozen model writes for many users in the same batch, each with a
 # prefix of their own: how such a batch is computed, why no user's prefix holds anything of another
 # user's data, what adding and deleting a user takes, and what a user costs beside a fine-tuned
-# copy. This is section 8.1 of the paper, done.
+# copy. This is what sections 8.1 and 8.2 of the paper propose, done.
 #
 # **What to know first.** Tutorial 2 (`02_equation_3`): what a prefix is, and why token t stands at
 # position t + offset. Letters: N prefixes in a bank, B rows, L layers, H heads, P prefix positions.
@@ -12,7 +12,7 @@
 # **Running time.** About a minute on two CPU cores. With `MODEL = "gpt2"` the training takes
 # longer.
 #
-# **Sources.** Li & Liang 2021 [1], section 8.1; the data of `minprefix/assets/restaurants`.
+# **Sources.** Li & Liang 2021 [1], sections 8.1, 8.2; the data of `minprefix/assets/restaurants`.
 
 # %%
 import copy
@@ -401,7 +401,7 @@ show(figure, "07_throughput")
 # - A user costs a small part of what a copy costs, and requests of all users are one batch.
 #
 # **When not to use it.** For one user or one task with much data, fine-tuning learns more (see
-# tutorial 5, `05_table_to_text`), and its copy is then the only one you keep.
+# 06_low_data and the first table of the README), and its copy is then the only one you keep.
 #
 # ## Exercises
 # 1. Give all rows of a bank the same position offset instead of their own. Which rows change?
@@ -412,7 +412,7 @@ show(figure, "07_throughput")
 # 4. How many users' keys and values fit beside GPT-2 medium in 80 GB if each of them also has a
 #    cache of 512 tokens? Which of the two, prefix or cache, is the limit?
 #
-# Solutions: `solutions/07_many_users.py`.
+# Solutions: `tutorials/solutions/07_many_users.py`.
 #
 # ## References
-# 1. Li & Liang 2021, Prefix-Tuning, section 8.1: https://arxiv.org/abs/2101.00190
+# 1. Li & Liang 2021, Prefix-Tuning, sections 8.1, 8.2: https://arxiv.org/abs/2101.00190

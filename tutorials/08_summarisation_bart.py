@@ -7,8 +7,8 @@
 #
 # **What you will learn.** How an encoder-decoder reads a source; where its three attentions take a
 # prefix, with equation (3) at each of them by hand; which states each one can change; why no
-# instruction is exactly a prefix here; how summaries are scored, and by which faults ROUGE is not
-# disturbed; what to expect of bart-large on XSum.
+# instruction is exactly a prefix here; how summaries are scored, and which faults ROUGE does not
+# see; what to expect of bart-large on XSum.
 #
 # **What to know first.** 02_equation_3 (what a prefix is) and 05_table_to_text (how one is tuned).
 #
@@ -269,9 +269,10 @@ for name, *pair in (("GPT-2", gpt2.double(), gpt2_tokenizer), ("encoder", exact,
     assert (by_layer.max() < 1e-12) == (name == "GPT-2")
 
 # %% [markdown]
-# In layer 0 both agree, because its keys come from embeddings alone. Cross attention reads the
-# encoder's result, so there it holds, too. Initialising from words (`init="words"`) therefore takes
-# what the model makes of the words alone. It is a start, not an equality.
+# In layer 0 both agree, because its keys come from embeddings alone. Above it they differ, and so
+# do the keys of cross attention, which come from the encoder's result. Initialising from words
+# (`init="words"`) therefore takes what the model makes of the words alone. It is a start, not an
+# equality.
 #
 # ## 6. Tuning one
 #
@@ -317,9 +318,9 @@ show(figure, "08_sites")
 #
 # ## 7. Writing
 #
-# The longer run has all three. The paper's way of decoding summaries: 6 beams, a length penalty of
+# The longer run has all three. The paper decodes summaries with 6 beams and a length penalty of
 # 0.8 (the score of a text of n tokens is $\sum \log p / n^{0.8}$, which favours shorter texts than
-# the mean does), and no three tokens twice.
+# the mean does); BART's own config for summaries adds that no three tokens come twice.
 
 # %%
 long = tune("long", ALL, LONG)

@@ -287,7 +287,7 @@ for who in ("minprefix", "peft"):
 # fp32: they are *stored* in bf16, and no cast runs in a step. The prefix, which does take steps,
 # stays in fp32.
 #
-# **Beams.** With K beams the model's own `generate` copies prompt and prefix for each beam and
+# **Beams.** With K beams the `generate` of transformers copies prompt and prefix for each beam and
 # reads the prompt K times; then it reorders the whole cache in every step. Here the prompt is read
 # once, beams are queries on the same keys, and new keys stay where they were written
 # (`caches.BeamCache`).
@@ -431,7 +431,7 @@ for name, gelu in (("as written", as_written), ("one pass", one_pass)):
 # 4. What is the least padding that sorting by length can leave, and how much do pools of 50 batches
 #    lose against it on the restaurants' training rows?
 #
-# Solutions: `solutions/09_speed.py`.
+# Solutions: `tutorials/solutions/09_speed.py`.
 #
 # ## References
 # 1. PEFT, prefix tuning: https://huggingface.co/docs/peft/package_reference/prefix_tuning

@@ -13,9 +13,9 @@
 #
 # **Running time.** About a minute on two CPU cores.
 #
-# The text: the checkout holds one larger text of a single kind, the sentences about invented
-# restaurants that other tutorials write. The model here is trained on those sentences, without
-# their tables, and on nothing else; so it will know restaurants and nothing else.
+# The text: the sentences about invented restaurants that other tutorials write. The model here is
+# trained on them, without their tables, and on nothing else; so it will know restaurants and
+# nothing else.
 #
 # **Sources.** BPE: Sennrich et al. [1]; on bytes, and the first weights: GPT-2 [2]; packed
 # documents: GPT-3 [3]; Muon: [4]; the recipe of `mini`: its model card in `minprefix/assets/mini`.
@@ -336,6 +336,8 @@ folder.cleanup()
 #    $\log V + \sigma^2 / 2$. Which token does the model predict, and why does a tied head do that?
 # 4. Held-out windows are read alone, so their first tokens have little context. With `mini`, how
 #    much worse are the first 8 tokens of windows of 128 than the last 64?
+#
+# Solutions: `tutorials/solutions/10_pretrain_your_own.py`.
 #
 # ## References
 # [1] https://arxiv.org/abs/1508.07909
