@@ -84,8 +84,8 @@ MINI_LOW = {"batch_size": 10}
 # mini: four learning rates for each method, by what it trains; chosen on the dev set
 GRID = {
     "finetune": (2e-4, 5e-4, 1e-3, 2e-3),
-    "ft-top": (5e-4, 1e-3, 2e-3, 5e-3),
-    "adapter": (5e-4, 1e-3, 2e-3, 5e-3),
+    "ft-top": (1e-3, 2e-3, 5e-3, 1e-2),
+    "adapter": (2e-3, 5e-3, 1e-2, 2e-2),
     "prefix": (5e-4, 1e-3, 2e-3, 5e-3),
 }
 # mini, low data: learning rates x most steps, for each method; chosen on the dev set
