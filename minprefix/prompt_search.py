@@ -152,8 +152,8 @@ class PromptSearch:
                 self.templates[template] = [rows[int(i)] for i in spread]
         self.exact = model.requires_grad_(False).eval()  # whose activations are saved
         bf16 = config.precision == "bf16"
-        bf16 = bf16 or (config.precision == "auto" and self.device.type == "cuda")
-        self.model = in_bf16(model).requires_grad_(False).eval() if bf16 else model
+        self.bf16 = bf16 or (config.precision == "auto" and self.device.type == "cuda")
+        self.model = in_bf16(model).requires_grad_(False).eval() if self.bf16 else model
         usable = [self.form.is_usable(v) for v in range(model.config.vocab_size)]
         self.usable = torch.tensor(usable)  # (V,)
         # the state: all of it is in search.json

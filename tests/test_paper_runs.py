@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from minprefix.paper import pool
 from minprefix.paper.experiments import (
@@ -27,7 +29,7 @@ from minprefix.paper.presets import Plan
 from minprefix.paper.results import read_rows
 from minprefix.paper.run import Run, failure_of, record_of, why_missing
 from minprefix.training import TrainConfig
-from minprefix.weights import save_model
+from minprefix.weights import load, save_model
 from tests.conftest import tiny_with_words
 from tests.paper_data import write_e2e, write_webnlg
 
@@ -116,9 +118,69 @@ def test_finished_rows_stay_without_their_data_and_beside_only(cli, options, tmp
     assert [row["BLEU A"] for row in after] == scores and not any(r["problem"] for r in after)
     lost = {row["problem"] for row in read_rows(path) if row["data"] == "dart"}
     assert lost == {"not tested: dart is not at hand"}
-    _, err = cli("paper", "table4", *options, "--only", "webnlg")
+    _, err = cli("paper", "table4", *options, "--only", "webnlg", code=1)
     assert "table4: has no runs on webnlg" in err
     assert not path.with_name("table4-tiny-quick.csv").exists()
+
+
+def test_a_run_of_other_weights_or_data_is_not_taken_for_finished(cli, tmp_path, tiny_folder):
+    """The same command, over a model or data that changed in its place."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    write_e2e(tmp_path / "data" / "e2e")
+    words = ["--quick", "--steps", 2, "--device", "cpu", "--runs", tmp_path / "runs"]
+    words += ["--model", tmp_path / "model", "--data-dir", tmp_path / "data"]
+    cli("paper", "figure3", *words)
+    model, tokenizer = load(tmp_path / "model")
+    with torch.no_grad():
+        model.wte.weight *= 1.5
+    shutil.move(tmp_path / "model", tmp_path / "before")
+    save_model(model, tokenizer, tmp_path / "model")
+    _, err = cli("paper", "figure3", *words, code=1)
+    assert "is a finished run of other weights: give another --runs" in err
+    shutil.rmtree(tmp_path / "model")
+    shutil.move(tmp_path / "before", tmp_path / "model")
+    _, err = cli("paper", "figure3", *words)
+    assert "4 of them are done" in err
+    path = tmp_path / "data" / "e2e" / "trainset.csv"
+    path.write_text(path.read_text().replace("serves", "sells"))
+    _, err = cli("paper", "figure3", *words, code=1)
+    assert "is a finished run of other data" in err
+
+
+def test_what_all_runs_need_is_said_once_before_the_first(cli, options, tmp_path):
+    rest = ["--data-dir", tmp_path, "--runs", tmp_path / "runs"]
+    _, err = cli("paper", "table4", *options, *rest, "--model", "mini-bart", code=1)
+    assert "for GPT-2 only" in err and not list((tmp_path / "runs").glob("*/failure.json"))
+    _, err = cli("paper", "table4", *options, "--model", tmp_path / "none", code=1)
+    assert err.count("none") == 1
+    _, err = cli("paper", "table4", *options, "--data-dir", tmp_path / "none", code=1)
+    assert "there is no such folder" in err
+
+
+def test_rows_with_scores_are_not_lost(cli, options, tmp_path, monkeypatch):
+    """To fewer seeds, to a --runs folder without them where all fails, or to other settings."""
+    path = tmp_path / "results" / "figure3-tiny-quick.csv"
+    words = [*options, "--out", tmp_path / "results"]
+    cli("paper", "figure3", *words, "--seeds", 2)
+    two = read_rows(path)
+    assert len(two) == 8 and all(row["BLEU"] for row in two)
+    cli("paper", "figure3", *words)
+    assert sorted(row["run"] for row in read_rows(path)) == sorted(row["run"] for row in two)
+
+    def fails(*_):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "execute", fails)
+        _, err = cli("paper", "figure3", *words, "--runs", tmp_path / "other", code=1)
+    assert "4 runs failed: figure3: OSError: the disk is full" in err
+    assert sorted(row["run"] for row in read_rows(path)) == sorted(row["run"] for row in two)
+    assert all(row["BLEU"] for row in read_rows(path))
+    _, err = cli("paper", "figure3", *words, "--steps", 2)
+    assert "8 rows of" in err and "kept as figure3-tiny-quick.csv.1" in err
+    kept = read_rows(path.with_suffix(".csv.1"))
+    assert {row["run"] for row in two} <= {row["run"] for row in kept}
+    assert len(read_rows(path)) == 4
 
 
 @pytest.mark.slow

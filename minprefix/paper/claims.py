@@ -16,12 +16,14 @@ from dataclasses import dataclass
 
 from minprefix.paper.experiments import OTHER_WORDS, TASK_WORDS
 from minprefix.paper.presets import MINI_LEN, NO_SWEEP
-from minprefix.paper.results import Difference, Row, difference, mean_sd, pick
+from minprefix.paper.results import Difference, Row, difference, gaps, mean_gap, mean_sd, pick
 
 HOLDS, FAILS, UNTESTED = "holds here", "does not hold here", "not tested"
 NOISE = "within noise"
 ONE_LENGTH = f"the learning rate of all lengths n was chosen at n = {MINI_LEN} only"
-SAME_SIZE = 1.5  # times as many parameters are still "as many": the paper's own pairs are within it
+# So many times as many parameters are still "as many". The paper's own pair on E2E and WebNLG, both
+# "0.1 %" of GPT-2 medium, is our adapter of 368,784 and its prefix of 245,760: 1.5006.
+SAME_SIZE = 1.6
 ALIKE = 1.0  # BLEU, below the smallest gap that [v1] argues with (e2e: 69.7 against 68.2)
 
 
@@ -62,8 +64,10 @@ def better(a: str, b: str, column: str = "BLEU", **where: str):
     return judge
 
 
-def alike(judge: Callable[[Sequence[Row]], Difference | None], column: str, what: str):
-    """A judge: the 95 % interval of a difference is within +-ALIKE."""
+def alike(
+    judge: Callable[[Sequence[Row]], Difference | None], column: str, what: str, above: bool = False
+):
+    """A judge: the 95 % interval of a difference is within +-ALIKE; `above`: or wholly higher."""
 
     def judged(rows: Sequence[Row]) -> Verdict:
         gap = judge(rows)
@@ -72,6 +76,8 @@ def alike(judge: Callable[[Sequence[Row]], Difference | None], column: str, what
         numbers = f"{what}: {gap} {column}"
         if abs(gap.mean) + gap.margin < ALIKE:
             return Verdict(HOLDS, f"{numbers}, alike within {ALIKE:g}")
+        if above and gap.mean - gap.margin > -ALIKE:
+            return Verdict(HOLDS, numbers)
         if gap.noise:
             return Verdict(
                 f"no difference seen ({gap.n} pairs)", f"{numbers}, 95 % ± {gap.margin:.2f}"
@@ -159,7 +165,7 @@ TABLE1 = (
 
 
 def adapters_extrapolate(rows: Sequence[Row]) -> Difference | None:
-    a, b = pick(rows, name="PREFIX"), pick(rows, name="ADAPTER (3%)")
+    a, b = pick(rows, name="ADAPTER (3%)"), pick(rows, name="PREFIX")
     return difference(a, b, "BLEU U")
 
 
@@ -177,7 +183,7 @@ TABLE3 = (
     Claim(
         "adapters, which keep the model frozen too, extrapolate as well as a prefix",
         "[v1] 6.4, 8",
-        alike(adapters_extrapolate, "BLEU U", "PREFIX - ADAPTER (3%)"),
+        alike(adapters_extrapolate, "BLEU U", "ADAPTER (3%) - PREFIX", above=True),
     ),
 )
 
@@ -232,15 +238,16 @@ def narrowing(rows: Sequence[Row]) -> Verdict:
     sizes = sorted({row["x"] for row in rows}, key=int)
     if len(sizes) < 2:
         return Verdict(UNTESTED)
-    gaps = [
-        difference(pick(rows, name="PREFIX", x=x), pick(rows, name="FT-FULL", x=x), "BLEU")
+    small, large = (
+        gaps(pick(rows, name="PREFIX", x=x), pick(rows, name="FT-FULL", x=x), "BLEU")
         for x in (sizes[0], sizes[-1])
-    ]
-    if None in gaps:
+    )
+    change = mean_gap([small[unit] - large[unit] for unit in small if unit in large])
+    if change is None:
         return Verdict(UNTESTED)
-    small, large = gaps
-    numbers = f"PREFIX - FT-FULL at {sizes[0]}: {small} BLEU; at {sizes[-1]}: {large} BLEU"
-    return Verdict(HOLDS if small.mean > large.mean else FAILS, numbers)
+    noise = f", {NOISE}" if change.noise and change.error is not None else ""
+    said = f"PREFIX - FT-FULL at {sizes[0]} pairs less that at {sizes[-1]}: {change} BLEU{noise}"
+    return Verdict(HOLDS if change.mean > 0 else FAILS, said)
 
 
 def at_size(size: int) -> Claim:
@@ -267,8 +274,11 @@ FIGURE3 = (
 def lengths(a: str, b: str, column: str = "BLEU"):
     """A judge: length a is above length b."""
 
+    def at(rows: Sequence[Row], x: str) -> list[Row]:
+        return [row | {"x": ""} for row in pick(rows, x=x)]  # what is compared, not what pairs
+
     def judge(rows: Sequence[Row]) -> Verdict:
-        return compare(pick(rows, x=a), pick(rows, x=b), column, f"length {a} - length {b}")
+        return compare(at(rows, a), at(rows, b), column, f"length {a} - length {b}")
 
     return judge
 
@@ -318,7 +328,11 @@ def random_varies_more(rows: Sequence[Row]) -> Verdict:
     if chance is None or not sds:
         return Verdict(UNTESTED)
     mean = sum(sds.values()) / len(sds)
-    numbers = f"standard deviation of random {chance:.2f} BLEU, of words {mean:.2f} on average"
+    runs = len(words(rows, ("random",)))
+    numbers = (
+        f"standard deviation of random {chance:.2f} BLEU, of words {mean:.2f} on average, "
+        f"{runs} runs each: not tested for noise"
+    )
     return Verdict(HOLDS if chance > mean else FAILS, numbers)
 
 

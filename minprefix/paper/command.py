@@ -9,11 +9,13 @@ DATA holds the folders e2e, webnlg and dart; without it they are those that `pyt
 data` fetched. Read `run`, then `run_experiment`.
 """
 
+import itertools
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from minprefix import weights
 from minprefix.meteor import why_not
 from minprefix.paper.claims import judge
 from minprefix.paper.estimate import seconds_of
@@ -22,8 +24,8 @@ from minprefix.paper.figures import draw
 from minprefix.paper.pool import free_gpus, problem_of, run_all
 from minprefix.paper.presets import SWEEP, Plan
 from minprefix.paper.report import write_report
-from minprefix.paper.results import quality, read_rows, row_of, write_rows
-from minprefix.paper.run import Run, record_of, why_missing
+from minprefix.paper.results import KEY, quality, read_rows, row_of, write_rows
+from minprefix.paper.run import Run, check_origin, data_digest, record_of, why_missing
 from minprefix.training import PRECISIONS, Interrupted
 
 DATA = ("e2e", "webnlg", "dart")  # in the order of the CSVs
@@ -35,7 +37,8 @@ def add_options(parser) -> None:
     add = parser.add_argument
     # fmt: off
     add("what", choices=WHAT, metavar="WHAT", help=f"one of {', '.join(WHAT)}; all: tables and "
-        "figures; sweep: choose mini's settings on the dev set; report: RESULTS.md from the CSVs")
+        "figures; sweep: choose the settings of mini, or of a model of your own, on the dev set; "
+        "report: RESULTS.md from the CSVs")
     add("--data-dir", type=Path, help="folder with e2e, webnlg, dart in it (default: what the "
         "command data has fetched)")
     add("--only", nargs="+", metavar="DATA", help="only these data sets; the CSV keeps its rows of "
@@ -52,8 +55,8 @@ def add_options(parser) -> None:
     add("--runs", type=Path, default=Path("runs/paper"), help="run folders; commands share them "
         "(default: %(default)s)")
     add("--out", type=Path, help="CSVs, figures, RESULTS.md (default: RUNS/results)")
-    add("--sweep-file", type=Path, help="CSV of a sweep, for mini's settings "
-        "(default: the committed one)")
+    add("--sweep-file", type=Path, help="CSV of a sweep, for the settings of mini or of a model of "
+        "your own (default: for mini the committed one)")
     # fmt: on
 
 
@@ -70,14 +73,18 @@ def run(args) -> dict | None:
     plan, jobs = plan_of(args), jobs_of(args)
     if problem := why_not():
         say(problem)
-    failed, files = [], []
+    failed, files, count = [], [], 0
     for name in EXPERIMENTS if args.what == "all" else (args.what,):
         path, problems = run_experiment(name, plan, args, out, jobs)
-        failed += [f"{name}: {problem}" for problem in problems]
+        failed += [f"{name}: {problem}" for problem in problems if problem]
+        count += len(problems)
         files += [str(path)] if path.exists() else []
+    if not files:
+        raise ValueError("nothing to run: `python -m minprefix data` fetches what is not at hand")
     report = write_report(out)
     if failed:
-        raise ValueError(f"{len(failed)} runs failed, the others are done: {failed[0]}")
+        others = ", the others are done" if len(failed) < count else ""
+        raise ValueError(f"{len(failed)} runs failed{others}: {failed[0]}")
     return {"files": files, "report": str(report)} if args.json else None
 
 
@@ -90,9 +97,14 @@ def plan_of(args) -> Plan:
     plan = Plan(
         model=args.model, quick=args.quick, steps=args.steps, beams=args.num_beams,
         precision=args.precision, batch_size=args.batch_size, sweep=args.sweep_file or SWEEP,
+        swept=args.what == "sweep" or args.sweep_file is not None,
     )  # fmt: skip
     if args.sweep_file and not args.sweep_file.is_file():
         raise ValueError(f"--sweep-file {args.sweep_file}: there is no such file")
+    if args.sweep_file and not any("lr" in row for row in read_rows(args.sweep_file)):
+        raise ValueError(f"--sweep-file {args.sweep_file}: no trials in it (see `paper sweep`)")
+    if args.data_dir and not args.data_dir.is_dir():
+        raise ValueError(f"--data-dir {args.data_dir}: there is no such folder")
     needs_sweep = plan.presets == "mini" and not args.quick and args.what != "sweep"
     if needs_sweep and not plan.sweep.exists():
         say("no sweep: learning rates are the defaults, no dev set chose them (see paper sweep)")
@@ -136,18 +148,16 @@ def cells_of(name: str, plan: Plan, args) -> tuple[list[Cell], dict[str, str]]:
 def run_experiment(
     name: str, plan: Plan, args, out: Path, jobs: tuple[int, list[str]]
 ) -> tuple[Path, list[str]]:
-    """Run what is missing of a table or figure; its CSV, and why runs failed.
+    """Run what is missing of a table or figure; its CSV, and for each run why it failed, or "".
 
-    CSV and figure are written anew after each run, so that they show what there is: finished runs
-    also of data that is no longer at hand, and the rows as they were of data that --only leaves out
-    (data sets are never paired with each other).
+    CSV and figure are written anew after each run, so that they show what there is. Rows with
+    scores that are in the file stay (`stay`).
     """
     cells, missing = cells_of(name, plan, args)
     model = Path(args.model).name
     path = out / f"{name}-{model}{'-quick' if args.quick else ''}.csv"
-    left_out = set(DATA) - set(args.only or DATA)
-    kept = [row for row in read_rows(path) if row["data"] in left_out]
-    if not cells and not kept:
+    before = read_rows(path)
+    if not cells and not before:
         say(f"{name}: has no runs on {', '.join(args.only)}")
         return path, []
     runs = list({c.run.id: c.run for c in cells if c.run.data not in missing}.values())
@@ -155,26 +165,82 @@ def run_experiment(
     say(f"{name}: {len(runs)} runs, {len(runs) - len(todo)} of them are done")
     for reason in missing.values():
         say(f"not tested: {reason}")
+    if not runs and not any(record_of(args.runs / c.run.id) for c in cells) and not before:
+        return path, []
+    check_ready(runs, todo, args)
 
     def write() -> list[dict]:
-        rows = list(kept)
+        rows = []
         for cell in cells:
             why, problem = missing.get(cell.run.data), problem_of(cell.run, args.runs)
             if why and problem:  # it has no scores, and cannot have
                 problem = f"not tested: {why}"
             record = record_of(args.runs / cell.run.id)
             rows.append(row_of(name, plan.scale_of(cell.run), model, cell, record, problem))
-        if kept:
-            rows.sort(key=lambda row: DATA.index(row["data"]) if row["data"] in DATA else -1)
+        rows = stay(rows, before, set(args.only or DATA), trials=name == "sweep")
+        rows.sort(key=lambda row: DATA.index(row["data"]) if row["data"] in DATA else -1)
         write_rows(path, rows)
         return rows
 
+    keep_old(path, before, write())
     if todo:
         go(todo, runs, args, jobs, write)
     rows = write()
     tell(name, rows, path, sys.stderr if args.json else sys.stdout)
-    failed = [problem_of(run, args.runs) for run in runs]
-    return path, [problem for problem in failed if problem]
+    return path, [problem_of(run, args.runs) for run in runs]
+
+
+def check_ready(runs: list[Run], todo: list[Run], args) -> None:
+    """Load the model once, before the first run: its errors are all runs' errors. And compare what
+    finished runs were made from with what is here (`run.check_origin`)."""
+    finished = [(run, record) for run in runs if (record := record_of(args.runs / run.id))]
+    finished = [(run, record) for run, record in finished if "origin" in record]
+    if not todo and not finished:
+        return
+    try:
+        model, _ = weights.load(args.model, device=args.device)
+        weights.need_gpt2(model, "tables and figures")
+    except (OSError, ValueError) as error:
+        if todo:
+            raise
+        say(f"whether the finished runs are of this model is not known: {error}")
+        return
+    now = {"weights": weights.fingerprint(model)}
+    data = {name: data_digest(name, args.data_dir) for name in {run.data for run, _ in finished}}
+    for run, record in finished:
+        check_origin(args.runs / run.id, record, now | {"data": data[run.data]})
+
+
+def stay(
+    rows: list[dict], before: list[dict], wanted: set[str], trials: bool = False
+) -> list[dict]:
+    """The new rows of a CSV, with those that were in it before and stay.
+
+    A run's name is a digest of its settings: what was scored under it stands, also where its folder
+    or data is no longer at hand. So do all rows of data that --only leaves out, and scored rows at
+    other places of the table (of more seeds, say) at the same scale; trials of a sweep do not.
+    """
+    scored = {row["run"]: row for row in before if not row["problem"]}
+    rows = [scored.get(row["run"], row) if row["problem"] else row for row in rows]
+    places = {tuple(row.get(name, "") for name in KEY) for row in rows}
+    scales = {row["scale"] for row in rows}
+    for row in before:
+        place = tuple(row.get(name, "") for name in KEY)
+        more = place not in places and row["scale"] in scales and not row["problem"] and not trials
+        if row["data"] not in wanted and row["data"] in DATA or more:
+            rows.append(row)
+    return rows
+
+
+def keep_old(path: Path, before: list[dict], rows: list[dict]) -> None:
+    """The CSV as it was, beside the new one, if that lost rows with scores."""
+    here = {row["run"] for row in rows}
+    lost = [row for row in before if not row["problem"] and row["run"] not in here]
+    if lost:
+        numbers = (path.with_suffix(f".csv.{n}") for n in itertools.count(1))
+        old = next(one for one in numbers if not one.exists())
+        write_rows(old, before)
+        say(f"{len(lost)} rows of {path} are of other settings: it is kept as {old.name}")
 
 
 def go(todo: list[Run], runs: list[Run], args, jobs: tuple[int, list[str]], write) -> None:
@@ -182,8 +248,10 @@ def go(todo: list[Run], runs: list[Run], args, jobs: tuple[int, list[str]], writ
     count, gpus = jobs
     count = min(count, len(todo))
     seconds = seconds_of(runs, args.runs, args.data_dir, args.device)
-    total = sum(seconds[run.id] for run in todo) / count
-    say(f"{len(todo)} runs to go, about {duration(total)} with {count} at a time")
+    known = [seconds[run.id] for run in todo if seconds[run.id] is not None]
+    total, unknown = sum(known) / count, len(todo) - len(known)
+    beside = f", beside {unknown} searches of unknown time" if unknown else ""
+    say(f"{len(todo)} runs to go, about {duration(total)} with {count} at a time{beside}")
     done = []
 
     def after(run: Run) -> None:
@@ -194,7 +262,7 @@ def go(todo: list[Run], runs: list[Run], args, jobs: tuple[int, list[str]], writ
             bleu = quality({name: str(v) for name, v in record["scores"].items()})
             said = f"BLEU {bleu:.2f}, {record['train_seconds'] + record['decode_seconds']:.0f} s"
         write()
-        left = max(0.0, total - sum(seconds[r.id] for r in done) / count)
+        left = max(0.0, total - sum(seconds[r.id] or 0 for r in done) / count)
         say(f"[{len(done)}/{len(todo)}] {run.id}: {said}; about {duration(left)} left")
 
     try:

@@ -61,10 +61,11 @@ def steps_of(run: Run, pairs: int) -> int:
 
 def seconds_of(
     runs: Sequence[Run], root: Path, data_dir: Path | None, device: str
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Seconds that each run takes from its start, on one process; by the run's id.
 
-    A search for a prompt has no steps of equal cost: it is in it only where one has been finished.
+    A search for a prompt has no steps of equal cost: where no like one has been finished, its
+    seconds are None.
     """
     speeds: dict[tuple, list[Speed]] = {}
     wanted = {kind(run) for run in runs}
@@ -77,8 +78,8 @@ def seconds_of(
             speeds.setdefault(kind(run), []).append(speed)
     first = {kind(run): run for run in reversed(runs)}
     for name in sorted(wanted - set(speeds)):
-        speeds[name] = [Speed(0, 0)]
         if first[name].train is not None:
+            speeds[name] = [Speed(0, 0)]
             with suppress(Exception):  # the run itself will say what is wrong
                 speeds[name] = [measured(first[name], data_dir, device)]
     sizes: dict[tuple[str, str], int] = {}
@@ -89,6 +90,9 @@ def seconds_of(
                 examples = load_examples(data_path(run.data, data_dir), split)
                 counts = (len(e.targets) if split == "train" else 1 for e in examples)
                 sizes[run.data, split] = sum(counts)
+        if kind(run) not in speeds:
+            seconds[run.id] = None
+            continue
         step, table = (statistics.median(speed[i] for speed in speeds[kind(run)]) for i in range(2))
         tables = min(run.tables or math.inf, sizes[run.data, run.split])
         seconds[run.id] = step * steps_of(run, sizes[run.data, "train"]) + table * tables

@@ -17,9 +17,10 @@ SCORES = {  # what a figure shows: column, label
     "figure4": (("BLEU", "BLEU"), ("TER", "TER (lower is better)"), ("R-L", "ROUGE-L")),
     "figure6": (("BLEU", "BLEU"), ("R-L", "ROUGE-L")),
 }
-AXES = {
+AXES = {  # what the figure's x is
     "figure3": "training pairs",
     "figure4": "prefix length (positions)",
+    "figure5": "training pairs",
     "figure6": "part of the training pairs (%)",
 }
 SAMPLE = "whiskers, bands: 1 standard deviation over runs"
@@ -58,10 +59,11 @@ def bars(axes, rows: Sequence[Row], experiment: str, data: str, column: str) -> 
 
 def draw_table(experiment: str, rows: Sequence[Row]):
     """Bars for each data set."""
+    columns = ("BLEU S", "BLEU U") if experiment == "table3" else ("BLEU", "BLEU A")
     panels = [
         (data, column)
         for data in names_of(rows, "data")
-        for column in ("BLEU", "BLEU S", "BLEU U")
+        for column in columns
         if mean_sd(pick(rows, data=data), column)
     ]
     if not panels:
@@ -133,7 +135,7 @@ def draw(experiment: str, rows: Sequence[Row], path: Path) -> bool:
         return False
     about = rows[0]
     lines = [f"{experiment}: {about['model']}, {about['scale']}", SAMPLE]
-    if experiment in ("table1", "table4"):
+    if experiment.startswith("table"):
         lines.append("black: the paper, GPT-2 medium")
     figure.suptitle("\n".join(lines), fontsize=8)
     with atomic_write(path) as temporary:

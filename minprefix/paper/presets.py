@@ -110,7 +110,7 @@ def family(name: str) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a user chooses for all experiments."""
+    """What a user chooses for all experiments. See `presets` for a model's settings."""
 
     model: str = "mini"  # "mini", or an official model: a name or a folder
     quick: bool = False  # a minute for each, to look around and for tests
@@ -123,11 +123,12 @@ class Plan:
     precision: str = "auto"  # of training
     batch_size: int = 64  # tables decoded at a time
     length_data: str = "dart"  # of figure 4: the paper's, or another where that is not at hand
-    sweep: Path | None = SWEEP  # what the dev set chose for mini; None = choose nothing
+    sweep: Path | None = SWEEP  # what the dev set chose; None = choose nothing
+    swept: bool = False  # a model other than mini takes mini's settings and what `sweep` chose
 
     @property
     def presets(self) -> str:
-        return "mini" if self.model == "mini" or self.quick else "paper"
+        return "mini" if self.model == "mini" or self.quick or self.swept else "paper"
 
     @property
     def scale(self) -> str:

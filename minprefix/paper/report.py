@@ -10,7 +10,7 @@ from pathlib import Path
 from minprefix.files import write_text
 from minprefix.paper.claims import NOISE, judge, verdicts
 from minprefix.paper.experiments import EXPERIMENTS, NOT_HERE
-from minprefix.paper.figures import names_of
+from minprefix.paper.figures import AXES, names_of
 from minprefix.paper.published import ACL, COLUMNS, published
 from minprefix.paper.results import Mean, Row, mean_sd, pick, quality, read_rows
 
@@ -51,7 +51,7 @@ def table(experiment: str, rows: Sequence[Row], data: str) -> str:
     wanted = (*COLUMNS.get(data, COLUMNS["e2e"]), "slots %")
     columns = [column for column in wanted if mean_sd(rows, column)]
     xs = names_of(rows, "x")
-    header = ["", *(["x"] if any(xs) else []), *columns, "trained", "kept"]
+    header = ["", *([AXES.get(experiment, "x")] if any(xs) else []), *columns, "trained", "kept"]
     lines = []
     for name in names_of(rows):
         for x in xs:
@@ -63,7 +63,8 @@ def table(experiment: str, rows: Sequence[Row], data: str) -> str:
             counts = [f"{int(here[0][c]):,}" if here[0].get(c) else "" for c in ("trained", "kept")]
             lines.append([name, *([x] if any(xs) else []), *cells, *counts])
     text = f"**{data}**\n\n" + markdown(header, lines) if lines else ""
-    changed = [f"{name} {numbers}" for (d, name), numbers in ACL.items() if d == data]
+    shown = names_of(rows)
+    changed = [f"{name} {said}" for (d, name), said in ACL.items() if d == data and name in shown]
     if experiment in ("table1", "table3", "table4") and changed and lines:
         text += f"\nACL version, where it differs: {'; '.join(changed)}.\n"
     return text
@@ -91,9 +92,17 @@ def settings(rows: Sequence[Row]) -> str:
     )
 
 
+def results(path: Path) -> list[Row]:
+    """The rows of a CSV; ValueError if it is empty or no CSV of the command."""
+    rows = read_rows(path)
+    if not rows or not {"name", "data", "problem", "scale", "model"} <= set(rows[0]):
+        raise ValueError(f"{path}: empty or damaged: no rows of `paper`; remove it to make it anew")
+    return rows
+
+
 def section(path: Path, experiment: str) -> str:
     """One table or figure."""
-    rows = read_rows(path)
+    rows = results(path)
     done = [row for row in rows if not row["problem"]]
     parts = [f"## {experiment} ({rows[0]['model']}, {rows[0]['scale']})\n", settings(rows) + "\n"]
     parts += [text for data in names_of(done, "data") if (text := table(experiment, done, data))]
@@ -111,7 +120,7 @@ def summary(folder: Path) -> str:
     lines = []
     for experiment in EXPERIMENTS:
         for path in sorted(folder.glob(f"{experiment}-*.csv")):
-            rows = read_rows(path)
+            rows = results(path)
             for claim, said in verdicts(experiment, rows):
                 noise = f", {NOISE}" if NOISE in said.numbers else ""
                 lines.append([experiment, rows[0]["model"], claim.text, said.status + noise])

@@ -55,7 +55,7 @@ def row_of(experiment: str, scale: str, model: str, cell, record: dict | None, p
         row |= {"prefix_len": run.prefix.prefix_len, "init": words}
     if record is not None:
         row |= {name: digits(value) for name, value in record["scores"].items()}
-        row |= {name: digits(v) for name, v in record.items() if name != "scores"}
+        row |= {n: digits(v) for n, v in record.items() if n not in ("scores", "origin")}
     return {name: "" if value is None else str(value) for name, value in row.items()}
 
 
@@ -151,26 +151,43 @@ class Difference(NamedTuple):
         return f"{self.mean:+.2f} ± {self.error:.2f} (standard error of {self.n} pairs)"
 
 
-def units(rows: Sequence[Row], column: str, per: tuple[str, ...]) -> dict[tuple[str, ...], float]:
-    """Mean of the column by the cells `per`."""
-    found: dict[tuple[str, ...], list[float]] = {}
+def means_by_cell(rows: Sequence[Row], column: str) -> dict[tuple[str, str, str], float]:
+    """Mean over names by (x, subset, seed); cells in which one of the names is missing are left
+    out, so that all are means of the same names."""
+    found: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in rows:
         if (v := value(row, column)) is not None:
-            found.setdefault(tuple(row.get(name, "") for name in per), []).append(v)
-    return {key: statistics.fmean(values) for key, values in found.items()}
+            key = (row.get("x", ""), row.get("subset", ""), row.get("seed", ""))
+            found.setdefault(key, {})[row["name"]] = v
+    names = set().union(*found.values())
+    return {key: statistics.fmean(of.values()) for key, of in found.items() if set(of) == names}
+
+
+def gaps(a: Sequence[Row], b: Sequence[Row], column: str) -> dict[str, float]:
+    """a - b in a column, by what is paired: low data's subsets where there are several, else seeds.
+
+    Matched first: cells of the same x, subset and seed that both sides have, so that half-finished
+    runs compare like with like. Then averaged: seeds on one subset share its data and are no
+    independent trials; so are values at several x.
+    """
+    subsets = {row["subset"] for row in [*a, *b] if row["size"]}
+    unit = 1 if len(subsets) > 1 else 2
+    left, right = means_by_cell(a, column), means_by_cell(b, column)
+    found: dict[str, list[float]] = {}
+    for key in left:
+        if key in right:
+            found.setdefault(key[unit], []).append(left[key] - right[key])
+    return {name: statistics.fmean(values) for name, values in found.items()}
+
+
+def mean_gap(values: Sequence[float]) -> Difference | None:
+    """Of paired differences; None without any."""
+    if not values:
+        return None
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Difference(statistics.fmean(values), error, len(values))
 
 
 def difference(a: Sequence[Row], b: Sequence[Row], column: str) -> Difference | None:
-    """a - b in a column. What is paired: low data's subsets where there are several, else seeds.
-
-    Seeds on one subset share its data and are no independent trials, so they are averaged first;
-    so are values at several x. None where nothing pairs.
-    """
-    subsets = {row["subset"] for row in [*a, *b] if row["size"]}
-    per = ("subset",) if len(subsets) > 1 else ("seed",)
-    left, right = units(a, column, per), units(b, column, per)
-    gaps = [left[key] - right[key] for key in left if key in right]
-    if not gaps:
-        return None
-    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
-    return Difference(statistics.fmean(gaps), error, len(gaps))
+    """a - b in a column, paired as `gaps` does; None where nothing pairs."""
+    return mean_gap(list(gaps(a, b, column).values()))

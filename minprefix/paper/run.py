@@ -1,9 +1,10 @@
 """One run of an experiment: train one method on one data set with one seed, write texts, score.
 
 Read `Run` (the definition, a value), then `execute` (from it to scores.json). Everything a run does
-follows from its definition and the data, so its name, `Run.id`, is a digest of the definition: two
-tables that need the same run share its folder. The folder holds what `training.Trainer` (or
-`prompt_search.PromptSearch`) leaves, and at the end
+follows from its definition, the data and the model's weights. Its name, `Run.id`, is a digest of
+the definition: two tables that need the same run share its folder. Weights and data are named in
+scores.json (`check_origin`), so that results of others are not taken for those of yours. The folder
+holds what `training.Trainer` (or `prompt_search.PromptSearch`) leaves, and at the end
 
     scores.json    scores, counts, seconds: a run that has it is finished
     texts.jsonl    what was written for each table
@@ -40,6 +41,7 @@ from minprefix.prompt_search import PromptSearch, SearchConfig
 from minprefix.prompting import TokenPrompt, answer
 from minprefix.run_folder import read_log, state_path
 from minprefix.training import TrainConfig, Trainer
+from minprefix.weights import fingerprint
 
 SUITES = {"restaurants": "e2e"}  # official scores of a data set whose name is no suite
 
@@ -118,6 +120,24 @@ def training_data(run: Run, data_dir: Path | None) -> tuple[list[Example], list[
     return train, dev
 
 
+def data_digest(data: str, data_dir: Path | None) -> str:
+    """64 hexadecimal digits that name all examples of a data set by content."""
+    digest = hashlib.sha256()
+    for split in ("train", "dev", "test"):
+        for example in load_examples(data_path(data, data_dir), split):
+            digest.update(json.dumps([split, example.source, *example.targets]).encode())
+    return digest.hexdigest()
+
+
+def check_origin(folder: Path, record: dict, origin: dict[str, str]) -> None:
+    """ValueError if a finished run is of other weights or data; older records do not say."""
+    for name, now in origin.items():
+        if record.get("origin", {}).get(name, now) != now:
+            raise ValueError(
+                f"{folder} is a finished run of other {name}: give another --runs, or remove it"
+            )
+
+
 def make_training(run: Run, data_dir: Path | None, folder: Path, device: str):
     """The run's `Trainer` or `PromptSearch` at step 0."""
     model, tokenizer = weights.load(run.model, device=device)
@@ -185,6 +205,8 @@ def execute(run: Run, folder: Path, data_dir: Path | None = None, device: str = 
 
     machine()  # the commit that runs, not the one at the end
     training = make_training(run, data_dir, folder, device)
+    origin = {"weights": fingerprint(training.model), "data": data_digest(run.data, data_dir)}
+    precision = "bf16" if training.bf16 else "fp32"
     search = run.train is None
     if (prompt_search.state_path(folder) if search else state_path(folder)).exists():
         training.load_state()
@@ -205,7 +227,9 @@ def execute(run: Run, folder: Path, data_dir: Path | None = None, device: str = 
     best = result["dev_loss" if search else "best_dev_loss"]
     record = {
         "scores": score_texts(run, texts, examples),
+        "origin": origin,
         "lr": lr,
+        "precision": precision,
         "steps": result["steps"],
         "dev_loss": best if math.isfinite(best) else None,
         "train_loss": statistics.fmean(losses[-max(1, len(losses) // 10) :]) if losses else None,
