@@ -6,19 +6,22 @@ leaves open and is our choice is said at each function.
 [1] https://arxiv.org/abs/2101.00190
 """
 
+import argparse
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
+from minprefix.data_triples import DART_CATEGORY
 from minprefix.examples import Example
 from minprefix.options import check_choice
 
 # WebNLG 2017's categories in training and dev; [1] says 9, the files have these 10. The test set
-# has five more: Artist, Athlete, CelestialBody, MeanOfTransportation, Politician.
+# has five more.
 SEEN = (
     "Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument", "SportsTeam",
     "University", "WrittenWork",
 )  # fmt: skip
+UNSEEN = ("Artist", "Athlete", "CelestialBody", "MeanOfTransportation", "Politician")
 
 TOPICS = ("seen", "unseen", "news-to-sports", "within-news")  # what `choose` knows
 # of within-news; XSum has no council and no traffic, the embedded notes neither world nor UK
@@ -35,7 +38,7 @@ def seen(example: Example) -> bool:
     Raises:
         ValueError: the example has no category, so it is not WebNLG's.
     """
-    if not example.group:
+    if not example.group or example.group == DART_CATEGORY:
         raise ValueError(f"{example.where}: no category, so neither seen nor unseen in training")
     return example.group in SEEN
 
@@ -114,8 +117,24 @@ def low_data(
     """Training and dev pairs of one low-data run: `size`, and 30 % of it, of one subset seed.
 
     [1]: sizes 50, 100, 200 and 500, 5 subsets each, dev a split of 30 % of the training size (for
-    early stopping). Our choice: dev pairs come from the official dev set; without one there are
-    none.
+    early stopping). Our choice: dev pairs come from the official dev set, at least one; without a
+    dev set there are none.
+
+    Raises:
+        ValueError: the data has fewer pairs.
     """
-    few = subset(dev, round(DEV_PART * size), subset_seed) if dev else []
-    return subset(train, size, subset_seed), few
+    chosen = subset(train, size, subset_seed)
+    dev_size, there = max(1, round(DEV_PART * size)), sum(len(example.targets) for example in dev)
+    if 0 < there < dev_size:
+        raise ValueError(
+            f"{size} training pairs come with {dev_size} dev pairs, and dev has only {there}"
+        )
+    return chosen, subset(dev, dev_size, subset_seed) if dev else []
+
+
+def add_subset(parser: argparse.ArgumentParser) -> None:
+    """The command line's options of `low_data`."""
+    parser.add_argument(
+        "--subset", type=int, help="low data: this many pairs, 30 %% as many for dev"
+    )
+    parser.add_argument("--subset-seed", type=int, default=0, help="which (default: %(default)s)")

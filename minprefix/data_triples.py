@@ -45,7 +45,7 @@ def _parse_triple(text: str | None, where: str) -> list[str]:
 def read_xml(path: Path, linearisation: str, only_good: bool) -> Iterator[Example]:
     """WebNLG's XML: one example per <entry>, from its modified triples; an empty <lex> is no text.
 
-    DART's entries are known by their category, and get DART's linearisation and no group.
+    DART's entries are known by their category, and get DART's linearisation.
 
     Args:
         only_good: leave out WebNLG's texts that are not marked good, and entries which then have
@@ -73,7 +73,7 @@ def read_xml(path: Path, linearisation: str, only_good: bool) -> Iterator[Exampl
         if texts:
             targets = tuple(clean(lex.text, linearisation) for lex in texts)
             source = _linearise(triples, linearisation, dart)
-            yield Example(source, targets, None, where, "" if dart else group)
+            yield Example(source, targets, None, where, group)
 
 
 def _is_blank(value: object) -> bool:
@@ -106,7 +106,8 @@ def _checked_set(item: object, where: str) -> tuple[list, list[str]]:
 def read_dart(path: Path, linearisation: str) -> Iterator[Example]:
     """DART's JSON: a list of {"tripleset": [[s, relation, o], ...], "annotations": [...]}.
 
-    A text is annotations[i]["text"]; an empty one is no text. Sets without any text are left out
+    A text is annotations[i]["text"]; an empty one is no text. The group is the category that DART's
+    XML has. Sets without any text are left out
     and counted in a warning.
     """
     try:
@@ -124,6 +125,7 @@ def read_dart(path: Path, linearisation: str) -> Iterator[Example]:
         without += not texts
         if texts:
             targets = tuple(clean(text, linearisation) for text in texts)
-            yield Example(_linearise(triples, linearisation, dart=True), targets, None, where)
+            source = _linearise(triples, linearisation, dart=True)
+            yield Example(source, targets, None, where, DART_CATEGORY)
     if without:
         log.warning("%s: %d triple sets without a text are left out", path, without)

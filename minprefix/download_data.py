@@ -156,6 +156,19 @@ def _state(name: str, digest: str, source: Source, known: str | None, recorded: 
     return "unverified" + (f" (published was {known})" if known else "")
 
 
+def _with_unix_ends(path: Path, known: str) -> str | None:
+    """The known sha256 if the file has it with \\n for each \\r\\n; it is then written so.
+
+    DART's repository changed its files to Windows line ends after others had published their sha256
+    (commit 34b3c872, May 2021). The content is the same.
+    """
+    data = path.read_bytes().replace(b"\r\n", b"\n")
+    if hashlib.sha256(data).hexdigest() != known:
+        return None
+    path.write_bytes(data)
+    return known
+
+
 def _check_or_fetch(
     name: str, folder: Path, source: Source, known: str | None, recorded: str | None, silent: bool
 ) -> tuple[str, str]:
@@ -169,6 +182,8 @@ def _check_or_fetch(
             raise ValueError(f"{path}: {error}; remove it to fetch it anew") from None
     partial = _download(source.url(name), path, silent)
     digest = sha256(partial)
+    if known and digest != known:
+        digest = _with_unix_ends(partial, known) or digest
     try:
         state = _state(name, digest, source, known, None)
     except ValueError as error:

@@ -33,6 +33,8 @@ from sacrebleu.metrics import BLEU, TER
 from text_unidecode import unidecode
 
 from minprefix.data_formats import E2E_FIELDS
+from minprefix.data_splits import SEEN, UNSEEN
+from minprefix.data_triples import DART_CATEGORY
 from minprefix.e2e_metrics import cider, nist, rouge_l_max
 from minprefix.examples import Example
 from minprefix.meteor import meteor, why_not
@@ -52,11 +54,6 @@ SUITES = {
     "xsum": ("R-1", "R-2", "R-L"),
 }
 # WebNLG 2017: categories of the training set, and those that only the test set has.
-WEBNLG_SEEN = (
-    "Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument",
-    "SportsTeam", "University", "WrittenWork",
-)  # fmt: skip
-WEBNLG_UNSEEN = ("Artist", "Athlete", "CelestialBody", "MeanOfTransportation", "Politician")
 MAX_REFERENCES = 3  # of WebNLG and DART: the scripts take the first three
 
 
@@ -132,9 +129,9 @@ def _webnlg(
     parts = {"A": list(range(len(outputs)))}
     if groups is not None:
         for number, group in enumerate(groups):
-            check_choice(f"group {number}", group, (*WEBNLG_SEEN, *WEBNLG_UNSEEN))
-        seen = [i for i, group in enumerate(groups) if group in WEBNLG_SEEN]
-        unseen = [i for i, group in enumerate(groups) if group in WEBNLG_UNSEEN]
+            check_choice(f"group {number}", group, (*SEEN, *UNSEEN))
+        seen = [i for i, group in enumerate(groups) if group in SEEN]
+        unseen = [i for i, group in enumerate(groups) if group in UNSEEN]
         parts = {name: p for name, p in (("S", seen), ("U", unseen)) if p} | parts
     outputs = [_webnlg_output(text) for text in outputs]
     references = [[_webnlg_reference(t) for t in r[:MAX_REFERENCES]] for r in references]
@@ -164,9 +161,9 @@ def suite_of(examples: Sequence[Example]) -> str:
     if all(e.table and {f.lower() for f, _ in e.table} <= _E2E_NAMES for e in examples):
         return "e2e"
     groups = {example.group for example in examples}
-    if groups <= {*WEBNLG_SEEN, *WEBNLG_UNSEEN}:
+    if groups <= {*SEEN, *UNSEEN}:
         return "webnlg"
-    return "dart" if groups == {"MISC"} else "quick"
+    return "dart" if groups == {DART_CATEGORY} else "quick"
 
 
 _E2E_NAMES = {name.lower() for name in E2E_FIELDS.values()}

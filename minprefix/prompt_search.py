@@ -102,6 +102,8 @@ class SearchConfig:
             raise ValueError(f"behind must lie in [0, {self.prompt_len}], got {self.behind}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not all(text.strip() for text in self.start):
+            raise ValueError("start must be a text, got an empty one")
         if self.chains > self.starts:
             raise ValueError(f"chains {self.chains} must not be more than starts {self.starts}")
 

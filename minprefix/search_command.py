@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minprefix import weights
 from minprefix.data import load_train_and_dev
-from minprefix.data_splits import choose
+from minprefix.data_splits import add_subset, choose, low_data
 from minprefix.files import read_json, write_text
 from minprefix.options import add_fields, from_args
 from minprefix.prompt_search import PromptSearch, SearchConfig, state_path
@@ -29,6 +29,7 @@ def add_options(parser) -> None:
     parser.add_argument("--dev", help="dev file, where --data is a file")
     parser.add_argument("--out", type=Path, help="run folder to make")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
+    add_subset(parser)
     add_fields(parser, SearchConfig)
 
 
@@ -80,6 +81,7 @@ def run_to_search(args) -> tuple[Path, dict]:
     settings = {
         "model": args.model, "device": args.device, "data": args.data, "dev": args.dev,
         "linearisation": args.linearisation or "paper", "topics": args.topics,
+        "subset": args.subset, "subset_seed": args.subset_seed,
         "search": asdict(from_args(SearchConfig, args)),
     }  # fmt: skip
     return args.out, settings
@@ -91,5 +93,7 @@ def make_search(settings: dict, out: Path) -> PromptSearch:
     train, dev = load_train_and_dev(settings["data"], settings["dev"], settings["linearisation"])
     topics, given = settings.get("topics"), settings["search"]  # older searches have no topics
     train, dev = choose(train, topics, "train"), choose(dev, topics, "dev") if dev else dev
+    if settings.get("subset") is not None:
+        train, dev = low_data(train, dev, settings["subset"], settings["subset_seed"])
     config = SearchConfig(**given | {"start": tuple(given["start"])})
     return PromptSearch(model, tokenizer, config, train, dev, out, settings["linearisation"])

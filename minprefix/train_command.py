@@ -18,7 +18,7 @@ from pathlib import Path
 from minprefix import weights
 from minprefix.baselines import BaselineConfig, describe_baseline, make_baseline
 from minprefix.data import load_train_and_dev
-from minprefix.data_splits import choose, low_data
+from minprefix.data_splits import add_subset, choose, low_data
 from minprefix.files import load_tensors, read_json, write_text
 from minprefix.options import add_fields, from_args
 from minprefix.prefix import PrefixConfig, make_prefix
@@ -38,10 +38,7 @@ READ = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command, beside those of model and data."""
     parser.add_argument("--dev", help="dev file, where --data is a file")
-    parser.add_argument(
-        "--subset", type=int, help="low data: this many pairs, 30 %% as many for dev"
-    )
-    parser.add_argument("--subset-seed", type=int, default=0, help="which (default: %(default)s)")
+    add_subset(parser)
     parser.add_argument("--out", type=Path, help="run folder to make")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
     add_fields(parser, TrainConfig)
@@ -89,12 +86,14 @@ def run_to_train(args) -> tuple[Path, dict]:
         )
     train = from_args(TrainConfig, args)
     check_read(train.method, args.argv)
+    prefix = from_args(PrefixConfig, args)
+    check_start(prefix, args.argv)
     settings = {
         "model": args.model, "device": args.device, "data": args.data, "dev": args.dev,
         "linearisation": args.linearisation or "paper", "topics": args.topics,
         "subset": args.subset, "subset_seed": args.subset_seed,
         "train": asdict(train),
-        "prefix": asdict(from_args(PrefixConfig, args)),
+        "prefix": asdict(prefix),
         "baseline": asdict(from_args(BaselineConfig, args)),
     }  # fmt: skip
     return args.out, settings
@@ -109,6 +108,18 @@ def check_read(method: str, argv: list[str]) -> None:
         if options and field.name not in READ[method]:
             readers = " or ".join(name for name in READ if field.name in READ[name])
             raise ValueError(f"{options[0]} is for method {readers}, not for {method}")
+
+
+def check_start(prefix: PrefixConfig, argv: list[str]) -> None:
+    """ValueError if the command line has an option that a prefix of this form does not read."""
+    given = {word.split("=")[0] for word in argv}
+    if "--init-text" in given and prefix.init == "random":
+        raise ValueError("--init-text is for --init words or prompt, not for random")
+    if "--mid-dim" in given and "mlp" not in prefix.parametrisation:
+        raise ValueError(
+            f"--mid-dim is the MLP's: for --parametrisation mlp or embedding-mlp, not for "
+            f"{prefix.parametrisation}"
+        )
 
 
 def read_settings(run_folder: Path) -> dict:

@@ -43,6 +43,8 @@ def test_webnlg_parts_by_category():
         choose([city], "unseen", "train")
     with pytest.raises(ValueError, match="f:1: no category"):
         seen(example(""))
+    with pytest.raises(ValueError, match="f:1: no category"):
+        seen(example("MISC"))  # DART's
 
 
 def test_xsum_parts_by_topic():
@@ -99,6 +101,16 @@ def test_low_data_settings_of_the_paper():
     assert low_data(train, [], 50, 0)[1] == []
     drawn = [frozenset(groups(low_data(train, dev, 50, s)[0])) for s in range(LOW_DATA_SUBSETS)]
     assert all(a != b for a, b in itertools.combinations(drawn, 2))
+
+
+def test_too_small_a_split_is_named_with_its_own_number():
+    train, dev = ([example(f"r{n}") for n in range(size)] for size in (150, 10))
+    with pytest.raises(ValueError, match="size must be 1 to 150, .* got 1000"):
+        low_data(train, dev, 1000, 0)
+    with pytest.raises(ValueError, match="100 training pairs come with 30 dev pairs, .* only 10"):
+        low_data(train, dev, 100, 0)
+    few, few_dev = low_data(train, dev, 1, 0)
+    assert (len(pairs(few)), len(pairs(few_dev))) == (1, 1)
 
 
 @needs_shared

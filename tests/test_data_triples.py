@@ -32,10 +32,10 @@ def test_dart_json_and_xml_are_one_set_of_examples(tmp_path):
     table, wren = load_examples(write(tmp_path, "dart.json", json.dumps(DART)))
     paper = "Blue Heron : BUILT_In : Köln | [TABLECONTEXT] : [TITLE] : Ships"
     targets = ("Built in Köln.", "A ship of Köln.")  # the blank text is no text
-    assert table == Example(paper, targets, None, f"{tmp_path}/dart.json:set 1")
+    assert table == Example(paper, targets, None, f"{tmp_path}/dart.json:set 1", "MISC")
     assert wren.source == "Wren : MASS : "
     (same,) = load_examples(write(tmp_path, "a.xml", DART_XML), "train")
-    assert same == Example(paper, targets, None, f"{tmp_path}/a.xml:Id1")
+    assert same == Example(paper, targets, None, f"{tmp_path}/a.xml:Id1", "MISC")
 
 
 def test_dart_original_code_has_lower_case_relations_and_no_leading_bar(tmp_path):

@@ -202,6 +202,20 @@ def test_files_that_were_never_seen_are_said_to_be_unverified(offer):
     assert f"b.json: changed since it was fetched: sha256 {sha256(folder / 'b.json')}" in message
 
 
+def test_other_line_ends_are_the_same_file(offer):
+    """As DART's repository has them now; what is kept has the published sha256."""
+    files = {"a.json": b"[\n1\n]\n", "b.json": b"[\n2\n]\n"}
+    site = offer("dart", files, unseen=("a.json",))
+    site.files |= {name: data.replace(b"\n", b"\r\n") for name, data in files.items()}
+    rows = fetch("dart")
+    assert states(rows) == {"a.json": "as published", "b.json": "verified"}
+    folder = data_folder("dart")
+    assert {name: (folder / name).read_bytes() for name in files} == files
+    (folder / "b.json").unlink()
+    site.files["b.json"] = b"[\r\n3\r\n]\r\n"
+    assert "not the official file" in error_of(ValueError, "dart")
+
+
 def test_xsum_becomes_json_lines(offer, tmp_path):
     files = {n: summary_file(n) for n in ("11", "12", "13")}
     split_ids = ids(tmp_path, train=["12"], validation=["11"], test=["13"])

@@ -7,6 +7,7 @@ import pytest
 
 from minprefix import official_metrics
 from minprefix.data import load_examples
+from minprefix.data_triples import read_dart, read_xml
 from minprefix.evaluation import measure
 from minprefix.examples import Example
 from minprefix.meteor import meteor, why_not
@@ -142,11 +143,25 @@ def test_webnlg_equals_the_published_figures_of_two_systems(shared, team):
         assert scores["MET A"] == pytest.approx(expected["METEOR"], rel=1e-12)
 
 
-def test_auto_takes_the_suite_of_the_data(quiet):
+def read_triples(folder) -> list[Example]:
+    """DART's two layouts, as their readers give them."""
+    triples = [{"tripleset": [["Zed", "IS", "a bar"]], "annotations": [{"text": "Zed is a bar."}]}]
+    (folder / "dart.json").write_text(json.dumps(triples))
+    (folder / "dart.xml").write_text(
+        '<benchmark><entries><entry category="MISC" eid="Id1"><modifiedtripleset><mtriple>Zed | is '
+        '| a bar</mtriple></modifiedtripleset><lex comment="e2e" lid="Id1">Zed is a bar.</lex>'
+        "</entry></entries></benchmark>"
+    )
+    found = read_dart(folder / "dart.json", "paper")
+    return [*found, *read_xml(folder / "dart.xml", "paper", only_good=True)]
+
+
+def test_auto_takes_the_suite_of_the_data(quiet, tmp_path):
     table = Example("", ("Zed is a bar.",), (("name", "Zed"), ("Type", "bar")))
     film = Example("", ("Zed is a film.",), (("title", "Zed"),))
     webnlg, dart = (Example("", ("Zed.",), None, "", group) for group in ("Food", "MISC"))
     assert [suite_of([e]) for e in (table, webnlg, dart)] == ["e2e", "webnlg", "dart"]
+    assert suite_of(read_triples(tmp_path)) == "dart"
     assert suite_of([film]) == suite_of([table, film]) == suite_of([webnlg, dart]) == "quick"
     assert measure(["a"], [film], "auto") == score(["a"], [film])
     assert set(measure(["Zed."], [webnlg], "auto")) == {"BLEU S", "BLEU A", "TER S", "TER A"}

@@ -52,6 +52,10 @@ def test_topics_choose_the_examples_and_are_kept(cli, tiny_folder, tmp_path, mon
     cli("search", "--resume", tmp_path / "run")
     assert seen == [[["Of news/uk.", "Of news/world."]] * 2] * 2
     assert json.loads((tmp_path / "run" / "config.json").read_text())["topics"] == "within-news"
+    few = ("--subset", 2, "--subset-seed", 3, "--out", tmp_path / "few", *QUICK)
+    cli("search", "--model", tiny_folder, "--data", data, *few)
+    cli("search", "--resume", tmp_path / "few")
+    assert [len(part) for part in seen[-1]] == [2, 1] and seen[-1] == seen[-2]
 
 
 def test_the_command_names_what_is_wrong(cli, tiny_folder, tables, tmp_path):
@@ -59,6 +63,7 @@ def test_the_command_names_what_is_wrong(cli, tiny_folder, tables, tmp_path):
     cases = [
         ((), "give either --out"),
         (("--out", tmp_path / "a", "--behind", 11), "behind must lie in [0, 10], got 11"),
+        (("--out", tmp_path / "a", "--start", " "), "start must be a text, got an empty one"),
         (("--resume", tmp_path), "cannot go with --resume"),
     ]
     for options, expected in cases:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minprefix.baselines import BaselineConfig
+from minprefix.data_splits import LOW_DATA_SEEDS, LOW_DATA_SIZES, LOW_DATA_SUBSETS
 from minprefix.decoding import GenerationConfig
 from minprefix.paper.results import pick, quality, read_rows
 from minprefix.paper.run import Run
@@ -115,9 +116,9 @@ class Plan:
     model: str = "mini"  # "mini", or an official model: a name or a folder
     quick: bool = False  # a minute for each, to look around and for tests
     seeds: tuple[int, ...] = (0, 1, 2)  # of experiments on all data
-    low_seeds: tuple[int, ...] = (0, 1)  # [2]: 2 seeds for each subset of low data
-    subsets: tuple[int, ...] = (0, 1, 2, 3, 4)  # [2]: 5 subsets
-    sizes: tuple[int, ...] = (50, 100, 200, 500)  # [2]: training pairs
+    low_seeds: tuple[int, ...] = tuple(range(LOW_DATA_SEEDS))  # of each subset of low data
+    subsets: tuple[int, ...] = tuple(range(LOW_DATA_SUBSETS))
+    sizes: tuple[int, ...] = LOW_DATA_SIZES  # training pairs
     steps: int | None = None  # instead of the preset's; low data: at most so many
     beams: int | None = None  # None = 5 as in the paper, 1 where quick
     precision: str = "auto"  # of training
