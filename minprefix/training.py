@@ -53,8 +53,8 @@ PRECISIONS = ("auto", "fp32", "bf16")
 DEFAULT_LR = {
     "prefix": (1e-3, 8e-5),
     "finetune": (1e-3, 5e-5),
-    "ft-top": (1e-3, 5e-5),  # the first is a placeholder: no dev set has chosen it yet
-    "adapter": (1e-3, 5e-5),  # likewise; the second for 3 %, the paper has 8e-5 for 0.1 %
+    "ft-top": (5e-3, 5e-5),
+    "adapter": (1e-2, 5e-5),  # of three widths; the second for 3 %, the paper has 8e-5 for 0.1 %
 }
 
 # Likewise for BART: the first of the prefix from a trial on E2E's dev set, the second are XSum's in
