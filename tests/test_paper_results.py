@@ -453,6 +453,10 @@ def test_the_report_says_what_the_sweep_chose(tmp_path):
     assert "0.002 x 900 (edge of the grid)" in text and "0.001 x 900: 50.0" in text
     with pytest.raises(ValueError, match="no results there"):
         report(tmp_path / "nothing")
+    for text in ("", "name,data\n", "name,da"):
+        (tmp_path / "table4-mini.csv").write_text(text)
+        with pytest.raises(ValueError, match="table4-mini.csv: empty or damaged"):
+            report(tmp_path)
 
 
 def test_quality_is_bleu_of_all_tables():
