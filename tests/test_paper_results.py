@@ -163,6 +163,9 @@ def test_mini_takes_what_the_dev_set_chose(tmp_path):
     chance = plan.run("e2e", "PREFIX", 0, size=100, prefix={"init": "random"})
     assert (chance.train.lr, chance.train.steps) == (0.0003, 100)
     assert replace(plan, steps=200).run("e2e", "PREFIX", 0, size=100).train.steps == 200
+    own = replace(plan, model="runs/books", swept=True).run("e2e", "PREFIX", 0)
+    assert own == replace(full, model="runs/books"), "a model of one's own with --sweep-file"
+    assert replace(plan, model="gpt2-medium").run("e2e", "PREFIX", 0).train.lr == 8e-5
 
 
 def test_the_sweep_gives_each_method_equally_many_trials_and_never_sees_the_test_set():
