@@ -115,11 +115,6 @@ def check_start(prefix: PrefixConfig, argv: list[str]) -> None:
     given = {word.split("=")[0] for word in argv}
     if "--init-text" in given and prefix.init == "random":
         raise ValueError("--init-text is for --init words or prompt, not for random")
-    if "--mid-dim" in given and "mlp" not in prefix.parametrisation:
-        raise ValueError(
-            f"--mid-dim is the MLP's: for --parametrisation mlp or embedding-mlp, not for "
-            f"{prefix.parametrisation}"
-        )
 
 
 def read_settings(run_folder: Path) -> dict:

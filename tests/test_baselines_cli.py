@@ -141,11 +141,6 @@ def test_errors_in_one_line(cli, tiny_folder, tables, run, tmp_path):
         ("adapter", ("--no-gate",), "--no-gate is for method prefix, not for adapter"),
         ("adapter", ("--top-layers", 2), "--top-layers is for method ft-top, not for adapter"),
         ("prefix", ("--init-text", "x"), "--init-text is for --init words or prompt, not for rand"),
-        (
-            "prefix",
-            ("--mid-dim", 7, "--parametrisation", "table"),
-            "--mid-dim is the MLP's: for --parametrisation mlp or embedding-mlp, not for table",
-        ),
         ("prefix", ("--bottleneck", 4), "--bottleneck is for method adapter, not for prefix"),
         ("ft-top", ("--adapter-share=0.1",), "--adapter-share is for method adapter, not for ft-"),
     ],

@@ -334,8 +334,8 @@ def test_impossible_searches_are_named(tokenizer, tmp_path):
         made(tokenizer, tmp_path, prompt_len=120)
     with pytest.raises(ValueError, match="two training pairs at least, got 1"):
         made(tokenizer, tmp_path, train=pairs(1))
-    with pytest.raises(ValueError, match="a text to start from is empty"):
-        made(tokenizer, tmp_path, start=("",)).run(progress=False)
+    with pytest.raises(ValueError, match="start must be a text, got an empty one"):
+        made(tokenizer, tmp_path, start=("",))
     search = made(tokenizer, tmp_path / "run", steps=1)
     with pytest.raises(ValueError, match="no saved state in this run folder"):
         search.load_state()
