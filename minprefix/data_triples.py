@@ -107,8 +107,7 @@ def read_dart(path: Path, linearisation: str) -> Iterator[Example]:
     """DART's JSON: a list of {"tripleset": [[s, relation, o], ...], "annotations": [...]}.
 
     A text is annotations[i]["text"]; an empty one is no text. The group is the category that DART's
-    XML has. Sets without any text are left out
-    and counted in a warning.
+    XML has. Sets without any text are left out and counted in a warning.
     """
     try:
         items = json.loads(read_text(path))

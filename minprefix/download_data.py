@@ -160,7 +160,7 @@ def _with_unix_ends(path: Path, known: str) -> str | None:
     """The known sha256 if the file has it with \\n for each \\r\\n; it is then written so.
 
     DART's repository changed its files to Windows line ends after others had published their sha256
-    (commit 34b3c872, May 2021). The content is the same.
+    (commit 34b3c872, May 2021). Seen of the dev file: its content is the same.
     """
     data = path.read_bytes().replace(b"\r\n", b"\n")
     if hashlib.sha256(data).hexdigest() != known:

@@ -83,12 +83,10 @@ def starting_prompts(
     before the source, or names {table}) is a window or random.
 
     Raises:
-        ValueError: a text is empty; no token is usable.
+        ValueError: no token is usable.
     """
     if not usable:
         raise ValueError("no token of this vocabulary can be typed: search without printable")
-    if "" in texts:
-        raise ValueError("a text to start from is empty")
 
     def draw(n: int) -> Prompt:  # every fourth is random
         row = rows[rng.integers(len(rows))].ids

@@ -90,10 +90,7 @@ GRID = {
     "prefix": (5e-4, 1e-3, 2e-3, 5e-3),
 }
 # mini, low data: learning rates x most steps, for each method; chosen on the dev set
-GRID_LOW = {
-    "finetune": ((1e-4, 3e-4, 1e-3, 3e-3), (100, 400)),
-    "prefix": ((1e-4, 3e-4, 1e-3, 3e-3), (100, 400)),
-}
+GRID_LOW = dict.fromkeys(("finetune", "prefix"), ((1e-4, 3e-4, 1e-3, 3e-3), (100, 400)))
 NO_SWEEP = "no sweep"  # in the scale of rows whose learning rate is the default
 SWEPT = "e2e"  # whose choices a data set takes that was not swept itself
 SWEPT_SIZE = {50: 100, 100: 100, 200: 100, 500: 500}  # low data: size -> the size it was swept at
