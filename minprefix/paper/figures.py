@@ -10,11 +10,16 @@ from minprefix.files import atomic_write
 from minprefix.paper.published import published
 from minprefix.paper.results import Row, mean_sd, pick
 
-OURS, FAINT = "#d9822b", 0.18  # colour; opacity of a band
+OURS, FAINT, DOT = "#d9822b", 0.18, 0.5  # colour; opacity of a band and of a single run
 COLOURS = {"PREFIX": OURS, "FT-FULL": "#3b6ea5"}
 SCORES = {  # what a figure shows: column, label
     "figure3": (("BLEU", "BLEU"), ("R-L", "ROUGE-L")),
-    "figure4": (("BLEU", "BLEU"), ("TER", "TER (lower is better)"), ("R-L", "ROUGE-L")),
+    "figure4": (
+        ("BLEU", "BLEU"),
+        ("TER", "TER (lower is better)"),
+        ("R-L", "ROUGE-L"),
+        ("train_loss", "loss in the last tenth of training (nats)"),
+    ),
     "figure6": (("BLEU", "BLEU"), ("R-L", "ROUGE-L")),
 }
 AXES = {  # what the figure's x is
@@ -24,6 +29,7 @@ AXES = {  # what the figure's x is
     "figure6": "part of the training pairs (%)",
 }
 SAMPLE = "whiskers, bands: 1 standard deviation over runs"
+SINGLE = "small dots: single runs"
 
 
 def names_of(rows: Sequence[Row], column: str = "name") -> list[str]:
@@ -112,6 +118,9 @@ def draw_curves(experiment: str, rows: Sequence[Row]):
             low = [m - sd for m, sd in zip(means, sds, strict=True)]
             high = [m + sd for m, sd in zip(means, sds, strict=True)]
             one.fill_between(xs, low, high, color=colour, alpha=FAINT, lw=0)
+            runs = [(float(r["x"].rstrip("%")), float(r[column])) for r in pick(rows, name=name)
+                    if r.get(column)]  # fmt: skip
+            one.plot(*zip(*runs, strict=True), ".", color=colour, alpha=DOT, ms=5, mew=0)
         if experiment == "figure3":
             one.set_xscale("log")
             ticks = sorted({int(x) for x in names_of(rows, "x")})
@@ -134,7 +143,8 @@ def draw(experiment: str, rows: Sequence[Row], path: Path) -> bool:
     if figure is None:
         return False
     about = rows[0]
-    lines = [f"{experiment}: {about['model']}, {about['scale']}", SAMPLE]
+    sample = f"{SAMPLE}; {SINGLE}" if experiment in SCORES else SAMPLE
+    lines = [f"{experiment}: {about['model']}, {about['scale']}", sample]
     if experiment.startswith("table"):
         lines.append("black: the paper, GPT-2 medium")
     figure.suptitle("\n".join(lines), fontsize=8)
