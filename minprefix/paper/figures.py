@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minprefix.files import atomic_write
 from minprefix.paper.published import published
-from minprefix.paper.results import Row, mean_sd, pick
+from minprefix.paper.results import Row, mean_sd, pick, scales_of
 
 OURS, FAINT, DOT = "#d9822b", 0.18, 0.5  # colour; opacity of a band and of a single run
 COLOURS = {"PREFIX": OURS, "FT-FULL": "#3b6ea5"}
@@ -142,9 +142,8 @@ def draw(experiment: str, rows: Sequence[Row], path: Path) -> bool:
         figure = draw_table(experiment, rows)
     if figure is None:
         return False
-    about = rows[0]
     sample = f"{SAMPLE}; {SINGLE}" if experiment in SCORES else SAMPLE
-    lines = [f"{experiment}: {about['model']}, {about['scale']}", sample]
+    lines = [f"{experiment}: {rows[0]['model']}, {scales_of(rows)}", sample]
     if experiment.startswith("table"):
         lines.append("black: the paper, GPT-2 medium")
     figure.suptitle("\n".join(lines), fontsize=8)

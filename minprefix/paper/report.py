@@ -12,7 +12,7 @@ from minprefix.paper.claims import NOISE, judge, verdicts
 from minprefix.paper.experiments import EXPERIMENTS, NOT_HERE
 from minprefix.paper.figures import AXES, names_of
 from minprefix.paper.published import ACL, COLUMNS, published
-from minprefix.paper.results import Mean, Row, mean_sd, pick, quality, read_rows
+from minprefix.paper.results import Mean, Row, mean_sd, pick, quality, read_rows, scales_of
 
 HEAD = """# The paper's tables and figures, run here
 
@@ -87,7 +87,7 @@ def settings(rows: Sequence[Row]) -> str:
         return ", ".join(dict.fromkeys(v for row in rows if (v := row.get(column)))) or "none"
 
     return (
-        f"Model {said('model')}; {said('scale')}; seeds {said('seed')}; {said('decoding')}; "
+        f"Model {said('model')}; {scales_of(rows)}; seeds {said('seed')}; {said('decoding')}; "
         f"run on {said('gpu') if any(row.get('gpu') for row in rows) else said('cpu')}."
     )
 
@@ -104,7 +104,7 @@ def section(path: Path, experiment: str) -> str:
     """One table or figure."""
     rows = results(path)
     done = [row for row in rows if not row["problem"]]
-    parts = [f"## {experiment} ({rows[0]['model']}, {rows[0]['scale']})\n", settings(rows) + "\n"]
+    parts = [f"## {experiment} ({rows[0]['model']})\n", settings(rows) + "\n"]
     parts += [text for data in names_of(done, "data") if (text := table(experiment, done, data))]
     if path.with_suffix(".png").exists():
         parts.append(f"![{experiment}]({path.stem}.png)\n")

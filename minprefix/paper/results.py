@@ -77,6 +77,16 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     write_text(path, text.getvalue())
 
 
+def scales_of(rows: Sequence[Row]) -> str:
+    """How far the runs are from the preset; by data set, where that is not the same for all."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        found.setdefault(row["scale"], {})[row["data"]] = None
+    if len(found) < 2:
+        return "".join(found)
+    return "; ".join(f"{', '.join(data)}: {scale}" for scale, data in found.items())
+
+
 def read_rows(path: Path) -> list[Row]:
     """The rows of a CSV; none if there is no file."""
     return list(csv.DictReader(io.StringIO(read_text(path)))) if path.exists() else []
