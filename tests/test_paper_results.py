@@ -462,6 +462,16 @@ def test_scales_that_differ_are_told_by_data_set():
     assert scales_of(mixed) == "e2e: preset (mini); webnlg: 9 steps, no sweep"
 
 
+def test_figure6_says_how_often_pairs_were_seen(tmp_path):
+    cells = {"steps": 500, "batch_size": 16}
+    rows = [row("PREFIX", 50, x=x, pairs=n, **cells) for x, n in (("10%", 4000), ("100%", 16000))]
+    write_rows(tmp_path / "figure6-mini.csv", rows)
+    text = report(tmp_path)
+    assert "2 times those of 10%, 0.5 times those of 100%." in text
+    write_rows(tmp_path / "figure6-mini.csv", rows[:1])
+    assert "equally many pairs" not in report(tmp_path)
+
+
 def test_the_report_says_what_the_sweep_chose(tmp_path):
     swept(tmp_path / "sweep-mini.csv", [
         ("PREFIX", "e2e", "", 0.001, 900, 50.0), ("PREFIX", "e2e", "", 0.002, 900, 51.0),

@@ -92,6 +92,22 @@ def settings(rows: Sequence[Row]) -> str:
     )
 
 
+def passes(rows: Sequence[Row]) -> str:
+    """How often runs saw their training pairs, at the ends of x; "" where steps are not given."""
+    found: dict[str, set[float]] = {}
+    for row in rows:
+        if row["x"] and row.get("steps") and row.get("pairs"):
+            seen = int(row["steps"]) * int(row["batch_size"])
+            found.setdefault(row["x"], set()).add(seen / int(row["pairs"]))
+    if len(found) < 2:
+        return ""
+    (few, most), *_, (many, least) = found.items()
+    return (
+        f"Runs have equally many steps and so draw equally many pairs: {max(most):.2g} times those "
+        f"of {few}, {max(least):.2g} times those of {many}."
+    )
+
+
 def results(path: Path) -> list[Row]:
     """The rows of a CSV; ValueError if it is empty or no CSV of the command."""
     rows = read_rows(path)
@@ -106,6 +122,8 @@ def section(path: Path, experiment: str) -> str:
     done = [row for row in rows if not row["problem"]]
     parts = [f"## {experiment} ({rows[0]['model']})\n", settings(rows) + "\n"]
     parts += [text for data in names_of(done, "data") if (text := table(experiment, done, data))]
+    if experiment == "figure6" and (said := passes(done)):
+        parts.append(said + "\n")
     if path.with_suffix(".png").exists():
         parts.append(f"![{experiment}]({path.stem}.png)\n")
     parts.append("\n".join(f"- {line}" for line in judge(experiment, rows)) + "\n")
