@@ -24,7 +24,7 @@ from minprefix.paper.results import (
     scales_of,
     t_quantile,
     write_rows,
-)  # fmt: skip
+)
 from minprefix.paper.run import Run, SearchConfig
 from minprefix.training import TrainConfig
 from minprefix.weights import load, save_model
@@ -467,9 +467,10 @@ def test_figure6_says_how_often_pairs_were_seen(tmp_path):
     rows = [row("PREFIX", 50, x=x, pairs=n, **cells) for x, n in (("10%", 4000), ("100%", 16000))]
     write_rows(tmp_path / "figure6-mini.csv", rows)
     text = report(tmp_path)
-    assert "2 times those of 10%, 0.5 times those of 100%." in text
-    write_rows(tmp_path / "figure6-mini.csv", rows[:1])
-    assert "equally many pairs" not in report(tmp_path)
+    assert "Each run draws 8,000 pairs: 2 times those of 10%, 0.5 times those of 100%." in text
+    for other in (rows[:1], [rows[0], rows[1] | {"steps": "9"}], [r | {"steps": ""} for r in rows]):
+        write_rows(tmp_path / "figure6-mini.csv", other)
+        assert "Each run draws" not in report(tmp_path)
 
 
 def test_the_report_says_what_the_sweep_chose(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minprefix.files import atomic_write
 from minprefix.paper.published import published
-from minprefix.paper.results import Row, mean_sd, pick, scales_of
+from minprefix.paper.results import Row, mean_sd, pick, scales_of, value
 
 OURS, FAINT, DOT = "#d9822b", 0.18, 0.5  # colour; opacity of a band and of a single run
 COLOURS = {"PREFIX": OURS, "FT-FULL": "#3b6ea5"}
@@ -18,7 +18,7 @@ SCORES = {  # what a figure shows: column, label
         ("BLEU", "BLEU"),
         ("TER", "TER (lower is better)"),
         ("R-L", "ROUGE-L"),
-        ("train_loss", "loss in the last tenth of training (nats)"),
+        ("train_loss", "last tenth of training: loss (nats per token)"),
     ),
     "figure6": (("BLEU", "BLEU"), ("R-L", "ROUGE-L")),
 }
@@ -28,8 +28,8 @@ AXES = {  # what the figure's x is
     "figure5": "training pairs",
     "figure6": "part of the training pairs (%)",
 }
-SAMPLE = "whiskers, bands: 1 standard deviation over runs"
-SINGLE = "small dots: single runs"
+WHISKERS = "whiskers: 1 standard deviation over runs"
+BANDS = "bands: 1 standard deviation over runs; small dots: single runs"
 
 
 def names_of(rows: Sequence[Row], column: str = "name") -> list[str]:
@@ -97,6 +97,11 @@ def draw_starts(rows: Sequence[Row]):
     return figure
 
 
+def place(x: str) -> float:
+    """Where an x stands: a number of pairs or positions, or percent."""
+    return float(x.rstrip("%"))
+
+
 def draw_curves(experiment: str, rows: Sequence[Row]):
     """A curve with its band for each name."""
     panels = [p for p in SCORES[experiment] if mean_sd(rows, p[0])]
@@ -109,7 +114,7 @@ def draw_curves(experiment: str, rows: Sequence[Row]):
             for x in names_of(rows, "x"):
                 found = mean_sd(pick(rows, name=name, x=x), column)
                 if found is not None:
-                    curve.append((float(x.rstrip("%")), found.mean, found.sd))
+                    curve.append((place(x), found.mean, found.sd))
             if not curve:
                 continue
             xs, means, sds = zip(*sorted(curve), strict=True)
@@ -118,9 +123,9 @@ def draw_curves(experiment: str, rows: Sequence[Row]):
             low = [m - sd for m, sd in zip(means, sds, strict=True)]
             high = [m + sd for m, sd in zip(means, sds, strict=True)]
             one.fill_between(xs, low, high, color=colour, alpha=FAINT, lw=0)
-            runs = [(float(r["x"].rstrip("%")), float(r[column])) for r in pick(rows, name=name)
-                    if r.get(column)]  # fmt: skip
-            one.plot(*zip(*runs, strict=True), ".", color=colour, alpha=DOT, ms=5, mew=0)
+            runs = pick(rows, name=name)
+            places, scores = [place(row["x"]) for row in runs], [value(row, column) for row in runs]
+            one.plot(places, scores, ".", color=colour, alpha=DOT, ms=5, mew=0)
         if experiment == "figure3":
             one.set_xscale("log")
             ticks = sorted({int(x) for x in names_of(rows, "x")})
@@ -142,8 +147,8 @@ def draw(experiment: str, rows: Sequence[Row], path: Path) -> bool:
         figure = draw_table(experiment, rows)
     if figure is None:
         return False
-    sample = f"{SAMPLE}; {SINGLE}" if experiment in SCORES else SAMPLE
-    lines = [f"{experiment}: {rows[0]['model']}, {scales_of(rows)}", sample]
+    lines = [f"{experiment}: {rows[0]['model']}, {scales_of(rows)}"]
+    lines.append(BANDS if experiment in SCORES else WHISKERS)
     if experiment.startswith("table"):
         lines.append("black: the paper, GPT-2 medium")
     figure.suptitle("\n".join(lines), fontsize=8)

@@ -93,19 +93,14 @@ def settings(rows: Sequence[Row]) -> str:
 
 
 def passes(rows: Sequence[Row]) -> str:
-    """How often runs saw their training pairs, at the ends of x; "" where steps are not given."""
-    found: dict[str, set[float]] = {}
-    for row in rows:
-        if row["x"] and row.get("steps") and row.get("pairs"):
-            seen = int(row["steps"]) * int(row["batch_size"])
-            found.setdefault(row["x"], set()).add(seen / int(row["pairs"]))
-    if len(found) < 2:
+    """How often runs saw their training pairs, at the ends of x; "" where they differ in steps."""
+    drawn = {int(r["steps"]) * int(r["batch_size"]) if r.get("steps") else None for r in rows}
+    pairs = {row["x"]: int(row["pairs"]) for row in rows if row.get("pairs")}
+    if len(drawn) != 1 or None in drawn or len(pairs) < 2:
         return ""
-    (few, most), *_, (many, least) = found.items()
-    return (
-        f"Runs have equally many steps and so draw equally many pairs: {max(most):.2g} times those "
-        f"of {few}, {max(least):.2g} times those of {many}."
-    )
+    (draws,), ends = drawn, [*pairs][:: len(pairs) - 1]
+    first, last = (f"{draws / pairs[x]:.2g} times those of {x}" for x in ends)
+    return f"Each run draws {draws:,} pairs: {first}, {last}."
 
 
 def results(path: Path) -> list[Row]:
