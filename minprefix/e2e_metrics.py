@@ -14,8 +14,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-
 from minprefix.metrics import lower_ascii
 
 NIST_ORDER, CIDER_ORDER = 5, 4  # longest n-grams
@@ -42,6 +40,8 @@ def nist(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     L_ref is pooled: all reference words / (number of references / number of outputs).
     Tokens as for BLEU (13a, lower-cased). Source: [2]; the pooled length: mteval-v13a in [1].
     """
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
     tokenize = Tokenizer13a()
     split = {
         text: tokenize(lower_ascii(text)).split()

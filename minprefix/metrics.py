@@ -5,14 +5,12 @@ official E2E scorer's figure [3]; ROUGE-L is the package rouge-score's [2], whic
 tokens, another F). What the paper prints is in `official_metrics.py`.
 [1] https://github.com/mjpost/sacrebleu   [2] https://github.com/google-research/google-research/tree/master/rouge
 [3] https://github.com/tuetschek/e2e-metrics
+Both packages are imported when a score is asked for: all other commands run without them.
 """
 
 import re
 from collections.abc import Sequence
 from string import ascii_lowercase, ascii_uppercase
-
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU
 
 from minprefix.examples import Example
 
@@ -71,6 +69,8 @@ def corpus_bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
     Each output may have its own number of references, at least one.
     """
+    from sacrebleu.metrics import BLEU
+
     check_references(outputs, references)
     outputs = [lower_ascii(output) for output in outputs]
     references = [[lower_ascii(text) for text in texts] for texts in references]
@@ -83,6 +83,8 @@ def rouge_l(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> floa
 
     Without stemming, as the official E2E scorer. Tokens are runs of a-z and 0-9 only.
     """
+    from rouge_score.rouge_scorer import RougeScorer
+
     check_references(outputs, references)
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     scores = [

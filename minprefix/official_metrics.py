@@ -28,10 +28,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU, TER
-from text_unidecode import unidecode
-
 from minprefix.data_formats import E2E_FIELDS
 from minprefix.data_splits import SEEN, UNSEEN
 from minprefix.data_triples import DART_CATEGORY
@@ -74,10 +70,14 @@ def _split(text: str) -> str:
 
 
 def _webnlg_output(text: str) -> str:
+    from text_unidecode import unidecode  # here: most commands compute no score
+
     return _split(unidecode(unidecode(text.strip()).lower()))
 
 
 def _webnlg_reference(text: str) -> str:
+    from text_unidecode import unidecode
+
     return unidecode(_split(text).lower())
 
 
@@ -91,6 +91,8 @@ def _multi_bleu(outputs: Texts, references: References) -> float:
     An output with fewer references than three gets empty ones, as in the scripts' files: for a
     very short output "nothing" is then the closest length.
     """
+    from sacrebleu.metrics import BLEU
+
     padded = [[*texts, *[""] * (MAX_REFERENCES - len(texts))] for texts in references]
     bleu = BLEU(lowercase=True, tokenize="none", smooth_method="none", force=True)
     return bleu.corpus_score(outputs, streams(padded)).score
@@ -98,6 +100,8 @@ def _multi_bleu(outputs: Texts, references: References) -> float:
 
 def _edits(outputs: Texts, references: References) -> list[tuple[float, float]]:
     """(fewest edits to a reference, mean reference length) of each output, by sacrebleu's TER."""
+    from sacrebleu.metrics import TER
+
     ter = TER()  # tercom's defaults: any case, tokens are what blanks separate
     scores = [ter.sentence_score(o, list(r)) for o, r in zip(outputs, references, strict=True)]
     return [(score.num_edits, score.ref_length) for score in scores]
@@ -145,6 +149,8 @@ def _dart(outputs: Texts, references: References) -> dict[str, float]:
 
 
 def _xsum(outputs: Texts, references: References) -> dict[str, float]:
+    from rouge_score.rouge_scorer import RougeScorer
+
     kinds = {"R-1": "rouge1", "R-2": "rouge2", "R-L": "rougeL"}
     scorer = RougeScorer(list(kinds.values()), use_stemmer=True)
     scores = [
