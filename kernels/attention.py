@@ -40,11 +40,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from kernels import decode
-from kernels.backward import backward
 from kernels.launch import (
-    PROGRAMS,
     Tile,
     bucket,
+    by_length,
     cdiv,
     empty_results,
     kernel_arguments,
@@ -52,6 +51,7 @@ from kernels.launch import (
     prefix_blocks,
     run_best,
 )  # fmt: skip
+from kernels.plan import backward
 from kernels.tiles import (
     LN2,
     LOG2E,
@@ -152,9 +152,8 @@ def forward(
         launch(_fwd_kernel, programs, tile, **a, o_ptr=o, lse_ptr=lse, CAUSAL=causal,
                **prefix_blocks(P, q))  # fmt: skip
 
-    few = B * H * cdiv(T, 128) < PROGRAMS  # then smaller tiles, so that more of the GPU is at work
     key = bucket(T), bucket(k.shape[2]), bucket(P)
-    run_best("fwd_short" if T <= 256 or few else "fwd", q, key, run)
+    run_best(by_length("fwd", T), q, key, run)
     return o, lse
 
 

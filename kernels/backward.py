@@ -10,55 +10,31 @@ d o_i / d x_ij = p_ij (v_j - o_i), so
 A prefix column is a column j like any other, but one that many rows b see: dprefix is the sum of
 dk_j, dv_j over them too. p is computed again from q, k and lse: besides the inputs only o and lse
 are kept, 4 B H T bytes more than o itself. One function does all of this arithmetic, `tile_grads`:
-one tile of queries against one of keys, wherever they come from. Around it, three plans:
+one tile of queries against one of keys, wherever they come from. Around it (`plan.py` chooses):
 
-  - `_bwd_short_kernel`, where a row's queries, keys and prefix are one tile each (T and S up to 64
-    or 128): one program per row and head reads everything once and writes dq, dk, dv and the row's
-    part of dprefix. delta exists in registers only. 5 products per pair of query and column.
+  - `_bwd_short_kernel`, for rows of one tile or a few: one program per row and head reads
+    everything once and writes dq, dk, dv and the row's part of dprefix. delta exists in registers
+    only. 5 products per pair of query and column.
   - else `_bwd_dq_kernel` (a program per tile of queries: delta, dq and, for short prefixes, a part
     of dprefix), then `_bwd_dkdv_kernel` (a program per tile of keys, over the queries that see
     them). s and dp are made twice: 7 products.
   - `_bwd_dprefix_kernel`, for longer prefixes: a program per tile of prefix columns, over all
     queries of `rows` rows, its sums in registers. 4 products more per pair with a prefix column.
 
-No atomics: parts of dprefix go to memory in fp32 (`partial_k`, `partial_v`), `_reduce_kernel` adds
-those of each prefix in their order, which follows from the shapes: results repeat bit for bit. A
-part per tile of queries costs 16 P D bytes, written and read; where that is more than reading q and
-do of the tile once more, 2 e BLOCK_M D bytes, the third kernel makes dprefix (`fuses`).
+No atomics: parts of dprefix go to memory in fp32 (`partial_k`, `partial_v`), and `_reduce_kernel`
+adds those of each prefix in their order, which follows from the shapes and the index: results
+repeat bit for bit. Where a prefix has one part only, because one row uses it, the program that
+makes the part writes the gradient itself (`store_part`).
 
-Bytes, with e per element, M = ceil(T / BLOCK_M) tiles of queries and G parts (below):
-
-    short            e B H D (3 T + 2 S) read, e B H D (T + 2 S) written
-    dq, dkdv         e B H D (3 T + 2 S) + e B H D (2 T + 2 S) read, e B H D (T + 2 S) written;
-                     keys, or queries, once more per further tile where L2 does not hold them
-    dprefix          2 e B H D T read (all from L2 or memory once per tile of prefix columns)
-    parts            8 G H P D written, then read; G = B (short), B M (dq), the number of chunks of
-                     rows (dprefix)
-    workspace        4 B H T (delta; not where short) + 8 G H P D: `workspace_bytes`
-
-FLOPs: 2 D B H times the number of products per pair of a query and a column that it sees.
+FLOPs: 2 D B H times the number of products per pair of a query and a column that it sees. `plan.py`
+counts the bytes.
 
 Source: the split into kernels by query and by key is that of Dao 2023 (arXiv:2307.08691), alg. 2.
 """
 
-from functools import partial
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from kernels.launch import (
-    PROGRAMS,
-    Tile,
-    bucket,
-    cdiv,
-    kernel_arguments,
-    launch,
-    prefix_blocks,
-    run_best,
-    tiles_of,
-)  # fmt: skip
 from kernels.tiles import LOG2E, limits, load_rows, row_prefix, row_sequence, store_rows
 
 SIZES = ["seq_len", "kv_len", "prefix_len", "batch_size", "rows"]  # change from call to call
@@ -141,28 +117,65 @@ def key_grads(
     return dk, dv
 
 
+@triton.jit
+def uses_of(n, prefix_index_ptr, batch_size):
+    """How many rows of the batch use prefix n."""
+    uses = 0
+    for b0 in range(0, batch_size, 128):
+        offs_b = b0 + tl.arange(0, 128)
+        index = tl.load(prefix_index_ptr + offs_b, mask=offs_b < batch_size, other=-1)
+        uses += tl.sum((index == n).to(tl.int32))
+    return uses
+
+
+@triton.jit
+def store_part(
+    dk, dv, part, n, h, p0, prefix_index_ptr, batch_size, n_head, prefix_len,
+    partial_k_ptr, partial_v_ptr, dprefix_k_ptr, dprefix_v_ptr,
+    DIRECT: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dk and dv [BLOCK_D, BLOCK_N] of prefix columns: the gradient itself where no other part is
+    added to it (DIRECT, or an index that names prefix n once), else into the parts."""
+    dk, dv = tl.trans(dk), tl.trans(dv)
+    alone = DIRECT
+    if not DIRECT and prefix_index_ptr is not None:
+        own = tl.load(prefix_index_ptr + part)  # -1: no prefix, so nothing may reach prefix 0
+        alone = (own >= 0) & (uses_of(own, prefix_index_ptr, batch_size) == 1)
+    if alone:
+        at = (n * n_head + h) * prefix_len * D
+        store_rows(dprefix_k_ptr + at, dk, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
+        store_rows(dprefix_v_ptr + at, dv, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
+    else:
+        at = (part * n_head + h) * prefix_len * D
+        store_rows(partial_k_ptr + at, dk, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
+        store_rows(partial_v_ptr + at, dv, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _bwd_short_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, do_ptr, o_ptr, lse_ptr, dlse_ptr,
-    dq_ptr, dk_ptr, dv_ptr, partial_k_ptr, partial_v_ptr,
+    dq_ptr, dk_ptr, dv_ptr, partial_k_ptr, partial_v_ptr, dprefix_k_ptr, dprefix_v_ptr,
     prefix_index_ptr, prefix_lens_ptr, kv_lens_ptr, q_offset_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs,
     stride_pn, stride_ph, stride_pp, stride_lens, stride_dob, stride_doh, stride_dot,
     stride_ob, stride_oh, stride_ot, stride_dqb, stride_dqh, stride_dqt,
     stride_dkb, stride_dkh, stride_dks,
-    n_head, seq_len, kv_len, prefix_len, scale, scale2,
-    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    n_head, batch_size, seq_len, kv_len, prefix_len, scale, scale2,
+    CAUSAL: tl.constexpr, SQUARE: tl.constexpr, DIRECT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    TILES_M: tl.constexpr, TILES_N: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one row and head whose queries, keys and prefix are one tile each."""
+    """All gradients of one row and head: TILES_M tiles of queries, TILES_N of keys, one of prefix.
+
+    The loops are unrolled. SQUARE: query i is at place i, so tiles above the diagonal are left out.
+    """
     dtype = q_ptr.dtype.element_ty
     pid = tl.program_id(0)
     b, h = (pid // n_head).to(tl.int64), (pid % n_head).to(tl.int64)
     NEED_DQKV: tl.constexpr = dq_ptr is not None
-    NEED_PREFIX: tl.constexpr = partial_k_ptr is not None
-    dpk = tl.zeros([BLOCK_D, max(BLOCK_P, 16)], tl.float32)
-    dpv = tl.zeros([BLOCK_D, max(BLOCK_P, 16)], tl.float32)
+    NEED_PREFIX: tl.constexpr = dprefix_k_ptr is not None
     n, columns = row_prefix(b, prefix_index_ptr, prefix_lens_ptr, stride_lens, prefix_len)
     keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len, CAUSAL)
     at_terms = (b * n_head + h) * seq_len
@@ -182,35 +195,53 @@ def _bwd_short_kernel(
         at_p = n * stride_pn + h * stride_ph
         pk = load_rows(prefix_k_ptr + at_p, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(dtype)
         pv = load_rows(prefix_v_ptr + at_p, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(dtype)
+    dpk = tl.zeros([BLOCK_D, max(BLOCK_P, 16)], tl.float32)
+    dpv = tl.zeros([BLOCK_D, max(BLOCK_P, 16)], tl.float32)
 
-    q, do, lse2, delta = load_queries(
-        q_ptr, do_ptr, o_ptr, lse_ptr, dlse_ptr, stride_qt, stride_dot, stride_ot, 0, seq_len,
-        BLOCK_M, D, BLOCK_D,
-    )  # fmt: skip
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if NEED_DQKV:
-        k = load_rows(k_ptr, 0, keys, stride_ks, BLOCK_N, D, BLOCK_D)
-        v = load_rows(v_ptr, 0, keys, stride_vs, BLOCK_N, D, BLOCK_D)
-        dk = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
-        dv = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
-        limit, whole = limits(0, keys, first, CAUSAL, BLOCK_M)
-        dq, dk, dv = tile_grads(
-            dq, dk, dv, q, do, k, v, lse2, delta, 0, limit, whole, scale2, True, True, BLOCK_N
-        )
-        store_rows(dk_ptr, tl.trans(dk * scale), 0, kv_len, stride_dks, BLOCK_N, D, BLOCK_D)
-        store_rows(dv_ptr, tl.trans(dv), 0, kv_len, stride_dks, BLOCK_N, D, BLOCK_D)
-    if BLOCK_P > 0:
-        every = tl.zeros([BLOCK_M], tl.int32) + columns
-        dq, dpk, dpv = tile_grads(
-            dq, dpk, dpv, q, do, pk, pv, lse2, delta, 0, every, columns, scale2,
-            NEED_DQKV, NEED_PREFIX, BLOCK_P,
-        )  # fmt: skip
-    if NEED_DQKV:
-        store_rows(dq_ptr, dq * scale, 0, seq_len, stride_dqt, BLOCK_M, D, BLOCK_D)
+    queries, dq = (), ()  # of the tiles of queries met so far: the last one, the one before, ..
+    for j in tl.static_range(TILES_N - 1, -1, -1):
+        if NEED_DQKV:
+            k = load_rows(k_ptr, j * BLOCK_N, keys, stride_ks, BLOCK_N, D, BLOCK_D)
+            v = load_rows(v_ptr, j * BLOCK_N, keys, stride_vs, BLOCK_N, D, BLOCK_D)
+            dk = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
+            dv = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
+        for met in tl.static_range(TILES_M):
+            if j * BLOCK_N < (TILES_M - met) * BLOCK_M or not SQUARE:
+                m0 = (TILES_M - 1 - met) * BLOCK_M
+                if met == len(queries):
+                    tile = load_queries(
+                        q_ptr, do_ptr, o_ptr, lse_ptr, dlse_ptr, stride_qt, stride_dot, stride_ot,
+                        m0, seq_len, BLOCK_M, D, BLOCK_D,
+                    )  # fmt: skip
+                    queries += (tile,)
+                    dq += (tl.zeros([BLOCK_M, BLOCK_D], tl.float32),)
+                q, do, lse2, delta = queries[met]
+                dq_i = dq[met]
+                if NEED_DQKV:
+                    limit, whole = limits(m0, keys, first, CAUSAL, BLOCK_M)
+                    dq_i, dk, dv = tile_grads(
+                        dq_i, dk, dv, q, do, k, v, lse2, delta, j * BLOCK_N, limit, whole, scale2,
+                        True, True, BLOCK_N,
+                    )  # fmt: skip
+                if j == 0 and BLOCK_P > 0:
+                    every = tl.zeros([BLOCK_M], tl.int32) + columns
+                    dq_i, dpk, dpv = tile_grads(
+                        dq_i, dpk, dpv, q, do, pk, pv, lse2, delta, 0, every, columns, scale2,
+                        NEED_DQKV, NEED_PREFIX, BLOCK_P,
+                    )  # fmt: skip
+                if j == 0 and NEED_DQKV:
+                    store_rows(dq_ptr, dq_i * scale, m0, seq_len, stride_dqt, BLOCK_M, D, BLOCK_D)
+                dq = dq[:met] + (dq_i,) + dq[met + 1 :]
+        if NEED_DQKV:
+            n0 = j * BLOCK_N
+            store_rows(dk_ptr, tl.trans(dk * scale), n0, kv_len, stride_dks, BLOCK_N, D, BLOCK_D)
+            store_rows(dv_ptr, tl.trans(dv), n0, kv_len, stride_dks, BLOCK_N, D, BLOCK_D)
     if NEED_PREFIX:
-        at = (b * n_head + h) * prefix_len * D
-        store_rows(partial_k_ptr + at, tl.trans(dpk * scale), 0, prefix_len, D, BLOCK_P, D, BLOCK_D)
-        store_rows(partial_v_ptr + at, tl.trans(dpv), 0, prefix_len, D, BLOCK_P, D, BLOCK_D)
+        store_part(
+            dpk * scale, dpv, b, n, h, 0, prefix_index_ptr, batch_size, n_head, prefix_len,
+            partial_k_ptr, partial_v_ptr, dprefix_k_ptr, dprefix_v_ptr,
+            DIRECT, BLOCK_P, D, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -329,11 +360,13 @@ def _bwd_dkdv_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _bwd_dprefix_kernel(
-    q_ptr, prefix_k_ptr, prefix_v_ptr, do_ptr, lse_ptr, delta_ptr, partial_k_ptr, partial_v_ptr,
+    q_ptr, prefix_k_ptr, prefix_v_ptr, do_ptr, lse_ptr, delta_ptr,
+    partial_k_ptr, partial_v_ptr, dprefix_k_ptr, dprefix_v_ptr,
     prefix_index_ptr, prefix_lens_ptr, stride_qb, stride_qh, stride_qt,
     stride_pn, stride_ph, stride_pp, stride_lens, stride_dob, stride_doh, stride_dot,
     n_head, batch_size, rows, seq_len, prefix_len, scale, scale2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIRECT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A part of dprefix: one tile of prefix columns of one head, over `rows` rows that share it."""
     tiles_p = tl.cdiv(prefix_len, BLOCK_N)
@@ -358,183 +391,48 @@ def _bwd_dprefix_kernel(
             stride_qt, stride_dot, p0, columns, 0, 0, seq_len, scale2,
             False, D, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    at = (chunk * n_head + h) * prefix_len * D
-    store_rows(partial_k_ptr + at, tl.trans(dk * scale), p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
-    store_rows(partial_v_ptr + at, tl.trans(dv), p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
+    store_part(
+        dk * scale, dv, chunk.to(tl.int64), n, h, p0, prefix_index_ptr, batch_size, n_head,
+        prefix_len, partial_k_ptr, partial_v_ptr, dprefix_k_ptr, dprefix_v_ptr,
+        DIRECT, BLOCK_N, D, BLOCK_D,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_partials", "per_row"])
+@triton.jit(do_not_specialize=["n_partials", "per_row", "batch_size"])
 def _reduce_kernel(
     partial_k_ptr, partial_v_ptr, dprefix_k_ptr, dprefix_v_ptr, prefix_index_ptr,
-    n_partials, n_elements, per_row,
-    BANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    n_partials, n_elements, per_row, batch_size,
+    BANK: tl.constexpr, LEFT_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The sum over the partials of each prefix, in their order: BLOCK_N of its H P D elements."""
+    """The sum over the parts of each prefix, in their order: BLOCK_N of its H P D elements.
+
+    LEFT_OUT: prefixes that the index names once have their gradient already (`store_part`).
+    """
     tiles = tl.cdiv(n_elements, BLOCK_N)
     pid = tl.program_id(0)
     n = (pid // tiles).to(tl.int64)
     offs_e = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_e = offs_e < n_elements
     dk, dv = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     start, end = 0, n_partials
     if BANK and prefix_index_ptr is None:  # prefix n is that of row n
         start, end = n * per_row, (n + 1) * per_row
+    if BANK and prefix_index_ptr is not None:
+        uses = uses_of(n, prefix_index_ptr, batch_size)
+        if LEFT_OUT:
+            mask_e &= uses != 1
+            uses = tl.where(uses == 1, 0, uses)
+        end = tl.where(uses == 0, 0, n_partials)
     for g0 in range(start, end, BLOCK_M):
         g = g0 + tl.arange(0, BLOCK_M)
         used = g < end
         if BANK and prefix_index_ptr is not None:
             used &= tl.load(prefix_index_ptr + g // per_row, mask=used, other=-1) == n
         at = g.to(tl.int64)[:, None] * n_elements + offs_e[None, :]
-        mask = used[:, None] & (offs_e < n_elements)[None, :]
+        mask = used[:, None] & mask_e[None, :]
         dk += tl.sum(tl.load(partial_k_ptr + at, mask=mask, other=0.0), 0)
         dv += tl.sum(tl.load(partial_v_ptr + at, mask=mask, other=0.0), 0)
     at = n * n_elements + offs_e
     dtype = dprefix_k_ptr.dtype.element_ty
-    tl.store(dprefix_k_ptr + at, dk.to(dtype), mask=offs_e < n_elements)
-    tl.store(dprefix_v_ptr + at, dv.to(dtype), mask=offs_e < n_elements)
-
-
-def backward(
-    do, dlse, q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset,
-    causal, scale, o, lse, dq, dk, dv, dprefix_k, dprefix_v,
-) -> None:  # fmt: skip
-    """Write the gradients of `kernels.prefix_attention`.
-
-    Args:
-        do: (B, H, T, D) or None (zero); dlse: (B, H, T) fp32 or None (zero).
-        dq, dk, dv: (B, H, T or S, D), a contiguous last dimension; dprefix_k, dprefix_v: as
-            prefix_k, contiguous. None where none is needed; dk and dv, and the last two, together.
-            dk and dv have the same strides.
-    """
-    (B, _, T, D), S, P = q.shape, k.shape[2], prefix_k.shape[-2]
-    do = torch.zeros_like(o) if do is None else do
-    do, o = (x if x.stride(-1) == 1 else x.contiguous() for x in (do, o))
-    scale = D**-0.5 if scale is None else scale
-    a = kernel_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset)
-    a |= {
-        "do_ptr": do, "o_ptr": o, "lse_ptr": lse.contiguous(),
-        "dlse_ptr": None if dlse is None else dlse.contiguous(),
-        "stride_dob": do.stride(0), "stride_doh": do.stride(1), "stride_dot": do.stride(2),
-        "stride_ob": o.stride(0), "stride_oh": o.stride(1), "stride_ot": o.stride(2),
-        "dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv, **strides("dq", dq), **strides("dk", dk),
-        "batch_size": B, "scale": scale, "scale2": scale * LOG2E.value,
-        "CAUSAL": causal, **prefix_blocks(P, q),
-    }  # fmt: skip
-    key = bucket(T), bucket(S), bucket(P)
-    need_prefix = dprefix_k is not None and P > 0
-    partials, per_row = NO_PARTIALS, 1
-    short = short_tiles(q, k, P)
-    if short and (dq is None) == (dk is None):
-        run = partial(run_short, a, need_prefix)
-        partials = run_best("bwd_short", q, key, run, short)
-    else:
-        a["delta_ptr"] = torch.empty_like(lse)
-        fused = need_prefix and fuses(q, P)
-        run = partial(run_dq, a, fused)
-        partials, per_row = run_best("bwd_dq", q, key, run)
-        if dk is not None:
-            run_best("bwd_dkdv", q, key, partial(run_dkdv, a))
-        if need_prefix and not fused:
-            partials, per_row = run_best("bwd_dprefix", q, key, partial(run_dprefix, a)), 1
-    if need_prefix:
-        reduce_partials(a, partials, per_row, dprefix_k, dprefix_v)
-
-
-def short_tiles(q: Tensor, k: Tensor, prefix_len: int) -> list[Tile]:
-    """Tiles of `_bwd_short_kernel`, the smallest that hold a row's queries and keys; or none."""
-    if prefix_blocks(prefix_len, q)["MORE_P"]:
-        return []
-    fit = [t for t in tiles_of("bwd_short", q) if t.block_m >= max(q.shape[2], k.shape[2])]
-    return [t for t in fit if t.block_m == min(t.block_m for t in fit)]
-
-
-def fuses(q: Tensor, prefix_len: int) -> bool:
-    """Whether `_bwd_dq_kernel` also makes the prefix's gradient: see the header."""
-    block_m = tiles_of("bwd_dq", q)[0].block_m
-    cheaper = 16 * prefix_len <= 2 * q.element_size() * block_m
-    return cheaper and not prefix_blocks(prefix_len, q)["MORE_P"]
-
-
-NO_PARTIALS = {"partial_k_ptr": None, "partial_v_ptr": None}
-
-
-def new_partials(a: dict, n: int) -> dict[str, Tensor]:
-    """Room for n partial sums of the prefix's gradient."""
-    shape = (n, a["n_head"], a["prefix_len"], a["D"])
-    return {name: a["lse_ptr"].new_empty(shape) for name in NO_PARTIALS}
-
-
-def run_short(a: dict, need_prefix: bool, tile: Tile) -> dict[str, Tensor | None]:
-    partials = new_partials(a, a["batch_size"]) if need_prefix else NO_PARTIALS
-    launch(_bwd_short_kernel, a["batch_size"] * a["n_head"], tile, **a, **partials)
-    return partials
-
-
-def run_dq(a: dict, need_prefix: bool, tile: Tile) -> tuple[dict[str, Tensor | None], int]:
-    """Also writes delta. Partial sums, if needed, and how many of them a row has."""
-    tiles_m = cdiv(a["seq_len"], tile.block_m)
-    partials = new_partials(a, a["batch_size"] * tiles_m) if need_prefix else NO_PARTIALS
-    launch(_bwd_dq_kernel, a["batch_size"] * a["n_head"] * tiles_m, tile, **a, **partials)
-    return partials, tiles_m
-
-
-def run_dkdv(a: dict, tile: Tile) -> None:
-    tiles_n = cdiv(a["kv_len"], tile.block_n)
-    launch(_bwd_dkdv_kernel, a["batch_size"] * a["n_head"] * tiles_n, tile, **a)
-
-
-def run_dprefix(a: dict, tile: Tile) -> dict[str, Tensor]:
-    tiles_p = cdiv(a["prefix_len"], tile.block_n)
-    rows = 1 if a["BANK"] else rows_a_program(a["batch_size"], a["n_head"] * tiles_p)
-    chunks = cdiv(a["batch_size"], rows)
-    partials = new_partials(a, chunks)
-    launch(_bwd_dprefix_kernel, chunks * a["n_head"] * tiles_p, tile, **a, **partials, rows=rows)
-    return partials
-
-
-def rows_a_program(batch_size: int, programs_a_row: int) -> int:
-    """Over how many rows of the batch one program sums the gradient of a shared prefix.
-
-    Given by the shapes alone, so that the sum is always made in the same order.
-    """
-    chunks = max(1, min(batch_size, PROGRAMS // max(1, programs_a_row)))
-    return max(1, cdiv(batch_size, chunks))
-
-
-def reduce_partials(a: dict, partials: dict, per_row: int, dprefix_k, dprefix_v) -> None:
-    """dprefix_k, dprefix_v: the partials summed over the rows that used each prefix."""
-    n_partials, H, P, D = partials["partial_k_ptr"].shape
-    n_elements, tile = H * P * D, Tile(32, 64, 4, 1)
-    n_prefixes = dprefix_k.numel() // n_elements
-    launch(
-        _reduce_kernel, n_prefixes * cdiv(n_elements, tile.block_n), tile, **a, **partials,
-        dprefix_k_ptr=dprefix_k, dprefix_v_ptr=dprefix_v,
-        n_partials=n_partials, n_elements=n_elements, per_row=per_row,
-    )  # fmt: skip
-
-
-def workspace_bytes(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index=None) -> int:
-    """Memory, in bytes, that all gradients take besides themselves: delta and parts of dprefix.
-
-    For the default tiles. Arguments as in `kernels.prefix_attention`.
-    """
-    (B, H, T, D), P = q.shape, prefix_k.shape[-2]
-    bank = prefix_k.dim() == 4 and (prefix_index is not None or prefix_k.shape[0] > 1)
-    delta, parts = 4 * B * H * T, B
-    if short_tiles(q, k, P):
-        delta = 0
-    elif fuses(q, P):
-        parts = B * cdiv(T, tiles_of("bwd_dq", q)[0].block_m)
-    elif not bank:
-        tiles_p = cdiv(P, tiles_of("bwd_dprefix", q)[0].block_n)
-        parts = cdiv(B, rows_a_program(B, H * tiles_p))
-    return delta + 8 * parts * H * P * D
-
-
-def strides(name: str, x: Tensor | None) -> dict[str, int]:
-    """Strides of an output (B, H, T or S, D); zeros where it is not needed."""
-    b, h, rows = (0, 0, 0) if x is None else x.stride()[:3]
-    return {
-        f"stride_{name}b": b,
-        f"stride_{name}h": h,
-        f"stride_{name}{'t' if name == 'dq' else 's'}": rows,
-    }
+    tl.store(dprefix_k_ptr + at, dk.to(dtype), mask=mask_e)
+    tl.store(dprefix_v_ptr + at, dv.to(dtype), mask=mask_e)

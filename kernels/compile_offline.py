@@ -42,9 +42,9 @@ from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.machine import add_row, machine
 from kernels import HEAD_DIMS, INTERPRETED, attention
-from kernels.backward import backward
 from kernels.decode import decode
 from kernels.launch import SHARED_MEMORY, TILES, Launch, recorded
+from kernels.plan import backward
 
 GPU_TARGETS = {  # architecture, threads of a warp
     "sm_80": GPUTarget("cuda", 80, 32),

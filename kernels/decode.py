@@ -54,16 +54,14 @@ from kernels.launch import (
     empty_results,
     kernel_arguments,
     launch,
+    programs_wanted,
     run_best,
-    target_of,
     tiles_of,
 )
 from kernels.tiles import LN2, LOG2E, load_rows, row_prefix, row_sequence, softmax_step, store_rows
 
 MAX_QUERIES = 8  # T
 BLOCK_T = tl.constexpr(16)  # a row's queries, padded to the smallest tile of a matrix product
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 8}
-PROGRAMS_EACH = 2  # programs wanted on each: two pipelines hide each other's latency
 SPLIT_FROM = 4  # tiles; fewer are read faster than a second launch starts
 EARLY_BYTES = 16 * 2**10  # prefix that a program holds in registers: 32 for each of 128 threads
 PREFIX_TILES = 4  # in one split of a stacked prefix: like a short split of the cache
@@ -290,7 +288,7 @@ def plan(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None, ti
         prefix_splits = cdiv(P, PREFIX_TILES * tile.block_n)
     else:
         tiles += cdiv(P, tile.block_n)
-    wanted_splits = PROGRAMS_EACH * MULTIPROCESSORS[target_of(q.device)] // max(B * H, 1)
+    wanted_splits = programs_wanted(q) // max(B * H, 1)
     each = cdiv(tiles, max(wanted_splits, 1)) if tiles >= SPLIT_FROM else tiles
     splits = max(1, cdiv(tiles, max(each, 1)))
     return Plan(splits, max(each, 1) * tile.block_n, prefix_splits, PREFIX_TILES * tile.block_n)

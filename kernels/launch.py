@@ -55,6 +55,12 @@ _FP32 = {
     **{("bwd_dkdv", 4, d): [(32, 32, 8, 1)] for d in (32, 64, 128)},
     **{("bwd_dprefix", 4, d): [(32, 32, 8, 1)] for d in (32, 64, 128)},
 }
+_REDUCE = {  # block_m: parts in a step of the loop, block_n: elements of the prefix's gradient
+    **{("reduce", n, d): [(64, 32, 2, 1), (128, 32, 4, 1)] for n in (2, 4) for d in (32, 64, 128)},
+    **{("reduce_bank", n, d): [(32, 256, 4, 1), (8, 512, 4, 1)]
+       for n in (2, 4) for d in (32, 64, 128)},
+}  # fmt: skip
+_COMMON = _FP32 | _REDUCE
 _DECODE = {  # block_m: stacked queries of a shared prefix; a row's own are a tile of 16
     ("decode", 2, 32): [(32, 64, 4, 3), (32, 128, 4, 2)],
     ("decode", 2, 64): [(32, 64, 4, 3), (32, 32, 4, 4), (32, 128, 4, 2)],
@@ -63,26 +69,28 @@ _DECODE = {  # block_m: stacked queries of a shared prefix; a row's own are a ti
     ("decode", 4, 64): [(16, 32, 4, 3), (16, 32, 4, 2)],
     ("decode", 4, 128): [(16, 32, 8, 2), (16, 16, 8, 3)],
 }
+# D = 64: measured on one H200, 2026-11-26, torch 2.11.0, triton 3.6.0, ptxas 13.0.88
+# (benchmarks/gpu). Kept though slower there: what another length or prefix may prefer.
 _SM_90 = (
-    _FP32
+    _COMMON
     | _DECODE
     | {
-        ("fwd", 2, 32): [(128, 64, 8, 3), (64, 64, 4, 3)],
-        ("fwd", 2, 64): [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)],
+        ("fwd", 2, 32): [(64, 64, 4, 3), (128, 64, 8, 3)],
+        ("fwd", 2, 64): [(64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 2)],
         ("fwd", 2, 128): [(128, 64, 8, 2), (128, 64, 8, 1)],
-        ("fwd_short", 2, 32): [(64, 64, 4, 3), (128, 64, 8, 3)],
-        ("fwd_short", 2, 64): [(64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3)],
+        ("fwd_short", 2, 64): [(64, 64, 4, 2), (64, 32, 4, 4), (64, 64, 4, 3)],
         ("bwd_short", 2, 32): [(64, 64, 4, 1), (64, 64, 8, 1)],
-        ("bwd_short", 2, 64): [(64, 64, 4, 1), (64, 64, 8, 1), (128, 128, 8, 1)],
+        ("bwd_short", 2, 64): [(64, 64, 4, 1), (64, 64, 8, 1), (128, 64, 8, 1), (128, 128, 8, 1)],
         ("bwd_short", 2, 128): [(64, 64, 8, 1)],
         ("bwd_dq", 2, 32): [(64, 64, 4, 3), (64, 64, 4, 2)],
-        ("bwd_dq", 2, 64): [(64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)],
+        ("bwd_dq", 2, 64): [(64, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 2)],
+        ("bwd_dq_short", 2, 64): [(64, 32, 4, 3), (64, 64, 4, 3)],
         ("bwd_dq", 2, 128): [(64, 64, 8, 2), (64, 64, 8, 1)],
         ("bwd_dkdv", 2, 32): [(64, 64, 4, 2), (64, 64, 8, 2)],
-        ("bwd_dkdv", 2, 64): [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2)],
+        ("bwd_dkdv", 2, 64): [(64, 64, 4, 3), (64, 64, 4, 2)],
         ("bwd_dkdv", 2, 128): [(64, 64, 8, 2), (64, 64, 8, 1)],
         ("bwd_dprefix", 2, 32): [(64, 64, 4, 2), (64, 64, 8, 2)],
-        ("bwd_dprefix", 2, 64): [(64, 64, 8, 2), (128, 64, 8, 2)],
+        ("bwd_dprefix", 2, 64): [(64, 64, 4, 2), (64, 32, 4, 3)],
         ("bwd_dprefix", 2, 128): [(64, 64, 8, 2), (64, 64, 8, 1)],
     }
 )
@@ -90,7 +98,7 @@ _SM_100 = _SM_90 | {  # one 128-wide tile would need more tensor memory than the
     ("bwd_short", 2, 64): [(64, 64, 4, 1), (64, 64, 8, 1)],
 }
 _SM_80 = (
-    _FP32
+    _COMMON
     | _DECODE
     | {
         ("fwd", 2, 32): [(64, 64, 4, 2)],
@@ -110,7 +118,7 @@ _SM_80 = (
         ("bwd_dprefix", 2, 128): [(32, 32, 8, 1)],
     }
 )
-_GFX942 = _FP32 | {
+_GFX942 = _COMMON | {
     ("fwd", 2, 32): [(64, 64, 4, 1), (128, 64, 4, 1)],
     ("fwd", 2, 64): [(64, 64, 4, 1), (128, 64, 4, 1)],
     ("fwd", 2, 128): [(64, 64, 4, 1)],
@@ -128,13 +136,24 @@ _INTERPRETER = {
     **{("bwd_short", size, d): [(32, 32, 4, 1), (64, 64, 4, 1)]
        for size in (2, 4) for d in (32, 64, 128)},
     **{("decode", size, d): [(16, 16, 4, 1)] for size in (2, 4) for d in (32, 64, 128)},
+    **{("reduce", size, d): [(4, 64, 4, 1)] for size in (2, 4) for d in (32, 64, 128)},
+    **{("reduce_bank", size, d): [(4, 64, 4, 1)] for size in (2, 4) for d in (32, 64, 128)},
 }  # fmt: skip
 
 
 def _table(rows: dict) -> dict[tuple[str, int, int], list[Tile]]:
-    """The rows as Tiles; "fwd_short" (T <= 256) is as "fwd" where there is no row of its own."""
-    short = {("fwd_short", *key): tiles for (name, *key), tiles in rows.items() if name == "fwd"}
+    """The rows as Tiles; "fwd_short" is as "fwd" where there is no row of its own (`by_length`)."""
+    short = {
+        (f"{name}_short", *key): tiles
+        for (name, *key), tiles in rows.items()
+        if name in ("fwd", "bwd_dq")
+    }
     return {key: [Tile(*tile) for tile in tiles] for key, tiles in (short | rows).items()}
+
+
+def by_length(kernel: str, seq_len: int) -> str:
+    """The name of "fwd" or "bwd_dq" in the table: short rows prefer other tiles."""
+    return f"{kernel}_short" if seq_len <= 256 else kernel
 
 
 TILES = {
@@ -145,7 +164,8 @@ TILES = {
     "interpreter": _table(_INTERPRETER),
 }
 
-PROGRAMS = 264  # wanted at once: two for each multiprocessor of an H100
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 8}
+PROGRAMS_EACH = 2  # programs wanted on each: two pipelines hide each other's latency
 
 _tuned: dict[tuple, Tile] = {}
 _recorder: list[Launch] | None = None
@@ -194,6 +214,11 @@ def _gpu_target(index: int) -> str:
     if major in (9, 10):
         return f"sm_{major}0"
     return "sm_80"
+
+
+def programs_wanted(x: torch.Tensor) -> int:
+    """How many programs keep x's device busy."""
+    return PROGRAMS_EACH * MULTIPROCESSORS[target_of(x.device)]
 
 
 def tiles_of(kernel: str, x: torch.Tensor) -> list[Tile]:

@@ -24,7 +24,7 @@ from kernels import prefix_attention, prefix_attention_eager, prefix_attention_q
 
 needs_kernels()
 
-from kernels import backward, launch  # noqa: E402  (imports Triton)
+from kernels import launch, plan  # noqa: E402  (imports Triton)
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned", "one_thread"),
@@ -142,7 +142,7 @@ OTHER_TILES = [(16, 64, 4, 1), (64, 16, 4, 1)]  # for the interpreter, whose tab
 def every_tile() -> list[tuple[str, int, int, launch.Tile]]:
     """(kernel, bytes of an element, D, tile): tuning may pick any of them."""
     if INTERPRETED:
-        names = ("fwd", "bwd_dq", "bwd_dkdv", "bwd_dprefix")
+        names = ("fwd", "bwd_short", "bwd_dq", "bwd_dkdv", "bwd_dprefix", "reduce", "reduce_bank")
         return [(name, 4, 16, launch.Tile(*tile)) for name in names for tile in OTHER_TILES]
     rows = launch.TILES[launch.target_of(torch.device("cuda"))].items()
     return [(name, n, d, tile) for (name, n, d), tiles in rows for tile in tiles]
@@ -152,14 +152,72 @@ def every_tile() -> list[tuple[str, int, int, launch.Tile]]:
 def test_every_tile(name, size, D, tile, monkeypatch):
     rows = dict(launch.TILES[launch.target_of(torch.device(DEVICE))])
     rows[name, size, max(32, D)] = [tile]
-    if name != "bwd_short":  # else it would take the place of the others
-        rows["bwd_short", size, max(32, D)] = []
     monkeypatch.setitem(launch.TILES, launch.target_of(torch.device(DEVICE)), rows)
+    short = name == "bwd_short"
+    if name.startswith("bwd"):  # one of the two ways to the gradients
+        monkeypatch.setattr(plan, "plans_of", lambda *_: [tile if short else None])
     T = {"fwd": 70 if INTERPRETED else 300, "bwd_short": tile.block_m - 3, "decode": 3}
     T, P = T.get(name, 70), 70 if name == "bwd_dprefix" else 9
+    dtype = torch.float32 if size == 4 else torch.bfloat16
     for options in ({}, {"kv_lens": [T - 2, 1]}):
-        case = make_case(B=2, H=1, T=T, S=T, P=P, D=D, **options)
-        check(case, torch.float32 if size == 4 else torch.bfloat16)
+        check(make_case(B=2, H=1, T=T, S=T, P=P, D=D, **options), dtype)
+    if short:  # and several tiles of it
+        case = make_case(B=2, H=1, T=2 * tile.block_m - 3, S=2 * tile.block_m - 3, P=P, D=D)
+        check(case, dtype)
+    if name == "reduce_bank":
+        check(make_case(B=3, H=1, T=T, S=T, P=P, D=D, N=4, prefix_index=[2, 0, 2]), dtype)
+
+
+SEVERAL = [  # T and S, tile of the short kernel: (2, 2), (3, 3), (2, 4) and (4, 2) tiles in a row
+    (31, (16, 16)), (47, (16, 16)), (60, (32, 16)), (64, (16, 32)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("T, blocks", SEVERAL)
+@pytest.mark.parametrize(
+    "rows, prefix_len, options",
+    [
+        ("one prefix", 5, {"kv_lens": [31, 0, 17]}),
+        ("one prefix", 0, {}),
+        ("bank, index, ragged", 9, {}),
+        ("bank, one a row", 16, {"kv_lens": [3, 31, 20]}),
+    ],
+)
+def test_several_tiles_of_the_short_kernel(T, blocks, rows, prefix_len, options, monkeypatch):
+    """Unrolled, those above the diagonal left out: a row's gradients in one program."""
+    tile = launch.Tile(*blocks, 4, 1)
+    monkeypatch.setattr(plan, "plans_of", lambda *_: [tile])
+    check(named_case(rows, "square", prefix_len, T=T, S=T, D=16, H=1, **options))
+
+
+def test_plans(monkeypatch):
+    """One tile that holds the row, or several where query i is at place i; else two kernels."""
+    with launch.recorded("sm_90"):
+
+        def plans(T, P=10, S=None, aligned=True):
+            q, k = (torch.empty(1, 1, n, 64, dtype=torch.bfloat16) for n in (T, S or T))
+            return [None if x is None else x[:2] for x in plan.plans_of(q, k, P, aligned)]
+
+        assert plans(64) == [(64, 64), (64, 64)]
+        assert plans(128) == [(128, 128), (64, 64), (64, 64), (128, 64)]
+        assert plans(256) == [None, (64, 64), (64, 64), (128, 64), (128, 128)]
+        assert plans(257)[0] is None and plans(1000) == [None]
+        assert plans(128, aligned=False) == plans(100, S=128, aligned=False) == [(128, 128)]
+        assert plans(256, aligned=False) == plans(64, P=65) == [None]
+
+
+REPEATS = [[0, 1, 2], [2, 2, 0], [-1, 3, -1], [1, 1, 1], [-1, -1, -1]]
+
+
+@pytest.mark.parametrize("index", REPEATS, ids=str)
+@pytest.mark.parametrize("T, prefix_len", [(30, 5), (30, 40), (70, 5)])
+def test_gradient_of_a_bank_with_and_without_repeats(index, T, prefix_len):
+    """A prefix that one row uses gets its gradient from that row's program, one that no row uses
+    gets zeros, and the others a sum of parts."""
+    case = make_case(B=3, H=2, T=T, S=T, D=16, P=prefix_len, N=4, prefix_index=index)
+    found = check(case)
+    for n in set(range(4)) - set(index):
+        assert torch.equal(found["dprefix_k"][n], torch.zeros(2, prefix_len, 16))
 
 
 def flash(case: Case) -> dict[str, torch.Tensor]:
@@ -398,7 +456,9 @@ def test_workspace(sequence, short, prefix_len, monkeypatch):
         patch.setattr(torch.Tensor, "new_empty", counting(torch.Tensor.new_empty))
         patch.setattr(torch, "empty_like", counting(torch.empty_like))
         nothing = [None] * 4
-        backward.backward(case.do, case.dlse, *case.tensors, *nothing, True, None, o, lse, *outputs)
-    assert sum(sizes) == backward.workspace_bytes(*case.tensors[:2], case.tensors[3])
-    if short and prefix_len == 5:  # as the header has it: no delta, one part per row
-        assert sum(sizes) == 8 * 3 * 2 * 5 * 16
+        plan.backward(case.do, case.dlse, *case.tensors, *nothing, True, None, o, lse, *outputs)
+    assert sum(sizes) == plan.workspace_bytes(*case.tensors[:2], case.tensors[3])
+    one_program = plan.plans_of(*case.tensors[:2], prefix_len, True)[0] is not None
+    assert one_program == (short and prefix_len <= 16) or not INTERPRETED  # by its table
+    if one_program:  # as the header has it: no delta, one part per row
+        assert sum(sizes) == 8 * 3 * 2 * prefix_len * 16

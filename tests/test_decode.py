@@ -32,11 +32,9 @@ def cut(monkeypatch):
     """cut(programs, stack): programs wanted on the GPU; whether the prefix is stacked."""
 
     def set_to(programs: int = 16, stack: bool = False) -> None:
-        monkeypatch.setattr(decode, "PROGRAMS_EACH", 1)
+        monkeypatch.setattr(decode, "programs_wanted", lambda q: programs)
         monkeypatch.setattr(decode, "SPLIT_FROM", 1)
         monkeypatch.setattr(decode, "STACK_BYTES", -(2**40) if stack else 2**60)
-        sizes = dict.fromkeys(decode.MULTIPROCESSORS, programs)
-        monkeypatch.setattr(decode, "MULTIPROCESSORS", sizes)
 
     return set_to
 
@@ -254,7 +252,8 @@ def test_random_calls(data):
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "SPLIT_FROM", 1)
-        patch.setattr(decode, "PROGRAMS_EACH", integers(1, 4))
+        programs = 8 * integers(1, 4)
+        patch.setattr(decode, "programs_wanted", lambda q: programs)
         patch.setattr(decode, "STACK_BYTES", data.draw(st.sampled_from([1, 2**60])))
         check(make_case(B=B, H=integers(1, 2), T=T, S=S, D=16, P=P, **options))
 
