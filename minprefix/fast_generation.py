@@ -9,9 +9,9 @@
     slot n K + i, and each beam sees the slots of its ancestors. Attention over the prompt (with the
     prefix) and over the slots are merged by their log-sum-exps.
   - Tokens are chosen, and forbidden ones found, on the model's device.
-  - On a GPU, with MINPREFIX_CUDA_GRAPHS=1, a step is a CUDA graph for each bucket of rows and of
-    columns (`Batch.step`), so it costs one launch; the next step is launched before the host looks
-    at the tokens of this one (`Sent`).
+  - On a GPU a step is a CUDA graph for each bucket of rows and of columns (`Batch.step`), so it
+    costs one launch; the next step is launched before the host looks at the tokens of this one
+    (`Sent`). MINPREFIX_CUDA_GRAPHS=0 turns graphs off.
 
 The prefix stays an argument of attention and in no cache, as everywhere. Read `caches.py`,
 `Batch`, then the loops `greedy_or_sampled` and `beam_search`, whose arguments and

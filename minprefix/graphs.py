@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 def uses_graphs(device: torch.device) -> bool:
-    """Whether steps have static shapes and are captured: on request, until it was seen on a GPU."""
-    return device.type == "cuda" and os.environ.get("MINPREFIX_CUDA_GRAPHS") == "1"
+    """Whether steps have static shapes and are captured: on CUDA, unless MINPREFIX_CUDA_GRAPHS=0."""
+    return device.type == "cuda" and os.environ.get("MINPREFIX_CUDA_GRAPHS") != "0"
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -32,6 +32,8 @@ def capture(
     Args:
         pool: memory that graphs share which never run at once, and leave nothing in it that is
             read later (`torch.cuda.graph_pool_handle`); None = memory of its own.
+    Raises:
+        RuntimeError: CUDA cannot capture this step; the message says how to do without.
     """
     with torch.cuda.device(device):
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -40,8 +42,14 @@ def capture(
             run()  # kernels are compiled and workspaces allocated outside the graph
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            out = run()
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                out = run()
+        except RuntimeError as error:
+            raise RuntimeError(
+                "CUDA could not capture this step as a graph; "
+                f"MINPREFIX_CUDA_GRAPHS=0 runs without graphs: {error}"
+            ) from error
 
     def replay() -> Tensor:
         graph.replay()

@@ -10,6 +10,7 @@ from minprefix.caches import BeamCache, RowCache
 from minprefix.decoding import Beginning, GenerationConfig
 from minprefix.fast_generation import order_without
 from minprefix.generation import generate, generate_ids, stream
+from minprefix.graphs import uses_graphs
 from minprefix.prefix import Prefix, PrefixBank
 from minprefix.weights import load
 
@@ -20,11 +21,6 @@ OPTIONS = {
 }
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.fixture
-def graphs_on_request(monkeypatch):
-    monkeypatch.setenv("MINPREFIX_CUDA_GRAPHS", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +50,14 @@ def captured(monkeypatch):
     fast_generation.KEPT.clear()
     yield captures
     fast_generation.KEPT.clear()
+
+
+def test_graphs_are_the_default_on_cuda(monkeypatch):
+    monkeypatch.delenv("MINPREFIX_CUDA_GRAPHS", raising=False)
+    found = {device: uses_graphs(torch.device(device)) for device in ("cpu", "cuda")}
+    assert found == {"cpu": False, "cuda": True}
+    monkeypatch.setenv("MINPREFIX_CUDA_GRAPHS", "0")
+    assert not uses_graphs(torch.device("cuda"))
 
 
 def prefixes(model):
@@ -273,7 +277,6 @@ def test_beams_see_their_ancestors(gate):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.usefixtures("graphs_on_request")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", OPTIONS)
 def test_graphs_equal_eager_steps(method, dtype, monkeypatch):
@@ -295,7 +298,6 @@ def test_graphs_equal_eager_steps(method, dtype, monkeypatch):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.usefixtures("graphs_on_request")
 def test_steps_do_not_wait():
     """One replay a step: no operation of a captured step synchronises."""
     model = tiny_gpt2(dtype=torch.float32, n_embd=64).cuda()
