@@ -5,11 +5,11 @@ OUT ?= runs/demo
 # tests in a process per core; one by one: make test WORKERS=0
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
-KERNEL_TESTS := tests/test_attention.py tests/test_decode.py tests/test_operator.py
+KERNEL_TESTS := tests/test_attention.py tests/test_decode.py tests/test_operator.py tests/test_bench_tiles.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo test test-kernels check format test-official
-.PHONY: compile compile-all bench bench-cpu bench-gpu bench-gpu-steps bench-pretrain paper notebooks
+.PHONY: compile compile-all bench bench-cpu bench-gpu bench-pretrain paper notebooks
 .PHONY: docs linkcheck clean
 
 help: ## list the targets
@@ -77,12 +77,8 @@ bench: .venv/.dev ## time the attention operator: on a CPU its CPU path, on a GP
 bench-cpu: .venv/.dev ## training and generation beside PEFT on this CPU, into benchmarks/cpu
 	benchmarks/cpu.sh
 
-bench-gpu: ## on a GPU: kernel tests, sanitizer and benchmarks, in ten minutes, into benchmarks/gpu
-	OUT=$(or $(GPU_OUT),benchmarks/gpu) benchmarks/gpu.sh
-
-bench-gpu-steps: ## on a GPU: training steps and generation beside PEFT, into benchmarks/gpu_steps
-	OUT=$(or $(GPU_OUT),benchmarks/gpu_steps) benchmarks/gpu_steps.sh main
-	OUT=$(or $(GPU_OUT),benchmarks/gpu_steps) benchmarks/gpu_steps.sh more
+bench-gpu: ## on a GPU: PART=tests, attention, decode, steps (all), four minutes each, into benchmarks/gpu
+	OUT=$(or $(GPU_OUT),benchmarks/gpu) benchmarks/gpu.sh $(PART)
 
 bench-pretrain: .venv/.user ## on a GPU: mini's recipe in ten minutes (CORPUS=folder), into benchmarks/pretrain
 	OUT=$(or $(GPU_OUT),benchmarks/pretrain) benchmarks/pretrain.sh

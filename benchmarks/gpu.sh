@@ -1,62 +1,124 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under ten minutes: tests, memory checks, times.
+# What only a GPU can say, in parts of under four minutes each on one H100 or H200:
 #
-#   OUT=benchmarks/gpu benchmarks/gpu.sh
+#   benchmarks/gpu.sh tests       all kernel tests in parallel processes, then compute-sanitizer
+#   benchmarks/gpu.sh attention   the attention kernels beside PyTorch's own; all tiles, sweeps
+#   benchmarks/gpu.sh decode      the same for one step of decoding
+#   benchmarks/gpu.sh steps       whole training steps and generation beside transformers + PEFT
 #
-# A step that fails or takes too long does not stop the others; the summary says which did, and the
-# exit code is 1. Leaves log.txt, summary.txt and the benchmarks' CSVs and pictures in OUT.
+# Several parts run one after the other; none given: all four. Needs the checkout and a Python with
+# torch, triton, transformers and peft (tests: pytest, hypothesis), no network and no other data. A
+# step that fails or takes too long does not stop the others. A part begins with what matters most
+# and ends in a table of verdicts; its exit code is 1 if a step failed. CSVs, pictures, log-PART.txt
+# and summary-PART.txt go to OUT (default: benchmarks/gpu), named by the GPU: attention-h200.csv.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/gpu}
 PYTHON=${PYTHON:-$(test -x .venv/bin/python && echo .venv/bin/python || echo python3)}
 PATH=$PATH:/usr/local/cuda/bin
 unset TRITON_INTERPRET
-export PYTHONUNBUFFERED=1
-mkdir -p "$OUT"
-LOG=$OUT/log.txt
-SUMMARY=$OUT/summary.txt
-: >"$LOG"
-: >"$SUMMARY"
-BUDGET=590 # seconds, for all
-failed=0
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+BUDGET=${BUDGET:-230} # seconds, for a part
 
 # step NAME SECONDS COMMAND...: run it for at most so long, note its exit code and its seconds
 step() {
-    local name=$1 limit=$2 began=$SECONDS room=$((BUDGET - SECONDS)) code
+    local name=$1 limit=$2 began=$SECONDS room=$((BUDGET - SECONDS + started)) code
     shift 2
     [ "$limit" -le "$room" ] || limit=$((room > 1 ? room : 1))
-    printf '\n== %s: %s\n' "$name" "$*" | tee -a "$LOG"
+    printf '\n== %s (%s s): %s\n' "$name" "$limit" "$*" | tee -a "$LOG"
     timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$LOG"
     code=${PIPESTATUS[0]}
     [ "$code" -eq 0 ] || failed=1
     printf '%-12s exit code %3d %4d s\n' "$name" "$code" $((SECONDS - began)) >>"$SUMMARY"
 }
 
+left() { # left SECONDS: what is left of the part, but for so many seconds
+    local room=$((BUDGET - SECONDS + started - $1))
+    echo $((room > 5 ? room : 5))
+}
+
 # compute-sanitizer on one small call of each kernel; each tensor is then an allocation of its own
 sanitizer() {
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "$1: compute-sanitizer is not here" >>"$SUMMARY"
+        return
+    fi
     step "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool "$1" --error-exitcode 9 "$PYTHON" -m kernels.sanitize
 }
 
-step gpu 20 nvidia-smi --format=csv \
-    --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit
-step versions 60 "$PYTHON" -c 'import sys, torch, triton
-print("python", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__)
-print("cuda", torch.version.cuda, "cudnn", torch.backends.cudnn.version())
-assert torch.cuda.is_available(), "no GPU"'
-step calls 90 "$PYTHON" -m kernels.sanitize
-# most of the tests' time is compiling: in parallel where pytest-xdist is installed
-workers=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 8" || true)
-step tests 200 "$PYTHON" -m pytest -q $workers tests/test_attention.py tests/test_decode.py \
-    tests/test_operator.py
-sanitizer memcheck 60
-sanitizer racecheck 60
-room=$((BUDGET - SECONDS - 100)) # leaves time for the last shape and for decoding
-room=$((room > 30 ? room : 30))
-step attention $((room + 40)) "$PYTHON" -m kernels.bench_attention --out "$OUT" --seconds "$room"
-step decode 90 "$PYTHON" -m kernels.bench_decode --out "$OUT"
+part_tests() {
+    step tests 165 "$PYTHON" -m benchmarks.gpu_tests --seconds 155
+    sanitizer memcheck 60
+    sanitizer racecheck 60
+}
 
-grep -E ' [<>]= .*(ok|MISSED|not measured)' "$LOG" >>"$SUMMARY"
-printf '\n== summary\n'
-cat "$SUMMARY"
-exit "$failed"
+part_attention() {
+    step warm-up 75 "$PYTHON" -m kernels.bench_warm --seconds 68
+    step targets 90 "$PYTHON" -m kernels.bench_attention --out "$OUT" --part targets --seconds 75
+    step tiles 60 "$PYTHON" -m kernels.bench_tiles --out "$OUT" --seconds 45
+    step sweeps "$(left 2)" "$PYTHON" -m kernels.bench_attention --out "$OUT" --part sweeps \
+        --seconds "$(left 22)"
+}
+
+part_decode() {
+    step warm-up 45 "$PYTHON" -m kernels.bench_warm --what decode --seconds 40
+    step tiles 70 "$PYTHON" -m kernels.bench_tiles --what decode --out "$OUT" --seconds 55
+    step decode "$(left 2)" "$PYTHON" -m kernels.bench_decode --out "$OUT" --seconds "$(left 17)"
+}
+
+# bench FOLDER SECONDS WORK OPTIONS...: `minprefix bench`, of GPT-2 medium's shapes
+bench() {
+    local folder=$1 limit=$2 work=$3
+    shift 3
+    step "$work" "$limit" "$PYTHON" -m minprefix bench "$work" --model random-medium \
+        --device cuda --dtype bf16 --seconds 2 --out "$WORK/$folder" "$@"
+}
+
+part_steps() {
+    bench graphs 75 train --batch-size 10 --peers peft --profile
+    bench graphs 60 generate --batch-size 1,32
+    MINPREFIX_CUDA_GRAPHS=0 bench eager 40 train --batch-size 10 --peers none
+    bench graphs 60 train --batch-size 64 --peers peft
+    bench graphs 60 generate --batch-size 16 --num-beams 5
+    bench compiled 60 train --batch-size 10 --peers compiled
+}
+
+run_part() {
+    local part=$1
+    LOG=$OUT/log-$part.txt SUMMARY=$OUT/summary-$part.txt started=$SECONDS failed=0
+    WORK=$(mktemp -d)
+    : >"$LOG"
+    : >"$SUMMARY"
+    step versions 30 "$PYTHON" -c 'import torch, triton
+print("torch", torch.__version__, "triton", triton.__version__, "cuda", torch.version.cuda,
+      "cudnn", torch.backends.cudnn.version(), torch.cuda.get_device_name())'
+    "part_$part"
+    "$PYTHON" -m benchmarks.gpu_summary "$part" "$OUT" --log "$LOG" --work "$WORK" >>"$SUMMARY"
+    rm -r "$WORK"
+    printf '\n== summary of %s, %s s\n' "$part" $((SECONDS - started))
+    cat "$SUMMARY"
+    return "$failed"
+}
+
+parts=("$@")
+[ $# -gt 0 ] || parts=(tests attention decode steps)
+for part in "${parts[@]}"; do
+    case $part in
+    tests | attention | decode | steps) ;;
+    *)
+        echo "gpu.sh: the parts are tests, attention, decode, steps; got $part" >&2
+        exit 2
+        ;;
+    esac
+done
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    echo "gpu.sh: no GPU"
+    exit 1
+}
+mkdir -p "$OUT"
+code=0
+for part in "${parts[@]}"; do
+    run_part "$part" || code=1
+done
+exit "$code"

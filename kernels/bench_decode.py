@@ -1,6 +1,7 @@
 """One step of decoding timed beside what users have: one query a row over [prefix; cached keys].
 
-    python -m kernels.bench_decode [--out FOLDER] [--quick]
+    python -m kernels.bench_decode [--out FOLDER] [--seconds 100]
+    python -m kernels.bench_decode --draw benchmarks/gpu/decode-h200.csv
 
 bf16, D = 64, T = 1. A step puts the new key and value into the cache and attends to all of it. Each
 method's o is first compared with the definition, `prefix_attention_eager`, in fp64. Methods:
@@ -20,11 +21,10 @@ gbs is this by the median time of a step, in GB/s; of_copy is its ratio to the G
 read and written bytes together, in the same run. What a method moves beyond that (`grown` writes
 the cache anew) shows as fewer GB/s.
 
-A CUDA graph holds one step on each of several sets of inputs, together 160 MB where 32 sets reach
-that (an H100's L2 cache has 50 MB), so a step's cache comes from memory; us is the median time of a
-step in microseconds, us_20 and us_80 are the quantiles over 20 replays. On a CPU small shapes run
-once or twice, with `prefix_attention_lean` in place of the kernels: those times say nothing about a
-GPU.
+us is the median time of a step in microseconds, us_20 and us_80 are the quantiles, by CUDA graphs
+that read each step's cache from memory (`bench_clock.py`). The rows go to decode-DEVICE.csv, with a
+picture beside it. On a CPU small shapes run once or twice, with `prefix_attention_lean` in place of
+the kernels: those times say nothing about a GPU.
 """
 
 import argparse
@@ -39,9 +39,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import add_row, machine
+from benchmarks.machine import add_row, machine, read_rows
 from kernels import prefix_attention_eager, prefix_attention_lean
-from kernels.bench_attention import INPUT_BYTES, MOST_SETS, machine_limits, measure
+from kernels.bench_clock import device_name, machine_limits, measure, sets_of
+from kernels.bench_peers import reason
 
 D = 64
 KEY = ("B", "H", "S", "P", "N", "method")
@@ -184,7 +185,7 @@ def work(shape: Shape, method: str) -> int:
 def bench_shape(shape: Shape, copy_gbs: float, device: str) -> Iterator[dict]:
     """A row for each method; where one fails or is wrong, a note says how and no time is given."""
     bytes_of_one = work(shape, "ours")
-    sets = min(MOST_SETS, max(2, math.ceil(INPUT_BYTES / bytes_of_one))) if device == "cuda" else 1
+    sets = sets_of(bytes_of_one, device)
     samples = [make_sample(shape, device, seed) for seed in range(sets)]
     truth = Truth(samples[0])
     for method, prepare in METHODS.items():
@@ -199,7 +200,7 @@ def bench_shape(shape: Shape, copy_gbs: float, device: str) -> Iterator[dict]:
                 gbs = work(shape, method) / row["us"] / 1e3
                 row |= {"gbs": round(gbs, 1), "of_copy": round(gbs / copy_gbs, 3)}
         except Exception as error:  # what a peer cannot do is part of the result
-            row["note"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            row["note"] = reason(error)
         yield row
 
 
@@ -207,10 +208,10 @@ class Times:
     """Columns of the rows by shape and method; NaN where there is none."""
 
     def __init__(self, rows: list[dict]) -> None:
-        self.rows = {tuple(row[name] for name in KEY): row for row in rows}
+        self.rows = {tuple(str(row[name]) for name in KEY): row for row in rows}
 
     def of(self, shape: Shape, method: str, column: str = "us") -> float:
-        return float(self.rows.get((*shape, method), {}).get(column) or math.nan)
+        return float(self.rows.get((*map(str, shape), method), {}).get(column) or math.nan)
 
 
 def verdicts(times: Times) -> list[str]:
@@ -222,25 +223,16 @@ def verdicts(times: Times) -> list[str]:
         mark = "not measured" if math.isnan(value) else mark
         name = "B={} H={} S={} P={}".format(*shape[:4])
         sign = "<=" if most else ">="
-        lines.append(f"{name:24} {what:58} {value:6.2f} {sign} {aim:.2f}  {mark}")
+        lines.append(f"{name:23} {what:48} {value:6.2f} {sign} {aim:.2f}  {mark}")
 
     for shape in REFERENCE:
         B, _, S, P, _ = shape
         ours = times.of(shape, "ours")
         if B > 1:
-            line(
-                shape,
-                "decode: cache with prefix, grown / ours",
-                times.of(shape, "grown") / ours,
-                1.5,
-            )
+            grown, static = (times.of(shape, name) / ours for name in ("grown", "static"))
+            line(shape, "decode: cache with prefix, grown / ours", grown, 1.5)
             aim = 0.9 * (S + P) / (S + P / B)  # of the ratio of bytes
-            line(
-                shape,
-                "decode: static cache with prefix / ours",
-                times.of(shape, "static") / ours,
-                aim,
-            )
+            line(shape, "decode: static cache with prefix / ours", static, aim)
         line(shape, "decode: share of a copy's bandwidth (a stretch)",
              times.of(shape, "ours_only", "of_copy"), 0.85)  # fmt: skip
     for bank in BANKS:
@@ -250,51 +242,78 @@ def verdicts(times: Times) -> list[str]:
     return lines
 
 
-def draw(times: Times, path: Path) -> None:
-    """Times over S, B and P, and the bandwidth that the kernel reaches."""
+def draw(rows: list[dict], path: Path) -> None:
+    """Times over S, B and P, and the bandwidth that the kernel reaches; the panels with points."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 8.5), dpi=110, layout="constrained")
-    axes = figure.subplots(2, 2)
-    panels = (
-        (axes[0, 0], OVER_S, "S", "cached keys S, tokens", "B = 64, H = 16, P = 10"),
-        (axes[0, 1], OVER_B, "B", "rows B", "S = 512, H = 16, P = 10"),
-        (axes[1, 0], OVER_P, "P", "prefix length P, positions", "B = 64, H = 16, S = 512"),
-    )
+    times = Times(rows)
+    panels = [
+        (OVER_S, "S", "cached keys S (tokens)", "B 64, H 16, P 10"),
+        (OVER_B, "B", "rows B", "S 512, H 16, P 10"),
+        (OVER_P, "P", "prefix length P (positions)", "B 64, H 16, S 512"),
+    ]
+    panels = [p for p in panels if sum(times.of(shape, "ours") > 0 for shape in p[0]) > 1]
+    lines = 1 if len(panels) < 3 else 2
+    columns = -(-(len(panels) + 1) // lines)
+    figure = Figure(figsize=(5.0 * columns, 4.2 * lines), dpi=100, layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).T.flatten()
+    for axis in grid[len(panels) + 1 :]:
+        axis.set_axis_off()
     labels = {
-        "grown": "cache with prefix, grown by cat, SDPA",
-        "static": "static cache with prefix, SDPA",
-        "ours": "ours",
+        "grown": ("cache with prefix, grown by cat", "#b8b8b8"),
+        "static": ("static cache with prefix, SDPA", "#3b6ea5"),
+        "ours": ("ours", "#d9822b"),
+        "ours_only": ("ours, the kernel alone", "#f0c08f"),
     }
-    for axis, shapes, over, name, title in panels:
-        x = [getattr(shape, over) for shape in shapes]
-        for method, label in labels.items():
-            axis.plot(x, [times.of(shape, method) for shape in shapes], "o-", label=label)
-        axis.set(xlabel=name, ylabel="time of a step, µs", title=title, ylim=(0, None))
-        axis.legend()
-    axis = axes[1, 1]
-    for shapes, label in (
-        (OVER_B, "S = 512, over B"),
-        (OVER_S, "B = 64, over S"),
-        (ONE_ROW, "B = 1, over S"),
-    ):
-        x = [work(shape, "ours_only") / 2**20 for shape in shapes]
-        axis.plot(x, [times.of(s, "ours_only", "of_copy") for s in shapes], "o-", label=label)
+    for axis, (shapes, over, name, title) in zip(grid, panels, strict=False):
+        for method, (label, colour) in labels.items():
+            points = [(getattr(shape, over), times.of(shape, method)) for shape in shapes]
+            points = sorted(point for point in points if not math.isnan(point[1]))
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
+        axis.set(xlabel=name, ylabel="time of a step (µs)", title=title, ylim=(0, None))
+        axis.legend(frameon=False, fontsize=9)
+    axis = grid[len(panels)]
+    measured = {
+        shape: times.of(shape, "ours_only", "of_copy")
+        for shape in REFERENCE + BANKS + OVER_S + OVER_B + ONE_ROW + OVER_P
+    }
+    for few, label, colour in ((False, "B > 8", "#d9822b"), (True, "B <= 8", "#5b8c5a")):
+        points = [
+            (work(shape, "ours_only") / 2**20, share)
+            for shape, share in measured.items()
+            if (shape.B <= 8) == few
+        ]
+        axis.plot(*zip(*points, strict=True), "o", color=colour, label=label)
     axis.axhline(1, color="black", lw=0.8)
-    axis.set(xlabel="bytes to move, MiB", ylabel="bandwidth / a copy's", ylim=(0, None))
-    axis.set(xscale="log", xlim=(0.1, 2000))
-    axis.set_title("ours, without the update of the cache")
-    axis.legend()
+    axis.set(xlabel="bytes to move (MiB)", ylabel="bandwidth / a large copy's", ylim=(0, 1.1))
+    axis.set(xscale="log", title="ours, the kernel alone")
+    axis.legend(frameon=False)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    names = sorted({row["gpu"] for row in rows if row.get("gpu")})
+    figure.suptitle(f"One step of decoding, bf16, D {D}: {', '.join(names)}")
     figure.savefig(path)
 
 
-def main() -> None:
+def show(rows: list[dict], path: Path | None) -> None:
+    """The verdicts, and the picture beside the CSV."""
+    print("\n".join(verdicts(Times(rows))))
+    if path:
+        draw(rows, path.with_suffix(".png"))
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time a step of decoding beside PyTorch's own.")
-    parser.add_argument("--out", type=Path, help="folder for decode.csv and decode.png")
-    parser.add_argument("--quick", action="store_true", help="only the shapes with targets")
+    parser.add_argument("--out", type=Path, help="folder for decode-DEVICE.csv and its picture")
     parser.add_argument("--seconds", type=float, default=270, help="start no shape after this")
-    args = parser.parse_args()
-    if args.out:
+    parser.add_argument("--draw", type=Path, metavar="CSV", help="only its verdicts and picture")
+    args = parser.parse_args(arguments)
+    if args.draw:
+        show(read_rows(args.draw), args.draw)
+        return 0
+    path = args.out / f"decode-{device_name()}.csv" if args.out else None
+    if path:
         args.out.mkdir(parents=True, exist_ok=True)
     device, began, rows = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic(), []
     where = machine()
@@ -302,31 +321,23 @@ def main() -> None:
         print("No GPU: small shapes on the CPU, to run the code. These times say nothing.")
     copy_gbs = next(x["gbs"] for x in machine_limits(device) if x["method"] == "copy")
     print(f"a large copy: {copy_gbs} GB/s", flush=True)
-    shapes = REFERENCE + BANKS + ([] if args.quick else OVER_S + OVER_B + ONE_ROW + OVER_P)
+    shapes = REFERENCE + BANKS + OVER_S + OVER_B + ONE_ROW + OVER_P
     for shape in dict.fromkeys(shapes if device == "cuda" else SMALL):
         if time.monotonic() - began > args.seconds:
             print(f"{shape}: left out, {args.seconds:.0f} s are over", flush=True)
             continue
         for row in bench_shape(shape, copy_gbs, device):
             rows.append(row)
-            print(
-                *(row[name] for name in KEY),
-                row["us"],
-                "us",
-                row["gbs"],
-                "GB/s",
-                row["note"],
-                flush=True,
-            )
-            if args.out:
-                add_row(args.out / "decode.csv", row | {"copy_gbs": copy_gbs} | where, KEY)
-    print("\n".join(verdicts(Times(rows))) if device == "cuda" else "")
-    if args.out and device == "cuda":  # the small shapes of a CPU are on no axis
-        draw(Times(rows), args.out / "decode.png")
+            shown = (*(row[name] for name in KEY), row["us"], "us", row["gbs"], "GB/s", row["note"])
+            print(*shown, flush=True)
+            if path:
+                add_row(path, row | {"copy_gbs": copy_gbs} | where, KEY)
+    if device == "cuda":  # the small shapes of a CPU are on no axis
+        show(rows, path)
     wrong = [row for row in rows if row["method"].startswith("ours") and row["note"]]
     print(f"{time.monotonic() - began:.0f} s; {len(wrong)} rows of ours failed")
-    sys.exit(1 if wrong else 0)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

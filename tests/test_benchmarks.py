@@ -9,8 +9,9 @@ from conftest import tiny_bart
 from benchmarks import bart
 from benchmarks.machine import add_row, machine, read_rows
 from benchmarks.readme import HERE, README, draw, final_rows, with_tables
-from kernels import bench_attention, sanitize
-from kernels.bench_attention import ISSUE, PASSES, SMALL, Shape, Truth, make_sample
+from kernels import bench_attention, bench_peers, sanitize
+from kernels.bench_attention import ISSUE, PASSES, SMALL
+from kernels.bench_peers import Shape, Truth, make_sample
 
 
 def test_readme_table_is_made_from_the_csv():
@@ -77,24 +78,49 @@ def rows_where(us) -> list[dict]:
         | {"tflops": 700.0, "gbs": 3000.0}
         for name in ("matmul", "copy")
     ]
-    for shape, names in bench_attention.plan("cuda", quick=False):
+    for shape, names in bench_attention.plan("cuda", "all"):
         for which in PASSES:
             for name in names:
                 row = shape._asdict() | {"pass": which, "method": name, "us": us(shape, name)}
-                rows.append(row)
+                rows.append(row | {"note": ""})
     return rows
 
 
 def test_targets_are_judged():
     fast = rows_where(lambda shape, name: 1.0 if name.startswith("ours") else 10.0)
-    assert not [line for line in bench_attention.verdicts(fast) if "stretch too" not in line]
-    slow = rows_where(lambda shape, name: 12.0 + shape.N if name.startswith("ours") else 10.0)
-    lines = bench_attention.verdicts(slow)
+    lines = bench_attention.verdicts(fast)
+    assert all(" ok " in line for line in lines)
+    assert "best peer flash, 10.0 times ours" in lines[0]
+    slow = bench_attention.verdicts(
+        rows_where(lambda shape, name: 12.0 + shape.N if name.startswith("ours") else 10.0)
+    )
     # 12 us against 10 us, for 1.155 times the work: 1.04
-    assert any("P=10" in line and "1.04 <= 1.0 (0.9)  MISSED" in line for line in lines)
-    assert sum("bank" in line and "MISSED" in line for line in lines) == 4
+    assert any("P=10" in line and "1.04 <= 1.00  MISSED" in line for line in slow)
+    assert sum("bank" in line and "MISSED" in line for line in slow) == 4
     none = bench_attention.verdicts(rows_where(lambda shape, name: ""))
     assert len(none) == len(lines) and all("not measured" in line for line in none)
+
+
+def test_the_best_peer_is_the_best_of_all():
+    """Also of those that were measured elsewhere, or only for one pass."""
+    rows = rows_where(lambda shape, name: 2.0 if name == "flex_merged" else 10.0)
+    lines = bench_attention.verdicts(rows)
+    assert "best peer flex_merged, 0.2 times ours" in lines[0]
+
+
+def test_targets_by_length():
+    aims = {shape: tuple(bench_attention.aims(shape).values()) for shape in ISSUE}
+    assert list(aims.values()) == [(1, 0.75), (1, 0.75), (1, 0.85), (1.1, 1), (1.1, 1)]
+
+
+def test_a_plan_goes_on_where_it_was_broken_off():
+    steps = bench_attention.plan("cuda", "targets")
+    rows = [row for row in rows_where(lambda shape, name: 1.0) if row["method"] == "ours"]
+    left = bench_attention.steps_left(steps, [*rows, rows[0] | {"method": "eager", "note": "lost"}])
+    tried = [(shape, name) for shape, names in left for name in names]
+    assert len(tried) == len(set(tried)) and "ours" not in {name for _, name in tried}
+    first = Shape(*(rows[0][name] for name in "BTHPN"))
+    assert (first, "eager") not in tried and (first, "flash") in tried
 
 
 def test_work_with_a_prefix_is_that_without_times_one_plus_2p_over_t_plus_1():
@@ -113,13 +139,37 @@ def test_pictures_of_times_are_drawn(tmp_path: Path):
 
 
 @pytest.mark.parametrize("shape", SMALL)
-def test_methods_that_are_timed_agree_and_a_wrong_one_is_named(shape: Shape):
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_methods_that_are_timed_agree_and_a_wrong_one_is_named(shape: Shape, monkeypatch):
+    # FlexAttention refuses leaves on a CPU, where its uncompiled form has gradients nevertheless
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
     truth = Truth(make_sample(shape, "cpu", 0))
-    methods = bench_attention.METHODS
-    for name in methods:  # FlexAttention has no backward pass on a CPU
-        assert name == "flex" or truth.problem(name, methods[name]) == ""
+    methods = bench_peers.METHODS
+    for name in methods.keys() - bench_peers.missing():
+        assert truth.problem(name, methods[name]) == "", name
     assert "wrong: error of o" in truth.problem("ours", lambda s: 1.1 * methods["ours"](s))
     assert "wrong: gives" in truth.problem("ours", methods["bare_flash"]) or shape.P == 0
+
+
+@pytest.mark.parametrize("shape", SMALL)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_two_merged_passes_are_exact(shape: Shape, monkeypatch):
+    """o and all gradients, against the definition in fp64."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    sample = bench_peers.with_leaves(make_sample(shape, "cpu", 0), torch.float64)
+    found, exact = (
+        bench_peers.results(f.__name__, f, sample)
+        for f in (bench_peers.flex_merged, bench_peers.eager)
+    )
+    for name, x in exact.items():
+        assert (found[name] - x).abs().max() < 2e-14, name  # worst seen: 2e-15
+
+
+def test_what_is_not_installed_is_named():
+    for name, reason in bench_peers.missing().items():
+        assert name in bench_peers.NEWER and ":" in reason
+    with bench_peers.implementation("flash"):
+        pass  # PyTorch's own needs nothing
 
 
 def test_calls_for_the_sanitizer_run_and_repeat(monkeypatch):

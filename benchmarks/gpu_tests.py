@@ -1,0 +1,182 @@
+"""The tests of the kernels on a GPU, in parallel processes that may each lose it.
+
+    python -m benchmarks.gpu_tests [--workers 12] [--seconds 160] [FILE ...]
+
+After an illegal memory access every later call of CUDA in that process fails, so one wrong kernel
+would fail all tests that come after it. Here a process stops at the first test whose failure looks
+like that; it is run once more, alone in a fresh process, and its result there counts. What that
+process had left goes to another one. A test that does not end, or ends its process, is run again in
+the same way, and fails if that repeats itself. Needs pytest, no plugin of it.
+
+Read `main`, then `Pool`. The module is also the plugin that each process loads
+(`pytest_runtest_logreport`): it writes a line for each test to the file that RESULTS names.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+
+FILES = [
+    f"tests/test_{name}.py"
+    for name in (
+        "fast_training", "fast_generation", "attention", "decode", "operator", "bench_tiles",
+    )
+]  # fmt: skip
+RESULTS = "MINPREFIX_TEST_RESULTS"  # environment: where the plugin writes
+CHUNK = 12  # tests that a process is given at once: its start takes as long as a few tests
+TEST_SECONDS = 75  # of one test, its compilations included
+DEAD = re.compile(r"CUDA error|CUBLAS_STATUS|cudaError|illegal memory access|device-side assert")
+
+
+def pytest_runtest_logreport(report) -> None:
+    """pytest's hook: one line for each test, and the end of the process where CUDA is lost."""
+    if RESULTS not in os.environ or report.when == "teardown" and report.passed:
+        return
+    if report.when == "setup" and report.passed:
+        return
+    text = "" if report.passed else str(report.longrepr)
+    dead = report.failed and bool(DEAD.search(text))
+    line = {"id": report.nodeid, "outcome": report.outcome, "dead": dead, "text": text[-1500:]}
+    with open(os.environ[RESULTS], "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    if dead:
+        os._exit(3)  # without the cleaning up, which would wait for a GPU that does not answer
+
+
+class Worker:
+    """One process and the tests that it was given."""
+
+    def __init__(self, tests: list[str], folder: Path, number: int) -> None:
+        self.tests, self.path = tests, folder / f"{number}.jsonl"
+        self.log = folder / f"{number}.log"
+        self.read, self.seen, self.since = 0, set(), time.monotonic()
+        words = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu_tests"]
+        words += ["-p", "no:cacheprovider", *tests]
+        with self.log.open("w") as out:
+            self.process = subprocess.Popen(
+                words, env=os.environ | {RESULTS: str(self.path)}, stdout=out, stderr=out
+            )
+
+    def results(self) -> list[dict]:
+        """What the process has written since the last look."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        found, self.read = [json.loads(line) for line in lines[self.read :]], len(lines)
+        if found:
+            self.since = time.monotonic()
+        self.seen |= {row["id"] for row in found}
+        return found
+
+    def left(self) -> list[str]:
+        return [test for test in self.tests if test not in self.seen]
+
+
+class Pool:
+    """Runs tests until all have a result or the time is over."""
+
+    def __init__(self, workers: int, seconds: float) -> None:
+        self.n, self.end = workers, time.monotonic() + seconds
+        self.queue: deque[list[str]] = deque()
+        self.results: dict[str, dict] = {}
+        self.alone: set[str] = set()  # tests that were given a process of their own
+        self.running: list[Worker] = []
+
+    def run(self, tests: list[str]) -> None:
+        size = max(1, min(CHUNK, -(-len(tests) // self.n)))
+        self.queue.extend(tests[at : at + size] for at in range(0, len(tests), size))
+        with tempfile.TemporaryDirectory() as folder:
+            number = 0
+            while (self.queue or self.running) and time.monotonic() < self.end:
+                while self.queue and len(self.running) < self.n:
+                    number += 1
+                    self.running.append(Worker(self.queue.popleft(), Path(folder), number))
+                time.sleep(0.05)
+                for worker in list(self.running):
+                    self.look(worker)
+            for worker in self.running:
+                worker.process.kill()
+                worker.process.wait()
+
+    def look(self, worker: Worker) -> None:
+        """Take a worker's results; where it has ended or hangs, share out what it left."""
+        ended = worker.process.poll() is not None  # before its results are read
+        for row in worker.results():
+            if row["dead"] and row["id"] not in self.alone:
+                self.again(row["id"])
+            elif self.results.get(row["id"], {}).get("outcome") != "failed":  # test, then teardown
+                self.results[row["id"]] = row
+        hangs = not ended and time.monotonic() - worker.since > TEST_SECONDS
+        if not ended and not hangs:
+            return
+        if hangs:
+            worker.process.kill()
+            worker.process.wait()
+        self.running.remove(worker)
+        left = worker.left()
+        if left and worker.process.returncode not in (0, 1, 3):  # it broke off in the first of them
+            reason = f"exit code {worker.process.returncode}: {worker.log.read_text()[-600:]}"
+            reason = f"no end after {TEST_SECONDS} s" if hangs else reason
+            first, *left = left
+            if first in self.alone:
+                self.results[first] = {"id": first, "outcome": "failed", "text": reason}
+            else:
+                self.again(first)
+        if left:
+            self.queue.appendleft(left)
+
+    def again(self, test: str) -> None:
+        """Give a test a process of its own."""
+        self.alone.add(test)
+        self.queue.append([test])
+
+
+def collect(files: list[str]) -> list[str]:
+    """Ids of the tests of these files; exits where pytest finds none."""
+    words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run([*words, *files], capture_output=True, text=True)
+    tests = [line for line in done.stdout.splitlines() if "::" in line and " - " not in line]
+    if not tests or done.returncode:
+        print(done.stdout[-2000:], done.stderr[-2000:])
+        sys.exit("no tests were collected, or not all")
+    return tests
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Run the kernels' tests, each safe from others.")
+    parser.add_argument("--workers", type=int, default=12, help="processes at a time")
+    parser.add_argument("--seconds", type=float, default=160, help="for all")
+    parser.add_argument("files", nargs="*", default=FILES, metavar="FILE")
+    args = parser.parse_args(arguments)
+    if importlib.util.find_spec("pytest") is None:
+        print("tests: pytest is not installed, so none was run")
+        return 1
+    began = time.monotonic()
+    tests = collect(args.files)
+    pool = Pool(args.workers, args.seconds - (time.monotonic() - began))
+    pool.run(tests)
+    by = {outcome: [] for outcome in ("passed", "failed", "skipped")}
+    for row in pool.results.values():
+        by[row["outcome"]].append(row)
+    for row in by["failed"]:
+        last = [line for line in row["text"].splitlines() if line.strip()][-6:]
+        print(f"FAILED {row['id']}\n    " + "\n    ".join(last))
+    counts = ", ".join(f"{len(rows)} {outcome}" for outcome, rows in by.items())
+    left = [test for test in tests if test not in pool.results]
+    print(f"tests: {counts}, {len(left)} not run of {len(tests)}; "
+          f"{len(pool.alone)} were run alone; {time.monotonic() - began:.0f} s")  # fmt: skip
+    for row in by["failed"]:
+        print(f"verdict: {row['id']} FAILED")
+    for test in left[:10]:
+        print(f"verdict: {test} not run")
+    return 0 if tests and not by["failed"] and not left else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
