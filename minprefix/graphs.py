@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def uses_graphs(device: torch.device) -> bool:
-    """Whether steps have static shapes and are captured: on CUDA, unless MINPREFIX_CUDA_GRAPHS=0."""
+    """Whether steps are captured, with static shapes: on CUDA, unless MINPREFIX_CUDA_GRAPHS=0."""
     return device.type == "cuda" and os.environ.get("MINPREFIX_CUDA_GRAPHS") != "0"
 
 
