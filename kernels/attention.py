@@ -40,6 +40,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from kernels import decode
+from kernels.assembler import assembled
 from kernels.launch import (
     Tile,
     bucket,
@@ -73,6 +74,7 @@ def attend_tile(o, z, m, q, k, v, n0, limit, whole, scale2, BLOCK_N: tl.constexp
     return softmax_step(o, z, m, s, v, scale2)
 
 
+@assembled
 @triton.jit(do_not_specialize=["seq_len", "kv_len", "prefix_len"])
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, o_ptr, lse_ptr,

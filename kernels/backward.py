@@ -35,6 +35,7 @@ Source: the split into kernels by query and by key is that of Dao 2023 (arXiv:23
 import triton
 import triton.language as tl
 
+from kernels.assembler import assembled
 from kernels.tiles import LOG2E, limits, load_rows, row_prefix, row_sequence, store_rows
 
 SIZES = ["seq_len", "kv_len", "prefix_len", "batch_size", "rows"]  # change from call to call
@@ -151,6 +152,7 @@ def store_part(
         store_rows(partial_v_ptr + at, dv, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
 
 
+@assembled
 @triton.jit(do_not_specialize=SIZES)
 def _bwd_short_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, do_ptr, o_ptr, lse_ptr, dlse_ptr,
@@ -244,6 +246,7 @@ def _bwd_short_kernel(
         )  # fmt: skip
 
 
+@assembled
 @triton.jit(do_not_specialize=SIZES)
 def _bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, do_ptr, o_ptr, lse_ptr, dlse_ptr, delta_ptr,
@@ -321,6 +324,7 @@ def _bwd_dq_kernel(
         store_rows(partial_v_ptr + at, tl.trans(dpv), 0, prefix_len, D, BLOCK_P, D, BLOCK_D)
 
 
+@assembled
 @triton.jit(do_not_specialize=SIZES)
 def _bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, kv_lens_ptr, q_offset_ptr,
@@ -358,6 +362,7 @@ def _bwd_dkdv_kernel(
     store_rows(dv_ptr + at, tl.trans(dv), n0, kv_len, stride_dks, BLOCK_N, D, BLOCK_D)
 
 
+@assembled
 @triton.jit(do_not_specialize=SIZES)
 def _bwd_dprefix_kernel(
     q_ptr, prefix_k_ptr, prefix_v_ptr, do_ptr, lse_ptr, delta_ptr,
@@ -398,6 +403,7 @@ def _bwd_dprefix_kernel(
     )  # fmt: skip
 
 
+@assembled
 @triton.jit(do_not_specialize=["n_partials", "per_row", "batch_size"])
 def _reduce_kernel(
     partial_k_ptr, partial_v_ptr, dprefix_k_ptr, dprefix_v_ptr, prefix_index_ptr,

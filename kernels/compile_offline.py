@@ -41,7 +41,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.machine import add_row, machine
-from kernels import HEAD_DIMS, INTERPRETED, attention
+from kernels import HEAD_DIMS, INTERPRETED, assembler, attention
+from kernels.assembler import compile_kernel
 from kernels.decode import decode
 from kernels.launch import SHARED_MEMORY, TILES, Launch, recorded
 from kernels.plan import backward
@@ -215,16 +216,19 @@ def specialise(launch: Launch, target: str) -> tuple[ASTSource, Any, str]:
     return source, options, f"{target} {source.name} {source.hash()} {options.hash()}"
 
 
-def compile_launch(launch: Launch, target: str) -> Compiled:
-    """Compile a recorded launch, or take it from Triton's cache on disk."""
+def compile_launch(launch: Launch, target: str, ptxas: str | None = None) -> Compiled:
+    """Compile a recorded launch, or take it from Triton's cache on disk.
+
+    ptxas: path of an assembler, which may be one that is refused; None takes ours.
+    """
     source, options, _ = specialise(launch, target)
     began = time.perf_counter()
-    kernel = triton.compile(source, target=GPU_TARGETS[target], options=options.__dict__)
+    kernel = compile_kernel(source, GPU_TARGETS[target], options.__dict__, path=ptxas)
     seconds = time.perf_counter() - began
     if "ptx" in kernel.asm:
         registers, spills = nvidia_usage(kernel.asm["cubin"])
         assembly = kernel.asm["ptx"]
-        one_by_one = "wgmma" in assembly and "wgmma" in ptxas_messages(assembly)
+        one_by_one = "wgmma" in assembly and "wgmma" in ptxas_messages(assembly, ptxas)
     else:
         assembly = kernel.asm["amdgcn"]
         usage = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", assembly))
@@ -245,12 +249,13 @@ def nvidia_usage(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack) + int(local)
 
 
-def ptxas_messages(ptx: str) -> str:
-    """What ptxas says of PTX for sm_90."""
+def ptxas_messages(ptx: str, ptxas: str | None) -> str:
+    """What an assembler (None: ours) says of PTX for sm_90."""
+    ptxas = ptxas or assembler.choose(90).path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", file.name]
+        command = [ptxas, "-v", "-arch=sm_90a", file.name]
         result = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True)
     return result.stderr
 

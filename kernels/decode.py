@@ -47,6 +47,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.assembler import assembled
 from kernels.launch import (
     Tile,
     bucket,
@@ -128,6 +129,7 @@ def stacked_prefix(
     tl.store(lse_ptr + query, (m + tl.log2(z)) * LN2, mask=inside)
 
 
+@assembled
 @triton.jit(
     do_not_specialize=[
         "batch_size", "seq_len", "kv_len", "prefix_len",
@@ -220,6 +222,7 @@ def _decode_kernel(
         tl.store(lse_ptr + offs_m, lse, mask=offs_m < seq_len)
 
 
+@assembled
 @triton.jit(do_not_specialize=["queries", "seq_len", "parts"])
 def _merge_kernel(
     part_o_ptr, part_lse_ptr, o_ptr, lse_ptr, queries, n_head, seq_len, parts,

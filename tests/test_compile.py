@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: nothing can be compiled", allow_module_level=True)
 
+from kernels.assembler import compile_kernel  # noqa: E402
 from kernels.compile_offline import (  # noqa: E402
     ALLOWED_SPILLS,
     DIMENSIONS,
@@ -83,7 +84,7 @@ def test_it_is_what_triton_would_launch(target, monkeypatch):
     )
     launch = launches_of(PLAIN)[0][0]  # the tiles of sm_90, also where the target is another
     source, options, _ = specialise(launch, target)
-    mine = triton.compile(source, target=GPU_TARGETS[target], options=options.__dict__)
+    mine = compile_kernel(source, GPU_TARGETS[target], options.__dict__)
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     launch.kernel.device_caches.clear()
     warps, stages = launch.tile[2:]

@@ -1,0 +1,204 @@
+"""Which ptxas makes machine code of our kernels, and the rule that nothing older may.
+
+Triton writes PTX, and a program of NVIDIA's, ptxas, assembles it. Versions before 12.9 miscompile
+our kernels for Hopper (sm_90): the matrix products of a prefix read shared memory at wrong
+addresses, and gradients come out wrong without any error. So before a kernel is compiled, `choose`
+takes the user's assembler (TRITON_PTXAS_PATH) or else the newest one at hand, and `refusal` says
+what is wrong with it. `kernels.on_triton` then takes the reference path instead.
+
+Only our kernels are compiled this way. `assembled` marks them: it wraps what their JITFunction
+calls when it has nothing in memory, and costs a launch nothing. Triton finds its assembler through
+process-wide knobs, so `assembling` sets these for the time of one compilation, under a lock. Other
+Triton code that compiles at that moment in another thread gets our assembler too, which is newer
+than its own.
+
+Sources: CUDA 13.3's release notes name a second fault, a register that is used again while a wgmma
+still reads it (triton-lang/triton#11781, #9433); our own is like triton-lang/triton#7196, #11366.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+Version = tuple[int, ...]  # 12.8.93 is (12, 8, 93)
+RECOMMENDED: Version = (13, 3)  # for sm_90: has both faults repaired
+
+
+class Assembler(NamedTuple):
+    """A ptxas that runs, or (version None) one that the user names and that does not."""
+
+    path: str
+    version: Version | None
+    origin: str  # who brings it
+
+    def __str__(self) -> str:
+        return f"ptxas {dotted(self.version)} ({self.path}, {self.origin})"
+
+
+def dotted(version: Version | None) -> str:
+    return "that does not run" if version is None else ".".join(map(str, version))
+
+
+def least(arch: int) -> Version:
+    """The oldest version that is accepted for an architecture, 90 for sm_90."""
+    if arch == 90:
+        return (12, 9)  # the miscompiled descriptors
+    return (12, 8) if arch >= 100 else (0,)  # the first that knows Blackwell
+
+
+def choose(arch: int) -> Assembler | None:
+    """The assembler of our kernels for an NVIDIA architecture; None where there is none.
+
+    The user's, whatever it is; else the newest, of those whose code the driver can load where one
+    of them is new enough.
+    """
+    if user := _users(arch):
+        name, path = user
+        return Assembler(path, version_of(path), name)
+    found = tools("ptxas", "ptxas-blackwell")
+    loadable = [one for one in found if not _beyond_driver(one)]
+    good = [one for one in loadable if one.version >= least(arch)]
+    return max(good or found, key=lambda one: one.version, default=None)
+
+
+@functools.cache
+def refusal(arch: int) -> str:
+    """Why no kernel of ours may be compiled for an architecture; empty where it may."""
+    found, wanted = choose(arch), dotted(least(arch))
+    if found is None:
+        return f"no ptxas was found to assemble for sm_{arch}"
+    if found.version is None:
+        return f"{found.origin} names {found.path}, which does not run"
+    advice = f"install CUDA {wanted} or newer, or a newer Triton, or set TRITON_PTXAS_PATH"
+    if found.version < least(arch):
+        return f"{found} is older than {wanted}, the least that sm_{arch} needs: {advice}"
+    if not _users(arch) and _beyond_driver(found):
+        driver = dotted(divmod(driver_version() // 10, 100))
+        return f"{found} makes code that the driver (CUDA {driver}) cannot load: {advice}"
+    return ""
+
+
+@functools.cache
+def _users(arch: int) -> tuple[str, str] | None:
+    """The variable that names the user's assembler, and its path. Read once: inside `assembling`
+    Triton's knobs set the same variables."""
+    names = ["TRITON_PTXAS_PATH"]
+    if arch >= 90:  # Triton reads the second one for sm_100, from 3.9 on for sm_90 too
+        names.insert(0 if arch >= 100 else 1, "TRITON_PTXAS_BLACKWELL_PATH")
+    return next(((name, os.environ[name]) for name in names if os.environ.get(name)), None)
+
+
+def tools(*names: str) -> list[Assembler]:
+    """NVIDIA's programs of these names that run: Triton's, a CUDA toolkit's, those of pip."""
+    places: list[tuple[str, Path]] = []
+    for package, pattern in (("triton", "backends/nvidia/bin"), ("nvidia", "*/bin")):
+        spec = importlib.util.find_spec(package)
+        for folder in spec.submodule_search_locations if spec else ():
+            places += [(f"of the package {package}", path) for path in Path(folder).glob(pattern)]
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if folder := os.environ.get(variable):
+            places.append((f"of {variable}", Path(folder, "bin")))
+    paths = [(origin, str(place / name)) for origin, place in places for name in names]
+    paths += [("on PATH", path) for path in map(shutil.which, names) if path]
+    found = {path: Assembler(path, version_of(path), origin) for origin, path in paths}
+    return [one for one in found.values() if one.version is not None]
+
+
+@functools.cache
+def version_of(path: str) -> Version | None:
+    """What `path --version` says, (12, 8, 93); None where it does not run."""
+    try:
+        result = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"\bV(\d+(?:\.\d+)+)", result.stdout)
+    found = found or re.search(r"release (\d+\.\d+)", result.stdout)
+    return tuple(map(int, found[1].split("."))) if found and result.returncode == 0 else None
+
+
+@functools.cache
+def driver_version() -> int:
+    """The newest CUDA that the driver knows, 13000 for 13.0; 0 where there is no driver."""
+    return torch._C._cuda_getDriverVersion() if torch.cuda.is_available() else 0
+
+
+def _beyond_driver(assembler: Assembler) -> bool:
+    """Machine code of CUDA 13 has a file format that drivers for CUDA 12 do not know."""
+    return 0 < driver_version() // 1000 < assembler.version[0]
+
+
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def assembling(path: str) -> Iterator[None]:
+    """Triton compiles with this ptxas, for every NVIDIA architecture; afterwards as before.
+
+    Triton 3.6 to 3.8 look at one knob for sm_90 and 3.9 at another, so both are set. It also
+    remembers the version, which is part of the key of its cache on disk, and what follows from the
+    version for the PTX: both are forgotten at the entry and at the exit, or a kernel that another
+    assembler made would be found under our key.
+    """
+    import triton
+    from triton.backends.nvidia import compiler
+
+    def forget():
+        for function in (compiler.get_ptxas_version, compiler.get_features):
+            function.cache_clear()
+
+    with _LOCK:
+        try:
+            with triton.knobs.nvidia.scope():
+                triton.knobs.nvidia.ptxas = triton.knobs.nvidia.ptxas_blackwell = path
+                if triton.knobs.nvidia.ptxas.path != path:  # Triton would quietly take its own
+                    raise RuntimeError(f"Triton cannot run the assembler {path}")
+                forget()
+                yield
+        finally:
+            forget()
+
+
+def compile_kernel(source, target=None, options=None, *, path: str | None = None, **more) -> Any:
+    """`triton.compile` with our assembler, or with the one at `path`, which may be a refused one.
+
+    RuntimeError where `refusal` has something to say: no kernel is better than a wrong one.
+    """
+    import triton
+
+    target = target or triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda":
+        return triton.compile(source, target=target, options=options, **more)
+    if path is None:
+        if reason := refusal(target.arch):
+            raise RuntimeError(reason)
+        path = choose(target.arch).path
+    with assembling(path):
+        return triton.compile(source, target=target, options=options, **more)
+
+
+def assembled(kernel):
+    """Decorator above `@triton.jit`: what the kernel compiles, our assembler assembles.
+
+    A JITFunction comes to `_do_compile` when it has no machine code for a call, and to its
+    `compile` from there: at once, or later in a thread (Triton's asynchronous compilation).
+    """
+    if not hasattr(kernel, "_do_compile"):  # TRITON_INTERPRET=1: nothing is compiled
+        return kernel
+    compile_missing = kernel._do_compile
+
+    def do_compile(*args, **kwargs):
+        kernel.compile = compile_kernel  # each new device sets Triton's own again
+        return compile_missing(*args, **kwargs)
+
+    kernel._do_compile = do_compile
+    return kernel
