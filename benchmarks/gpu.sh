@@ -90,9 +90,9 @@ run_part() {
     WORK=$(mktemp -d)
     : >"$LOG"
     : >"$SUMMARY"
-    step versions 30 "$PYTHON" -c 'import torch, triton
-print("torch", torch.__version__, "triton", triton.__version__, "cuda", torch.version.cuda,
-      "cudnn", torch.backends.cudnn.version(), torch.cuda.get_device_name())'
+    step versions 30 "$PYTHON" -c 'import sys, torch
+from benchmarks.machine import machine
+print("python", sys.version.split()[0], "cudnn", torch.backends.cudnn.version(), machine())'
     "part_$part"
     "$PYTHON" -m benchmarks.gpu_summary "$part" "$OUT" --log "$LOG" --work "$WORK" >>"$SUMMARY"
     rm -r "$WORK"

@@ -26,7 +26,8 @@ def machine() -> dict[str, str | int]:
     """CPU, threads, versions and commit, as they are at the first call: make it at the start.
 
     A "+" behind the commit: with changes that are not committed. Empty: git is not there to ask.
-    Where there is a GPU also its name, and the versions of CUDA and Triton.
+    Where there is a GPU also its name, the versions of CUDA and Triton, and the assembler that the
+    kernels are given (on NVIDIA).
     """
 
     def git(*words: str) -> str:
@@ -48,8 +49,18 @@ def machine() -> dict[str, str | int]:
             "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda or f"hip {torch.version.hip}",
             "triton": triton.__version__,
+            "assembler": assembler_name(),
         }
     return row
+
+
+def assembler_name() -> str:
+    """As "ptxas 13.0.88"; empty on AMD, or where there is none."""
+    from kernels.assembler import choose, dotted
+
+    major, minor = torch.cuda.get_device_capability()
+    found = None if torch.version.hip else choose(10 * major + minor)
+    return f"ptxas {dotted(found.version)}" if found else ""
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

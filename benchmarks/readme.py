@@ -1,4 +1,4 @@
-"""The README's picture and its tables, from the committed CSVs: python -m benchmarks.readme"""
+"""The README's pictures and tables, from the committed CSVs: python -m benchmarks.readme"""
 
 from pathlib import Path
 
@@ -7,10 +7,12 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from benchmarks.machine import read_rows
+from kernels import bench_attention, bench_decode
 from minprefix.bench import KEY
 from minprefix.files import atomic_write, write_text
 
 HERE = Path(__file__).parent
+GPU = HERE / "gpu"
 README = HERE.parent / "README.md"
 END = "<!-- end of table -->"
 ORDER = ("hard prompt", "examples in context", "prefix", "finetune")
@@ -130,10 +132,78 @@ def work_of(row: dict[str, str]) -> str:
     return f"{model}: train, B {row['B']}, T {row['T']}, loss at {row['labels']}"
 
 
+def gpu_attention_table() -> str:
+    """Ours beside attention without a prefix and the best peer, at the shapes with targets."""
+    times = bench_attention.Times(read_rows(GPU / "attention-h200.csv"))
+    noted = {tuple(r[n] for n in ("B", "T", "H", "P", "pass")): float(r["ratio"])
+             for r in read_rows(GPU / "peers-h200.csv")}  # fmt: skip
+    lines = [
+        "| B, T, H, P | pass | ours, µs | no prefix, µs | ratio, work-adjusted | aim, at most "
+        "| best peer / ours |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape in bench_attention.ISSUE + bench_attention.MORE:
+        for which, aim in bench_attention.aims(shape).items():
+            ours = times.of(shape, which, "ours_qkv")
+            peer = [times.of(shape, which, *bench_attention.PEERS) / ours]
+            peer += [noted[key]] if (key := (*map(str, shape[:4]), which)) in noted else []
+            peer = [ratio for ratio in peer if ratio > 0]  # NaN where none was measured
+            lines.append(
+                f"| {', '.join(map(str, shape[:4]))} | {which.replace('+', ' + ')} | {ours:.1f} "
+                f"| {times.bare(shape, which):.1f} | {times.adjusted(shape, which):.2f} | {aim:g} "
+                f"| {f'{min(peer):.1f}' if peer else ''} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def gpu_decode_table() -> str:
+    """One step of decoding: ours, and a cache that holds the prefix."""
+    times = bench_decode.Times(read_rows(GPU / "decode-h200.csv"))
+    lines = [
+        "| B, H, S, P | prefixes | ours, µs | static cache, µs | grown cache, µs "
+        "| the kernel's share of a copy's bandwidth |",
+        "|---|---|---|---|---|---|",
+    ]
+    for shape in dict.fromkeys(bench_decode.REFERENCE + bench_decode.BANKS):
+        us = [times.of(shape, method) for method in ("ours", "static", "grown")]
+        lines.append(
+            f"| {', '.join(map(str, shape[:4]))} | {max(1, shape.N)} | "
+            + " | ".join(f"{x:.1f}" for x in us)
+            + f" | {100 * times.of(shape, 'ours_only', 'of_copy'):.0f} % |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def gpu_steps_table() -> str:
+    """Whole steps and texts beside PEFT, GPT-2 medium's shapes."""
+    rows = read_rows(GPU / "steps-h200.csv")
+    lines = ["| work | ours, ms | PEFT, ms | ratio | peak memory |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row["method"] != "minprefix":
+            continue
+        same = ("work", "B", "T", "beams", "new")
+        (peft,) = (
+            r for r in rows if r["method"] == "peft" and all(r[n] == row[n] for n in same)
+        )  # fmt: skip
+        work = f"train, B {row['B']}, T {row['T']}"
+        if row["work"] == "generate":
+            work = f"write {row['new']} tokens, B {row['B']}"
+            work += f" ({float(row['tokens_per_s']):,.0f} tokens/s)"
+        peaks = [f"{int(r['peak_mib']):,}" for r in (row, peft) if r["peak_mib"]]
+        memory = f"{peaks[0]} MiB, PEFT {peaks[1]} MiB" if len(peaks) == 2 else ""
+        lines.append(
+            f"| {work} | {row['ms']} | {peft['ms']} | {float(peft['ratio']):.1f} | {memory} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 TABLES = {
     "benchmarks/e2e.csv": e2e_table,
     "benchmarks/bart_tasks.csv": bart_table,
     "benchmarks/cpu/bench.csv": speed_table,
+    "benchmarks/gpu/steps-h200.csv": gpu_steps_table,
+    "benchmarks/gpu/attention-h200.csv": gpu_attention_table,
+    "benchmarks/gpu/decode-h200.csv": gpu_decode_table,
 }
 
 
@@ -186,6 +256,9 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     draw(HERE / "readme.png")
+    for name, bench in (("attention", bench_attention), ("decode", bench_decode)):
+        path = GPU / f"{name}-h200.csv"
+        bench.draw(read_rows(path), path.with_suffix(".png"))
     write_text(README, with_tables(README.read_text(encoding="utf-8")))
     for table in TABLES.values():
         print(table())

@@ -15,7 +15,14 @@ from pathlib import Path
 
 import jupytext
 
-from benchmarks.readme import bart_table, e2e_table, speed_table
+from benchmarks.readme import (
+    bart_table,
+    e2e_table,
+    gpu_attention_table,
+    gpu_decode_table,
+    gpu_steps_table,
+    speed_table,
+)
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -143,9 +150,15 @@ KNOWN = {  # what a CSV holds, for those that have no table of their own below
     "bart.csv": "bart-large's size: a training step and a text on two CPU cores",
     "cpu_attention.csv": "The attention operator's CPU path: fused attention against two products",
     "call_overhead.csv": "What a call of the operator costs in Python, µs",
-    "compiled.csv": "The kernels as compiled for four GPUs: registers, shared memory, spills",
+    "compiled.csv": "The kernels compiled for four GPUs, no run: registers, shared memory, spills",
     "cpu/bench.csv": "Training and generation beside PEFT: all that was measured",
     "cpu/profile.csv": "Where the time of one training step goes, ms",
+    "gpu/attention-h200.csv": "On an H200: attention beside PyTorch's kernels, µs",
+    "gpu/decode-h200.csv": "On an H200: one step of decoding, µs",
+    "gpu/steps-h200.csv": "On an H200: training steps and generation beside PEFT",
+    "gpu/parts-h200.csv": "On an H200: where the time of a step and of a token goes, ms",
+    "gpu/tiles-h200.csv": "On an H200: each kernel alone with several tiles, µs",
+    "gpu/peers-h200.csv": "On an H200: the best peer's time over ours",
 }
 WIDE = {"cpu/bench.csv"}  # too wide to be read as a table: the file only
 
@@ -162,6 +175,11 @@ def result_pages() -> dict[str, str]:
     lines += ["## An encoder-decoder: `mini-bart`", "", note("bart"), "", bart_table()]
     lines += ["## Speed on a CPU, beside PEFT", "", note("speed"), "", speed_table()]
     lines += [picture(str(path), title) for path, title in speed_pictures()]
+    lines += ["## Speed on a GPU", "", note("steps"), "", gpu_steps_table()]
+    lines += [note("attention"), "", gpu_attention_table()]
+    lines += [picture("gpu/attention-h200.png", "Attention on an H200: times, ratios, roofline.")]
+    lines += [note("decode"), "", gpu_decode_table()]
+    lines += [picture("gpu/decode-h200.png", "One step of decoding on an H200.")]
     lines += ["## All files", ""]
     for path in sorted(BENCHMARKS.rglob("*.csv")):
         name = str(path.relative_to(BENCHMARKS))
@@ -184,9 +202,13 @@ def note(name: str) -> str:
         "e2e": ("## What a frozen model can do with it", "<!-- table: benchmarks/e2e.csv"),
         "bart": ("What `mini-bart`", "<!-- table: benchmarks/bart_tasks.csv"),
         "speed": ("## How fast", "<!-- table: benchmarks/cpu/bench.csv"),
+        "steps": ("### On a GPU", "<!-- table: benchmarks/gpu/steps-h200.csv"),
+        "attention": ("On the H200, bf16", "<!-- table: benchmarks/gpu/attention-h200.csv"),
+        "decode": ("One step of decoding", "<!-- table: benchmarks/gpu/decode-h200.csv"),
     }[name]
     text = text.split(heading, 1)[1].split(mark, 1)[0].strip()
-    text = text if heading.startswith("#") else f"{heading} {text}"
+    glue = "" if text.startswith(",") else " "
+    text = text if heading.startswith("#") else heading + glue + text
     return re.sub(r"\]\((?!http)([^)]+)\)", r"](../../\1)", text)
 
 

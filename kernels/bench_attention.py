@@ -39,6 +39,7 @@ from kernels.bench_clock import (
     go_on_if_lost,
     machine_limits,
     measure,
+    need_kernels,
     rows_of_this_commit,
     sets_of,
 )
@@ -227,7 +228,7 @@ def bars(axis, times: Times) -> None:
         at = [i + (n - 0.5) * width for i in range(len(shapes))]
         drawn = axis.bar(at, [times.adjusted(s, which) for s in shapes], width, color=colour,
                          label=which)  # fmt: skip
-        axis.bar_label(drawn, fmt="%.2f", fontsize=7)
+        axis.bar_label(drawn, fmt="%.2f", fontsize=7, label_type="center")
         marks = [aims(shape)[which] for shape in shapes]
         axis.hlines(marks, [x - width / 2 for x in at], [x + width / 2 for x in at], color="black",
                     lw=1.5, label="target" if n else None)  # fmt: skip
@@ -253,6 +254,9 @@ def roofline(axis, rows: list[dict], times: Times) -> None:
         axis.plot([flops / moved for flops, moved in at], reached, "o", color=colour,
                   label=f"ours, {which}")  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s")
+    ticks = (20, 50, 100, 200, 500, 1000)
+    axis.set_yticks(ticks, ticks)
+    axis.minorticks_off()
     axis.set_title("roofline: the shapes with targets")
     axis.legend(frameon=False)
 
@@ -300,7 +304,9 @@ def main(arguments: list[str] | None = None) -> int:
         show(read_rows(args.draw), args.draw)
         return 0
     device, began = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic()
-    if device == "cpu":
+    if device == "cuda":
+        need_kernels()
+    else:
         print("No GPU: small shapes on the CPU, to run the code. These times say nothing.")
     path = args.out / f"attention-{device_name()}.csv" if args.out else None
     if path:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import machine, read_rows
+from kernels import on_triton
 
 INPUT_BYTES, MOST_SETS = 160e6, 32
 
@@ -95,6 +96,12 @@ def machine_limits(device: str) -> Iterator[dict]:
         row |= {"pass": "forward", "method": name} | measure([call] * 4, device)
         row["tflops"] = round(flops / row["us"] / 1e6, 2)
         yield row | {"gbs": round(moved / row["us"] / 1e3, 1), "note": ""}
+
+
+def need_kernels() -> None:
+    """End where this GPU is refused: what would be timed as ours is then plain PyTorch."""
+    if not on_triton(torch.empty(1, 64, dtype=torch.bfloat16, device="cuda")):
+        sys.exit("The Triton kernels do not run on this GPU, so there is nothing to time.")
 
 
 def device_name() -> str:

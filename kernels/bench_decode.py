@@ -41,7 +41,7 @@ from torch import Tensor
 
 from benchmarks.machine import add_row, machine, read_rows
 from kernels import prefix_attention_eager, prefix_attention_lean
-from kernels.bench_clock import device_name, machine_limits, measure, sets_of
+from kernels.bench_clock import device_name, machine_limits, measure, need_kernels, sets_of
 from kernels.bench_peers import reason
 
 D = 64
@@ -317,7 +317,9 @@ def main(arguments: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     device, began, rows = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic(), []
     where = machine()
-    if device == "cpu":
+    if device == "cuda":
+        need_kernels()
+    else:
         print("No GPU: small shapes on the CPU, to run the code. These times say nothing.")
     copy_gbs = next(x["gbs"] for x in machine_limits(device) if x["method"] == "copy")
     print(f"a large copy: {copy_gbs} GB/s", flush=True)

@@ -35,6 +35,7 @@ from kernels.bench_clock import (
     device_name,
     go_on_if_lost,
     graph_times,
+    need_kernels,
     rows_of_this_commit,
     sets_of,
 )
@@ -242,6 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tiles: no GPU")
         return 1
+    need_kernels()
     began, path = time.monotonic(), None
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ import torch
 from kernels import bench_attention as bench
 from kernels import bench_decode as steps
 from kernels import launch
+from kernels.bench_clock import need_kernels
 from kernels.bench_peers import COMPILED, METHODS, make_sample, run
 from kernels.bench_tiles import ATTENTION, DECODE, Choice, attention_case, decode_case
 
@@ -97,6 +98,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("warm-up: no GPU")
         return 1
+    need_kernels()
     if args.part:
         do_part(args.part[0], int(args.part[1]), int(args.part[2]))
         return 0

@@ -9,7 +9,7 @@ from conftest import tiny_bart
 from benchmarks import bart
 from benchmarks.machine import add_row, machine, read_rows
 from benchmarks.readme import HERE, README, draw, final_rows, with_tables
-from kernels import bench_attention, bench_peers, sanitize
+from kernels import assembler, bench_attention, bench_peers, sanitize
 from kernels.bench_attention import ISSUE, PASSES, SMALL
 from kernels.bench_peers import Shape, Truth, make_sample
 
@@ -61,8 +61,11 @@ def test_a_gpu_is_named(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "some GPU")
     monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    found = assembler.Assembler("/some/ptxas", (13, 0, 88), "of a test")
+    monkeypatch.setattr(assembler, "choose", lambda arch: found if arch == 90 else None)
     row = machine.__wrapped__()
-    assert (row["gpu"], row["cuda"]) == ("some GPU", "13.0")
+    assert (row["gpu"], row["cuda"], row["assembler"]) == ("some GPU", "13.0", "ptxas 13.0.88")
     assert row["triton"] and set(machine.__wrapped__()) > {"cpu", "threads", "torch", "commit"}
 
 

@@ -46,6 +46,8 @@ def test_links_of_the_checkout_become_links_of_the_site():
 def test_results_show_the_rows_of_the_files():
     page = pages.result_pages()["results/index.md"]
     assert pages.e2e_table() in page and pages.speed_table() in page
+    assert pages.gpu_steps_table() in page and pages.gpu_attention_table() in page
+    assert "On the H200, bf16, D 64." in page and "One step of decoding, cache" in page
     names = {str(p.relative_to(pages.BENCHMARKS)) for p in pages.BENCHMARKS.rglob("*.csv")}
     for name in names:
         assert name.startswith("paper/") or f"(../../benchmarks/{name})" in page

@@ -12,8 +12,8 @@
 # **Running time.** Half a minute on two CPU cores.
 #
 # **Sources.** The times are those of the committed files `benchmarks/cpu/*.csv`, which name
-# machine, versions and commit (`make bench-cpu` makes them again), and of `benchmarks/gpu_steps/`,
-# if it is there. Nothing below is typed from them: each number is read and printed.
+# machine, versions and commit (`make bench-cpu` makes them again), and of `benchmarks/gpu/*.csv`
+# (`make bench-gpu`). Nothing below is typed from them: each number is read and printed.
 
 # %%
 import csv
@@ -71,31 +71,24 @@ def ms(method: str, work: str = "train", column: str = "ms", **wanted) -> float:
 # its operators into parts. "compiled" is the method through `torch.compile`.
 
 # %%
-profiles = {"cpu": table("cpu", "profile.csv")}
-for kind in ("eager", "graphs"):  # on a GPU: as they are, and as CUDA graphs
-    profiles[f"gpu, {kind}"] = table("gpu_steps", kind, "profile.csv")
-panels = {}  # (where, dtype): rows
-for where, rows in profiles.items():
-    for r in rows:
-        panels.setdefault((where, r["dtype"]), []).append(r)
-if not any(where.startswith("gpu") for where, _ in panels):
-    print("no step has been timed on a GPU yet: `make bench-gpu-steps` on one adds its panels\n")
+panels = {}  # dtype: rows
+for r in table("cpu", "profile.csv"):
+    panels.setdefault(r["dtype"], []).append(r)
 
 parts = (*PARTS, REST)
-for (where, dtype), rows in panels.items():
+for dtype, rows in panels.items():
     names = [r["method"] for r in rows]
-    print(f"{where}, {dtype}, ms of one step" + "".join(f"{name:>15}" for name in names))
+    print(f"{f'{dtype}, ms of one step':31}" + "".join(f"{name:>15}" for name in names))
     for part in parts:
         print(f"  {part:29}" + "".join(f"{float(r[part]):15.1f}" for r in rows))
     print(f"  {'sum, under the profiler':29}"
           + "".join(f"{sum(float(r[part]) for part in parts):15.1f}" for r in rows))  # fmt: skip
-    if where == "cpu":
-        print(f"  {'a step without the profiler':29}"
-              + "".join(f"{ms(name, dtype=dtype):15.1f}" for name in names))  # fmt: skip
+    print(f"  {'a step without the profiler':29}"
+          + "".join(f"{ms(name, dtype=dtype):15.1f}" for name in names))  # fmt: skip
 
 colours = dict(zip(parts, ("#8c6bb1", OTHER, PREFIX, TEXT, "#c44e52", FAINT), strict=True))
 figure, axes = new(len(panels), width=5.0)
-for axis, ((where, dtype), rows) in zip(figure.axes, panels.items(), strict=True):
+for axis, (dtype, rows) in zip(figure.axes, panels.items(), strict=True):
     left = [0.0] * len(rows)
     for part in parts:
         widths = [float(r[part]) for r in rows]
@@ -103,7 +96,7 @@ for axis, ((where, dtype), rows) in zip(figure.axes, panels.items(), strict=True
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axis.invert_yaxis()
     r = rows[0]
-    axis.set(xlabel="one training step (ms)", title=f"{where}, {dtype}, B {r['B']}, T {r['T']}")
+    axis.set(xlabel="one training step (ms)", title=f"CPU, {dtype}, B {r['B']}, T {r['T']}")
 handles, labels = figure.axes[0].get_legend_handles_labels()
 figure.legend(handles, labels, frameon=False, ncols=3, loc="outside lower center", fontsize=9)
 show(figure, "09_parts")
@@ -179,12 +172,12 @@ for dtype, e in (("fp32", 4), ("bf16", 2)):
 # **GELU as eight operators.** transformers computes GPT-2's GELU as written, $0.5\, x\, (1 +
 # \tanh(\sqrt{2/\pi}\,(x + 0.044715\, x^3)))$ [2]: each operator reads and writes 4C numbers per
 # token, and so does each of its derivatives. Here it is one operator, and `torch.compile` makes it
-# one, too. It is in the part "norms, GELU, sums, copies", with others; section 4 measures it alone.
+# one, too. It is in the part "norms, GELU, sums, copies", with others; section 5 measures it alone.
 
 # %%
 part = "norms, GELU, sums, copies"
 for dtype in ("fp32", "bf16"):
-    by = {r["method"]: float(r[part]) for r in panels["cpu", dtype]}
+    by = {r["method"]: float(r[part]) for r in panels[dtype]}
     print(f"{dtype}: {part}: ours {by['minprefix']:.0f} ms, PEFT {by['peft']:.0f} ms, "
           f"PEFT compiled {by['peft-compiled']:.0f} ms")  # fmt: skip
 
@@ -202,7 +195,7 @@ for r in table("cpu_attention.csv"):
         print(f"{r['dtype']:9} B {r['B']}, T {r['T']}: fused attention {r['fused_ms']:>6} ms, "
               f"two batched products {r['products_ms']:>6} ms")  # fmt: skip
 for dtype in ("fp32", "bf16"):
-    by = {r["method"]: float(r["attention"]) for r in panels["cpu", dtype]}
+    by = {r["method"]: float(r["attention"]) for r in panels[dtype]}
     print(f"{dtype}: attention of a step: ours {by['minprefix']:.0f} ms, PEFT {by['peft']:.0f} ms")
 
 # %% [markdown]
@@ -312,7 +305,53 @@ for r in table("call_overhead.csv"):
           f"{share:.2%} of a step")  # fmt: skip
 
 # %% [markdown]
-# ## 4. Measured here
+# ## 4. On a GPU
+# The same causes with other weights. A GPU makes the products of a step so fast that the rest is
+# most of it, and every kernel has to be launched by the host, which Python does slowly. So a step
+# is recorded once as a **CUDA graph** and then replayed with one launch (`graphs.py`;
+# `MINPREFIX_CUDA_GRAPHS=0` turns this off). What one GPU measured, with random weights of GPT-2
+# medium's size:
+
+# %%
+steps = table("gpu", "steps-h200.csv")
+where = steps[0]
+print(f"{where['gpu']}, {where['dtype']}, torch {where['torch']}, Triton {where['triton']}, "
+      f"{where['assembler']}, commit {where['commit']}")  # fmt: skip
+print(f"transformers {where['transformers']}, PEFT {where['peft']}\n")
+for r in steps:
+    what = f"B {r['B']}, T {r['T']}" if r["work"] == "train" else f"B {r['B']}, {r['new']} tokens"
+    ratio = f"{float(r['ratio']):.1f} times ours" if r["ratio"] else ""
+    print(
+        f"{r['work']:9} {what:16} {r['method']:10} {float(r['ms']):7.1f} ms  {ratio}  {r['note']}"
+    )
+
+# %% [markdown]
+# And where our own time goes. In training the head is the largest part, not attention. Its matrix
+# has an odd number of columns, V, for which cuBLAS has no fast kernels, and the softmax over V
+# logits passes over memory several times. In generation with one row every product is a matrix
+# times a vector, bound by reading the matrix, and many small kernels wait for one another.
+
+# %%
+figure, panes = new(2, width=6.0, height=3.4)
+for axis, work in zip(panes, ("train", "one token"), strict=True):
+    rows = [r for r in table("gpu", "parts-h200.csv") if r["work"] == work]
+    total = sum(float(r["ms"]) for r in rows)
+    print(
+        f"{work}: {total:.2f} ms"
+        + "".join(
+            f"\n  {r['part']:48} {float(r['ms']):6.3f} ms {float(r['ms']) / total:5.0%}"
+            for r in rows
+        )
+    )
+    mine = [PREFIX if r["part"] == "attention" else TEXT for r in rows]
+    axis.barh([r["part"] for r in rows], [float(r["ms"]) for r in rows], color=mine)
+    axis.invert_yaxis()
+    size = f"B {rows[0]['B']}" + (f", T {rows[0]['T']}" if rows[0]["T"] else "")
+    axis.set(xlabel="time (ms)", title=f"{work}, {size}, {rows[0]['gpu']}")
+show(figure, "09_gpu")
+
+# %% [markdown]
+# ## 5. Measured here
 # Times below are of your machine, now, the best of three; they are printed, never asserted. What is
 # asserted: that the fast way gives the same as the slow one.
 
@@ -419,7 +458,8 @@ for name, gelu in (("as written", as_written), ("one pass", one_pass)):
 #   much faster than another. The ratios in `bench.csv` near 1 say so.
 # - Time is won where work is not needed: eight passes for one function, B copies of a prefix,
 #   logits without a loss, padding, copies of a cache.
-# - A kernel is one of these causes among others. On a CPU it is not even there.
+# - A kernel is one of these causes among others. On a CPU it is not even there, and on a GPU
+#   attention is a small part of a step.
 #
 # ## Exercises
 # 1. Fine-tuning: add the gradients of the matrices to the count, and check it with PyTorch's
