@@ -318,8 +318,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(*(row[name] for name in KEY), row["us"], "us", row["note"], flush=True)
         if path:
             add_row(path, row | machine(), KEY)
-        if row["note"]:
-            go_on_if_lost(args, began)
 
     for name, why in missing().items():
         print(f"{name}: not here, {why}")
@@ -331,8 +329,18 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() - began > args.seconds:
             print(f"{shape}: left out, {args.seconds:.0f} s are over", flush=True)
             continue
-        for row in bench_shape(shape, names, device):
-            put(row)
+        untold = list(names)
+        try:
+            for row in bench_shape(shape, names, device):
+                put(row)
+                untold = [name for name in untold if name != row["method"]]
+                if row["note"]:
+                    go_on_if_lost(args, began)
+        except Exception as error:  # of the inputs or the definition: nothing to compare with
+            note = {"pass": PASSES[0], "us": "", "note": reason(error)}
+            for name in untold:
+                put(shape._asdict() | {"method": name} | note)
+            go_on_if_lost(args, began)
     if device == "cuda":  # the small shapes of a CPU are on no axis
         show(rows, path)
     wrong = [row for row in rows if row["method"].startswith("ours") and row["note"]]

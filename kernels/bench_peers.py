@@ -242,13 +242,15 @@ def implementation(name: str):
     if name not in NEWER:
         yield
         return
-    from torch.nn import attention  # these functions are there from torch 2.10 on
+    from torch.nn import attention  # its functions differ between versions: both, or nothing
 
-    attention.activate_flash_attention_impl(NEWER[name])
+    activate = attention.activate_flash_attention_impl
+    restore = attention.restore_flash_attention_impl
+    activate(NEWER[name])
     try:
         yield
     finally:
-        attention.restore_flash_attention_impl()
+        restore()
 
 
 @lru_cache(maxsize=1)

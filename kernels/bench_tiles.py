@@ -251,6 +251,13 @@ def main(arguments: list[str] | None = None) -> int:
     rows = rows_of_this_commit(path) if path and args.resume else []
     rows = [row for row in rows if row["what"] == args.what]
     done = {tuple(row[name] for name in KEY) for row in rows}
+
+    def put(row: dict) -> None:
+        rows.append(row)
+        print(*(row[name] for name in KEY), row["us"], "us", row["note"], flush=True)
+        if path:
+            add_row(path, row | machine(), KEY)
+
     make, shapes = attention_case, ATTENTION
     if args.what == "decode":
         make, shapes = decode_case, DECODE
@@ -259,13 +266,18 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() - began > args.seconds:
             print(f"{shape}: left out, {args.seconds:.0f} s are over", flush=True)
             continue
-        for row in explore(make(shape, "cuda"), done):
-            rows.append(row)
-            print(*(row[name] for name in KEY), row["us"], "us", row["note"], flush=True)
-            if path:
-                add_row(path, row | machine(), KEY)
-            if row["note"]:
-                go_on_if_lost(args, began)
+        columns = {"what": args.what, "T": 1, "S": "", **shape._asdict()}
+        failed = columns | {"stage": "all", "tile": "", "us": "", "default": 0}
+        if tuple(str(failed[name]) for name in KEY) in done:
+            continue
+        try:
+            for row in explore(make(shape, "cuda"), done):
+                put(row)
+                if row["note"]:
+                    go_on_if_lost(args, began)
+        except Exception as error:  # already with the defaults
+            put(failed | {"note": reason(error)})
+            go_on_if_lost(args, began)
     print("\n".join(table(rows)))
     return 0
 
