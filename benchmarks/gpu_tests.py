@@ -1,6 +1,6 @@
 """The tests of the kernels on a GPU, in parallel processes that may each lose it.
 
-    python -m benchmarks.gpu_tests [--workers 12] [--seconds 160] [FILE ...]
+    python -m benchmarks.gpu_tests [--workers 15] [--seconds 160] [FILE ...]
 
 After an illegal memory access every later call of CUDA in that process fails, so one wrong kernel
 would fail all tests that come after it. Here a process stops at the first test whose failure looks
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from itertools import zip_longest
 from pathlib import Path
 
 FILES = [
@@ -89,8 +90,7 @@ class Pool:
         self.running: list[Worker] = []
 
     def run(self, tests: list[str]) -> None:
-        size = max(1, min(CHUNK, -(-len(tests) // self.n)))
-        self.queue.extend(tests[at : at + size] for at in range(0, len(tests), size))
+        self.queue.extend(chunks(tests, max(1, min(CHUNK, -(-len(tests) // self.n)))))
         with tempfile.TemporaryDirectory() as folder:
             number = 0
             while (self.queue or self.running) and time.monotonic() < self.end:
@@ -137,6 +137,15 @@ class Pool:
         self.queue.append([test])
 
 
+def chunks(tests: list[str], size: int) -> list[list[str]]:
+    """Tests of one file each, the files in turn: if time runs out, each has been tried."""
+    by_file: dict[str, list[str]] = {}
+    for test in tests:
+        by_file.setdefault(test.split("::")[0], []).append(test)
+    parts = [[x[at : at + size] for at in range(0, len(x), size)] for x in by_file.values()]
+    return [part for turn in zip_longest(*parts) for part in turn if part]
+
+
 def collect(files: list[str]) -> list[str]:
     """Ids of the tests of these files; exits where pytest finds none."""
     words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
@@ -150,7 +159,8 @@ def collect(files: list[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run the kernels' tests, each safe from others.")
-    parser.add_argument("--workers", type=int, default=12, help="processes at a time")
+    workers = max(1, min(15, (os.cpu_count() or 2) - 1))  # compiling takes a core each
+    parser.add_argument("--workers", type=int, default=workers, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=160, help="for all")
     parser.add_argument("files", nargs="*", default=FILES, metavar="FILE")
     args = parser.parse_args(arguments)

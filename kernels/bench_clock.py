@@ -116,8 +116,9 @@ def device_name() -> str:
 
 
 def rows_of_this_commit(path: Path) -> list[dict[str, str]]:
-    """What a CSV has of the commit that runs now."""
-    return [row for row in read_rows(path) if row["commit"] == machine()["commit"]]
+    """What a CSV has of the commit that runs now; writing a committed CSV is no other commit."""
+    here = machine()["commit"].rstrip("+")
+    return [row for row in read_rows(path) if row["commit"].rstrip("+") == here]
 
 
 def go_on_if_lost(args: argparse.Namespace, began: float) -> None:

@@ -89,6 +89,12 @@ def test_each_test_has_its_own_result(run):
     assert failed == {"test_loses_the_gpu_always", "test_ends_its_process", "test_wrong"}
 
 
+def test_files_take_turns():
+    tests = ["a::1", "a::2", "a::3", "b::1", "c::1", "c::2"]
+    parts = gpu_tests.chunks(tests, 2)
+    assert parts == [["a::1", "a::2"], ["b::1"], ["c::1", "c::2"], ["a::3"]]
+
+
 @pytest.mark.slow
 def test_a_test_without_end_fails_alone(run, monkeypatch):
     monkeypatch.setattr(gpu_tests, "TEST_SECONDS", 6)  # the process's start is in it
