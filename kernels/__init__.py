@@ -6,9 +6,9 @@ for what the kernels lack (fp64, other head sizes), `reference.py`, plain PyTorc
 definition of correct. Importing this package imports torch and nothing else.
 """
 
-import functools
 import importlib.util
 import os
+import warnings
 
 import torch
 from torch import Tensor
@@ -112,14 +112,39 @@ def on_triton(q: Tensor) -> bool:
     dtypes = (torch.float16, torch.float32) if INTERPRETED else (
         torch.float16, torch.bfloat16, torch.float32
     )  # fmt: skip
-    device = INTERPRETED or q.is_cuda and gpu_is_recent(q.device.index or 0)
+    device = INTERPRETED or q.is_cuda and not why_not(q.device.index or 0)
     return device and HAVE_TRITON and q.dtype in dtypes and q.shape[-1] in HEAD_DIMS
 
 
-@functools.cache
-def gpu_is_recent(index: int) -> bool:
-    """Ampere or later, or any AMD GPU: before it Triton has no matrix instructions to use."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+def why_not(index: int) -> str:
+    """Why no kernel runs on a GPU; empty where they do.
+
+    Before Ampere there are no matrix instructions that Triton uses. An assembler that miscompiles
+    the kernels is told once, as a warning; AMD GPUs need none.
+    """
+    if index not in _why_not:
+        _why_not[index] = _look(index)
+    return _why_not[index]
+
+
+why_not._dynamo_marked_constant = True  # torch.compile calls it, and does not look inside
+_why_not: dict[int, str] = {}
+
+
+def _look(index: int) -> str:
+    if not HAVE_TRITON:
+        return "Triton is not installed"
+    if torch.version.hip is not None:
+        return ""
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"the GPU is sm_{major}{minor}, the kernels need sm_80 or later"
+    from kernels.assembler import refusal
+
+    if reason := refusal(10 * major + minor):
+        message = f"{reason}. Until then attention runs in plain PyTorch, slower."
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
+    return reason
 
 
 def check_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset):

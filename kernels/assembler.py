@@ -17,6 +17,7 @@ still reads it (triton-lang/triton#11781, #9433); our own is like triton-lang/tr
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -79,12 +80,13 @@ def refusal(arch: int) -> str:
         return f"no ptxas was found to assemble for sm_{arch}"
     if found.version is None:
         return f"{found.origin} names {found.path}, which does not run"
-    advice = f"install CUDA {wanted} or newer, or a newer Triton, or set TRITON_PTXAS_PATH"
+    remedy = f"install CUDA {wanted} or newer, or a newer Triton, or set TRITON_PTXAS_PATH"
     if found.version < least(arch):
-        return f"{found} is older than {wanted}, the least that sm_{arch} needs: {advice}"
+        return f"{found} is older than {wanted}, the least that sm_{arch} needs: {remedy}"
     if not _users(arch) and _beyond_driver(found):
-        driver = dotted(divmod(driver_version() // 10, 100))
-        return f"{found} makes code that the driver (CUDA {driver}) cannot load: {advice}"
+        return (
+            f"{found} makes code that the driver (CUDA {dotted(_driver())}) cannot load: {remedy}"
+        )
     return ""
 
 
@@ -130,6 +132,10 @@ def version_of(path: str) -> Version | None:
 def driver_version() -> int:
     """The newest CUDA that the driver knows, 13000 for 13.0; 0 where there is no driver."""
     return torch._C._cuda_getDriverVersion() if torch.cuda.is_available() else 0
+
+
+def _driver() -> Version:
+    return divmod(driver_version() // 10, 100)
 
 
 def _beyond_driver(assembler: Assembler) -> bool:
@@ -202,3 +208,35 @@ def assembled(kernel):
 
     kernel._do_compile = do_compile
     return kernel
+
+
+def report() -> dict[str, str]:
+    """What `python -m minprefix info --gpu` prints: which path attention takes here, and why."""
+    from kernels import HAVE_TRITON, why_not
+
+    rows = {"gpu": "none", "torch": torch.__version__, "triton": "not installed"}
+    if HAVE_TRITON:
+        rows["triton"] = importlib.metadata.version("triton")
+    why = "there is no GPU that PyTorch can use"
+    if torch.cuda.is_available():
+        index = torch.cuda.current_device()
+        rows["gpu"], why = torch.cuda.get_device_name(index), why_not(index)
+        if torch.version.hip is None:
+            major, minor = torch.cuda.get_device_capability(index)
+            rows["gpu"] += f", sm_{major}{minor}, driver for CUDA {dotted(_driver())}"
+            rows["assembler"] = str(choose(10 * major + minor) or "none")
+            if (major, minor) == (9, 0):
+                rows["assembler"] += f"; {advice(choose(90))}"
+    else:
+        rows["assembler"] = f"{choose(90) or 'none'}, if the GPU were sm_90"
+    rows["attention"] = "plain PyTorch" if why else "Triton kernels"
+    return rows | ({"why": why} if why else {})
+
+
+def advice(assembler: Assembler | None) -> str:
+    """What to think of an assembler for sm_90, in a few words."""
+    if assembler is None or assembler.version is None or assembler.version < least(90):
+        return f"at least {dotted(least(90))} is needed"
+    if assembler.version < RECOMMENDED:
+        return f"accepted; {dotted(RECOMMENDED)} or newer is recommended"
+    return "as recommended"

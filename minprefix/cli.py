@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from kernels.assembler import report
 from minprefix import (
     convert,
     download_data,
@@ -120,6 +121,8 @@ def build_parser() -> argparse.ArgumentParser:
     info = command("info", run_info, text, with_model)
     info.add_argument("--prefix", type=Path, help="prefix file")
     info.add_argument("--adapter", type=Path, help="adapter file")
+    text = "only: GPU, versions, assembler, and whether attention runs through the kernels"
+    info.add_argument("--gpu", action="store_true", help=text)
 
     text = "Time training steps or generation, beside transformers + PEFT where installed."
     bench = command("bench", run_bench_command, text, with_model)
@@ -140,6 +143,12 @@ def run_download(args) -> dict:
 
 
 def run_info(args) -> dict | None:
+    if args.gpu:
+        rows = report()
+        if args.json:
+            return rows
+        print("\n".join(f"{name + ':':10} {text}" for name, text in rows.items()))
+        return None
     if args.model in (*OFFICIAL, *BARTS) and not (
         args.prefix or args.adapter or Path(args.model).is_dir()
     ):
