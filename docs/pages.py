@@ -38,7 +38,7 @@ GROUPS = {
     "Discrete prompts": "prompting prompt_search prompt_scores prompt_moves",
     "Files": "files foreign peft_files convert",
 }
-LEFT_OUT = re.compile(r"kernels\.(bench_|sanitize|compile_offline)|minprefix\.bench|.*\.__main__")
+LEFT_OUT = re.compile(r"kernels\.(bench_|sanitize|compile_offline|tools)|minprefix\.bench|.*\.__main__")
 MADE = ("api", "results", "solutions", "tutorials")  # folders of docs/
 LONG = 16  # rows; a longer table of a CSV is folded
 
@@ -164,7 +164,7 @@ WIDE = {"cpu/bench.csv"}  # too wide to be read as a table: the file only
 
 
 def result_pages() -> dict[str, str]:
-    """The results' page, and with results of the paper's experiments theirs."""
+    """The results' page, that of the GPU, and with results of the paper's experiments theirs."""
     lines = ["# Results", ""]
     lines += [
         "Every table here is made from a CSV file of the repository when this site is built; "
@@ -192,6 +192,9 @@ def result_pages() -> dict[str, str]:
         text += "".join(picture(f"paper/{p.name}", p.stem) + "\n" for p in pictures)
         lines += ["```{toctree}", ":hidden:", "", "paper", "```", ""]
         pages["results/paper.md"] = text
+    text = (BENCHMARKS / "gpu" / "README.md").read_text(encoding="utf-8")
+    pages["results/gpu.md"] = re.sub(r"\]\((?!http)([^)]+)\)", r"](../../benchmarks/gpu/\1)", text)
+    lines += ["```{toctree}", ":hidden:", "", "gpu", "```", ""]
     return pages | {"results/index.md": "\n".join(lines)}
 
 
@@ -209,7 +212,8 @@ def note(name: str) -> str:
     text = text.split(heading, 1)[1].split(mark, 1)[0].strip()
     glue = "" if text.startswith(",") else " "
     text = text if heading.startswith("#") else heading + glue + text
-    return re.sub(r"\]\((?!http)([^)]+)\)", r"](../../\1)", text)
+    text = text.replace("](benchmarks/gpu/README.md)", "](./gpu.md)")
+    return re.sub(r"\]\((?!http|\./)([^)]+)\)", r"](../../\1)", text)
 
 
 def speed_pictures() -> list[tuple[Path, str]]:
