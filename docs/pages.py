@@ -38,7 +38,9 @@ GROUPS = {
     "Discrete prompts": "prompting prompt_search prompt_scores prompt_moves",
     "Files": "files foreign peft_files convert",
 }
-LEFT_OUT = re.compile(r"kernels\.(bench_|sanitize|compile_offline|tools)|minprefix\.bench|.*\.__main__")
+LEFT_OUT = re.compile(
+    r"kernels\.(bench_|sanitize|compile_offline|tools)|minprefix\.bench|.*\.__main__"
+)
 MADE = ("api", "results", "solutions", "tutorials")  # folders of docs/
 LONG = 16  # rows; a longer table of a CSV is folded
 
