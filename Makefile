@@ -48,13 +48,13 @@ test-kernels: .venv/.dev ## the Triton kernels, run in Triton's interpreter on t
 	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS) --durations=10
 
 compile: .venv/.dev ## what the compiler says of the default tiles at D = 64 in bf16, without a GPU
-	$(BIN)/python -m kernels.compile_offline --all --dtype bf16 --head_dim 64 --batch_size 1000 \
+	$(BIN)/python -m kernels.tools.compile_offline --all --dtype bf16 --head_dim 64 --batch_size 1000 \
 		--prefix_len 10 200 --prefix_dtype fp32 --causal True --prefix_index False \
 		--prefix_lens False --kv_lens False --q_offset False --need all --dlse False --tile 0 \
 		--out benchmarks/compiled.csv
 
 compile-all: .venv/.dev ## compile the kernels for every GPU that they know, in every form (hours)
-	$(BIN)/python -m kernels.compile_offline --all
+	$(BIN)/python -m kernels.tools.compile_offline --all
 
 check: .venv/.dev ## format, lint and the fast tests: while working
 	$(BIN)/ruff format --check .
@@ -69,10 +69,10 @@ test-official: .venv/.dev ## official gpt2 against transformers (a network, or M
 	$(BIN)/python -m pytest -q -rs -m official tests
 
 bench: .venv/.dev ## time the attention operator: on a CPU its CPU path, on a GPU the kernels
-	$(BIN)/python -m kernels.bench_reference --out benchmarks/cpu_attention.csv
-	$(BIN)/python -m kernels.bench_overhead --out benchmarks/call_overhead.csv
-	$(BIN)/python -m kernels.bench_attention --out runs/bench
-	$(BIN)/python -m kernels.bench_decode --out runs/bench
+	$(BIN)/python -m benchmarks.kernels.reference --out benchmarks/cpu_attention.csv
+	$(BIN)/python -m benchmarks.kernels.overhead --out benchmarks/call_overhead.csv
+	$(BIN)/python -m benchmarks.kernels.attention --out runs/bench
+	$(BIN)/python -m benchmarks.kernels.decode --out runs/bench
 
 bench-cpu: .venv/.dev ## training and generation beside PEFT on this CPU, into benchmarks/cpu
 	benchmarks/cpu.sh

@@ -26,15 +26,15 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.machine import add_row, machine
-from minprefix import weights_bart
-from minprefix.bart import BART, SITES
-from minprefix.bart_prefix import BARTPrefix
-from minprefix.baselines import count
-from minprefix.decoding import GenerationConfig
-from minprefix.generation import generate_ids
-from minprefix.method_counts import BARTS, official_config
-from minprefix.report import format_rows
-from minprefix.weights import EMBEDDED, find, read_config
+from minprefix.cli.report import format_rows
+from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.texts import generate_ids
+from minprefix.methods.adapters import count
+from minprefix.methods.counts import BARTS, official_config
+from minprefix.models import weights_bart
+from minprefix.models.bart import BART, SITES
+from minprefix.models.weights import EMBEDDED, find, read_config
+from minprefix.prefix.bart import BARTPrefix
 
 MID_DIM = 800  # width of the MLPs, as in the authors' code for XSum
 

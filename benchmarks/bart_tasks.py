@@ -20,14 +20,14 @@ from pathlib import Path
 
 from benchmarks.machine import add_row, machine
 from benchmarks.tuning import best_of, rows_of, train
-from minprefix.assets.notes.measure import baselines
-from minprefix.data import load_examples
-from minprefix.data_splits import choose
-from minprefix.decoding import GenerationConfig
-from minprefix.evaluation import evaluate_method, measure
-from minprefix.examples import Example
-from minprefix.prefix import PrefixConfig
-from minprefix.training import Interrupted, TrainConfig
+from minprefix.data.examples import Example
+from minprefix.data.load import load_examples
+from minprefix.data.splits import choose
+from minprefix.generation.decoding import GenerationConfig
+from minprefix.methods.evaluate import evaluate_method, measure
+from minprefix.prefix.prefix import PrefixConfig
+from minprefix.training.trainer import Interrupted, TrainConfig
+from tools.notes.measure import baselines
 
 HERE = Path(__file__).parent
 PREFIX = PrefixConfig(prefix_len=10, mid_dim=512)  # an MLP at each of the three attentions

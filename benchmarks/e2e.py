@@ -21,14 +21,14 @@ from pathlib import Path
 
 from benchmarks.machine import add_row, machine
 from benchmarks.tuning import best_of, rows_of, train
-from minprefix.data import load_examples
-from minprefix.decoding import GenerationConfig
-from minprefix.evaluation import evaluate_method
-from minprefix.examples import Example
-from minprefix.prefix import PrefixConfig
-from minprefix.prompting import TEMPLATES, HardPrompt, show_examples
-from minprefix.training import Interrupted, TrainConfig
-from minprefix.weights import load
+from minprefix.data.examples import Example
+from minprefix.data.load import load_examples
+from minprefix.generation.decoding import GenerationConfig
+from minprefix.methods.evaluate import evaluate_method
+from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, show_examples
+from minprefix.models.weights import load
+from minprefix.prefix.prefix import PrefixConfig
+from minprefix.training.trainer import Interrupted, TrainConfig
 
 HERE = Path(__file__).parent
 PREFIX = PrefixConfig(prefix_len=10, mid_dim=512)

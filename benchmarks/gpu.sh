@@ -48,29 +48,29 @@ sanitizer() {
         return
     fi
     step "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --tool "$1" --error-exitcode 9 "$PYTHON" -m kernels.sanitize
+        compute-sanitizer --tool "$1" --error-exitcode 9 "$PYTHON" -m kernels.tools.sanitize
 }
 
 part_tests() {
     # beside the tests: what compute-sanitizer watches afterwards is then compiled
-    timeout 150 "$PYTHON" -m kernels.sanitize >"$WORK/calls.txt" 2>&1 &
+    timeout 150 "$PYTHON" -m kernels.tools.sanitize >"$WORK/calls.txt" 2>&1 &
     step tests 155 "$PYTHON" -m benchmarks.gpu_tests --seconds 145
     sanitizer memcheck 60
     sanitizer racecheck 60
 }
 
 part_attention() {
-    step warm-up 75 "$PYTHON" -m kernels.bench_warm --seconds 68
-    step targets 90 "$PYTHON" -m kernels.bench_attention --out "$OUT" --part targets --seconds 75
-    step tiles 60 "$PYTHON" -m kernels.bench_tiles --out "$OUT" --seconds 45
-    step sweeps "$(left 2)" "$PYTHON" -m kernels.bench_attention --out "$OUT" --part sweeps \
+    step warm-up 75 "$PYTHON" -m benchmarks.kernels.warm --seconds 68
+    step targets 90 "$PYTHON" -m benchmarks.kernels.attention --out "$OUT" --part targets --seconds 75
+    step tiles 60 "$PYTHON" -m benchmarks.kernels.tiles --out "$OUT" --seconds 45
+    step sweeps "$(left 2)" "$PYTHON" -m benchmarks.kernels.attention --out "$OUT" --part sweeps \
         --seconds "$(left 22)"
 }
 
 part_decode() {
-    step warm-up 45 "$PYTHON" -m kernels.bench_warm --what decode --seconds 40
-    step tiles 70 "$PYTHON" -m kernels.bench_tiles --what decode --out "$OUT" --seconds 55
-    step decode "$(left 2)" "$PYTHON" -m kernels.bench_decode --out "$OUT" --seconds "$(left 17)"
+    step warm-up 45 "$PYTHON" -m benchmarks.kernels.warm --what decode --seconds 40
+    step tiles 70 "$PYTHON" -m benchmarks.kernels.tiles --what decode --out "$OUT" --seconds 55
+    step decode "$(left 2)" "$PYTHON" -m benchmarks.kernels.decode --out "$OUT" --seconds "$(left 17)"
 }
 
 # bench FOLDER SECONDS WORK OPTIONS...: `minprefix bench`, of GPT-2 medium's shapes

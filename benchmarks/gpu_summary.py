@@ -10,11 +10,12 @@ import re
 import shutil
 from pathlib import Path
 
+from benchmarks.kernels import attention as bench_attention
+from benchmarks.kernels import decode as bench_decode
+from benchmarks.kernels.clock import device_name, rows_of_this_commit
+from benchmarks.kernels.tiles import table
 from benchmarks.machine import add_row, read_rows
-from kernels import bench_attention, bench_decode
-from kernels.bench_clock import device_name, rows_of_this_commit
-from kernels.bench_tiles import table
-from minprefix.bench import KEY
+from benchmarks.peft.run import KEY
 
 STEP_KEY = (*KEY, "graphs")
 

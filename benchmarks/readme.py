@@ -6,9 +6,9 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from benchmarks.kernels import attention, decode
 from benchmarks.machine import read_rows
-from kernels import bench_attention, bench_decode
-from minprefix.bench import KEY
+from benchmarks.peft.run import KEY
 from minprefix.files import atomic_write, write_text
 
 HERE = Path(__file__).parent
@@ -134,7 +134,7 @@ def work_of(row: dict[str, str]) -> str:
 
 def gpu_attention_table() -> str:
     """Ours beside attention without a prefix and the best peer, at the shapes with targets."""
-    times = bench_attention.Times(read_rows(GPU / "attention-h200.csv"))
+    times = attention.Times(read_rows(GPU / "attention-h200.csv"))
     noted = {tuple(r[n] for n in ("B", "T", "H", "P", "pass")): float(r["ratio"])
              for r in read_rows(GPU / "peers-h200.csv")}  # fmt: skip
     lines = [
@@ -142,10 +142,10 @@ def gpu_attention_table() -> str:
         "| best peer / ours |",
         "|---|---|---|---|---|---|---|",
     ]
-    for shape in bench_attention.ISSUE + bench_attention.MORE:
-        for which, aim in bench_attention.aims(shape).items():
+    for shape in attention.ISSUE + attention.MORE:
+        for which, aim in attention.aims(shape).items():
             ours = times.of(shape, which, "ours_qkv")
-            peer = [times.of(shape, which, *bench_attention.PEERS) / ours]
+            peer = [times.of(shape, which, *attention.PEERS) / ours]
             peer += [noted[key]] if (key := (*map(str, shape[:4]), which)) in noted else []
             peer = [ratio for ratio in peer if ratio > 0]  # NaN where none was measured
             lines.append(
@@ -158,13 +158,13 @@ def gpu_attention_table() -> str:
 
 def gpu_decode_table() -> str:
     """One step of decoding: ours, and a cache that holds the prefix."""
-    times = bench_decode.Times(read_rows(GPU / "decode-h200.csv"))
+    times = decode.Times(read_rows(GPU / "decode-h200.csv"))
     lines = [
         "| B, H, S, P | prefixes | ours, µs | static cache, µs | grown cache, µs "
         "| the kernel's share of a copy's bandwidth |",
         "|---|---|---|---|---|---|",
     ]
-    for shape in dict.fromkeys(bench_decode.REFERENCE + bench_decode.BANKS):
+    for shape in dict.fromkeys(decode.REFERENCE + decode.BANKS):
         us = [times.of(shape, method) for method in ("ours", "static", "grown")]
         lines.append(
             f"| {', '.join(map(str, shape[:4]))} | {max(1, shape.N)} | "
@@ -256,7 +256,7 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     draw(HERE / "readme.png")
-    for name, bench in (("attention", bench_attention), ("decode", bench_decode)):
+    for name, bench in (("attention", attention), ("decode", decode)):
         path = GPU / f"{name}-h200.csv"
         bench.draw(read_rows(path), path.with_suffix(".png"))
     write_text(README, with_tables(README.read_text(encoding="utf-8")))

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from benchmarks.machine import read_rows
-from minprefix.checkpoint import load_prefix
-from minprefix.examples import Example
-from minprefix.prefix import PrefixConfig, make_prefix
-from minprefix.run_folder import state_path
-from minprefix.training import TrainConfig, Trainer
-from minprefix.weights import load
+from minprefix.data.examples import Example
+from minprefix.models.weights import load
+from minprefix.prefix.files import load_prefix
+from minprefix.prefix.prefix import PrefixConfig, make_prefix
+from minprefix.training.run_folder import state_path
+from minprefix.training.trainer import TrainConfig, Trainer
 
 
 def train(

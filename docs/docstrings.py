@@ -7,7 +7,7 @@ They are written to be read as they stand: names in single backticks, formulas i
 import dataclasses
 import re
 
-from minprefix.options import field_help
+from minprefix.cli.options import field_help
 
 SECTION = re.compile(r"(Args|Returns|Yields|Raises|Attributes):$")
 REFERENCE = re.compile(r"\[\d+\] ")

@@ -29,13 +29,13 @@ from torch import Tensor
 
 import minprefix
 from kernels import prefix_attention
-from minprefix.batches import encode_pair
-from minprefix.data import load_examples
-from minprefix.demo import TRAIN
+from minprefix.cli.demo import TRAIN
+from minprefix.data.batches import encode_pair
+from minprefix.data.load import load_examples
 from minprefix.files import load_tensors, save_tensors, write_text
-from minprefix.gpt2 import GPT2
-from minprefix.prefix import Prefix, PrefixConfig, make_prefix
-from minprefix.training import Trainer
+from minprefix.models.gpt2 import GPT2
+from minprefix.prefix.prefix import Prefix, PrefixConfig, make_prefix
+from minprefix.training.trainer import Trainer
 
 FOLDER = Path(__file__).parent / "interactive"
 PREFIXES, DATA = FOLDER / "prefixes.safetensors", FOLDER / "data.js"

@@ -22,8 +22,8 @@ for the backward pass (backward.py).
 
 The operator. `minprefix::attention` and its backward are registered with torch.library, each with
 a fake, for torch.compile and torch.export. In eager mode an autograd.Function around the same two
-functions takes their place, which costs less per call (`python -m kernels.bench_overhead`). The
-`_qkv` pair differs in its gradient alone: one dqkv instead of dq, dk and dv. There is no second
+functions takes their place, which costs less per call (`python -m benchmarks.kernels.overhead`).
+The `_qkv` pair differs in its gradient alone: one dqkv instead of dq, dk and dv. There is no second
 derivative, and torch.func's transforms are not supported.
 
 [1] Li & Liang 2021, https://arxiv.org/abs/2101.00190, eq. (3)

@@ -2,8 +2,8 @@
 
 `TILES` is the table of defaults: for each target, kernel, size of an element and width of a head,
 the tiles that are tried when MINPREFIX_AUTOTUNE=1, of which the first is what runs without it. All
-of them fit the target's shared memory (`SHARED_MEMORY`); `python -m kernels.compile_offline` shows
-what each one takes. `recorded` collects launches instead of making them: so the compiler's tests
+of them fit the target's shared memory (`SHARED_MEMORY`); `kernels.tools.compile_offline` shows what
+each one takes. `recorded` collects launches instead of making them: so the compiler's tests
 compile exactly what the launchers would launch on a GPU that is not there.
 """
 

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from minprefix.cli import main
+    from minprefix.cli.main import main
 
     sys.exit(main())
 except KeyboardInterrupt:  # while importing

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from benchmarks.bart import transformers_bart
-from minprefix.bart import BART, BARTConfig
-from minprefix.baselines import Adapter, BaselineConfig, make_baseline
-from minprefix.cli import main
-from minprefix.examples import Example
-from minprefix.gpt2 import GPT2, GPT2Config
-from minprefix.prefix import Prefix
-from minprefix.tokenizer import BYTE_CHARS, ENDOFTEXT, Tokenizer
-from minprefix.training import TrainConfig, Trainer
-from minprefix.weights import ASSETS, save_model
+from minprefix.cli.main import main
+from minprefix.data.examples import Example
+from minprefix.methods.adapters import Adapter, BaselineConfig, make_baseline
+from minprefix.models.bart import BART, BARTConfig
+from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.tokenizer import BYTE_CHARS, ENDOFTEXT, Tokenizer
+from minprefix.models.weights import ASSETS, save_model
+from minprefix.prefix.prefix import Prefix
+from minprefix.training.trainer import TrainConfig, Trainer
 
 # a shell starts what runs in its background with Ctrl-C ignored, which children inherit
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -27,17 +27,17 @@ import torch
 from figure import OTHER, PREFIX, TEXT, new, show
 
 import minprefix
-from minprefix.batches import collate, encode_examples, encode_prompt
-from minprefix.data import load_examples
-from minprefix.decoding import GenerationConfig
-from minprefix.demo import BF16
-from minprefix.evaluation import evaluate_method
-from minprefix.parametrisations import Recorder, activations, token_activations
-from minprefix.prefix import Prefix
-from minprefix.prompt_scores import GRADIENT_COST
-from minprefix.prompt_search import PromptSearch, SearchConfig
-from minprefix.run_folder import read_log
-from minprefix.training import TrainConfig, Trainer, in_bf16
+from minprefix.cli.demo import BF16
+from minprefix.data.batches import collate, encode_examples, encode_prompt
+from minprefix.data.load import load_examples
+from minprefix.generation.decoding import GenerationConfig
+from minprefix.methods.evaluate import evaluate_method
+from minprefix.methods.search.scores import GRADIENT_COST
+from minprefix.methods.search.search import PromptSearch, SearchConfig
+from minprefix.prefix.parametrisations import Recorder, activations, token_activations
+from minprefix.prefix.prefix import Prefix
+from minprefix.training.run_folder import read_log
+from minprefix.training.trainer import TrainConfig, Trainer, in_bf16
 
 MODEL = "mini"
 BRIEF = GenerationConfig(max_new_tokens=50)

@@ -30,8 +30,8 @@ from figure import FAINT, OTHER, PREFIX, TEXT, new, show
 from matplotlib.patches import Rectangle
 
 import kernels
+from benchmarks.kernels.attention import Shape, work
 from kernels import prefix_attention, prefix_attention_eager
-from kernels.bench_attention import Shape, work
 
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)

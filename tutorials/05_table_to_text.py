@@ -26,16 +26,16 @@ import torch.nn.functional as F
 from figure import OTHER, PREFIX, TEXT, new, show
 
 import minprefix
-from minprefix.batches import collate, encode_examples
-from minprefix.data import load_examples
-from minprefix.decoding import GenerationConfig
-from minprefix.demo import BF16
-from minprefix.evaluation import evaluate_method, measure
-from minprefix.metrics import slot_coverage
-from minprefix.prefix import Prefix, PrefixConfig, make_prefix
-from minprefix.report import format_rows
-from minprefix.run_folder import read_log
-from minprefix.training import TrainConfig, Trainer
+from minprefix.cli.demo import BF16
+from minprefix.cli.report import format_rows
+from minprefix.data.batches import collate, encode_examples
+from minprefix.data.load import load_examples
+from minprefix.generation.decoding import GenerationConfig
+from minprefix.methods.evaluate import evaluate_method, measure
+from minprefix.metrics.quick import slot_coverage
+from minprefix.prefix.prefix import Prefix, PrefixConfig, make_prefix
+from minprefix.training.run_folder import read_log
+from minprefix.training.trainer import TrainConfig, Trainer
 
 MODEL = "mini"
 BRIEF = GenerationConfig(max_new_tokens=50)

@@ -26,18 +26,18 @@ import torch
 from figure import FAINT, PREFIX, TEXT, new, show
 
 import minprefix
-from minprefix.batches import collate, encode_examples
-from minprefix.data import load_examples
-from minprefix.data_splits import DEV_PART, low_data, subset
-from minprefix.decoding import GenerationConfig
-from minprefix.demo import BF16
-from minprefix.evaluation import evaluate_method
-from minprefix.paper.claims import judge
-from minprefix.paper.results import mean_sd, pick, read_rows, t_quantile
-from minprefix.prefix import Prefix
-from minprefix.report import format_rows
-from minprefix.run_folder import read_log
-from minprefix.training import TrainConfig, Trainer
+from benchmarks.paper.claims import judge
+from benchmarks.paper.results import mean_sd, pick, read_rows, t_quantile
+from minprefix.cli.demo import BF16
+from minprefix.cli.report import format_rows
+from minprefix.data.batches import collate, encode_examples
+from minprefix.data.load import load_examples
+from minprefix.data.splits import DEV_PART, low_data, subset
+from minprefix.generation.decoding import GenerationConfig
+from minprefix.methods.evaluate import evaluate_method
+from minprefix.prefix.prefix import Prefix
+from minprefix.training.run_folder import read_log
+from minprefix.training.trainer import TrainConfig, Trainer
 
 MODEL = "mini"
 BRIEF = GenerationConfig(max_new_tokens=50)

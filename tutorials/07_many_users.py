@@ -28,9 +28,9 @@ from figure import OTHER, PREFIX, new, show
 import minprefix
 from kernels import prefix_attention
 from minprefix import Prefix, PrefixBank
-from minprefix.batches import BatchOrder, collate, encode_pair, encode_prompt
-from minprefix.data import load_examples
-from minprefix.weights import fingerprint
+from minprefix.data.batches import BatchOrder, collate, encode_pair, encode_prompt
+from minprefix.data.load import load_examples
+from minprefix.models.weights import fingerprint
 
 MODEL = "mini"
 torch.manual_seed(0)

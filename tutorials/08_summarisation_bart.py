@@ -31,21 +31,21 @@ from matplotlib.colors import ListedColormap
 from rouge_score.rouge_scorer import RougeScorer
 
 import minprefix
-from minprefix.assets.notes.measure import baselines
-from minprefix.bart import SITES
-from minprefix.bart_prefix import BARTPrefix
-from minprefix.batches import encode_examples, encode_prompt
-from minprefix.data import load_examples
-from minprefix.decoding import GenerationConfig
-from minprefix.demo import BF16
-from minprefix.evaluation import evaluate_method
-from minprefix.method_counts import method_rows, official_config
-from minprefix.paper.published import XSUM, XSUM_TOPICS
-from minprefix.parametrisations import Recorder
-from minprefix.prefix import PrefixConfig, make_prefix
-from minprefix.report import format_rows
-from minprefix.run_folder import read_log
-from minprefix.training import TrainConfig, Trainer
+from benchmarks.paper.published import XSUM, XSUM_TOPICS
+from minprefix.cli.demo import BF16
+from minprefix.cli.report import format_rows
+from minprefix.data.batches import encode_examples, encode_prompt
+from minprefix.data.load import load_examples
+from minprefix.generation.decoding import GenerationConfig
+from minprefix.methods.counts import method_rows, official_config
+from minprefix.methods.evaluate import evaluate_method
+from minprefix.models.bart import SITES
+from minprefix.prefix.bart import BARTPrefix
+from minprefix.prefix.parametrisations import Recorder
+from minprefix.prefix.prefix import PrefixConfig, make_prefix
+from minprefix.training.run_folder import read_log
+from minprefix.training.trainer import TrainConfig, Trainer
+from tools.notes.measure import baselines
 
 SHORT, LONG = (30, 210) if BF16 else (15, 90)  # steps; fewer where bf16 is slow
 model, tokenizer = minprefix.load("mini-bart")

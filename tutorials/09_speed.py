@@ -26,10 +26,10 @@ from figure import FAINT, OTHER, PREFIX, TEXT, new, show
 from torch.utils.flop_counter import FlopCounterMode
 
 import minprefix
-from minprefix.batches import collate, encode_examples
-from minprefix.bench_limits import train_flops
-from minprefix.bench_pictures import PARTS, REST
-from minprefix.data import load_examples
+from benchmarks.peft.limits import train_flops
+from benchmarks.peft.pictures import PARTS, REST
+from minprefix.data.batches import collate, encode_examples
+from minprefix.data.load import load_examples
 
 BENCHMARKS = Path(minprefix.__file__).parents[1] / "benchmarks"
 model, tokenizer = minprefix.load("mini")

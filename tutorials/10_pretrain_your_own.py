@@ -34,14 +34,14 @@ import torch.nn.functional as F
 from figure import FAINT, OTHER, PREFIX, TEXT, new, show
 
 import minprefix
-from minprefix.data import load_examples
-from minprefix.generation import generate
-from minprefix.gpt2 import GPT2, GPT2Config
-from minprefix.pretrain import PretrainConfig, Pretrainer, make_optimizers, schedule
-from minprefix.pretrain_data import Windows, load_corpus
-from minprefix.run_folder import read_log
-from minprefix.tokenizer import BYTE_CHARS, WORD, Tokenizer
-from minprefix.training import TrainConfig, Trainer
+from minprefix.data.load import load_examples
+from minprefix.generation.texts import generate
+from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.tokenizer import BYTE_CHARS, WORD, Tokenizer
+from minprefix.training.corpus import Windows, load_corpus
+from minprefix.training.pretrain import PretrainConfig, Pretrainer, make_optimizers, schedule
+from minprefix.training.run_folder import read_log
+from minprefix.training.trainer import TrainConfig, Trainer
 
 SEED, V, T, C = 0, 1024, 160, 96  # tokens, positions, width
 train_set, dev_set = (load_examples("restaurants", split) for split in ("train", "dev"))

@@ -7,8 +7,8 @@ import torch
 
 import minprefix
 from kernels import prefix_attention_qkv
-from minprefix.gpt2 import GPT2, GPT2Config, KVCache
-from minprefix.weights import MODELS
+from minprefix.models.gpt2 import GPT2, GPT2Config, KVCache
+from minprefix.models.weights import MODELS
 
 torch.set_grad_enabled(False)
 model, tokenizer = minprefix.load("mini", dtype=torch.float64)
@@ -47,7 +47,7 @@ def exercise_2():
     changed = (model(ids) - model(other)).abs().amax((0, 2)) > 1e-9  # (T,)
     assert changed.tolist() == [False] * (ids.shape[1] - 1) + [True]
     unmasked = partial(prefix_attention_qkv, causal=False)
-    with patch("minprefix.gpt2.prefix_attention_qkv", unmasked):
+    with patch("minprefix.models.gpt2.prefix_attention_qkv", unmasked):
         changed_without = (model(ids) - model(other)).abs().amax((0, 2)) > 1e-9
     assert changed_without.all()
     print(f"  rows of logits that change: {changed.sum()} with the mask, {ids.shape[1]} without")

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 import minprefix
 from kernels import prefix_attention
-from minprefix.parametrisations import token_activations
-from minprefix.prefix import Prefix, PrefixBank
+from minprefix.prefix.parametrisations import token_activations
+from minprefix.prefix.prefix import Prefix, PrefixBank
 
 model, tokenizer = minprefix.load("mini", dtype=torch.float64)
 model.requires_grad_(False)

@@ -7,12 +7,12 @@
 import torch
 
 import minprefix
-from minprefix.batches import collate, encode_examples
-from minprefix.data import load_examples
-from minprefix.gpt2 import PrefixActivations
-from minprefix.parametrisations import activations, token_activations
-from minprefix.prefix import Prefix
-from minprefix.prompt_scores import prompt_tables
+from minprefix.data.batches import collate, encode_examples
+from minprefix.data.load import load_examples
+from minprefix.methods.search.scores import prompt_tables
+from minprefix.models.gpt2 import PrefixActivations
+from minprefix.prefix.parametrisations import activations, token_activations
+from minprefix.prefix.prefix import Prefix
 
 model, tokenizer = minprefix.load("mini", dtype=torch.float64)
 model.requires_grad_(False)

@@ -7,8 +7,8 @@ import math
 
 import torch
 
+from benchmarks.kernels.attention import Shape, work
 from kernels import prefix_attention
-from kernels.bench_attention import Shape, work
 
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 import minprefix
-from minprefix.batches import collate, encode_examples
-from minprefix.data import load_examples
-from minprefix.prefix import Prefix
-from minprefix.training import TrainConfig, Trainer
+from minprefix.data.batches import collate, encode_examples
+from minprefix.data.load import load_examples
+from minprefix.prefix.prefix import Prefix
+from minprefix.training.trainer import TrainConfig, Trainer
 
 model, tokenizer = minprefix.load("mini")
 model.requires_grad_(False)

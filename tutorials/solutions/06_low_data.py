@@ -9,11 +9,11 @@ import tempfile
 import torch
 
 import minprefix
-from minprefix.baselines import BaselineConfig, count, make_baseline
-from minprefix.data import load_examples
-from minprefix.data_splits import subset
-from minprefix.paper.results import t_quantile
-from minprefix.training import TrainConfig, Trainer
+from benchmarks.paper.results import t_quantile
+from minprefix.data.load import load_examples
+from minprefix.data.splits import subset
+from minprefix.methods.adapters import BaselineConfig, count, make_baseline
+from minprefix.training.trainer import TrainConfig, Trainer
 
 train = load_examples("restaurants", "train")
 

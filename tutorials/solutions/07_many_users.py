@@ -13,8 +13,8 @@ import torch
 
 import minprefix
 from minprefix import Prefix, PrefixBank
-from minprefix.batches import collate, encode_examples, encode_prompt
-from minprefix.data import load_examples
+from minprefix.data.batches import collate, encode_examples, encode_prompt
+from minprefix.data.load import load_examples
 
 model, tokenizer = minprefix.load("mini")
 model = model.requires_grad_(False).double()

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 import minprefix
-from minprefix.bart_prefix import BARTPrefix
-from minprefix.batches import collate, encode_examples
-from minprefix.data import load_examples
-from minprefix.data_splits import choose
-from minprefix.demo import BF16
-from minprefix.prefix import PrefixConfig, make_prefix
-from minprefix.report import format_rows
-from minprefix.training import TrainConfig, Trainer
+from minprefix.cli.demo import BF16
+from minprefix.cli.report import format_rows
+from minprefix.data.batches import collate, encode_examples
+from minprefix.data.load import load_examples
+from minprefix.data.splits import choose
+from minprefix.prefix.bart import BARTPrefix
+from minprefix.prefix.prefix import PrefixConfig, make_prefix
+from minprefix.training.trainer import TrainConfig, Trainer
 
 model, tokenizer = minprefix.load("mini-bart")
 model.requires_grad_(False)

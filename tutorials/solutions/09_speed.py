@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import minprefix
-from minprefix.batches import encode_examples, epoch_batches
-from minprefix.data import load_examples
+from minprefix.data.batches import encode_examples, epoch_batches
+from minprefix.data.load import load_examples
 
 model, tokenizer = minprefix.load("mini")
 config = model.config

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import minprefix
-from minprefix.data import load_examples
-from minprefix.gpt2 import GPT2, GPT2Config
-from minprefix.pretrain_data import encode, unigram_entropy, validation_windows
-from minprefix.tokenizer import Tokenizer
+from minprefix.data.load import load_examples
+from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.tokenizer import Tokenizer
+from minprefix.training.corpus import encode, unigram_entropy, validation_windows
 
 torch.set_grad_enabled(False)
 train_texts, dev_texts = (

@@ -1,0 +1,1 @@
+"""Local news, each note with a one-sentence summary."""

@@ -1,0 +1,1 @@
+"""The attention operator timed beside what PyTorch offers."""

@@ -1,0 +1,99 @@
+"""How long the runs will take: from finished runs like them, else from a few timed steps.
+
+Read `seconds_of`. It is an estimate: dev evaluations and loading are not in it, texts are timed as
+long as they may get, and what part of an interrupted run is done is not looked at.
+"""
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.paper.run import Run, data_path, make_training, spread, write_texts
+from minprefix.data.load import load_examples
+from minprefix.files import read_json
+
+STEPS = 3  # timed, after one that is not
+TABLES = 8  # decoded, to time it
+
+
+class Speed(NamedTuple):
+    """Of one kind of run."""
+
+    step: float  # s per optimiser step
+    table: float  # s per text
+
+
+def kind(run: Run) -> tuple:
+    """Runs of the same kind take the same time per step and per text."""
+    settings = run.train or run.search
+    return run.data, run.model, run.method, settings.batch_size, run.decoding.num_beams
+
+
+def measured(run: Run, data_dir: Path | None, device: str) -> Speed:
+    """From a few steps in a folder that is then deleted."""
+    with tempfile.TemporaryDirectory() as folder:
+        training = make_training(run, data_dir, Path(folder), device)
+        training.step()
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            last = training.step()
+        float(last["nats"])  # waits for a GPU
+        per_step = (time.perf_counter() - began) / STEPS
+        examples = spread(load_examples(data_path(run.data, data_dir), run.split), TABLES)
+        began = time.perf_counter()
+        prefix = training.prefix if run.method == "prefix" else None
+        write_texts(run, training.model, training.tokenizer, prefix, examples)
+    return Speed(per_step, (time.perf_counter() - began) / len(examples))
+
+
+def steps_of(run: Run, pairs: int) -> int:
+    """Optimiser steps; `pairs` are those of all training data."""
+    if run.train is None or run.train.steps is not None:
+        return (run.train or run.search).steps
+    pairs = run.size or round((run.share or 1) * pairs)
+    return max(1, round(run.train.epochs * math.ceil(pairs / run.train.batch_size)))
+
+
+def seconds_of(
+    runs: Sequence[Run], root: Path, data_dir: Path | None, device: str
+) -> dict[str, float | None]:
+    """Seconds that each run takes from its start, on one process; by the run's id.
+
+    A search for a prompt has no steps of equal cost: where no like one has been finished, its
+    seconds are None.
+    """
+    speeds: dict[tuple, list[Speed]] = {}
+    wanted = {kind(run) for run in runs}
+    for run in runs:
+        path = root / run.id / "scores.json"
+        if path.exists():
+            record = read_json(path)
+            step = record["train_seconds"] / max(1, record["steps"])
+            speed = Speed(step, record["decode_seconds"] / max(1, record["tables"]))
+            speeds.setdefault(kind(run), []).append(speed)
+    first = {kind(run): run for run in reversed(runs)}
+    for name in sorted(wanted - set(speeds)):
+        if first[name].train is not None:
+            speeds[name] = [Speed(0, 0)]
+            with suppress(Exception):  # the run itself will say what is wrong
+                speeds[name] = [measured(first[name], data_dir, device)]
+    sizes: dict[tuple[str, str], int] = {}
+    seconds = {}
+    for run in runs:
+        for split in ("train", run.split):
+            if (run.data, split) not in sizes:
+                examples = load_examples(data_path(run.data, data_dir), split)
+                counts = (len(e.targets) if split == "train" else 1 for e in examples)
+                sizes[run.data, split] = sum(counts)
+        if kind(run) not in speeds:
+            seconds[run.id] = None
+            continue
+        step, table = (statistics.median(speed[i] for speed in speeds[kind(run)]) for i in range(2))
+        tables = min(run.tables or math.inf, sizes[run.data, run.split])
+        seconds[run.id] = step * steps_of(run, sizes[run.data, "train"]) + table * tables
+    return seconds

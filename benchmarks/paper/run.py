@@ -1,0 +1,266 @@
+"""One run of an experiment: train one method on one data set with one seed, write texts, score.
+
+Read `Run` (the definition, a value), then `execute` (from it to scores.json). Everything a run does
+follows from its definition, the data and the model's weights. Its name, `Run.id`, is a digest of
+the definition: two tables that need the same run share its folder. Weights and data are named in
+scores.json (`check_origin`), so that results of others are not taken for those of yours. The folder
+holds what `training.Trainer` (or `prompt_search.PromptSearch`) leaves, and at the end
+
+    scores.json    scores, counts, seconds: a run that has it is finished
+    texts.jsonl    what was written for each table
+    failure.json   instead of both: why it failed
+
+Fine-tuned weights and the training state are deleted once the scores are written (a model each);
+prefixes and adapters stay.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from minprefix.data.batches import encode_prompt
+from minprefix.data.examples import Example
+from minprefix.data.load import load_examples
+from minprefix.data.splits import low_data, subset
+from minprefix.files import read_json, write_text
+from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.texts import generate
+from minprefix.methods.adapters import Adapter, BaselineConfig, make_baseline
+from minprefix.methods.hard_prompt import TokenPrompt, answer
+from minprefix.methods.search import search as prompt_search
+from minprefix.methods.search.search import PromptSearch, SearchConfig
+from minprefix.metrics.official import official_scores
+from minprefix.metrics.quick import slot_coverage
+from minprefix.models import weights
+from minprefix.models.weights import fingerprint
+from minprefix.prefix.prefix import Prefix, PrefixConfig, make_prefix
+from minprefix.training.run_folder import read_log, state_path
+from minprefix.training.trainer import TrainConfig, Trainer
+
+SUITES = {"restaurants": "e2e"}  # official scores of a data set whose name is no suite
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained on what, and how it is scored."""
+
+    data: str  # "e2e", "webnlg", "dart" or "restaurants"
+    model: str  # as `weights.load` takes it
+    train: TrainConfig | None = None  # None: a searched prompt
+    prefix: PrefixConfig | None = None  # of method "prefix"
+    baseline: BaselineConfig | None = None  # of methods "ft-top" and "adapter"
+    search: SearchConfig | None = None  # of a searched prompt
+    size: int | None = None  # low data: training pairs, and 30 % of it dev pairs; None = all
+    share: float | None = None  # part of the training pairs; dev as it is
+    subset: int = 0  # which pairs a size or share takes
+    split: str = "test"  # what is scored: the sweep has "dev"
+    tables: int | None = None  # inputs of the split that are scored, evenly spread; None = all
+    decoding: GenerationConfig = field(default_factory=GenerationConfig)
+    batch_size: int = 64  # tables decoded at a time
+
+    @property
+    def method(self) -> str:
+        return "search" if self.train is None else self.train.method
+
+    @property
+    def seed(self) -> int:
+        return (self.train or self.search).seed
+
+    @property
+    def id(self) -> str:
+        """A name for people, then a digest of all fields."""
+        definition = json.dumps(asdict(self), sort_keys=True, default=str)
+        digest = hashlib.sha256(definition.encode()).hexdigest()[:10]
+        length = "" if self.prefix is None else f"{self.prefix.prefix_len or ''}"
+        few = f"-n{self.size}.{self.subset}" if self.size else ""
+        return f"{self.data}-{self.method}{length}{few}-s{self.seed}-{digest}"
+
+
+def data_path(data: str, data_dir: Path | None) -> str | Path:
+    """What `load_examples` takes: a folder in `data_dir`, or a name that it knows."""
+    return data if data_dir is None or data == "restaurants" else data_dir / data
+
+
+def why_missing(data: str, data_dir: Path | None) -> str:
+    """Why a data set cannot be trained on, in one line without paths; "" if it can."""
+    for split in ("train", "dev", "test"):
+        try:
+            load_examples(data_path(data, data_dir), split)
+        except FileNotFoundError:
+            return f"{data} is not at hand"
+        except ValueError as error:
+            if "none of them" in str(error):
+                return f"the {split} split of {data} is not at hand"
+            raise
+    return ""
+
+
+def spread(examples: list, most: int | None) -> list:
+    """`most` of them, evenly spread."""
+    if most is None or most >= len(examples):
+        return examples
+    return [examples[int(i)] for i in np.linspace(0, len(examples) - 1, most)]
+
+
+def training_data(run: Run, data_dir: Path | None) -> tuple[list[Example], list[Example]]:
+    """Training and dev examples of the run."""
+    path = data_path(run.data, data_dir)
+    train, dev = load_examples(path, "train"), load_examples(path, "dev")
+    if run.size is not None:
+        return low_data(train, dev, run.size, run.subset)
+    if run.share is not None:
+        pairs = sum(len(example.targets) for example in train)
+        train = subset(train, max(1, round(run.share * pairs)), run.subset)
+    return train, dev
+
+
+def data_digest(data: str, data_dir: Path | None) -> str:
+    """64 hexadecimal digits that name all examples of a data set by content."""
+    digest = hashlib.sha256()
+    for split in ("train", "dev", "test"):
+        for example in load_examples(data_path(data, data_dir), split):
+            digest.update(json.dumps([split, example.source, *example.targets]).encode())
+    return digest.hexdigest()
+
+
+def check_origin(folder: Path, record: dict, origin: dict[str, str]) -> None:
+    """ValueError if a finished run is of other weights or data; older records do not say."""
+    for name, now in origin.items():
+        if record.get("origin", {}).get(name, now) != now:
+            raise ValueError(
+                f"{folder} is a finished run of other {name}: give another --runs, or remove it"
+            )
+
+
+def make_training(run: Run, data_dir: Path | None, folder: Path, device: str):
+    """The run's `Trainer` or `PromptSearch` at step 0."""
+    model, tokenizer = weights.load(run.model, device=device)
+    weights.need_gpt2(model, "tables and figures")
+    train, dev = training_data(run, data_dir)
+    if run.train is None:
+        return PromptSearch(model, tokenizer, run.search, train, dev, folder)
+    prefix = baseline = None
+    if run.method == "prefix":
+        prefix = make_prefix(model, tokenizer, run.prefix, run.seed)
+    elif run.baseline is not None:
+        baseline = make_baseline(model, run.method, run.baseline, run.seed)
+    return Trainer(
+        model, tokenizer, run.train, train, dev, folder, prefix=prefix, baseline=baseline
+    )
+
+
+def trained(run: Run, folder: Path, device: str):
+    """Model (with its adapter), tokenizer, and prefix or searched prompt (or None), as kept."""
+    tuned = run.method in ("finetune", "ft-top")
+    model, tokenizer = weights.load(folder / "model" if tuned else run.model, device=device)
+    if run.method == "adapter":
+        Adapter.load(folder / "adapter.safetensors").to(device).attach(model)
+    if run.method == "search":
+        return model, tokenizer, TokenPrompt.load(folder / "prompt.json", tokenizer)
+    if run.method == "prefix":
+        return model, tokenizer, Prefix.load(folder / "prefix.safetensors").to(device)
+    return model, tokenizer, None
+
+
+def write_texts(
+    run: Run, model, tokenizer, extra: Prefix | TokenPrompt | None, examples: list[Example]
+) -> list[str]:
+    """A text for each example; equal sources are decoded once."""
+    sources = list(dict.fromkeys(example.source for example in examples))
+    options = {"config": run.decoding, "batch_size": run.batch_size}
+    if isinstance(extra, TokenPrompt):
+        texts = answer(model, tokenizer, extra, sources, **options)
+    else:
+        prompts = [encode_prompt(tokenizer, source) for source in sources]
+        texts = generate(model, tokenizer, prompts, prefix=extra, **options)
+    found = dict(zip(sources, (text.strip() for text in texts), strict=True))
+    return [found[example.source] for example in examples]
+
+
+def score_texts(run: Run, texts: list[str], examples: list[Example]) -> dict[str, float]:
+    """The official columns of the data set; of tables also the values found in the texts."""
+    suite = SUITES.get(run.data, run.data)
+    groups = [example.group for example in examples] if suite == "webnlg" else None
+    references = [example.targets for example in examples]
+    scores = official_scores(texts, references, suite, groups, note=lambda text: None)
+    if all(example.table for example in examples):
+        scores["slots %"] = slot_coverage(texts, [example.table for example in examples])
+    return scores
+
+
+def execute(run: Run, folder: Path, data_dir: Path | None = None, device: str = "cpu") -> dict:
+    """Train (from the last state, if there is one), write texts, score: what scores.json holds.
+
+    Raises:
+        Interrupted: Ctrl-C; the state is saved.
+        ValueError, OSError, FloatingPointError: as loading, training and scoring raise them.
+    """
+    from benchmarks.machine import machine  # beside the package, in the checkout
+
+    machine()  # the commit that runs, not the one at the end
+    training = make_training(run, data_dir, folder, device)
+    origin = {"weights": fingerprint(training.model), "data": data_digest(run.data, data_dir)}
+    precision = "bf16" if training.bf16 else "fp32"
+    search = run.train is None
+    if (prompt_search.state_path(folder) if search else state_path(folder)).exists():
+        training.load_state()
+    result = training.run(progress=False)
+    n_trained = 0 if search else sum(p.numel() for p in training.trained.parameters())
+    rows, dev_rows = len(training.rows), len(training.dev_rows)
+    lr = None if search else training.lr
+    del training
+    model, tokenizer, extra = trained(run, folder, device)
+    n_kept = n_trained
+    if isinstance(extra, Prefix):  # the table, without its MLP
+        n_kept = sum(p.numel() for p in extra.parameters())
+    examples = spread(load_examples(data_path(run.data, data_dir), run.split), run.tables)
+    began = time.perf_counter()
+    texts = write_texts(run, model, tokenizer, extra, examples)
+    decode_seconds = time.perf_counter() - began
+    losses = [entry["loss"] for entry in read_log(folder) if "loss" in entry]
+    best = result["dev_loss" if search else "best_dev_loss"]
+    record = {
+        "scores": score_texts(run, texts, examples),
+        "origin": origin,
+        "lr": lr,
+        "precision": precision,
+        "steps": result["steps"],
+        "dev_loss": best if math.isfinite(best) else None,
+        "train_loss": statistics.fmean(losses[-max(1, len(losses) // 10) :]) if losses else None,
+        "pairs": rows,
+        "dev_pairs": dev_rows,
+        "tables": len(examples),
+        "trained": n_trained,
+        "kept": n_kept,
+        "train_seconds": round(result["seconds"], 2),
+        "decode_seconds": round(decode_seconds, 2),
+    }
+    record |= machine()
+    lines = (
+        json.dumps({"source": e.source, "text": t}, ensure_ascii=False) + "\n"
+        for e, t in zip(examples, texts, strict=True)
+    )
+    write_text(folder / "texts.jsonl", "".join(lines))
+    write_text(folder / "scores.json", json.dumps(record, indent=1) + "\n")
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    return record
+
+
+def record_of(folder: Path) -> dict | None:
+    """What scores.json of a finished run holds."""
+    path = folder / "scores.json"
+    return read_json(path) if path.exists() else None
+
+
+def failure_of(folder: Path) -> str:
+    """Why the run failed; "" if it did not."""
+    path = folder / "failure.json"
+    return read_json(path)["reason"] if path.exists() else ""

@@ -1,0 +1,1 @@
+"""Training steps and generation timed beside transformers + PEFT."""

@@ -1,0 +1,426 @@
+"""The benchmark: training steps and generation, beside transformers + PEFT where installed.
+
+    python -m minprefix bench train --model random-medium --batch-size 10,64 --seq-len 128
+    python -m minprefix bench generate --batch-size 1,16 --num-beams 1,5
+
+Every method gets the same weights, batches, labels and dtype (`bench_peers.py`). What they compute
+is first compared with the plain model in fp64: a training step's loss and gradient norm, a text's
+tokens. If ours is wrong the command fails; a wrong peer is a row that says so. Only then is time
+taken, of blocks of calls in turn, so that other work on the machine meets all alike.
+
+What the work costs at least, and `percent` of what the machine can do: `bench_limits.py`.
+Read `BenchConfig`, `alternate`, `measure_train`, `measure_texts`, then `run_bench`.
+"""
+
+import importlib.metadata
+import importlib.util
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from benchmarks.peft.limits import Peak, decode_limit, matmul_flops, read_speed, train_flops
+from benchmarks.peft.peers import (
+    DTYPES,
+    Numbers,
+    Ours,
+    OurTexts,
+    Peft,
+    PeftTexts,
+    PlainSteps,
+    Task,
+    check_steps,
+    check_texts,
+    first_steps,
+)
+from benchmarks.peft.pictures import draw, draw_profile, profile_step, wait
+from minprefix.checks import check_choice
+from minprefix.data.batches import Encoded
+from minprefix.data.examples import Example
+from minprefix.data.load import load_examples
+from minprefix.models import weights
+from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.prefix.prefix import Prefix
+
+RANDOM = {  # random weights of official sizes: layers, heads, width
+    "random-gpt2": (12, 12, 768),
+    "random-medium": (24, 16, 1024),
+    "random-large": (36, 20, 1280),
+}
+KEY = ("work", "model", "device", "dtype", "data", "labels", "mlp", "B", "T", "P", "beams", "new",
+       "method")  # fmt: skip
+PEERS = ("none", "compiled", "peft", "peft-compiled", "peft-shuffled")
+SHOWN = ("B", "T", "P", "beams", "method", "ms", "tokens_per_s", "peak_mib", "percent", "ratio",
+         "note")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What `bench` measures. Lists have commas, 1,8,32; each combination is one measurement."""
+
+    dtype: str = "auto"  # "fp32", "bf16", "auto" = bf16 on CUDA and fp32 on a CPU
+    batch_size: str = "10"  # B, rows of a step or prompts of a call; a list
+    seq_len: str = "128"  # T, tokens of a row, or of a prompt; a list
+    prefix_len: str = "10"  # P; a list
+    mlp: bool = True  # train: the prefix comes out of an MLP (PEFT: prefix_projection)
+    labels: str = "all"  # train: loss at "all" positions, or at "targets", the second half of each
+    data: str | None = None  # train: batches of real tables, as `train --data` makes them
+    num_beams: str = "1"  # generate: 1 = greedy; a list
+    new_tokens: int = 64  # generate: of each text
+    warm_up: int = 2  # train: steps of each method before those that are timed
+    steps: int = 3  # blocks of calls of each method, at least
+    seconds: float = 5.0  # of each method in a measurement, at least
+    peers: str = "peft"  # "none"; "peft"; train: "compiled" (ours), others of PEERS; a list
+    profile: bool = False  # train: also where the time of one step goes, of the first combination
+    out: Path = Path("runs/bench")  # folder for bench.csv, profile.csv and their pictures
+
+    def __post_init__(self):
+        check_choice("dtype", self.dtype, ("auto", "fp32", "bf16"))
+        check_choice("labels", self.labels, ("all", "targets"))
+        for name, low in (("batch_size", 1), ("seq_len", 4), ("prefix_len", 1), ("num_beams", 1)):
+            numbers(name, getattr(self, name), low)
+        for peer in self.peers.split(","):
+            check_choice("peers", peer, PEERS)
+        for name, low in (("new_tokens", 1), ("steps", 1), ("warm_up", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not 0 <= self.seconds < math.inf:
+            raise ValueError(f"seconds must be >= 0 and finite, got {self.seconds}")
+
+
+def numbers(name: str, text: str, low: int) -> list[int]:
+    """The numbers of a list such as 1,8,32; ValueError for anything else."""
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < low:
+        raise ValueError(
+            f"{name} must be whole numbers >= {low} with commas between them, got {text!r}"
+        )
+    return found
+
+
+# time ------------------------------------------------------------------------------------------
+
+
+def alternate(
+    methods: dict[str, Callable[[], object]], config: BenchConfig, device: str
+) -> tuple[dict[str, list[float]], int]:
+    """Seconds per call of each method, for each block of calls, and the calls of a block.
+
+    A block has one call on a CPU; on a GPU as many as fill a fifth of a second, with one wait at
+    the end as in training. The methods run in turn, and make the same calls.
+    """
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    size, began = 1, time.perf_counter()
+    while True:
+        for name, call in methods.items():
+            wait(device)
+            start = time.perf_counter()
+            for _ in range(size):
+                call()
+            wait(device)
+            times[name].append((time.perf_counter() - start) / size)
+        if size == 1 and device.startswith("cuda"):
+            size = max(2, math.ceil(0.2 / min(min(seen) for seen in times.values())))
+            times = {name: [] for name in methods}
+            continue
+        enough = time.perf_counter() - began >= config.seconds * len(methods)
+        if enough and len(times[name]) >= config.steps:
+            return times, size
+
+
+def quantiles(times: list[float], mean: bool) -> dict:
+    """ms of a call, and of the fastest and the slowest fifth."""
+    ordered = sorted(1e3 * t for t in times)
+    middle = statistics.fmean(ordered) if mean else statistics.median(ordered)
+    low, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8))
+    return {"ms": round(middle, 3), "ms_20": round(low, 3), "ms_80": round(high, 3)}
+
+
+# one measurement -------------------------------------------------------------------------------
+
+
+def make_task(model, tokenizer, config: BenchConfig, dtype: str, device: str, B, T, P) -> Task:
+    """Weights, prefix and data of one measurement."""
+    mlp = {"parametrisation": "mlp" if config.mlp else "table"}
+    prefix = Prefix.random(model.config, P, seed=0, **mlp)
+    if config.data is not None:
+        examples = load_examples(config.data, "train")
+    else:
+        tokenizer = Numbers(model.config.eos_token_id)
+        n_source = 0 if config.labels == "all" else T // 2
+        examples = []
+        for ids in random_ids(model.config, 4 * B, T - 1):  # with a bos, T tokens are read
+            source, target = ids[:n_source], ids[n_source:]
+            examples.append(Example(tokenizer.decode(source), (tokenizer.decode(target),)))
+    return Task(model, prefix, tokenizer, examples, dtype, device, B)
+
+
+def mean_len(task: Task) -> int:
+    """Tokens of a row of real data, the mean."""
+    return round(statistics.fmean(len(row.ids) - 1 for row in task.encoded))
+
+
+def random_ids(config: GPT2Config, n: int, length: int) -> list[list[int]]:
+    """n rows of random tokens, none of them the end of text."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size - 1, (n, length), generator=generator)
+    return (ids + (ids >= config.eos_token_id)).tolist()
+
+
+def built(makers: dict[str, Callable], device: str, check: Callable) -> tuple[dict, dict]:
+    """Make each method and check it: columns of all, and the methods that are right.
+
+    Raises:
+        what ours raises; what a peer raises is its note.
+    """
+    methods, rows = {}, {}
+    for name, make in makers.items():
+        peak, began, method = Peak(device), time.perf_counter(), None
+        try:
+            method = make()
+            rows[name] = check(method)
+            methods[name] = method
+        except Exception as error:
+            if name == "minprefix":
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            rows[name] = {"note": reason[:200]}
+        wait(device)
+        rows[name] |= peak.row() | {"warm_s": round(time.perf_counter() - began, 2)}
+    return methods, rows
+
+
+def measure_train(task: Task, config: BenchConfig, peers: list[str], peak_flops: float) -> tuple:
+    """Rows by method of training steps, and the methods themselves."""
+    tasks = {name: task for name in ("minprefix", *peers)}
+    if "peft-shuffled" in tasks:
+        tasks["peft-shuffled"] = replace(task, shuffled=True)
+    exact = {t.shuffled: first_steps(PlainSteps(t)) for t in tasks.values()}
+    with tempfile.TemporaryDirectory() as folder:
+        makers = {"minprefix": lambda: Ours(task, folder)}
+        makers |= {
+            "compiled": lambda: Ours(task, folder, compiled=True),
+            "peft": lambda: Peft(task),
+            "peft-compiled": lambda: Peft(task, compiled=True),
+            "peft-shuffled": lambda: Peft(tasks["peft-shuffled"]),
+        }
+        makers = {name: makers[name] for name in ("minprefix", *peers)}
+
+        def check(method) -> dict:
+            columns = check_steps(task.dtype, first_steps(method), exact[method.task.shuffled])
+            method.warm_up(config.warm_up)
+            return columns
+
+        methods, rows = built(makers, task.device, check)
+        times, size = alternate({name: m.step for name, m in methods.items()}, config, task.device)
+    for name, seen in times.items():
+        rows[name] |= quantiles(seen, mean=config.data is not None)
+        done = methods[name].done
+        steps = [tasks[name].rows(step) for step in range(done - size * len(seen), done)]
+        rows[name] |= throughput(tasks[name], steps, rows[name]["ms"], peak_flops)
+    return rows, methods
+
+
+def throughput(task: Task, steps: list[list[Encoded]], ms: float, peak_flops: float) -> dict:
+    """Columns of these training steps, `ms` each on average."""
+    lengths = [[len(row.ids) - 1 for row in rows] for rows in steps]
+    labels = [sum(len(row.ids) - row.prompt_len for row in rows) for rows in steps]
+    flops = sum(
+        train_flops(task.model.config, *sizes, task.prefix.prefix_len)
+        for sizes in zip(lengths, labels, strict=True)
+    )
+    tokens, computed = (sum(f(row) for row in lengths) for f in (sum, lambda r: len(r) * max(r)))
+    per_s = 1e3 / (ms * len(steps))
+    return {
+        "tokens_per_s": round(per_s * tokens),
+        "examples_per_s": round(per_s * sum(map(len, lengths)), 2),
+        "gflops": round(per_s * flops / 1e9, 1),
+        "matmul_gflops": round(peak_flops / 1e9, 1),
+        "percent": round(100 * per_s * flops / peak_flops, 1),
+        "padding": round(100 * (1 - tokens / computed), 1),
+    }
+
+
+def measure_texts(
+    task: Task, config: BenchConfig, peers: list[str], T: int, beams: int, limits: tuple
+) -> dict:
+    """Rows by method of generation: all tokens, and one only, which is the prompt's share."""
+    n, prompts = config.new_tokens, random_ids(task.model.config, task.batch_size, T)
+    reference = OurTexts(task, beams, exact=True).texts(prompts, n)
+    makers = {"minprefix": lambda: OurTexts(task, beams)}
+    makers |= {name: lambda: PeftTexts(task, beams) for name in peers}
+    methods, rows = built(
+        makers, task.device,
+        lambda m: check_texts(task, prompts, m.texts(prompts, n), reference, beams),
+    )  # fmt: skip
+
+    def timed(n_new: int) -> dict[str, list[float]]:
+        calls = {name: (lambda m=m: m.texts(prompts, n_new)) for name, m in methods.items()}
+        return alternate(calls, config, task.device)[0]
+
+    whole, first = timed(n), timed(1)
+    for name, seen in whole.items():
+        rows[name] |= quantiles(seen, mean=False)
+        ms, prefill = rows[name]["ms"], quantiles(first[name], mean=False)["ms"]
+        rows[name] |= {"tokens_per_s": round(1e3 * task.batch_size * n / ms, 1)}
+        rows[name] |= {"prefill_ms": prefill}
+        if n > 1 and ms > prefill:
+            steps_per_s = 1e3 * (n - 1) / (ms - prefill)
+            limit = decode_limit(task.model, task.batch_size * beams, *limits)
+            rows[name] |= {
+                "decode_tokens_per_s": round(task.batch_size * steps_per_s, 1),
+                "percent": round(100 * limit * steps_per_s, 1),
+                "read_gb_per_s": round(limits[0] / 1e9, 1),
+                "matmul_gflops": round(limits[1] / 1e9, 1),
+            }
+    return rows
+
+
+# results ----------------------------------------------------------------------------------------
+
+
+class Results:
+    """bench.csv of a folder, and the rows of this run."""
+
+    def __init__(self, folder: Path, common: dict, versions: dict):
+        self.path, self.common, self.versions = folder / "bench.csv", common, versions
+        self.rows: list[dict] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def picture(self, name: str) -> Path:
+        """One for each model and dtype."""
+        model = Path(self.common["model"]).name
+        return self.path.with_name(f"{name}-{model}-{self.common['dtype']}.png")
+
+    def add(self, sizes: dict, method: str, columns: dict) -> None:
+        """Write a row at once, and show it."""
+        from benchmarks.machine import add_row, machine
+
+        row = self.common | sizes | {"method": method, "ms": "", "note": ""} | columns
+        add_row(self.path, row | self.versions | machine(), KEY)
+        self.rows.append({name: row.get(name, "") for name in SHOWN})
+        cells = (f"{name} {value}" for name, value in self.rows[-1].items() if value != "")
+        print("  ".join(cells), file=sys.stderr, flush=True)
+
+
+def save_profile(results: Results, task: Task, sizes: dict, methods: dict, rows: dict) -> None:
+    """profile.csv and its picture: one training step of each method."""
+    from benchmarks.machine import add_row, machine
+
+    drawn = []
+    for name, method in methods.items():
+        ms = rows[name]["ms"]
+        parts = profile_step(method.step, task.device, task.model.config.vocab_size, ms)
+        drawn.append(results.common | sizes | {"method": name} | parts)
+        add_row(results.path.with_name("profile.csv"), drawn[-1] | machine(), KEY)
+    title = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    title = f"{results.common['model']}, {task.dtype}, {task.device}: {title}"
+    draw_profile(drawn, results.picture("profile"), title)
+
+
+# the command -----------------------------------------------------------------------------------
+
+
+def load_model(name: str, dtype: torch.dtype, device: str) -> tuple[GPT2, object]:
+    """A model, on the CPU, and a tokenizer: of `RANDOM` (then mini's), or as `weights.load`."""
+    known = "mini" if name in RANDOM else name
+    model, tokenizer = weights.load(known, dtype=dtype, device=device)  # names a wrong device
+    weights.need_gpt2(model, "the benchmark")
+    if name in RANDOM:
+        n_layer, n_head, n_embd = RANDOM[name]
+        config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        model = GPT2(config).init_weights(0).to(dtype).eval()
+    return model.cpu(), tokenizer
+
+
+def peers_here(config: BenchConfig) -> list[str]:
+    """The peers that are asked for and installed."""
+    names = [name for name in dict.fromkeys(config.peers.split(",")) if name != "none"]
+    missing = [m for m in ("transformers", "peft") if importlib.util.find_spec(m) is None]
+    if missing and set(names) - {"compiled"}:
+        print(f"{' and '.join(missing)} not installed (requirements-dev.txt): only ours is "
+              "measured", file=sys.stderr)  # fmt: skip
+        return [name for name in names if name == "compiled"]
+    if set(names) - {"compiled"}:
+        importlib.import_module("peft")  # and transformers: not in the memory of the first peer
+    return names
+
+
+def measure(
+    results: Results, model: GPT2, tokenizer, config: BenchConfig, device: str, peers: list[str]
+) -> None:
+    """Measure each combination of `config`, and profile the first one if that is asked for."""
+    dtype, train = results.common["dtype"], results.common["work"] == "train"
+    flops, speed = 0.0, 0.0
+    lists = [numbers(n, getattr(config, n), 1) for n in ("batch_size", "seq_len", "prefix_len")]
+    lists.append([1] if train else numbers("num_beams", config.num_beams, 1))
+    if config.data is not None:
+        lists[1] = [0]  # lengths are those of the data
+    profiled = not (train and config.profile)
+    for B, T, P, beams in product(*lists):
+        task = make_task(model, tokenizer, config, dtype, device, B, T, P)
+        sizes = {"B": B, "T": T or mean_len(task), "P": P}
+        # other work on the machine can only slow it down: the best so far
+        flops = max(flops, matmul_flops(device, DTYPES[dtype]))
+        if train:
+            rows, methods = measure_train(task, config, peers, flops)
+            labels = config.labels if config.data is None else "targets"
+            sizes |= {"labels": labels, "mlp": config.mlp}
+        else:
+            speed = max(speed, read_speed(device))
+            rows = measure_texts(task, config, peers, T, beams, (speed, flops))
+            sizes |= {"beams": beams, "new": config.new_tokens}
+        for method, columns in rows.items():
+            if method != "minprefix" and "ms" in columns:
+                rate = "examples_per_s" if train else "tokens_per_s"
+                columns["ratio"] = round(rows["minprefix"][rate] / columns[rate], 2)
+            results.add(sizes, method, columns)
+        if not profiled:
+            save_profile(results, task, sizes, methods, rows)
+            profiled = True
+
+
+def run_bench(work: str, name: str, device: str, config: BenchConfig) -> list[dict]:
+    """Measure each combination of `config`; its rows, in short. The folder config.out has more.
+
+    Args:
+        work: "train" or "generate".
+        name: of a model, see `load_model`.
+    Raises:
+        WrongResult: our own losses, gradients or tokens are not those of the plain model.
+        ValueError: an option that makes no sense here.
+    """
+    from benchmarks.machine import read_rows
+
+    if config.data is not None and work != "train":
+        raise ValueError(f"--data {config.data} goes with bench train; prompts are random tokens")
+    only_train = set(config.peers.split(",")) - {"none", "peft"}
+    if only_train and work != "train":
+        raise ValueError(f"--peers {min(only_train)} goes with bench train")
+    if "peft-shuffled" in only_train and config.data is None:
+        raise ValueError("--peers peft-shuffled needs --data: random rows are all of one length")
+    auto = "bf16" if device.startswith("cuda") else "fp32"
+    dtype = auto if config.dtype == "auto" else config.dtype
+    model, tokenizer = load_model(name, DTYPES[dtype], device)
+    peers = peers_here(config)
+    installed = ("transformers", "peft") if set(peers) - {"compiled"} else ()
+    versions = {name: importlib.metadata.version(name) for name in installed}
+    common = {"work": work, "model": name, "device": device, "dtype": dtype}
+    common |= {"data": Path(config.data or "random").name}
+    common |= dict.fromkeys(("labels", "mlp", "B", "T", "P", "beams", "new"), "")
+    results = Results(config.out, common, versions)
+    measure(results, model, tokenizer, config, device, peers)
+    here = (name, dtype, device)
+    drawn = [r for r in read_rows(results.path) if (r["model"], r["dtype"], r["device"]) == here]
+    draw(drawn, results.picture("bench"), f"{name}, {dtype}, {device}")
+    return results.rows

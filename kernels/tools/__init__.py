@@ -1,0 +1,1 @@
+"""What is known of the kernels without a GPU: compiled code, and calls for a memory checker."""

@@ -1,0 +1,79 @@
+"""One small call of each kernel, at odd shapes: what compute-sanitizer watches.
+
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --tool memcheck python -m kernels.tools.sanitize
+
+Forward and backward for tiles cut by T, S, P and D, with each option, and decoding. Nothing is
+compared with the definition here, the tests do that; but each call is made twice and must repeat
+bit for bit. Without PyTorch's memory cache each tensor is an allocation of its own, so that reading
+past one is seen. On a CPU the same calls run through the CPU path.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import prefix_attention
+
+H = 3
+CASES = [  # B, T, S, P, D, dtype, options
+    (2, 50, 50, 0, 64, torch.bfloat16, ""),
+    (2, 61, 61, 5, 64, torch.bfloat16, "index lens kv_lens"),
+    (3, 127, 127, 33, 64, torch.float16, "index lens"),
+    (2, 130, 130, 70, 64, torch.bfloat16, "kv_lens"),
+    (2, 261, 301, 10, 64, torch.bfloat16, "index q_offset"),
+    (2, 67, 67, 10, 80, torch.bfloat16, "lens fp32_prefix"),
+    (2, 35, 35, 37, 128, torch.float16, "index fp32_prefix"),
+    (2, 19, 19, 3, 16, torch.float32, "index lens kv_lens q_offset"),
+    (2, 70, 41, 40, 32, torch.float32, "full"),
+    (3, 1, 203, 10, 64, torch.bfloat16, "kv_lens q_offset"),
+    (3, 5, 1030, 33, 80, torch.float16, "index lens kv_lens q_offset"),
+    (70, 1, 65, 70, 64, torch.bfloat16, "lens"),
+    (150, 1, 33, 700, 64, torch.bfloat16, "lens"),  # enough rows for a stacked prefix
+]
+
+
+def call(B: int, T: int, S: int, P: int, D: int, dtype: torch.dtype, options: str, device: str):
+    """o, lse and all gradients of one case: the same each time."""
+    random = torch.Generator().manual_seed(T)
+
+    def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(size, generator=random).to(device, dtype).requires_grad_()
+
+    def integers(low: int, high: int, n: int) -> Tensor:
+        return torch.randint(low, high + 1, (n,), generator=random).to(device)
+
+    q, k, v = normal(B, H, T, D), normal(B, H, S, D), normal(B, H, S, D)
+    N = 4 if "index" in options else 0
+    bank = (N, H, P, D) if N else (H, P, D)
+    prefix_dtype = torch.float32 if "fp32_prefix" in options else dtype
+    prefix_k, prefix_v = normal(*bank, dtype=prefix_dtype), normal(*bank, dtype=prefix_dtype)
+    o, lse = prefix_attention(
+        q, k, v, prefix_k, prefix_v, causal="full" not in options, return_lse=True,
+        prefix_index=integers(-1, N - 1, B) if N else None,
+        prefix_lens=integers(0, P, max(1, N)) if "lens" in options.split() else None,
+        kv_lens=integers(1, S, B) if "kv_lens" in options else None,
+        q_offset=integers(-3, S, B) if "q_offset" in options else None,
+    )  # fmt: skip
+    inputs, do = (q, k, v, prefix_k, prefix_v), torch.ones_like(o)
+    seen = lse.masked_fill(lse.isinf(), 0.0)  # -inf where a query sees nothing
+    grads = torch.autograd.grad((o, seen), inputs, (do, torch.ones_like(lse)), allow_unused=True)
+    with torch.no_grad():  # the way of a decoder
+        again = prefix_attention(q, k, v, prefix_k, prefix_v, causal="full" not in options,
+                                 prefix_index=integers(-1, N - 1, B) if N else None)  # fmt: skip
+    return [o, seen, again, *(x for x in grads if x is not None)]
+
+
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for case in CASES:
+        first, second = call(*case, device), call(*case, device)
+        for x, y in zip(first, second, strict=True):
+            assert torch.isfinite(x).all(), f"{case}: not finite"
+            assert torch.equal(x, y), f"{case}: does not repeat"
+        print(*case, "ok", flush=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The main job on the embedded model and data: tune a prefix, write texts, measure (`make demo`).
+
+Three methods write about restaurants that training never showed: a hard prompt, a hard prompt with
+examples in context, and a prefix of 10 positions. The model is frozen in all three.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from minprefix.cli.report import plot_comparison, plot_loss, write_samples
+from minprefix.data.load import load_examples
+from minprefix.files import write_text
+from minprefix.generation.decoding import GenerationConfig
+from minprefix.methods.evaluate import evaluate_method
+from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, show_examples
+from minprefix.models.weights import load
+from minprefix.prefix.prefix import Prefix, PrefixConfig, make_prefix
+from minprefix.training.run_folder import read_log, state_path
+from minprefix.training.trainer import Interrupted, TrainConfig, Trainer
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 in hardware (False if PyTorch cannot tell)."""
+    can = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+# fewer steps where bf16 is not at hand: fp32 takes more than twice the time, and the demo 4 minutes
+BF16 = cpu_has_bf16()
+TRAIN = TrainConfig(
+    steps=700 if BF16 else 280, batch_size=16, lr=1e-3, warmup_steps=20,
+    precision="bf16" if BF16 else "fp32", eval_every=100, eval_pairs=160,
+)  # fmt: skip
+PREFIX = PrefixConfig(prefix_len=10, init="words")
+GENERATE = GenerationConfig(max_new_tokens=60)
+SHOTS = 3  # examples in context
+
+
+def run_demo(out: Path) -> tuple[dict, list[dict]]:
+    """Run the demo in the folder `out`: what metrics.json holds, and the rows of its table.
+
+    A finished or interrupted training in `out` is gone on with.
+
+    Raises:
+        Interrupted: Ctrl-C; says how to go on.
+    """
+    go_on = f"the same command goes on ({out} keeps what is done)"
+    try:
+        return tune_write_measure(out)
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; {out / 'prefix.safetensors'} can be used; {go_on}") from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {go_on}") from None
+
+
+def tune_write_measure(out: Path) -> tuple[dict, list[dict]]:
+    """The work of `run_demo`."""
+    began = time.perf_counter()
+    model, tokenizer = load("mini")
+    train, dev, test = (load_examples("restaurants", split) for split in ("train", "dev", "test"))
+    say(f"model mini, {sum(p.numel() for p in model.parameters()):,} parameters, all frozen")
+    say(f"{sum(len(e.targets) for e in train):,} training pairs, {len(test)} unseen test tables")
+    prefix = make_prefix(model, tokenizer, PREFIX, TRAIN.seed)
+    trainer = Trainer(model, tokenizer, TRAIN, train, dev, out, prefix)
+    training = tune(trainer, out)
+    kept = Prefix.load(out / "prefix.safetensors")
+
+    methods = {
+        "hard prompt": {"prompt": HardPrompt()},
+        f"{SHOTS} examples in context": {"prompt": show_examples(TEMPLATES[0], train, SHOTS)},
+        "prefix": {"prefix": kept},
+    }
+    n_trained, n_kept = sum(p.numel() for p in prefix.parameters()), kept.prefix_table.numel()
+    rows, texts, scores = [], {}, {}
+    for name, method in methods.items():
+        say(f"writing {len(test)} texts: {name}")
+        scores[name], texts[name] = evaluate_method(
+            model, tokenizer, test, config=GENERATE, progress=True, **method
+        )
+        counts = (n_trained, n_kept) if name == "prefix" else (0, 0)
+        rows.append(row(name, scores[name], *counts, model))
+    metrics = {
+        "methods": scores,
+        "parameters_trained": n_trained,
+        "parameters_kept": n_kept,
+        "training": training | asdict(TRAIN),
+        "prefix": asdict(PREFIX),
+        "seconds": round(time.perf_counter() - began, 1),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+    }
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_samples(out / "samples.txt", test, texts)
+    plot_loss(read_log(out), out / "loss.png", "Tuning a prefix on restaurant tables")
+    plot_comparison(rows, out / "comparison.png", "Unseen restaurants, frozen mini GPT-2")
+    say(f"{out}: prefix.safetensors, metrics.json, samples.txt, loss.png, comparison.png")
+    return metrics, rows
+
+
+def tune(trainer: Trainer, out: Path) -> dict:
+    """Train to the end, from the last state in `out` if there is one."""
+    if state_path(out).exists():
+        trainer.load_state()
+        say(f"{out} holds a run: going on after step {trainer.step_done} (delete it to start anew)")
+    return trainer.run()
+
+
+def row(name: str, scores: dict[str, float], n_trained: int, n_kept: int, model) -> dict:
+    """One line of the printed table. Trained: with the MLP; kept: the table that is shipped."""
+    total = sum(p.numel() for p in model.parameters())
+    return {
+        "method": name,
+        "BLEU": scores["bleu"],
+        "ROUGE-L": scores["rouge_l"],
+        "slots %": scores["slot_coverage"],
+        "trained": n_trained,
+        "% of model": 100 * n_trained / total,
+        "kept": n_kept,
+        "kept %": 100 * n_kept / total,
+    }
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,157 @@
+"""What a run leaves to look at: tables of text, samples side by side, and figures."""
+
+from pathlib import Path
+
+from minprefix.data.examples import Example
+from minprefix.files import atomic_write, write_text
+from minprefix.methods.adapters import adapter_of, count
+from minprefix.models.bart import BART
+from minprefix.models.gpt2 import GPT2
+from minprefix.prefix.bart import BARTPrefix
+from minprefix.prefix.prefix import Prefix
+
+
+def format_rows(rows: list[dict]) -> str:
+    """Dicts of equal keys as a table; numbers to the right, floats with two digits."""
+    if not rows:
+        return ""
+    cells = [[*rows[0]]] + [[cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [isinstance(value, int | float) for value in rows[0].values()]
+    lines = [
+        "  ".join(
+            text.rjust(width) if number else text.ljust(width)
+            for text, width, number in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def cell(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def parts_of(model: GPT2 | BART) -> list[tuple[str, str, str]]:
+    """Name, shape, and what the names of the part's parameters contain."""
+    L = model.config.n_layer
+    if isinstance(model, GPT2):
+        return [
+            ("token embedding = head", "(V, C)", ".wte."),
+            ("position embedding", "(n_positions, C)", ".wpe."),
+            (f"{L} layers: attention", "L x (C, 3C), (C, C)", ".attn."),
+            (f"{L} layers: MLP", "L x (C, 4C), (4C, C)", ".mlp."),
+            ("layer norms", "(2L + 1) x 2 x (C,)", ".ln"),
+        ]
+    E = model.config.n_encoder_layer
+    return [
+        ("token embedding = head", "(V, C)", ".wte."),
+        ("position embeddings", "2 x (2 + n_positions, C)", ".wpe."),
+        (f"{E} + {L} layers: self-attention", "each (C, 3C), (C, C)", ".attn."),
+        (f"{L} layers: cross attention", "each (C, C), (C, 2C), (C, C)", ".cross."),
+        (f"{E} + {L} layers: MLP", "each (C, 4C), (4C, C)", ".mlp."),
+        ("layer norms", f"({2 * E} + {3 * L} + 2) x 2 x (C,)", ".ln"),
+    ]
+
+
+def prefix_rows(prefix: Prefix | BARTPrefix) -> list[tuple[str, str, int]]:
+    """Name, shape and number of what is trained and of what is kept of a prefix."""
+    rows = []
+    if prefix.n_trained:
+        rows.append((f"trained ({prefix.parametrisation})", "", prefix.n_trained))
+    if isinstance(prefix, BARTPrefix):
+        kept = [(f"prefix table, {site}", table) for site, table in prefix.tables().items()]
+        kept += [(f"prefix gate, {site}", gate) for site, gate in prefix.gates().items()]
+        if prefix.virtual is not None:
+            kept.append(("virtual tokens of the source", prefix.virtual.embeddings()))
+    else:
+        kept = [(f"{prefix.place} table", prefix.table())]
+        kept += [] if prefix.gate is None else [(f"{prefix.place} gate", prefix.gate)]
+    rows += [(name, str(tuple(x.shape)), x.numel()) for name, x in kept]
+    if len(kept) > 1:
+        rows.append(("prefix in all", "", sum(x.numel() for _, x in kept)))
+    return rows
+
+
+def parameter_rows(model: GPT2 | BART, prefix: Prefix | BARTPrefix | None = None) -> list[dict]:
+    """Where the parameters are: part, shape, number, percent of the model. An adapter that is
+    attached to the model has a row of its own."""
+    total = sum(weight.numel() for weight in model.parameters())
+    config = model.config
+    rows = []
+    for name, shape, part in parts_of(model):
+        n = sum(w.numel() for key, w in model.named_parameters() if part in f".{key}")
+        rows.append((name, shape, n))
+    rows.append(("model", f"L={config.n_layer} H={config.n_head} C={config.n_embd}", total))
+    if prefix is not None:
+        rows += prefix_rows(prefix)
+    adapter = adapter_of(model)
+    if adapter is not None:
+        shape = f"bottleneck {adapter.bottleneck}"
+        rows.append((f"adapter, design {adapter.design}", shape, count(adapter)))
+    return [
+        {"part": name, "shape": shape, "parameters": n, "percent": round(100 * n / total, 4)}
+        for name, shape, n in rows
+    ]
+
+
+def write_samples(path: Path, examples: list[Example], texts: dict[str, list[str]]) -> None:
+    """For each table: the table, its references, and each method's text below one another."""
+    width = max(map(len, texts))
+    blocks = []
+    for i, example in enumerate(examples):
+        fields = example.table or (("source", example.source),)
+        lines = [f"[{i + 1}]"] + [f"  {field}: {value}" for field, value in fields]
+        lines += ["  references:"] + [f"    - {target}" for target in example.targets]
+        lines += [f"  {name:<{width}} | {texts[name][i]}" for name in texts]
+        blocks.append("\n".join(lines) + "\n")
+    write_text(path, "\n".join(blocks))
+
+
+def plot_loss(
+    log: list[dict], path: Path, title: str, levels: dict[str, float] | None = None
+) -> None:
+    """Training and dev loss against the step, beside constant levels to compare with, by name."""
+    figure, axes = new_figure()
+    train = [entry for entry in log if "loss" in entry]
+    dev = [entry for entry in log if "dev_loss" in entry]
+    axes.plot([e["step"] for e in train], [e["loss"] for e in train], label="training", lw=1.2)
+    axes.plot([e["step"] for e in dev], [e["dev_loss"] for e in dev], "o-", label="dev")
+    for name, level in (levels or {}).items():
+        axes.axhline(level, color="grey", lw=1, ls="--", label=name)
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per target token)", title=title)
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def plot_comparison(rows: list[dict], path: Path, title: str) -> None:
+    """One group of bars per score, one bar per method. Rows: method and scores in 0 .. 100."""
+    scores = {"BLEU": "BLEU", "ROUGE-L": "ROUGE-L", "slots %": "slot values in the text"}
+    figure, axes = new_figure()
+    width = 0.8 / len(rows)
+    for i, row in enumerate(rows):
+        at = [x + (i - (len(rows) - 1) / 2) * width for x in range(len(scores))]
+        bars = axes.bar(at, [row[name] for name in scores], width * 0.92, label=row["method"])
+        axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
+    axes.set_xticks(range(len(scores)), scores.values())
+    axes.set(ylabel="score (0 to 100)", ylim=(0, 118), title=title)
+    axes.legend(frameon=False, ncols=len(rows), loc="upper center", fontsize=9)
+    save_figure(figure, path)
+
+
+def new_figure():
+    """A figure and its axes, drawn without a display."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary)

@@ -1,0 +1,159 @@
+"""Articles and summaries: XSum [1] as the hub has it and as its authors published it -> examples.
+
+Read `article` (one row), `read_parquet` (the hub's files [2]: columns document, summary, id), then
+`convert_xsum` (the authors' archive: one small text file per article, with its URL). Only the
+archive's rows have a URL, and so a topic (`bbc_topic`), which the splits for extrapolation need.
+
+An article is one example with one summary. It is never cut here, as 512 BPE tokens are a matter of
+a tokeniser: `batches.encode_prompt` does it, on request, with max_source.
+[1] https://github.com/EdinburghNLP/XSum   [2] https://huggingface.co/datasets/EdinburghNLP/xsum
+"""
+
+import json
+import re
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from minprefix.data.examples import Example, checked_text, clean
+from minprefix.files import atomic_write, read_json
+
+ARTICLE = ("document", "summary")  # the keys of a row
+OPTIONAL = ("id", "url", "topic")
+
+# What pages of the BBC say beside the text; lines that the hub's version leaves out, too.
+PAGE_LINES = {
+    "Share this with", "Email", "Facebook", "Messenger", "Twitter", "Pinterest", "WhatsApp",
+    "Linkedin", "LinkedIn", "Copy this link",
+    "These are external links and will open in a new window",
+}  # fmt: skip
+
+SPLIT_IDS = "XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json"  # {split: ids of its articles}
+SPLIT_NAMES = {"train": "train", "dev": "validation", "test": "test"}  # ours: theirs
+ARCHIVE = "XSUM-EMNLP18-Summary-Data-Original.tar.gz"
+SECTIONS = ("URL", "FIRST-SENTENCE", "RESTBODY")  # of a file in it that are used; TITLE is not
+
+
+def bbc_topic(url: str) -> str:
+    """Section and topic of an article of the BBC: "news/world", "sport/football"; "" if unknown.
+
+    The topic is the part of the path that the articles of a topic share, without the article's
+    number: /news/health-30216408 is news/health. Regions count as their family, world or uk:
+    /news/world-asia-india-32143053 is news/world (our choice: [1], A.1 of the prefix-tuning paper,
+    names the topics {world, UK, business} and no rule).
+    """
+    found = re.search(r"bbc\.(?:co\.uk|com)(?::\d+)?/([a-z]+)/(?:0/)?([^?#]*)", url)
+    if found is None:
+        return ""
+    section, path = found.groups()
+    topic = re.sub(r"-?\d+(\.stm)?$", "", path.split("/")[0])
+    family = re.match(r"world|uk", topic) if section == "news" else None
+    return f"{section}/{family[0] if family else topic}".removesuffix("/")
+
+
+def article(row: dict, linearisation: str, where: str) -> Example:
+    """The example of a row {"document": ..., "summary": ...}, with what it has of OPTIONAL.
+
+    The topic is the row's, or else its URL's. A document may be empty (some articles are a
+    picture); a summary may not.
+    """
+    document = row["document"]
+    if not isinstance(document, str) or document.strip():
+        checked_text(document, "document", where)
+    summary = checked_text(row["summary"], "summary", where)
+    number, url = row.get("id") or where, row.get("url") or ""
+    topic = row.get("topic") or ""
+    for name, value in (("url", url), ("topic", topic)):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {name} must be a string, got {value!r}")
+    source, target = clean(document, linearisation), clean(summary, linearisation)
+    return Example(source, (target,), None, where, topic or bbc_topic(url), str(number))
+
+
+def read_parquet(path: Path, linearisation: str) -> Iterator[Example]:
+    """The hub's format; pyarrow is needed for this alone."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        todo = "pip install pyarrow, or give JSON lines"
+        raise ValueError(f"{path}: reading parquet needs the package pyarrow ({todo})") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if not set(ARTICLE) <= set(names):
+                raise ValueError(f"{path}: needs the columns document and summary; has {names}")
+            columns, number = [*ARTICLE, *(set(OPTIONAL) & set(names))], 0
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield article(row, linearisation, f"{path}:{number}")
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: no readable parquet file ({error})") from None
+
+
+def _parse_summary(text: str, where: str) -> dict[str, str]:
+    """One file of the archive: sections, each under a line such as [SN]URL[SN]."""
+    parts = re.split(r"^\[SN\]([A-Z-]+)\[SN\]\s*$", text, flags=re.MULTILINE)[1:]
+    found = dict(zip(parts[::2], parts[1::2], strict=True))
+    if not set(SECTIONS) <= set(found):
+        raise ValueError(f"{where}: needs the sections {', '.join(SECTIONS)}, has {[*found]}")
+    url, summary, document = (
+        "\n".join(
+            line for line in found[name].split("\n") if line.strip() and line not in PAGE_LINES
+        ).strip()
+        for name in SECTIONS
+    )
+    return {"document": document, "summary": summary, "url": url}
+
+
+def _split_ids(path: Path) -> dict[str, list[str]]:
+    """Our split names -> ids, from the authors' file."""
+    ids = read_json(path)
+    for name in SPLIT_NAMES.values():
+        listed = ids.get(name)
+        if not isinstance(listed, list) or not all(isinstance(i, str) for i in listed):
+            raise ValueError(f"{path}: expected a list of ids under {name!r}")
+    return {ours: ids[theirs] for ours, theirs in SPLIT_NAMES.items()}
+
+
+def convert_xsum(archive: Path, split_ids: Path, folder: Path) -> list[Path]:
+    """train.jsonl, dev.jsonl and test.jsonl in `folder` from the authors' archive and their splits.
+
+    Rows have the keys document, summary, url and id, in the order of the split's ids, which is the
+    hub's order. The archive's files come in another one: they pass through a temporary file, so
+    that memory holds their places alone.
+
+    Raises:
+        ValueError: a broken archive or one without an article that a split names.
+    """
+    splits = _split_ids(split_ids)
+    wanted = {i for ids in splits.values() for i in ids}
+    places = {}  # id: (begin, length) in the temporary file, bytes
+    with tempfile.TemporaryFile(dir=folder) as rows:
+        try:
+            with tarfile.open(archive, "r|gz") as tar:
+                for member in tar:
+                    number = Path(member.name).name.removesuffix(".summary")
+                    if not member.isfile() or number not in wanted:
+                        continue
+                    where = f"{archive}:{member.name}"
+                    row = _parse_summary(tar.extractfile(member).read().decode(), where)
+                    line = json.dumps(row | {"id": number}, ensure_ascii=False).encode() + b"\n"
+                    places[number] = rows.tell(), len(line)
+                    rows.write(line)
+        except (tarfile.TarError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise ValueError(f"{archive}: broken archive ({error})") from error
+        if missing := sorted(wanted - set(places)):
+            raise ValueError(f"{archive}: {len(missing)} articles missing, such as {missing[0]}")
+        made = []
+        for split, ids in splits.items():
+            made.append(folder / f"{split}.jsonl")
+            with atomic_write(made[-1]) as temporary, temporary.open("wb") as file:
+                for number in ids:
+                    begin, length = places[number]
+                    rows.seek(begin)
+                    file.write(rows.read(length))
+    return made

@@ -1,0 +1,216 @@
+"""Batches: examples -> token ids with a loss mask -> padded rows, in a fixed order.
+
+Read `encode_pair` (the frame of one example: source, bos, target, eos; section 3 of [1] writes it
+[x; y], and for BART, [bos, source, eos] to the encoder and [eos, bos, target, eos] to the decoder),
+`collate` (what a step reads) and `BatchOrder` (which rows step s sees). Shapes use the letters of
+the README's table. Differs from the authors' code [2]: nothing is cut in silence.
+[1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from minprefix.checks import check_choice
+from minprefix.data.examples import LINEARISATIONS, Example, checked_text
+from minprefix.models.gpt2 import IGNORE
+
+POOL_BATCHES = 50  # batches sorted by length together: little padding, and still a shuffled order
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Prompt and target of one example as token ids; the loss is on ids[prompt_len:]."""
+
+    ids: list[int]  # source, bos, target, eos; BART's decoder: eos (its start), bos, target, eos
+    prompt_len: int  # tokens of the source and the bos; BART: 1
+    where: str
+    source: list[int] | None = None  # BART's encoder: bos, source, eos
+
+    @property
+    def length(self) -> int:
+        """Tokens in all."""
+        return len(self.ids) + len(self.source or ())
+
+
+def for_bart(tokenizer) -> bool:
+    """Whether its texts are for an encoder-decoder."""
+    return getattr(tokenizer, "family", "gpt2") == "bart"
+
+
+def encode_prompt(
+    tokenizer, source: str, linearisation: str = "paper", max_source: int | None = None
+) -> list[int]:
+    """enc(source) + [bos]; "original-code": enc(" " + source + " ") + [bos].
+
+    For BART [bos] + enc(source) + [eos], which the encoder reads, in both, as in [2].
+
+    Both blanks are those of [2]'s tables; its GPT-2 code for articles, of which [1] reports no
+    result, has neither.
+
+    Args:
+        max_source: keep the source's first tokens only, this many at most (512 for XSum's articles
+            in [1] and [2]); None keeps all of them. BART's bos and eos are among them, as in [2].
+    """
+    check_choice("linearisation", linearisation, LINEARISATIONS)
+    if max_source is not None and max_source < 1:
+        raise ValueError(f"max_source must be at least 1, got {max_source}")
+    if for_bart(tokenizer):
+        kept = None if max_source is None else max(0, max_source - 2)
+        return [tokenizer.bos_id] + tokenizer.encode(source)[:kept] + [tokenizer.eos_id]
+    text = source if linearisation == "paper" else f" {source} "
+    return tokenizer.encode(text)[:max_source] + [tokenizer.bos_id]
+
+
+def encode_pair(
+    tokenizer, source: str, target: str, linearisation: str = "paper", where: str = "",
+    max_source: int | None = None,
+) -> Encoded:  # fmt: skip
+    """The prompt, then enc(" " + target) + [eos]; "original-code" has a blank before eos, too.
+
+    For BART the prompt is the source, and the decoder reads [eos, bos] + enc(target): the labels,
+    bos included, moved by one, with eos as its start token [2].
+    """
+    checked_text(target, "the target", where)
+    prompt = encode_prompt(tokenizer, source, linearisation, max_source)
+    if for_bart(tokenizer):
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        return Encoded([eos, bos] + tokenizer.encode(target) + [eos], 1, where, prompt)
+    text = f" {target}" if linearisation == "paper" else f" {target} "
+    return Encoded(prompt + tokenizer.encode(text) + [tokenizer.eos_id], len(prompt), where)
+
+
+def encode_examples(
+    tokenizer,
+    examples: Sequence[Example],
+    linearisation: str = "paper",
+    max_len: int | None = None,
+    max_source: int | None = None,
+) -> list[Encoded]:
+    """Every (source, target) pair, in order.
+
+    Args:
+        tokenizer: has encode(text) -> ids, bos_id and eos_id.
+        max_len: most tokens that a pair may have, its bos and eos included. The model reads all
+            but the eos, so N positions are enough for max_len = N + 1. For BART, most of
+            a target; a source may then have N.
+        max_source: cut sources to this many tokens, see `encode_prompt`.
+    Raises:
+        ValueError: an empty target or a longer pair; but for max_source nothing is cut.
+    """
+    encoded = []
+    for example in examples:
+        for number, target in enumerate(example.targets, 1):
+            where = example.where + (f" (target {number})" if len(example.targets) > 1 else "")
+            pair = encode_pair(tokenizer, example.source, target, linearisation, where, max_source)
+            if max_len is not None and len(pair.ids) > max_len:
+                raise ValueError(f"{where}: {len(pair.ids)} tokens, at most {max_len} are allowed")
+            if max_len is not None and len(pair.source or ()) > max_len - 1:
+                n = f"a source of {len(pair.source)} tokens, at most {max_len - 1} are allowed"
+                raise ValueError(f"{where}: {n} (max_source cuts)")
+            encoded.append(pair)
+    return encoded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows; labels are already shifted, so logits and labels align by position."""
+
+    input_ids: torch.Tensor  # (B, T), int64
+    labels: torch.Tensor  # (B, T), int64: the next token where it is the target's, else IGNORE
+    lengths: torch.Tensor  # (B,), int64: real input tokens
+    at: torch.Tensor  # (n,), int64: places b T + t of the labels
+    starts: torch.Tensor  # (B,), int64: the bos, the first token behind an infix
+    # of BART, what its encoder reads
+    source_ids: torch.Tensor | None = field(default=None, kw_only=True)  # (B, S), int64
+    source_lens: torch.Tensor | None = field(default=None, kw_only=True)  # (B,), int64
+
+    def to(self, device: torch.device) -> "Batch":
+        """On this device; a GPU is not waited for."""
+        given = {name: x for name, x in vars(self).items() if x is not None}
+        return type(self)(
+            **{n: pinned(x, device).to(device, non_blocking=True) for n, x in given.items()}
+        )
+
+    def beside(self) -> dict[str, torch.Tensor]:
+        """What `hidden_states` takes beside input_ids."""
+        if self.source_ids is None:
+            return {"starts": self.starts}
+        return {"source_ids": self.source_ids, "source_lens": self.source_lens}
+
+
+def pinned(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x in memory that stays in place, if a GPU shall read it while the host goes on."""
+    return x.pin_memory() if (x.device.type, device.type) == ("cpu", "cuda") else x
+
+
+def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
+    """input_ids = ids[:-1], labels[t] = ids[t + 1] for t + 1 >= prompt_len; T fits the longest."""
+    if not encoded:
+        raise ValueError("a batch needs at least one example, got none")
+    lengths = torch.tensor([len(row.ids) - 1 for row in encoded])  # (B,)
+    shape = (len(encoded), int(lengths.max()))
+    input_ids = torch.full(shape, pad_id)  # (B, T)
+    labels = torch.full(shape, IGNORE)  # (B, T)
+    for b, row in enumerate(encoded):
+        ids = torch.tensor(row.ids)  # (T_b + 1,)
+        input_ids[b, : len(ids) - 1] = ids[:-1]
+        labels[b, row.prompt_len - 1 : len(ids) - 1] = ids[row.prompt_len :]
+    at = (labels != IGNORE).flatten().nonzero()[:, 0]  # (n,)
+    starts = torch.tensor([row.prompt_len - 1 for row in encoded])  # (B,)
+    if encoded[0].source is None:
+        return Batch(input_ids, labels, lengths, at, starts)
+    sources = [torch.tensor(row.source) for row in encoded]
+    source_lens = torch.tensor([len(source) for source in sources])  # (B,)
+    source_ids = pad_sequence(sources, batch_first=True, padding_value=pad_id)  # (B, S)
+    more = {"source_ids": source_ids, "source_lens": source_lens}
+    return Batch(input_ids, labels, lengths, at, starts, **more)
+
+
+def epoch_batches(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """One epoch: every index of `lengths` once, in batches of similar length, in random order.
+
+    The shuffled indices are cut into pools of POOL_BATCHES batches; a pool is sorted by length and
+    cut into batches; the batches are shuffled. (seed, epoch) alone decide, not the global state.
+    At most one batch is smaller than batch_size.
+    """
+    if batch_size < 1 or not len(lengths):
+        raise ValueError(
+            f"batch_size and examples must be at least 1, got {batch_size} and {len(lengths)}"
+        )
+    if seed < 0 or epoch < 0:
+        raise ValueError(f"seed and epoch must not be negative, got {seed} and {epoch}")
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths)).tolist()
+    batches = []
+    for start in range(0, len(order), POOL_BATCHES * batch_size):
+        pool = sorted(order[start : start + POOL_BATCHES * batch_size], key=lengths.__getitem__)
+        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class BatchOrder:
+    """The endless order of batches: `batch(step)` depends on the arguments and the step alone.
+
+    A run that resumes at step s therefore sees the batches that an unbroken run sees.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self._epoch, self._batches = 0, epoch_batches(lengths, batch_size, seed, 0)
+        self.steps_per_epoch = len(self._batches)
+
+    def batch(self, step: int) -> list[int]:
+        """The indices of the batch at `step`, counted from 0 over all epochs."""
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._batches = epoch_batches(self.lengths, self.batch_size, self.seed, epoch)
+            self._epoch = epoch
+        return self._batches[position]

@@ -1,0 +1,316 @@
+"""The command `python -m minprefix data NAME`: official data sets, fetched and checked.
+
+    python -m minprefix data e2e                      into the cache; then `train --data e2e` works
+    python -m minprefix data webnlg --data-dir DIR    check the copies in DIR, fetch what is missing
+
+Read `SOURCES`, then `fetch`. Each file has one of three states:
+
+    verified      its sha256 is the one in assets/sha256/, computed here from the file itself
+    as published  the file was never seen here; its sha256 is the one that others published
+    unverified    neither; its sha256 is printed, recorded in SHA256SUMS and compared from then on
+
+A file whose sha256 is known from the file itself and differs is an error, and so is one that no
+longer is what SHA256SUMS says. A download goes on where it was interrupted, and a file gets its
+name when it is whole and checked. XSum's archive is then turned into JSON lines
+(`data_articles.convert_xsum`): three files instead of one per article.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import constants
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import WeakFileLock
+from tqdm import tqdm
+
+from minprefix.checks import check_choice
+from minprefix.cli.report import format_rows
+from minprefix.data.articles import ARCHIVE, SPLIT_IDS, SPLIT_NAMES, convert_xsum
+from minprefix.data.load import DATA_SETS, data_folder
+from minprefix.files import flush, write_text
+from minprefix.models.hub import SilentBar
+
+SUMS = Path(__file__).parents[1] / "assets" / "sha256"  # NAME.txt: sha256sum's format
+RECORD = "SHA256SUMS"  # beside the data, for `sha256sum -c`
+MADE = tuple(f"{split}.jsonl" for split in SPLIT_NAMES)  # of XSum
+GITHUB = "https://raw.githubusercontent.com"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from."""
+
+    licence: str
+    home: str  # a page to look at
+    base: str  # URL that a file's name is appended to
+    urls: dict[str, str] = field(default_factory=dict)  # of files that lie elsewhere
+    unseen: tuple[str, ...] = ()  # files whose sha256 others published
+
+    def url(self, name: str) -> str:
+        return self.urls.get(name) or f"{self.base}/{name}"
+
+
+SOURCES = {
+    "e2e": Source(
+        "CC BY-SA 4.0",
+        "https://github.com/tuetschek/e2e-dataset",
+        f"{GITHUB}/tuetschek/e2e-dataset/master",
+    ),
+    # gitlab.com/shimorina/webnlg-dataset holds later releases, too; the paper's authors keep the
+    # files of the challenge 2017, as they used them.
+    "webnlg": Source(
+        "CC BY-NC-SA 4.0 (not for commercial use)",
+        "https://github.com/XiangLi1999/PrefixTuning/tree/cleaned/data/webnlg_challenge_2017",
+        f"{GITHUB}/XiangLi1999/PrefixTuning/6519d30e69b15a180f23e2cd41b766d3f62b8e82/"
+        "data/webnlg_challenge_2017",
+    ),
+    "dart": Source(
+        "MIT (texts from E2E and WebNLG: CC BY-SA 4.0 and CC BY-NC-SA 4.0)",
+        "https://github.com/Yale-LILY/dart",
+        f"{GITHUB}/Yale-LILY/dart/master/data/v1.1.1",
+        unseen=("dart-v1.1.1-full-train.json",),
+    ),
+    # The copy on the hub of http://bollin.inf.ed.ac.uk/public/direct/, at a version that has it.
+    "xsum": Source(
+        "none stated for the BBC's texts (the card of GEM/xsum on the hub says CC BY-SA 4.0)",
+        "https://github.com/EdinburghNLP/XSum",
+        f"{constants.ENDPOINT}/datasets/EdinburghNLP/xsum/resolve/"
+        "0f3ea2f2b55fcb11e71fb1e3aec6822e44ddcb0f/data",
+        urls={SPLIT_IDS: f"{GITHUB}/EdinburghNLP/XSum/master/XSum-Dataset/{SPLIT_IDS}"},
+        unseen=(ARCHIVE, SPLIT_IDS),
+    ),
+}
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """File name -> sha256, of a file as sha256sum writes it; lines that begin with # are none."""
+    sums = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line and not line.startswith("#"):
+            digest, _, name = line.partition("  ")
+            if len(digest) != 64 or not name:
+                raise ValueError(f"{path}:{number}: expected a sha256 and a name, got {line!r}")
+            sums[name] = digest
+    return sums
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _asking(url: str, path: Path) -> Iterator[None]:
+    """Turn what the client raises into one line that says what to fetch and where to put it."""
+    client = logging.getLogger("huggingface_hub.file_download")
+    client.disabled = True  # it tells of each attempt in two lines
+    try:
+        yield
+    except (hub_errors.HTTPError, OSError) as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise OSError(
+            f"{url} cannot be fetched ({reason}); run again to go on, or put a copy at {path}"
+        ) from error
+    finally:
+        client.disabled = False
+
+
+def _download(url: str, path: Path, silent: bool) -> Path:
+    """The file as `.NAME.partial` beside `path`, whole; goes on where it was interrupted."""
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"displayed_filename": path.name, "tqdm_class": SilentBar if silent else None}
+    options["headers"] = {"Accept-Encoding": "identity"}  # compressed answers have no byte ranges
+    with _asking(url, path), partial.open("ab") as file:
+        try:
+            http_get(url, file, resume_size=file.tell(), **options)
+        except hub_errors.HfHubHTTPError as error:
+            if error.response.status_code != 416:
+                raise
+            file.truncate(0)  # there is nothing after it: begin again
+            file.seek(0)
+            http_get(url, file, **options)
+        finally:
+            if not file.tell():
+                partial.unlink()
+    flush(partial)
+    return partial
+
+
+def _state(name: str, digest: str, source: Source, known: str | None, recorded: str | None) -> str:
+    """The state of a file, see the header; ValueError if it is not the official file."""
+    if known == digest:
+        return "as published" if name in source.unseen else "verified"
+    if known and name not in source.unseen:
+        raise ValueError(f"not the official file: sha256 {digest}, expected {known}")
+    if recorded and recorded != digest:
+        raise ValueError(f"changed since it was fetched: sha256 {digest}, {RECORD} has {recorded}")
+    return "unverified" + (f" (published was {known})" if known else "")
+
+
+def _with_unix_ends(path: Path, known: str) -> str | None:
+    """The known sha256 if the file has it with \\n for each \\r\\n; it is then written so.
+
+    DART's repository changed its files to Windows line ends after others had published their sha256
+    (commit 34b3c872, May 2021). Seen of the dev file: its content is the same.
+    """
+    data = path.read_bytes().replace(b"\r\n", b"\n")
+    if hashlib.sha256(data).hexdigest() != known:
+        return None
+    path.write_bytes(data)
+    return known
+
+
+def _check_or_fetch(
+    name: str, folder: Path, source: Source, known: str | None, recorded: str | None, silent: bool
+) -> tuple[str, str]:
+    """One official file: (sha256, state). A download with a wrong sha256 is removed."""
+    path = folder / name
+    if path.is_file():
+        digest = sha256(path)
+        try:
+            return digest, _state(name, digest, source, known, recorded)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; remove it to fetch it anew") from None
+    partial = _download(source.url(name), path, silent)
+    digest = sha256(partial)
+    if known and digest != known:
+        digest = _with_unix_ends(partial, known) or digest
+    try:
+        state = _state(name, digest, source, known, None)
+    except ValueError as error:
+        partial.unlink()
+        raise ValueError(f"{source.url(name)}: {error}; the download was removed") from None
+    os.replace(partial, path)
+    return digest, state
+
+
+def _is_made(folder: Path, recorded: dict[str, str]) -> bool:
+    """Whether XSum's JSON lines are there, and recorded."""
+    return all((folder / name).is_file() and name in recorded for name in MADE)
+
+
+def _make(folder: Path, recorded: dict[str, str]) -> dict[str, str]:
+    """XSum's JSON lines -> sha256, made from the archive if one of them is missing."""
+    if not _is_made(folder, recorded):
+        print(f"{folder / ARCHIVE} -> {', '.join(MADE)}", file=sys.stderr)
+        convert_xsum(folder / ARCHIVE, folder / SPLIT_IDS, folder)
+        return {name: sha256(folder / name) for name in MADE}
+    sums = {name: sha256(folder / name) for name in MADE}
+    for name in MADE:
+        if sums[name] != recorded[name]:
+            raise ValueError(
+                f"{folder / name}: changed since it was made: sha256 {sums[name]}, {RECORD} has "
+                f"{recorded[name]}; remove it to make it anew"
+            )
+    return sums
+
+
+def _hub_files(name: str, folder: Path) -> list[str]:
+    """XSum in the hub's format, where somebody has put it; no sha256 of it is known."""
+    files = sorted(folder.rglob("*.parquet")) if name == "xsum" else []
+    return [file.relative_to(folder).as_posix() for file in files]
+
+
+def _missing(name: str, folder: Path, recorded: dict[str, str]) -> list[str]:
+    """The files that have to be fetched or made."""
+    if name == "xsum":
+        if _is_made(folder, recorded) or _hub_files(name, folder):  # needs no archive
+            return []
+        return [*SOURCES[name].unseen, *MADE]
+    return [file for file in read_sums(SUMS / f"{name}.txt") if not (folder / file).is_file()]
+
+
+def fetch(name: str, folder: str | Path | None = None) -> list[dict]:
+    """Every file of a data set in `folder`: checked if it is there, fetched if it is not.
+
+    Nothing is written to a folder that has all files, but for the sha256 of unverified ones.
+
+    Args:
+        name: one of DATA_SETS.
+        folder: None means `data.data_folder`.
+    Returns:
+        a row for each file: file, bytes, sha256, state.
+    Raises:
+        ValueError: a file is not what it should be. OSError: it cannot be fetched or written.
+    """
+    check_choice("the data set", name, DATA_SETS)
+    folder = Path(folder or data_folder(name))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder")
+    record = folder / RECORD
+    missing = _missing(name, folder, read_sums(record) if record.is_file() else {})
+    if not missing:
+        return _fetch(name, folder)
+    if folder.exists() and not _is_writable(folder):
+        raise OSError(f"{folder}: {missing[0]} is missing and the folder is read-only")
+    folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder / ".lock"):  # a second process finds what the first has fetched
+        return _fetch(name, folder)
+
+
+def _is_writable(folder: Path) -> bool:
+    """By the folder's mode, which root may but should not ignore."""
+    return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
+
+
+def _fetch(name: str, folder: Path) -> list[dict]:
+    """The work of `fetch`."""
+    source, record = SOURCES[name], folder / RECORD
+    recorded = read_sums(record) if record.is_file() else {}
+    hub, sums, states = _hub_files(name, folder), {}, {}
+    known = dict.fromkeys(hub) or read_sums(SUMS / f"{name}.txt")
+    made, many = name == "xsum" and _is_made(folder, recorded), len(known) > 9
+    try:
+        for file in tqdm(known, desc=name, unit="file", disable=not many, delay=1):
+            if (folder / file).is_file() or not made:
+                sums[file], states[file] = _check_or_fetch(
+                    file, folder, source, known[file], recorded.get(file), many
+                )
+        if name == "xsum" and not hub:
+            for file, digest in _make(folder, recorded).items():
+                sums[file], states[file] = digest, f"made from {ARCHIVE}"
+    finally:  # what is there is recorded, also if the next file fails
+        new = recorded | {file: sums[file] for file in states if states[file] != "verified"}
+        if new != recorded and _is_writable(folder):
+            lines = (f"{digest}  {file}\n" for file, digest in sorted(new.items()))
+            write_text(record, "".join(lines))
+    sizes = {file: (folder / file).stat().st_size for file in states}
+    return [
+        {"file": file, "bytes": sizes[file], "sha256": sums[file], "state": states[file]}
+        for file in states
+    ]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=DATA_SETS, help="the data set")
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR",
+        help="check the files of this folder, fetch into it what is missing (default: "
+        "$XDG_CACHE_HOME/minprefix/data/NAME, where --data NAME finds it)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> dict | None:
+    """The command; prints a short list, or returns all of it for --json."""
+    source, folder = SOURCES[args.name], args.data_dir or data_folder(args.name)
+    print(f"{args.name}: {source.home}\nlicence: {source.licence}", file=sys.stderr)
+    rows = fetch(args.name, folder)
+    about = {"name": args.name, "folder": str(folder), "source": source.home}
+    about["licence"] = source.licence
+    if args.json:
+        return about | {"files": rows}
+    print("\n".join(f"{key}: {value}" for key, value in about.items()))
+    if len({row["state"] for row in rows}) == 1 and len(rows) > 9:
+        print(f"{len(rows)} files, all {rows[0]['state']}")
+    else:
+        print(format_rows(rows))
+    return None

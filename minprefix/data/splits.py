@@ -1,0 +1,140 @@
+"""Which examples: topics seen and unseen in training, and the small subsets of the low-data tests.
+
+Extrapolation (section 6.4 and appendix A.1 of [1]; ACL version): `seen` parts WebNLG by category,
+`choose` also parts XSum by the topic in an article's URL. Low data (6.3, A.2): `low_data`. What [1]
+leaves open and is our choice is said at each function.
+[1] https://arxiv.org/abs/2101.00190
+"""
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+from minprefix.checks import check_choice
+from minprefix.data.examples import Example
+from minprefix.data.triples import DART_CATEGORY
+
+# WebNLG 2017's categories in training and dev; [1] says 9, the files have these 10. The test set
+# has five more.
+SEEN = (
+    "Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument", "SportsTeam",
+    "University", "WrittenWork",
+)  # fmt: skip
+UNSEEN = ("Artist", "Athlete", "CelestialBody", "MeanOfTransportation", "Politician")
+
+TOPICS = ("seen", "unseen", "news-to-sports", "within-news")  # what `choose` knows
+# of within-news; XSum has no council and no traffic, the embedded notes neither world nor UK
+TRAINING_NEWS = ("news/world", "news/uk", "news/business", "news/council", "news/traffic")
+
+# 5 subsets of each size, a model with each of 2 seeds: 10 models a size
+LOW_DATA_SIZES, LOW_DATA_SUBSETS, LOW_DATA_SEEDS = (50, 100, 200, 500), 5, 2
+DEV_PART = 0.3  # dev pairs per training pair
+
+
+def seen(example: Example) -> bool:
+    """Whether training has WebNLG examples of this category.
+
+    Raises:
+        ValueError: the example has no category, so it is not WebNLG's.
+    """
+    if not example.group or example.group == DART_CATEGORY:
+        raise ValueError(f"{example.where}: no category, so neither seen nor unseen in training")
+    return example.group in SEEN
+
+
+def choose(examples: Sequence[Example], topics: str | None, split: str) -> list[Example]:
+    """The examples of one split with the topics that are asked for; None: all.
+
+        topics            of      train, dev                 test
+        "seen", "unseen"  WebNLG  that part                  that part (training has no unseen one)
+        "news-to-sports"  XSum    news                       sport
+        "within-news"     XSum    news: world, UK, business  all other news
+        The embedded notes, written after XSum, have both of the latter, too: see TRAINING_NEWS.
+
+    Articles of other sections of the BBC are in neither part. Our choice: the official splits stay
+    apart (training on train's articles, testing on test's), regions count as world or UK
+    (`data_articles.bbc_topic`), and dev has the topics of train.
+
+    Raises:
+        ValueError: no example has a topic (of XSum, only the authors' archive holds URLs), or none
+            the one that is asked for.
+    """
+    if topics is None:
+        return list(examples)
+    check_choice("topics", topics, TOPICS)
+    check_choice("split", split, ("train", "dev", "test"))
+    if topics in ("seen", "unseen"):
+        return _some([e for e in examples if seen(e) == (topics == "seen")], topics, split)
+    if not any(example.group for example in examples):
+        where = examples[0].where if examples else "no examples"
+        raise ValueError(
+            f"{where}: no article has a URL, so topics are not known: the hub's files have none; "
+            "`python -m minprefix data xsum` makes JSON lines that do"
+        )
+
+    def chosen(group: str) -> bool:
+        news = group.split("/")[0] == "news"
+        if topics == "news-to-sports":
+            return group.split("/")[0] == "sport" if split == "test" else news
+        return news and (group in TRAINING_NEWS) != (split == "test")
+
+    return _some([example for example in examples if chosen(example.group)], topics, split)
+
+
+def _some(examples: list[Example], topics: str, split: str) -> list[Example]:
+    """The examples, if there are any."""
+    if not examples:
+        raise ValueError(f"the split {split} has no examples for the topics {topics}")
+    return examples
+
+
+def subset(examples: Sequence[Example], size: int, subset_seed: int) -> list[Example]:
+    """`size` of the (source, target) pairs, without replacement, in their order.
+
+    [1] samples rows of the data; how is not said. Our choice: pairs in the order of the hash
+    sha256("subset_seed index"), of which the first `size` are taken. It depends on the data's
+    order, the seed and no library, and a smaller subset is part of a larger one.
+    """
+    total = sum(len(example.targets) for example in examples)
+    if not 1 <= size <= total:
+        raise ValueError(f"size must be 1 to {total}, the number of pairs, got {size}")
+    order = sorted(
+        range(total), key=lambda i: hashlib.sha256(f"{subset_seed} {i}".encode()).digest()
+    )
+    chosen, index, found = set(order[:size]), 0, []
+    for example in examples:
+        here = range(index, index := index + len(example.targets))
+        kept = [t for i, t in zip(here, example.targets, strict=True) if i in chosen]
+        if kept:
+            found.append(replace(example, targets=tuple(kept)))
+    return found
+
+
+def low_data(
+    train: Sequence[Example], dev: Sequence[Example], size: int, subset_seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Training and dev pairs of one low-data run: `size`, and 30 % of it, of one subset seed.
+
+    [1]: sizes 50, 100, 200 and 500, 5 subsets each, dev a split of 30 % of the training size (for
+    early stopping). Our choice: dev pairs come from the official dev set, at least one; without a
+    dev set there are none.
+
+    Raises:
+        ValueError: the data has fewer pairs.
+    """
+    chosen = subset(train, size, subset_seed)
+    dev_size, there = max(1, round(DEV_PART * size)), sum(len(example.targets) for example in dev)
+    if 0 < there < dev_size:
+        raise ValueError(
+            f"{size} training pairs come with {dev_size} dev pairs, and dev has only {there}"
+        )
+    return chosen, subset(dev, dev_size, subset_seed) if dev else []
+
+
+def add_subset(parser: argparse.ArgumentParser) -> None:
+    """The command line's options of `low_data`."""
+    parser.add_argument(
+        "--subset", type=int, help="low data: this many pairs, 30 %% as many for dev"
+    )
+    parser.add_argument("--subset-seed", type=int, default=0, help="which (default: %(default)s)")

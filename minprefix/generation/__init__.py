@@ -1,0 +1,1 @@
+"""From prompts to texts, plainly and fast; imports all that prefix may, and prefix."""

@@ -1,0 +1,297 @@
+"""The paper's baselines: adapters, and fine-tuning of the top layers.
+
+An adapter (section 5.2 of Li & Liang 2021 [1]) is a bottleneck with a skip connection, put behind
+parts of a frozen model; only it is trained:
+
+    A(x) = x + W_up relu(W_down n(x) + b_down) + b_up,   W_down (m, C), W_up (C, m).
+
+Two designs, those of the authors' code [2], ReLU in both:
+
+    lin      one per layer, behind the whole block, n a layer norm of its own: Lin et al. 2020 [3],
+             design 1 and the default of [2]
+    houlsby  two per layer, behind attention and behind the MLP, each before its sum is added to the
+             residual stream, n(x) = x: Houlsby et al. 2019 [4], design 2 of [2]. The code of [4]
+             has GELU instead, and trains the model's layer norms, too; [2] does neither.
+
+W_down starts as N(0, 0.02) and the biases at 0, as in [2]. W_up starts at 0, which is ours: step 0
+is then exactly the frozen model. [2] draws W_up like W_down, the code of [4] draws both from a
+truncated N(0, 0.001). The frozen model has no dropout here; [2] leaves it on for adapters.
+
+Read `Bottleneck`, `Adapter`, `TopLayers`, then `make_baseline`. `gpt2.py` knows nothing of them: an
+adapter sits in forward hooks, and what fine-tuning of the top layers trains are the model's own
+modules. Shapes use the letters of the README's table; m is the width of a bottleneck.
+
+[1] https://arxiv.org/abs/2101.00190
+[2] https://github.com/XiangLi1999/PrefixTuning: old_transformers/src/transformers/
+    modeling_gpt2_adapter.py (designs), gpt2/run_language_modeling.py (what trains)
+[3] https://arxiv.org/abs/2004.03829, code https://github.com/zlinao/VGLM
+[4] https://arxiv.org/abs/1902.00751, code https://github.com/google-research/adapter-bert
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minprefix.checks import check_choice
+from minprefix.generation.fast import KEPT
+from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.weights import check_base, fingerprint, need_gpt2
+
+SITES = {"lin": ("block",), "houlsby": ("attn", "mlp")}  # by design: behind what in each layer
+DESIGNS = tuple(SITES)
+SHARE = 0.03  # of the model's parameters: the larger of the paper's two adapters
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """What the methods "ft-top" and "adapter" train; `make_baseline` follows it."""
+
+    top_layers: int = 2  # ft-top: layers, from the top, beside the last layer norm; the paper's: 2
+    top_embedding: bool = False  # ft-top: the token embedding, too, which is the head
+    adapter_design: str = "lin"  # adapter: "lin" (one per layer) or "houlsby" (two per layer)
+    bottleneck: int | None = None  # adapter: its width m; None = by adapter_share
+    adapter_share: float | None = None  # adapter: its part of the model's parameters; None = 0.03
+
+    def __post_init__(self):
+        check_choice("adapter_design", self.adapter_design, DESIGNS)
+        for name in ("top_layers", "bottleneck"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.adapter_share is not None and not 0 < self.adapter_share <= 1:
+            raise ValueError(f"adapter_share must lie in (0, 1], got {self.adapter_share}")
+        if self.bottleneck is not None and self.adapter_share is not None:
+            raise ValueError(
+                f"bottleneck {self.bottleneck} and adapter_share {self.adapter_share} both say how "
+                "wide an adapter is: give one"
+            )
+
+
+def count(module: nn.Module) -> int:
+    """How many parameters it has."""
+    return sum(weight.numel() for weight in module.parameters())
+
+
+class Bottleneck(nn.Module):
+    """A(x): see the module's header. Weights may be wider than x: products are in x's dtype."""
+
+    def __init__(self, config: GPT2Config, width: int, norm: bool):
+        super().__init__()
+        C = config.n_embd
+        self.ln = nn.LayerNorm(C, eps=config.layer_norm_epsilon) if norm else None
+        self.down, self.up = nn.Linear(C, width), nn.Linear(width, C)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        h = x
+        if self.ln is not None:
+            weight, bias = self.ln.weight.to(x.dtype), self.ln.bias.to(x.dtype)
+            h = F.layer_norm(x, x.shape[-1:], weight, bias, self.ln.eps)
+        h = F.relu(F.linear(h, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype)))
+        return x + F.linear(h, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
+
+
+# models that compute with an adapter: it, and what takes its hooks away
+ATTACHED: WeakKeyDictionary[GPT2, tuple["Adapter", list]] = WeakKeyDictionary()
+
+
+def behind(sublayer: nn.Module, part: Bottleneck):
+    """A forward hook: what `part` makes of the output takes its place. A copy of the sublayer has
+    the hook, too; there it does nothing."""
+    here = weakref.ref(sublayer)
+    return lambda module, args, x: part(x) if module is here() else None
+
+
+class Adapter(nn.Module):
+    """Bottlenecks for all layers of one model. Make it with `random` or `load`, then `attach` it.
+
+    Attributes:
+        design, bottleneck: as in `BaselineConfig`.
+        base: fingerprint of the model that it belongs to; "" = not known.
+        linearisation, max_source: the frame it was trained in (`batches.encode_prompt`), which is
+            that of a model it is attached to (`frame_of`). "" = none; None = nothing is cut.
+    """
+
+    def __init__(self, config: GPT2Config, bottleneck: int, design: str = "lin"):
+        super().__init__()
+        check_choice("adapter_design", design, DESIGNS)
+        if bottleneck < 1:
+            raise ValueError(f"bottleneck must be at least 1, got {bottleneck}")
+        self.design, self.bottleneck = design, bottleneck
+        self.n_layer, self.n_embd = config.n_layer, config.n_embd
+        self.layer_norm_epsilon = config.layer_norm_epsilon
+        self.base, self.linearisation, self.max_source = "", "", None
+
+        def layer() -> nn.ModuleDict:
+            norm = design == "lin"
+            return nn.ModuleDict({p: Bottleneck(config, bottleneck, norm) for p in SITES[design]})
+
+        self.h = nn.ModuleList(layer() for _ in range(config.n_layer))
+
+    @classmethod
+    @torch.no_grad()
+    def random(
+        cls, config: GPT2Config, bottleneck: int, seed: int, design: str = "lin"
+    ) -> "Adapter":
+        """The start of training, exactly the frozen model: see the module's header."""
+        adapter, generator = cls(config, bottleneck, design), torch.Generator().manual_seed(seed)
+        for layer in adapter.h:
+            for part in layer.values():
+                nn.init.normal_(part.down.weight, std=0.02, generator=generator)
+                for weight in (part.down.bias, part.up.weight, part.up.bias):
+                    nn.init.zeros_(weight)
+        return adapter
+
+    @classmethod
+    def load(cls, path) -> "Adapter":
+        """Read an adapter file; see `checkpoint.load_adapter`."""
+        from minprefix.prefix.files import load_adapter
+
+        return load_adapter(path)
+
+    def save(self, path) -> None:
+        """Write an adapter file; see `checkpoint.save_adapter`."""
+        from minprefix.prefix.files import save_adapter
+
+        save_adapter(path, self)
+
+    def bind(self, model: GPT2) -> None:
+        """Remember that this adapter belongs to `model`."""
+        self.base = fingerprint(model)
+
+    def check_base(self, model: GPT2) -> None:
+        """ValueError if this adapter does not fit `model`, or was made for another one."""
+        need_gpt2(model, "an adapter")
+        config = model.config
+        if (self.n_layer, self.n_embd) != (config.n_layer, config.n_embd):
+            raise ValueError(
+                f"this adapter is for {self.n_layer} layers of width {self.n_embd}, the model has "
+                f"{config.n_layer} of width {config.n_embd}"
+            )
+        check_base(self.base, model, "adapter")
+
+    def attach(self, model: GPT2) -> None:
+        """From now on `model` computes with this adapter, in training and in generation.
+
+        Its weights, their names and its config stay as they are. What is saved of it, and a copy
+        (`copy.deepcopy`), is the model without the adapter.
+
+        Raises:
+            ValueError: another model than `base`, one with an adapter, one with compiled layers.
+        """
+        self.check_base(model)
+        self._hook(model)
+
+    def detach(self, model: GPT2) -> None:
+        """`model` is as it was before `attach`. ValueError if it is without this adapter."""
+        if adapter_of(model) is not self:
+            raise ValueError("this adapter is not attached to this model")
+        _, handles = ATTACHED.pop(model)
+        for handle in handles:
+            handle.remove()
+        KEPT.pop(model, None)  # graphs recorded with the adapter
+
+    @contextmanager
+    def attached(self, model: GPT2) -> Iterator[None]:
+        """Attached within the block, for a model that `check_base` has seen (it takes its time)."""
+        self._hook(model)
+        try:
+            yield
+        finally:
+            self.detach(model)
+
+    def _hook(self, model: GPT2) -> None:
+        check_free(model)
+        if model.compile_blocks:  # they are compiled from `Block.forward`, around the hooks
+            raise ValueError("an adapter needs layers that are not compiled (compile_blocks)")
+        handles = []
+        for block, layer in zip(model.h, self.h, strict=True):
+            for place, part in layer.items():
+                sublayer = block if place == "block" else getattr(block, place)
+                handles.append(sublayer.register_forward_hook(behind(sublayer, part)))
+        ATTACHED[model] = self, handles
+        KEPT.pop(model, None)  # graphs recorded without it
+
+
+def adapter_of(model: GPT2) -> Adapter | None:
+    """The adapter that is attached to the model."""
+    return ATTACHED[model][0] if model in ATTACHED else None
+
+
+def frame_of(model: GPT2, prefix=None) -> tuple[str, int | None]:
+    """The frame that was trained, (linearisation, max_source): of the prefix, or else the adapter
+    that is attached to the model, or else the model; ("", None) = none."""
+    learned = prefix or adapter_of(model)
+    if learned is None or not (learned.linearisation or prefix):
+        learned = model.config
+    return learned.linearisation, learned.max_source
+
+
+def check_free(model: GPT2) -> None:
+    """ValueError if an adapter is attached to the model."""
+    if adapter_of(model) is not None:
+        raise ValueError("the model has an adapter already: detach it first")
+
+
+class TopLayers(nn.Module):
+    """What fine-tuning of the top layers trains: modules of `model` itself, under one name.
+
+    The last `n_top` blocks and the layer norm behind them, as `top_layers 22` of the authors' code
+    (its number for two blocks of GPT-2 medium, 22 and 23); with `embedding` the token embedding,
+    too, which is the head: its `top_layers 2`. The paper does not say which of them FT-top2 is.
+    Without the embedding the backward pass ends at the lowest of the trained blocks.
+    """
+
+    def __init__(self, model: GPT2, n_top: int = 2, embedding: bool = False):
+        super().__init__()
+        if not 1 <= n_top <= model.config.n_layer:
+            raise ValueError(
+                f"top_layers must lie in [1, {model.config.n_layer}], the model's layers, "
+                f"got {n_top}"
+            )
+        self.n_top, self.embedding = n_top, embedding
+        self.h, self.ln_f = model.h[-n_top:], model.ln_f
+        if embedding:
+            self.wte, self.drop = model.wte, model.drop
+
+
+def bottleneck_for(config: GPT2Config, share: float, design: str = "lin") -> int:
+    """The width, at least 1, at which an adapter's parameters come nearest to `share` of the
+    model's. They are an affine function of the width."""
+    with torch.device("meta"):  # shapes without memory
+        one, two = (count(Adapter(config, m, design)) for m in (1, 2))
+        goal = share * count(GPT2(config))
+    return max(1, 1 + round((goal - one) / (two - one)))
+
+
+def make_baseline(
+    model: GPT2, method: str, config: BaselineConfig, seed: int
+) -> Adapter | TopLayers | None:
+    """What `Trainer` takes as its `baseline`: an adapter on the model's device and bound to it, the
+    model's top layers, or for other methods None. ValueError for a BART, which has neither."""
+    if method in ("ft-top", "adapter"):
+        need_gpt2(model, f"method {method!r}")
+    if method == "ft-top":
+        return TopLayers(model, config.top_layers, config.top_embedding)
+    if method != "adapter":
+        return None
+    width, design = config.bottleneck, config.adapter_design
+    if width is None:
+        width = bottleneck_for(model.config, config.adapter_share or SHARE, design)
+    adapter = Adapter.random(model.config, width, seed, design).to(model.wte.weight.device)
+    adapter.bind(model)
+    return adapter
+
+
+def describe_baseline(baseline: Adapter | TopLayers, model: GPT2) -> str:
+    """What it is and how large, in one line."""
+    if isinstance(baseline, Adapter):
+        name = f"adapter, design {baseline.design}, bottleneck {baseline.bottleneck}"
+    else:
+        name = f"top {baseline.n_top} layers" + (" and embedding" if baseline.embedding else "")
+    n, total = count(baseline), count(model)
+    return f"{name}: {n:,} parameters, {100 * n / total:.3f} % of the model's {total:,}"

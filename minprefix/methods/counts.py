@@ -1,0 +1,110 @@
+"""How many parameters each method of the paper trains and keeps, from a model's shapes alone.
+
+Nothing is loaded: modules are built without memory and counted, so the numbers are those of the
+code that trains. For GPT-2 medium, what the paper says stands beside them: "345M", "250K" for E2E
+(length 5) and "500K" for DART (length 10) in footnote 7 of its ACL version, the percents in its
+tables [1]. For BART large they are its two prefixes for XSum; which lengths those have it does not
+say, but 100, the length in its appendix, and 5 come to them.
+
+[1] https://aclanthology.org/2021.acl-long.353
+"""
+
+from dataclasses import replace
+
+import torch
+
+from minprefix.methods.adapters import DESIGNS, Adapter, TopLayers, bottleneck_for, count
+from minprefix.models.bart import BART, BARTConfig
+from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.prefix.bart import BARTPrefix
+from minprefix.prefix.prefix import Prefix
+
+# layers, heads, width of the official models; all else is a default of `GPT2Config`
+OFFICIAL = {
+    "distilgpt2": (6, 12, 768),
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+BARTS = {  # layers of encoder and of decoder, heads, width, vocabulary
+    "facebook/bart-base": (6, 12, 768, 50265),
+    "facebook/bart-large": (12, 16, 1024, 50265),
+    "facebook/bart-large-cnn": (12, 16, 1024, 50264),
+}
+BART_LENGTHS, BART_MID = (5, 100, 200), 800  # 200: the paper's figure 4, XSum; width of the MLPs
+BART_PAPER = {"prefix, P = 5": "0.1%", "prefix, P = 100": "2%"}
+SHARES = (0.03, 0.001)  # the paper's adapters
+LENGTHS = (5, 10)  # the paper's prefixes: E2E and WebNLG, DART
+PAPER = {"fine-tuning": "345M", "adapter 3%": "3%", "adapter 0.1%": "0.1%",
+         "prefix, P = 5": "250K", "prefix, P = 10": "500K"}  # fmt: skip
+
+
+def official_config(name: str) -> GPT2Config | BARTConfig:
+    """The config of a name in `OFFICIAL` or `BARTS`."""
+    if name in BARTS:
+        n_layer, n_head, n_embd, vocab_size = BARTS[name]
+        return BARTConfig(vocab_size, n_embd=n_embd, n_encoder_layer=n_layer, n_layer=n_layer,
+                          n_head=n_head, n_inner=4 * n_embd)  # fmt: skip
+    n_layer, n_head, n_embd = OFFICIAL[name]
+    return GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+
+
+def shapes_of(config: GPT2Config | BARTConfig) -> GPT2 | BART:
+    """A model without memory."""
+    with torch.device("meta"):
+        return GPT2(config) if isinstance(config, GPT2Config) else BART(config)
+
+
+def bart_rows(config: BARTConfig) -> list[dict]:
+    """`method_rows` of a BART: fine-tuning, and a prefix at all three attentions."""
+    total = count(shapes_of(config))
+    found = [("fine-tuning", total, total)]
+    for length in BART_LENGTHS:
+        with torch.device("meta"):
+            table = count(BARTPrefix(config, length))
+            mlp = count(BARTPrefix(config, length, parametrisation="mlp", mid_dim=BART_MID))
+        found.append((f"prefix, P = {length}", mlp, table))
+    rows = []
+    for method, trained, kept in found:
+        percent = round(100 * kept / total, 4)
+        rows.append({"method": method, "trained": trained, "kept": kept, "percent": percent})
+    if replace(config, linearisation="", max_source=None) == official_config("facebook/bart-large"):
+        rows = [row | {"paper": BART_PAPER.get(row["method"], "")} for row in rows]
+    return rows
+
+
+def method_rows(config: GPT2Config | BARTConfig) -> list[dict]:
+    """By method: parameters trained, parameters kept for use, these in percent of the model; for
+    GPT-2 medium and BART large also what the paper says."""
+    if isinstance(config, BARTConfig):
+        return bart_rows(config)
+    model, rows = shapes_of(config), []
+    total = count(model)
+
+    def add(method: str, trained: int, kept: int, said: str = "") -> None:
+        percent = round(100 * kept / total, 4)
+        row = {"method": method, "trained": trained, "kept": kept, "percent": percent}
+        rows.append(row | {"paper": PAPER.get(said or method, "")})
+
+    add("fine-tuning", total, total)
+    n_top = min(2, config.n_layer)
+    for embedding in (False, True):
+        name = f"FT-top{n_top}" + (" with the embedding" if embedding else "")
+        add(name, *2 * [count(TopLayers(model, n_top, embedding))])
+    for design in DESIGNS:
+        for share in SHARES:
+            width = bottleneck_for(config, share, design)
+            with torch.device("meta"):
+                n = count(Adapter(config, width, design))
+            said = f"adapter {share * 100:g}%"
+            add(f"{said}, {design}, bottleneck {width}", n, n, said)
+    for length in LENGTHS:
+        with torch.device("meta"):
+            options = {"position_offset": 0}  # P may be larger than a tiny model's positions
+            table = count(Prefix(config, length, **options))
+            mlp = count(Prefix(config, length, parametrisation="mlp", **options))
+        add(f"prefix, P = {length}", mlp, table)
+    if replace(config, linearisation="", max_source=None) != official_config("gpt2-medium"):
+        rows = [{name: x for name, x in row.items() if name != "paper"} for row in rows]
+    return rows

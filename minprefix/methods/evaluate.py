@@ -1,0 +1,73 @@
+"""Evaluation: write a text for every table of a data set with one method, then score the texts."""
+
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from minprefix.checks import check_choice
+from minprefix.data.batches import encode_prompt
+from minprefix.data.examples import Example
+from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.texts import generate
+from minprefix.methods.adapters import frame_of
+from minprefix.methods.hard_prompt import HardPrompt, answer
+from minprefix.metrics.official import SUITES, official_scores, suite_of
+from minprefix.metrics.quick import score
+from minprefix.models.gpt2 import GPT2
+from minprefix.prefix.prefix import Prefix
+
+METRICS = ("quick", *SUITES, "auto")
+
+
+def measure(
+    texts: Sequence[str], examples: Sequence[Example], metrics: str = "quick"
+) -> dict[str, float]:
+    """Scores of the texts: `metrics.score`, or a suite of `official_metrics.official_scores`.
+
+    Args:
+        metrics: one of METRICS; "auto" takes the suite that fits the form of the examples
+            (`official_metrics.suite_of`), else "quick".
+    """
+    check_choice("metrics", metrics, METRICS)
+    suite = suite_of(examples) if metrics == "auto" else metrics
+    if suite == "quick":
+        return score(texts, examples)
+    grouped = suite == "webnlg" and all(example.group for example in examples)
+    groups = [example.group for example in examples] if grouped else None
+    return official_scores(texts, [example.targets for example in examples], suite, groups)
+
+
+def evaluate_method(
+    model: GPT2, tokenizer, examples: list[Example], *, prefix: Prefix | None = None,
+    prompt: HardPrompt | None = None, config: GenerationConfig | None = None,
+    linearisation: str = "paper", max_source: int | None = None, batch_size: int = 64,
+    progress: bool = False, metrics: str = "quick",
+) -> tuple[dict[str, float], list[str]]:  # fmt: skip
+    """Scores (see `measure`) and texts, in the order of the examples.
+
+    The method is the hard prompt if there is one, else the model in the frame it was trained in
+    (`batches.encode_prompt`), with the prefix or, for a fine-tuned model, without. Sources are cut
+    to max_source tokens; None = as in training. `progress` draws a bar on stderr.
+
+    Raises:
+        ValueError: max_source beside a prompt, which asks with the whole source; what `measure` and
+            `generation.generate` refuse.
+    """
+    check_choice("metrics", metrics, METRICS)
+    if prompt is not None and max_source is not None:
+        raise ValueError(f"max_source {max_source} does not go with a prompt: it cuts no source")
+    config = config or GenerationConfig()
+    sources = [example.source for example in examples]
+    with tqdm(total=len(sources), unit="text", disable=not progress, delay=1) as bar:
+        options = {"config": config, "batch_size": batch_size}
+        options["progress"] = lambda done, _: bar.update(done - bar.n)
+        if prompt is not None:
+            texts = answer(model, tokenizer, prompt, sources, **options)
+        else:
+            if max_source is None:
+                max_source = frame_of(model, prefix)[1]
+            frame = (linearisation, max_source)
+            prompts = [encode_prompt(tokenizer, source, *frame) for source in sources]
+            texts = generate(model, tokenizer, prompts, prefix=prefix, **options)
+    texts = [text.strip() for text in texts]
+    return measure(texts, examples, metrics), texts

@@ -1,0 +1,126 @@
+"""Discrete prompting: the frozen model is told in words what to do, nothing is trained.
+
+The baseline that prefix-tuning starts from (section 1 of Li & Liang 2021): an instruction around
+the table, with or without solved examples before it ("in context"). The text is what the model
+writes up to its first line break.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from minprefix.checks import check_choice
+from minprefix.data.batches import Encoded, encode_prompt
+from minprefix.data.examples import LINEARISATIONS, Example
+from minprefix.files import read_json
+from minprefix.generation.texts import generate
+from minprefix.models.gpt2 import GPT2
+from minprefix.models.weights import check_base
+
+# Ways to ask for a text, tried in this order; `{table}` stands for the linearised table.
+TEMPLATES = (
+    "{table}\n\nDescription:",
+    "{table}\n\nSummary:",
+    "Restaurant: {table}\nReview:",
+)
+
+
+@dataclass(frozen=True)
+class HardPrompt:
+    """An instruction and the examples shown before the table."""
+
+    template: str = TEMPLATES[0]  # must hold {table}
+    shown: tuple[tuple[str, str], ...] = ()  # (source, text) pairs, in order
+
+    def __post_init__(self):
+        if "{table}" not in self.template:
+            raise ValueError(f"a hard prompt must contain {{table}}, got {self.template!r}")
+
+    def render(self, source: str) -> str:
+        """The text after which the model writes."""
+        solved = (self._ask(shown) + f" {text}\n\n" for shown, text in self.shown)
+        return "".join(solved) + self._ask(source)
+
+    def _ask(self, source: str) -> str:
+        return self.template.replace("{table}", source)
+
+
+def show_examples(template: str, train: list[Example], shots: int, seed: int = 0) -> HardPrompt:
+    """A hard prompt with `shots` training examples in context, drawn by `seed`."""
+    if not 0 <= shots <= len(train):
+        raise ValueError(f"shots must lie in [0, {len(train)}], the training tables, got {shots}")
+    drawn = np.random.default_rng(seed).permutation(len(train))[:shots]
+    return HardPrompt(template, tuple((train[i].source, train[i].targets[0]) for i in drawn))
+
+
+def answer(model, tokenizer, prompt: HardPrompt, sources: list[str], **options) -> list[str]:
+    """What the frozen model writes for each table, cut at the first line break.
+
+    Raises:
+        ValueError: a TokenPrompt of another model; what `generation.generate` refuses.
+    """
+    if isinstance(prompt, TokenPrompt):
+        prompt.check_base(model)
+    prompts = [prompt.render(source) for source in sources]
+    texts = generate(model, tokenizer, prompts, **options)
+    return [(text.strip().splitlines() or [""])[0].strip() for text in texts]
+
+
+def template_rows(tokenizer, prompt: HardPrompt, examples: Sequence[Example]) -> list[Encoded]:
+    """Every (source, target) pair as a hard prompt frames it: enc(prompt), enc(" " + target), eos.
+
+    The tokens with a loss are those of `batches.encode_pair`, so mean losses can be compared.
+    """
+    rows = []
+    for example in examples:
+        asked = tokenizer.encode(prompt.render(example.source))
+        for target in example.targets:
+            answer = tokenizer.encode(f" {target}") + [tokenizer.eos_id]
+            rows.append(Encoded(asked + answer, len(asked), example.where))
+    return rows
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """A prompt of token ids around the table, which no text need stand for (`prompt_search.py`).
+
+    `answer` takes it in the place of a HardPrompt.
+    """
+
+    tokenizer: object
+    before: list[int]
+    behind: list[int]
+    linearisation: str = "paper"  # how the table between them is written, `batches.encode_prompt`
+    base: str = ""  # fingerprint of the model that it was searched for; "" = not known
+
+    @classmethod
+    def load(cls, path, tokenizer) -> "TokenPrompt":
+        """Read the prompt.json of a search.
+
+        Raises:
+            ValueError: not such a file, or tokens that the tokenizer does not have.
+        """
+        found = read_json(path)
+        parts = [found.get(name) for name in ("before", "behind")]
+        for part in parts:
+            if not isinstance(part, list) or not all(type(v) is int for v in part):
+                raise ValueError(f"{path}: not the prompt of a search")
+        linearisation, base = found.get("linearisation"), found.get("base", "")  # older: without
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: base {base!r} is no fingerprint")
+        try:
+            check_choice("linearisation", linearisation, LINEARISATIONS)
+            tokenizer.decode(parts[0] + parts[1])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return cls(tokenizer, *parts, linearisation, base)
+
+    def check_base(self, model: GPT2) -> None:
+        """ValueError if this prompt was searched for another model than `model`."""
+        check_base(self.base, model, "prompt")
+
+    def render(self, source: str) -> list[int]:
+        """The tokens after which the model writes."""
+        framed = encode_prompt(self.tokenizer, source, self.linearisation)
+        return self.before + framed[:-1] + self.behind  # the bos is in `behind`, if anywhere

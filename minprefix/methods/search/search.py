@@ -1,0 +1,408 @@
+"""A searched discrete prompt: the P tokens before a text that lower the loss most.
+
+The objective is prefix-tuning's, eq. (2) of Li & Liang 2021 [1], on the same rows in the same frame
+and with the model frozen, too. What is searched are P tokens, one-hot choices of embeddings, where
+embedding-only tuning takes any vectors and prefix-tuning any activations: discrete < embedding-only
+< prefix, each inside the next. Hence the default, any tokens of the vocabulary: the prompt is kept
+as ids, nobody has to type it (`printable` is for a prompt that shall be typed).
+
+A bos between source and target tells a model that a new document begins, and words before it can
+hardly mend that. With `behind` = A > 0 the last A tokens therefore stand in the place of the bos,
+as those of a written instruction do: outside the chain above, and the stronger opponent.
+
+The optimiser is greedy coordinate gradient [2] (AutoPrompt [3] and ARCA [4] are its kin): gradients
+by the one-hot choices propose replacements, the loss itself disposes. Around it stand
+
+    starts       task words, instructions, windows of training rows (a piece of a solved example)
+                 and random tokens; the best few go on as chains, whose number is halved
+    moves        one token replaced, or one taken out and one put in elsewhere
+    a race       all candidates on a few rows, the best quarter on four times as many, and so on
+                 beside the present prompt; what the finalists replace at different places is
+                 then put together, one by one, as long as the loss falls
+    a judge      training rows that no gradient and no race sees: a prompt that does not win there
+                 is not accepted, so luck with a minibatch is not
+    larger minibatches, once nothing is accepted any more
+
+and dev rows that choose which accepted prompt is kept. Read `SearchConfig`, `PromptSearch.step`,
+`PromptSearch.run`. Everything that step s does depends on the settings, the state before it and
+(seed, s): a run that was killed goes on to what an unbroken run finds. A run folder holds
+
+    log.jsonl            one line per step, with the row-evaluations spent so far
+    search.json          the state
+    prompt.json          the best prompt on the dev rows: token ids, text, base model
+    prefix.safetensors   with A = 0 the same as a prefix like any other
+
+Effort is counted in row-evaluations: one row read behind one prompt, forward (`GRADIENT_COST`).
+[1] https://arxiv.org/abs/2101.00190   [2] https://arxiv.org/abs/2307.15043
+[3] https://arxiv.org/abs/2010.15980   [4] https://arxiv.org/abs/2303.04381
+"""
+
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minprefix.checks import check_choice
+from minprefix.data.batches import Encoded, encode_examples
+from minprefix.data.examples import Example
+from minprefix.files import read_json, write_text
+from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, template_rows
+from minprefix.methods.search.moves import PromptForm, neighbours, race, replaced, starting_prompts
+from minprefix.methods.search.scores import (
+    GRADIENT_COST,
+    one_hot_gradient,
+    prompt_nats,
+    target_tokens,
+)
+from minprefix.models.gpt2 import GPT2
+from minprefix.models.weights import fingerprint, need_gpt2
+from minprefix.prefix.prefix import Prefix, token_activations
+from minprefix.training.run_folder import append_log, cut_log
+from minprefix.training.trainer import PRECISIONS, Interrupted, deferred_interrupt, in_bf16
+
+FINALISTS = 8  # prompts that reach the end of a race
+MOST_LEVELS = 3  # the minibatch is doubled so often at most
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """One search."""
+
+    prompt_len: int = 10  # P, tokens
+    behind: int = 0  # A, how many of them stand behind the source, in the place of the bos
+    steps: int = 100  # rounds of gradient, race and judgement
+    budget: int | None = None  # row-evaluations, beside steps: no step begins after so many
+    candidates: int = 64  # prompts in a race
+    top_k: int = 64  # tokens per place that candidates are drawn from, by their gradient
+    batch_size: int = 64  # training pairs of a step: gradient, and last round of the race
+    judge_rows: int = 256  # training pairs that accept or refuse, always the same
+    chains: int = 2  # prompts improved side by side; halved after each quarter of the steps
+    starts: int = 128  # prompts that race to be a chain's start
+    start: tuple[str, ...] = ()  # a text to start from, beside the built-in ones
+    patience: int = 4  # steps without an accepted prompt before the minibatch is doubled
+    printable: bool = False  # only prompts whose text, tokenised again, gives the same tokens
+    precision: str = "auto"  # "fp32", "bf16", or "auto" = bf16 on CUDA and fp32 on a CPU
+    seed: int = 0  # of all draws
+    eval_every: int = 10  # steps between evaluations on the dev set
+    eval_pairs: int = 1000  # dev pairs in an evaluation, at most; evenly spread
+
+    def __post_init__(self):
+        check_choice("precision", self.precision, PRECISIONS)
+        for name in (
+            "prompt_len", "steps", "candidates", "top_k", "batch_size", "judge_rows", "chains",
+            "starts", "patience", "eval_every", "eval_pairs",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(f"budget must be at least 1, got {self.budget}")
+        if not 0 <= self.behind <= self.prompt_len:
+            raise ValueError(f"behind must lie in [0, {self.prompt_len}], got {self.behind}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not all(text.strip() for text in self.start):
+            raise ValueError("start must be a text, got an empty one")
+        if self.chains > self.starts:
+            raise ValueError(f"chains {self.chains} must not be more than starts {self.starts}")
+
+
+class PromptSearch:
+    """One search: `run()` goes from the current step to the end.
+
+    Args:
+        train: examples; each (source, target) pair is one training row.
+        dev: examples that choose the prompt to keep; may be empty, then the judge's rows do.
+        out: the run folder.
+        linearisation: frame of the rows, see `batches.encode_pair`.
+    Raises:
+        ValueError: a row too long for model and prompt, an empty target, fewer than two rows.
+    """
+
+    def __init__(
+        self, model: GPT2, tokenizer, config: SearchConfig, train: list[Example],
+        dev: list[Example], out: str | Path, linearisation: str = "paper",
+    ):  # fmt: skip
+        need_gpt2(model, "a searched prompt")
+        self.tokenizer, self.config, self.out = tokenizer, config, Path(out)
+        self.linearisation, self.device = linearisation, model.wte.weight.device
+        P, A = config.prompt_len, config.behind
+        room = model.config.n_positions - P + (A > 0)  # the bos leaves its place
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {P} tokens leaves no room for a text in "
+                f"{model.config.n_positions} positions"
+            )
+        rows = encode_examples(tokenizer, train, linearisation, room + 1)
+        if len(rows) < 2:
+            raise ValueError(f"a search needs two training pairs at least, got {len(rows)}")
+        order = np.random.default_rng([config.seed, 0]).permutation(len(rows))
+        n_judge = min(config.judge_rows, len(rows) // 2)
+        self.judge_rows = [rows[i] for i in order[:n_judge]]
+        self.rows = [rows[i] for i in order[n_judge:]]
+        some = [rows[int(i)] for i in np.linspace(0, len(rows) - 1, 3)]
+        sources = [tokenizer.decode(row.ids[: row.prompt_len - 1]) for row in some]
+        self.form = PromptForm(tokenizer, A, config.printable, sources)
+        self.dev_rows, self.templates = self.judge_rows, {}
+        if dev:
+            dev_rows = encode_examples(tokenizer, dev, linearisation, room + 1)
+            spread = np.linspace(0, len(dev_rows) - 1, min(len(dev_rows), config.eval_pairs))
+            self.dev_rows = [dev_rows[int(i)] for i in spread]
+            for template in TEMPLATES:
+                rows = template_rows(tokenizer, HardPrompt(template), dev)
+                self.templates[template] = [rows[int(i)] for i in spread]
+        self.exact = model.requires_grad_(False).eval()  # whose activations are saved
+        bf16 = config.precision == "bf16"
+        self.bf16 = bf16 or (config.precision == "auto" and self.device.type == "cuda")
+        self.model = in_bf16(model).requires_grad_(False).eval() if self.bf16 else model
+        usable = [self.form.is_usable(v) for v in range(model.config.vocab_size)]
+        self.usable = torch.tensor(usable)  # (V,)
+        # the state: all of it is in search.json
+        self.step_done, self.spent, self.level, self.refused, self.seconds = 0, 0, 0, 0, 0.0
+        self.chains: list[tuple[list[int], float]] = []  # prompt and its loss on the judge's rows
+        self.best, self.best_prompt, self.before = math.inf, [], {}
+
+    # scores --------------------------------------------------------------------------------------
+
+    def nats(self, prompts: list[list[int]], rows: list[Encoded]) -> np.ndarray:
+        """Summed loss of each prompt on the rows, (N,); counted as spent."""
+        self.spent += len(prompts) * len(rows)
+        ids = torch.tensor(prompts, dtype=torch.long, device=self.device)
+        A = self.config.behind if prompts[0] else 0  # no prompt, and rows of templates, are whole
+        nats = prompt_nats(self.model, ids, rows, self.tokenizer.eos_id, A).cpu().numpy()
+        if not np.isfinite(nats).all():
+            raise FloatingPointError(f"a loss is not finite in step {self.step_done + 1}")
+        return nats
+
+    def losses(self, prompts: list[list[int]], rows: list[Encoded]) -> np.ndarray:
+        """Mean loss per target token, in nats: (N,)."""
+        return self.nats(prompts, rows) / target_tokens(rows)
+
+    # one step ------------------------------------------------------------------------------------
+
+    def draw(self, step: int) -> tuple[np.random.Generator, list[Encoded]]:
+        """The generator of step 1, 2, ... and its minibatch; step 0 makes the starts."""
+        rng = np.random.default_rng([self.config.seed, 1, step])
+        size = min(len(self.rows), self.config.batch_size << self.level)
+        return rng, [self.rows[i] for i in rng.choice(len(self.rows), size, replace=False)]
+
+    def step(self) -> dict:
+        """Try to improve one chain; what happened, for the log."""
+        rng, rows = self.draw(self.step_done + 1)
+        width = max(1, self.config.chains >> (4 * self.step_done // self.config.steps))
+        self.chains = sorted(self.chains, key=lambda chain: chain[1])[:width]
+        number = self.step_done % width
+        present, loss = self.chains[number]
+        self.spent += GRADIENT_COST * len(rows)
+        ids = torch.tensor(present, device=self.device)
+        gradient = one_hot_gradient(
+            self.model, ids, rows, self.tokenizer.eos_id, self.config.behind
+        )
+        proposed = neighbours(
+            present, gradient, self.usable, self.form.is_allowed,
+            top_k=self.config.top_k, count=self.config.candidates, rng=rng,
+        )  # fmt: skip
+        finalists = race(self.nats, proposed, rows, FINALISTS, present)
+        accepted = False
+        for prompt in self.composed(present, finalists, rows):
+            judged = float(self.losses([prompt], self.judge_rows)[0])
+            if accepted := judged < loss:
+                self.chains[number] = (prompt, judged)
+                break
+        self.refused = 0 if accepted else self.refused + 1
+        if self.refused >= self.config.patience and self.level < MOST_LEVELS:
+            self.level, self.refused = self.level + 1, 0
+        self.step_done += 1
+        prompt, loss = self.chains[number]
+        return {
+            "step": self.step_done,
+            "chain": number,
+            "judge_loss": loss,  # nats per target token, of this chain
+            "accepted": accepted,
+            "batch_rows": len(rows),
+            "row_evaluations": self.spent,
+            "text": self.form.text(prompt),
+        }
+
+    def composed(
+        self, present: list[int], finalists: list[tuple[list[int], float]], rows: list[Encoded]
+    ) -> list[list[int]]:
+        """What to put before the judge: finalists on top of one another, then the best alone.
+
+        The replacements of one token each are tried on top of the best, one after the other; those
+        that still lower the loss stay.
+        """
+        if not finalists:
+            return []
+        (best, loss), joint = finalists[0], finalists[0][0]
+        for prompt, _ in finalists[1:]:
+            places = replaced(prompt, present)
+            if len(places) > 1 or joint[places[0]] != present[places[0]]:
+                continue
+            more = [*joint]
+            more[places[0]] = prompt[places[0]]
+            if self.form.is_allowed(more) and (lower := float(self.losses([more], rows)[0])) < loss:
+                joint, loss = more, lower
+        return [joint] if joint == best else [joint, best]
+
+    def begin(self) -> None:
+        """Race the starts; the best become chains."""
+        config, (rng, rows) = self.config, self.draw(0)
+        prompts = starting_prompts(
+            self.tokenizer, config.start, self.rows, self.usable.nonzero()[:, 0].tolist(),
+            self.form.is_allowed, config.prompt_len, config.behind, config.starts, rng,
+        )  # fmt: skip
+        best = race(self.nats, prompts, rows, config.chains)
+        prompts = [prompt for prompt, _ in best]
+        judged = self.losses(prompts, self.judge_rows)
+        self.chains = [(p, float(x)) for p, x in zip(prompts, judged, strict=True)]
+
+    # the loop ------------------------------------------------------------------------------------
+
+    def run(self, progress: bool = True) -> dict:
+        """Search to the end. Returns the prompt, its dev loss and what it cost.
+
+        Raises:
+            Interrupted: Ctrl-C; the running step was finished and the state saved.
+            ValueError: the folder holds a search and `load_state` was not called.
+        """
+        if not self.chains and state_path(self.out).exists():
+            raise ValueError(f"{self.out} holds a search: load_state() goes on with it")
+        self.out.mkdir(parents=True, exist_ok=True)
+        cut_log(self.out, self.step_done if self.chains else -1)
+        started, config = time.perf_counter() - self.seconds, self.config
+        every = 0.1 if sys.stderr.isatty() else 30  # s
+        bar = tqdm(
+            total=config.steps, initial=self.step_done, unit="step", disable=not progress,
+            mininterval=every, miniters=1,
+        )  # fmt: skip
+        with bar, deferred_interrupt() as interrupted:
+            if not self.chains:
+                self.begin()
+                self.before = self.rivals()
+                append_log(self.out, {"step": 0} | self.before)
+                self.evaluate(1)
+                self.save_state()
+            while not self.finished():
+                append_log(self.out, self.step())
+                bar.update()
+                best = min(loss for _, loss in self.chains)
+                bar.set_postfix_str(f"loss {best:.3f}", refresh=False)
+                if self.finished():
+                    self.evaluate(len(self.chains))
+                elif self.step_done % config.eval_every == 0:
+                    self.evaluate(1)
+                self.seconds = time.perf_counter() - started
+                self.save_state()
+                if interrupted() and not self.finished():
+                    at = f"step {self.step_done} of {config.steps}"
+                    raise Interrupted(f"stopped after {at}; state saved")
+        return self.result()
+
+    def rivals(self) -> dict[str, float]:
+        """The dev loss without a prompt, and of the best written template in its own frame."""
+        losses = {"dev_loss_without_prompt": float(self.losses([[]], self.dev_rows)[0])}
+        longest = self.model.config.n_positions + 1
+        written = [
+            float(self.losses([[]], rows)[0])
+            for rows in self.templates.values()
+            if max(len(row.ids) for row in rows) <= longest
+        ]
+        return losses | ({"dev_loss_template": min(written)} if written else {})
+
+    def finished(self) -> bool:
+        """Whether the steps are done or the budget is spent."""
+        spent = self.config.budget is not None and self.spent >= self.config.budget
+        return spent or self.step_done >= self.config.steps
+
+    def result(self) -> dict:
+        return {
+            "text": self.form.text(self.best_prompt),
+            "tokens": self.best_prompt,
+            **self.before,
+            "dev_loss": self.best,  # nats per target token, as those before
+            "steps": self.step_done,
+            "row_evaluations": self.spent,
+            "seconds": round(self.seconds, 1),
+        }
+
+    def evaluate(self, n: int) -> None:
+        """Log the dev loss of the n best chains; keep the best prompt."""
+        for prompt, _ in sorted(self.chains, key=lambda chain: chain[1])[:n]:
+            if prompt == self.best_prompt:
+                continue
+            loss = float(self.losses([prompt], self.dev_rows)[0])
+            append_log(self.out, {"step": self.step_done, "dev_loss": loss, "tokens": prompt})
+            if loss < self.best:
+                self.best, self.best_prompt = loss, prompt
+                self.save_best()
+
+    # files ---------------------------------------------------------------------------------------
+
+    def prefix(self, prompt: list[int]) -> Prefix:
+        """The prompt as a prefix: its tokens' activations at positions 0 ... P - 1."""
+        prefix = Prefix.from_table(token_activations(self.exact, prompt), len(prompt))
+        prefix.bind(self.exact)
+        prefix.linearisation = self.linearisation
+        return prefix
+
+    def save_best(self) -> None:
+        """prompt.json and prefix.safetensors."""
+        before, behind = self.form.parts(self.best_prompt)
+        if not behind:
+            self.prefix(before).save(self.out / "prefix.safetensors")
+            behind = [self.tokenizer.bos_id]  # what the frame puts there
+        found = {"text": self.form.text(self.best_prompt), "before": before, "behind": behind}
+        found |= {"dev_loss": self.best, "linearisation": self.linearisation}
+        found["base"] = fingerprint(self.exact)
+        write_text(self.out / "prompt.json", json.dumps(found, indent=1) + "\n")
+
+    def save_state(self) -> None:
+        """What going on needs, all of it or nothing."""
+        state = {"settings": self._settings()} | {name: getattr(self, name) for name in STATE}
+        write_text(state_path(self.out), json.dumps(state, indent=1) + "\n")
+
+    def load_state(self) -> None:
+        """Go back to the last saved state of this run folder.
+
+        Raises:
+            ValueError: no state, a damaged one, or one of other settings, data or model.
+        """
+        path = state_path(self.out)
+        if not path.is_file():
+            raise ValueError(f"{path}: no saved state in this run folder")
+        state = read_json(path)
+        missing = sorted({"settings", *STATE} - set(state))
+        if missing:
+            raise ValueError(f"{path}: damaged, it lacks {', '.join(missing)}")
+        ours, theirs = self._settings(), state["settings"]
+        changed = sorted(name for name in ours if theirs.get(name) != ours[name])
+        if changed:
+            raise ValueError(f"{path}: the saved search has another {', '.join(changed)}")
+        for name in STATE:
+            setattr(self, name, state[name])
+        self.chains = [(prompt, loss) for prompt, loss in self.chains]
+
+    def _settings(self) -> dict:
+        """What must be the same when a search goes on: settings, rows, base model."""
+        digest = hashlib.sha256()
+        for row in (*self.rows, *self.judge_rows, *self.dev_rows):
+            digest.update(np.array([row.prompt_len, *row.ids], dtype=np.int64).tobytes())
+        settings = asdict(self.config) | {"data": digest.hexdigest()}
+        settings["start"] = list(settings["start"])  # as JSON gives it back
+        return settings | {"base model": fingerprint(self.exact)}
+
+
+STATE = (
+    "step_done", "spent", "level", "refused", "seconds", "chains", "best", "best_prompt", "before",
+)  # fmt: skip
+
+
+def state_path(folder: Path) -> Path:
+    return folder / "search.json"

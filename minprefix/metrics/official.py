@@ -1,0 +1,213 @@
+"""The scores that the prefix-tuning paper prints, as the official scripts compute them.
+
+Read `official_scores`; SUITES says which columns each data set has. What each figure follows, and
+what it was compared with:
+
+    e2e     tuetschek/e2e-metrics 1b9c4d8 [1], its default (Perl) mode. All five columns agree with
+            its output to 8 digits on five sets, one of them the published TGen baseline.
+    webnlg  webnlg-automatic-evaluation [2] as Yale-LILY/dart ships it: texts split at every
+            character that is no letter or digit, lower-cased, made ASCII; three references at most.
+            BLEU multi-bleu.perl -lc, METEOR 1.5, TER tercom 0.7.25. All three agree with the
+            published files of two systems on the 21 entries with 7 triples: METEOR and TER to all
+            digits, BLEU to its two. Whole test sets and unseen categories were not compared.
+    dart    run_eval_on_dart.sh [3]: the same three programs; its reference files are split and
+            lower-cased in the same way, but keep their accents. They are not of v1.1.1 (issue 6
+            there), and no official figures were at hand: these columns are not compared.
+    xsum    the package rouge-score, which the paper names, F1 with stemming as transformers'
+            summarisation examples of that time call it [4]; the plain mean, where they take the
+            median of bootstrap samples, which is random and near it. Not compared.
+
+DART's MoverScore, BERTScore and BLEURT need models of their own and are not computed.
+[1] https://github.com/tuetschek/e2e-metrics
+[2] https://gitlab.com/webnlg/webnlg-automatic-evaluation
+[3] https://github.com/Yale-LILY/dart/tree/master/evaluation
+[4] https://github.com/huggingface/transformers, examples/seq2seq/utils.py of version 3
+"""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from minprefix.checks import check_choice
+from minprefix.data.examples import Example
+from minprefix.data.formats import E2E_FIELDS
+from minprefix.data.splits import SEEN, UNSEEN
+from minprefix.data.triples import DART_CATEGORY
+from minprefix.metrics.e2e import cider, nist, rouge_l_max
+from minprefix.metrics.meteor import meteor, why_not
+from minprefix.metrics.ptb import ptb_lines
+from minprefix.metrics.quick import check_references, corpus_bleu, streams
+
+Texts = Sequence[str]
+References = Sequence[Sequence[str]]
+
+# Columns as the paper's tables 1 and 2 name them. BLEU, R-1, R-2, R-L and E2E's MET: 0 to 100; MET
+# and TER (lower is better) of WebNLG and DART: 0 to 1, TER can exceed it; NIST, CIDEr: 0 to 15, 10.
+SUITES = {
+    "e2e": ("BLEU", "NIST", "MET", "R-L", "CIDEr"),
+    "webnlg": tuple(f"{name} {part}" for name in ("BLEU", "MET", "TER") for part in "SUA"),
+    "dart": ("BLEU", "MET", "TER"),
+    "xsum": ("R-1", "R-2", "R-L"),
+}
+# WebNLG 2017: categories of the training set, and those that only the test set has.
+MAX_REFERENCES = 3  # of WebNLG and DART: the scripts take the first three
+
+
+def _e2e(outputs: Texts, references: References) -> dict[str, float]:
+    scores = {"BLEU": corpus_bleu(outputs, references), "NIST": nist(outputs, references)}
+    tokens = iter(ptb_lines([text for texts in references for text in texts]))
+    references = [[next(tokens) for _ in texts] for texts in references]
+    outputs = ptb_lines(outputs)
+    if not why_not():
+        scores["MET"] = 100 * meteor(outputs, references)
+    scores["R-L"] = 100 * rouge_l_max(outputs, references)
+    return scores | {"CIDEr": cider(outputs, references)}
+
+
+def _split(text: str) -> str:
+    """One blank around each character that is no letter, digit or underscore."""
+    return " ".join(re.sub(r"(\W)", r" \1 ", text).split())
+
+
+def _webnlg_output(text: str) -> str:
+    from text_unidecode import unidecode  # here: most commands compute no score
+
+    return _split(unidecode(unidecode(text.strip()).lower()))
+
+
+def _webnlg_reference(text: str) -> str:
+    from text_unidecode import unidecode
+
+    return unidecode(_split(text).lower())
+
+
+def _lower(text: str) -> str:
+    return _split(text).lower()
+
+
+def _multi_bleu(outputs: Texts, references: References) -> float:
+    """BLEU-4 in percent of split texts, as multi-bleu.perl -lc: unsmoothed, 0 without a 4-gram hit.
+
+    An output with fewer references than three gets empty ones, as in the scripts' files: for a
+    very short output "nothing" is then the closest length.
+    """
+    from sacrebleu.metrics import BLEU
+
+    padded = [[*texts, *[""] * (MAX_REFERENCES - len(texts))] for texts in references]
+    bleu = BLEU(lowercase=True, tokenize="none", smooth_method="none", force=True)
+    return bleu.corpus_score(outputs, streams(padded)).score
+
+
+def _edits(outputs: Texts, references: References) -> list[tuple[float, float]]:
+    """(fewest edits to a reference, mean reference length) of each output, by sacrebleu's TER."""
+    from sacrebleu.metrics import TER
+
+    ter = TER()  # tercom's defaults: any case, tokens are what blanks separate
+    scores = [ter.sentence_score(o, list(r)) for o, r in zip(outputs, references, strict=True)]
+    return [(score.num_edits, score.ref_length) for score in scores]
+
+
+def _translation_scores(
+    outputs: Texts, references: References, parts: dict[str, list[int]]
+) -> dict[str, float]:
+    """BLEU, MET and TER of each part (its name -> numbers of the outputs) of split texts."""
+    edits = _edits(outputs, references)
+    columns: dict[str, dict[str, float]] = {"BLEU": {}, "MET": {}, "TER": {}}
+    for name, numbers in parts.items():
+        part = [outputs[i] for i in numbers], [references[i] for i in numbers]
+        columns["BLEU"][name] = _multi_bleu(*part)
+        if not why_not():
+            columns["MET"][name] = meteor(*part)
+        changes, length = (sum(edits[i][k] for i in numbers) for k in (0, 1))
+        columns["TER"][name] = changes / length if length else float(changes > 0)
+    return {
+        f"{column} {name}".strip(): value
+        for column, values in columns.items()
+        for name, value in values.items()
+    }
+
+
+def _webnlg(
+    outputs: Texts, references: References, groups: Sequence[str] | None
+) -> dict[str, float]:
+    parts = {"A": list(range(len(outputs)))}
+    if groups is not None:
+        for number, group in enumerate(groups):
+            check_choice(f"group {number}", group, (*SEEN, *UNSEEN))
+        seen = [i for i, group in enumerate(groups) if group in SEEN]
+        unseen = [i for i, group in enumerate(groups) if group in UNSEEN]
+        parts = {name: p for name, p in (("S", seen), ("U", unseen)) if p} | parts
+    outputs = [_webnlg_output(text) for text in outputs]
+    references = [[_webnlg_reference(t) for t in r[:MAX_REFERENCES]] for r in references]
+    return _translation_scores(outputs, references, parts)
+
+
+def _dart(outputs: Texts, references: References) -> dict[str, float]:
+    outputs = [_lower(text) for text in outputs]
+    references = [[_lower(text) for text in texts[:MAX_REFERENCES]] for texts in references]
+    return _translation_scores(outputs, references, {"": list(range(len(outputs)))})
+
+
+def _xsum(outputs: Texts, references: References) -> dict[str, float]:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = {"R-1": "rouge1", "R-2": "rouge2", "R-L": "rougeL"}
+    scorer = RougeScorer(list(kinds.values()), use_stemmer=True)
+    scores = [
+        scorer.score_multi(texts, output) for output, texts in zip(outputs, references, strict=True)
+    ]
+    return {
+        name: 100 * sum(score[kind].fmeasure for score in scores) / len(scores)
+        for name, kind in kinds.items()
+    }
+
+
+def suite_of(examples: Sequence[Example]) -> str:
+    """The suite that the examples' form shows: "e2e", "webnlg" or "dart"; else "quick"."""
+    if all(e.table and {f.lower() for f, _ in e.table} <= _E2E_NAMES for e in examples):
+        return "e2e"
+    groups = {example.group for example in examples}
+    if groups <= {*SEEN, *UNSEEN}:
+        return "webnlg"
+    return "dart" if groups == {DART_CATEGORY} else "quick"
+
+
+_E2E_NAMES = {name.lower() for name in E2E_FIELDS.values()}
+
+
+def official_scores(
+    outputs: Texts,
+    references: References,
+    suite: str = "e2e",
+    groups: Sequence[str] | None = None,
+    note: Callable[[str], object] = lambda text: print(text, file=sys.stderr),
+) -> dict[str, float]:
+    """The columns of SUITES[suite], in the paper's scale; METEOR only where Java and its jar are.
+
+    Score a test set as a whole: NIST and CIDEr weigh n-grams by how rare they are in its references
+    (CIDEr of one output is 0). Detokenised texts, as people write them, are expected: each suite
+    tokenises and lower-cases by itself.
+
+    Args:
+        references: one list for each output, not empty; WebNLG and DART use the first three.
+        groups: WebNLG's category of each output, for S (seen in training), U (unseen) and A (all);
+            without groups, or where a part is empty, only the other columns.
+        note: gets the one line that says why METEOR is left out.
+    Raises:
+        ValueError: unknown suite or category, other lengths, something that is no text.
+        OSError: METEOR's program failed.
+    """
+    check_choice("suite", suite, tuple(SUITES))
+    check_references(outputs, references)
+    if groups is not None:
+        if suite != "webnlg":
+            raise ValueError(f"groups belong to the suite webnlg, got them with {suite}")
+        if len(groups) != len(outputs):
+            raise ValueError(f"got {len(outputs)} outputs and {len(groups)} groups")
+    outputs = [" ".join(output.split("\n")) for output in outputs]
+    references = [[" ".join(text.split("\n")) for text in texts] for texts in references]
+    if suite != "xsum" and (problem := why_not()):
+        note(problem)
+    if suite == "webnlg":
+        return _webnlg(outputs, references, groups)
+    return {"e2e": _e2e, "dart": _dart, "xsum": _xsum}[suite](outputs, references)

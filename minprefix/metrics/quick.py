@@ -1,0 +1,150 @@
+"""Scores of generated texts: BLEU, ROUGE-L and slot coverage, each from 0 to 100.
+
+Read `score`, then `slot_coverage`: quick scores for every day. BLEU is sacrebleu's [1], and the
+official E2E scorer's figure [3]; ROUGE-L is the package rouge-score's [2], which is not (other
+tokens, another F). What the paper prints is in `official_metrics.py`.
+[1] https://github.com/mjpost/sacrebleu   [2] https://github.com/google-research/google-research/tree/master/rouge
+[3] https://github.com/tuetschek/e2e-metrics
+Both packages are imported when a score is asked for: all other commands run without them.
+"""
+
+import re
+from collections.abc import Sequence
+from string import ascii_lowercase, ascii_uppercase
+
+from minprefix.data.examples import Example
+
+# What a text says about a yes/no field: {field: (yes, no)}; a yes counts only outside of every no.
+# The patterns meet text from `_plain`: lower case, hyphens as blanks ("kid friendly").
+_CHILDREN = r"\b(?:famil(?:y|ies)|kids?|child|children)\b"
+YES_NO_PHRASES = {
+    "family friendly": (
+        # children are welcome; suitable for the whole family, welcomes families, bring the kids
+        rf"{_CHILDREN} (?:are )?(?:friendly|welcome)"
+        rf"|\b(?:welcom\w+|for|bring|allows)(?: \w+){{0,3}} {_CHILDREN}",
+        # not a family friendly pub, doesn't welcome children; children are not welcome; adults only
+        rf"(?:\b(?:no|not|non|never|without|unsuitable)\b(?! only| far)|n['’]t\b)"
+        rf"(?: [\w'’]+){{0,4}} {_CHILDREN}(?: (?:friendly|welcome))?"
+        rf"|{_CHILDREN} (?:(?:are |is )?not\b|aren['’]t\b|free\b)"
+        r"|\badults? only\b|\b(?:for|only|to)(?: an)? adults?\b",
+    )
+}
+
+_LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
+
+
+def _check_lengths(outputs: Sequence[str], others: Sequence, name: str) -> None:
+    if not outputs or len(outputs) != len(others):
+        raise ValueError(
+            f"outputs and {name} must be equally many and not empty, "
+            f"got {len(outputs)} and {len(others)}"
+        )
+    for number, output in enumerate(outputs):
+        if not isinstance(output, str):
+            raise ValueError(f"output {number} must be a string, got {output!r}")
+
+
+def check_references(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    _check_lengths(outputs, references, "references")
+    for number, texts in enumerate(references):
+        if isinstance(texts, str) or not texts or not all(isinstance(t, str) for t in texts):
+            raise ValueError(
+                f"references of output {number} must be a list of texts, got {texts!r}"
+            )
+
+
+def lower_ascii(text: str) -> str:
+    """A-Z in lower case, all else as it is: what the Perl script mteval-v13a does in [3]."""
+    return text.translate(_LOWER)
+
+
+def streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """References as sacrebleu wants them: first ones, second ones, ...; None where one lacks."""
+    most = max(len(texts) for texts in references)
+    return [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
+
+
+def corpus_bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """BLEU-4 of the corpus in percent: sacrebleu, lower-cased, 13a tokens, the closest length.
+
+    Each output may have its own number of references, at least one.
+    """
+    from sacrebleu.metrics import BLEU
+
+    check_references(outputs, references)
+    outputs = [lower_ascii(output) for output in outputs]
+    references = [[lower_ascii(text) for text in texts] for texts in references]
+    # force: do not warn about tokenised texts, such as the E2E files of the paper's code.
+    return BLEU(tokenize="13a", force=True).corpus_score(outputs, streams(references)).score
+
+
+def rouge_l(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """ROUGE-L in percent: F1 of the longest common subsequence with the best reference, mean.
+
+    Without stemming, as the official E2E scorer. Tokens are runs of a-z and 0-9 only.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    check_references(outputs, references)
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    scores = [
+        scorer.score_multi(texts, output)["rougeL"].fmeasure
+        for output, texts in zip(outputs, references, strict=True)
+    ]
+    return 100 * sum(scores) / len(scores)
+
+
+def _plain(text: str) -> str:
+    """Lower case, with one blank for each run of white space and hyphens."""
+    return re.sub(r"[\s-]+", " ", text.casefold()).strip()
+
+
+def _says(text: str, field: str, value: str) -> bool | None:
+    """Whether the `_plain` text states a field's value; None if that cannot be told."""
+    field, value = _plain(field), _plain(value)
+    if value not in ("yes", "no"):
+        return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) is not None
+    if field not in YES_NO_PHRASES:
+        return None
+    yes, no = YES_NO_PHRASES[field]
+    if value == "no":
+        return re.search(no, text) is not None
+    return re.search(yes, re.sub(no, "", text)) is not None
+
+
+def slot_coverage(outputs: Sequence[str], tables: Sequence[Sequence[tuple[str, str]]]) -> float:
+    """The share of the tables' values, in percent, that the outputs state; over all values.
+
+    A value counts as stated where it occurs as whole words, in any case, with hyphens and white
+    space alike ("fast-food"). "yes" and "no" count by the phrases of YES_NO_PHRASES; those of other
+    fields are left out. Words decide, not meaning: "5 stars" does not state "5 out of 5", and one
+    "high" states two fields that have this value; so people's own texts stay below 100.
+
+    Args:
+        tables: one for each output, as `Example.table`: (field, value) pairs.
+    Raises:
+        ValueError: other lengths, or no value that can be told.
+    """
+    _check_lengths(outputs, tables, "tables")
+    stated = [
+        _says(_plain(output), field, value)
+        for output, table in zip(outputs, tables, strict=True)
+        for field, value in table
+    ]
+    told = [answer for answer in stated if answer is not None]
+    if not told:
+        raise ValueError(f"none of the {len(stated)} values in the tables can be looked for")
+    return 100 * sum(told) / len(told)
+
+
+def score(outputs: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """bleu and rouge_l against the examples' targets; slot_coverage if all examples have tables."""
+    _check_lengths(outputs, examples, "examples")
+    references = [example.targets for example in examples]
+    scores = {
+        "bleu": corpus_bleu(outputs, references),
+        "rouge_l": rouge_l(outputs, references),
+    }
+    if all(example.table is not None for example in examples):
+        scores["slot_coverage"] = slot_coverage(outputs, [example.table for example in examples])
+    return scores

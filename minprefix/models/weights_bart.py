@@ -1,0 +1,155 @@
+"""BART's official checkpoints: their names for what `bart.py` has, and what they may say.
+
+`weights.py` reads and writes files; this is the map between them and the model. Read `LAYERS`, the
+names of a layer's parts, then `clean`, `to_checkpoint`, `from_checkpoint`. A part of ours that is
+several of theirs has their rows one below the other: q, k and v are one product here.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minprefix.models.bart import BARTConfig
+
+# config.json's names, where they differ from the fields of BARTConfig; the first is written
+# first, all must agree
+FIELDS = {
+    "n_positions": ("max_position_embeddings",),
+    "n_embd": ("d_model",),
+    "n_encoder_layer": ("encoder_layers",),
+    "n_layer": ("decoder_layers",),
+    "n_head": ("encoder_attention_heads", "decoder_attention_heads"),
+    "n_inner": ("encoder_ffn_dim", "decoder_ffn_dim"),
+}
+
+# what config.json may say of parts that `bart.py` has in one form only; the first is the default
+ONLY = {
+    "model_type": ("bart",),
+    "is_encoder_decoder": (True,),
+    "activation_function": ("gelu",),
+    "normalize_before": (False,),
+    "normalize_embedding": (True,),
+    "add_final_layer_norm": (False,),
+    "static_position_embeddings": (False,),
+    "add_bias_logits": (False,),
+    "extra_pos_embeddings": (2,),
+    "tie_word_embeddings": (True,),
+}
+
+# fields that generation_config.json decides where there is one, and their values if it is silent
+GENERATION = {
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "no_repeat_ngram_size": 0,
+    "early_stopping": False, "length_penalty": 1.0,
+}  # fmt: skip
+
+# what a fingerprint says of the architecture
+ARCHITECTURE = (
+    "vocab_size", "n_positions", "n_embd", "n_encoder_layer", "n_layer", "n_head", "n_inner",
+    "scale_embedding",
+)  # fmt: skip
+
+TOP = {"wte": "shared", "head_bias": "final_logits_bias"}
+STACK = {"wpe": "embed_positions", "ln_embd": "layernorm_embedding"}
+SELF = {
+    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.c_proj": ("self_attn.out_proj",),
+    "ln_1": ("self_attn_layer_norm",),
+    "mlp.c_fc": ("fc1",),
+    "mlp.c_proj": ("fc2",),
+}
+LAYERS = {
+    "encoder": SELF | {"ln_2": ("final_layer_norm",)},
+    "decoder": SELF | {
+        "cross.c_q": ("encoder_attn.q_proj",),
+        "cross.c_kv": ("encoder_attn.k_proj", "encoder_attn.v_proj"),
+        "cross.c_proj": ("encoder_attn.out_proj",),
+        "ln_2": ("encoder_attn_layer_norm",),
+        "ln_3": ("final_layer_norm",),
+    },
+}  # fmt: skip
+
+# copies of the embedding, and what old files have beside the weights
+TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+IGNORED = ("encoder.version", "decoder.version")
+
+
+def in_our_names(raw: dict, generation: dict | None, path: Path) -> dict:
+    """config.json by the fields of BARTConfig, generation_config.json included if there is one.
+
+    Raises:
+        ValueError: encoder and decoder differ in what is one field here.
+    """
+    values = dict(raw)
+    for field, names in FIELDS.items():
+        given = [raw.get(name, getattr(BARTConfig, field)) for name in names]
+        if len(set(map(repr, given))) > 1:
+            told = ", ".join(f"{n} {v!r}" for n, v in zip(names, given, strict=True))
+            raise ValueError(f"{path}: {told}: supported are equal ones")
+        values[field] = given[0]
+    if raw.get("forced_bos_token_id") is None and raw.get("force_bos_token_to_be_generated"):
+        values["forced_bos_token_id"] = values.get("bos_token_id", BARTConfig.bos_token_id)
+    if generation is not None:
+        given = {name: value for name, value in generation.items() if value is not None}
+        values |= {name: given.get(name, silent) for name, silent in GENERATION.items()}
+    return values
+
+
+def in_their_names(values: dict) -> dict:
+    """The fields of BARTConfig as config.json has them."""
+    theirs = {}
+    for name, value in values.items():
+        theirs |= dict.fromkeys(FIELDS.get(name, (name,)), value)
+    return theirs
+
+
+def their_names(name: str) -> list[str]:
+    """Of one of our tensors: the tensors of the checkpoint, one below the other."""
+    if name == "head_bias":
+        return [TOP[name]]
+    part, kind = name.rsplit(".", 1)  # kind: weight or bias
+    if part in TOP:
+        return [f"{TOP[part]}.{kind}"]
+    stack, part = part.split(".", 1)
+    if part in STACK:
+        return [f"{stack}.{STACK[part]}.{kind}"]
+    _, layer, part = part.split(".", 2)
+    return [f"{stack}.layers.{layer}.{theirs}.{kind}" for theirs in LAYERS[stack][part]]
+
+
+def to_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under the names, and in the pieces, of a checkpoint."""
+    tensors = {}
+    for name, tensor in state.items():
+        names = their_names(name)
+        tensor = tensor[None] if name == "head_bias" else tensor  # theirs: (1, V)
+        tensors |= zip(names, tensor.chunk(len(names)), strict=True)
+    return tensors
+
+
+def from_checkpoint(tensors: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """Our tensors of these names, of a checkpoint's."""
+    state = {name: torch.cat([tensors[part] for part in their_names(name)]) for name in names}
+    return state | {"head_bias": state["head_bias"][0]}
+
+
+def clean(raw: dict[str, Tensor], vocab_size: int, folder: Path) -> dict[str, Tensor]:
+    """The tensors of a file, with or without `model.`, each once.
+
+    Raises:
+        ValueError: a tensor is there under two names, or a copy of the embedding is none.
+    """
+    tensors = {}
+    for key, tensor in raw.items():
+        name = key.removeprefix("model.")
+        if name in IGNORED:
+            continue
+        if name in tensors:
+            raise ValueError(f"{folder}: {name} is there twice, once as model.{name}")
+        tensors[name] = tensor
+    for name in TIED:
+        copy = tensors.pop(name, None)
+        if copy is not None and not torch.equal(copy, tensors.setdefault("shared.weight", copy)):
+            raise ValueError(f"{folder}: {name} differs from shared.weight; only tied ones work")
+    tensors.setdefault("final_logits_bias", torch.zeros(1, vocab_size))  # older files have none
+    return tensors

@@ -1,0 +1,262 @@
+"""The prefix of a BART: a table for each of its three attentions, any of them switched off.
+
+Eq. (3) of Li & Liang 2021 [1] with z = [PREFIX; x; PREFIX'; y]: what the model reads at a prefix
+position are keys and values of its own for the encoder, for the decoder's self-attention and for
+cross attention, as in the authors' code [2]. Each is a `prefix.Prefix`, with its own MLP; all have
+the same P. Positions of source and target begin at 0 as without a prefix, as in [2]; with another
+position_offset token t of either stands at t + offset.
+
+No hard prompt is exactly a prefix here, unlike in a decoder: what words become in the encoder
+depends on the source behind them, since it reads in both directions, and what cross attention reads
+of them is the encoder's result. Initialisation from words (`BARTPrefix.from_words`) therefore takes
+what the model makes of the words alone: it is a start, not an equality.
+
+Embedding-only is then no table either: the embeddings of P virtual tokens stand before the source,
+at positions 0 .. P-1, and go through the encoder with it (`bart.BARTActivations.virtual`); the
+decoder reads them through cross attention. Read `BARTPrefix`, then `word_activations`.
+
+[1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning, seq2seq/
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minprefix.checks import check_choice
+from minprefix.models.bart import BART, SITES, BARTActivations, BARTConfig
+from minprefix.models.weights import check_base, fingerprint
+from minprefix.prefix.parametrisations import Recorder, VirtualTokens
+from minprefix.prefix.prefix import PARAMETRISATIONS, Prefix, PrefixConfig, word_ids
+
+
+def check_sites(sites: Sequence[str]) -> tuple[str, ...]:
+    """In the order of SITES, each once; none = all. ValueError for others."""
+    for site in sites:
+        check_choice("sites", site, SITES)
+    return tuple(site for site in SITES if site in sites) or SITES
+
+
+class BARTPrefix(nn.Module):
+    """One prefix for one BART. Make it with `random`, `from_words`, `from_tables` or `load`.
+
+    Attributes:
+        sites: by site that has a prefix, a `Prefix` (table or MLP, gate).
+        virtual: `VirtualTokens`, for embedding-only; there are then no sites.
+        prefix_len, position_offset, base, linearisation, max_source, init_residual,
+            parametrisation, n_trained: as in `Prefix`.
+    """
+
+    place, gate = "prefix", None  # a prefix of GPT-2 may say otherwise; gates are the sites'
+
+    def __init__(
+        self, config: BARTConfig, prefix_len: int, sites: Sequence[str] = SITES,
+        parametrisation: str = "table", mid_dim: int = 512, gate: bool = False,
+        position_offset: int | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        check_choice("parametrisation", parametrisation, PARAMETRISATIONS)
+        tokens = parametrisation.startswith("embedding")
+        if tokens and (gate or check_sites(sites) != SITES):
+            raise ValueError(
+                f"parametrisation {parametrisation!r} has neither gate nor sites: virtual tokens "
+                f"stand before the source; got gate {gate}, sites {', '.join(sites)}"
+            )
+        if prefix_len < 1:
+            raise ValueError(f"prefix_len must be at least 1, got {prefix_len}")
+        if position_offset is None:
+            position_offset = prefix_len if tokens else 0
+        if not max(0, prefix_len * tokens) <= position_offset < config.n_positions:
+            raise ValueError(
+                f"position_offset {position_offset} (prefix length {prefix_len}) must lie in "
+                f"[{prefix_len * tokens}, {config.n_positions}), the positions of the model"
+            )
+        self.prefix_len, self._offset = prefix_len, position_offset
+        self.base, self.linearisation, self.max_source = "", "", None
+        self.init_residual = 0.0
+        self.parametrisation, self.virtual, self.sites = parametrisation, None, nn.ModuleDict()
+        if tokens:
+            width = mid_dim if parametrisation == "embedding-mlp" else None
+            self.virtual = VirtualTokens(config, prefix_len, width)
+        else:
+            for site in check_sites(sites):
+                self.sites[site] = Prefix(
+                    config.at(site), prefix_len, parametrisation, mid_dim, gate, position_offset
+                )
+        self.n_trained = sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def position_offset(self) -> int:
+        return self._offset
+
+    @position_offset.setter
+    def position_offset(self, offset: int) -> None:
+        self._offset = offset
+        for part in self.sites.values():
+            part.position_offset = offset
+
+    @classmethod
+    def random(cls, config: BARTConfig, prefix_len: int, seed: int, **options) -> "BARTPrefix":
+        """Each site as `Prefix.random`, one after the other from the same seed.
+
+        Args:
+            options: sites, parametrisation ("table"), mid_dim, gate, position_offset.
+        """
+        prefix = cls(config, prefix_len, **options)
+        generator = torch.Generator().manual_seed(seed)
+        for part in prefix.sites.values():
+            part.init_weights(generator)
+        if prefix.virtual is not None:
+            prefix.virtual.init_weights(generator)
+        return prefix
+
+    @classmethod
+    def from_words(
+        cls, model: BART, tokenizer, words: str = "summarize", prefix_len: int | None = None,
+        seed: int = 0, **options,
+    ) -> "BARTPrefix":  # fmt: skip
+        """Begins with what the model makes of `words` alone, at all sites; see the module's header.
+
+        P is the number of their BPE tokens; with another prefix_len the tokens repeat or are cut.
+        Tables hold `word_activations`, MLPs are fitted to them (`init_residual`: the largest
+        difference at any site), virtual tokens begin as the words' embeddings.
+        """
+        ids = word_ids(tokenizer, words, prefix_len)
+        tables = word_activations(model, ids)
+        prefix = cls.random(model.config, len(ids), seed, **options).to(tables["cross"])
+        residuals = [part.fit_table(tables[site]) for site, part in prefix.sites.items()]
+        if prefix.virtual is not None:
+            embd = model.wte.weight[ids].detach().to(tables["cross"])  # (P, C)
+            residuals.append(prefix.virtual.fit(embd))
+        prefix.init_residual = max(residuals)
+        prefix.bind(model)
+        return prefix
+
+    @classmethod
+    @torch.no_grad()
+    def from_tables(
+        cls, tables: dict[str, Tensor], position_offset: int = 0,
+        gates: dict[str, Tensor] | None = None, virtual: Tensor | None = None,
+    ) -> "BARTPrefix":  # fmt: skip
+        """A prefix that holds copies of tables (L, 2, H, P, D) and gates (L, H), by site; or of
+        the embeddings of virtual tokens, (P, C)."""
+        if virtual is not None:
+            P, C = virtual.shape
+            config = BARTConfig(n_embd=C, n_head=1, n_positions=position_offset + 1)
+            options = {"parametrisation": "embedding", "position_offset": position_offset}
+            prefix = cls(config, P, **options).to(virtual)
+            prefix.virtual.fit(virtual)
+            return prefix
+        L, _, H, P, D = next(iter(tables.values())).shape
+        layers = {site: len(table) for site, table in tables.items()}
+        # the model's own limit is checked when the prefix is used
+        config = BARTConfig(
+            n_encoder_layer=layers.get("encoder", L), n_layer=L, n_head=H, n_embd=H * D,
+            n_positions=position_offset + 1,
+        )  # fmt: skip
+        prefix = cls(config, P, tuple(tables), position_offset=position_offset)
+        for site, table in tables.items():
+            gate = None if not gates else gates[site]
+            prefix.sites[site] = Prefix.from_table(table, position_offset, gate)
+        prefix.n_trained = sum(parameter.numel() for parameter in prefix.parameters())
+        return prefix
+
+    @classmethod
+    def load(cls, path) -> "BARTPrefix":
+        """Read a prefix file; see `checkpoint.load_prefix`. ValueError if it is of GPT-2."""
+        from minprefix.prefix.files import load_prefix
+
+        prefix = load_prefix(path)
+        if not isinstance(prefix, cls):
+            raise ValueError(f"{path}: a prefix of GPT-2, not of BART")
+        return prefix
+
+    def save(self, path) -> None:
+        """Write what is needed to use it, without the MLPs; see `checkpoint.save_prefix`."""
+        from minprefix.prefix.files import save_prefix
+
+        save_prefix(path, self)
+
+    def tables(self) -> dict[str, Tensor]:
+        """P_theta by site: (L, 2, H, P, D)."""
+        return {site: part.table() for site, part in self.sites.items()}
+
+    def gates(self) -> dict[str, Tensor]:
+        """By site, (L, H); none without gates."""
+        return {site: part.gate for site, part in self.sites.items() if part.gate is not None}
+
+    def activations(self, prefix_index: Tensor | None = None) -> BARTActivations:
+        """What the model reads."""
+        if prefix_index is not None:
+            raise ValueError("prefix_index needs a bank, and there is none of BART prefixes")
+        sites = {site: part.activations() for site, part in self.sites.items()}
+        virtual = None if self.virtual is None else self.virtual.embeddings()
+        return BARTActivations(sites, self.position_offset, virtual)
+
+    @torch.no_grad()
+    def export(self) -> "BARTPrefix":
+        """A copy that holds the tables, or the embeddings, alone."""
+        virtual = None if self.virtual is None else self.virtual.embeddings()
+        copy = BARTPrefix.from_tables(self.tables(), self.position_offset, self.gates(), virtual)
+        copy.base, copy.linearisation = self.base, self.linearisation
+        copy.max_source = self.max_source
+        copy.parametrisation, copy.n_trained = self.parametrisation, self.n_trained
+        return copy
+
+    def project(self) -> None:
+        """Back to gates >= 0, after an optimiser step."""
+        for part in self.sites.values():
+            part.project()
+
+    def bind(self, model: BART) -> None:
+        """Remember that this prefix belongs to `model`."""
+        self.base = fingerprint(model)
+
+    def check_base(self, model: BART) -> None:
+        """ValueError if this prefix belongs to another model than `model`."""
+        if not isinstance(model, BART):
+            raise ValueError("this prefix was made for another model: it is of a BART")
+        check_base(self.base, model, "prefix")
+
+
+@torch.no_grad()
+def word_activations(model: BART, ids: list[int]) -> dict[str, Tensor]:
+    """By site, the model's keys and values of the tokens `ids` alone: (L, 2, H, P, D), at least
+    fp32, without dropout.
+
+    The encoder reads them at positions 0 .. P-1; the decoder reads them there, too, with the
+    encoder's result as its source; cross attention reads that result.
+    """
+    words = torch.tensor([ids], device=model.wte.weight.device)
+    encoder, decoder = Recorder(words.device), Recorder(words.device)
+    training = model.training
+    model.eval()
+    try:
+        source = model.with_keys(model.encode(words, recorder=encoder))
+        model.hidden_states(words, source=source, cache=decoder)
+    finally:
+        model.train(training)
+    tables = {"encoder": encoder.table(), "decoder": decoder.table(), "cross": source.kv[:, :, 0]}
+    return {
+        site: x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+        for site, x in tables.items()
+    }
+
+
+def make_bart_prefix(model: BART, tokenizer, config: PrefixConfig, seed: int) -> BARTPrefix:
+    """The prefix that `config` describes, on the model's device and bound to the model."""
+    if config.place != "prefix":
+        raise ValueError(f"a BART has no place {config.place!r}: its prefix stands at attentions")
+    if config.init == "prompt":
+        raise ValueError("init 'prompt' is for GPT-2: no hard prompt is exactly a prefix of a BART")
+    options = {
+        "sites": config.sites, "parametrisation": config.parametrisation,
+        "mid_dim": config.mid_dim, "gate": config.gate, "position_offset": config.position_offset,
+    }  # fmt: skip
+    if config.init == "words":
+        return BARTPrefix.from_words(
+            model, tokenizer, config.init_text, config.prefix_len, seed=seed, **options
+        )
+    prefix = BARTPrefix.random(model.config, config.prefix_len or 10, seed, **options)
+    prefix.bind(model)
+    return prefix.to(model.wte.weight.device)

@@ -1,0 +1,158 @@
+"""`python -m minprefix convert`: prefix files to and from other systems (`foreign.py`).
+
+Read `convert`: which system a file is of is seen from its content, not asked.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from minprefix.checks import check_choice
+from minprefix.files import read_json
+from minprefix.models import weights
+from minprefix.models.bart import BART
+from minprefix.models.gpt2 import GPT2
+from minprefix.prefix.bart import BARTPrefix
+from minprefix.prefix.files import load_prefix, save_prefix
+from minprefix.prefix.foreign import (
+    AuthorsTokens,
+    check_fits,
+    read_adapters,
+    read_authors,
+    run_virtual_tokens,
+)
+from minprefix.prefix.peft import read_peft, write_peft
+from minprefix.prefix.prefix import Prefix
+
+TARGETS = ("minprefix", "peft")
+
+
+def system_of(source: Path) -> str:
+    """Which system made this file or folder: minprefix, peft, adapters or authors.
+
+    Raises:
+        ValueError: a folder of none of them.
+        OSError: there is nothing, or it cannot be read.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    if source.suffix == ".safetensors":
+        return "minprefix"
+    if not source.is_dir() or (source / "pytorch_model.bin").is_file():
+        return "authors"
+    path = source / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{source}: neither adapter_config.json (PEFT, adapter-hub) nor pytorch_model.bin "
+            "(the authors' code) is in it"
+        )
+    return "peft" if "peft_type" in read_json(path) else "adapters"
+
+
+def read_any(source: Path, model: GPT2 | BART | None = None) -> Prefix | BARTPrefix:
+    """The prefix of any system that `foreign.py` or `checkpoint.py` reads, checked for `model`."""
+    system = system_of(source)
+    config = None if model is None else model.config
+    if system == "peft":
+        prefix = read_peft(source)
+    elif system == "adapters":
+        prefix = read_adapters(source, config)
+    elif system == "minprefix":
+        prefix = load_prefix(source)
+    else:
+        prefix = read_authors(source, config)
+    if isinstance(prefix, AuthorsTokens):
+        if model is None and prefix.infix_table is None:
+            raise ValueError(
+                f"{source}: virtual tokens at the input (embedding-only): their keys and values "
+                "come from the base model, which --model names"
+            )
+        try:
+            prefix = run_virtual_tokens(model, prefix)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+    if model is not None:
+        check_fits(source, prefix, model.config)
+        prefix.check_base(model)
+        prefix.bind(model)
+    return prefix
+
+
+def convert(
+    source: str | Path, to: str, out: str | Path, model_name: str | None = None,
+    position_offset: int | None = None,
+) -> dict:  # fmt: skip
+    """Read a prefix of any system and write it in the form `to`; says what was written.
+
+    Args:
+        to: "minprefix" (a prefix file) or "peft" (a folder).
+        model_name: base model to check the prefix with, and whose fingerprint it then carries.
+        position_offset: token t stands at t + this; None = as the source's system has it.
+    """
+    check_choice("to", to, TARGETS)
+    if position_offset is not None and position_offset < 0:
+        raise ValueError(f"position_offset must be >= 0, got {position_offset}")
+    source, out = Path(source), Path(out)
+    model = None if model_name is None else weights.load(model_name)[0]
+    prefix = read_any(source, model)
+    notes = []
+    if position_offset not in (None, prefix.position_offset):
+        notes.append(
+            f"token t stands at t + {position_offset}, was t + {prefix.position_offset}: no longer "
+            "the function that was trained"
+        )
+        prefix.position_offset = position_offset
+        if model is not None:
+            check_fits(source, prefix, model.config)
+    if not prefix.base:
+        notes.append("without --model the prefix names no base model: loading it checks sizes only")
+    if to == "peft" and isinstance(prefix, BARTPrefix):
+        raise ValueError(
+            f"{source}: a BART's prefix cannot become PEFT's, which has none for the encoder and "
+            "none for cross attention"
+        )
+    if to == "peft":
+        # PEFT knows no model of the name mini, but its folder
+        write_peft(out, prefix, str(weights.find("mini")) if model_name == "mini" else model_name)
+        if prefix.linearisation:
+            notes.append(
+                f"PEFT knows no frames: give it tables as --linearisation {prefix.linearisation} "
+                "writes them"
+            )
+    else:
+        save_prefix(out, prefix)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    sizes = {"n_layer": 0, "n_head": 0, "head_dim": 0}  # of virtual tokens: none
+    tables = prefix.tables() if isinstance(prefix, BARTPrefix) else {"decoder": prefix.table()}
+    for table in tables.values():  # a BART: of the decoder, or cross attention, where there is one
+        sizes = dict(zip(sizes, (len(table), table.shape[2], table.shape[4]), strict=True))
+    told = {"sites": ",".join(tables)} if isinstance(prefix, BARTPrefix) else {}
+    return {
+        "file": str(out), "prefix_len": prefix.prefix_len,
+        "position_offset": prefix.position_offset, **sizes, **told, "base": prefix.base,
+    }  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=Path,
+        help="prefix file of ours, folder of PEFT or adapter-hub, folder or state dict of the "
+        "authors' code (GPT-2, BART)",
+    )  # fmt: skip
+    parser.add_argument("--to", choices=TARGETS, required=True, help="prefix file, or PEFT folder")
+    parser.add_argument("--out", type=Path, required=True, help="file or folder to write")
+    parser.add_argument(
+        "--model",
+        help="base model, a name or a folder: the prefix is checked with it and bound to it "
+        "(adapter-hub's files and virtual tokens cannot be read without)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--position-offset", type=int, metavar="N",
+        help="token t stands at t + N (default: as it was trained: P with PEFT and the authors' "
+        "code for GPT-2, 0 with adapter-hub and for BART)",
+    )  # fmt: skip
+
+
+def run(args) -> dict:
+    return convert(args.source, args.to, args.out, args.model, args.position_offset)

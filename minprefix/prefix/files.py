@@ -1,0 +1,199 @@
+"""Prefix and adapter files: one small safetensors file is all that is needed to use either.
+
+A prefix file holds `prefix_table` (L, 2, H, P, D) in fp32, an optional `gate` (L, H), and as
+metadata the format, the position offset, the place, the frame of the text, the fingerprint of the
+base model and how it was trained. The MLP is not in it (section 4.3 of Li & Liang 2021: it is
+dropped after training), nor are virtual tokens: what the model computes of them is. That of a BART
+has a table for each site, `encoder.prefix_table` and so on, or the embeddings of virtual tokens,
+`virtual_embd` (P, C): there the source behind them decides what they become.
+
+An adapter file holds the weights of `baselines.Adapter` in fp32 under their names, and as metadata
+the format, design, width and epsilon of its layer norms, the frame of the text and the base model.
+"""
+
+from pathlib import Path
+
+import torch
+
+from minprefix.checks import check_choice
+from minprefix.data.examples import LINEARISATIONS
+from minprefix.files import load_tensors, save_tensors
+from minprefix.methods.adapters import SITES, Adapter
+from minprefix.models.bart import SITES as BART_SITES
+from minprefix.models.gpt2 import GPT2Config
+from minprefix.prefix.bart import BARTPrefix
+from minprefix.prefix.prefix import PLACES, Prefix
+
+FORMAT = "minprefix-prefix-1"
+BART_FORMAT = "minprefix-bart-prefix-1"
+ADAPTER_FORMAT = "minprefix-adapter-1"
+
+
+def save_prefix(path: str | Path, prefix: Prefix | BARTPrefix) -> None:
+    """Write the prefix file, all of it or nothing. OSError if it cannot be written."""
+    prefix = prefix.export()
+    if isinstance(prefix, BARTPrefix):
+        tensors = {f"{site}.prefix_table": table for site, table in prefix.tables().items()}
+        tensors |= {f"{site}.gate": gate for site, gate in prefix.gates().items()}
+        if prefix.virtual is not None:
+            tensors["virtual_embd"] = prefix.virtual.embeddings()
+    else:
+        tensors = {"prefix_table": prefix.prefix_table}
+        if prefix.gate is not None:
+            tensors["gate"] = prefix.gate
+    tensors = {name: x.detach().float().cpu().contiguous() for name, x in tensors.items()}
+    metadata = {
+        "format": BART_FORMAT if isinstance(prefix, BARTPrefix) else FORMAT,
+        "position_offset": str(prefix.position_offset),
+        "place": prefix.place,
+        "base": prefix.base,
+        **frame_metadata(prefix),
+        "parametrisation": prefix.parametrisation,
+        "trained_parameters": str(prefix.n_trained),
+    }
+    save_tensors(path, tensors, metadata)
+
+
+def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
+    """Read a prefix file, of GPT-2 or of BART.
+
+    Raises:
+        ValueError: not such a file, damaged, or tensors of impossible shapes.
+        OSError: it cannot be read.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") not in (FORMAT, BART_FORMAT):
+        raise ValueError(f"{path}: not a prefix file (format {metadata.get('format')!r})")
+    check_finite(path, tensors)
+    offset = metadata.get("position_offset", "")
+    if not offset.isdecimal():
+        raise ValueError(f"{path}: position_offset must be a number >= 0, got {offset!r}")
+    place, n_trained = metadata.get("place", "prefix"), metadata.get("trained_parameters", "0")
+    check_choice(f"{path}: place", place, PLACES)
+    if not n_trained.isdecimal():
+        raise ValueError(f"{path}: trained_parameters must be a number >= 0, got {n_trained!r}")
+    tensors = {name: x.float() for name, x in tensors.items()}
+    if metadata["format"] == FORMAT:
+        table, gate = table_and_gate(path, tensors)
+        prefix = Prefix.from_table(table, int(offset), gate, place)
+    else:
+        prefix = bart_prefix_of(path, tensors, int(offset))
+    prefix.parametrisation = metadata.get("parametrisation", "")
+    prefix.n_trained = int(n_trained)
+    prefix.base = metadata.get("base", "")
+    prefix.linearisation, prefix.max_source = read_frame(path, metadata)
+    return prefix
+
+
+def table_and_gate(
+    path: str | Path, tensors: dict[str, torch.Tensor], site: str = ""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of the tensors whose names begin with `site`; ValueError for impossible shapes or values."""
+    table, gate = tensors.get(f"{site}prefix_table"), tensors.get(f"{site}gate")
+    if table is None or table.dim() != 5 or table.shape[1] != 2 or 0 in table.shape:
+        found = None if table is None else tuple(table.shape)
+        name = f"{site}prefix_table"
+        raise ValueError(f"{path}: {name} must be (L, 2, H, P, D) with P > 0, got {found}")
+    if gate is not None and gate.shape != (table.shape[0], table.shape[2]):
+        raise ValueError(f"{path}: {site}gate must be (L, H), got {tuple(gate.shape)}")
+    if gate is not None and gate.min() < 0:
+        raise ValueError(f"{path}: {site}gate must be >= 0, got {gate.min().item()}")
+    return table, gate
+
+
+def bart_prefix_of(
+    path: str | Path, tensors: dict[str, torch.Tensor], position_offset: int
+) -> BARTPrefix:
+    """The prefix of these tensors; ValueError if they do not fit together."""
+    virtual = tensors.get("virtual_embd")
+    if virtual is not None:
+        if len(tensors) > 1 or virtual.dim() != 2 or 0 in virtual.shape:
+            raise ValueError(f"{path}: expected virtual_embd (P, C) alone, found {[*tensors]}")
+        return BARTPrefix.from_tables({}, position_offset, virtual=virtual)
+    names = {name.split(".")[0] for name in tensors}
+    if not names or not names <= set(BART_SITES):
+        raise ValueError(f"{path}: no tables of {', '.join(BART_SITES)} in it: {[*tensors]}")
+    parts = {s: table_and_gate(path, tensors, f"{s}.") for s in BART_SITES if s in names}
+    shapes = {s: tuple(table.shape) for s, (table, _) in parts.items()}
+    if len({shape[1:] for shape in shapes.values()}) > 1:
+        raise ValueError(f"{path}: tables of one prefix must have the same H, P, D, got {shapes}")
+    layers = {shape[0] for site, shape in shapes.items() if site != "encoder"}
+    gates = {site: gate for site, (_, gate) in parts.items() if gate is not None}
+    if len(layers) > 1 or len(gates) not in (0, len(parts)):
+        raise ValueError(f"{path}: tables and gates do not fit one model: {shapes}, {[*gates]}")
+    tables = {site: table for site, (table, _) in parts.items()}
+    return BARTPrefix.from_tables(tables, position_offset, gates)
+
+
+def check_finite(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+    """ValueError that names a tensor with anything but finite numbers in it."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds values that are not finite numbers")
+
+
+def frame_metadata(learned: Prefix | BARTPrefix | Adapter) -> dict[str, str]:
+    """The frame that it was trained in, as `read_frame` reads it."""
+    cut = {} if learned.max_source is None else {"max_source": str(learned.max_source)}
+    return {"linearisation": learned.linearisation} | cut
+
+
+def read_frame(path: str | Path, metadata: dict[str, str]) -> tuple[str, int | None]:
+    """Linearisation ("" = none) and max_source (None = nothing is cut); ValueError for others."""
+    linearisation, cut = metadata.get("linearisation", ""), metadata.get("max_source")
+    if linearisation not in ("", *LINEARISATIONS):
+        raise ValueError(f"{path}: unknown linearisation {linearisation!r}")
+    if cut is not None and (not cut.isdecimal() or int(cut) < 1):
+        raise ValueError(f"{path}: max_source must be a number >= 1, got {cut!r}")
+    return linearisation, None if cut is None else int(cut)
+
+
+def save_adapter(path: str | Path, adapter: Adapter) -> None:
+    """Write the adapter file, all of it or nothing. OSError if it cannot be written."""
+    tensors = {name: tensor.float() for name, tensor in adapter.state_dict().items()}
+    metadata = {
+        "format": ADAPTER_FORMAT,
+        "design": adapter.design,
+        "bottleneck": str(adapter.bottleneck),
+        "layer_norm_epsilon": repr(adapter.layer_norm_epsilon),
+        "base": adapter.base,
+        **frame_metadata(adapter),
+    }
+    save_tensors(path, tensors, metadata)
+
+
+def load_adapter(path: str | Path) -> Adapter:
+    """Read an adapter file.
+
+    Raises:
+        ValueError: not such a file, damaged, or tensors that are not those of an adapter.
+        OSError: it cannot be read.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") != ADAPTER_FORMAT:
+        raise ValueError(f"{path}: not an adapter file (format {metadata.get('format')!r})")
+    design, width = metadata.get("design"), metadata.get("bottleneck", "")
+    if design not in SITES:
+        raise ValueError(f"{path}: unknown design {design!r}")
+    down, up = (tensors.get(f"h.0.{SITES[design][0]}.{w}.bias") for w in ("down", "up"))
+    if down is None or up is None or width != str(down.numel()) or 0 in (down.numel(), up.numel()):
+        raise ValueError(f"{path}: no tensors of design {design!r} and bottleneck {width!r}")
+    try:
+        eps = float(metadata.get("layer_norm_epsilon", ""))
+    except ValueError as error:
+        raise ValueError(f"{path}: layer_norm_epsilon must be a number") from error
+    n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
+    config = GPT2Config(n_layer=n_layer, n_head=1, n_embd=up.numel(), layer_norm_epsilon=eps)
+    with torch.device("meta"):
+        adapter = Adapter(config, down.numel(), design)
+    wanted = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(wanted | found):
+        if found.get(name) != wanted.get(name):
+            shapes = f"is {found.get(name)}, must be {wanted.get(name)}"
+            raise ValueError(f"{path}: {name} {shapes} in {n_layer} layers of design {design}")
+    check_finite(path, tensors)
+    adapter.load_state_dict({name: x.float() for name, x in tensors.items()}, assign=True)
+    adapter.base = metadata.get("base", "")
+    adapter.linearisation, adapter.max_source = read_frame(path, metadata)
+    return adapter

@@ -1,0 +1,353 @@
+"""Prefixes of other systems: PEFT's folders, the authors' state dicts, adapter-hub's folders.
+
+All three hold the same rows (P, 2 L C), one per prefix position, with flat feature
+((2 l + kv) H + h) D + d, kv = 0 the key; `table_of_rows` makes P_theta of them. They differ in
+where token t of the text stands, which is part of what a prefix means:
+
+| system | files, of GPT-2 | token t at |
+|---|---|---|
+| PEFT [1], see `peft_files.py` | adapter_config.json, adapter_model.safetensors | P + t |
+| the authors' code [2] | config.json, pytorch_model.bin | P + t; BART's: t |
+| adapter-hub [3] | adapter_config.json, pytorch_adapter.bin | t |
+
+An MLP is computed and dropped: what is used of it is its table (section 4.3 of Li & Liang 2021).
+Read `read_authors`, then `read_adapters`. Pickles are read as tensors only: code in them is
+refused, not run.
+
+[1] https://github.com/huggingface/peft/tree/main/src/peft/tuners/prefix_tuning
+[2] https://github.com/XiangLi1999/PrefixTuning/blob/cleaned/gpt2/train_control.py
+[3] https://github.com/adapter-hub/adapters/blob/main/src/adapters/methods/prefix_tuning.py
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minprefix.files import load_tensors, read_json
+from minprefix.models.bart import BARTConfig
+from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.weights import LISTED, read_config, read_pickle
+from minprefix.prefix.bart import BARTPrefix
+from minprefix.prefix.parametrisations import activations
+from minprefix.prefix.prefix import Prefix
+
+# what adapter-hub's config may say; another value means something that a Prefix is not
+ADAPTERS_ONLY = {"use_gating": (False, None), "leave_out": ([], None)}
+
+MLP_KEYS = {
+    "wte.weight",
+    *(f"control_trans.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")),
+}
+DEEP_KEYS = MLP_KEYS | {"control_trans.4.weight", "control_trans.4.bias"}
+INFIX_KEYS = MLP_KEYS | {"wte2.weight"}
+DIRECT_KEYS, EMBEDDING_KEYS = {"control_trans"}, {"wte.weight"}
+# the authors' BART has an MLP for each attention: embeddings and linear layers, by our sites
+BART_PARTS = {
+    "encoder": ("wte_enc", "control_trans_enc"),
+    "decoder": ("wte", "control_trans"),
+    "cross": ("wte2", "control_trans2"),
+}
+
+
+@dataclass(frozen=True)
+class AuthorsTokens:
+    """A prefix that only the frozen model turns into keys and values, by running `embeddings`.
+
+    Embedding-only: at positions 0 .. P-1, before the text (`run_virtual_tokens`). Infix: after the
+    S tokens of the source, at S .. S+P-1; `infix_table` is then added to their keys and values.
+    """
+
+    embeddings: Tensor  # (P, C)
+    infix_table: Tensor | None = None  # (L, 2, H, P, D)
+
+
+def table_of_rows(rows: Tensor, n_layer: int, n_head: int) -> Tensor:
+    """(P, 2 L C) -> P_theta, (L, 2, H, P, D)."""
+    return rows.reshape(rows.shape[0], n_layer, 2, n_head, -1).permute(1, 2, 3, 0, 4)
+
+
+def rows_of_table(table: Tensor) -> Tensor:
+    """P_theta (L, 2, H, P, D) -> (P, 2 L C)."""
+    return table.permute(3, 0, 1, 2, 4).flatten(1)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, in fp32 or wider, and the metadata; pickles have none.
+
+    Raises:
+        ValueError: damaged, a pickle of anything but tensors, values that are not finite.
+    """
+    if path.suffix == ".safetensors":
+        tensors, metadata = load_tensors(path)
+    else:
+        tensors, metadata = read_pickle(path), {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds values that are not finite numbers")
+        tensors[name] = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensors, metadata
+
+
+def check_only(path: Path, raw: dict, only: dict[str, tuple]) -> None:
+    """ValueError if a setting of a config file has a value that is not supported."""
+    for key, allowed in only.items():
+        if raw.get(key) not in allowed:
+            choices = " or ".join(repr(value) for value in allowed if value is not None)
+            raise ValueError(f"{path}: {key} is {raw.get(key)!r}; supported: {choices}")
+
+
+def size(path: Path, raw: dict, key: str) -> int:
+    """A size that a config file must give."""
+    value = raw.get(key)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{path}: {key} must be a number >= 1, got {value!r}")
+    return value
+
+
+def some(names) -> str:
+    """The first of these names."""
+    names = sorted(names)
+    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
+
+
+def check_fits(source: str | Path, prefix: Prefix | BARTPrefix, config) -> None:
+    """ValueError if a model of this shape cannot use the prefix; `source` is named in it."""
+    if isinstance(prefix, BARTPrefix) != isinstance(config, BARTConfig):
+        kinds = ("BART", "GPT-2") if isinstance(prefix, BARTPrefix) else ("GPT-2", "BART")
+        raise ValueError(f"{source}: a prefix of a {kinds[0]}, but the model is a {kinds[1]}")
+    if isinstance(prefix, BARTPrefix):
+        for site, part in prefix.sites.items():
+            check_fits(f"{source}, {site}", part, config.at(site))
+        return
+    L, _, H, _, D = prefix.table().shape
+    if (L, H, D) != (config.n_layer, config.n_head, config.head_dim):
+        raise ValueError(
+            f"{source}: {L} layers with {H} heads of {D} do not fit the model, which has "
+            f"{config.n_layer} with {config.n_head} of {config.head_dim}: made for another base "
+            "model (grouped-query attention, where a prefix has fewer heads, is not GPT-2's)"
+        )
+    if prefix.position_offset >= config.n_positions:
+        raise ValueError(
+            f"{source}: position_offset {prefix.position_offset} leaves no place among the "
+            f"{config.n_positions} positions of the model"
+        )
+
+
+def mlp_rows(
+    path: Path, tensors: dict[str, Tensor], wte: str = "wte", control: str = "control_trans"
+) -> Tensor:
+    """Linear-tanh-Linear (or one more of both) of the embeddings, as both systems name them.
+
+    -> (P, n), n the width of the last layer.
+    """
+    x = tensors[f"{wte}.weight"]  # (P, C)
+    if x.dim() != 2 or 0 in x.shape:
+        raise ValueError(f"{path}: {wte}.weight must be (P, C) with P > 0, got {tuple(x.shape)}")
+    for i in (0, 2, 4):
+        if f"{control}.{i}.weight" not in tensors:
+            break
+        weight, bias = (tensors[f"{control}.{i}.{kind}"] for kind in ("weight", "bias"))
+        if weight.dim() != 2 or weight.shape[1] != x.shape[1] or bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{path}: {control}.{i} must be (n, {x.shape[1]}) with a bias (n,), got "
+                f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+            )
+        x = F.linear(torch.tanh(x) if i else x, weight, bias)
+    return x
+
+
+def table_for(path: Path, rows: Tensor, config: GPT2Config) -> Tensor:
+    """P_theta of rows (P, 2 L C), or of all of them in one (P 2 L C,); ValueError if they do not
+    fit the model."""
+    L, H, C = config.n_layer, config.n_head, config.n_embd
+    if rows.dim() == 1 and rows.numel() and rows.numel() % (2 * L * C) == 0:
+        rows = rows.reshape(-1, 2 * L * C)
+    if rows.dim() != 2 or rows.shape[1] != 2 * L * C:
+        raise ValueError(
+            f"{path}: a table of {tuple(rows.shape)} is no (P, 2 L C) of the model, which has "
+            f"L = {L}, C = {C}: made for another one"
+        )
+    return table_of_rows(rows, L, H)
+
+
+def table_of_word(path: Path, past: Tensor) -> Tensor:
+    """P_theta of the model's cache on a word, (2 L, 1, H, P, D): key and value, layer by layer."""
+    if past.shape[0] % 2 or past.shape[1] != 1 or 0 in past.shape:
+        raise ValueError(
+            f"{path}: control_trans must be (2 L, 1, H, P, D), got {tuple(past.shape)}"
+        )
+    return past.reshape(-1, 2, *past.shape[2:])
+
+
+def config_beside(path: Path, config):
+    """What config.json in the same folder says, which must fit `config`; without one, `config`."""
+    beside = path.with_name("config.json")
+    if not beside.is_file():
+        return config
+    saved = read_config(path.parent)
+    here, there = ((c.n_layer, c.n_head, c.n_embd) for c in (saved, config or saved))
+    if here != there:
+        raise ValueError(f"{beside}: layers, heads, width are {here}, those of the model {there}")
+    return saved
+
+
+@torch.no_grad()
+def read_authors(
+    path: str | Path, config: GPT2Config | BARTConfig | None = None
+) -> Prefix | AuthorsTokens | BARTPrefix:
+    """A prefix that the authors' code saved; which kind, its keys say.
+
+    Args:
+        path: the folder that it saved, or a file with the state dict.
+        config: of the base model; None = config.json beside the state dict.
+    Returns:
+        A Prefix (MLP of two or three layers; direct, random or from a word), text at P + t; of a
+        BART see `read_authors_bart`. For embedding-only and infix the virtual tokens, which need
+        the model.
+    Raises:
+        ValueError: no such state dict, damaged, shapes that do not fit each other or `config`.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    path = path / "pytorch_model.bin" if path.is_dir() else path
+    tensors, _ = read_tensors(path)
+    keys = set(tensors)
+    if any(key.startswith(("wte_enc.", "control_trans_enc.", "control_trans2.")) for key in keys):
+        return read_authors_bart(path, tensors, config)
+    if keys not in (EMBEDDING_KEYS, DIRECT_KEYS, MLP_KEYS, DEEP_KEYS, INFIX_KEYS):
+        told = f"no prefix of the authors' code, the keys are {some(keys) or 'none'}"
+        raise ValueError(f"{path}: {told}")
+    if keys == DIRECT_KEYS:
+        rows = tensors["control_trans"]
+        if rows.dim() == 5:
+            return Prefix.from_table(table_of_word(path, rows), position_offset=rows.shape[3])
+    else:
+        rows = mlp_rows(path, tensors)
+        C = tensors["wte.weight"].shape[1]
+        if keys == EMBEDDING_KEYS or (keys == MLP_KEYS and rows.shape[1] == C):
+            return AuthorsTokens(rows)
+    config = config_beside(path, config)
+    if config is None:
+        raise ValueError(
+            f"{path}: does not say how many heads there are: needs config.json beside it, or the "
+            "base model (--model)"
+        )
+    table = table_for(path, rows, config)
+    if keys != INFIX_KEYS:
+        return Prefix.from_table(table, position_offset=table.shape[3])
+    embeddings, want = tensors["wte2.weight"], (table.shape[3], config.n_embd)
+    if embeddings.shape != want:
+        raise ValueError(f"{path}: wte2.weight must be {want}, got {tuple(embeddings.shape)}")
+    return AuthorsTokens(embeddings, table)
+
+
+def read_authors_bart(
+    path: Path, tensors: dict[str, Tensor], config: BARTConfig | None
+) -> BARTPrefix:
+    """A BART prefix that the authors' code saved: an MLP for each attention, text at t.
+
+    Their encoder has as many layers as their decoder, and all three have the same P.
+    """
+    wanted = {
+        key.replace("wte.", f"{wte}.").replace("control_trans.", f"{control}."): site
+        for site, (wte, control) in BART_PARTS.items()
+        for key in MLP_KEYS
+    }
+    sites = {wanted.get(key) for key in tensors}
+    odd = [key for key in tensors if key not in wanted]
+    lost = [key for key, site in wanted.items() if site in sites and key not in tensors]
+    if odd or lost:
+        told = f"left over {some(odd) or 'none'}, missing {some(lost) or 'none'}"
+        raise ValueError(f"{path}: not the keys of the authors' BART prefix: {told}")
+    config = config_beside(path, config)
+    if not isinstance(config, BARTConfig):
+        what = "nothing" if config is None else "a GPT-2"
+        raise ValueError(
+            f"{path}: a prefix of a BART, but config.json beside it, or --model, names {what}"
+        )
+    rows = {s: mlp_rows(path, tensors, *BART_PARTS[s]) for s in BART_PARTS if s in sites}
+    if len({len(x) for x in rows.values()}) > 1:
+        raise ValueError(f"{path}: attentions have prefixes of {[len(x) for x in rows.values()]}")
+    tables = {site: table_for(path, x, config.at(site)) for site, x in rows.items()}
+    return BARTPrefix.from_tables(tables)
+
+
+def run_virtual_tokens(model: GPT2, tokens: AuthorsTokens) -> Prefix:
+    """The table of embedding-only: keys and values that the model has on them at 0 .. P-1."""
+    P, C = tokens.embeddings.shape
+    if tokens.infix_table is not None:
+        raise ValueError(
+            "the keys and values of the authors' infix depend on the text before it: it has no "
+            "table, so it cannot become a prefix file (an infix trained here has one)"
+        )
+    if C != model.config.n_embd:
+        raise ValueError(f"virtual tokens of width {C} for a model of width {model.config.n_embd}")
+    if P >= model.config.n_positions:
+        raise ValueError(f"{P} virtual tokens > {model.config.n_positions} positions of the model")
+    with torch.no_grad():
+        table = activations(model, tokens.embeddings.to(model.wte.weight))
+    prefix = Prefix.from_table(table, position_offset=P)
+    prefix.parametrisation = "embedding"
+    prefix.bind(model)
+    return prefix
+
+
+@torch.no_grad()
+def read_adapters(folder: str | Path, config: GPT2Config | None) -> Prefix:
+    """The prefix of an adapter-hub folder for GPT-2, as its eager attention computes it.
+
+    With its default attention (SDPA, version 1.3.0) that library hides most of the sequence from a
+    causal model; the table is the same. A trained head (pytorch_model_head.bin) is not read.
+
+    Args:
+        config: of the base model; the folder does not say how many heads there are.
+    """
+    path = Path(folder) / "adapter_config.json"
+    whole = read_json(path)
+    raw = whole.get("config")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: config must be an object, got {raw!r}")
+    check_only(path, whole, {"model_type": ("gpt2", None)})
+    check_only(path, raw, {"architecture": ("prefix_tuning",), **ADAPTERS_ONLY})
+    P = size(path, raw, "prefix_length")
+    if config is None:
+        raise ValueError(
+            f"{path}: does not say how many heads there are: needs the base model (--model)"
+        )
+    file = path.with_name("pytorch_adapter.bin")
+    tensors = once(file, read_tensors(file)[0])
+    if set(tensors) == DIRECT_KEYS:
+        rows = tensors["control_trans"]  # (P 2 L C,)
+    elif set(tensors) == MLP_KEYS:
+        check_only(path, raw, {"non_linearity": ("tanh",)})
+        rows = mlp_rows(file, tensors)
+    else:
+        raise ValueError(f"{file}: expected a flat prefix or an MLP, found {some(tensors)}")
+    table = table_for(file, rows, config)
+    if table.shape[3] != P:
+        raise ValueError(
+            f"{file}: a prefix of {table.shape[3]} positions, but prefix_length is {P}"
+        )
+    return Prefix.from_table(table, position_offset=0)
+
+
+def once(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter-hub prefix, which its file repeats under every layer."""
+    found, places = {}, set()
+    for key, tensor in tensors.items():
+        parts = re.search(r"prefix_tunings\.([^.]+)\.([^.]+)\.(.+)$", key)
+        if not parts:
+            raise ValueError(f"{path}: {key} is no part of a prefix without gates")
+        name, place, part = parts.groups()
+        if place != "self_prefix":
+            raise ValueError(f"{path}: {key} is of {place}; GPT-2 has self_prefix only")
+        places.add(name)
+        if not torch.equal(found.setdefault(part, tensor), tensor):
+            raise ValueError(f"{path}: {part} differs between layers, though all share one")
+    if len(places) != 1:
+        raise ValueError(f"{path}: holds {len(places)} prefixes ({some(places)}), expected one")
+    return found

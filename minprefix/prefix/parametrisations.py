@@ -1,0 +1,186 @@
+"""What a prefix is computed from while it trains: an MLP (section 4.3) or virtual tokens (7.2).
+
+A prefix is keys and values, P_theta of eq. (3) in Li & Liang 2021 [1]. They may be free parameters
+(`prefix.Prefix` holds those itself); the output of an MLP over P rows (`PrefixMLP`); or, in the
+ablation EMB-n ("embedding-only", section 7.2), what the frozen model computes from P free token
+embeddings (`VirtualTokens`). Virtual tokens stand at positions 0 .. P-1 before the text. By
+causality nothing they compute depends on the text, so their keys and values are a table as well:
+it is made once per step, and attention, caches, graphs and files know nothing of where it is from.
+
+`token_activations` is the same for the embeddings of real words, with which a prefix may begin.
+Shapes use the letters of the README's table. Widths and the random start are those of the authors'
+code [2].
+
+[1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minprefix.models.gpt2 import GPT2, GPT2Config, gated_prefix_attention
+
+
+class RowMLP(nn.Module):
+    """P rows of n_out numbers: embedding P x C, linear to mid_dim, tanh, linear to n_out."""
+
+    def __init__(self, n_embd: int, prefix_len: int, mid_dim: int, n_out: int):
+        super().__init__()
+        self.prefix_embd = nn.Parameter(torch.empty(prefix_len, n_embd))  # (P, C)
+        self.linear_in = nn.Linear(n_embd, mid_dim)
+        self.linear_out = nn.Linear(mid_dim, n_out)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """As PyTorch does by default, and so the authors' code: N(0, 1) for the embedding,
+        U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for both linear layers, weights and biases."""
+        nn.init.normal_(self.prefix_embd, generator=generator)
+        for linear in (self.linear_in, self.linear_out):
+            bound = linear.in_features**-0.5
+            nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
+
+    def hidden(self) -> Tensor:  # (P, mid_dim)
+        return torch.tanh(self.linear_in(self.prefix_embd))
+
+    def rows(self) -> Tensor:  # (P, n_out)
+        with torch.autocast(self.prefix_embd.device.type, enabled=False):
+            return self.linear_out(self.hidden())
+
+    @torch.no_grad()
+    def fit_rows(self, rows: Tensor) -> float:
+        """Change the last layer, as little as possible, so that the output is `rows` (P, n_out).
+
+        Least squares in fp64. Returns the largest |difference| that remains: rounding only, as
+        long as P <= mid_dim.
+        """
+        hidden = F.pad(
+            self.hidden().double(), (0, 1), value=1.0
+        )  # (P, mid_dim + 1), the bias' column
+        layer = torch.cat([self.linear_out.weight, self.linear_out.bias[:, None]], 1).double().T
+        layer += torch.linalg.pinv(hidden) @ (rows.double() - hidden @ layer)  # (mid_dim+1, n_out)
+        self.linear_out.weight.copy_(layer[:-1].T)
+        self.linear_out.bias.copy_(layer[-1])
+        return (self.rows() - rows).abs().max().item()
+
+
+class PrefixMLP(RowMLP):
+    """P_theta[i, :] = MLP(P'_theta[i, :]): rows of 2 L C numbers, a key and a value per layer."""
+
+    def __init__(self, config: GPT2Config, prefix_len: int, mid_dim: int):
+        super().__init__(config.n_embd, prefix_len, mid_dim, config.n_layer * 2 * config.n_embd)
+        self.table_shape = (prefix_len, config.n_layer, 2, config.n_head, config.head_dim)
+
+    def forward(self) -> Tensor:  # -> (L, 2, H, P, D)
+        return self.rows().view(self.table_shape).permute(1, 2, 3, 0, 4)
+
+    def fit_last_layer(self, table: Tensor) -> float:
+        """`fit_rows` to a table (L, 2, H, P, D)."""
+        return self.fit_rows(table.permute(3, 0, 1, 2, 4).flatten(1))  # (P, 2 L C)
+
+
+class Recorder:
+    """In the place of a cache: notes each layer's keys and values, gradients included."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.kv = device, {}  # by layer, (2, B, H, T, D)
+
+    def longest_after(self, T: int) -> int:
+        return T
+
+    def places(self, T: int) -> Tensor:
+        return torch.arange(T, device=self.device)
+
+    def attend(self, layer: int, q, k, v, prefix_k, prefix_v, gate, **visible) -> Tensor:
+        """As without a cache. Checkpointing calls it twice for a layer, with the same numbers."""
+        self.kv[layer] = torch.stack([k, v])
+        return gated_prefix_attention(q, k, v, prefix_k, prefix_v, gate, **visible)
+
+    def advance(self, lengths: Tensor | None, T: int) -> None:
+        pass
+
+    def table(self) -> Tensor:
+        """What was noted of a single row: (L, 2, H, T, D)."""
+        return torch.stack([self.kv[layer][:, 0] for layer in range(len(self.kv))])
+
+
+def activations(model: GPT2, inputs: Tensor) -> Tensor:
+    """Keys and values that the model computes of a text at positions 0, 1, ...: h_<P of eq. (1).
+
+    Without dropout, whatever mode the model is in.
+
+    Args:
+        inputs: (P,) int, tokens; or embeddings (P, C), at which gradients arrive.
+    Returns:
+        (L, 2, H, P, D), fp32, or fp64 from an fp64 model.
+    """
+    recorder = Recorder(inputs.device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        model.hidden_states(inputs[None], cache=recorder)
+    finally:
+        for module in training:
+            module.training = True
+    table = recorder.table()
+    return table.to(torch.promote_types(table.dtype, torch.float32))
+
+
+@torch.no_grad()
+def token_activations(model: GPT2, ids: list[int]) -> Tensor:
+    """The model's keys and values of the tokens `ids`; see `activations`."""
+    return activations(model, torch.tensor(ids, device=model.wte.weight.device))
+
+
+class Borrowed:
+    """A model that a prefix reads and does not own: no submodule of it, and copies share it."""
+
+    def __init__(self, model: GPT2 | None = None):
+        self.model = model
+
+    def __deepcopy__(self, memo: dict) -> "Borrowed":
+        return Borrowed(self.model)
+
+
+class VirtualTokens(nn.Module):
+    """EMB-n: P free embeddings, read by the frozen model as if they were those of tokens.
+
+    Their own parameters are fp32 beside a model in bf16, and cast where the model reads them.
+
+    Args:
+        mid_dim: the embeddings are the output of an MLP of this hidden width, as in the authors'
+            code by default; None = they are parameters themselves.
+    """
+
+    def __init__(self, config: GPT2Config, prefix_len: int, mid_dim: int | None):
+        super().__init__()
+        self.borrowed = Borrowed()  # the frozen model, once `Prefix.bind` has named it
+        if mid_dim is None:
+            self.mlp = None
+            self.virtual_embd = nn.Parameter(torch.zeros(prefix_len, config.n_embd))  # (P, C)
+        else:
+            self.mlp = RowMLP(config.n_embd, prefix_len, mid_dim, config.n_embd)
+            self.virtual_embd = None
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """N(0, 1), PyTorch's default for an embedding and so the authors'; or `RowMLP`'s."""
+        if self.mlp is None:
+            nn.init.normal_(self.virtual_embd, generator=generator)
+        else:
+            self.mlp.init_weights(generator)
+
+    @torch.no_grad()
+    def fit(self, embd: Tensor) -> float:
+        """Begin with these embeddings (P, C); the largest |difference| that an MLP leaves."""
+        if self.mlp is not None:
+            return self.mlp.fit_rows(embd)
+        self.virtual_embd.copy_(embd)
+        return 0.0
+
+    def forward(self) -> Tensor:  # -> (L, 2, H, P, D)
+        model = self.borrowed.model
+        if model is None:
+            raise ValueError("virtual tokens are read by a model: call prefix.bind(model) first")
+        return activations(model, self.embeddings().to(model.wte.weight))
+
+    def embeddings(self) -> Tensor:  # -> (P, C)
+        return self.virtual_embd if self.mlp is None else self.mlp.rows()

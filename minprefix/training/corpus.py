@@ -1,0 +1,239 @@
+"""Text to train a GPT-2 from scratch on: from a folder to token streams, from streams to windows.
+
+A folder holds either text, as UTF-8 (.txt, .txt.gz, .txt.xz), or tokens (.npy, .npy.xz: one integer
+array a file, as another program has tokenised them). A file of text is one document, or several
+with <|endoftext|> between them. All documents become one stream of ids, <|endoftext|> behind each,
+and a training row is a window of T + 1 ids of it: T inputs and, one to the right, T labels.
+Documents are packed into windows without padding, and attention may look across their borders,
+as in the training of GPT-3 [1], appendix B.
+
+Read `load_corpus`, then `Windows` (which rows step s sees).
+[1] https://arxiv.org/abs/2005.14165
+"""
+
+import gzip
+import io
+import lzma
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minprefix.files import decode_text
+from minprefix.models.tokenizer import ENDOFTEXT, Tokenizer
+
+TEXTS = (".txt", ".txt.gz", ".txt.xz")
+SHARDS = (".npy", ".npy.xz")
+HELD_OUT = re.compile(r"(val|valid|validation)(?![a-z])", re.IGNORECASE)  # start of a file's name
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a model is trained on and measured by."""
+
+    tokenizer: Tokenizer
+    train: np.ndarray  # (n,), ids
+    val: np.ndarray  # (n,), ids of held-out text
+
+
+def load_corpus(
+    folder: str | Path, tokenizer: Tokenizer | None, vocab_size: int, val_share: float
+) -> Corpus:
+    """Everything in the folder and its sub-folders, in the order of the paths.
+
+    Held out are the files whose name begins with val (val.txt, val-0.npy.xz, validation.txt);
+    without such a file the last documents, see `held_out`.
+
+    Args:
+        tokenizer: None = trained on the text that is not held out.
+        vocab_size: of a tokenizer that is trained here.
+        val_share: between 0 and 1, the share of the text that is held out.
+    Raises:
+        ValueError: no text; text and tokens side by side; tokens without a tokenizer or with ids
+            that it does not have; a file that is damaged or no UTF-8 (named, with its line).
+        FileNotFoundError: no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    texts, shards = ([p for p in files if p.name.lower().endswith(s)] for s in (TEXTS, SHARDS))
+    if bool(texts) == bool(shards):
+        found = "both text and token shards" if texts else "no text"
+        raise ValueError(
+            f"{folder}: {found}; expected {', '.join(TEXTS)} or, with a tokenizer, "
+            f"{', '.join(SHARDS)}"
+        )
+    if shards:
+        return shard_corpus(shards, tokenizer, val_share)
+    train, val = ([p for p in texts if bool(HELD_OUT.match(p.name)) == v] for v in (False, True))
+    train, val = ([d for path in paths for d in read_documents(path)] for paths in (train, val))
+    if not val:
+        train, val = hold_out_documents(train, val_share)
+    if not train:
+        raise ValueError(f"{folder}: no text to train on in {len(texts)} files")
+    tokenizer = tokenizer or Tokenizer.train(train, vocab_size)
+    return Corpus(tokenizer, encode(tokenizer, train), encode(tokenizer, val))
+
+
+def shard_corpus(paths: list[Path], tokenizer: Tokenizer | None, val_share: float) -> Corpus:
+    """The tokens of all shards, those named val* held out."""
+    if tokenizer is None:
+        raise ValueError(f"{paths[0]}: tokens need their tokenizer: --tokenizer FOLDER")
+    streams = {False: [np.zeros(0, np.uint16)], True: [np.zeros(0, np.uint16)]}
+    for path in paths:
+        held_out = bool(HELD_OUT.match(path.name))
+        streams[held_out].append(read_shard(path, tokenizer.vocab_size))
+    train, val = (np.concatenate(streams[v]) for v in (False, True))
+    if not len(val) and len(train):
+        ends = np.flatnonzero(train == tokenizer.eos_id) + 1
+        cut = held_out_from(len(train), ends, val_share)
+        train, val = train[:cut], train[cut:]
+    return Corpus(tokenizer, train, val)
+
+
+# files -------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, unpacked; ValueError if it is damaged."""
+    unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix.lower(), bytes)
+    try:
+        return unpack(path.read_bytes())
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a text file, without white space at their ends and without empty ones."""
+    text = decode_text(read_bytes(path), path).removeprefix("\ufeff")
+    return [document for part in text.split(ENDOFTEXT) if (document := part.strip())]
+
+
+def read_shard(path: Path, vocab_size: int) -> np.ndarray:
+    """The ids of a .npy file: (n,), uint16, or int64 if the vocabulary is larger."""
+    data = read_bytes(path)
+    try:
+        ids = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: damaged, or no .npy file ({error})") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"{path}: expected one row of integer ids, found {describe(ids)}")
+    if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+        worst = ids.min() if ids.min() < 0 else ids.max()
+        raise ValueError(f"{path}: id {worst}, but the tokenizer has 0 ... {vocab_size - 1}")
+    return ids.astype(id_type(vocab_size))
+
+
+def describe(ids) -> str:
+    return f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+
+
+def id_type(vocab_size: int) -> type:
+    return np.uint16 if vocab_size <= 2**16 else np.int64
+
+
+# documents and streams ---------------------------------------------------------------------------
+
+
+def held_out_from(n: int, ends: Sequence[int], share: float) -> int:
+    """Where, in a text of length n whose documents end at `ends`, the held-out part begins.
+
+    At the first end of a document past (1 - share) n; inside the last document, at (1 - share) n
+    itself, if that is where this lies: then no more than `share` is held out in any case.
+    """
+    start = max(1, round(n * (1 - share)))
+    later = [end for end in ends if start <= end < n]
+    return int(min(later, default=start))
+
+
+def hold_out_documents(documents: list[str], share: float) -> tuple[list[str], list[str]]:
+    """The documents to train on, and the last `share` of the text (in characters)."""
+    ends = np.cumsum([0, *map(len, documents)])
+    cut = held_out_from(int(ends[-1]), ends[1:], share)
+    train, val = [], []
+    for start, document in zip(ends, documents, strict=False):
+        place = min(max(int(cut - start), 0), len(document))
+        train += [document[:place]] if place else []
+        val += [document[place:]] if place < len(document) else []
+    return train, val
+
+
+def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
+    """The stream of the documents' ids, <|endoftext|> behind each: (n,)."""
+    rows = []
+    for document in tqdm(documents, unit="document", desc="tokens", delay=2, leave=False):
+        ids = [*tokenizer.encode(document), tokenizer.eos_id]
+        rows.append(np.array(ids, dtype=id_type(tokenizer.vocab_size)))
+    return np.concatenate(rows) if rows else np.zeros(0, id_type(tokenizer.vocab_size))
+
+
+def unigram_entropy(ids: np.ndarray, vocab_size: int) -> float:
+    """H = - sum_v p_v log p_v with p_v = share of id v, in nats per token.
+
+    No model that leaves the context aside has a lower loss on these ids.
+    """
+    p = np.bincount(ids, minlength=vocab_size) / len(ids)
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())
+
+
+# windows -----------------------------------------------------------------------------------------
+
+
+class Windows:
+    """The endless order of training windows: `batch(step)` depends on the arguments and step alone.
+
+    In each epoch the stream, closed to a ring, is cut into windows of T labels from a random place
+    on, and the windows come in random order: every token is a label once, with other neighbours in
+    its window than in the epoch before. (The last window, shorter than T, is left out.)
+    """
+
+    def __init__(self, ids: np.ndarray, seq_len: int, batch_size: int, seed: int):
+        """
+        Args:
+            ids: (n,), the stream; n > seq_len.
+            seq_len: T, inputs per window.
+            batch_size: windows per batch; a batch may reach into the next epoch.
+        """
+        if len(ids) <= seq_len:
+            raise ValueError(
+                f"too little text: {len(ids)} tokens to train on, one window needs {seq_len + 1}"
+            )
+        self.ids, self.seq_len, self.batch_size, self.seed = ids, seq_len, batch_size, seed
+        self.per_epoch = len(ids) // seq_len
+        self._epoch, self._starts = -1, np.zeros(0, np.int64)
+
+    def starts(self, epoch: int) -> np.ndarray:
+        """Where the windows of this epoch begin in the stream, in order: (per_epoch,)."""
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            shift = rng.integers(len(self.ids))
+            self._starts = shift + self.seq_len * rng.permutation(self.per_epoch)
+            self._epoch = epoch
+        return self._starts
+
+    def batch(self, step: int) -> torch.Tensor:
+        """(B, T + 1), int64: inputs are [:, :-1], labels [:, 1:]."""
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
+        starts = [self.starts(n // self.per_epoch)[n % self.per_epoch] for n in numbers]  # (B,)
+        at = np.array(starts)[:, None] + np.arange(self.seq_len + 1)  # (B, T + 1)
+        return torch.from_numpy(self.ids[at % len(self.ids)].astype(np.int64))
+
+
+def validation_windows(ids: np.ndarray, seq_len: int, most: int) -> list[np.ndarray]:
+    """Windows of T labels one behind the other, evenly spread if there are more than `most` tokens.
+
+    Each is read alone, so its first tokens have little before them. The last may be shorter.
+    """
+    if len(ids) < 2:
+        raise ValueError(f"too little text: {len(ids)} tokens are held out, a loss needs 2")
+    starts = np.arange(0, len(ids) - 1, seq_len)
+    keep = max(1, most // seq_len)
+    if len(starts) > keep:
+        starts = starts[np.linspace(0, len(starts) - 1, keep).astype(int)]
+    return [ids[start : start + seq_len + 1] for start in starts]

@@ -1,0 +1,279 @@
+"""The benchmark: end to end on tiny sizes, wrong results are refused, FLOPs, bad options."""
+
+import argparse
+
+import pytest
+import torch
+from conftest import tiny_with_words
+
+from benchmarks.machine import read_rows
+from benchmarks.peft import peers as bench_peers
+from benchmarks.peft import run as bench
+from benchmarks.peft.limits import Peak, decode_limit, train_flops
+from benchmarks.peft.pictures import PARTS, REST, longest_series, part_of
+from benchmarks.peft.run import KEY, BenchConfig, make_task
+from minprefix.cli.main import build_parser
+from minprefix.cli.options import field_help, from_args
+from minprefix.models.gpt2 import GPT2Config
+from minprefix.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUICK = ("--device", "cpu", "--seconds", 0, "--steps", 1, "--warm-up", 0)
+
+
+@pytest.fixture(autouse=True)
+def small_product(monkeypatch):
+    monkeypatch.setattr(bench, "matmul_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(bench, "read_speed", lambda device: 1e9)
+
+
+@pytest.fixture
+def run(cli, tiny_folder, tmp_path):
+    """Run it; the rows of its CSV."""
+
+    def bench_it(work: str, *options, code: int = 0) -> list[dict[str, str]]:
+        argv = ("--model", tiny_folder, "--out", tmp_path, *QUICK, *options)
+        cli("bench", work, *argv, code=code)
+        return read_rows(tmp_path / "bench.csv")
+
+    return bench_it
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_training_beside_peft(run, tmp_path, dtype):
+    sizes = ("--batch-size", "2,3", "--seq-len", 8, "--prefix-len", 2, "--dtype", dtype)
+    rows = run("train", *sizes, "--profile")
+    assert [(r["B"], r["method"]) for r in rows] == [
+        ("2", "minprefix"), ("2", "peft"), ("3", "minprefix"), ("3", "peft"),
+    ]  # fmt: skip
+    for row in rows:
+        assert set(KEY) < set(row) and {"torch", "commit", "cpu", "peft", "threads"} < set(row)
+        assert row["note"] == "" and row["dtype"] == dtype and row["labels"] == "all"
+        tolerance = bench_peers.LOSS_TOLERANCE[dtype] + 1e-6  # as it is written: 6 digits
+        assert float(row["loss"]) == pytest.approx(float(row["exact_loss"]), rel=tolerance)
+        ms, tokens = float(row["ms"]), 8 * int(row["B"])
+        assert float(row["tokens_per_s"]) == pytest.approx(1e3 * tokens / ms, abs=1)
+        flops = train_flops(tiny_with_words().config, [8] * int(row["B"]), tokens, 2)
+        assert float(row["gflops"]) == pytest.approx(flops / ms / 1e6, abs=0.1)
+        assert (row["ratio"] != "") == (row["method"] == "peft")
+    parts = read_rows(tmp_path / "profile.csv")
+    assert [row["method"] for row in parts] == ["minprefix", "peft"]
+    for row in parts:
+        assert all(float(row[part]) > 0 for part in (*PARTS, REST))
+    for name in ("bench", "profile"):
+        (picture,) = tmp_path.glob(f"{name}-*-{dtype}.png")
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_on_real_batches_and_a_table(run, tables):
+    peers = ("--peers", "peft,peft-shuffled")
+    rows = run("train", "--data", tables, "--batch-size", 3, "--prefix-len", 2, "--no-mlp", *peers)
+    assert [row["method"] for row in rows] == ["minprefix", "peft", "peft-shuffled"]
+    assert {(row["labels"], row["mlp"], row["note"]) for row in rows} == {("targets", "False", "")}
+    assert {row["data"] for row in rows} == {tables.name}
+    ours, same, shuffled = (float(row["padding"]) for row in rows)
+    assert ours == same <= shuffled
+    rates = [float(row["examples_per_s"]) for row in rows]
+    assert float(rows[2]["ratio"]) == pytest.approx(rates[0] / rates[2], abs=0.01)
+
+
+def test_labels_at_targets_are_the_second_half(tiny_folder):
+    config = BenchConfig(labels="targets", mlp=False)
+    task = make_task(tiny_with_words(), None, config, "fp32", "cpu", 2, 9, 1)
+    for row in task.rows(0):
+        assert len(row.ids) - 1 == 9 and len(row.ids) - row.prompt_len == 5
+
+
+def test_generation_beside_peft(run):
+    rows = run("generate", "--seq-len", 5, "--new-tokens", 4, "--batch-size", 2,
+               "--num-beams", "1,3", "--prefix-len", 3)  # fmt: skip
+    assert [(r["beams"], r["method"], r["note"], r["differ"]) for r in rows] == [
+        ("1", "minprefix", "", "0"), ("1", "peft", "", "0"),
+        ("3", "minprefix", "", "0"), ("3", "peft", "", "0"),
+    ]  # fmt: skip
+    for row in rows:
+        ms = float(row["ms"])
+        assert float(row["tokens_per_s"]) == pytest.approx(1e3 * 2 * 4 / ms, abs=0.1)
+        assert 0 < float(row["prefill_ms"])
+    assert [row["near_ties"] for row in rows] == ["0", "0", "", ""]
+
+
+# what is wrong is not timed -------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(cli, tiny_folder, tmp_path):
+    """Run it; it must fail with one line."""
+
+    def bench_it(work: str, *options) -> str:
+        argv = ("--model", tiny_folder, "--out", tmp_path, *QUICK, "--peers", "none", *options)
+        out, err = cli("bench", work, *argv, code=1)
+        line = err.splitlines()[-1]
+        assert out == "" and line.startswith("minprefix: error: ") and "Traceback" not in err
+        assert read_rows(tmp_path / "bench.csv") == []
+        return line
+
+    return bench_it
+
+
+@pytest.mark.parametrize("entry, named", [("nats", "loss"), ("norm", "gradient norm")])
+@pytest.mark.parametrize("wrong_step", [1, 2])
+def test_a_wrong_step_of_ours_is_refused(refused, monkeypatch, entry, named, wrong_step):
+    step = Trainer.step
+
+    def wrong(self):
+        found = step(self)
+        if self.step_done == wrong_step:
+            found[entry] = found[entry] * 1.01
+        return found
+
+    monkeypatch.setattr(Trainer, "step", wrong)
+    sizes = ("--batch-size", 2, "--seq-len", 8, "--prefix-len", 2)
+    assert f"{named} of step {wrong_step} is" in refused("train", *sizes)
+
+
+@pytest.mark.parametrize("beams, named", [(1, "nats less likely"), (2, "less likely by")])
+def test_a_wrong_text_of_ours_is_refused(refused, monkeypatch, beams, named):
+    texts = bench_peers.OurTexts.texts
+
+    def wrong(self, prompts, n):
+        found = texts(self, prompts, n)
+        if self.model.wte.weight.dtype != torch.float64:
+            found[1][2] = (found[1][2] + 1) % 8000
+        return found
+
+    monkeypatch.setattr(bench_peers.OurTexts, "texts", wrong)
+    sizes = ("--batch-size", 2, "--seq-len", 8, "--prefix-len", 2, "--new-tokens", 4)
+    assert named in refused("generate", *sizes, "--num-beams", beams)
+
+
+def test_a_text_that_ends_early_is_refused(refused, monkeypatch):
+    monkeypatch.setattr(bench_peers.OurTexts, "texts", lambda self, p, n: [[1] * 3, [2] * 4])
+    sizes = ("--batch-size", 2, "--seq-len", 8, "--prefix-len", 2, "--new-tokens", 4)
+    assert "texts of [3, 4] tokens" in refused("generate", *sizes)
+
+
+def test_a_failing_peer_is_a_row_with_its_reason(run, monkeypatch):
+    def fail(self):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(bench_peers.Peft, "step", fail)
+    rows = run("train", "--batch-size", 2, "--seq-len", 8, "--prefix-len", 2)
+    assert [(r["method"], r["ms"] != "", r["note"]) for r in rows] == [
+        ("minprefix", True, ""), ("peft", False, "RuntimeError: out of memory"),
+    ]  # fmt: skip
+
+
+def test_without_peft_ours_is_measured_alone(cli, tiny_folder, tmp_path, monkeypatch):
+    find = bench.importlib.util.find_spec
+    monkeypatch.setattr(
+        bench.importlib.util, "find_spec", lambda name: None if name == "peft" else find(name)
+    )
+    sizes = ("--batch-size", 2, "--seq-len", 8, "--prefix-len", 2)
+    argv = ("--model", tiny_folder, "--out", tmp_path, *QUICK, *sizes)
+    out, err = cli("bench", "train", *argv, "--json")
+    assert "peft not installed" in err and '"method": "peft"' not in out
+    assert [row["method"] for row in read_rows(tmp_path / "bench.csv")] == ["minprefix"]
+    assert not list(tmp_path.glob("bench-*.png"))  # nothing varies
+
+
+# numbers ----------------------------------------------------------------------------------------
+
+
+def test_flops_by_hand():
+    """One layer, C = 2, n_inner = 8, V = 5; rows of 3 and 1 tokens, 2 labels, P = 4.
+
+    N = 2 * 6 + 2 * 2 + 2 * 8 + 8 * 2 = 48; 4 tokens: 4 * 48 * 4 = 768. Head: 4 * 2 * 5 * 2 = 80.
+    Pairs: 3 rows of queries see 5 + 6 + 7 = 18, one sees 5: 23; attention: 12 * 2 * 23 = 552.
+    """
+    config = GPT2Config(vocab_size=5, n_embd=2, n_head=1, n_layer=1)
+    assert train_flops(config, [3, 1], 2, 4) == 768 + 80 + 552
+    deeper = GPT2Config(vocab_size=5, n_embd=2, n_head=1, n_layer=3, n_inner=8)
+    assert train_flops(deeper, [3, 1], 2, 4) == 3 * (768 + 552) + 80
+
+
+def test_a_decoding_step_reads_all_weights_or_multiplies_by_them():
+    model = tiny_with_words()
+    n = sum(w.numel() for w in model.parameters()) - model.wpe.weight.numel()
+    size = model.wte.weight.element_size()
+    assert decode_limit(model, 1, read_speed=10.0, flops=1e12) == n * size / 10
+    assert decode_limit(model, 7, read_speed=1e12, flops=10.0) == 2 * 7 * n / 10
+
+
+def test_peak_memory_of_the_cpu_is_seen():
+    peak = Peak("cpu")
+    if peak.before is None:
+        pytest.skip("this system does not tell")
+    block = torch.ones(64, 2**18)  # 64 MiB
+    del block
+    assert 60 <= peak.row()["peak_mib"] <= 80
+
+
+@pytest.mark.parametrize(
+    "names, shapes, part",
+    [
+        (["aten::addmm"], [[384], [80, 384], [384, 1152]], "matrix products"),
+        (["aten::mm"], [[80, 384], [384, 97]], "head + loss"),
+        (["aten::_log_softmax"], [], "head + loss"),
+        (["aten::_scaled_dot_product_flash_attention_for_cpu"], [], "attention"),
+        (["aten::bmm", "aten::matmul"], [], "attention"),
+        (["aten::embedding"], [[97, 384], [2, 8]], "norms, GELU, sums, copies"),
+        (["aten::native_layer_norm"], [], "norms, GELU, sums, copies"),
+        (["aten::add_", "Optimizer.step#AdamW.step"], [], "optimizer"),
+        (["AddmmBackward0"], [], "matrix products"),
+        (["cudaGraphLaunch"], [], REST),
+        (["void at::native::vectorized_elementwise_kernel<4>"], [], "norms, GELU, sums, copies"),
+        (["triton_poi_fused_gelu_3"], [], "norms, GELU, sums, copies"),
+        (["nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT"], [], "matrix products"),
+        (["_bwd_dkdv_kernel"], [], "attention"),
+    ],
+)
+def test_events_have_their_part(names, shapes, part):
+    assert part_of(names, shapes, 97) == part
+
+
+def test_a_panel_holds_the_series_with_most_points():
+    def row(B, T, P=10, **more):
+        common = {"data": "random", "labels": "all", "mlp": "True", "new": "", "beams": ""}
+        return common | {"B": str(B), "T": str(T), "P": str(P), "method": "minprefix"} | more
+
+    rows = [row(1, 8), row(2, 8), row(2, 16), row(2, 32), row(4, 8, data="tables")]
+    common, series = longest_series(rows, "T")
+    assert common["B"] == "2" and [r["T"] for r in series] == ["8", "16", "32"]
+    assert [r["B"] for r in longest_series(rows, "B")[1]] == ["1", "2"]
+
+
+# options ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "work, option, value, named",
+    [
+        ("train", "--batch-size", "2,x", "batch_size must be whole numbers >= 1 with commas"),
+        ("train", "--prefix-len", "0", "prefix_len must be whole numbers >= 1"),
+        ("train", "--seq-len", "3", "seq_len must be whole numbers >= 4"),
+        ("train", "--seq-len", "96", "offset 10 + 96 tokens > 96 positions"),
+        ("generate", "--seq-len", "90", "96 positions"),
+        ("train", "--dtype", "fp8", "dtype must be one of auto, fp32, bf16, got 'fp8'"),
+        ("train", "--labels", "some", "labels must be one of all, targets"),
+        ("train", "--peers", "vllm", "peers must be one of none, compiled, peft,"),
+        ("train", "--steps", "0", "steps must be at least 1"),
+        ("train", "--seconds", "-1", "seconds must be >= 0"),
+        ("train", "--device", "nope", "device nope cannot be used"),
+        ("generate", "--data", "restaurants", "goes with bench train"),
+        ("generate", "--peers", "peft-compiled", "goes with bench train"),
+        ("train", "--peers", "peft,peft-shuffled", "peft-shuffled needs --data"),
+    ],
+)
+def test_bad_options_are_one_line(refused, work, option, value, named):
+    assert named in refused(work, option, value)
+
+
+def test_every_field_is_an_option_with_help():
+    action = build_parser()._subparsers._group_actions[0].choices["bench"]
+    helps = {option.dest: option.help for option in action._actions}
+    formatter = argparse.HelpFormatter("")
+    for name, text in field_help(BenchConfig).items():
+        assert text.replace("%", "%%") in helps[name]
+    assert all(formatter._expand_help(option) for option in action._actions if option.help)
+    assert from_args(BenchConfig, action.parse_args(["train"])) == BenchConfig()

@@ -1,0 +1,390 @@
+"""The commands: what each does, what goes to stdout and what to stderr, exit codes, Ctrl-C."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minprefix.cli import texts as text_commands
+from minprefix.files import load_tensors
+from minprefix.generation.texts import generate
+from minprefix.models.hub import constants
+from minprefix.models.weights import MODELS, load
+from minprefix.prefix.prefix import Prefix
+from minprefix.training.run_folder import read_state
+from minprefix.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ("--batch-size", 4, "--steps", 4, "--eval-every", 2, "--log-every", 1, "--samples", 1,
+         "--lr", 1e-2)  # fmt: skip
+TABLE = "boat : Gull 20 | colour : green"
+
+
+def train(cli, model, data, out, *options, code: int = 0) -> tuple[str, str]:
+    common = ("--model", model, "--data", data, "--out", out, "--device", "cpu")
+    small = () if "finetune" in options else ("--mid-dim", 8)
+    return cli("train", *common, *QUICK, *small, *options, code=code)
+
+
+@pytest.fixture
+def run(cli, tiny_folder, tables, tmp_path) -> Path:
+    """The folder of a short, finished run."""
+    train(cli, tiny_folder, tables, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def only_json(out: str) -> dict:
+    """stdout is one JSON object in one line and nothing else; no NaN or Infinity in it."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    assert out.count("\n") == 1 and out.endswith("\n")
+    return json.loads(out, parse_constant=refuse)
+
+
+def steps_in_log(folder: Path) -> list[int]:
+    entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [entry["step"] for entry in entries if "loss" in entry]
+
+
+# every command on the embedded model ----------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_command_on_mini(cli, tmp_path):
+    run, files = tmp_path / "run", ("prefix.safetensors", "config.json", "log.jsonl")
+    start = ("--init", "words", "--prefix-len", 4, "--eval-pairs", 4)
+    out, _ = train(cli, "mini", "restaurants", run, *start, "--json")
+    assert only_json(out)["steps"] == 4 and all((run / name).is_file() for name in files)
+
+    out, _ = cli("export", run, "--out", tmp_path / "p.safetensors", "--json")
+    kept = 8 * 2 * 384 * 4  # L 2 C P
+    assert only_json(out)["kept_parameters"] == kept
+    rows = only_json(cli("info", "--prefix", tmp_path / "p.safetensors", "--json")[0])["parameters"]
+    numbers = {row["part"]: row["parameters"] for row in rows}
+    assert (numbers["model"], numbers["prefix table"]) == (MODELS["mini"], kept)
+
+    few = ("--max-new-tokens", 8, "--device", "cpu")
+    out, _ = cli("generate", TABLE, "--prefix", tmp_path / "p.safetensors", *few)
+    assert out.strip()
+    for method in (("--prefix", tmp_path / "p.safetensors"), ("--hard-prompt", "--shots", 1)):
+        out, _ = cli("evaluate", *method, "--limit", 2, "--json", *few)
+        scores = only_json(out)
+        assert scores["tables"] == 2
+        assert all(0 <= scores[name] <= 100 for name in ("bleu", "rouge_l", "slot_coverage"))
+
+
+# train and export ------------------------------------------------------------------------------
+
+
+def test_train_reports_on_stdout_and_shows_progress_on_stderr(cli, tiny_folder, tables, tmp_path):
+    out, err = train(cli, tiny_folder, tables, tmp_path / "run", "--json")
+    result = only_json(out)
+    assert result["steps"] == 4 and 0 < result["best_dev_loss"] < 20
+    assert result["kept"] == str(tmp_path / "run" / "prefix.safetensors")
+    assert "4/4" in err and "{" not in err
+
+    out, err = train(cli, tiny_folder, tables, tmp_path / "plain")
+    lines = out.splitlines()
+    assert len(lines) == 3 and lines[0].split() == ["steps", "best_dev_loss", "seconds", "kept"]
+    assert steps_in_log(tmp_path / "plain") == [1, 2, 3, 4]
+
+
+def test_settings_of_a_run_are_those_given(cli, tiny_folder, tables, tmp_path):
+    options = ("--weight-decay", 0.5, "--gate", "--prefix-len", 3, "--parametrisation", "table")
+    train(cli, tiny_folder, tables, tmp_path / "run", *options)
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["train"]["weight_decay"] == 0.5 and settings["train"]["lr"] == 1e-2
+    prefix = Prefix.load(tmp_path / "run" / "prefix.safetensors")
+    assert prefix.prefix_len == 3 and prefix.gate is not None and prefix.position_offset == 0
+
+
+def test_progress_in_a_log_file_is_a_few_lines(cli, tiny_folder, tables, tmp_path):
+    _, err = train(cli, tiny_folder, tables, tmp_path / "run", "--steps", 60, "--eval-every", 60)
+    assert steps_in_log(tmp_path / "run")[-1] == 60
+    assert len(re.split(r"[\r\n]+", err.strip())) <= 5
+
+
+def test_without_dev_data_the_result_is_still_json(cli, tiny_folder, tables, tmp_path):
+    out, _ = train(cli, tiny_folder, tables / "train.jsonl", tmp_path / "run", "--json")
+    assert only_json(out)["best_dev_loss"] is None
+    Prefix.load(tmp_path / "run" / "prefix.safetensors")
+
+
+def test_a_dev_file_beside_a_train_file(cli, tiny_folder, tables, tmp_path):
+    dev = ("--dev", tables / "dev.jsonl")
+    out, _ = train(cli, tiny_folder, tables / "train.jsonl", tmp_path / "run", "--json", *dev)
+    assert only_json(out)["best_dev_loss"] > 0
+
+
+def test_finetuning_leaves_a_model_that_the_other_commands_take(cli, tiny_folder, tables, tmp_path):
+    out, _ = train(cli, tiny_folder, tables, tmp_path / "run", "--method", "finetune", "--json")
+    folder = tmp_path / "run" / "model"
+    assert only_json(out)["kept"] == str(folder)
+    before, after = load(tiny_folder)[0], load(folder)[0]
+    assert not torch.equal(before.wte.weight, after.wte.weight)
+    assert after.config.linearisation == "paper"  # its frame: no option has to say it again
+    few = ("--data", tables, "--max-new-tokens", 4, "--json")
+    assert only_json(cli("evaluate", "--model", folder, *few)[0])["tables"] == 3
+
+
+def test_resume_of_a_finished_run_changes_nothing(cli, run):
+    files = {name: (run / name).read_bytes() for name in ("prefix.safetensors", "log.jsonl")}
+    out, _ = cli("train", "--resume", run, "--json")
+    assert only_json(out)["steps"] == 4
+    assert {name: (run / name).read_bytes() for name in files} == files
+
+
+@pytest.mark.parametrize("folder_is_left", [False, True])  # True: the disk was full at the save
+def test_resume_of_a_run_without_a_saved_state_starts_it(cli, run, folder_is_left):
+    (run / "state" / "state.pt").unlink()
+    if not folder_is_left:
+        (run / "state").rmdir()
+    (run / "log.jsonl").unlink()
+    cli("train", "--resume", run)
+    assert steps_in_log(run) == [1, 2, 3, 4]
+
+
+def test_export_gives_the_latest_prefix_and_leaves_the_run_alone(cli, run, tables, tmp_path):
+    with open(run / "log.jsonl", "a") as log:  # a step after the state, as while training goes on
+        log.write('{"step": 5, "loss": 1.0}\n')
+    files = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    out, _ = cli("export", run, "--out", tmp_path / "p.safetensors", "--json")
+    result = only_json(out)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == files
+    assert Prefix.load(tmp_path / "p.safetensors").linearisation == "paper"
+    table = load_tensors(tmp_path / "p.safetensors")[0]["prefix_table"]
+    assert table.shape == (2, 2, 2, 10, 8)  # L 2 H P D
+    state = read_state(run)
+    assert result == {
+        "file": str(tmp_path / "p.safetensors"),
+        "step": 4,
+        "trained_parameters": sum(t.numel() for t in state["trained"].values()),
+        "kept_parameters": table.numel(),
+        "bytes": (tmp_path / "p.safetensors").stat().st_size,
+    }
+    state["trained"]["mlp.linear_out.bias"] += 1
+    torch.save(state, run / "state" / "state.pt")
+    cli("export", run, "--out", tmp_path / "p.safetensors")
+    moved = load_tensors(tmp_path / "p.safetensors")[0]["prefix_table"]
+    assert (moved - table - 1).abs().max() < 1e-6  # rounding of sums of order 1 in fp32
+
+
+# generate, evaluate, info, download ------------------------------------------------------------
+
+
+def test_generate_streams_lists_and_reads_stdin(cli, tiny_folder, monkeypatch):
+    few = ("--model", tiny_folder, "--max-new-tokens", 5, "--device", "cpu")
+    prompts = ["a green boat", "one more"]
+    model, tokenizer = load(tiny_folder)
+    texts = generate(model, tokenizer, prompts, max_new_tokens=5)
+    assert cli("generate", prompts[0], *few) == (texts[0] + "\n", "")
+    assert cli("generate", *prompts, *few) == ("\n".join(texts) + "\n", "")
+    for end in ("\n", "\r\n"):
+        data = end.join(prompts).encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert only_json(cli("generate", "--json", *few)[0]) == {"texts": texts}
+
+
+def test_generate_takes_every_way_to_choose_tokens(cli, tiny_folder):
+    few = ("--model", tiny_folder, "--max-new-tokens", 5, "--device", "cpu")
+    model, tokenizer = load(tiny_folder)
+    options = {
+        "num_beams": 3,
+        "length_penalty": 0.5,
+        "bad_words": ("boat",),
+    }
+    argv = ("--num-beams", 3, "--length-penalty", 0.5, "--bad-words", "boat")
+    beams = generate(model, tokenizer, ["a boat"], max_new_tokens=5, **options)
+    assert cli("generate", "a boat", *few, *argv)[0] == beams[0] + "\n"
+    options = {"do_sample": True, "temperature": 0.9, "top_k": 50, "seed": 3}
+    argv = ("--do-sample", "--temperature", 0.9, "--top-k", 50, "--seed", 3)
+    sampled = generate(model, tokenizer, ["a boat"], max_new_tokens=5, **options)
+    assert cli("generate", "a boat", *few, *argv)[0] == sampled[0] + "\n"
+
+
+def test_with_a_prefix_a_prompt_is_framed_as_in_training(cli, tiny_folder, run):
+    """Training shows source, bos, text: without the bos the model would go on with the table."""
+    few = ("--model", tiny_folder, "--max-new-tokens", 6, "--device", "cpu")
+    prefix = ("--prefix", run / "prefix.safetensors")
+    model, tokenizer = load(tiny_folder)
+    loaded = Prefix.load(prefix[1])
+    framed = {
+        "paper": tokenizer.encode(TABLE) + [tokenizer.bos_id],
+        "original-code": tokenizer.encode(f" {TABLE} ") + [tokenizer.bos_id],
+        "none": tokenizer.encode(TABLE),
+    }
+    texts = {}
+    for frame, prompt in framed.items():
+        (text,) = generate(model, tokenizer, [prompt], prefix=loaded, max_new_tokens=6)
+        texts[frame] = text if frame == "none" else text.strip()
+        out, _ = cli("generate", TABLE, *prefix, "--frame", frame, "--json", *few)
+        assert only_json(out) == {"texts": [texts[frame]]}
+    assert len(set(texts.values())) == 3
+    assert cli("generate", TABLE, *prefix, *few)[0].rstrip() == texts["paper"]
+    with_code = Prefix.load(prefix[1])
+    with_code.linearisation = "original-code"
+    with_code.save(prefix[1])
+    assert cli("generate", TABLE, *prefix, *few)[0].rstrip() == texts["original-code"]
+    unframed = generate(model, tokenizer, [TABLE], max_new_tokens=6)
+    assert cli("generate", TABLE, *few)[0] == unframed[0] + "\n"
+
+
+def test_evaluate_writes_the_texts_that_it_scores(cli, tiny_folder, tables, run, tmp_path):
+    few = ("--model", tiny_folder, "--data", tables, "--max-new-tokens", 5, "--device", "cpu")
+    method = ("--prefix", run / "prefix.safetensors")
+    outputs = tmp_path / "texts.jsonl"
+    out, _ = cli("evaluate", *method, *few, "--outputs", outputs, "--limit", 2, "--json")
+    scores = only_json(out)
+    assert set(scores) == {"tables", "bleu", "rouge_l", "slot_coverage"} and scores["tables"] == 2
+    rows = [json.loads(line) for line in outputs.read_text().splitlines()]
+    assert [row["source"] for row in rows] == [
+        "boat : Gull 11 | colour : green",
+        "boat : Gull 12 | colour : green",
+    ]
+    prompt = (row["source"] for row in rows)
+    out, _ = cli("generate", *prompt, *method, *few[:2], *few[4:], "--json")
+    assert [row["text"] for row in rows] == only_json(out)["texts"]
+    table = cli("evaluate", *method, *few, "--split", "dev")[0].splitlines()
+    assert table[0].split() == ["tables", "bleu", "rouge_l", "slot_coverage"]
+    assert table[2].split()[0] == "3"
+
+
+def test_evaluate_asks_in_words_with_and_without_examples(cli, tiny_folder, tables, monkeypatch):
+    seen = []
+
+    def look(model, tokenizer, examples, **options):
+        seen.append(options["prompt"])
+        return {"bleu": 0.0}, []
+
+    monkeypatch.setattr(text_commands, "evaluate_method", look)
+    few = ("evaluate", "--model", tiny_folder, "--data", tables)
+    cli(*few, "--linearisation", "paper")
+    cli(*few, "--hard-prompt")
+    cli(*few, "--hard-prompt", "{table} in short:", "--shots", 2)
+    assert seen[0] is None
+    assert seen[1].template == text_commands.TEMPLATES[0] and seen[1].shown == ()
+    assert seen[2].template == "{table} in short:" and len(seen[2].shown) == 2
+    trained = {
+        (f"boat : Gull {n} | colour : green", f"Gull {n} is a green boat.") for n in range(8)
+    }
+    assert set(seen[2].shown) <= trained
+
+
+def test_info_prints_the_parameter_table(cli, tiny_folder, run):
+    options = ("--model", tiny_folder, "--prefix", run / "prefix.safetensors")
+    out, err = cli("info", *options)
+    assert err == "" and out.splitlines()[0].split() == ["part", "shape", "parameters", "percent"]
+    rows = only_json(cli("info", *options, "--json")[0])["parameters"]
+    total = sum(p.numel() for p in load(tiny_folder)[0].parameters())
+    numbers = {row["part"]: row["parameters"] for row in rows}
+    assert numbers["model"] == total and numbers["prefix table"] == 2 * 2 * 16 * 10  # L 2 C P
+    assert f"{total:,}" in out
+
+
+def test_download_prints_the_folder(cli, tiny_folder, monkeypatch):
+    monkeypatch.setattr("minprefix.models.weights.fetch", lambda name: tiny_folder)
+    result = only_json(cli("download", "someone/tiny", "--json")[0])
+    assert result == {"name": "someone/tiny", "folder": str(tiny_folder)}
+
+
+def test_download_without_a_hub_says_what_to_do(cli, monkeypatch, tmp_path):
+    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    template = nowhere + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    out, err = cli("download", "someone/tiny", code=1)
+    assert out == "" and err.count("\n") == 1
+    assert "someone/tiny" in err and nowhere in err and "give a folder" in err
+
+
+# processes -------------------------------------------------------------------------------------
+
+
+def test_a_process_ends_with_the_exit_code(tmp_path):
+    command = [sys.executable, "-m", "minprefix", "info", "--model", tmp_path / "none"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"minprefix: error: {tmp_path / 'none'}: no such folder\n"
+
+
+def test_ctrl_c_outside_of_training(cli, tiny_folder, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(text_commands, "generate", interrupted)
+    out, err = cli("generate", "a", "b", "--model", tiny_folder, code=130)
+    assert (out, err) == ("", "minprefix: interrupted\n")
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_run_can_go_on(cli, tiny_folder, tables, tmp_path):
+    step = Trainer.step
+
+    def twice(self):
+        if self.step_done == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", twice)
+        _, err = train(cli, tiny_folder, tables, tmp_path / "run", code=130)
+    assert f"train --resume {tmp_path / 'run'}\n" in err
+    assert read_state(tmp_path / "run")["step"] == 2
+    cli("train", "--resume", tmp_path / "run")
+    assert steps_in_log(tmp_path / "run") == [1, 2, 3, 4]
+
+
+SLOWED = """
+import sys, time
+from minprefix.cli.main import main
+from minprefix.training.trainer import Trainer
+step = Trainer.step
+Trainer.step = lambda self: (time.sleep(0.1), step(self))[1]
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_run_that_can_be_used_and_resumed(cli, tiny_folder, tables, tmp_path):
+    out = tmp_path / "my run"
+    argv = ["train", "--model", tiny_folder, "--data", tables, "--out", out, *QUICK]
+    argv += ["--mid-dim", 8]
+    argv += ["--steps", 100, "--eval-every", 100]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWED, *map(str, argv)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    limit = time.monotonic() + 120  # s
+    log = out / "log.jsonl"
+    while not (log.exists() and log.stat().st_size):
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    last = stderr.splitlines()[-1]
+    assert stdout == "" and "Traceback" not in stderr
+    found = re.fullmatch(
+        r"minprefix: stopped after step (\d+) of 100; state saved\. "
+        rf"Go on with: python -m minprefix train --resume '{out}'",
+        last,
+    )
+    assert found, last
+    assert read_state(out)["step"] == int(found[1]) < 100
+    prefix = ("--prefix", out / "prefix.safetensors", "--max-new-tokens", 3)
+    cli("generate", TABLE, "--model", tiny_folder, *prefix)
+    assert only_json(cli("train", "--resume", out, "--json")[0])["steps"] == 100
+    assert steps_in_log(out) == list(range(1, 101))

@@ -1,0 +1,500 @@
+"""Bad input to the commands: one clear line on stderr, an exit code, earlier files intact."""
+
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_with_words
+
+from minprefix.files import load_tensors, save_tensors
+from minprefix.prefix.prefix import Prefix
+from minprefix.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ("--batch-size", 4, "--steps", 4, "--eval-every", 2, "--log-every", 1, "--samples", 0,
+         "--mid-dim", 8, "--device", "cpu")  # fmt: skip
+PAIR = {"source": "a boat", "target": "It is a boat."}
+TEXT_FILE = b"A file that was here before.\n"
+
+
+@pytest.fixture
+def refused(cli):
+    """Run a command that must fail: gives the one line on stderr."""
+
+    def run(*argv, code: int = 1) -> str:
+        out, err = cli(*argv, code=code)
+        assert out == "" and err.count("\n") == 1, f"stdout {out!r}, stderr {err!r}"
+        assert "Traceback" not in err
+        return err.rstrip("\n")
+
+    return run
+
+
+@pytest.fixture
+def run(cli, tiny_folder, tables, tmp_path) -> Path:
+    """The folder of a short, finished run."""
+    argv = ("--model", tiny_folder, "--data", tables, "--out", tmp_path / "run", *QUICK)
+    cli("train", *argv)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def checkpoint(tiny_folder, tmp_path) -> Path:
+    """A copy of the tiny model's folder, to damage."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def jsonl(path: Path, *rows: dict | bytes) -> Path:
+    lines = (row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+# models ----------------------------------------------------------------------------------------
+
+
+def test_missing_models_are_named(refused, checkpoint):
+    folder = checkpoint / "none"
+    assert f"{folder}: no such folder" in refused("info", "--model", folder)
+    assert "'no name!'" in refused("download", "no name!")
+    for name in ("config.json", "model.safetensors", "vocab.json"):
+        kept = (checkpoint / name).read_bytes()
+        (checkpoint / name).unlink()
+        assert name in refused("generate", "a boat", "--model", checkpoint)
+        (checkpoint / name).write_bytes(kept)
+
+
+def test_damaged_models_are_named(refused, checkpoint):
+    path = checkpoint / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert f"{path}: truncated" in refused("info", "--model", checkpoint)
+    path.write_bytes(whole)
+    tensors, _ = load_tensors(path)
+    save_tensors(path, tensors | {"h.7.strange": torch.zeros(1)})
+    assert "left over (h.7.strange)" in refused("info", "--model", checkpoint)
+    save_tensors(path, tensors | {"wpe.weight": torch.zeros(3, 5)})
+    assert "wpe.weight (3, 5) for (96, 16)" in refused("info", "--model", checkpoint)
+    (checkpoint / "config.json").write_text('{"model_type": "gpt2",\n "n_embd": }')
+    assert "config.json:2: not valid JSON" in refused("info", "--model", checkpoint)
+
+
+@pytest.mark.parametrize(
+    "command", [("generate", "a"), ("info",), ("evaluate",), ("train", "--out")]
+)
+def test_unknown_devices_are_named(refused, tiny_folder, tables, tmp_path, command):
+    argv = [*command, tmp_path / "run"] if command[0] == "train" else list(command)
+    argv += ["--data", tables] if command[0] in ("train", "evaluate") else []
+    assert "device nope cannot be used" in refused(
+        *argv, "--model", tiny_folder, "--device", "nope"
+    )
+
+
+# prefixes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"n_layer": 3}, {"n_embd": 32}])
+def test_a_prefix_for_another_model_is_refused(refused, tiny_folder, tables, tmp_path, changes):
+    other, path = tiny_with_words(**changes), tmp_path / "p.safetensors"
+    prefix = Prefix.random(other.config, 3, 0)
+    prefix.bind(other)
+    prefix.save(path)
+    options = ("--model", tiny_folder, "--prefix", path, "--device", "cpu")
+    for command in (("generate", "a boat"), ("evaluate", "--data", tables), ("info",)):
+        assert "another model: it names base" in refused(*command, *options)
+
+
+def test_a_prefix_that_names_no_model_must_have_the_shape(refused, tiny_folder, tmp_path):
+    path = tmp_path / "p.safetensors"
+    Prefix.random(tiny_with_words(n_layer=3).config, 3, 0).save(path)
+    options = ("--model", tiny_folder, "--prefix", path, "--max-new-tokens", 3)
+    assert "shape (3, 2, 2, 3, 8), the model needs" in refused("generate", "a boat", *options)
+
+
+def test_damaged_prefix_files_are_named(refused, tiny_folder, tmp_path):
+    model, path = tiny_with_words(), tmp_path / "p.safetensors"
+    prefix = Prefix.random(model.config, 3, 0)
+    prefix.bind(model)
+    prefix.save(path)
+    whole, (tensors, metadata) = path.read_bytes(), load_tensors(path)
+
+    def message() -> str:
+        return refused("generate", "a boat", "--model", tiny_folder, "--prefix", path)
+
+    for length in (0, 5, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert f"{path}: truncated" in message()
+    save_tensors(path, {"prefix_table": tensors["prefix_table"] * float("nan")}, metadata)
+    assert f"{path}: prefix_table holds values that are not finite" in message()
+    save_tensors(path, tensors)
+    assert f"{path}: not a prefix file" in message()
+    path.unlink()
+    assert f"{path}: no such file" in message()
+
+
+# data ------------------------------------------------------------------------------------------
+
+FILES = {
+    "broken line": ("d.jsonl", [PAIR, b'{"source": "a", '], "d.jsonl:2: JSON, column 17"),
+    "no target": ("d.jsonl", [PAIR, {"source": "a"}], "d.jsonl:2: needs the keys"),
+    "empty target": ("d.jsonl", [PAIR, PAIR | {"target": " "}], "d.jsonl:2: target is empty"),
+    "empty file": ("d.jsonl", [], "d.jsonl: the file is empty"),
+    "invalid UTF-8": ("d.jsonl", [PAIR, b"\xff"], "d.jsonl:2: invalid UTF-8 (byte 0xff)"),
+    "unknown kind": ("d.dat", [PAIR], "d.dat: unknown kind of file"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_bad_data_is_named_by_file_and_line(refused, tiny_folder, tables, tmp_path, kind):
+    name, rows, expected = FILES[kind]
+    path, out = jsonl(tmp_path / name, *rows), tmp_path / "run"
+    common = ("--model", tiny_folder, "--data")
+    assert expected in refused("evaluate", *common, path)
+    assert expected in refused("train", *common, path, "--out", out, *QUICK)
+    good = tables / "train.jsonl"
+    assert expected in refused("train", *common, good, "--dev", path, "--out", out, *QUICK)
+    assert snapshot(out) == {}
+
+
+def test_a_pair_too_long_for_the_model_is_named(refused, tiny_folder, tmp_path):
+    long = {"source": "two", "target": "boat " * 100}
+    path = jsonl(tmp_path / "d.jsonl", PAIR, long)
+    message = refused("train", "--model", tiny_folder, "--data", path, "--out", tmp_path / "run")
+    tokens = re.search(r"d\.jsonl:2: (\d+) tokens, ", message)
+    assert (
+        int(tokens[1]) > 100 and "at most 87 are allowed" in message
+    )  # 96 positions, 10 of offset, eos
+
+
+def test_missing_data_is_named(refused, tiny_folder, tables, tmp_path):
+    common = ("evaluate", "--model", tiny_folder, "--data")
+    assert f"no such file or folder: {tmp_path / 'none'}" in refused(*common, tmp_path / "none")
+    (tmp_path / "folder").mkdir()
+    message = refused(*common, tmp_path / "folder")
+    assert str(tmp_path / "folder") in message and "test.jsonl" in message
+    out = ("--out", tmp_path / "run")
+    dev = ("--dev", tables / "dev.jsonl")
+    assert "--dev" in refused("train", "--model", tiny_folder, "--data", tables, *dev, *out)
+
+
+# options ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--prefix-len", 0), "prefix_len must be at least 1, got 0"),
+        (("--prefix-len", -3), "prefix_len must be at least 1, got -3"),
+        (("--prefix-len", 96), "position_offset 96 (prefix length 96)"),
+        (("--mid-dim", 0), "mid_dim must be at least 1, got 0"),
+        (("--parametrisation", "x"), "parametrisation must be one of table, mlp, "),
+        (("--place", "x"), "place must be one of prefix, infix, got 'x'"),
+        (
+            ("--place", "infix", "--parametrisation", "embedding"),
+            "parametrisation 'embedding' needs place 'prefix'",
+        ),
+        (("--place", "infix", "--init", "prompt"), "init 'prompt' needs place 'prefix'"),
+        (("--prefix-dropout", 1), "prefix_dropout must lie in [0, 1), got 1.0"),
+        (
+            ("--prefix-dropout", 0.1, "--method", "finetune"),
+            "prefix_dropout needs method 'prefix', got 'finetune'",
+        ),
+        (("--init", "x"), "init must be one of random, words, prompt, got 'x'"),
+        (("--init", "words", "--init-text", ""), "the text is empty"),
+        (("--method", "x"), "method must be one of prefix, finetune, ft-top, adapter, got 'x'"),
+        (("--precision", "x"), "precision must be one of auto, fp32, bf16, got 'x'"),
+        (("--loss", "x"), "loss must be one of token, sentence, got 'x'"),
+        (("--lr", 0), "lr must be positive and finite, got 0.0"),
+        (("--lr", "nan"), "lr must be positive and finite, got nan"),
+        (("--lr", "inf"), "lr must be positive and finite, got inf"),
+        (("--lr", -1e-3), "lr must be positive and finite, got -0.001"),
+        (("--weight-decay", "nan"), "weight_decay must be >= 0 and finite, got nan"),
+        (("--epochs", "nan"), "nothing to train: epochs nan"),
+        (("--steps", 0), "steps 0"),
+        (("--steps", -1), "steps -1"),
+        (("--batch-size", 0), "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_impossible_training_options_are_named(refused, tiny_folder, tables, tmp_path, options,
+                                               expected):  # fmt: skip
+    out = tmp_path / "run"
+    common = ("--model", tiny_folder, "--data", tables, "--out", out, "--device", "cpu")
+    assert expected in refused("train", *common, *options)
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (("train", "--linearisation", "x"), "invalid choice: 'x' (choose from"),
+        (("train", "--steps", "few"), "--steps: invalid int value: 'few'"),
+        (("train", "--stepz", 3), "unrecognized arguments: --stepz 3"),
+        (("export", "run"), "required: --out"),
+        (("evaluate", "--split", "x"), "--split: invalid choice: 'x'"),
+        (("paint",), "invalid choice: 'paint'"),
+        ((), "required: COMMAND"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(refused, argv, expected):
+    assert expected in refused(*argv, code=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ("--max-new-tokens", 100),
+            "2 prompt tokens + position offset 0 + max_new_tokens 100 > 96",
+        ),
+        (("--max-new-tokens", 0), "max_new_tokens must be at least 1, got 0"),
+        (("--top-p", 2, "--do-sample"), "top_p must lie in (0, 1], got 2.0"),
+        (("--num-beams", 0), "num_beams must be at least 1, got 0"),
+    ],
+)
+def test_impossible_generation_options_are_named(refused, tiny_folder, options, expected):
+    assert expected in refused("generate", "a boat", "--model", tiny_folder, *options)
+
+
+def test_a_prompt_too_long_beside_the_prefix(refused, tiny_folder, run):
+    options = ("--prefix", run / "prefix.safetensors", "--max-new-tokens", 84)
+    for prompts in (["a boat"], ["a boat", "two"]):  # streamed, and as a batch
+        message = refused("generate", *prompts, "--model", tiny_folder, *options)
+        assert "3 prompt tokens + position offset 10 + max_new_tokens 84 > 96" in message
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "no prompt"),
+        (b"a boat\n\nanother\n", "standard input:2: empty, but each line is a prompt"),
+        (b"a boat\nb\xff\n", "standard input:2: invalid UTF-8"),
+    ],
+)
+def test_bad_standard_input_is_named(refused, tiny_folder, monkeypatch, data, expected):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert expected in refused("generate", "--model", tiny_folder)
+
+
+def test_an_empty_prompt_is_refused(refused, tiny_folder, run):
+    prefix = ("--prefix", run / "prefix.safetensors")
+    assert "prompt 1 is empty" in refused("generate", "", "--model", tiny_folder)
+    assert "prompt 2 is empty" in refused("generate", "a", "", "--model", tiny_folder, *prefix)
+
+
+def test_impossible_evaluations_are_named(refused, tiny_folder, tables, run, tmp_path):
+    common = ("evaluate", "--model", tiny_folder, "--data", tables, "--device", "cpu")
+    prefix = ("--prefix", run / "prefix.safetensors")
+    assert "{table}, got 'Describe:'" in refused(*common, "--hard-prompt", "Describe:")
+    assert "{table}, got ''" in refused(*common, "--hard-prompt", "")
+    assert "[0, 8], the training tables, got 9" in refused(*common, "--hard-prompt", "--shots", 9)
+    assert "got -1" in refused(*common, "--hard-prompt", "--shots", -1)
+    assert "--shots needs --hard-prompt" in refused(*common, "--shots", 1)
+    tokens = tmp_path / "prompt.json"
+    tokens.write_text('{"before": [1], "behind": [2], "linearisation": "paper"}')
+    for prompt, cut in itertools.product((("--hard-prompt",), ("--prompt", tokens)), (0, 5)):
+        message = refused(*common, *prompt, "--max-source", cut, "--max-new-tokens", 2)
+        assert f"max_source {cut} does not go with a prompt" in message
+    other = ("--linearisation", "original-code")
+    assert "trained with --linearisation paper, not" in refused(*common, *prefix, *other)
+    assert "choose one" in refused(*common, *prefix, "--hard-prompt")
+    assert "--limit must be at least 1, got 0" in refused(*common, "--limit", 0)
+    assert "batch_size must be at least 1, got 0" in refused(*common, *prefix, "--batch-size", 0)
+    assert "was not trained on tables" in refused(*common)
+    outputs = tmp_path / "none" / "texts.jsonl"
+    assert str(outputs) in refused(*common, "--outputs", outputs)
+
+
+def test_examples_in_context_never_come_from_the_file_that_is_scored(refused, tiny_folder, tables):
+    path = tables / "test.jsonl"
+    argv = ("evaluate", "--model", tiny_folder, "--data", path, "--hard-prompt", "--shots", 1)
+    assert f"{path} is one file" in refused(*argv)
+
+
+# run folders -----------------------------------------------------------------------------------
+
+
+def test_a_folder_with_a_run_is_not_overwritten(refused, tiny_folder, tables, run):
+    before = snapshot(run)
+    argv = ("train", "--model", tiny_folder, "--data", tables, "--out", run)
+    assert f"{run} holds a run: go on with --resume {run}" in refused(*argv)
+    shutil.rmtree(run / "state")  # killed before its first saved state
+    assert f"{run} holds a run" in refused(*argv)
+    assert {path: before[path] for path in snapshot(run)} == snapshot(run)
+
+
+def test_what_to_resume_must_be_clear(refused, tiny_folder, run, tmp_path):
+    assert "either --out" in refused("train", "--model", tiny_folder)
+    assert "either --out" in refused("train", "--resume", run, "--out", tmp_path / "new")
+    assert "--steps cannot go with --resume" in refused("train", "--resume", run, "--steps", 9)
+    assert "--data cannot go with --resume" in refused("train", "--resume", run, "--data", "x")
+    for folder in (tmp_path, tmp_path / "none"):
+        assert f"{folder}: no run" in refused("train", "--resume", folder)
+        assert f"{folder}: no run" in refused("export", folder, "--out", tmp_path / "p")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda text: text[: len(text) // 2], "not valid JSON"),
+        (lambda text: "[]", "holds a JSON list"),
+        (lambda text: "{}", "damaged, not the settings of a run ('train')"),
+        (lambda text: text.replace('"lr"', '"rate"'), "damaged, not the settings of a run"),
+        (lambda text: text.replace('"steps": 4', '"steps": "four"'), "damaged, not the settings"),
+        (lambda text: text.replace('"data"', '"date"'), "damaged, not the settings of a run"),
+    ],
+)
+def test_damaged_settings_are_named(refused, run, tmp_path, damage, expected):
+    path = run / "config.json"
+    path.write_text(damage(path.read_text()))
+    before = snapshot(run)
+    for command in (("train", "--resume", run), ("export", run, "--out", tmp_path / "p")):
+        message = refused(*command)
+        assert str(path) in message and expected in message
+    assert snapshot(run) == before
+
+
+def test_damaged_states_are_named(refused, run, tmp_path):
+    path = run / "state" / "state.pt"
+    whole = path.read_bytes()
+    state = torch.load(path)
+    contents = [whole[: len(whole) // 2], whole[:10], b"", b"no state at all"]
+    for other in ({"step": 3}, [1], state | {"trained": {}}):
+        file = io.BytesIO()
+        torch.save(other, file)
+        contents.append(file.getvalue())
+    for content in contents:
+        path.write_bytes(content)
+        before = snapshot(run)
+        for command in (("train", "--resume", run), ("export", run, "--out", tmp_path / "p")):
+            assert str(run) in refused(*command)
+        assert snapshot(run) == before and not (tmp_path / "p").exists()
+
+
+def test_a_run_goes_on_with_its_own_data_and_settings_only(refused, cli, tiny_folder, tmp_path):
+    data = jsonl(tmp_path / "d.jsonl", PAIR, PAIR | {"target": "A boat."})
+    run = tmp_path / "run"
+    cli("train", "--model", tiny_folder, "--data", data, "--out", run, *QUICK)
+    before = snapshot(run)
+    jsonl(data, PAIR, PAIR | {"target": "A ship."})
+    assert "another training data" in refused("train", "--resume", run)
+    assert snapshot(run) == before
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    assert "another seed" in refused("train", "--resume", run)
+
+
+def test_a_finetuning_run_has_no_prefix_to_export(refused, cli, tiny_folder, tables, tmp_path):
+    argv = ("--model", tiny_folder, "--data", tables, "--out", tmp_path / "run", "--steps", 1)
+    cli("train", *argv, "--samples", 0, "--device", "cpu", "--method", "finetune")
+    assert "a run of method finetune" in refused(
+        "export", tmp_path / "run", "--out", tmp_path / "p"
+    )
+
+
+# disks -----------------------------------------------------------------------------------------
+
+
+def test_unwritable_places_are_named(refused, tiny_folder, tables, run, tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(TEXT_FILE)
+    common = ("--model", tiny_folder, "--data", tables)
+    assert str(file / "run") in refused("train", *common, "--out", file / "run")
+    assert str(file) in refused("train", *common, "--out", file)
+    assert str(file / "p") in refused("export", run, "--out", file / "p")
+    assert str(file / "t") in refused("evaluate", *common, "--outputs", file / "t")
+    assert file.read_bytes() == TEXT_FILE
+
+
+FULL_DISK = """
+import resource, signal, sys
+from minprefix.cli.main import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def on_a_full_disk(limit: int, *argv) -> str:
+    """Run a command that can write `limit` bytes to a file; its last line on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(limit), *map(str, argv)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == "", done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("minprefix: error") == 1
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def begun(cli, tiny_folder, tables, tmp_path) -> Path:
+    """A run that Ctrl-C stopped after step 3 of 4."""
+    step, run = Trainer.step, tmp_path / "run"
+
+    def stop(self):
+        if self.step_done == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", stop)
+        argv = ("--model", tiny_folder, "--data", tables, "--out", run, *QUICK)
+        cli("train", *argv, "--lr", 1e-2, code=130)
+    return run
+
+
+@pytest.mark.parametrize("fails", ["prefix.safetensors", "state.pt"])
+def test_full_disk_in_training_leaves_the_earlier_files(cli, begun, fails):
+    prefix, state = begun / "prefix.safetensors", begun / "state" / "state.pt"
+    small, large = prefix.stat().st_size, state.stat().st_size
+    before = snapshot(begun)
+    assert small > 2000 and large > small + 100
+    limit = small - 500 if fails == "prefix.safetensors" else large - 50
+    message = on_a_full_disk(limit, "train", "--resume", begun)
+    assert message.startswith("minprefix: error: ") and fails in message
+    assert "File too large" in message
+    assert state.read_bytes() == before[state]
+    if fails == "prefix.safetensors":
+        assert prefix.read_bytes() == before[prefix]
+    assert set(snapshot(begun)) == set(before)  # no temporary file stays
+    Prefix.load(prefix)
+    cli("train", "--resume", begun)  # with room again it goes on
+
+
+def test_full_disk_in_export_leaves_the_earlier_file(begun, tmp_path):
+    path = tmp_path / "p.safetensors"
+    path.write_bytes(TEXT_FILE)
+    message = on_a_full_disk(1000, "export", begun, "--out", path)
+    assert str(path) in message and "File too large" in message
+    assert path.read_bytes() == TEXT_FILE
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.safetensors", "run"]
+
+
+# the traceback ---------------------------------------------------------------------------------
+
+
+def test_debug_shows_the_traceback(cli, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        cli("info", "--model", tmp_path / "none", "--debug")
+
+
+def test_unforeseen_errors_are_one_line_with_their_kind(refused, tiny_folder, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("minprefix.cli.main.parameter_rows", fail)
+    assert refused("info", "--model", tiny_folder).endswith("RuntimeError: two lines")

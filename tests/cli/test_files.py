@@ -1,0 +1,143 @@
+"""Files are written whole or not at all, and errors are one line that names the file."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minprefix.files import (
+    atomic_write,
+    load_tensors,
+    read_json,
+    read_text,
+    save_tensors,
+    write_text,
+)
+
+# the disk is full after 100 kB: RLIMIT_FSIZE ends a write in the middle, as ENOSPC does
+FULL_DISK = """
+import resource, signal, sys, torch
+from minprefix.files import save_tensors, write_text
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    if sys.argv[1] == "tensors":
+        save_tensors(sys.argv[2], {"x": torch.ones(100_000)})
+    else:
+        write_text(sys.argv[2], "x" * 400_000)
+except OSError as error:
+    print(error)
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("kind", ["tensors", "text"])
+def test_full_disk_leaves_the_earlier_file(tmp_path, kind):
+    path = tmp_path / "earlier"
+    path.write_bytes(b"what was there")
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, kind, str(path)],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 7, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert str(path) in done.stdout and "File too large" in done.stdout
+    assert path.read_bytes() == b"what was there"
+    assert os.listdir(tmp_path) == ["earlier"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError("no space")])
+def test_an_interrupted_write_leaves_the_earlier_file(tmp_path, error):
+    path = tmp_path / "earlier.json"
+    write_text(path, "first")
+    kind = error if isinstance(error, type) else type(error)
+    with pytest.raises(kind), atomic_write(path) as temporary:
+        assert temporary.suffix == ".json" and temporary.parent == tmp_path
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "first"
+    assert os.listdir(tmp_path) == ["earlier.json"]
+
+
+def test_who_reads_the_earlier_file_still_can(tmp_path):
+    path = tmp_path / "file"
+    write_text(path, "first")
+    with path.open() as reader:
+        write_text(path, "second")
+        assert reader.read() == "first"
+    assert read_text(path) == "second"
+
+
+def test_unwritable_places_are_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "missing" / "a.txt", tmp_path / "file" / "a.txt", tmp_path):
+        with pytest.raises(OSError) as caught:
+            write_text(path, "x")
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    write_text(tmp_path / "link", "new ü")
+    assert (tmp_path / "link").is_symlink()
+    assert read_text(tmp_path / "target") == "new ü"
+
+
+def test_tensors_come_back_with_their_metadata(tmp_path):
+    path = tmp_path / "t.safetensors"
+    tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(3, dtype=torch.bfloat16)}
+    save_tensors(path, tensors, {"base": "mini"})
+    back, metadata = load_tensors(path)
+    assert metadata == {"base": "mini"}
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
+    save_tensors(path, tensors)
+    assert load_tensors(path)[1] == {}
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    (tmp_path / "usual").touch()
+    save_tensors(tmp_path / "tensors", {"a": torch.ones(1)})
+    write_text(tmp_path / "text", "a")
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, -1])
+def test_truncated_tensors_are_refused(tmp_path, keep):
+    path = tmp_path / "t.safetensors"
+    save_tensors(path, {"a": torch.ones(10)})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="truncated") as caught:
+        load_tensors(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_tensors_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.safetensors: no such file"):
+        load_tensors(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1,\n "b": }', ":2: not valid JSON"),
+        (b"", ":1: not valid JSON"),
+        (b"[1]", "holds a JSON list"),
+        (b'{\n\n"a": "\xff"}', ":3: invalid UTF-8 \\(byte 0xff\\)"),
+    ],
+)
+def test_bad_json_is_named_with_its_line(tmp_path, content, message):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"x.json.*{message}"):
+        read_json(path)

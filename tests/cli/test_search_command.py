@@ -1,0 +1,95 @@
+"""The command search: what it prints and leaves, what it refuses, Ctrl-C."""
+
+import json
+import signal
+
+import pytest
+
+from minprefix.cli import search as search_command
+from minprefix.methods.search.search import PromptSearch, state_path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUICK = ("--prompt-len", 3, "--steps", 2, "--candidates", 6, "--batch-size", 4, "--starts", 4,
+         "--device", "cpu")  # fmt: skip
+
+
+def test_the_command_searches_and_others_use_what_it_found(cli, tiny_folder, tables, tmp_path):
+    common = ("--model", tiny_folder, "--data", tables)
+    front, around = tmp_path / "front", tmp_path / "around"
+    out, err = cli("search", *common, "--out", front, *QUICK)
+    assert 'text: "' in out and "dev_loss_without_prompt" in out and "2/2" in err
+    out, _ = cli("search", *common, "--out", around, *QUICK, "--behind", 2, "--json")
+    found = json.loads(out)
+    assert found["kept"] == str(around / "prompt.json") and "{table}" in found["text"]
+    again, _ = cli("search", "--resume", around, "--json")
+    assert json.loads(again) == found
+    scored = ("evaluate", *common, "--max-new-tokens", 4, "--device", "cpu", "--json")
+    for given in (("--prefix", front / "prefix.safetensors"), ("--prompt", around / "prompt.json")):
+        assert json.loads(cli(*scored, *given)[0])["tables"] == 3
+    cli("generate", "--model", tiny_folder, "--prefix", front / "prefix.safetensors",
+        "--device", "cpu", "--max-new-tokens", 3, "boat : Gull")  # fmt: skip
+
+
+def test_topics_choose_the_examples_and_are_kept(cli, tiny_folder, tmp_path, monkeypatch):
+    data, seen, search = tmp_path / "data", [], search_command.PromptSearch
+    data.mkdir()
+    topics = ("sport/golf", "news/uk", "news/world", "news/health")
+    articles = [
+        {"document": f"Of {t}.", "summary": "So.", "url": f"http://www.bbc.co.uk/{t}-10000000"}
+        for t in topics
+    ]
+    for split in ("train", "dev"):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(a) + "\n" for a in articles))
+
+    def look(model, tokenizer, config, train, dev, *args):
+        seen.append([[example.source for example in part] for part in (train, dev)])
+        return search(model, tokenizer, config, train, dev, *args)
+
+    monkeypatch.setattr(search_command, "PromptSearch", look)
+    run = ("--out", tmp_path / "run", *QUICK)
+    cli("search", "--model", tiny_folder, "--data", data, "--topics", "within-news", *run)
+    cli("search", "--resume", tmp_path / "run")
+    assert seen == [[["Of news/uk.", "Of news/world."]] * 2] * 2
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["topics"] == "within-news"
+    few = ("--subset", 2, "--subset-seed", 3, "--out", tmp_path / "few", *QUICK)
+    cli("search", "--model", tiny_folder, "--data", data, *few)
+    cli("search", "--resume", tmp_path / "few")
+    assert [len(part) for part in seen[-1]] == [2, 1] and seen[-1] == seen[-2]
+
+
+def test_the_command_names_what_is_wrong(cli, tiny_folder, tables, tmp_path):
+    common = ("--model", tiny_folder, "--data", tables)
+    cases = [
+        ((), "give either --out"),
+        (("--out", tmp_path / "a", "--behind", 11), "behind must lie in [0, 10], got 11"),
+        (("--out", tmp_path / "a", "--start", " "), "start must be a text, got an empty one"),
+        (("--resume", tmp_path), "cannot go with --resume"),
+    ]
+    for options, expected in cases:
+        _, err = cli("search", *common, *options, code=1)
+        assert expected in err and err.count("\n") == 1
+    _, err = cli("search", "--resume", tmp_path, code=1)
+    assert "no run of the command search" in err and err.count("\n") == 1
+    (tmp_path / "config.json").write_text("{}")
+    _, err = cli("search", "--resume", tmp_path, code=1)
+    assert "not the settings of a search" in err
+    _, err = cli("search", *common, "--out", tmp_path, code=1)
+    assert "holds a run: go on with --resume" in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_ctrl_c_ends_after_a_step_and_says_how_to_go_on(
+    cli, tiny_folder, tables, tmp_path, monkeypatch
+):
+    step = PromptSearch.step
+
+    def interrupted(self):
+        signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(PromptSearch, "step", interrupted)
+    common = ("--model", tiny_folder, "--data", tables, "--out", tmp_path / "run")
+    _, err = cli("search", *common, *QUICK, code=130)
+    assert f"Go on with: python -m minprefix search --resume {tmp_path / 'run'}" in err
+    assert json.loads(state_path(tmp_path / "run").read_text())["step_done"] == 1

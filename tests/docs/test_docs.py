@@ -1,0 +1,212 @@
+"""The site without building it: what its pages are made of, and the interactive page's numbers."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import minprefix
+from docs import check_site, docstrings, export_lambda, pages
+from minprefix.prefix.prefix import Prefix
+
+CHECKOUT = pages.ROOT
+
+
+def test_configuration_imports_and_takes_every_tutorial():
+    from docs import conf
+
+    shown = {path.name for path in pages.tutorials()}
+    assert set(pages.tutorial_pages()) == {f"tutorials/{name}" for name in shown}
+    index = (pages.DOCS / "index.md").read_text()
+    assert "tutorials/[0-9]*.py" in conf.include_patterns
+    assert re.search(r":glob:\n\ntutorials/\[0-9\]\*\n", index)
+    solutions = {p.name for p in (pages.TUTORIALS / "solutions").glob("[0-9]*.py")}
+    assert {f"solutions/{name[:-3]}.md" for name in solutions} == set(pages.solution_pages())
+
+
+def test_every_public_module_is_in_the_reference_once():
+    listed = [name for members in pages.grouped().values() for name in members]
+    assert sorted(listed) == pages.modules()
+    assert {"minprefix", "minprefix.prefix.prefix", "kernels", "kernels.reference"} <= set(listed)
+    assert not [name for name in listed if ".bench" in name or ".assets" in name]
+
+
+def test_links_of_the_checkout_become_links_of_the_site():
+    text = "# [a](../minprefix/models/gpt2.py), [b](solutions/02_x.py), [c](02_x.py), "
+    text += "[d](../README.md)"
+    wanted = (
+        "# [a](../api/minprefix.models.gpt2.md), [b](../solutions/02_x.md), [c](02_x.py), "
+        "[d](../../README.md)"
+    )
+    assert pages.site_links(text) == wanted
+    assert pages.site_links("[k](../kernels/__init__.py)") == "[k](../api/kernels.md)"
+    assert pages.site_links("[w](https://a.b/c.py)") == "[w](https://a.b/c.py)"
+
+
+def test_results_show_the_rows_of_the_files():
+    page = pages.result_pages()["results/index.md"]
+    assert pages.e2e_table() in page and pages.speed_table() in page
+    assert pages.gpu_steps_table() in page and pages.gpu_attention_table() in page
+    assert "On the H200, bf16, D 64." in page and "One step of decoding, cache" in page
+    names = {str(p.relative_to(pages.BENCHMARKS)) for p in pages.BENCHMARKS.rglob("*.csv")}
+    for name in names:
+        assert name.startswith("paper/") or f"(../../benchmarks/{name})" in page
+    assert pages.cell("a|b *c* {d}\ne") == r"a\|b \*c\* &#123;d} e"
+
+
+def test_docstrings_become_rest():
+    lines = """One *line* of x|y in `a * b_`, a_.
+
+    o = softmax(q_i * k)
+
+Args:
+    q: (B, H, T, D),
+        on two lines.
+Source: [1].
+[1] https://a.b   [2] c
+    goes on
+[3] d""".splitlines()
+    text = "\n".join(docstrings.rest_of(lines))
+    assert r"One \*line\* of x\|y in `a * b_`, a\_." in text
+    assert "::\n\n    o = softmax(q_i * k)" in text
+    assert "Args:\n    q: (B, H, T, D),\n        on two lines." in text
+    assert "**Source:** [1].\n\n| [1] https://a.b   [2] c\n    goes on\n| [3] d" in text
+
+
+@pytest.fixture()
+def site(tmp_path):
+    (tmp_path / "b.html").write_text("<h1 id='top'>b</h1>")
+    (tmp_path / "a.html").write_text('<a href="b.html#top">b</a><script src="b.html"></script>')
+    return tmp_path
+
+
+def test_a_sound_site_has_no_errors(site):
+    assert check_site.link_errors(site) == []
+    assert check_site.link_errors(site / "none") == [f"{site / 'none'}: no pages there"]
+
+
+@pytest.mark.parametrize(
+    "html, error",
+    [
+        ('<a href="c.html">', "no c.html"),
+        ('<a href="b.html#bottom">', "no place b.html#bottom"),
+        ('<script src="https://cdn.x/y.js">', "loads https://cdn.x/y.js"),
+        ('<img src="//cdn.x/y.png">', "loads //cdn.x/y.png"),
+    ],
+)
+def test_link_errors_are_found(site, html, error):
+    (site / "a.html").write_text(html)
+    assert check_site.link_errors(site) == [f"a.html: {error}"]
+
+
+def test_fonts_from_elsewhere_are_found(site):
+    (site / "x.css").write_text("@import 'https://fonts.x/y.css'; a { b: url(local.png) }")
+    assert check_site.link_errors(site) == ["x.css: loads https://fonts.x/y.css"]
+
+
+# the interactive page -----------------------------------------------------------------------------
+
+
+def test_interactive_page_links_into_the_checkout_and_into_the_site():
+    html = (pages.DOCS / "interactive" / "index.html").read_text()
+    links = [a for a in check_site.Page(html).links if a.startswith("../../")]
+    assert len(links) == 3
+    there = {path.name for path in pages.tutorials()}
+    for link in links:
+        name = link.rsplit("/", 1)[1]
+        if not name.endswith(".py") or name[:2] in {n[:2] for n in there}:
+            assert (pages.DOCS / "interactive" / link).exists()
+    changed = check_site.Page(pages.on_site(html))
+    assert "../index.html" in changed.links and "../tutorials/02_equation_3.html" in changed.links
+    assert not [a for a in changed.links + changed.loaded if a.startswith("../../")]
+
+
+@pytest.fixture(scope="module")
+def mini():
+    model, tokenizer = minprefix.load("mini", dtype=torch.float64)
+    ids, _ = export_lambda.shown_row(tokenizer)
+    return model, tokenizer, torch.tensor([ids])
+
+
+def kept(data: dict, prefix_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """lse_P and lse_S (L, H, T) of data.js, in nats."""
+    (entry,) = (e for e in data["prefixes"] if e["P"] == prefix_len)
+    shape = (data["layers"], data["heads"], len(data["tokens"]))
+    return tuple(export_lambda.unpacked(entry[name], shape) for name in ("lse_p", "lse_s"))
+
+
+def test_page_has_the_numbers_of_the_kept_prefixes(mini):
+    model, tokenizer, ids = mini
+    data = export_lambda.read_data()
+    assert [e["P"] for e in data["prefixes"]] == list(export_lambda.LENGTHS)
+    assert "".join(data["tokens"]).replace("[bos]", "") == tokenizer.decode(
+        [i for i in ids[0].tolist() if i != tokenizer.bos_id]
+    )
+    for prefix_len in export_lambda.LENGTHS:
+        exact = export_lambda.log_sums(model, ids, export_lambda.kept_prefix(prefix_len))
+        for stored, lse in zip(kept(data, prefix_len), exact, strict=True):
+            # rounded to whole units of NATS; 1e-6: fp64 sums on another machine
+            assert np.abs(stored - lse.numpy()).max() <= export_lambda.NATS / 2 + 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer, gate", [(0, 1.0), (3, 0.5), (7, 3.0)])
+def test_lambda_is_the_share_of_a_model_with_the_gate_in_that_layer(mini, layer, gate):
+    """The page's formula against a literal softmax, and that against the model's own output."""
+    model, _, ids = mini
+    data, prefix = export_lambda.read_data(), export_lambda.kept_prefix(5)
+    gates = torch.ones(model.config.n_layer, model.config.n_head, dtype=torch.float64)
+    gates[layer] = gate
+    gated = Prefix.from_table(prefix.table(), prefix.position_offset, gates)
+    seen = []
+    hook = model.h[layer].attn.c_proj.register_forward_hook(lambda _, x, __: seen.append(x[0]))
+    q, k, v = export_lambda.layer_queries(model, ids, gated)[layer]  # each (1, H, T, D)
+    hook.remove()
+    prefix_k, prefix_v = prefix.table()[layer]  # (H, P, D)
+    scale, T = q.shape[-1] ** -0.5, q.shape[2]
+    s_p = scale * q[0] @ prefix_k.mT + np.log(gate)  # (H, T, P)
+    s_s = (scale * q[0] @ k[0].mT).masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
+    p = torch.cat([s_p, s_s], -1).softmax(-1)  # (H, T, P + T)
+    o = p @ torch.cat([prefix_v, v[0]], 1)  # (H, T, D)
+    assert (o.transpose(0, 1).reshape(1, T, -1) - seen[0]).abs().max() < 1e-9  # fp64, worst 3e-14
+
+    lse_p, lse_s = (x[layer] for x in kept(data, 5))
+    r = gate * np.exp(lse_p - lse_s)
+    # d lambda / d (lse_P - lse_S) is at most 1/4; both lse are off by half a unit at most
+    gap = np.abs(r / (1 + r) - p[..., :5].sum(-1).numpy()).max()
+    assert gap <= export_lambda.NATS / 4 + 1e-6
+
+
+def test_packed_numbers_come_back_and_large_ones_are_refused():
+    x = torch.tensor([[[-72.3, 0.0, 31.5]]])
+    back = export_lambda.unpacked(export_lambda.packed(x), (1, 1, 3))
+    assert np.abs(back - x.numpy()).max() <= export_lambda.NATS / 2 + 1e-6
+    with pytest.raises(ValueError, match="99.0 nats do not fit"):
+        export_lambda.packed(torch.tensor([[[99.0]]]))
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2 defines it: https://www.w3.org/TR/WCAG21/#dfn-relative-luminance"""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_of_the_interactive_page_can_be_read():
+    css = (pages.DOCS / "interactive" / "page.css").read_text()
+    blocks = re.findall(r":root[^{]*\{([^}]*)\}", css)
+    assert len(blocks) == 2  # light and dark
+    for block in blocks:
+        colour = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+        for front, back in [
+            ("ink", "ground"), ("ink", "raised"), ("ink", "prefix-fill"),
+            ("faint", "ground"), ("link", "ground"),
+        ]:  # fmt: skip
+            low, high = sorted([luminance(colour[front]), luminance(colour[back])])
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (front, back)  # WCAG 2, level AA
+
+
+def test_exported_files_are_small():
+    sizes = [p.stat().st_size for p in (export_lambda.DATA, export_lambda.PREFIXES)]
+    assert sum(sizes) < 300_000  # bytes: they are in the repository

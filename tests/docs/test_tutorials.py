@@ -1,0 +1,145 @@
+"""Every tutorial and every file of solutions runs as a script; every tutorial has the same frame.
+
+The frame, which the site relies on, too (jupytext percent format):
+
+    first cell      markdown: the file's one `# ` title, then paragraphs that begin with the
+                    bold words of TOP
+    sections        `## `; the last three are those of END
+    ## Exercises    a numbered list; exercise n is solved by `exercise_n` in the file of the same
+                    name in tutorials/solutions/
+    ## References   by URL
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
+SOLUTIONS = sorted((ROOT / "tutorials" / "solutions").glob("[0-9]*.py"))
+TOP = ("What you will learn", "What to know first", "Running time", "Sources")
+END = ["Recap", "Exercises", "References"]
+HANGS = 1800  # s: a script that takes longer will not end; how long one may take is not tested
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT / "tutorials"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", TUTORIALS + SOLUTIONS, ids=name)
+def test_runs_from_any_folder(path: Path, tmp_path: Path):
+    threads = str(torch.get_num_threads())
+    here = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, path], cwd=tmp_path, env=os.environ | here, timeout=HANGS,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+    )  # fmt: skip
+    tail = "\n".join(done.stdout.splitlines()[-40:])
+    assert done.returncode == 0, (
+        f"{name(path)} ended with {done.returncode}; its last lines:\n{tail}"
+    )
+    assert not list(tmp_path.iterdir()), "it left files where it was started"
+
+
+def solved(solution: str) -> set[int]:
+    """Numbers of the exercises in a file of solutions: exercise_n, a heading or comment `n. `."""
+    functions = [x.name for x in ast.parse(solution).body if isinstance(x, ast.FunctionDef)]
+    named = re.findall(r"\d+", " ".join(x for x in functions if x.startswith("exercise")))
+    return {int(n) for n in named + re.findall(r"^# (?:## )?(\d+)\. ", solution, re.MULTILINE)}
+
+
+def frame_problems(text: str, solution: str | None) -> list[str]:
+    """What in a tutorial's text differs from the frame above; `solution`: its solutions' text."""
+    problems = []
+    cells = jupytext.reads(text, fmt="py:percent").cells
+    prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    headings = re.findall(r"^(#+) (.+)$", "\n\n".join(prose), re.MULTILINE)
+    titles = [words for marks, words in headings if marks == "#"]
+    sections = [words for marks, words in headings if marks == "##"]
+
+    first = cells[0].source if cells and cells[0].cell_type == "markdown" else ""
+    if not first.startswith("# ") or len(titles) != 1:
+        problems.append(f"the first cell begins with the one `# ` title; titles: {titles}")
+    leads = re.findall(r"^\*\*(.+?)[.:]?\*\*", first, re.MULTILINE)
+    if tuple(leads) != TOP:
+        problems.append(f"the first cell's bold words are {leads}, not {TOP}")
+    if sections[-3:] != END:
+        problems.append(f"the last sections are {sections[-3:]}, not {END}")
+        return problems
+
+    by_section = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n?)*)", "\n\n".join(prose), re.M))
+    if "https://" not in by_section["References"]:
+        problems.append("no URL under References")
+    numbers = [int(n) for n in re.findall(r"^(\d+)\. ", by_section["Exercises"], re.MULTILINE)]
+    if numbers != list(range(1, len(numbers) + 1)) or not 3 <= len(numbers) <= 5:
+        problems.append(f"exercises are numbered {numbers}, not 1 to 3, 4 or 5")
+    if solution is None:
+        return [*problems, "there is no file of solutions"]
+    if unsolved := sorted(set(numbers) - solved(solution)):
+        problems.append(f"the solutions lack exercises {unsolved}")
+    return problems
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=name)
+def test_frame(path: Path):
+    solution = path.parent / "solutions" / path.name
+    text = solution.read_text(encoding="utf-8") if solution.exists() else None
+    problems = frame_problems(path.read_text(encoding="utf-8"), text)
+    assert not problems, "\n".join(problems)
+
+
+def test_every_file_of_solutions_has_its_tutorial():
+    assert [path.name for path in SOLUTIONS] == [path.name for path in TUTORIALS]
+
+
+GOOD = """# %% [markdown]
+# # Counting
+# **What you will learn.** To count.
+#
+# **What to know first.** Nothing.
+#
+# **Running time.** Seconds.
+#
+# **Sources.** [1].
+
+# %%
+print(1)
+
+# %% [markdown]
+# ## Recap
+# One.
+# ## Exercises
+# 1. Count to two.
+# 2. Count to three.
+# 3. Count to four.
+#
+# ## References
+# [1] https://example.org
+"""
+SOLVED = "def exercise_1(): ...\ndef exercise_2(): ...\ndef exercise_3(): ...\n"
+
+
+def test_frame_problems_are_seen():
+    assert frame_problems(GOOD, SOLVED) == []
+    for old, new, told in (
+        ("# # Counting", "# ## Counting", "title"),
+        ("# One.", "# # One", "title"),
+        ("**Running time.**", "Running time.", "bold words"),
+        ("# ## Recap", "# ## The end", "last sections"),
+        ("https://", "", "no URL"),
+        ("# 2. Count", "# 3. Count", "numbered"),
+    ):
+        assert old in GOOD
+        problems = frame_problems(GOOD.replace(old, new, 1), SOLVED)
+        assert len(problems) == 1 and told in problems[0], (old, problems)
+    assert frame_problems(GOOD, None) == ["there is no file of solutions"]
+    assert "exercises [2]" in frame_problems(GOOD, SOLVED.replace("exercise_2", "two"))[0]
+    assert frame_problems(GOOD, "def exercises_1_and_2(): ...\n# ## 3. Three\n") == []

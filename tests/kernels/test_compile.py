@@ -1,0 +1,145 @@
+"""The kernels compile for GPUs that are not here: A100, H100, B200 and MI300.
+
+In a process without TRITON_INTERPRET=1, under which nothing can be compiled.
+"""
+
+from itertools import combinations, product
+from types import SimpleNamespace
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1: nothing can be compiled", allow_module_level=True)
+
+from kernels.assembler import compile_kernel  # noqa: E402
+from kernels.launch import SHARED_MEMORY  # noqa: E402
+from kernels.tools.compile_offline import (  # noqa: E402
+    ALLOWED_SPILLS,
+    DIMENSIONS,
+    GPU_TARGETS,
+    Case,
+    Compiled,
+    Job,
+    compile_launch,
+    cover,
+    jobs_of,
+    launches_of,
+    pairwise,
+    problem,
+    row,
+    run_job,
+    run_jobs,
+    specialise,
+)
+
+PLAIN = Case(**{name: values[0] for name, values in DIMENSIONS.items()})
+PLAIN = PLAIN._replace(target="sm_90", dtype="bf16", head_dim=64, prefix_len=10)
+
+
+def test_cover_meets_every_pair_once_and_is_small():
+    """Each two values of different dimensions are in some case, for each op."""
+    cases = cover()
+    for op in DIMENSIONS["op"]:
+        mine = [case for case in cases if case.op == op]
+        for a, b in combinations([name for name in DIMENSIONS if name != "op"], 2):
+            met = {(getattr(case, a), getattr(case, b)) for case in mine}
+            missing = set(product(DIMENSIONS[a], DIMENSIONS[b])) - met
+            assert not missing, f"{op}: {a}, {b}: {missing}"
+    assert cases == cover(), "not deterministic"
+    assert len(jobs_of(cases)) <= 150
+
+
+def test_pairwise_of_two_dimensions_is_their_product():
+    cases = pairwise({"a": (1, 2, 3), "b": (4, 5)})
+    met = sorted((case["a"], case["b"]) for case in cases)
+    assert met == sorted(product((1, 2, 3), (4, 5)))
+
+
+def test_a_launch_is_specialised_as_spelled_out():
+    case = PLAIN._replace(prefix_index=True, prefix_lens=True, prefix_dtype="fp32")
+    launch = launches_of(case)[0][0]
+    source, options, _ = specialise(launch, "sm_90")
+    kinds, names = source.signature, launch.kernel.arg_names
+    constants = {names[path[0]]: value for path, value in source.constants.items()}
+    divisible = {names[path[0]] for path, value in source.attrs.items() if value}
+    assert (kinds["q_ptr"], kinds["prefix_k_ptr"], kinds["lse_ptr"]) == ("*bf16", "*fp32", "*fp32")
+    assert (kinds["prefix_index_ptr"], kinds["prefix_lens_ptr"]) == ("*i64", "*i32")
+    assert kinds["kv_lens_ptr"] == "constexpr" and constants["kv_lens_ptr"] is None
+    assert kinds["stride_lens"] == "constexpr" and constants["stride_lens"] == 1
+    assert (kinds["seq_len"], kinds["n_head"], kinds["scale2"]) == ("i32", "i32", "fp32")
+    assert (constants["D"], constants["CAUSAL"], constants["BLOCK_P"]) == (64, True, 16)
+    assert {"q_ptr", "prefix_index_ptr", "stride_qb", "stride_ph"} <= divisible
+    assert not {"seq_len", "n_head", "scale2"} & divisible
+    assert (options.num_warps, options.num_stages) == launch.tile[2:]
+
+
+@pytest.mark.parametrize("target", GPU_TARGETS)
+def test_it_is_what_triton_would_launch(target, monkeypatch):
+    """Triton's launch, up to the point where it needs a GPU, comes to the same compiled kernel."""
+    driver = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPU_TARGETS[target],
+    )
+    launch = launches_of(PLAIN)[0][0]  # the tiles of sm_90, also where the target is another
+    source, options, _ = specialise(launch, target)
+    mine = compile_kernel(source, GPU_TARGETS[target], options.__dict__)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    launch.kernel.device_caches.clear()
+    warps, stages = launch.tile[2:]
+    theirs = launch.kernel.run(
+        grid=(1,), warmup=True, **launch.arguments, num_warps=warps, num_stages=stages
+    )
+    launch.kernel.device_caches.clear()
+    assert mine.hash == theirs.hash
+
+
+def test_what_fails_is_named():
+    fine = Compiled(100, 1024, 0, 0, False, 1.0, "")
+    job = Job(PLAIN, 0, "fwd", "64 x 64", True)
+    assert problem(job, fine) == ""
+    assert "shared memory" in problem(job, fine._replace(shared=SHARED_MEMORY["sm_90"] + 1))
+    assert "tensor memory" in problem(job, fine._replace(tensor_memory=513))
+    pressed = fine._replace(registers=255, spills=8)
+    assert "spills 8 bytes" in problem(job, pressed)
+    assert problem(job._replace(default=False), pressed) == ""
+    assert problem(job, fine._replace(spills=16)) == ""  # ptxas's own choice
+    assert "spills 20 bytes" in problem(job, fine._replace(spills=20))
+    broken = run_job(Job(PLAIN._replace(target="sm_1"), 0, "fwd", "-", True))
+    assert "KeyError" in broken.problem and "FAILED" in row(broken)
+
+
+@pytest.mark.slow
+def test_cover_compiles_without_spills_within_shared_memory():
+    """A pairwise cover. Default tiles spill nothing where registers run out, and at most four
+    registers where ptxas trades them for another program; exceptions are in ALLOWED_SPILLS."""
+    results = list(run_jobs(jobs_of(cover()), processes=2))
+    failed = [row(result) for result in results if result.problem]
+    assert not failed, "\n".join(failed)
+    assert {result.job.case.target for result in results} == set(GPU_TARGETS)
+    assert all(reason for _, reason in ALLOWED_SPILLS.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seq_len", DIMENSIONS["seq_len"])
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_16_bit_kernels_use_tensor_cores(op, seq_len):
+    """wgmma on Hopper and mma on Ampere where there is a product, tcgen05 or mma on Blackwell."""
+    want = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "mma"}
+    for target, instruction in want.items():
+        for launch, _ in launches_of(PLAIN._replace(op=op, target=target, seq_len=seq_len)):
+            if launch.kernel.fn.__name__ != "_reduce_kernel":  # sums only
+                compiled = compile_launch(launch, target)
+                assert instruction in compiled.assembly, f"{target} {launch.kernel} {launch.tile}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", GPU_TARGETS)
+@pytest.mark.parametrize("op", DIMENSIONS["op"])
+def test_fp32_products_are_ieee(op, target):
+    """No TF32: fp32 goes nowhere near the tensor cores of NVIDIA, nor to xf32 on AMD."""
+    for launch, _ in launches_of(PLAIN._replace(op=op, target=target, dtype="fp32")):
+        assembly = compile_launch(launch, target).assembly
+        for name in ("tf32", "xf32", "mma.sync", "wgmma", "tcgen05.mma"):
+            assert name not in assembly, f"{launch.kernel} {launch.tile}: {name}"

@@ -1,0 +1,371 @@
+"""The trainer: what a step computes, what resuming continues, what a run folder holds."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import pairs, small_model, trainer
+
+from minprefix.data.examples import Example
+from minprefix.models.gpt2 import GPT2Config
+from minprefix.models.weights import fingerprint, load, save_model
+from minprefix.prefix.parametrisations import token_activations
+from minprefix.prefix.prefix import Prefix
+from minprefix.training.trainer import METHODS, Interrupted, TrainConfig, Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def log_of(folder: Path, key: str = "loss") -> dict[int, float]:
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {entry["step"]: entry[key] for entry in entries if key in entry}
+
+
+def gradient_of(run: Trainer) -> torch.Tensor:
+    """The gradient that the next step uses: AdamW, seen through its first moment."""
+    run.step()
+    moments = [run.optimizer.state[p]["exp_avg"] for p in run.trained.parameters()]
+    return torch.cat([m.flatten() for m in moments])
+
+
+@pytest.mark.parametrize("loss", ["token", "sentence"])
+def test_accumulation_equals_one_large_batch(tokenizer, tmp_path, loss):
+    """The mean runs over the effective batch, not over means of its parts (fp64: rounding only)."""
+    moments = []
+    for size, accumulation in ((6, 1), (2, 3), (3, 2)):
+        run = trainer(
+            tokenizer, tmp_path, model=small_model(torch.float64), loss=loss, clip=1e9,
+            batch_size=size, accumulation=accumulation,
+        )  # fmt: skip
+        rows = [0, 3, 5, 6, 8, 9]
+        cut = [rows[i : i + size] for i in range(0, 6, size)]
+        run.order.batch = lambda number, cut=cut: cut[number]
+        moments.append(gradient_of(run))
+    scale = moments[0].abs().max()
+    assert scale > 0
+    for other in moments[1:]:
+        assert (other - moments[0]).abs().max() <= 1e-12 * scale
+
+
+def test_losses_are_means_per_token_and_sums_per_sentence(tokenizer, tmp_path):
+    """The gradient of both choices against the formula, from the logits of each pair alone."""
+    for loss in ("token", "sentence"):
+        run = trainer(
+            tokenizer, tmp_path, model=small_model(torch.float64), loss=loss, clip=1e9
+        )  # fmt: skip
+        chosen = [run.rows[i] for i in run.order.batch(0)]
+        total, targets = 0.0, 0
+        for row in chosen:
+            logits = run.model(torch.tensor([row.ids[:-1]]), prefix=run.prefix)[0]
+            log_p = logits.log_softmax(-1)
+            for place in range(row.prompt_len, len(row.ids)):
+                total = total - log_p[place - 1, row.ids[place]]
+                targets += 1
+        divisor = targets if loss == "token" else len(chosen)
+        (expected,) = torch.autograd.grad(total / divisor, [run.prefix.prefix_table])
+        got = gradient_of(run) / 0.1  # first moment of the first step = (1 - 0.9) gradient
+        assert (got - expected.flatten()).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def test_gradient_is_clipped_to_the_norm(tokenizer, tmp_path):
+    run = trainer(tokenizer, tmp_path, clip=1e-3)
+    assert gradient_of(run).norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+def test_learning_rate_rises_then_falls_to_zero(tokenizer, tmp_path):
+    run = trainer(tokenizer, tmp_path, steps=10, warmup_steps=4, lr=1.0)
+    rates = [run.lr_at(step) for step in range(11)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
+
+
+def test_the_model_stays_frozen_and_the_prefix_learns(tokenizer, tmp_path):
+    run = trainer(tokenizer, tmp_path, steps=30, eval_every=30, lr=0.3)
+    before = fingerprint(run.model)
+    run.run(progress=False)
+    losses = log_of(tmp_path)
+    assert fingerprint(run.model) == before == Prefix.load(tmp_path / "prefix.safetensors").base
+    assert not any(p.requires_grad or p.grad is not None for p in run.model.parameters())
+    assert losses[30] < losses[1] - 0.2  # nats; 0.0 if nothing were learned
+
+
+def test_finetuning_changes_all_weights_and_loads_again(tokenizer, tmp_path):
+    run = trainer(tokenizer, tmp_path, method="finetune")
+    before = {name: weight.clone() for name, weight in run.model.named_parameters()}
+    run.run(progress=False)
+    same = [n for n, w in run.model.named_parameters() if torch.equal(w, before[n])]
+    assert same == [] and not run.model.training
+    model, _ = load(tmp_path / "model")
+    assert isinstance(model.config, GPT2Config)
+
+
+def test_best_on_dev_is_kept(tokenizer, tmp_path):
+    """Learned, then driven up the gradient: the file holds the table of the lowest dev loss."""
+    run = trainer(tokenizer, tmp_path, steps=10, eval_every=2)
+    run.lr_at = lambda step: 0.3 if step < 6 else -5.0
+    tables, evaluate = {}, run.evaluate
+
+    def evaluate_and_note():
+        tables[run.step_done] = run.prefix.table().detach().clone()
+        evaluate()
+
+    run.evaluate = evaluate_and_note
+    run.run(progress=False)
+    dev = log_of(tmp_path, "dev_loss")
+    best = min(dev, key=dev.get)
+    assert best < 10 and run.best == dev[best]
+    assert torch.equal(Prefix.load(tmp_path / "prefix.safetensors").prefix_table, tables[best])
+
+
+def test_samples_are_written_at_evaluations(tokenizer, tmp_path):
+    trainer(tokenizer, tmp_path, samples=2).run(progress=False)
+    samples = log_of(tmp_path, "samples")
+    assert sorted(samples) == [3, 6]
+    assert [sample["source"] for sample in samples[6]] == [e.source for e in pairs(2, 50)]
+
+
+def test_without_dev_data_the_last_step_is_kept(tokenizer, tmp_path):
+    run = trainer(tokenizer, tmp_path, dev=0)
+    run.run(progress=False)
+    kept = Prefix.load(tmp_path / "prefix.safetensors")
+    assert torch.equal(kept.prefix_table, run.prefix.table().detach())
+
+
+def test_gate_stays_non_negative(tokenizer, tmp_path):
+    run = trainer(tokenizer, tmp_path, prefix_options={"gate": True}, lr=0.5)
+    for _ in range(6):
+        run.step()
+        assert (run.prefix.gate >= 0).all()
+    assert (run.prefix.gate > 0).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activation_checkpointing_changes_no_loss(tokenizer, tmp_path, method, checkpointing):
+    """Dropout masks included: a step recomputes what it computed."""
+    folders = tmp_path / "plain", tmp_path / "checkpointed"
+    for folder, on in zip(folders, (False, checkpointing), strict=True):
+        trainer(
+            tokenizer, folder, method=method, steps=3, activation_checkpointing=on
+        ).run(progress=False)  # fmt: skip
+    assert log_of(folders[0]) == pytest.approx(log_of(folders[1]), rel=1e-5)
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from conftest import ASSETS, Tokenizer
+from test_training import *
+run = trainer(Tokenizer.from_folder(ASSETS / "mini"), Path({out!r}), steps=24, eval_every=5,
+              method={method!r}, prefix_options={{"parametrisation": "mlp", "mid_dim": 8}})
+if {resume}:
+    run.load_state()
+step = run.step
+run.step = lambda: (time.sleep({delay}), step())[1]
+run.run(progress=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_change_no_step(tokenizer, tmp_path, checkpointing):
+    """Losses of steps with several lengths, fp64 rounding; few graphs serve all nine layers."""
+    torch._dynamo.reset()
+    nats = []
+    for compiled in (False, True):
+        model = small_model(torch.float64, n_layer=9)
+        run = trainer(
+            tokenizer, tmp_path, model=model, compile=compiled,
+            activation_checkpointing=checkpointing,
+        )  # fmt: skip
+        nats.append([float(run.step()["nats"]) for _ in range(4)])
+    assert nats[1] == pytest.approx(nats[0], rel=1e-12)
+    # the first layer's input has no gradient, the last layer reads `at`
+    assert 3 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+
+def script(out: Path, method: str, *, resume=False, delay=0.0) -> list[str]:
+    code = textwrap.dedent(SCRIPT).format(
+        root=str(ROOT),
+        tests=str(ROOT / "tests"),
+        out=str(out),
+        method=method,
+        resume=resume,
+        delay=delay,
+    )
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_run_continues_to_the_same_losses(tmp_path, method):
+    """kill -9 in the middle; every later loss and the dev losses are those of an unbroken run."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(script(whole, method), check=True, env=env)
+    process = subprocess.Popen(script(broken, method, delay=0.2), env=env)
+    log = broken / "log.jsonl"
+    limit = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= 9):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 7 < len(log_of(broken)) < 24
+    with open(log, "a") as file:  # what a kill in the middle of a line leaves
+        file.write('{"step": 3')
+    subprocess.run(script(broken, method, resume=True), check=True, env=env)
+    assert log_of(broken) == log_of(whole)
+    assert log_of(broken, "dev_loss") == log_of(whole, "dev_loss")
+    if method == "prefix":
+        tables = [Prefix.load(f / "prefix.safetensors").prefix_table for f in (whole, broken)]
+        assert torch.equal(*tables)
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_twice_the_accumulation(tokenizer, tmp_path):
+    """torchrun with two processes on the CPU (gloo) against one: the same losses and prefix.
+
+    Bit for bit: each sum has two terms, and a + b is b + a.
+    """
+    folder = tmp_path / "model"
+    save_model(small_model(), tokenizer, folder)
+    lines = [{"source": e.source, "target": e.targets[0]} for e in pairs(10)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--model", folder, "--data", data, "--batch-size", 2, "--steps", 4, "--log-every", 1]
+    options = [str(o) for o in (*options, "--lr", 0.01, "--parametrisation", "table", "--json")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    train = ["-m", "minprefix", "train", *options]
+    alone = [sys.executable, *train, "--accumulation", "2", "--out", str(tmp_path / "alone")]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    both = [sys.executable, *torchrun, *train, "--out", str(tmp_path / "both")]
+    for command in (alone, both):
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["steps"] == 4  # one rank speaks
+    assert log_of(tmp_path / "alone") == log_of(tmp_path / "both")
+    tables = [
+        Prefix.load(tmp_path / name / "prefix.safetensors").prefix_table
+        for name in ("alone", "both")
+    ]
+    assert torch.equal(*tables)
+
+
+def test_ctrl_c_finishes_the_step_and_saves(tokenizer, tmp_path):
+    run = trainer(tokenizer, tmp_path, steps=50, eval_every=50)
+    step = run.step
+
+    def interrupted_step():
+        if run.step_done == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step()
+
+    run.step = interrupted_step
+    with pytest.raises(Interrupted, match="after step 3 of 50"):
+        run.run(progress=False)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    Prefix.load(tmp_path / "prefix.safetensors")
+    again = trainer(tokenizer, tmp_path, steps=50, eval_every=50)
+    again.load_state()
+    assert again.step_done == 3
+    again.run(progress=False)
+    assert sorted(log_of(tmp_path)) == list(range(1, 51))
+
+
+def test_resuming_something_else_is_refused(tokenizer, tmp_path):
+    run = trainer(tokenizer, tmp_path)
+    run.run(progress=False)
+    with pytest.raises(ValueError, match="another lr, seed"):
+        trainer(tokenizer, tmp_path, lr=5e-3, seed=1).load_state()
+    other = trainer(tokenizer, tmp_path)
+    other.rows = other.rows[:-1]
+    with pytest.raises(ValueError, match="another training data"):
+        other.load_state()
+    with pytest.raises(ValueError, match="no saved state"):
+        trainer(tokenizer, tmp_path / "elsewhere").load_state()
+    state = tmp_path / "state" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"state\.pt: damaged"):
+        trainer(tokenizer, tmp_path).load_state()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tokenizer, tmp_path):
+    run = trainer(tokenizer, tmp_path)
+    with torch.no_grad():
+        run.prefix.prefix_table[0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="smaller lr"):
+        run.run(progress=False)
+    assert not (tmp_path / "prefix.safetensors").exists()
+
+
+def test_a_row_that_is_too_long_is_named(tokenizer, tmp_path):
+    model = small_model(n_positions=24)
+    long = [Example("a " * 30, ("b",), where="train.jsonl:7")]
+    prefix = Prefix.random(model.config, 3, 0)
+    config = TrainConfig(steps=1)
+    with pytest.raises(ValueError, match=r"train\.jsonl:7: \d+ tokens, at most 22 are allowed"):
+        Trainer(model, tokenizer, config, long, [], tmp_path, prefix)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"method": "lora"}, {"loss": "x"}, {"precision": "fp8"}, {"lr": 0.0}, {"steps": 0},
+              {"lr": float("nan")}, {"batch_size": 0}, {"warmup_steps": -1}, {"clip": -1.0}]
+)  # fmt: skip
+def test_wrong_settings_are_named(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name):
+        TrainConfig(**wrong)
+
+
+def test_bf16_works_on_a_copy_of_the_frozen_weights(tokenizer, tmp_path):
+    """The model given stays as it is; the prefix is fp32; the run belongs to the same base."""
+    model = small_model()
+    run = trainer(tokenizer, tmp_path, model=model, precision="bf16")
+    nats = run.step()["nats"]
+    exact = trainer(tokenizer, tmp_path, model=small_model()).step()["nats"]
+    assert {w.dtype for w in run.model.parameters()} == {torch.bfloat16}
+    assert {w.dtype for w in model.parameters()} == {torch.float32}
+    assert {w.dtype for w in run.prefix.parameters()} == {torch.float32}
+    assert fingerprint(run.model) == fingerprint(model) == run.prefix.base
+    assert nats == pytest.approx(exact, rel=2**-8) and nats != exact  # bf16 keeps 8 bits
+
+
+def test_a_run_leaves_the_model_as_it_was_given(tokenizer, tmp_path):
+    """In eval mode, all of its modules, and without the run's ways to save memory or time."""
+    for method in ("prefix", "finetune", "ft-top"):
+        model = small_model()
+        run = trainer(
+            tokenizer, tmp_path / method, model=model, method=method,
+            activation_checkpointing=True,
+        )  # fmt: skip
+        run.run(progress=False)
+        assert not any(module.training for module in model.modules()), method
+        assert not model.activation_checkpointing and not model.compile_blocks
+        ids = [5, 6, 7]
+        assert torch.equal(token_activations(model, ids), token_activations(model, ids))
+
+
+def test_a_run_of_an_older_version_goes_on(tokenizer, tmp_path):
+    """Its settings lack what could not be chosen then; another precision is still refused."""
+    run = trainer(tokenizer, tmp_path)
+    run.step()
+    tmp_path.mkdir(exist_ok=True)
+    ours = Trainer._settings
+    older = {"compile", "prefix_dropout", "place", "bf16", "max_source"}
+    run._settings = lambda: {k: v for k, v in ours(run).items() if k not in older}
+    run.save_state()
+    trainer(tokenizer, tmp_path).load_state()
+    run._settings = lambda: ours(run) | {"bf16": True}
+    run.save_state()
+    with pytest.raises(ValueError, match="another bf16"):
+        trainer(tokenizer, tmp_path).load_state()

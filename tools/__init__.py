@@ -1,0 +1,1 @@
+"""Generators of the embedded data sets; import minprefix, and nothing imports them."""
