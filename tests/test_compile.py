@@ -15,16 +15,11 @@ if triton.knobs.runtime.interpret:
 from kernels.assembler import compile_kernel  # noqa: E402
 from kernels.compile_offline import (  # noqa: E402
     ALLOWED_SPILLS,
-    DIMENSIONS,
-    GPU_TARGETS,
-    Case,
     Compiled,
     Job,
+    at_a_glance,
     compile_launch,
-    cover,
     jobs_of,
-    launches_of,
-    pairwise,
     problem,
     row,
     run_job,
@@ -32,6 +27,16 @@ from kernels.compile_offline import (  # noqa: E402
     specialise,
 )
 from kernels.launch import SHARED_MEMORY  # noqa: E402
+from kernels.tools.cases import (  # noqa: E402
+    CALLS,
+    DIMENSIONS,
+    GPU_TARGETS,
+    Case,
+    calls,
+    cover,
+    launches_of,
+    pairwise,
+)
 
 PLAIN = Case(**{name: values[0] for name, values in DIMENSIONS.items()})
 PLAIN = PLAIN._replace(target="sm_90", dtype="bf16", head_dim=64, prefix_len=10)
@@ -48,6 +53,35 @@ def test_cover_meets_every_pair_once_and_is_small():
             assert not missing, f"{op}: {a}, {b}: {missing}"
     assert cases == cover(), "not deterministic"
     assert len(jobs_of(cases)) <= 150
+
+
+def test_calls_are_each_length_with_each_prefix():
+    """For each op, D and number of heads, and with one thing more: a bank, kv_lens, ..."""
+    cases = list(calls())
+    assert len(cases) == len(set(cases))
+    plain = {"prefix_index": False, "kv_lens": False, "q_offset": False, "prefix_dtype": "same"}
+    for changes in ({}, *({name: True} for name in list(plain)[:3]), {"prefix_dtype": "fp32"}):
+        want = plain | changes
+        met = {
+            tuple(getattr(case, name) for name in CALLS) for case in cases
+            if case.need == "all" and all(getattr(case, x) == y for x, y in want.items())
+        }  # fmt: skip
+        bare = "prefix_index" in changes or "prefix_dtype" in changes  # of no prefix
+        wanted = {x for x in product(*CALLS.values()) if x[-1] or not bare}
+        assert met == wanted, changes
+    assert {case.need for case in cases if case.op == "backward"} == {"all", "prefix"}
+    few = list(calls(kv_lens=(True,), seq_len=(50,), head_dim=(64,)))
+    assert few and all(case.kv_lens and case.seq_len == 50 for case in few)
+
+
+def test_launches_that_look_alike_are_one_kernel():
+    """`at_a_glance` may tell apart what Triton takes for one, never the other way round."""
+    keys: dict[tuple, set[str]] = {}
+    for case in list(calls(head_dim=(80,), n_head=(12,)))[::7]:
+        for launch, _ in launches_of(case):
+            seen = at_a_glance(launch, case.target)
+            keys.setdefault(seen, set()).add(specialise(launch, case.target)[2])
+    assert len(keys) > 20 and all(len(names) == 1 for names in keys.values())
 
 
 def test_pairwise_of_two_dimensions_is_their_product():
@@ -112,9 +146,11 @@ def test_what_fails_is_named():
 
 @pytest.mark.slow
 def test_cover_compiles_without_spills_within_shared_memory():
-    """A pairwise cover. Default tiles spill nothing where registers run out, and at most four
-    registers where ptxas trades them for another program; exceptions are in ALLOWED_SPILLS."""
-    results = list(run_jobs(jobs_of(cover()), processes=2))
+    """A pairwise cover, and what training and decoding call at D = 64. Default tiles spill nothing
+    where registers run out, and at most four registers where ptxas trades them for another program;
+    exceptions are in ALLOWED_SPILLS. No machine code looks miscompiled."""
+    cases = [*cover(), *calls(head_dim=(64,))]
+    results = list(run_jobs(jobs_of(cases), processes=2))
     failed = [row(result) for result in results if result.problem]
     assert not failed, "\n".join(failed)
     assert {result.job.case.target for result in results} == set(GPU_TARGETS)
