@@ -9,7 +9,7 @@ KERNEL_TESTS := tests/test_attention.py tests/test_decode.py tests/test_operator
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo test test-kernels check format test-official
-.PHONY: compile compile-all bench bench-cpu bench-gpu bench-pretrain paper notebooks
+.PHONY: compile compile-all sass bench bench-cpu bench-gpu bench-pretrain paper notebooks
 .PHONY: docs linkcheck clean
 
 help: ## list the targets
@@ -54,7 +54,12 @@ compile: .venv/.dev ## what the compiler says of the default tiles at D = 64 in 
 		--out benchmarks/compiled.csv
 
 compile-all: .venv/.dev ## compile the kernels for every GPU that they know, in every form (hours)
+	for target in sm_90 sm_100 sm_80; do \
+		$(BIN)/python -m kernels.tools.sass --target $$target || exit 1; done
 	$(BIN)/python -m kernels.compile_offline --all
+
+sass: .venv/.dev ## look for miscompiled kernels at D = 64 on Hopper, without a GPU (PTXAS=path)
+	$(BIN)/python -m kernels.tools.sass --quick $(if $(PTXAS),--ptxas $(PTXAS))
 
 check: .venv/.dev ## format, lint and the fast tests: while working
 	$(BIN)/ruff format --check .

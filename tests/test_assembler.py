@@ -1,5 +1,6 @@
 """Which ptxas assembles our kernels, that only they get it, and what happens without a good one."""
 
+import json
 import os
 import warnings
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import kernels
 from kernels import assembler, prefix_attention
 from kernels.assembler import Assembler, assembling, choose, refusal, version_of
 from kernels.reference import prefix_attention_eager
+from minprefix import cli
 
 COMPILES = kernels.HAVE_TRITON and not kernels.INTERPRETED
 
@@ -284,6 +286,15 @@ def test_report_says_which_path_and_why(monkeypatch):
     kernels._why_not[0] = "ptxas is old"
     assert assembler.report()["attention"] == "plain PyTorch"
     assert assembler.report()["why"] == "ptxas is old"
+
+
+def test_info_gpu(monkeypatch, capsys):
+    rows = {"gpu": "H200", "attention": "plain PyTorch", "why": "ptxas is old"}
+    monkeypatch.setattr(cli, "report", lambda: rows)
+    assert cli.main(["info", "--gpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "why:       ptxas is old"
+    assert cli.main(["info", "--gpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == rows
 
 
 @pytest.mark.parametrize(
