@@ -47,10 +47,10 @@ test: .venv/.dev ## format, lint and all tests
 test-kernels: .venv/.dev ## the Triton kernels, run in Triton's interpreter on the CPU
 	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS) --durations=10
 
-compile: .venv/.dev ## what the compiler says of the default tiles at D = 64 in bf16, without a GPU
+compile: .venv/.dev ## what the compiler says of the tiles at D = 64 in bf16, without a GPU
 	$(BIN)/python -m kernels.compile_offline --all --dtype bf16 --head_dim 64 --batch_size 1000 \
 		--prefix_len 10 200 --prefix_dtype fp32 --causal True --prefix_index False \
-		--prefix_lens False --kv_lens False --q_offset False --need all --dlse False --tile 0 \
+		--prefix_lens False --kv_lens False --q_offset False --need all --dlse False --n_head 12 \
 		--out benchmarks/compiled.csv
 
 compile-all: .venv/.dev ## compile the kernels for every GPU that they know, in every form (hours)

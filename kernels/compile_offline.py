@@ -190,13 +190,13 @@ def jobs_of(cases: Iterable[Case]) -> list[Job]:
             continue
         if not launches:
             jobs[str(case)] = Job(case, None, "-", "-", False)
-        for n, (launch, default) in enumerate(launches):
+        for n, launch in enumerate(launches):
             seen = at_a_glance(launch, case.target)
             key = keys[seen] = keys.get(seen) or specialise(launch, case.target)[2]
             tile = "{} x {}, {} warps, {} stages".format(*launch.tile)
             name = launch.kernel.fn.__name__.strip("_").removesuffix("_kernel")
             # where a default and another tile are the same kernel, it counts as the default
-            default = default or key in jobs and jobs[key].default
+            default = launch.default or key in jobs and jobs[key].default
             jobs[key] = Job(case, n, name, tile, default)
     return list(jobs.values())
 
@@ -206,7 +206,7 @@ def run_job(job: Job) -> Result:
     if job.n is None:
         return Result(job, None, "")
     try:
-        compiled = compile_launch(launches_of(job.case)[job.n][0], job.case.target)
+        compiled = compile_launch(launches_of(job.case)[job.n], job.case.target)
     except Exception as error:  # whatever the compiler does, it is this row's result
         return Result(job, None, f"{type(error).__name__}: {str(error).strip()[:300]}")
     return Result(job, compiled, problem(job, compiled))
@@ -262,7 +262,9 @@ def csv_row(result: Result) -> dict[str, Any]:
     """The columns that name a kernel come first."""
     case, compiled = result.job.case, result.compiled
     of = {"kernel": result.job.name, "tile": result.job.tile, "target": case.target}
-    of |= {"dtype": case.dtype, "head_dim": case.head_dim, "prefix_len": case.prefix_len}
+    of |= {"default": int(result.job.default)}
+    of |= {"dtype": case.dtype, "head_dim": case.head_dim}
+    of |= {"seq_len": case.seq_len, "prefix_len": case.prefix_len}
     of |= {"registers": compiled.registers, "shared_bytes": compiled.shared}
     of |= {"spilled_bytes": compiled.spills, "wgmma_one_by_one": compiled.one_by_one}
     return of | {"triton": triton.__version__, "commit": machine()["commit"]}
@@ -293,7 +295,7 @@ def main() -> None:
         failed += bool(result.problem)
         print(row(result), flush=True)
         if args["out"] and result.compiled:
-            add_row(args["out"], csv_row(result), tuple(csv_row(result))[:6])
+            add_row(args["out"], csv_row(result), tuple(csv_row(result))[:8])
     print(f"{len(jobs)} kernels, {failed} failed, {time.perf_counter() - began:.0f} s")
     sys.exit(1 if failed else 0)
 

@@ -2,11 +2,10 @@
 
 `cover` and `every_case` combine all that a kernel can be asked for; `calls` are those that training
 and decoding make. `launches_of` records what the launchers would launch for tensors on the "meta"
-device, with the tiles of any target.
+device, with all tiles of any target.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import combinations, product
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 
 from kernels import HEAD_DIMS, attention
 from kernels.decode import decode
-from kernels.launch import TILES, Launch, recorded
+from kernels.launch import Launch, recorded
 from kernels.plan import backward
 
 GPU_TARGETS = {  # architecture, threads of a warp
@@ -43,7 +42,6 @@ DIMENSIONS: dict[str, tuple] = {
     "q_offset": (False, True),
     "need": ("all", "prefix", "qkv", "q"),  # which gradients the backward pass makes
     "dlse": (False, True),  # whether it gets one
-    "tile": tuple(range(max(len(tiles) for rows in TILES.values() for tiles in rows.values()))),
 }
 QUERIES = {50: 1, 128: 2, 1000: 5}  # of decode, on 1000 keys; any other seq_len: 1 on that many
 # The calls that people make: every length with every prefix, and one thing more at a time.
@@ -110,7 +108,7 @@ def every_case(**chosen: tuple) -> Iterator[Case]:
 def calls(**chosen: tuple) -> Iterator[Case]:
     """Training and decoding as people call them, or the `chosen` part of that: CALLS x ONE_MORE.
 
-    bf16 on sm_90 with the default tiles, unless `chosen` says otherwise.
+    bf16 on sm_90, unless `chosen` says otherwise.
     """
     usual = {name: values[:1] for name, values in DIMENSIONS.items()}
     usual |= {"target": ("sm_90",), "dtype": ("bf16",)} | CALLS
@@ -127,28 +125,11 @@ def calls(**chosen: tuple) -> Iterator[Case]:
                 yield one
 
 
-def launches_of(case: Case) -> list[tuple[Launch, bool]]:
-    """What a case launches, each with whether its tile is the default one."""
-    with recorded(case.target) as defaults:
+def launches_of(case: Case) -> list[Launch]:
+    """What a case launches: with the default tiles, and with each other one that tuning tries."""
+    with recorded(case.target, every=True) as launches:
         call(case)
-    if case.tile == 0:
-        return [(launch, True) for launch in defaults]
-    with tile_first(case.target, case.tile), recorded(case.target) as launches:
-        call(case)
-    return [(one, one.tile == other.tile) for one, other in zip(launches, defaults, strict=True)]
-
-
-@contextmanager
-def tile_first(target: str, n: int) -> Iterator[None]:
-    """Makes the n-th tile of each row of the table the default; a shorter row is counted round."""
-    rows = TILES[target]
-    TILES[target] = {
-        key: [tiles[(n + i) % len(tiles)] for i in range(len(tiles))] for key, tiles in rows.items()
-    }
-    try:
-        yield
-    finally:
-        TILES[target] = rows
+    return launches
 
 
 def call(case: Case) -> None:
