@@ -1,6 +1,6 @@
 """Compile the kernels for GPUs that are not here, and show what they take.
 
-    python -m kernels.tools.compile_offline                   a cover of the cases and the usual calls
+    python -m kernels.tools.compile_offline          a cover of the cases, and the usual calls
     python -m kernels.tools.compile_offline --target sm_90 --op forward --all
 
 `kernels.tools.cases` has the calls and records what they would launch, on the "meta" device. Each
