@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from kernels.inputs import Inputs
+
 KIB = 1024
 SHARED_MEMORY = {  # bytes that one program may take
     "sm_80": 99 * KIB,  # A100 has 163, the other NVIDIA GPUs that these tiles serve 99 (RTX)
@@ -303,9 +305,7 @@ def empty_results(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return o, q.new_empty(B, H, T, dtype=torch.float32)
 
 
-def kernel_arguments(
-    q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset
-) -> dict[str, Any]:
+def kernel_arguments(inputs: Inputs) -> dict[str, Any]:
     """What every kernel takes: inputs, index tensors or None, strides and sizes.
 
     Rows are read through strides, so views of the qkv projection or of a cache are not copied. A
@@ -313,9 +313,9 @@ def kernel_arguments(
     strides.
     """
     q, k, v, prefix_k, prefix_v = (
-        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-        for x in (q, k, v, prefix_k, prefix_v)
+        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in inputs[:5]
     )
+    prefix_index, prefix_lens, kv_lens, q_offset = inputs[5:9]
     if prefix_k.stride() != prefix_v.stride():
         prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
     shared = prefix_k.dim() == 3 or prefix_k.shape[0] == 1 and prefix_index is None

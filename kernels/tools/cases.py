@@ -15,8 +15,9 @@ from triton.backends.compiler import GPUTarget
 
 from kernels import HEAD_DIMS, attention
 from kernels.decode import decode
+from kernels.inputs import Inputs
 from kernels.launch import Launch, recorded
-from kernels.plan import backward
+from kernels.plan import Gradients, backward
 
 GPU_TARGETS = {  # architecture, threads of a warp
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -151,12 +152,11 @@ def call(case: Case) -> None:
     lens = empty(3 if case.prefix_index else 1, dtype=torch.int32) if case.prefix_lens else None
     kv_lens = empty(B, dtype=torch.int64) if case.kv_lens else None
     q_offset = empty(B, dtype=torch.int32) if case.q_offset else None
-    inputs = (q, k, v, prefix_k, prefix_v, index, lens, kv_lens, q_offset)
-    rule = (case.causal, None)  # None: the usual scale
+    inputs = Inputs(q, k, v, prefix_k, prefix_v, index, lens, kv_lens, q_offset, case.causal)
     if case.op == "decode":
-        decode(*inputs, *rule)
+        decode(inputs)
     elif case.op == "forward":
-        attention.forward(*inputs, *rule)
+        attention.forward(*inputs)
     else:
         o, dqkv = empty(B, T, H, D, dtype=dtype).transpose(1, 2), empty(B, T, 3, H, D, dtype=dtype)
         lse, dlse = empty(2, B, H, T, dtype=torch.float32)
@@ -164,4 +164,5 @@ def call(case: Case) -> None:
         dk, dv = (None, None) if case.need == "q" else (dk, dv)
         no_prefix = case.need in ("qkv", "q")
         dprefix = (None, None) if no_prefix else (torch.empty_like(prefix_k) for _ in range(2))
-        backward(o, dlse if case.dlse else None, *inputs, *rule, o, lse, dq, dk, dv, *dprefix)
+        to = Gradients(dq, dk, dv, *dprefix)
+        backward(inputs, o, lse, o, dlse if case.dlse else None, to)
