@@ -23,6 +23,7 @@ more, and the cover met none of those that were found. Other defects of that kin
 """
 
 import argparse
+import csv
 import multiprocessing
 import re
 import subprocess
@@ -39,7 +40,6 @@ import triton
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.machine import add_row, machine
 from kernels import INTERPRETED, assembler
 from kernels.assembler import compile_kernel
 from kernels.launch import SHARED_MEMORY, Launch
@@ -267,14 +267,24 @@ def csv_row(result: Result) -> dict[str, Any]:
     of |= {"seq_len": case.seq_len, "prefix_len": case.prefix_len}
     of |= {"registers": compiled.registers, "shared_bytes": compiled.shared}
     of |= {"spilled_bytes": compiled.spills, "wgmma_one_by_one": compiled.one_by_one}
-    return of | {"triton": triton.__version__, "commit": machine()["commit"]}
+    return of | {"triton": triton.__version__}
+
+
+def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A row per kernel, tile, shape and target; of equal ones the last."""
+    names = ("kernel", "tile", "target", "default", "dtype", "head_dim", "seq_len", "prefix_len")
+    found = {tuple(row[name] for name in names): row for row in rows}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, next(iter(found.values()), {}), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the kernels for GPUs that are not here.")
     parser.add_argument("--all", action="store_true", help="every combination, not a cover")
     parser.add_argument("--processes", type=int, default=2, help="compile in this many (default 2)")
-    parser.add_argument("--out", type=Path, help="also put the rows into this CSV")
+    parser.add_argument("--out", type=Path, help="also write the rows to this CSV")
     for name, values in DIMENSIONS.items():
         is_bool = isinstance(values[0], bool)
         kind = (lambda text: text == "True") if is_bool else type(values[0])
@@ -290,12 +300,13 @@ def main() -> None:
         "kernel       target  dtype  D  tile (queries x keys)             "
         " regs.  shared  spill      s  case"
     )
-    began, failed = time.perf_counter(), 0
+    began, failed, rows = time.perf_counter(), 0, []
     for result in run_jobs(jobs, args["processes"]):
         failed += bool(result.problem)
         print(row(result), flush=True)
-        if args["out"] and result.compiled:
-            add_row(args["out"], csv_row(result), tuple(csv_row(result))[:8])
+        rows += [csv_row(result)] if result.compiled else []
+    if args["out"]:
+        write_csv(args["out"], rows)
     print(f"{len(jobs)} kernels, {failed} failed, {time.perf_counter() - began:.0f} s")
     sys.exit(1 if failed else 0)
 
