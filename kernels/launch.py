@@ -48,8 +48,8 @@ class Launch(NamedTuple):
 
 
 # (kernel, bytes of an element, BLOCK_D; 32 also stands for 16): tiles as (block_m, block_n,
-# num_warps, num_stages). None spills registers where it is the default, except IEEE products in
-# fp32 at D >= 80, and up to 16 bytes where ptxas prefers it. An empty list: the kernel is not used.
+# num_warps, num_stages). The defaults spill a dozen registers at most, except IEEE products in fp32
+# at D >= 80. An empty list: the kernel is not used.
 _FP32 = {
     ("fwd", 4, 32): [(32, 32, 4, 1)],
     ("fwd", 4, 64): [(32, 32, 8, 1)],

@@ -11,7 +11,7 @@ A row of the table gives the registers of a thread, the shared memory of a progr
 local memory of a thread, which is where registers are spilled; "wgmma one by one" means that ptxas
 could not keep Hopper's matrix products in flight beside other work. A row fails where a kernel does
 not compile, takes more shared or tensor memory than the target has, or spills with a default tile
-(more than TRADED allows) and is not in ALLOWED_SPILLS, or where a default tile of heads of 64 on
+(more than SPILLED allows) and is not in ALLOWED_SPILLS, or where a default tile of heads of 64 on
 Hopper is "one by one", or where the machine code looks miscompiled (`kernels.tools.sass`). The exit
 code is then 1. On NVIDIA a row of 32 registers and thousands of spilled bytes is ptxas giving up:
 the tile is far too large.
@@ -56,10 +56,9 @@ from kernels.tools.sass import signs
 
 TENSOR_MEMORY = 512  # columns; a kernel that needs more compiles, to nothing but a trap
 
-# Registers that a thread can have, and bytes that may be spilled with fewer: ptxas gives up as many
-# as four registers of a thread by its own choice, where one more program then fits beside others.
-MOST_REGISTERS = {"cuda": 255, "hip": 512}
-TRADED = 16
+# Bytes that a default tile may spill: a dozen registers of a thread. On an H200 a tile of
+# `_bwd_dprefix_kernel` that spills 40 is twice as fast as one that spills none (benchmarks/gpu).
+SPILLED = 48
 # (kernel, target, dtype, D): (bytes of local memory, why this much is accepted)
 ALLOWED_SPILLS: dict[tuple[str, str, str, int], tuple[int, str]] = {
     (kernel, target, "fp32", d): (512, "IEEE products of fp32 are unrolled over D: no smaller tile")
@@ -226,8 +225,7 @@ def problem(job: Job, compiled: Compiled) -> str:
     if job.default and hopper and compiled.one_by_one:
         return "wgmma instructions wait for one another (see ptxas -v)"
     key = (job.name, case.target, case.dtype, case.head_dim)
-    pressed = compiled.registers >= MOST_REGISTERS[GPU_TARGETS[case.target].backend]
-    allowed = ALLOWED_SPILLS.get(key, (0 if pressed else TRADED, ""))[0]
+    allowed = ALLOWED_SPILLS.get(key, (SPILLED, ""))[0]
     if job.default and compiled.spills > allowed:
         return f"spills {compiled.spills} bytes with a default tile, {allowed} are allowed"
     return ""
