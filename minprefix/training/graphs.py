@@ -22,8 +22,8 @@ from torch import Tensor
 
 from minprefix.data.batches import Batch, pinned
 from minprefix.generation.graphs import capture, round_up
-from minprefix.models.bart import BARTActivations
-from minprefix.models.gpt2 import IGNORE, PrefixActivations
+from minprefix.models.activations import BARTActivations, PrefixActivations
+from minprefix.models.losses import IGNORE
 
 TOKENS = 16  # T is rounded up to a multiple
 LABELS = 8  # n is rounded up to a multiple of B T / LABELS

@@ -14,7 +14,11 @@ from minprefix.data.examples import Example
 from minprefix.generation.decoding import Beginning, GenerationConfig, Rows
 from minprefix.generation.texts import generate_ids
 from minprefix.models.gpt2 import GPT2
-from minprefix.prefix.prefix import Prefix, PrefixBank, PrefixConfig, make_prefix, token_activations
+from minprefix.prefix.bank import PrefixBank
+from minprefix.prefix.config import PrefixConfig
+from minprefix.prefix.make import make_prefix
+from minprefix.prefix.parametrisations import token_activations
+from minprefix.prefix.prefix import Prefix
 
 LENGTHS, STARTS = [9, 4, 1, 7], [5, 3, 0, 0]  # tokens of each row, and the first behind the infix
 
