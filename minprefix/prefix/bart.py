@@ -27,7 +27,7 @@ from minprefix.checks import check_choice
 from minprefix.models.activations import BARTActivations
 from minprefix.models.bart import BART
 from minprefix.models.base import evaluating
-from minprefix.models.config import SITES, BARTConfig, GPT2Config
+from minprefix.models.config import SITES, BARTConfig
 from minprefix.models.weights import check_base, fingerprint
 from minprefix.prefix.config import PARAMETRISATIONS
 from minprefix.prefix.parametrisations import Recorder, VirtualTokens, word_ids
@@ -218,13 +218,11 @@ class BARTPrefix(nn.Module):
         settings = {"position_offset": self.position_offset, "place": self.place}
         return settings | {"sites": list(self.sites)}
 
-    def check_fit(self, config: GPT2Config | BARTConfig) -> None:
+    def check_fit(self, config: BARTConfig) -> None:
         """ValueError if a model of this config cannot use it."""
-        if config.family != self.family:
-            raise ValueError(f"a prefix of a {self.family}, but the model is a {config.family}")
         for site, part in self.sites.items():
             try:
-                part.check_shape(config.at(site))
+                part.check_fit(config.at(site))
             except ValueError as error:
                 raise ValueError(f"{site}, {error}") from error
 

@@ -50,6 +50,9 @@ def system_of(source: Path) -> str:
 
 def check_fit(source: Path, prefix: Prefix | BARTPrefix, model: GPT2 | BART) -> None:
     """ValueError that names the file if the model cannot use the prefix."""
+    theirs = model.config.family
+    if prefix.family != theirs:
+        raise ValueError(f"{source}: a prefix of a {prefix.family}, but the model is a {theirs}")
     try:
         prefix.check_fit(model.config)
     except ValueError as error:

@@ -13,10 +13,8 @@ parameter itself, or what an MLP or the model itself makes of fewer parameters
 P_idx is the beginning of the sequence, or for an infix [x; INFIX; y] (section 7.2) the places
 between source and target: before the bos of the frame source, bos, target, eos, and in general
 before the last token of a prompt, whatever padding stands after the row. Tokens before it stand at
-t and do not see it, the others at t + offset and do. The authors' code [2] has it at the same
-place, but there the frozen model reads P more embeddings (wte2) after each source, and their keys
-and values are added to the MLP's; so what an infix holds depends on the source, and such a state
-dict is no table. Here the activations are free, as eq. (3) has them.
+t and do not see it, the others at t + offset and do. Its activations are free, as eq. (3) has
+them; those of the authors' code depend on the source (`foreign.AuthorsTokens`).
 
 Shapes use the letters of the README's table. Order of rows, widths and the random start are those
 of the authors' code: flat feature ((2 l + kv) H + h) D + d, kv = 0 the key.
@@ -28,16 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from minprefix.models.activations import PrefixActivations
-from minprefix.models.config import BARTConfig, GPT2Config
+from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import check_base, fingerprint, need_gpt2
+from minprefix.prefix import parametrisations as parts
 from minprefix.prefix.config import check_form
-from minprefix.prefix.parametrisations import (
-    PrefixMLP,
-    VirtualTokens,
-    token_activations,
-    word_ids,
-)
+from minprefix.prefix.parametrisations import token_activations, word_ids
 
 
 class Prefix(nn.Module):
@@ -81,13 +75,13 @@ class Prefix(nn.Module):
         self.init_residual = 0.0
         self.prefix_table = self.mlp = self.virtual = None
         if parametrisation == "mlp":
-            self.mlp = PrefixMLP(config, prefix_len, mid_dim)
+            self.mlp = parts.PrefixMLP(config, prefix_len, mid_dim)
         elif parametrisation == "table":
             shape = (config.n_layer, 2, config.n_head, prefix_len, config.head_dim)
             self.prefix_table = nn.Parameter(torch.zeros(shape))
         else:
             width = mid_dim if parametrisation == "embedding-mlp" else None
-            self.virtual = VirtualTokens(config, prefix_len, width)
+            self.virtual = parts.VirtualTokens(config, prefix_len, width)
         self.gate = nn.Parameter(torch.zeros(config.n_layer, config.n_head)) if gate else None
         self.parametrisation = parametrisation
         self.n_trained = sum(parameter.numel() for parameter in self.parameters())
@@ -213,14 +207,8 @@ class Prefix(nn.Module):
         """What must be the same when its training goes on."""
         return {"position_offset": self.position_offset, "place": self.place}
 
-    def check_fit(self, config: GPT2Config | BARTConfig) -> None:
+    def check_fit(self, config: GPT2Config) -> None:
         """ValueError if a model of this config cannot use it."""
-        if config.family != self.family:
-            raise ValueError(f"a prefix of a {self.family}, but the model is a {config.family}")
-        self.check_shape(config)
-
-    def check_shape(self, config: GPT2Config | BARTConfig) -> None:
-        """ValueError if attentions of other numbers or sizes need another table."""
         own, wanted = self.sizes(), (config.n_layer, config.n_head, config.head_dim)
         if tuple(own.values()) != wanted:
             raise ValueError(
@@ -229,9 +217,9 @@ class Prefix(nn.Module):
                 "heads, is not GPT-2's)".format(*own.values(), *wanted)
             )
         if self.position_offset >= config.n_positions:
+            places = f"the {config.n_positions} positions of the model"
             raise ValueError(
-                f"position_offset {self.position_offset} leaves no place among the "
-                f"{config.n_positions} positions of the model"
+                f"position_offset {self.position_offset} leaves no place among {places}"
             )
 
     @torch.no_grad()
