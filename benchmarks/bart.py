@@ -30,9 +30,9 @@ from minprefix.cli.report import format_rows
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.generation.texts import generate_ids
 from minprefix.methods.adapters import count
-from minprefix.methods.counts import BARTS, official_config
 from minprefix.models import weights_bart
-from minprefix.models.bart import BART, SITES
+from minprefix.models.bart import BART
+from minprefix.models.config import OFFICIAL, SITES
 from minprefix.models.weights import EMBEDDED, find, read_config
 from minprefix.prefix.bart import BARTPrefix
 
@@ -153,7 +153,9 @@ def write_text(model: BART, args) -> tuple[float, float]:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="facebook/bart-large", choices=(*BARTS, "mini-bart"))
+    names = [name for name, (config, _) in OFFICIAL.items() if config.family == "BART"]
+    names.append("mini-bart")
+    parser.add_argument("--model", default="facebook/bart-large", choices=names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -165,7 +167,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--out", type=Path, help="CSV to add the rows to")
     args = parser.parse_args(argv)
     embedded = args.model in EMBEDDED
-    config = read_config(find(args.model)) if embedded else official_config(args.model)
+    config = read_config(find(args.model)) if embedded else OFFICIAL[args.model][0]
     torch.manual_seed(0)
     with torch.device(args.device):
         model = BART(config).init_weights(0)

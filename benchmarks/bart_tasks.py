@@ -25,7 +25,7 @@ from minprefix.data.load import load_examples
 from minprefix.data.splits import choose
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.methods.evaluate import evaluate_method, measure
-from minprefix.prefix.prefix import PrefixConfig
+from minprefix.prefix.config import PrefixConfig
 from minprefix.training.trainer import Interrupted, TrainConfig
 from tools.notes.measure import baselines
 

@@ -27,7 +27,7 @@ from minprefix.generation.decoding import GenerationConfig
 from minprefix.methods.evaluate import evaluate_method
 from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, show_examples
 from minprefix.models.weights import load
-from minprefix.prefix.prefix import PrefixConfig
+from minprefix.prefix.config import PrefixConfig
 from minprefix.training.trainer import Interrupted, TrainConfig
 
 HERE = Path(__file__).parent

@@ -5,8 +5,9 @@ from pathlib import Path
 from benchmarks.machine import read_rows
 from minprefix.data.examples import Example
 from minprefix.models.weights import load
+from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.files import load_prefix
-from minprefix.prefix.prefix import PrefixConfig, make_prefix
+from minprefix.prefix.make import make_prefix
 from minprefix.training.run_folder import state_path
 from minprefix.training.trainer import TrainConfig, Trainer
 

@@ -28,15 +28,15 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 TUTORIALS, BENCHMARKS = ROOT / "tutorials", ROOT / "benchmarks"
 
-GROUPS = {
-    "Model and prefix": "gpt2 bart prefix bart_prefix parametrisations baselines method_counts "
-    "weights weights_bart hub tokenizer checkpoint",
-    "Data and training": "examples data data_formats data_triples data_articles data_splits "
-    "download_data batches losses training fast_training run_folder ranks pretrain pretrain_data",
-    "Texts": "generation decoding fast_generation caches graphs",
-    "Scores": "evaluation metrics official_metrics e2e_metrics ptb meteor score_files",
-    "Discrete prompts": "prompting prompt_search prompt_scores prompt_moves",
-    "Files": "files foreign peft_files convert",
+GROUPS = {  # heading: packages
+    "Models": ["minprefix.models"],
+    "Prefixes": ["minprefix.prefix"],
+    "Data": ["minprefix.data"],
+    "Training": ["minprefix.training"],
+    "Texts": ["minprefix.generation"],
+    "Scores": ["minprefix.metrics"],
+    "What the paper compares with": ["minprefix.methods"],
+    "Kernels": ["kernels"],
 }
 LEFT_OUT = re.compile(
     r"kernels\.(bench_|sanitize|compile_offline|tools)|minprefix\.bench|.*\.__main__"
@@ -80,12 +80,13 @@ def modules() -> list[str]:
 
 
 def grouped() -> dict[str, list[str]]:
-    """{heading: modules}; whatever GROUPS does not name stands in the last groups."""
-    names, groups = modules(), {"Start": ["minprefix", "kernels"]}
-    for heading, members in GROUPS.items():
-        groups[heading] = [f"minprefix.{m}" for m in members.split() if f"minprefix.{m}" in names]
-    groups["Kernels"] = [name for name in names if name.startswith("kernels.")]
-    groups["The paper's tables"] = [name for name in names if name.startswith("minprefix.paper")]
+    """{heading: modules}; whatever GROUPS does not name stands in the last group."""
+    start = ["minprefix", "kernels"]
+    names = [name for name in modules() if name not in start]
+    groups = {"Start": start}
+    for heading, packages in GROUPS.items():
+        inside = tuple(f"{package}." for package in packages)
+        groups[heading] = [n for n in names if n in packages or n.startswith(inside)]
     taken = {name for members in groups.values() for name in members}
     groups["Command line and the rest"] = [name for name in names if name not in taken]
     return groups
@@ -137,7 +138,8 @@ def module_page(name: str) -> str:
 def exports(package: str) -> list[str]:
     """Full names of what the package's __init__ imports from its modules, in its order."""
     tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
-    froms = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    froms = [node for node in froms if node.module.startswith(f"{package}.")]
     return [f"{node.module}.{alias.name}" for node in froms for alias in node.names]
 
 

@@ -12,8 +12,9 @@ from benchmarks.bart import transformers_bart
 from minprefix.cli.main import main
 from minprefix.data.examples import Example
 from minprefix.methods.adapters import Adapter, BaselineConfig, make_baseline
-from minprefix.models.bart import BART, BARTConfig
-from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.bart import BART
+from minprefix.models.config import BARTConfig, GPT2Config
+from minprefix.models.gpt2 import GPT2
 from minprefix.models.tokenizer import BYTE_CHARS, ENDOFTEXT, Tokenizer
 from minprefix.models.weights import ASSETS, save_model
 from minprefix.prefix.prefix import Prefix

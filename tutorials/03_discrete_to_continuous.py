@@ -34,7 +34,8 @@ from minprefix.generation.decoding import GenerationConfig
 from minprefix.methods.evaluate import evaluate_method
 from minprefix.methods.search.scores import GRADIENT_COST
 from minprefix.methods.search.search import PromptSearch, SearchConfig
-from minprefix.prefix.parametrisations import Recorder, activations, token_activations
+from minprefix.models.activations import LayerPrefix, Visible
+from minprefix.prefix.parametrisations import Recorder, computed_table, token_activations
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.run_folder import read_log
 from minprefix.training.trainer import TrainConfig, Trainer, in_bf16
@@ -134,17 +135,17 @@ assert gap == 0
 
 # %%
 H, D = exact.config.n_head, exact.config.head_dim
-none = X.new_empty(H, 0, D)  # these positions see no prefix
+none = LayerPrefix(X.new_empty(H, 0, D), X.new_empty(H, 0, D))  # these positions see no prefix
 x, layers = (X + exact.wpe.weight[:P])[None], []  # (1, P, C)
 for block in exact.h:
     n = block.ln_1(x)[0]  # (P, C)
     _, k, v = block.attn.c_attn(n).split(C, dim=-1)  # (P, C) each
     layers.append(torch.stack([y.view(P, H, D).transpose(0, 1) for y in (k, v)]))  # (2, H, P, D)
-    x = block(x, none, none)
+    x = block(x, none, Visible())
 table = torch.stack(layers)  # (L, 2, H, P, D)
 
-gap = (table - activations(exact, X)).abs().max().item()
-print(f"loop against the library's `activations`: largest |difference| {gap:.1e}")
+gap = (table - computed_table(exact, X)).abs().max().item()
+print(f"loop against the library's `computed_table`: largest |difference| {gap:.1e}")
 assert gap < 1e-12  # fp64: the same products in another batch shape
 
 # %% [markdown]
@@ -351,14 +352,14 @@ print(
 class Mass(Recorder):
     """Notes the share of attention on the prefix: by layer, (H, T)."""
 
-    def attend(self, layer, q, k, v, prefix_k, prefix_v, gate, **visible):
-        p, T = prefix_k.shape[-2], q.shape[2]
-        s = q @ torch.cat([prefix_k[None], k], dim=2).mT * q.shape[-1] ** -0.5  # (1, H, T, P + T)
+    def attend(self, layer, q, k, v, prefix, visible):
+        p, T = prefix.k.shape[-2], q.shape[2]
+        s = q @ torch.cat([prefix.k[None], k], dim=2).mT * q.shape[-1] ** -0.5  # (1, H, T, P + T)
         hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
         s[..., p:] = s[..., p:].masked_fill(hidden, -math.inf)
         weights = s.softmax(-1)  # (1, H, T, P + T)
         self.kv[layer] = weights[0, :, :, :p].sum(-1)  # (H, T)
-        return weights @ torch.cat([prefix_v[None], v], dim=2)  # (1, H, T, D)
+        return weights @ torch.cat([prefix.v[None], v], dim=2)  # (1, H, T, D)
 
 
 @torch.no_grad()

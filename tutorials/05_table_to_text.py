@@ -33,7 +33,9 @@ from minprefix.data.load import load_examples
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.methods.evaluate import evaluate_method, measure
 from minprefix.metrics.quick import slot_coverage
-from minprefix.prefix.prefix import Prefix, PrefixConfig, make_prefix
+from minprefix.prefix.config import PrefixConfig
+from minprefix.prefix.make import make_prefix
+from minprefix.prefix.prefix import Prefix
 from minprefix.training.run_folder import read_log
 from minprefix.training.trainer import TrainConfig, Trainer
 

@@ -37,12 +37,13 @@ from minprefix.cli.report import format_rows
 from minprefix.data.batches import encode_examples, encode_prompt
 from minprefix.data.load import load_examples
 from minprefix.generation.decoding import GenerationConfig
-from minprefix.methods.counts import method_rows, official_config
+from minprefix.methods.counts import method_rows
 from minprefix.methods.evaluate import evaluate_method
-from minprefix.models.bart import SITES
+from minprefix.models.config import OFFICIAL, SITES
 from minprefix.prefix.bart import BARTPrefix
+from minprefix.prefix.config import PrefixConfig
+from minprefix.prefix.make import make_prefix
 from minprefix.prefix.parametrisations import Recorder
-from minprefix.prefix.prefix import PrefixConfig, make_prefix
 from minprefix.training.run_folder import read_log
 from minprefix.training.trainer import TrainConfig, Trainer
 from tools.notes.measure import baselines
@@ -406,7 +407,7 @@ for split, methods in XSUM_TOPICS.items():
 # part of this checkout.) What it costs, counted from shapes:
 
 # %%
-large = official_config("facebook/bart-large")
+large = OFFICIAL["facebook/bart-large"][0]
 print(format_rows(method_rows(large)))
 table = 3 * 2 * large.n_layer * 100 * large.n_embd  # sites, keys and values, layers, P, C
 assert table == next(r["kept"] for r in method_rows(large) if r["method"] == "prefix, P = 100")

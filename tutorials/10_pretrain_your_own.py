@@ -36,7 +36,8 @@ from figure import FAINT, OTHER, PREFIX, TEXT, new, show
 import minprefix
 from minprefix.data.load import load_examples
 from minprefix.generation.texts import generate
-from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.config import GPT2Config
+from minprefix.models.gpt2 import GPT2
 from minprefix.models.tokenizer import BYTE_CHARS, WORD, Tokenizer
 from minprefix.training.corpus import Windows, load_corpus
 from minprefix.training.pretrain import PretrainConfig, Pretrainer, make_optimizers, schedule

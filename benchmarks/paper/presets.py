@@ -19,7 +19,7 @@ from minprefix.data.splits import LOW_DATA_SEEDS, LOW_DATA_SIZES, LOW_DATA_SUBSE
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.methods.adapters import BaselineConfig
 from minprefix.methods.search.search import GRADIENT_COST, SearchConfig
-from minprefix.prefix.prefix import PrefixConfig
+from minprefix.prefix.config import PrefixConfig
 from minprefix.training.trainer import TrainConfig
 
 SWEEP = Path(__file__).parents[2] / "benchmarks" / "paper" / "sweep-mini.csv"

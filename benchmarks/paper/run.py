@@ -40,7 +40,9 @@ from minprefix.metrics.official import official_scores
 from minprefix.metrics.quick import slot_coverage
 from minprefix.models import weights
 from minprefix.models.weights import fingerprint
-from minprefix.prefix.prefix import Prefix, PrefixConfig, make_prefix
+from minprefix.prefix.config import PrefixConfig
+from minprefix.prefix.make import make_prefix
+from minprefix.prefix.prefix import Prefix
 from minprefix.training.run_folder import read_log, state_path
 from minprefix.training.trainer import TrainConfig, Trainer
 

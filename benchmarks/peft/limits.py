@@ -28,7 +28,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.peft.pictures import wait
-from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.config import GPT2Config
+from minprefix.models.gpt2 import GPT2
 
 
 def train_flops(config: GPT2Config, lengths: list[int], n_labels: int, prefix_len: int) -> float:

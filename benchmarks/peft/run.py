@@ -46,7 +46,8 @@ from minprefix.data.batches import Encoded
 from minprefix.data.examples import Example
 from minprefix.data.load import load_examples
 from minprefix.models import weights
-from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.config import GPT2Config
+from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.prefix import Prefix
 
 RANDOM = {  # random weights of official sizes: layers, heads, width

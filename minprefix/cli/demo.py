@@ -19,7 +19,9 @@ from minprefix.generation.decoding import GenerationConfig
 from minprefix.methods.evaluate import evaluate_method
 from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, show_examples
 from minprefix.models.weights import load
-from minprefix.prefix.prefix import Prefix, PrefixConfig, make_prefix
+from minprefix.prefix.config import PrefixConfig
+from minprefix.prefix.make import make_prefix
+from minprefix.prefix.prefix import Prefix
 from minprefix.training.run_folder import read_log, state_path
 from minprefix.training.trainer import Interrupted, TrainConfig, Trainer
 

@@ -25,8 +25,9 @@ from minprefix.cli.report import format_rows, parameter_rows
 from minprefix.data import download as download_data
 from minprefix.data.load import DATA_SETS, LINEARISATIONS
 from minprefix.data.splits import TOPICS
-from minprefix.methods.counts import BARTS, OFFICIAL, method_rows, official_config, shapes_of
+from minprefix.methods.counts import method_rows
 from minprefix.models import weights
+from minprefix.models.config import OFFICIAL
 from minprefix.prefix import convert
 from minprefix.training.trainer import Interrupted
 
@@ -144,10 +145,8 @@ def run_info(args) -> dict | None:
             return rows
         print("\n".join(f"{name + ':':10} {text}" for name, text in rows.items()))
         return None
-    if args.model in (*OFFICIAL, *BARTS) and not (
-        args.prefix or args.adapter or Path(args.model).is_dir()
-    ):
-        model = shapes_of(official_config(args.model))  # no need to download the weights
+    if args.model in OFFICIAL and not (args.prefix or args.adapter or Path(args.model).is_dir()):
+        model = weights.shapes_of(OFFICIAL[args.model][0])  # no need to download the weights
     else:
         model, _ = weights.load(args.model, device=args.device)
     rows = parameter_rows(model, texts.load_prefix(args, model))

@@ -21,7 +21,8 @@ from minprefix.data.splits import add_subset, choose, low_data
 from minprefix.files import load_tensors, read_json, write_text
 from minprefix.methods.adapters import BaselineConfig, describe_baseline, make_baseline
 from minprefix.models import weights
-from minprefix.prefix.prefix import PrefixConfig, make_prefix
+from minprefix.prefix.config import PrefixConfig
+from minprefix.prefix.make import make_prefix
 from minprefix.training.ranks import joined
 from minprefix.training.run_folder import read_state, state_path
 from minprefix.training.trainer import KEPT, TrainConfig, Trainer, in_bf16, tells_how_to_go_on

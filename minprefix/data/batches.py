@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minprefix.checks import check_choice
 from minprefix.data.examples import LINEARISATIONS, Example, checked_text
-from minprefix.models.gpt2 import IGNORE
+from minprefix.models.losses import IGNORE
 
 POOL_BATCHES = 50  # batches sorted by length together: little padding, and still a shuffled order
 
@@ -123,7 +123,7 @@ class Batch:
     labels: torch.Tensor  # (B, T), int64: the next token where it is the target's, else IGNORE
     lengths: torch.Tensor  # (B,), int64: real input tokens
     at: torch.Tensor  # (n,), int64: places b T + t of the labels
-    starts: torch.Tensor  # (B,), int64: the bos, the first token behind an infix
+    starts: torch.Tensor  # (B,), int64: the bos, the first token after an infix
     # of BART, what its encoder reads
     source_ids: torch.Tensor | None = field(default=None, kw_only=True)  # (B, S), int64
     source_lens: torch.Tensor | None = field(default=None, kw_only=True)  # (B,), int64

@@ -1,4 +1,4 @@
-"""Caches that stay where they are, for `fast_generation.py`: keys and values are written once.
+"""Caches that stay where they are, for `fast.py`: keys and values are written once.
 
 `RowCache` has one row per prompt. `BeamCache` has the K beams of a prompt as K queries of one row:
 the prompt's keys are there once, the beams' own tokens lie in slots, and a mask says whose they
@@ -6,13 +6,23 @@ are. Both attend for the model, as `KVCache` does; the prefix is in neither. Sha
 of the README's table; K counts beams.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from kernels import prefix_attention
+from kernels.merge import Partial, merge
 from kernels.reference import query_key_products
 from minprefix.generation.graphs import round_up
-from minprefix.models.gpt2 import GPT2Config, KVCache, gated_prefix_attention
+from minprefix.models.activations import (
+    LayerPrefix,
+    Visible,
+    gated_attention,
+    with_gated_prefix,
+)
+from minprefix.models.cache import KVCache
+from minprefix.models.config import BARTConfig, GPT2Config
 
 COLUMNS = 64  # columns of a cache are read in multiples of this where shapes are static
 
@@ -24,7 +34,9 @@ class RowCache(KVCache):
     (a graph replays what the GPU does, not the counting of `advance`).
     """
 
-    def __init__(self, config: GPT2Config, rows: int, max_len: int, like: Tensor, static: bool):
+    def __init__(
+        self, config: GPT2Config | BARTConfig, rows: int, max_len: int, like: Tensor, static: bool
+    ):
         super().__init__(config, rows, max_len, like)
         self.rows, self.max_len, self.static = rows, max_len, static
         self.equal = False  # all rows are of one length
@@ -51,18 +63,19 @@ class RowCache(KVCache):
             return torch.arange(T, device=self.lengths.device)
         return self.lengths[: self.rows, None]
 
-    def attend(self, layer: int, q, k, v, prefix_k, prefix_v, gate, **prefix_rows) -> Tensor:
+    def attend(self, layer: int, q, k, v, prefix: LayerPrefix, visible: Visible) -> Tensor:
         """As in `KVCache`, written in place."""
         if self.longest == 0:  # the prompts: everything there is to see is in k and v
             self.k[layer, : self.rows, :, : k.shape[2]] = k
             self.v[layer, : self.rows, :, : v.shape[2]] = v
-            return gated_prefix_attention(q, k, v, prefix_k, prefix_v, gate, **prefix_rows)
+            return gated_attention(q, k, v, prefix, visible)
         at = (self.first + self.lengths[:, None])[: self.rows].flatten()  # (B H,)
         for cache, new in ((self.k, k), (self.v, v)):
             cache[layer].view(-1, new.shape[-1]).index_copy_(0, at, new.reshape(len(at), -1))
         k, v = (x[layer, : self.rows, :, : self.columns] for x in (self.k, self.v))
-        visible = {} if self.equal else {"q_offset": self.lengths[: self.rows]}
-        return gated_prefix_attention(q, k, v, prefix_k, prefix_v, gate, **prefix_rows, **visible)
+        if not self.equal:
+            visible = replace(visible, q_offset=self.lengths[: self.rows])
+        return gated_attention(q, k, v, prefix, visible)
 
     def advance(self, lengths: Tensor | None, T: int) -> None:
         """After the prompts; `count` does it after a step."""
@@ -81,16 +94,6 @@ class RowCache(KVCache):
         self.lengths[to] = self.lengths[source]
 
 
-Partial = tuple[Tensor, Tensor]  # o (B, H, T, D), lse (B, H, T): attention to some of the keys
-
-
-def merged(a: Partial, b: Partial) -> Partial:
-    """Attention to the keys of both: weights are exp(lse - lse_both)."""
-    (o_a, lse_a), (o_b, lse_b) = a, b
-    share = torch.sigmoid(lse_b - lse_a)[..., None].to(o_a.dtype)  # of b
-    return torch.lerp(o_a, o_b, share), torch.logaddexp(lse_a, lse_b)
-
-
 def attend_where(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Partial:
     """Each query's attention to the keys it sees, at least one: seen (B, T, S), bool."""
     s = (
@@ -99,25 +102,6 @@ def attend_where(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Partial:
     )
     s = s.masked_fill(~seen[:, None], float("-inf"))  # (B, H, T, S)
     return s.softmax(-1).to(q.dtype) @ v, s.logsumexp(-1)
-
-
-def prefix_and_prompt(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, gate: Tensor | None,
-    kv_lens: Tensor | None, **prefix_rows,
-) -> Partial:  # fmt: skip
-    """Each query's attention to the prefix, gated or not, and to the whole prompt."""
-    options = {"causal": False, "return_lse": True}
-    if gate is None:
-        rows = {**options, **prefix_rows, "kv_lens": kv_lens}
-        return prefix_attention(q, k, v, prefix_k, prefix_v, **rows)
-    none = q.new_empty(q.shape[1], 0, q.shape[3])
-    prompt = prefix_attention(q, k, v, none, none, kv_lens=kv_lens, **options)
-    o, lse = prefix_attention(
-        q, k[:, :, :0], v[:, :, :0], prefix_k, prefix_v, **options, **prefix_rows
-    )
-    index = prefix_rows.get("prefix_index")
-    gate = gate if index is None else gate[index.clamp(min=0)]  # (H,) or (B, H)
-    return merged(prompt, (o, lse + gate.log()[..., None]))
 
 
 class BeamCache:
@@ -167,10 +151,10 @@ class BeamCache:
         places = self.prompts.places(T)
         return places if self.prompts.longest == 0 else places + self.steps
 
-    def attend(self, layer: int, q, k, v, prefix_k, prefix_v, gate, **prefix_rows) -> Tensor:
+    def attend(self, layer: int, q, k, v, prefix: LayerPrefix, visible: Visible) -> Tensor:
         """As in `KVCache`; in a step q, k, v are (B, H, K, D): the beams are the queries."""
         if self.prompts.longest == 0:
-            return self.prompts.attend(layer, q, k, v, prefix_k, prefix_v, gate, **prefix_rows)
+            return self.prompts.attend(layer, q, k, v, prefix, visible)
         R, n, prompts = self.rows, self.columns, self.prompts
         slots = self.steps * self.num_beams + self.beams  # (K,)
         self.k[layer, :R].index_copy_(2, slots, k)
@@ -181,10 +165,17 @@ class BeamCache:
         S = prompts.max_len if self.static else prompts.longest
         prompt_k, prompt_v = (x[layer, :R, :, :S] for x in (prompts.k, prompts.v))
         lens = None if prompts.equal else prompts.lengths[:R]
-        shared = prefix_and_prompt(
-            q, prompt_k, prompt_v, prefix_k, prefix_v, gate, lens, **prefix_rows
+        visible = replace(visible, kv_lens=lens, causal=False)
+        if prefix.gate is None:
+            options, pair = visible.all(), (prefix.k, prefix.v)
+        else:  # the prefix joins last
+            none = q.new_empty(q.shape[1], 0, q.shape[3])
+            options, pair = visible.keys(), (none, none)
+        shared = prefix_attention(q, prompt_k, prompt_v, *pair, return_lse=True, **options)
+        sequence = merge(shared, own)
+        return (
+            sequence[0] if prefix.gate is None else with_gated_prefix(q, sequence, prefix, visible)
         )
-        return merged(shared, own)[0]
 
     def advance(self, lengths: Tensor | None, T: int) -> None:
         self.prompts.advance(lengths, T)

@@ -5,7 +5,7 @@ made into activations once per batch and then only read (eq. (3) of Li & Liang 2
 part of the cache, so beams and finished rows rearrange the cache without touching it.
 
 Read `forbid`, `sampling_probabilities` and `sample` (logits to token), `begin` (what is read first:
-in BART the prompts are sources, encoded once), `Rows`, then the two loops, `greedy_or_sampled` and
+a BART encodes its prompts once), `Rows`, then the two loops, `greedy_or_sampled` and
 `beam_search`. Shapes use the letters of the README's table; b counts
 prompts, K beams.
 
@@ -25,8 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minprefix.models.bart import BART, BARTActivations
-from minprefix.models.gpt2 import GPT2, KVCache, PrefixActivations
+from minprefix.models.activations import Activations
+from minprefix.models.base import LanguageModel
+from minprefix.models.cache import KVCache, right_padded
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,11 @@ class GenerationConfig:
         if isinstance(self.bad_words, str) or "" in self.bad_words:
             raise ValueError(f"bad_words must be a tuple of texts, got {self.bad_words!r}")
 
-    def for_model(self, model: GPT2 | BART) -> "GenerationConfig":
+    def for_model(self, model: LanguageModel) -> "GenerationConfig":
         """With the model's own values where nothing is said."""
-        silent = {"length_penalty": 1.0, "early_stopping": False, "no_repeat_ngram_size": 0}
-        own = {name: getattr(model.config, name, value) for name, value in silent.items()}
-        return replace(self, **{n: x for n, x in own.items() if getattr(self, n) is None})
+        names = ("length_penalty", "early_stopping", "no_repeat_ngram_size")
+        silent = [name for name in names if getattr(self, name) is None]
+        return replace(self, **{name: getattr(model.config, name) for name in silent})
 
 
 class Beginning(NamedTuple):
@@ -94,37 +95,21 @@ class Beginning(NamedTuple):
 
 
 def begin(
-    model: GPT2 | BART, prompts: list[list[int]], config: GenerationConfig,
-    acts: PrefixActivations | BARTActivations,
-) -> Beginning:  # fmt: skip
-    """For GPT-2 the prompts; for BART they are sources, encoded here, and the decoder begins."""
-    if isinstance(model, GPT2):
-        return Beginning(prompts)
-    own = model.config
-    first = [own.decoder_start_token_id]
-    if own.forced_bos_token_id is not None:
-        first.append(own.forced_bos_token_id)
-    given = len(first) - 1
+    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, acts: Activations
+) -> Beginning:
+    """What the model reads of the prompts, whose first new token may be forced."""
+    given = int(model.config.forced_bos_token_id is not None)
     if config.max_new_tokens <= given:
         raise ValueError(
             f"max_new_tokens must be at least {given + 1}, as the first token is forced; got "
             f"{config.max_new_tokens}"
         )
-    ids, lengths = right_padded(prompts, model.wte.weight.device)
-    options = {"source": model.with_keys(model.encode(ids, lengths, prefix=acts))}
-    ends = own.forced_eos_token_id is not None
-    return Beginning([list(first) for _ in prompts], options, given, ends)
+    must_end = model.config.forced_eos_token_id is not None
+    return Beginning(*model.begin(prompts, acts), given, must_end)
 
 
-def right_padded(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (B, T), 0 behind each text, and lengths (B,)."""
-    T = max(len(tokens) for tokens in texts)
-    ids = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in texts])
-    return ids.to(device), torch.tensor([len(tokens) for tokens in texts], device=device)
-
-
-class Limits(NamedTuple):
-    """What may not come after so many new tokens; `limits` makes it of the settings."""
+class Bans(NamedTuple):
+    """What may not come after so many new tokens; `bans_after` makes it of the settings."""
 
     bad_words_ids: list[list[int]]
     no_repeat: int = 0  # n: no n tokens in a row twice
@@ -132,13 +117,13 @@ class Limits(NamedTuple):
     must_end: int | None = None  # the end of text, where nothing else may come
 
 
-def limits(
-    config: GenerationConfig, beginning: Beginning, bad_words_ids: list[list[int]], eos_id: int,
-    n_new: int,
-) -> Limits:  # fmt: skip
+def bans_after(
+    n_new: int, config: GenerationConfig, beginning: Beginning, bad_words_ids: list[list[int]],
+    eos_id: int,
+) -> Bans:  # fmt: skip
     """For the token that comes after `n_new` others; `config` has gone through `for_model`."""
     last = beginning.must_end and n_new + 1 == config.max_new_tokens
-    return Limits(
+    return Bans(
         bad_words_ids, config.no_repeat_ngram_size,
         eos_id if n_new < config.min_new_tokens else None, eos_id if last else None,
     )  # fmt: skip
@@ -151,27 +136,27 @@ def repeated(tokens: list[int], n: int) -> list[int]:
     return [tokens[i + n - 1] for i in starts if tokens[i : i + n - 1] == end]
 
 
-def forbid(scores: Tensor, sequences: list[list[int]], limits: Limits) -> None:
+def forbid(scores: Tensor, sequences: list[list[int]], bans: Bans) -> None:
     """Set the scores of tokens that may not come next to -inf, in place.
 
     Args:
         scores: (B, V), logits or log-probabilities.
         sequences: each row's tokens so far, a prompt of GPT-2 included.
-        limits: where a sequence ends in all but the last token of one of its bad words, that last
+        bans: where a sequence ends in all but the last token of one of its bad words, that last
             token is forbidden; one of a single token is forbidden everywhere.
     """
-    if limits.too_early is not None:
-        scores[:, limits.too_early] = -math.inf
-    if limits.no_repeat:
+    if bans.too_early is not None:
+        scores[:, bans.too_early] = -math.inf
+    if bans.no_repeat:
         for row, tokens in enumerate(sequences):
-            scores[row, repeated(tokens, limits.no_repeat)] = -math.inf
-    for *beginning, last in limits.bad_words_ids:
+            scores[row, repeated(tokens, bans.no_repeat)] = -math.inf
+    for *beginning, last in bans.bad_words_ids:
         n = len(beginning)
         rows = [b for b, tokens in enumerate(sequences) if tokens[len(tokens) - n :] == beginning]
         scores[rows, last] = -math.inf
-    if limits.must_end is not None:  # log p = 0, as in [2]
+    if bans.must_end is not None:  # log p = 0, as in [2]
         scores.fill_(-math.inf)
-        scores[:, limits.must_end] = 0.0
+        scores[:, bans.must_end] = 0.0
 
 
 def sampling_probabilities(logits: Tensor, config: GenerationConfig) -> Tensor:
@@ -213,8 +198,7 @@ class Rows:
     """What the model has read so far of the rows of a batch, and the prefix that each row has."""
 
     def __init__(
-        self, model: GPT2 | BART, beginning: Beginning, acts: PrefixActivations | BARTActivations,
-        n_new: int,
+        self, model: LanguageModel, beginning: Beginning, acts: Activations, n_new: int
     ):  # fmt: skip
         self.model, self.acts, self.options = model, acts, beginning.options
         self.device = model.wte.weight.device
@@ -222,7 +206,7 @@ class Rows:
         self.cache = KVCache(model.config, len(beginning.texts), max_len, like=model.wte.weight)
 
     def read(self, texts: list[list[int]]) -> Tensor:
-        """Logits after reading these tokens behind each row's earlier ones: (B, V), fp32 or fp64.
+        """Logits after reading these tokens after each row's earlier ones: (B, V), fp32 or fp64.
 
         Rows of different lengths are padded on the right, where no real token sees the padding.
         The first call reads the prompts: an infix stands before the last token of each.
@@ -246,8 +230,8 @@ class Rows:
 
 
 def greedy_or_sampled(
-    model: GPT2, prompts: list[list[int]], config: GenerationConfig, eos_id: int,
-    acts: PrefixActivations, bad_words_ids: list[list[int]], seeds: Sequence[int],
+    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, eos_id: int,
+    acts: Activations, bad_words_ids: list[list[int]], seeds: Sequence[int],
 ) -> Iterator[dict[int, int]]:  # fmt: skip
     """At each step the next token of every prompt that has not ended: {b: token}, without eos."""
     config = config.for_model(model)
@@ -258,7 +242,7 @@ def greedy_or_sampled(
     rows, unread = list(range(len(prompts))), beginning.texts  # the b in each row of the batch
     for n_new in range(beginning.given, config.max_new_tokens):
         logits = batch.read(unread)  # (rows, V)
-        now = limits(config, beginning, bad_words_ids, eos_id, n_new)
+        now = bans_after(n_new, config, beginning, bad_words_ids, eos_id)
         forbid(logits, [sequences[b] for b in rows], now)
         if config.do_sample:
             probabilities = sampling_probabilities(logits, config)
@@ -335,8 +319,8 @@ def check_beams(config: GenerationConfig, vocab_size: int) -> None:
 
 
 def beam_search(
-    model: GPT2, prompts: list[list[int]], config: GenerationConfig, eos_id: int,
-    acts: PrefixActivations, bad_words_ids: list[list[int]],
+    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, eos_id: int,
+    acts: Activations, bad_words_ids: list[list[int]],
 ) -> list[list[int]]:  # fmt: skip
     """The best that `BeamSearch` finds for each prompt: its new tokens, without eos."""
     K, V = config.num_beams, model.config.vocab_size
@@ -349,7 +333,7 @@ def beam_search(
     while active:
         beams = [beam for search in active for beam in search.running]  # one per row of the batch
         log_p = batch.read(unread).log_softmax(-1)  # (rows, V)
-        now = limits(config, beginning, bad_words_ids, eos_id, n_new)
+        now = bans_after(n_new, config, beginning, bad_words_ids, eos_id)
         forbid(log_p, [beam.tokens for beam in beams], now)
         scores = log_p + log_p.new_tensor([beam.score for beam in beams])[:, None]
         best = scores.view(len(active), -1).topk(2 * K)  # of a prompt's beams * V continuations

@@ -20,7 +20,6 @@ b counts prompts, K beams.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,23 +28,21 @@ from torch import Tensor
 from minprefix.generation import caches
 from minprefix.generation.caches import BeamCache, RowCache
 from minprefix.generation.decoding import (
+    Bans,
     Beam,
     BeamSearch,
     Beginning,
     GenerationConfig,
-    Limits,
+    bans_after,
     begin,
     check_beams,
     draw,
-    limits,
-    right_padded,
     sampling_probabilities,
 )
 from minprefix.generation.graphs import capture, round_up, uses_graphs
-from minprefix.models.bart import BART, BARTActivations
-from minprefix.models.gpt2 import GPT2, PrefixActivations
-
-Activations = PrefixActivations | BARTActivations
+from minprefix.models.activations import Activations
+from minprefix.models.base import LanguageModel
+from minprefix.models.cache import right_padded
 
 
 def row_bucket(rows: int) -> int:
@@ -74,13 +71,13 @@ class Batch:
         prompts = cache if K == 1 else cache.prompts
         self.max_rows = len(prompts.lengths)
         self.ids = prompts.lengths.new_zeros(self.max_rows, K)  # what a step reads
-        self.acts = own_copy(acts, self.max_rows)
+        self.acts = acts.with_room(self.max_rows)
         self.options: dict[str, object] = {}  # of `hidden_states`: a BART's encoded sources
         self.graphs: dict[tuple[int, int], Callable[[], Tensor]] = {}
 
-    def read(self, model: GPT2 | BART, beginning: Beginning, acts: Activations) -> Tensor:
+    def read(self, model: LanguageModel, beginning: Beginning, acts: Activations) -> Tensor:
         """Logits after the prompts, all in one call: (B, V), fp32 or fp64."""
-        self.acts = overwritten(self.acts, acts.passed())
+        self.acts = self.acts.overwritten(acts.passed())
         self.cache.fill(beginning.texts)
         self.options = beginning.options
         ids, lengths = right_padded(beginning.texts, self.ids.device)
@@ -92,14 +89,14 @@ class Batch:
         self.use(len(ids))
         return head(model, last)
 
-    def step(self, model: GPT2, tokens: Tensor) -> Tensor:
+    def step(self, model: LanguageModel, tokens: Tensor) -> Tensor:
         """Logits after one token more for each row or beam: (rows, K) -> (rows, K, V)."""
         rows = self.cache.rows
         self.ids[: len(tokens)] = tokens
 
         def run() -> Tensor:
             hidden = model.hidden_states(
-                self.ids[:rows], prefix=self.rows_of_prefix(), cache=self.cache, **self.options
+                self.ids[:rows], prefix=self.acts.first(rows), cache=self.cache, **self.options
             )
             return head(model, hidden)
 
@@ -112,14 +109,6 @@ class Batch:
             logits = run()
         self.cache.count()
         return logits[: len(tokens)]
-
-    def rows_of_prefix(self) -> Activations:
-        """The prefix of the rows in use, as a step reads it: all infixes are passed."""
-        acts, rows = self.acts, self.cache.rows
-        if isinstance(acts, BARTActivations) or acts.index is None:
-            return acts
-        offset = acts.position_offset[:rows]
-        return replace(acts, index=acts.index[:rows], position_offset=offset)
 
     def use(self, rows: int) -> None:
         """The next steps are for so many rows."""
@@ -136,60 +125,29 @@ class Batch:
         if moved:
             to, source = (list(rows) for rows in zip(*moved, strict=True))
             self.cache.move(to, source)
-            if isinstance(self.acts, PrefixActivations) and self.acts.index is not None:
-                for x in (self.acts.index, self.acts.position_offset):
-                    x[to] = x[source]
+            self.acts.move(to, source)
         self.use(len(order))
 
 
-def head(model: GPT2, hidden: Tensor) -> Tensor:
+def head(model: LanguageModel, hidden: Tensor) -> Tensor:
     """Logits in fp32 or fp64: (..., C) -> (..., V)."""
     logits = model.head(hidden)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-ROW_TENSORS = ("index", "position_offset")  # of a bank's activations: one entry per row
+KEPT: WeakKeyDictionary[LanguageModel, Batch] = (
+    WeakKeyDictionary()
+)  # the last batch, for its graphs
 
 
-def tensors_of(acts: PrefixActivations) -> dict[str, Tensor]:
-    return {name: x for name, x in vars(acts).items() if isinstance(x, Tensor)}
-
-
-def own_copy(acts: Activations, rows: int) -> Activations:
-    """The same tensors at addresses of our own; those with an entry per row are made longer.
-
-    A BART's stay where they are: there are no graphs of its steps.
-    """
-    if isinstance(acts, BARTActivations):
-        return acts
-
-    def copy(name: str, x: Tensor) -> Tensor:
-        return x.new_zeros(rows) if name in ROW_TENSORS else x.detach().clone()
-
-    return replace(acts, **{name: copy(name, x) for name, x in tensors_of(acts).items()})
-
-
-def overwritten(own: Activations, acts: Activations) -> Activations:
-    """`own` with the values of `acts`, at the same addresses."""
-    if isinstance(acts, BARTActivations):
-        return acts
-    for name, x in tensors_of(acts).items():
-        target = getattr(own, name)
-        target[: len(x)] = x
-    return replace(own, max_offset=acts.max_offset)
-
-
-KEPT: WeakKeyDictionary[GPT2, Batch] = WeakKeyDictionary()  # the last batch, for its graphs
-
-
-def take_batch(model: GPT2 | BART, prompts, config: GenerationConfig, acts: Activations) -> Batch:
+def take_batch(model: LanguageModel, prompts, config: GenerationConfig, acts: Activations) -> Batch:
     """A batch with room for the prompts (what is read first); the kept one if it fits.
 
     `KEPT` has it back afterwards. While it is taken, another generation with the same model makes
     its own.
     """
     like, K, acts = model.wte.weight, config.num_beams, acts.passed()
-    static = uses_graphs(like.device) and isinstance(model, GPT2)
+    static = uses_graphs(like.device) and model.captures
     rows, prompt_len, n_new = len(prompts), max(map(len, prompts)), config.max_new_tokens
     key = ()
     if static:  # what graphs depend on: sizes, and the addresses of the weights
@@ -198,7 +156,7 @@ def take_batch(model: GPT2 | BART, prompts, config: GenerationConfig, acts: Acti
             round_up(prompt_len, caches.COLUMNS),
             round_up(n_new, caches.COLUMNS // 4),
         )
-        sizes = tuple((name, x.shape, x.dtype) for name, x in tensors_of(acts).items())
+        sizes = tuple((name, x.shape, x.dtype) for name, x in acts.tensors().items())
         offset = None if acts.index is not None else acts.position_offset
         weights = tuple((x.data_ptr(), x.dtype) for x in model.parameters())
         key = (rows, prompt_len, n_new, K, sizes, offset, weights)
@@ -210,7 +168,7 @@ def take_batch(model: GPT2 | BART, prompts, config: GenerationConfig, acts: Acti
     return Batch(key, cache if K == 1 else BeamCache(cache, K, n_new), acts, K)
 
 
-def give_back(model: GPT2, batch: Batch) -> None:
+def give_back(model: LanguageModel, batch: Batch) -> None:
     if batch.cache.static:
         KEPT[model] = batch
 
@@ -256,18 +214,18 @@ class Forbidden:
         kept = recent if self.no_repeat else recent[..., 1:]
         return torch.cat([kept, tokens[..., None]], dim=-1) if self.window else recent
 
-    def forbid(self, scores: Tensor, recent: Tensor, limits: Limits) -> None:
+    def forbid(self, scores: Tensor, recent: Tensor, bans: Bans) -> None:
         """Set the scores (rows, V) of tokens that may not come after `recent` to -inf, in place."""
-        if limits.too_early is not None:
-            scores[:, limits.too_early] = float("-inf")
+        if bans.too_early is not None:
+            scores[:, bans.too_early] = float("-inf")
         if self.no_repeat:
             self._forbid_repeats(scores, recent)
         for beginning, last in self.words:
             hit = (recent[:, recent.shape[1] - len(beginning) :] == beginning).all(1)
             scores[:, last].masked_fill_(hit, float("-inf"))
-        if limits.must_end is not None:
+        if bans.must_end is not None:
             scores.fill_(float("-inf"))
-            scores[:, limits.must_end] = 0.0
+            scores[:, bans.must_end] = 0.0
 
     def _forbid_repeats(self, scores: Tensor, recent: Tensor) -> None:
         n = self.no_repeat
@@ -283,8 +241,8 @@ class Forbidden:
 
 
 def greedy_or_sampled(
-    model: GPT2, prompts: list[list[int]], config: GenerationConfig, eos_id: int,
-    acts: PrefixActivations, bad_words_ids: list[list[int]], seeds: Sequence[int],
+    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, eos_id: int,
+    acts: Activations, bad_words_ids: list[list[int]], seeds: Sequence[int],
 ) -> Iterator[dict[int, int]]:  # fmt: skip
     """At each step the next token of every prompt that has not ended: {b: token}, without eos."""
     config = config.for_model(model)
@@ -302,7 +260,7 @@ def greedy_or_sampled(
     try:
         logits = batch.read(model, beginning, acts)  # (rows, V)
         for n_new in range(beginning.given, config.max_new_tokens):
-            now = limits(config, beginning, bad_words_ids, eos_id, n_new)
+            now = bans_after(n_new, config, beginning, bad_words_ids, eos_id)
             words.forbid(logits, recent, now)
             if u is None:
                 tokens = logits.argmax(-1)  # (rows,)
@@ -335,8 +293,8 @@ def greedy_or_sampled(
 
 
 def beam_search(
-    model: GPT2, prompts: list[list[int]], config: GenerationConfig, eos_id: int,
-    acts: PrefixActivations, bad_words_ids: list[list[int]],
+    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, eos_id: int,
+    acts: Activations, bad_words_ids: list[list[int]],
 ) -> list[list[int]]:  # fmt: skip
     """The best that `BeamSearch` finds for each prompt: its new tokens, without eos.
 
@@ -358,7 +316,7 @@ def beam_search(
         scores = logits.new_zeros(len(rows), 1)  # (rows, beams)
         for n_new in range(beginning.given + 1, config.max_new_tokens + 1):
             log_p, at_limit = logits.log_softmax(-1), n_new == config.max_new_tokens
-            now = limits(config, beginning, bad_words_ids, eos_id, n_new - 1)
+            now = bans_after(n_new - 1, config, beginning, bad_words_ids, eos_id)
             words.forbid(log_p.flatten(0, 1), recent.flatten(0, 1), now)
             best = (log_p + scores[..., None]).flatten(1).topk(2 * K)
             sent = Sent(torch.stack([best.values.double(), best.indices.double()]))

@@ -1,13 +1,12 @@
 """Generation: from prompts to texts, in batches or as a stream.
 
-`generate` checks everything, sorts prompts into batches and lets `fast_generation.py` choose the
+`generate` checks everything, sorts prompts into batches and lets `fast.py` choose the
 tokens, or `decoding.py`, the plain loops that define them;
 `stream` gives the text of one prompt piece by piece. Read `prepare` (what a prompt becomes), then
 `generate`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -17,21 +16,13 @@ from minprefix.data.batches import encode_prompt
 from minprefix.generation import decoding
 from minprefix.generation import fast as fast_generation
 from minprefix.generation.decoding import GenerationConfig
-from minprefix.methods.adapters import frame_of
-from minprefix.models.bart import BART, BARTActivations
-from minprefix.models.gpt2 import GPT2, PrefixActivations
-from minprefix.prefix.prefix import Prefix, PrefixBank
+from minprefix.models.activations import Activations
+from minprefix.models.base import LanguageModel, evaluating
+from minprefix.prefix.bank import PrefixBank
+from minprefix.prefix.bart import BARTPrefix
+from minprefix.prefix.prefix import Prefix
 
-
-@contextmanager
-def eval_mode(model: GPT2) -> Iterator[None]:
-    """No dropout inside; the model's state before comes back at the end."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+AnyPrefix = Prefix | BARTPrefix | PrefixBank
 
 
 def check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
@@ -46,27 +37,10 @@ def check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
             raise ValueError(f"prompt {b} has ids outside [0, {vocab_size - 1}]: {tokens}")
 
 
-def room_of_prompt(model: GPT2 | BART, config: GenerationConfig) -> int:
-    """How many positions a prompt may take: in a BART all, as it has the encoder for itself."""
-    n_positions = model.config.n_positions
-    return n_positions if isinstance(model, BART) else n_positions - config.max_new_tokens
-
-
-def check_fit(model: GPT2 | BART, prompt_len: int, offset: int, config: GenerationConfig) -> None:
-    """ValueError if a prompt and what is generated after it need more positions than there are."""
-    n_positions = model.config.n_positions
-    if isinstance(model, BART):
-        for what, n in (("source", prompt_len), ("start and new", 1 + config.max_new_tokens)):
-            if n + offset > n_positions:
-                raise ValueError(
-                    f"too long: {n} {what} tokens + position offset {offset} > {n_positions} "
-                    "positions of the model"
-                )
-    elif prompt_len + offset + config.max_new_tokens > n_positions:
-        raise ValueError(
-            f"too long: {prompt_len} prompt tokens + position offset {offset} + max_new_tokens "
-            f"{config.max_new_tokens} > {n_positions} positions of the model"
-        )
+def frame_of(model: LanguageModel, prefix=None) -> tuple[str, int | None]:
+    """The frame that was trained, (linearisation, max_source): the prefix's, or else the model's;
+    ("", None) = none."""
+    return model.frame if prefix is None else (prefix.linearisation, prefix.max_source)
 
 
 def rows_of_prefix(prefix, prefix_index, n_prompts: int) -> tuple[list[int] | None, list[int]]:
@@ -85,7 +59,7 @@ def rows_of_prefix(prefix, prefix_index, n_prompts: int) -> tuple[list[int] | No
 
 
 def prepare(
-    model: GPT2 | BART, tokenizer, prompts, prefix, prefix_index, config: GenerationConfig
+    model: LanguageModel, tokenizer, prompts, prefix, prefix_index, config: GenerationConfig
 ) -> tuple[list[list[int]], list[int] | None, list[int]]:
     """Token ids, index into the bank and position offset of each prompt; ValueError if unfit."""
     index, offsets = rows_of_prefix(prefix, prefix_index, len(prompts))
@@ -95,37 +69,33 @@ def prepare(
         frame, cut = frame_of(model, own)
         if not isinstance(prompt, str):
             ids.append(list(prompt))
-        elif frame or isinstance(model, BART):
-            ids.append(encode_prompt(tokenizer, prompt, frame or "paper", cut))
+        elif frame := frame or model.config.default_frame:
+            ids.append(encode_prompt(tokenizer, prompt, frame, cut))
         else:
             ids.append(tokenizer.encode(prompt))
     check_tokens(ids, model.config.vocab_size)
     for tokens, offset in zip(ids, offsets, strict=True):
-        check_fit(model, len(tokens), offset, config)
+        model.config.check_room(len(tokens), config.max_new_tokens, offset)
     if prefix is not None:
         prefix.check_base(model)
     return ids, index, offsets
 
 
-def activations(
-    model: GPT2 | BART, prefix, index: list[int] | None, offsets: list[int]
-) -> PrefixActivations | BARTActivations:
+def activations_for(
+    model: LanguageModel, prefix, index: list[int] | None, offsets: list[int]
+) -> Activations:
     """What the model reads of each row's prefix."""
-    if prefix is None:
-        if isinstance(model, BART):
-            return BARTActivations()
-        return PrefixActivations.empty(model.config, model.wte.weight)
     if index is None:
-        return prefix.activations()
-    acts = prefix.activations(torch.tensor(index, device=model.wte.weight.device))
+        return model.activations_of(prefix)
+    acts = model.activations_of(prefix, torch.tensor(index, device=model.wte.weight.device))
     # the bank's largest offset may be that of a prefix which no row here uses
     return replace(acts, max_offset=max(offsets))
 
 
 @torch.inference_mode()
 def generate_ids(
-    model: GPT2, prompts: list[list[int]], config: GenerationConfig, eos_id: int, *,
-    prefix: Prefix | PrefixBank | None = None, prefix_index: Sequence[int] | Tensor | None = None,
+    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, eos_id: int, *,
+    prefix: AnyPrefix | None = None, prefix_index: Sequence[int] | Tensor | None = None,
     bad_words_ids: Sequence[Sequence[int]] = (), seeds: Sequence[int] | None = None,
     fast: bool = True,
 ) -> list[list[int]]:  # fmt: skip
@@ -143,19 +113,20 @@ def generate_ids(
         bad_words_ids: token sequences that are never completed. A lone eos_id among them is
             ignored, as in [2]; min_new_tokens is for that.
         seeds: for sampling, one per prompt; None = config.seed + b.
-        fast: through `fast_generation.py`; False = the plain loops of `decoding.py`, same tokens.
+        fast: through `fast.py`; False = the plain loops of `decoding.py`, same tokens.
     Raises:
         ValueError: a prompt that is empty or too long, an index that does not fit.
     """
     index, offsets = rows_of_prefix(prefix, prefix_index, len(prompts))
     check_tokens(prompts, model.config.vocab_size)
-    check_fit(model, max(map(len, prompts)), max(offsets), config)
+    longest = max(map(len, prompts))
+    model.config.check_room(longest, config.max_new_tokens, max(offsets))
     bad_words_ids = [list(word) for word in bad_words_ids if list(word) != [eos_id]]
     if seeds is None:
         seeds = [config.seed + b for b in range(len(prompts))]
 
-    with eval_mode(model):
-        acts = activations(model, prefix, index, offsets)
+    with evaluating(model):
+        acts = activations_for(model, prefix, index, offsets)
         args = (model, prompts, config, eos_id, acts, bad_words_ids)
         loops = fast_generation if fast else decoding
         if config.num_beams > 1:
@@ -184,8 +155,8 @@ def batches(lengths: list[int], offsets: list[int], batch_size: int, room: int) 
 
 
 def stream(
-    model: GPT2, tokenizer, prompt: str | list[int], *,
-    prefix: Prefix | PrefixBank | None = None, prefix_index: int | None = None,
+    model: LanguageModel, tokenizer, prompt: str | list[int], *,
+    prefix: AnyPrefix | None = None, prefix_index: int | None = None,
     config: GenerationConfig | None = None, fast: bool = True, **options,
 ) -> Iterator[str]:  # fmt: skip
     """What `generate` gives for one prompt, piece by piece as it comes; greedy or sampling.
@@ -203,8 +174,8 @@ def stream(
 
     @torch.inference_mode()  # of a generator: while it runs, not between its tokens
     def new_tokens() -> Iterator[int]:
-        with eval_mode(model):
-            acts = activations(model, prefix, index, offsets)
+        with evaluating(model):
+            acts = activations_for(model, prefix, index, offsets)
             args = (model, ids, config, tokenizer.eos_id, acts, bad_words_ids, [config.seed])
             loops = fast_generation if fast else decoding
             for chosen in loops.greedy_or_sampled(*args):
@@ -214,8 +185,8 @@ def stream(
 
 
 def generate(
-    model: GPT2, tokenizer, prompts: Sequence[str | list[int]], *,
-    prefix: Prefix | PrefixBank | None = None, prefix_index: Sequence[int] | Tensor | None = None,
+    model: LanguageModel, tokenizer, prompts: Sequence[str | list[int]], *,
+    prefix: AnyPrefix | None = None, prefix_index: Sequence[int] | Tensor | None = None,
     batch_size: int = 64, config: GenerationConfig | None = None,
     progress: Callable[[int, int], None] | None = None, fast: bool = True, **options,
 ) -> list[str]:  # fmt: skip
@@ -225,7 +196,7 @@ def generate(
 
     Args:
         prompts: a list of token ids is taken as it is. A text is encoded in the frame that its
-            prefix, adapter or fine-tuned model was trained in (`baselines.frame_of`), as it is
+            prefix, adapter or fine-tuned model was trained in (`frame_of`), as it is
             without.
             For a BART it is the source, which always has its <s> and </s>.
         prefix: for all prompts, or a bank.
@@ -247,7 +218,7 @@ def generate(
     ids, index, offsets = prepare(model, tokenizer, prompts, prefix, prefix_index, config)
     bad_words_ids = [tokenizer.encode(word) for word in config.bad_words]
     texts: dict[int, str] = {}
-    room = room_of_prompt(model, config)
+    room = model.config.room_for_prompt(config.max_new_tokens)
     for batch in batches([len(tokens) for tokens in ids], offsets, batch_size, room):
         new = generate_ids(
             model, [ids[b] for b in batch], config, tokenizer.eos_id,

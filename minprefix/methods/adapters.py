@@ -1,15 +1,15 @@
 """The paper's baselines: adapters, and fine-tuning of the top layers.
 
-An adapter (section 5.2 of Li & Liang 2021 [1]) is a bottleneck with a skip connection, put behind
+An adapter (section 5.2 of Li & Liang 2021 [1]) is a bottleneck with a skip connection, put after
 parts of a frozen model; only it is trained:
 
     A(x) = x + W_up relu(W_down n(x) + b_down) + b_up,   W_down (m, C), W_up (C, m).
 
 Two designs, those of the authors' code [2], ReLU in both:
 
-    lin      one per layer, behind the whole block, n a layer norm of its own: Lin et al. 2020 [3],
+    lin      one per layer, after the whole block, n a layer norm of its own: Lin et al. 2020 [3],
              design 1 and the default of [2]
-    houlsby  two per layer, behind attention and behind the MLP, each before its sum is added to the
+    houlsby  two per layer, after attention and after the MLP, each before its sum is added to the
              residual stream, n(x) = x: Houlsby et al. 2019 [4], design 2 of [2]. The code of [4]
              has GELU instead, and trains the model's layer norms, too; [2] does neither.
 
@@ -20,6 +20,9 @@ truncated N(0, 0.001). The frozen model has no dropout here; [2] leaves it on fo
 Read `Bottleneck`, `Adapter`, `TopLayers`, then `make_baseline`. `gpt2.py` knows nothing of them: an
 adapter sits in forward hooks, and what fine-tuning of the top layers trains are the model's own
 modules. Shapes use the letters of the README's table; m is the width of a bottleneck.
+
+An adapter file holds the weights of `Adapter` in fp32 under their names, and as metadata the
+format, design, width and epsilon of its layer norms, the frame of the text and the base model.
 
 [1] https://arxiv.org/abs/2101.00190
 [2] https://github.com/XiangLi1999/PrefixTuning: old_transformers/src/transformers/
@@ -32,19 +35,28 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprefix.checks import check_choice
+from minprefix.files import load_tensors, save_tensors
 from minprefix.generation.fast import KEPT
-from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.base import ATTACHED
+from minprefix.models.config import GPT2Config
+from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import check_base, fingerprint, need_gpt2
+from minprefix.prefix.files import check_finite, frame_metadata, read_frame
+from minprefix.training.blocks import is_compiled
 
-SITES = {"lin": ("block",), "houlsby": ("attn", "mlp")}  # by design: behind what in each layer
-DESIGNS = tuple(SITES)
+SUBLAYERS = {
+    "lin": ("block",),
+    "houlsby": ("attn", "mlp"),
+}  # by design: after what in each layer, an adapter stands
+DESIGNS = tuple(SUBLAYERS)
+ADAPTER_FORMAT = "minprefix-adapter-1"
 SHARE = 0.03  # of the model's parameters: the larger of the paper's two adapters
 
 
@@ -95,11 +107,7 @@ class Bottleneck(nn.Module):
         return x + F.linear(h, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
 
 
-# models that compute with an adapter: it, and what takes its hooks away
-ATTACHED: WeakKeyDictionary[GPT2, tuple["Adapter", list]] = WeakKeyDictionary()
-
-
-def behind(sublayer: nn.Module, part: Bottleneck):
+def after(sublayer: nn.Module, part: Bottleneck):
     """A forward hook: what `part` makes of the output takes its place. A copy of the sublayer has
     the hook, too; there it does nothing."""
     here = weakref.ref(sublayer)
@@ -113,7 +121,7 @@ class Adapter(nn.Module):
         design, bottleneck: as in `BaselineConfig`.
         base: fingerprint of the model that it belongs to; "" = not known.
         linearisation, max_source: the frame it was trained in (`batches.encode_prompt`), which is
-            that of a model it is attached to (`frame_of`). "" = none; None = nothing is cut.
+            the `frame` of a model it is attached to. "" = none; None = nothing is cut.
     """
 
     def __init__(self, config: GPT2Config, bottleneck: int, design: str = "lin"):
@@ -128,7 +136,9 @@ class Adapter(nn.Module):
 
         def layer() -> nn.ModuleDict:
             norm = design == "lin"
-            return nn.ModuleDict({p: Bottleneck(config, bottleneck, norm) for p in SITES[design]})
+            return nn.ModuleDict(
+                {p: Bottleneck(config, bottleneck, norm) for p in SUBLAYERS[design]}
+            )
 
         self.h = nn.ModuleList(layer() for _ in range(config.n_layer))
 
@@ -148,15 +158,11 @@ class Adapter(nn.Module):
 
     @classmethod
     def load(cls, path) -> "Adapter":
-        """Read an adapter file; see `checkpoint.load_adapter`."""
-        from minprefix.prefix.files import load_adapter
-
+        """Read an adapter file; see `load_adapter`."""
         return load_adapter(path)
 
     def save(self, path) -> None:
-        """Write an adapter file; see `checkpoint.save_adapter`."""
-        from minprefix.prefix.files import save_adapter
-
+        """Write an adapter file; see `save_adapter`."""
         save_adapter(path, self)
 
     def bind(self, model: GPT2) -> None:
@@ -206,13 +212,13 @@ class Adapter(nn.Module):
 
     def _hook(self, model: GPT2) -> None:
         check_free(model)
-        if model.compile_blocks:  # they are compiled from `Block.forward`, around the hooks
-            raise ValueError("an adapter needs layers that are not compiled (compile_blocks)")
+        if is_compiled(model):  # from `Block.forward`, around the hooks
+            raise ValueError("an adapter needs layers that are not compiled")
         handles = []
         for block, layer in zip(model.h, self.h, strict=True):
             for place, part in layer.items():
                 sublayer = block if place == "block" else getattr(block, place)
-                handles.append(sublayer.register_forward_hook(behind(sublayer, part)))
+                handles.append(sublayer.register_forward_hook(after(sublayer, part)))
         ATTACHED[model] = self, handles
         KEPT.pop(model, None)  # graphs recorded without it
 
@@ -222,25 +228,67 @@ def adapter_of(model: GPT2) -> Adapter | None:
     return ATTACHED[model][0] if model in ATTACHED else None
 
 
-def frame_of(model: GPT2, prefix=None) -> tuple[str, int | None]:
-    """The frame that was trained, (linearisation, max_source): of the prefix, or else the adapter
-    that is attached to the model, or else the model; ("", None) = none."""
-    learned = prefix or adapter_of(model)
-    if learned is None or not (learned.linearisation or prefix):
-        learned = model.config
-    return learned.linearisation, learned.max_source
-
-
 def check_free(model: GPT2) -> None:
     """ValueError if an adapter is attached to the model."""
     if adapter_of(model) is not None:
         raise ValueError("the model has an adapter already: detach it first")
 
 
+def save_adapter(path: str | Path, adapter: Adapter) -> None:
+    """Write the adapter file, all of it or nothing. OSError if it cannot be written."""
+    tensors = {name: tensor.float() for name, tensor in adapter.state_dict().items()}
+    metadata = {
+        "format": ADAPTER_FORMAT,
+        "design": adapter.design,
+        "bottleneck": str(adapter.bottleneck),
+        "layer_norm_epsilon": repr(adapter.layer_norm_epsilon),
+        "base": adapter.base,
+        **frame_metadata(adapter),
+    }
+    save_tensors(path, tensors, metadata)
+
+
+def load_adapter(path: str | Path) -> Adapter:
+    """Read an adapter file.
+
+    Raises:
+        ValueError: not such a file, damaged, or tensors that are not those of an adapter.
+        OSError: it cannot be read.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") != ADAPTER_FORMAT:
+        raise ValueError(f"{path}: not an adapter file (format {metadata.get('format')!r})")
+    design, width = metadata.get("design"), metadata.get("bottleneck", "")
+    if design not in SUBLAYERS:
+        raise ValueError(f"{path}: unknown design {design!r}")
+    down, up = (tensors.get(f"h.0.{SUBLAYERS[design][0]}.{w}.bias") for w in ("down", "up"))
+    if down is None or up is None or width != str(down.numel()) or 0 in (down.numel(), up.numel()):
+        raise ValueError(f"{path}: no tensors of design {design!r} and bottleneck {width!r}")
+    try:
+        eps = float(metadata.get("layer_norm_epsilon", ""))
+    except ValueError as error:
+        raise ValueError(f"{path}: layer_norm_epsilon must be a number") from error
+    n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
+    config = GPT2Config(n_layer=n_layer, n_head=1, n_embd=up.numel(), layer_norm_epsilon=eps)
+    with torch.device("meta"):
+        adapter = Adapter(config, down.numel(), design)
+    wanted = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(wanted | found):
+        if found.get(name) != wanted.get(name):
+            shapes = f"is {found.get(name)}, must be {wanted.get(name)}"
+            raise ValueError(f"{path}: {name} {shapes} in {n_layer} layers of design {design}")
+    check_finite(path, tensors)
+    adapter.load_state_dict({name: x.float() for name, x in tensors.items()}, assign=True)
+    adapter.base = metadata.get("base", "")
+    adapter.linearisation, adapter.max_source = read_frame(path, metadata)
+    return adapter
+
+
 class TopLayers(nn.Module):
     """What fine-tuning of the top layers trains: modules of `model` itself, under one name.
 
-    The last `n_top` blocks and the layer norm behind them, as `top_layers 22` of the authors' code
+    The last `n_top` blocks and the layer norm after them, as `top_layers 22` of the authors' code
     (its number for two blocks of GPT-2 medium, 22 and 23); with `embedding` the token embedding,
     too, which is the head: its `top_layers 2`. The paper does not say which of them FT-top2 is.
     Without the embedding the backward pass ends at the lowest of the trained blocks.

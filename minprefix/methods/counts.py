@@ -14,46 +14,17 @@ from dataclasses import replace
 import torch
 
 from minprefix.methods.adapters import DESIGNS, Adapter, TopLayers, bottleneck_for, count
-from minprefix.models.bart import BART, BARTConfig
-from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.config import OFFICIAL, BARTConfig, GPT2Config
+from minprefix.models.weights import shapes_of
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.prefix import Prefix
 
-# layers, heads, width of the official models; all else is a default of `GPT2Config`
-OFFICIAL = {
-    "distilgpt2": (6, 12, 768),
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
-BARTS = {  # layers of encoder and of decoder, heads, width, vocabulary
-    "facebook/bart-base": (6, 12, 768, 50265),
-    "facebook/bart-large": (12, 16, 1024, 50265),
-    "facebook/bart-large-cnn": (12, 16, 1024, 50264),
-}
 BART_LENGTHS, BART_MID = (5, 100, 200), 800  # 200: the paper's figure 4, XSum; width of the MLPs
 BART_PAPER = {"prefix, P = 5": "0.1%", "prefix, P = 100": "2%"}
 SHARES = (0.03, 0.001)  # the paper's adapters
 LENGTHS = (5, 10)  # the paper's prefixes: E2E and WebNLG, DART
 PAPER = {"fine-tuning": "345M", "adapter 3%": "3%", "adapter 0.1%": "0.1%",
          "prefix, P = 5": "250K", "prefix, P = 10": "500K"}  # fmt: skip
-
-
-def official_config(name: str) -> GPT2Config | BARTConfig:
-    """The config of a name in `OFFICIAL` or `BARTS`."""
-    if name in BARTS:
-        n_layer, n_head, n_embd, vocab_size = BARTS[name]
-        return BARTConfig(vocab_size, n_embd=n_embd, n_encoder_layer=n_layer, n_layer=n_layer,
-                          n_head=n_head, n_inner=4 * n_embd)  # fmt: skip
-    n_layer, n_head, n_embd = OFFICIAL[name]
-    return GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-
-
-def shapes_of(config: GPT2Config | BARTConfig) -> GPT2 | BART:
-    """A model without memory."""
-    with torch.device("meta"):
-        return GPT2(config) if isinstance(config, GPT2Config) else BART(config)
 
 
 def bart_rows(config: BARTConfig) -> list[dict]:
@@ -69,7 +40,7 @@ def bart_rows(config: BARTConfig) -> list[dict]:
     for method, trained, kept in found:
         percent = round(100 * kept / total, 4)
         rows.append({"method": method, "trained": trained, "kept": kept, "percent": percent})
-    if replace(config, linearisation="", max_source=None) == official_config("facebook/bart-large"):
+    if replace(config, linearisation="", max_source=None) == OFFICIAL["facebook/bart-large"][0]:
         rows = [row | {"paper": BART_PAPER.get(row["method"], "")} for row in rows]
     return rows
 
@@ -105,6 +76,6 @@ def method_rows(config: GPT2Config | BARTConfig) -> list[dict]:
             table = count(Prefix(config, length, **options))
             mlp = count(Prefix(config, length, parametrisation="mlp", **options))
         add(f"prefix, P = {length}", mlp, table)
-    if replace(config, linearisation="", max_source=None) != official_config("gpt2-medium"):
+    if replace(config, linearisation="", max_source=None) != OFFICIAL["gpt2-medium"][0]:
         rows = [{name: x for name, x in row.items() if name != "paper"} for row in rows]
     return rows

@@ -8,8 +8,7 @@ from minprefix.checks import check_choice
 from minprefix.data.batches import encode_prompt
 from minprefix.data.examples import Example
 from minprefix.generation.decoding import GenerationConfig
-from minprefix.generation.texts import generate
-from minprefix.methods.adapters import frame_of
+from minprefix.generation.texts import frame_of, generate
 from minprefix.methods.hard_prompt import HardPrompt, answer
 from minprefix.metrics.official import SUITES, official_scores, suite_of
 from minprefix.metrics.quick import score

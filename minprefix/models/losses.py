@@ -9,13 +9,15 @@ e_y being 1 at y and 0 elsewhere. The gradient needs nothing that comes later, s
 the loss, while the logits of a few positions are at hand; the backward pass only scales it.
 All logits of a batch, (positions, V) in fp32 and again as their gradient, never exist.
 
-This is for a frozen head. `GPT2.token_losses` takes PyTorch's own functions where W is trained.
+This is for a frozen head. `LanguageModel.token_losses` takes PyTorch's own functions where W is
+trained.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORE = -100  # a label at which there is no loss
 CHUNK = 1024  # positions at a time: for V = 50257 about 0.5 GB in fp32, and rows enough for a GPU
 
 

@@ -22,7 +22,7 @@ import tiktoken
 from minprefix.files import read_json, read_text, write_text
 
 ENDOFTEXT = "<|endoftext|>"
-# by family: the special tokens that stand before a text, behind it, and in padding
+# by family: the special tokens that stand before a text, after it, and in padding
 SPECIAL = {"gpt2": (ENDOFTEXT, ENDOFTEXT, ENDOFTEXT), "bart": ("<s>", "</s>", "<pad>")}
 
 # 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ of [1], written as in

@@ -6,15 +6,13 @@ one is used. `save_model` writes a folder that `transformers` [1] loads. A check
 config.json, model.safetensors (or pytorch_model.bin; either may be in shards), vocab.json and
 merges.txt.
 
-GPT-2's modules have the checkpoint's names, so there is no map, only what `_rename` drops: the
-prefix `transformer.`, the buffers of the causal mask, and the head if it is a copy of the
-embedding. The map of BART's names is in `weights_bart.py`.
+What differs between the two families is in `weights_gpt2.py` and `weights_bart.py`, which have the
+same functions.
 [1] https://github.com/huggingface/transformers
 """
 
 import hashlib
 import json
-import re
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,9 +21,11 @@ import torch
 from torch import Tensor
 
 from minprefix.files import atomic_write, load_tensors, read_json, save_tensors
-from minprefix.models import hub, weights_bart
-from minprefix.models.bart import BART, BARTConfig
-from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models import hub, weights_bart, weights_gpt2
+from minprefix.models.bart import BART
+from minprefix.models.base import LanguageModel
+from minprefix.models.config import OFFICIAL, BARTConfig, GPT2Config
+from minprefix.models.gpt2 import GPT2
 from minprefix.models.tokenizer import Tokenizer
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -33,32 +33,11 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 EMBEDDED = ("mini", "mini-bart")
 
 # names with their numbers of parameters, the tied head counted once
-MODELS = {
-    "mini": 17_538_816,
-    "mini-bart": 14_462_720,
-    "distilgpt2": 81_912_576,
-    "gpt2": 124_439_808,
-    "gpt2-medium": 354_823_168,
-    "gpt2-large": 774_030_080,
-    "gpt2-xl": 1_557_611_200,
-    "facebook/bart-base": 139_420_416,
-    "facebook/bart-large": 406_291_456,
-    "facebook/bart-large-cnn": 406_290_432,
+MODELS = {"mini": 17_538_816, "mini-bart": 14_462_720} | {
+    name: n for name, (_, n) in OFFICIAL.items()
 }
 
-# what config.json may say of parts that a model has here in one form only; the first is the default
-ONLY = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the same function
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-}
-
-# what a fingerprint says of the architecture
-ARCHITECTURE = (
-    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon",
-)  # fmt: skip
+FAMILIES = {family.CONFIG.family: family for family in (weights_gpt2, weights_bart)}
 
 ZERO = ("no_repeat_ngram_size",)  # numbers of a config that may be 0
 LISTED = 5  # names of tensors, at most, per kind of error
@@ -107,17 +86,12 @@ def read_config(folder: Path) -> GPT2Config | BARTConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing, so {folder} is no (complete) checkpoint")
     raw = read_json(path)
-    if raw.get("model_type") == "bart":
-        check_only(path, raw, weights_bart.ONLY)
-        beside = folder / "generation_config.json"
-        generation = read_json(beside) if beside.is_file() else None
-        values = weights_bart.in_our_names(raw, generation, path)
-        return make_config(BARTConfig, values, path)
-    if raw.get("model_type") != "gpt2":
-        kind = raw.get("model_type")
-        raise ValueError(f"{path}: model_type is {kind!r}; supported: 'gpt2' or 'bart'")
-    check_only(path, raw, ONLY)
-    return make_config(GPT2Config, raw, path)
+    for family in FAMILIES.values():
+        if raw.get("model_type") in family.ONLY["model_type"]:
+            check_only(path, raw, family.ONLY)
+            return make_config(family.CONFIG, family.in_our_names(raw, path), path)
+    kind = raw.get("model_type")
+    raise ValueError(f"{path}: model_type is {kind!r}; supported: 'gpt2' or 'bart'")
 
 
 def check_only(path: Path, raw: dict, only: dict[str, tuple]) -> None:
@@ -180,24 +154,6 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _rename(raw: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The tensors under the model's names, without what a checkpoint may have beside them."""
-    tensors = {}
-    for key, tensor in raw.items():
-        name = key.removeprefix("transformer.")
-        if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
-            continue
-        if name in tensors:
-            raise ValueError(f"{folder}: {name} is there twice, once as transformer.{name}")
-        tensors[name] = tensor
-    head = tensors.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
-        raise ValueError(
-            f"{folder}: lm_head.weight differs from wte.weight; only a tied head works"
-        )
-    return tensors
-
-
 def _check_fit(tensors: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
     """Compare names and shapes with the model's; one error lists all that is wrong."""
     both = [name for name in wanted if name in tensors]
@@ -231,24 +187,17 @@ def check_device(device: str) -> None:
 
 def read_tokenizer(folder: Path, config: GPT2Config | BARTConfig) -> Tokenizer:
     """The tokenizer of a checkpoint; ValueError if its ids are not those of the model."""
-    if isinstance(config, GPT2Config):
-        tokenizer = Tokenizer.from_folder(folder)
-        size = tokenizer.vocab_size
-    else:
-        tokenizer = Tokenizer.from_folder(folder, "bart")
-        size = tokenizer.text_ids  # bart-large-cnn lacks the last token, <mask>
-        ours = (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id, tokenizer.eos_id)
-        names = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
-        for name, token_id in zip(names, ours, strict=True):
-            if getattr(config, name) != token_id:
-                raise ValueError(
-                    f"{folder}: {name} is {getattr(config, name)}; supported: {token_id}, the id "
-                    "in vocab.json"
-                )
+    tokenizer, size = FAMILIES[config.family].read_tokenizer(folder, config)
     if size > config.vocab_size:
         sizes = f"{size} tokens, the model {config.vocab_size}"
         raise ValueError(f"{folder}: vocab.json has {sizes}")
     return tokenizer
+
+
+def shapes_of(config: GPT2Config | BARTConfig) -> GPT2 | BART:
+    """A model of this config without memory, on the device "meta"."""
+    with torch.device("meta"):
+        return FAMILIES[config.family].MODEL(config)
 
 
 def load(
@@ -272,15 +221,10 @@ def load(
     config = read_config(folder)
     tokenizer = read_tokenizer(folder, config)
     tensors = read_weights(folder)
-    with torch.device("meta"):  # shapes without memory
-        model = GPT2(config) if isinstance(config, GPT2Config) else BART(config)
-    if isinstance(model, GPT2):
-        tensors = _rename(tensors, folder)
-        _check_fit(tensors, model.state_dict(), folder)
-    else:
-        tensors = weights_bart.clean(tensors, config.vocab_size, folder)
-        _check_fit(tensors, weights_bart.to_checkpoint(model.state_dict()), folder)
-        tensors = weights_bart.from_checkpoint(tensors, list(model.state_dict()))
+    model, family = shapes_of(config), FAMILIES[config.family]
+    tensors = family.clean(tensors, config, folder)
+    _check_fit(tensors, family.to_checkpoint(model.state_dict()), folder)
+    tensors = family.from_checkpoint(tensors, list(model.state_dict()))
     tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
     return model.eval(), tokenizer
@@ -294,18 +238,13 @@ def save_model(model: GPT2 | BART, tokenizer: Tokenizer, folder: str | Path) -> 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    values, state = asdict(model.config), model.state_dict()
-    only, architecture = ONLY, "GPT2LMHeadModel"
-    if isinstance(model, BART):
-        only, architecture = weights_bart.ONLY, "BartForConditionalGeneration"
-        values = weights_bart.in_their_names(values)
-        state = weights_bart.to_checkpoint(state)
-        # as in the official files
-        state = {n if n == "final_logits_bias" else f"model.{n}": x for n, x in state.items()}
+    family = FAMILIES[model.config.family]
+    state = family.to_checkpoint(model.state_dict())
+    state = {family.file_name(name): x for name, x in state.items()}
     config = {
-        **{key: allowed[0] for key, allowed in only.items()},
-        "architectures": [architecture],
-        **values,
+        **{key: allowed[0] for key, allowed in family.ONLY.items()},
+        "architectures": [family.THEIR_MODEL],
+        **family.in_their_names(asdict(model.config)),
         "tie_word_embeddings": True,
         "torch_dtype": str(model.wte.weight.dtype).removeprefix("torch."),
     }
@@ -323,7 +262,7 @@ def fingerprint(model: GPT2 | BART) -> str:
     sha256 over the fields that shape it and 64 fixed elements of each tensor, rounded to bf16: an
     fp32 and a bf16 copy, a .bin and a safetensors file of the same weights have the same one.
     """
-    names = weights_bart.ARCHITECTURE if isinstance(model, BART) else ARCHITECTURE
+    names = FAMILIES[model.config.family].ARCHITECTURE
     fields = {name: getattr(model.config, name) for name in names}
     fields["n_inner"] = fields["n_inner"] or 4 * model.config.n_embd
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
@@ -334,7 +273,7 @@ def fingerprint(model: GPT2 | BART) -> str:
     return digest.hexdigest()
 
 
-def need_gpt2(model: GPT2 | BART, what: str) -> None:
+def need_gpt2(model: LanguageModel, what: str) -> None:
     """ValueError for a BART; `what` is for GPT-2 alone."""
     if not isinstance(model, GPT2):
         raise ValueError(f"{what}: for GPT-2 only, this model is a {type(model).__name__}")

@@ -2,7 +2,8 @@
 
 `weights.py` reads and writes files; this is the map between them and the model. Read `LAYERS`, the
 names of a layer's parts, then `clean`, `to_checkpoint`, `from_checkpoint`. A part of ours that is
-several of theirs has their rows one below the other: q, k and v are one product here.
+several of theirs has their rows one below the other: q, k and v are one product here. `weights.py`
+uses this file and `weights_gpt2.py` through the same functions.
 """
 
 from pathlib import Path
@@ -10,7 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minprefix.models.bart import BARTConfig
+from minprefix.files import read_json
+from minprefix.models.bart import BART
+from minprefix.models.config import BARTConfig
+from minprefix.models.tokenizer import Tokenizer
+
+CONFIG, MODEL, THEIR_MODEL = BARTConfig, BART, "BartForConditionalGeneration"
 
 # config.json's names, where they differ from the fields of BARTConfig; the first is written
 # first, all must agree
@@ -74,8 +80,8 @@ TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.w
 IGNORED = ("encoder.version", "decoder.version")
 
 
-def in_our_names(raw: dict, generation: dict | None, path: Path) -> dict:
-    """config.json by the fields of BARTConfig, generation_config.json included if there is one.
+def in_our_names(raw: dict, path: Path) -> dict:
+    """config.json at `path` by the fields of BARTConfig, with generation_config.json beside it.
 
     Raises:
         ValueError: encoder and decoder differ in what is one field here.
@@ -89,7 +95,9 @@ def in_our_names(raw: dict, generation: dict | None, path: Path) -> dict:
         values[field] = given[0]
     if raw.get("forced_bos_token_id") is None and raw.get("force_bos_token_to_be_generated"):
         values["forced_bos_token_id"] = values.get("bos_token_id", BARTConfig.bos_token_id)
-    if generation is not None:
+    beside = path.with_name("generation_config.json")
+    if beside.is_file():
+        generation = read_json(beside)
         given = {name: value for name, value in generation.items() if value is not None}
         values |= {name: given.get(name, silent) for name, silent in GENERATION.items()}
     return values
@@ -101,6 +109,21 @@ def in_their_names(values: dict) -> dict:
     for name, value in values.items():
         theirs |= dict.fromkeys(FIELDS.get(name, (name,)), value)
     return theirs
+
+
+def read_tokenizer(folder: Path, config: BARTConfig) -> tuple[Tokenizer, int]:
+    """The tokenizer, and how many tokens the model must know: bart-large-cnn lacks <mask>, the
+    last. ValueError if its special tokens are not those of the model."""
+    tokenizer = Tokenizer.from_folder(folder, "bart")
+    ours = (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id, tokenizer.eos_id)
+    names = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
+    for name, token_id in zip(names, ours, strict=True):
+        if getattr(config, name) != token_id:
+            raise ValueError(
+                f"{folder}: {name} is {getattr(config, name)}; supported: {token_id}, the id "
+                "in vocab.json"
+            )
+    return tokenizer, tokenizer.text_ids
 
 
 def their_names(name: str) -> list[str]:
@@ -133,7 +156,12 @@ def from_checkpoint(tensors: dict[str, Tensor], names: list[str]) -> dict[str, T
     return state | {"head_bias": state["head_bias"][0]}
 
 
-def clean(raw: dict[str, Tensor], vocab_size: int, folder: Path) -> dict[str, Tensor]:
+def file_name(name: str) -> str:
+    """What a tensor of a checkpoint is called in the official files."""
+    return name if name == "final_logits_bias" else f"model.{name}"
+
+
+def clean(raw: dict[str, Tensor], config: BARTConfig, folder: Path) -> dict[str, Tensor]:
     """The tensors of a file, with or without `model.`, each once.
 
     Raises:
@@ -151,5 +179,7 @@ def clean(raw: dict[str, Tensor], vocab_size: int, folder: Path) -> dict[str, Te
         copy = tensors.pop(name, None)
         if copy is not None and not torch.equal(copy, tensors.setdefault("shared.weight", copy)):
             raise ValueError(f"{folder}: {name} differs from shared.weight; only tied ones work")
-    tensors.setdefault("final_logits_bias", torch.zeros(1, vocab_size))  # older files have none
+    tensors.setdefault(
+        "final_logits_bias", torch.zeros(1, config.vocab_size)
+    )  # older files have none
     return tensors

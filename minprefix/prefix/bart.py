@@ -7,12 +7,12 @@ the same P. Positions of source and target begin at 0 as without a prefix, as in
 position_offset token t of either stands at t + offset.
 
 No hard prompt is exactly a prefix here, unlike in a decoder: what words become in the encoder
-depends on the source behind them, since it reads in both directions, and what cross attention reads
+depends on the source after them, since it reads in both directions, and what cross attention reads
 of them is the encoder's result. Initialisation from words (`BARTPrefix.from_words`) therefore takes
 what the model makes of the words alone: it is a start, not an equality.
 
 Embedding-only is then no table either: the embeddings of P virtual tokens stand before the source,
-at positions 0 .. P-1, and go through the encoder with it (`bart.BARTActivations.virtual`); the
+at positions 0 .. P-1, and go through the encoder with it (`BARTActivations.virtual`); the
 decoder reads them through cross attention. Read `BARTPrefix`, then `word_activations`.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning, seq2seq/
@@ -24,10 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from minprefix.checks import check_choice
-from minprefix.models.bart import BART, SITES, BARTActivations, BARTConfig
+from minprefix.models.activations import BARTActivations
+from minprefix.models.bart import BART
+from minprefix.models.base import evaluating
+from minprefix.models.config import SITES, BARTConfig
 from minprefix.models.weights import check_base, fingerprint
-from minprefix.prefix.parametrisations import Recorder, VirtualTokens
-from minprefix.prefix.prefix import PARAMETRISATIONS, Prefix, PrefixConfig, word_ids
+from minprefix.prefix.config import PARAMETRISATIONS
+from minprefix.prefix.parametrisations import Recorder, VirtualTokens, word_ids
+from minprefix.prefix.prefix import Prefix
 
 
 def check_sites(sites: Sequence[str]) -> tuple[str, ...]:
@@ -47,6 +51,7 @@ class BARTPrefix(nn.Module):
             parametrisation, n_trained: as in `Prefix`.
     """
 
+    family = BARTConfig.family  # of the model that reads it
     place, gate = "prefix", None  # a prefix of GPT-2 may say otherwise; gates are the sites'
 
     def __init__(
@@ -163,7 +168,7 @@ class BARTPrefix(nn.Module):
 
     @classmethod
     def load(cls, path) -> "BARTPrefix":
-        """Read a prefix file; see `checkpoint.load_prefix`. ValueError if it is of GPT-2."""
+        """Read a prefix file; see `files.load_prefix`. ValueError if it is of GPT-2."""
         from minprefix.prefix.files import load_prefix
 
         prefix = load_prefix(path)
@@ -172,7 +177,7 @@ class BARTPrefix(nn.Module):
         return prefix
 
     def save(self, path) -> None:
-        """Write what is needed to use it, without the MLPs; see `checkpoint.save_prefix`."""
+        """Write what is needed to use it, without the MLPs; see `files.save_prefix`."""
         from minprefix.prefix.files import save_prefix
 
         save_prefix(path, self)
@@ -192,6 +197,34 @@ class BARTPrefix(nn.Module):
         sites = {site: part.activations() for site, part in self.sites.items()}
         virtual = None if self.virtual is None else self.virtual.embeddings()
         return BARTActivations(sites, self.position_offset, virtual)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What its file holds, by name."""
+        if self.virtual is not None:
+            return {"virtual_embd": self.virtual.embeddings()}
+        tensors = {f"{site}.prefix_table": table for site, table in self.tables().items()}
+        return tensors | {f"{site}.gate": gate for site, gate in self.gates().items()}
+
+    def sizes(self) -> dict[str, int | str]:
+        """Of the model that it is for (layers of the decoder, where it has a table there), and its
+        sites; virtual tokens say nothing."""
+        sizes = {"n_layer": 0, "n_head": 0, "head_dim": 0}
+        for part in self.sites.values():
+            sizes = part.sizes()
+        return sizes | {"sites": ",".join(self.sites)}
+
+    def settings(self) -> dict:
+        """What must be the same when its training goes on."""
+        settings = {"position_offset": self.position_offset, "place": self.place}
+        return settings | {"sites": list(self.sites)}
+
+    def check_fit(self, config: BARTConfig) -> None:
+        """ValueError if a model of this config cannot use it."""
+        for site, part in self.sites.items():
+            try:
+                part.check_fit(config.at(site))
+            except ValueError as error:
+                raise ValueError(f"{site}, {error}") from error
 
     @torch.no_grad()
     def export(self) -> "BARTPrefix":
@@ -229,34 +262,11 @@ def word_activations(model: BART, ids: list[int]) -> dict[str, Tensor]:
     """
     words = torch.tensor([ids], device=model.wte.weight.device)
     encoder, decoder = Recorder(words.device), Recorder(words.device)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         source = model.with_keys(model.encode(words, recorder=encoder))
         model.hidden_states(words, source=source, cache=decoder)
-    finally:
-        model.train(training)
     tables = {"encoder": encoder.table(), "decoder": decoder.table(), "cross": source.kv[:, :, 0]}
     return {
         site: x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
         for site, x in tables.items()
     }
-
-
-def make_bart_prefix(model: BART, tokenizer, config: PrefixConfig, seed: int) -> BARTPrefix:
-    """The prefix that `config` describes, on the model's device and bound to the model."""
-    if config.place != "prefix":
-        raise ValueError(f"a BART has no place {config.place!r}: its prefix stands at attentions")
-    if config.init == "prompt":
-        raise ValueError("init 'prompt' is for GPT-2: no hard prompt is exactly a prefix of a BART")
-    options = {
-        "sites": config.sites, "parametrisation": config.parametrisation,
-        "mid_dim": config.mid_dim, "gate": config.gate, "position_offset": config.position_offset,
-    }  # fmt: skip
-    if config.init == "words":
-        return BARTPrefix.from_words(
-            model, tokenizer, config.init_text, config.prefix_len, seed=seed, **options
-        )
-    prefix = BARTPrefix.random(model.config, config.prefix_len or 10, seed, **options)
-    prefix.bind(model)
-    return prefix.to(model.wte.weight.device)

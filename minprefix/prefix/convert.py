@@ -16,7 +16,6 @@ from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.files import load_prefix, save_prefix
 from minprefix.prefix.foreign import (
     AuthorsTokens,
-    check_fits,
     read_adapters,
     read_authors,
     run_virtual_tokens,
@@ -49,8 +48,19 @@ def system_of(source: Path) -> str:
     return "peft" if "peft_type" in read_json(path) else "adapters"
 
 
+def check_fit(source: Path, prefix: Prefix | BARTPrefix, model: GPT2 | BART) -> None:
+    """ValueError that names the file if the model cannot use the prefix."""
+    theirs = model.config.family
+    if prefix.family != theirs:
+        raise ValueError(f"{source}: a prefix of a {prefix.family}, but the model is a {theirs}")
+    try:
+        prefix.check_fit(model.config)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
 def read_any(source: Path, model: GPT2 | BART | None = None) -> Prefix | BARTPrefix:
-    """The prefix of any system that `foreign.py` or `checkpoint.py` reads, checked for `model`."""
+    """The prefix of any system that `foreign.py` or `files.py` reads, checked for `model`."""
     system = system_of(source)
     config = None if model is None else model.config
     if system == "peft":
@@ -72,7 +82,7 @@ def read_any(source: Path, model: GPT2 | BART | None = None) -> Prefix | BARTPre
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
     if model is not None:
-        check_fits(source, prefix, model.config)
+        check_fit(source, prefix, model)
         prefix.check_base(model)
         prefix.bind(model)
     return prefix
@@ -103,17 +113,13 @@ def convert(
         )
         prefix.position_offset = position_offset
         if model is not None:
-            check_fits(source, prefix, model.config)
+            check_fit(source, prefix, model)
     if not prefix.base:
         notes.append("without --model the prefix names no base model: loading it checks sizes only")
-    if to == "peft" and isinstance(prefix, BARTPrefix):
-        raise ValueError(
-            f"{source}: a BART's prefix cannot become PEFT's, which has none for the encoder and "
-            "none for cross attention"
-        )
     if to == "peft":
         # PEFT knows no model of the name mini, but its folder
-        write_peft(out, prefix, str(weights.find("mini")) if model_name == "mini" else model_name)
+        base = str(weights.find("mini")) if model_name == "mini" else model_name
+        write_peft(out, prefix, base)
         if prefix.linearisation:
             notes.append(
                 f"PEFT knows no frames: give it tables as --linearisation {prefix.linearisation} "
@@ -123,14 +129,9 @@ def convert(
         save_prefix(out, prefix)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    sizes = {"n_layer": 0, "n_head": 0, "head_dim": 0}  # of virtual tokens: none
-    tables = prefix.tables() if isinstance(prefix, BARTPrefix) else {"decoder": prefix.table()}
-    for table in tables.values():  # a BART: of the decoder, or cross attention, where there is one
-        sizes = dict(zip(sizes, (len(table), table.shape[2], table.shape[4]), strict=True))
-    told = {"sites": ",".join(tables)} if isinstance(prefix, BARTPrefix) else {}
     return {
         "file": str(out), "prefix_len": prefix.prefix_len,
-        "position_offset": prefix.position_offset, **sizes, **told, "base": prefix.base,
+        "position_offset": prefix.position_offset, **prefix.sizes(), "base": prefix.base,
     }  # fmt: skip
 
 

@@ -1,14 +1,11 @@
-"""Prefix and adapter files: one small safetensors file is all that is needed to use either.
+"""Prefix files: one small safetensors file is all that is needed to use a prefix.
 
 A prefix file holds `prefix_table` (L, 2, H, P, D) in fp32, an optional `gate` (L, H), and as
 metadata the format, the position offset, the place, the frame of the text, the fingerprint of the
 base model and how it was trained. The MLP is not in it (section 4.3 of Li & Liang 2021: it is
 dropped after training), nor are virtual tokens: what the model computes of them is. That of a BART
 has a table for each site, `encoder.prefix_table` and so on, or the embeddings of virtual tokens,
-`virtual_embd` (P, C): there the source behind them decides what they become.
-
-An adapter file holds the weights of `baselines.Adapter` in fp32 under their names, and as metadata
-the format, design, width and epsilon of its layer norms, the frame of the text and the base model.
+`virtual_embd` (P, C): there the source after them decides what they become.
 """
 
 from pathlib import Path
@@ -18,32 +15,21 @@ import torch
 from minprefix.checks import check_choice
 from minprefix.data.examples import LINEARISATIONS
 from minprefix.files import load_tensors, save_tensors
-from minprefix.methods.adapters import SITES, Adapter
-from minprefix.models.bart import SITES as BART_SITES
-from minprefix.models.gpt2 import GPT2Config
+from minprefix.models.config import SITES
 from minprefix.prefix.bart import BARTPrefix
-from minprefix.prefix.prefix import PLACES, Prefix
+from minprefix.prefix.config import PLACES
+from minprefix.prefix.prefix import Prefix
 
-FORMAT = "minprefix-prefix-1"
-BART_FORMAT = "minprefix-bart-prefix-1"
-ADAPTER_FORMAT = "minprefix-adapter-1"
+FORMATS = {Prefix.family: "minprefix-prefix-1", BARTPrefix.family: "minprefix-bart-prefix-1"}
 
 
 def save_prefix(path: str | Path, prefix: Prefix | BARTPrefix) -> None:
     """Write the prefix file, all of it or nothing. OSError if it cannot be written."""
     prefix = prefix.export()
-    if isinstance(prefix, BARTPrefix):
-        tensors = {f"{site}.prefix_table": table for site, table in prefix.tables().items()}
-        tensors |= {f"{site}.gate": gate for site, gate in prefix.gates().items()}
-        if prefix.virtual is not None:
-            tensors["virtual_embd"] = prefix.virtual.embeddings()
-    else:
-        tensors = {"prefix_table": prefix.prefix_table}
-        if prefix.gate is not None:
-            tensors["gate"] = prefix.gate
+    tensors = prefix.tensors()
     tensors = {name: x.detach().float().cpu().contiguous() for name, x in tensors.items()}
     metadata = {
-        "format": BART_FORMAT if isinstance(prefix, BARTPrefix) else FORMAT,
+        "format": FORMATS[prefix.family],
         "position_offset": str(prefix.position_offset),
         "place": prefix.place,
         "base": prefix.base,
@@ -62,7 +48,7 @@ def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
         OSError: it cannot be read.
     """
     tensors, metadata = load_tensors(path)
-    if metadata.get("format") not in (FORMAT, BART_FORMAT):
+    if metadata.get("format") not in FORMATS.values():
         raise ValueError(f"{path}: not a prefix file (format {metadata.get('format')!r})")
     check_finite(path, tensors)
     offset = metadata.get("position_offset", "")
@@ -73,7 +59,7 @@ def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
     if not n_trained.isdecimal():
         raise ValueError(f"{path}: trained_parameters must be a number >= 0, got {n_trained!r}")
     tensors = {name: x.float() for name, x in tensors.items()}
-    if metadata["format"] == FORMAT:
+    if metadata["format"] == FORMATS[Prefix.family]:
         table, gate = table_and_gate(path, tensors)
         prefix = Prefix.from_table(table, int(offset), gate, place)
     else:
@@ -111,9 +97,9 @@ def bart_prefix_of(
             raise ValueError(f"{path}: expected virtual_embd (P, C) alone, found {[*tensors]}")
         return BARTPrefix.from_tables({}, position_offset, virtual=virtual)
     names = {name.split(".")[0] for name in tensors}
-    if not names or not names <= set(BART_SITES):
-        raise ValueError(f"{path}: no tables of {', '.join(BART_SITES)} in it: {[*tensors]}")
-    parts = {s: table_and_gate(path, tensors, f"{s}.") for s in BART_SITES if s in names}
+    if not names or not names <= set(SITES):
+        raise ValueError(f"{path}: no tables of {', '.join(SITES)} in it: {[*tensors]}")
+    parts = {s: table_and_gate(path, tensors, f"{s}.") for s in SITES if s in names}
     shapes = {s: tuple(table.shape) for s, (table, _) in parts.items()}
     if len({shape[1:] for shape in shapes.values()}) > 1:
         raise ValueError(f"{path}: tables of one prefix must have the same H, P, D, got {shapes}")
@@ -132,8 +118,8 @@ def check_finite(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{path}: {name} holds values that are not finite numbers")
 
 
-def frame_metadata(learned: Prefix | BARTPrefix | Adapter) -> dict[str, str]:
-    """The frame that it was trained in, as `read_frame` reads it."""
+def frame_metadata(learned) -> dict[str, str]:
+    """The frame that a prefix or an adapter was trained in, as `read_frame` reads it."""
     cut = {} if learned.max_source is None else {"max_source": str(learned.max_source)}
     return {"linearisation": learned.linearisation} | cut
 
@@ -146,54 +132,3 @@ def read_frame(path: str | Path, metadata: dict[str, str]) -> tuple[str, int | N
     if cut is not None and (not cut.isdecimal() or int(cut) < 1):
         raise ValueError(f"{path}: max_source must be a number >= 1, got {cut!r}")
     return linearisation, None if cut is None else int(cut)
-
-
-def save_adapter(path: str | Path, adapter: Adapter) -> None:
-    """Write the adapter file, all of it or nothing. OSError if it cannot be written."""
-    tensors = {name: tensor.float() for name, tensor in adapter.state_dict().items()}
-    metadata = {
-        "format": ADAPTER_FORMAT,
-        "design": adapter.design,
-        "bottleneck": str(adapter.bottleneck),
-        "layer_norm_epsilon": repr(adapter.layer_norm_epsilon),
-        "base": adapter.base,
-        **frame_metadata(adapter),
-    }
-    save_tensors(path, tensors, metadata)
-
-
-def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter file.
-
-    Raises:
-        ValueError: not such a file, damaged, or tensors that are not those of an adapter.
-        OSError: it cannot be read.
-    """
-    tensors, metadata = load_tensors(path)
-    if metadata.get("format") != ADAPTER_FORMAT:
-        raise ValueError(f"{path}: not an adapter file (format {metadata.get('format')!r})")
-    design, width = metadata.get("design"), metadata.get("bottleneck", "")
-    if design not in SITES:
-        raise ValueError(f"{path}: unknown design {design!r}")
-    down, up = (tensors.get(f"h.0.{SITES[design][0]}.{w}.bias") for w in ("down", "up"))
-    if down is None or up is None or width != str(down.numel()) or 0 in (down.numel(), up.numel()):
-        raise ValueError(f"{path}: no tensors of design {design!r} and bottleneck {width!r}")
-    try:
-        eps = float(metadata.get("layer_norm_epsilon", ""))
-    except ValueError as error:
-        raise ValueError(f"{path}: layer_norm_epsilon must be a number") from error
-    n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
-    config = GPT2Config(n_layer=n_layer, n_head=1, n_embd=up.numel(), layer_norm_epsilon=eps)
-    with torch.device("meta"):
-        adapter = Adapter(config, down.numel(), design)
-    wanted = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(wanted | found):
-        if found.get(name) != wanted.get(name):
-            shapes = f"is {found.get(name)}, must be {wanted.get(name)}"
-            raise ValueError(f"{path}: {name} {shapes} in {n_layer} layers of design {design}")
-    check_finite(path, tensors)
-    adapter.load_state_dict({name: x.float() for name, x in tensors.items()}, assign=True)
-    adapter.base = metadata.get("base", "")
-    adapter.linearisation, adapter.max_source = read_frame(path, metadata)
-    return adapter

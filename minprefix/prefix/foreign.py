@@ -6,7 +6,7 @@ where token t of the text stands, which is part of what a prefix means:
 
 | system | files, of GPT-2 | token t at |
 |---|---|---|
-| PEFT [1], see `peft_files.py` | adapter_config.json, adapter_model.safetensors | P + t |
+| PEFT [1], see `peft.py` | adapter_config.json, adapter_model.safetensors | P + t |
 | the authors' code [2] | config.json, pytorch_model.bin | P + t; BART's: t |
 | adapter-hub [3] | adapter_config.json, pytorch_adapter.bin | t |
 
@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minprefix.files import load_tensors, read_json
-from minprefix.models.bart import BARTConfig
-from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.config import BARTConfig, GPT2Config
+from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import LISTED, read_config, read_pickle
 from minprefix.prefix.bart import BARTPrefix
-from minprefix.prefix.parametrisations import activations
+from minprefix.prefix.parametrisations import computed_table
 from minprefix.prefix.prefix import Prefix
 
 # what adapter-hub's config may say; another value means something that a Prefix is not
@@ -112,29 +112,6 @@ def some(names) -> str:
     """The first of these names."""
     names = sorted(names)
     return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
-
-
-def check_fits(source: str | Path, prefix: Prefix | BARTPrefix, config) -> None:
-    """ValueError if a model of this shape cannot use the prefix; `source` is named in it."""
-    if isinstance(prefix, BARTPrefix) != isinstance(config, BARTConfig):
-        kinds = ("BART", "GPT-2") if isinstance(prefix, BARTPrefix) else ("GPT-2", "BART")
-        raise ValueError(f"{source}: a prefix of a {kinds[0]}, but the model is a {kinds[1]}")
-    if isinstance(prefix, BARTPrefix):
-        for site, part in prefix.sites.items():
-            check_fits(f"{source}, {site}", part, config.at(site))
-        return
-    L, _, H, _, D = prefix.table().shape
-    if (L, H, D) != (config.n_layer, config.n_head, config.head_dim):
-        raise ValueError(
-            f"{source}: {L} layers with {H} heads of {D} do not fit the model, which has "
-            f"{config.n_layer} with {config.n_head} of {config.head_dim}: made for another base "
-            "model (grouped-query attention, where a prefix has fewer heads, is not GPT-2's)"
-        )
-    if prefix.position_offset >= config.n_positions:
-        raise ValueError(
-            f"{source}: position_offset {prefix.position_offset} leaves no place among the "
-            f"{config.n_positions} positions of the model"
-        )
 
 
 def mlp_rows(
@@ -264,8 +241,8 @@ def read_authors_bart(
         told = f"left over {some(odd) or 'none'}, missing {some(lost) or 'none'}"
         raise ValueError(f"{path}: not the keys of the authors' BART prefix: {told}")
     config = config_beside(path, config)
-    if not isinstance(config, BARTConfig):
-        what = "nothing" if config is None else "a GPT-2"
+    if config is None or config.family != BARTPrefix.family:
+        what = "nothing" if config is None else f"a {config.family}"
         raise ValueError(
             f"{path}: a prefix of a BART, but config.json beside it, or --model, names {what}"
         )
@@ -289,7 +266,7 @@ def run_virtual_tokens(model: GPT2, tokens: AuthorsTokens) -> Prefix:
     if P >= model.config.n_positions:
         raise ValueError(f"{P} virtual tokens > {model.config.n_positions} positions of the model")
     with torch.no_grad():
-        table = activations(model, tokens.embeddings.to(model.wte.weight))
+        table = computed_table(model, tokens.embeddings.to(model.wte.weight))
     prefix = Prefix.from_table(table, position_offset=P)
     prefix.parametrisation = "embedding"
     prefix.bind(model)

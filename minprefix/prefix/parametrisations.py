@@ -18,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minprefix.models.gpt2 import GPT2, GPT2Config, gated_prefix_attention
+from minprefix.models.activations import LayerPrefix, Visible, gated_attention
+from minprefix.models.base import evaluating
+from minprefix.models.config import GPT2Config
+from minprefix.models.gpt2 import GPT2
 
 
 class RowMLP(nn.Module):
@@ -90,10 +93,10 @@ class Recorder:
     def places(self, T: int) -> Tensor:
         return torch.arange(T, device=self.device)
 
-    def attend(self, layer: int, q, k, v, prefix_k, prefix_v, gate, **visible) -> Tensor:
+    def attend(self, layer: int, q, k, v, prefix: LayerPrefix, visible: Visible) -> Tensor:
         """As without a cache. Checkpointing calls it twice for a layer, with the same numbers."""
         self.kv[layer] = torch.stack([k, v])
-        return gated_prefix_attention(q, k, v, prefix_k, prefix_v, gate, **visible)
+        return gated_attention(q, k, v, prefix, visible)
 
     def advance(self, lengths: Tensor | None, T: int) -> None:
         pass
@@ -103,7 +106,7 @@ class Recorder:
         return torch.stack([self.kv[layer][:, 0] for layer in range(len(self.kv))])
 
 
-def activations(model: GPT2, inputs: Tensor) -> Tensor:
+def computed_table(model: GPT2, inputs: Tensor) -> Tensor:
     """Keys and values that the model computes of a text at positions 0, 1, ...: h_<P of eq. (1).
 
     Without dropout, whatever mode the model is in.
@@ -114,21 +117,31 @@ def activations(model: GPT2, inputs: Tensor) -> Tensor:
         (L, 2, H, P, D), fp32, or fp64 from an fp64 model.
     """
     recorder = Recorder(inputs.device)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         model.hidden_states(inputs[None], cache=recorder)
-    finally:
-        for module in training:
-            module.training = True
     table = recorder.table()
     return table.to(torch.promote_types(table.dtype, torch.float32))
 
 
 @torch.no_grad()
 def token_activations(model: GPT2, ids: list[int]) -> Tensor:
-    """The model's keys and values of the tokens `ids`; see `activations`."""
-    return activations(model, torch.tensor(ids, device=model.wte.weight.device))
+    """The model's keys and values of the tokens `ids`; see `computed_table`."""
+    return computed_table(model, torch.tensor(ids, device=model.wte.weight.device))
+
+
+def word_ids(tokenizer, words: str, prefix_len: int | None) -> list[int]:
+    """The words' BPE tokens, repeated or cut to prefix_len; None = as many as there are.
+
+    Raises:
+        ValueError: no words, or a length below 1.
+    """
+    ids = tokenizer.encode(words)
+    if not ids:
+        raise ValueError("no words to start the prefix from: the text is empty")
+    prefix_len = len(ids) if prefix_len is None else prefix_len
+    if prefix_len < 1:
+        raise ValueError(f"prefix_len must be at least 1, got {prefix_len}")
+    return [ids[i % len(ids)] for i in range(prefix_len)]
 
 
 class Borrowed:
@@ -180,7 +193,7 @@ class VirtualTokens(nn.Module):
         model = self.borrowed.model
         if model is None:
             raise ValueError("virtual tokens are read by a model: call prefix.bind(model) first")
-        return activations(model, self.embeddings().to(model.wte.weight))
+        return computed_table(model, self.embeddings().to(model.wte.weight))
 
     def embeddings(self) -> Tensor:  # -> (P, C)
         return self.virtual_embd if self.mlp is None else self.mlp.rows()

@@ -81,6 +81,11 @@ def write_peft(folder: str | Path, prefix: Prefix, base_model: str | None = None
         ValueError: PEFT cannot compute what this prefix means.
         OSError: it cannot be written.
     """
+    if not isinstance(prefix, Prefix):
+        raise ValueError(
+            "a BART's prefix cannot become PEFT's, which has none for the encoder and none for "
+            "cross attention"
+        )
     P, folder = prefix.prefix_len, Path(folder)
     if prefix.place != "prefix":
         raise ValueError(

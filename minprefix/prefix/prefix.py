@@ -8,15 +8,13 @@ all others come from the frozen model,
 h_i is one key and one value per layer and head, so the table has shape (L, 2, H, P, D). It is a
 parameter itself, or what an MLP or the model itself makes of fewer parameters
 (`parametrisations.py`); these train better or show what a table adds, and are dropped afterwards
-(`Prefix.export`). Read `Prefix`, then `PrefixBank` (many prefixes in one batch).
+(`Prefix.export`). `make.py` makes one as the settings say; `bank.py` has many in one batch.
 
 P_idx is the beginning of the sequence, or for an infix [x; INFIX; y] (section 7.2) the places
 between source and target: before the bos of the frame source, bos, target, eos, and in general
-before the last token of a prompt, whatever padding stands behind the row. Tokens before it stand at
-t and do not see it, the others at t + offset and do. The authors' code [2] has it at the same
-place, but there the frozen model reads P more embeddings (wte2) after each source, and their keys
-and values are added to the MLP's; so what an infix holds depends on the source, and such a state
-dict is no table. Here the activations are free, as eq. (3) has them.
+before the last token of a prompt, whatever padding stands after the row. Tokens before it stand at
+t and do not see it, the others at t + offset and do. Its activations are free, as eq. (3) has
+them; those of the authors' code depend on the source (`foreign.AuthorsTokens`).
 
 Shapes use the letters of the README's table. Order of rows, widths and the random start are those
 of the authors' code: flat feature ((2 l + kv) H + h) D + d, kv = 0 the key.
@@ -24,78 +22,16 @@ of the authors' code: flat feature ((2 l + kv) H + h) D + d, kv = 0 the key.
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minprefix.checks import check_choice
-from minprefix.models.bart import BART
-from minprefix.models.gpt2 import GPT2, GPT2Config, PrefixActivations
+from minprefix.models.activations import PrefixActivations
+from minprefix.models.config import GPT2Config
+from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import check_base, fingerprint, need_gpt2
-from minprefix.prefix.parametrisations import PrefixMLP, VirtualTokens, token_activations
-
-PARAMETRISATIONS = ("table", "mlp", "embedding", "embedding-mlp")
-PLACES = ("prefix", "infix")
-INITS = ("random", "words", "prompt")
-
-
-@dataclass(frozen=True)
-class PrefixConfig:
-    """How a prefix is made before training; `make_prefix` follows it."""
-
-    prefix_len: int | None = None  # P; None = 10 at random, the number of BPE tokens of init_text
-    parametrisation: str = "mlp"  # "table" (direct), "mlp", "embedding" (-only) or "embedding-mlp"
-    place: str = "prefix"  # "prefix", or "infix": between source and target
-    mid_dim: int = 512  # hidden width of the MLP; the paper's: 512 table-to-text, 800 summaries
-    init: str = "random"  # or "words" (their activations), or "prompt" (equal to a hard prompt)
-    init_text: str = "table-to-text:"  # the words or the prompt
-    gate: bool = False  # per layer and head, starts at 0: step 0 is the frozen model
-    position_offset: int | None = None  # token t stands at t + this; None = P; 0: gate, BART
-    sites: tuple[str, ...] = ()  # BART: "encoder", "decoder" or "cross" attention; none = all
-
-    def __post_init__(self):
-        check_form(self.parametrisation, self.place)
-        check_choice("init", self.init, INITS)
-        object.__setattr__(self, "sites", tuple(self.sites))  # a list in config.json
-        if (self.init, self.place) == ("prompt", "infix"):
-            raise ValueError("init 'prompt' needs place 'prefix': after a source, a prompt's "
-                             "activations are others for each source")  # fmt: skip
-        if self.prefix_len is not None and self.prefix_len < 1:
-            raise ValueError(f"prefix_len must be at least 1, got {self.prefix_len}")
-        if self.init == "prompt" and self.prefix_len is not None:
-            raise ValueError(
-                f"init 'prompt' takes prefix_len from the text, got prefix_len {self.prefix_len}"
-            )
-        if self.mid_dim < 1:
-            raise ValueError(f"mid_dim must be at least 1, got {self.mid_dim}")
-
-
-def check_form(parametrisation: str, place: str) -> None:
-    """ValueError for names that do not exist or do not go together."""
-    check_choice("parametrisation", parametrisation, PARAMETRISATIONS)
-    check_choice("place", place, PLACES)
-    if place == "infix" and parametrisation.startswith("embedding"):
-        raise ValueError(
-            f"parametrisation {parametrisation!r} needs place 'prefix': after a source, the keys "
-            "and values of virtual tokens are others for each source"
-        )
-
-
-def word_ids(tokenizer, words: str, prefix_len: int | None) -> list[int]:
-    """The words' BPE tokens, repeated or cut to prefix_len; None = as many as there are.
-
-    Raises:
-        ValueError: no words, or a length below 1.
-    """
-    ids = tokenizer.encode(words)
-    if not ids:
-        raise ValueError("no words to start the prefix from: the text is empty")
-    prefix_len = len(ids) if prefix_len is None else prefix_len
-    if prefix_len < 1:
-        raise ValueError(f"prefix_len must be at least 1, got {prefix_len}")
-    return [ids[i % len(ids)] for i in range(prefix_len)]
+from minprefix.prefix import parametrisations as parts
+from minprefix.prefix.config import check_form
+from minprefix.prefix.parametrisations import token_activations, word_ids
 
 
 class Prefix(nn.Module):
@@ -115,6 +51,8 @@ class Prefix(nn.Module):
         parametrisation, n_trained: how it is or was trained, and the number of parameters that
             took; "" and 0 = not known. `export` and files keep them.
     """
+
+    family = GPT2Config.family  # of the model that reads it
 
     def __init__(
         self, config: GPT2Config, prefix_len: int, parametrisation: str = "table",
@@ -137,13 +75,13 @@ class Prefix(nn.Module):
         self.init_residual = 0.0
         self.prefix_table = self.mlp = self.virtual = None
         if parametrisation == "mlp":
-            self.mlp = PrefixMLP(config, prefix_len, mid_dim)
+            self.mlp = parts.PrefixMLP(config, prefix_len, mid_dim)
         elif parametrisation == "table":
             shape = (config.n_layer, 2, config.n_head, prefix_len, config.head_dim)
             self.prefix_table = nn.Parameter(torch.zeros(shape))
         else:
             width = mid_dim if parametrisation == "embedding-mlp" else None
-            self.virtual = VirtualTokens(config, prefix_len, width)
+            self.virtual = parts.VirtualTokens(config, prefix_len, width)
         self.gate = nn.Parameter(torch.zeros(config.n_layer, config.n_head)) if gate else None
         self.parametrisation = parametrisation
         self.n_trained = sum(parameter.numel() for parameter in self.parameters())
@@ -232,13 +170,13 @@ class Prefix(nn.Module):
 
     @classmethod
     def load(cls, path) -> "Prefix":
-        """Read a prefix file; see `checkpoint.load_prefix`."""
+        """Read a prefix file; see `files.load_prefix`."""
         from minprefix.prefix.files import load_prefix
 
         return load_prefix(path)
 
     def save(self, path) -> None:
-        """Write what is needed to use the prefix, without the MLP; see `checkpoint.save_prefix`."""
+        """Write what is needed to use the prefix, without the MLP; see `files.save_prefix`."""
         from minprefix.prefix.files import save_prefix
 
         save_prefix(path, self)
@@ -254,6 +192,35 @@ class Prefix(nn.Module):
         offset = self.position_offset
         infix = self.place == "infix"
         return PrefixActivations(self.table(), offset, offset, gate=self.gate, infix=infix)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What its file holds, by name."""
+        gate = {} if self.gate is None else {"gate": self.gate}
+        return {"prefix_table": self.table()} | gate
+
+    def sizes(self) -> dict[str, int]:
+        """Of the model that it is for, as far as its tensors say."""
+        L, _, H, _, D = self.table().shape
+        return {"n_layer": L, "n_head": H, "head_dim": D}
+
+    def settings(self) -> dict:
+        """What must be the same when its training goes on."""
+        return {"position_offset": self.position_offset, "place": self.place}
+
+    def check_fit(self, config: GPT2Config) -> None:
+        """ValueError if a model of this config cannot use it."""
+        own, wanted = self.sizes(), (config.n_layer, config.n_head, config.head_dim)
+        if tuple(own.values()) != wanted:
+            raise ValueError(
+                "{} layers with {} heads of {} do not fit the model, which has {} with {} of {}: "
+                "made for another base model (grouped-query attention, where a prefix has fewer "
+                "heads, is not GPT-2's)".format(*own.values(), *wanted)
+            )
+        if self.position_offset >= config.n_positions:
+            places = f"the {config.n_positions} positions of the model"
+            raise ValueError(
+                f"position_offset {self.position_offset} leaves no place among {places}"
+            )
 
     @torch.no_grad()
     def export(self) -> "Prefix":
@@ -281,91 +248,3 @@ class Prefix(nn.Module):
         """ValueError if this prefix belongs to another model than `model`."""
         need_gpt2(model, "this prefix")
         check_base(self.base, model, "prefix")
-
-
-class PrefixBank:
-    """Several prefixes for one model, in memory, mixed freely in one batch (section 8.2).
-
-    `model(ids, prefix=bank, prefix_index=index)`: row b uses prefix index[b], -1 = none. Lengths,
-    position offsets, gates and places may differ: each row is computed as it would be alone.
-    """
-
-    def __init__(self, prefixes: list[Prefix]):
-        if not prefixes:
-            raise ValueError("a bank needs at least one prefix")
-        for prefix in prefixes:
-            if not isinstance(prefix, Prefix):
-                raise ValueError(f"a bank is of GPT-2's prefixes, got a {type(prefix).__name__}")
-        self.prefixes = list(prefixes)
-
-    def activations(self, prefix_index: Tensor | None = None) -> PrefixActivations:
-        """Tables padded to the longest, (L, 2, N, H, P, D). No index: row b uses prefix b."""
-        tables = [prefix.table() for prefix in self.prefixes]
-        if len({(*t.shape[:3], t.shape[4]) for t in tables}) > 1:
-            shapes = ", ".join(str(tuple(t.shape)) for t in tables)
-            raise ValueError(f"prefixes of one bank must fit one model, their tables are {shapes}")
-        device, N = tables[0].device, len(tables)
-        lens = torch.tensor([prefix.prefix_len for prefix in self.prefixes], device=device)
-        P = max(prefix.prefix_len for prefix in self.prefixes)
-        table = torch.stack([F.pad(t, (0, 0, 0, P - t.shape[-2])) for t in tables], dim=2)
-        if prefix_index is None:
-            prefix_index = torch.arange(N, device=device)
-        elif prefix_index.device.type == "cpu" and prefix_index.numel():
-            if prefix_index.min() < -1 or prefix_index.max() >= N:
-                raise ValueError(
-                    f"prefix_index must lie in [-1, {N - 1}], got {prefix_index.tolist()}"
-                )
-        offsets = torch.tensor([prefix.position_offset for prefix in self.prefixes], device=device)
-        infix = [prefix.place == "infix" for prefix in self.prefixes]  # (N,)
-        row = prefix_index.clamp(min=0)
-        return PrefixActivations(
-            table,
-            position_offset=torch.where(prefix_index >= 0, offsets[row], 0),
-            max_offset=max(prefix.position_offset for prefix in self.prefixes),
-            gate=self._gates(table),
-            index=prefix_index,
-            lens=lens,
-            infix=torch.tensor(infix, device=device)[row] if any(infix) else False,
-        )
-
-    def _gates(self, table: Tensor) -> Tensor | None:
-        """(L, N, H), 1 where a prefix has no gate; None if none has."""
-        if all(prefix.gate is None for prefix in self.prefixes):
-            return None
-        ones = table.new_ones(table.shape[0], table.shape[3])
-        gates = [ones if prefix.gate is None else prefix.gate for prefix in self.prefixes]
-        return torch.stack(gates, dim=1)
-
-    def check_base(self, model: GPT2) -> None:
-        """ValueError if one of the prefixes belongs to another model than `model`."""
-        for prefix in self.prefixes:
-            prefix.check_base(model)
-
-
-def make_prefix(model: GPT2, tokenizer, config: PrefixConfig, seed: int) -> Prefix:
-    """The prefix that `config` describes, on the model's device and bound to the model; of a BART
-    it is a `BARTPrefix`."""
-    if isinstance(model, BART):
-        from minprefix.prefix.bart import make_bart_prefix
-
-        return make_bart_prefix(model, tokenizer, config, seed)
-    if config.sites:
-        raise ValueError(f"sites {', '.join(config.sites)} are BART's; GPT-2 has one attention")
-    options = {
-        "parametrisation": config.parametrisation,
-        "mid_dim": config.mid_dim,
-        "gate": config.gate,
-        "position_offset": config.position_offset,
-        "place": config.place,
-    }
-    if config.init == "prompt":
-        if config.position_offset is None and not config.gate:
-            del options["position_offset"]  # the prompt's length
-        return Prefix.from_prompt(model, tokenizer, config.init_text, seed=seed, **options)
-    if config.init == "words":
-        return Prefix.from_words(
-            model, tokenizer, config.init_text, config.prefix_len, seed=seed, **options
-        )
-    prefix = Prefix.random(model.config, config.prefix_len or 10, seed, **options)
-    prefix.bind(model)
-    return prefix.to(model.wte.weight.device)

@@ -2,11 +2,11 @@
 
 With a frozen model a step is a function of little: token ids, labels and the prefix's activations
 (h_i of eq. (3), i in P_idx) go in, the summed loss and the activations' gradients come out.
-`Trainer.step` makes the activations once per step (an MLP may stand behind them) and takes their
+`Trainer.step` makes the activations once per step (an MLP may stand after them) and takes their
 gradients on from there. In between stands `Eager`, or on request `Graphed`: static buffers, and one
 graph for each bucket of (rows, tokens, labels), recorded when a batch first needs it.
 
-Shapes are rounded up to buckets, and what is added changes nothing: tokens behind a row's end are
+Shapes are rounded up to buckets, and what is added changes nothing: tokens after a row's end are
 hidden by causality, labels that are added weigh 0. Rows are not packed: batches of similar length
 (`batches.epoch_batches`) leave so little padding that the column `padding` of `bench train --data`
 is all that packing could win.
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from minprefix.data.batches import Batch, pinned
 from minprefix.generation.graphs import capture, round_up
-from minprefix.models.bart import BARTActivations
-from minprefix.models.gpt2 import IGNORE, PrefixActivations
+from minprefix.models.activations import BARTActivations, PrefixActivations
+from minprefix.models.losses import IGNORE
 
 TOKENS = 16  # T is rounded up to a multiple
 LABELS = 8  # n is rounded up to a multiple of B T / LABELS

@@ -33,8 +33,10 @@ from tqdm import tqdm
 
 from minprefix.checks import check_choice
 from minprefix.data.batches import pinned
-from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.config import GPT2Config
+from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import save_model
+from minprefix.training.blocks import wrap_blocks
 from minprefix.training.corpus import Corpus, Windows, unigram_entropy, validation_windows
 from minprefix.training.run_folder import append_log, cut_log, read_state, state_path, write_state
 from minprefix.training.trainer import PRECISIONS, Interrupted, deferred_interrupt
@@ -201,7 +203,7 @@ class Pretrainer:
             # config.json keeps GPT-2's own probability: it is for those who fine-tune the model
             if isinstance(module, nn.Dropout):
                 module.p = config.dropout
-        model.compile_blocks = config.compile
+        wrap_blocks(model, compiled=config.compile)
         return model.init_weights(config.seed).train()
 
     # one step ------------------------------------------------------------------------------------

@@ -33,11 +33,13 @@ from minprefix.data.examples import Example
 from minprefix.generation.graphs import uses_graphs
 from minprefix.generation.texts import generate
 from minprefix.methods.adapters import Adapter, TopLayers, check_free
-from minprefix.models.bart import BART, BARTActivations
-from minprefix.models.gpt2 import GPT2, PrefixActivations
+from minprefix.models.activations import BARTActivations, PrefixActivations
+from minprefix.models.bart import BART
+from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import fingerprint, need_gpt2, save_model
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.prefix import Prefix
+from minprefix.training.blocks import unwrap_blocks, wrap_blocks
 from minprefix.training.graphs import Eager, Graphed, dropped, leaves
 from minprefix.training.ranks import Ranks
 from minprefix.training.run_folder import append_log, cut_log, read_state, state_path, write_state
@@ -167,8 +169,7 @@ class Trainer:
         self.model, self.tokenizer, self.config, self.prefix = model, tokenizer, config, prefix
         self.dev, self.out, self.linearisation = dev, Path(out), linearisation
         model.requires_grad_(False).eval()
-        model.activation_checkpointing = config.activation_checkpointing
-        model.compile_blocks = config.compile
+        wrap_blocks(model, compiled=config.compile, recomputed=config.activation_checkpointing)
         self.trained = prefix or baseline or model
         self.base = ""  # fingerprint of what stays frozen
         if config.method != "finetune":
@@ -323,7 +324,7 @@ class Trainer:
                     self._stop_early()
         self.ranks.wait()
         self.model.eval()  # as `load` gives it
-        self.model.activation_checkpointing = self.model.compile_blocks = False
+        unwrap_blocks(self.model)
         return {
             "steps": self.step_done,
             "best_dev_loss": self.best,

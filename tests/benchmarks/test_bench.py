@@ -14,7 +14,7 @@ from benchmarks.peft.pictures import PARTS, REST, longest_series, part_of
 from benchmarks.peft.run import KEY, BenchConfig, make_task
 from minprefix.cli.main import build_parser
 from minprefix.cli.options import field_help, from_args
-from minprefix.models.gpt2 import GPT2Config
+from minprefix.models.config import GPT2Config
 from minprefix.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

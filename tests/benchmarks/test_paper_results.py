@@ -25,7 +25,7 @@ from benchmarks.paper.results import (
 )
 from benchmarks.paper.run import Run, SearchConfig
 from minprefix.methods.adapters import Adapter, bottleneck_for, count
-from minprefix.methods.counts import official_config
+from minprefix.models.config import OFFICIAL
 from minprefix.models.weights import load, save_model
 from minprefix.training.trainer import TrainConfig
 from tests.conftest import tiny_with_words
@@ -309,7 +309,7 @@ def test_the_papers_own_tables_bear_out_its_claims():
 
 def counted_at_medium() -> dict[str, int]:
     """Parameters that are kept, at GPT-2 medium: of the prefix P = 5, and of the narrow adapter."""
-    config = official_config("gpt2-medium")
+    config = OFFICIAL["gpt2-medium"][0]
     with torch.device("meta"):
         adapter = count(Adapter(config, bottleneck_for(config, 0.001)))
     return {"PREFIX": 2 * config.n_layer * 5 * config.n_embd, "ADAPTER (0.1%)": adapter}

@@ -20,7 +20,7 @@ from minprefix.data.batches import (
     pinned,
 )
 from minprefix.data.examples import Example
-from minprefix.models.gpt2 import IGNORE
+from minprefix.models.losses import IGNORE
 from minprefix.models.tokenizer import Tokenizer
 
 MINI = Path(batches.__file__).parents[1] / "assets" / "mini"

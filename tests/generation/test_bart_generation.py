@@ -66,7 +66,7 @@ def hf_generate(model, prompts: list[list[int]], **options) -> list[list[int]]:
         setattr(twin.generation_config, name, value)
     given = own.forced_bos_token_id is not None
     out = twin.generate(ids, attention_mask=(ids != 1).long(), do_sample=False)
-    rows = [row[1 + given :] for row in out.tolist()]  # behind the start token
+    rows = [row[1 + given :] for row in out.tolist()]  # after the start token
     return [row[: row.index(EOS)] if EOS in row else row for row in rows]
 
 

@@ -13,7 +13,8 @@ from minprefix.generation.fast import order_without
 from minprefix.generation.graphs import uses_graphs
 from minprefix.generation.texts import generate, generate_ids, stream
 from minprefix.models.weights import load
-from minprefix.prefix.prefix import Prefix, PrefixBank
+from minprefix.prefix.bank import PrefixBank
+from minprefix.prefix.prefix import Prefix
 
 OPTIONS = {
     **METHODS,

@@ -10,7 +10,8 @@ from minprefix.data.batches import encode_prompt
 from minprefix.generation.decoding import GenerationConfig, sample, sampling_probabilities
 from minprefix.generation.texts import generate, generate_ids, stream
 from minprefix.models.gpt2 import GPT2
-from minprefix.prefix.prefix import Prefix, PrefixBank
+from minprefix.prefix.bank import PrefixBank
+from minprefix.prefix.prefix import Prefix
 
 EOS = 96  # of the tiny models
 BAD_WORDS = [[5], [7, 8], [20, 9, 11], [EOS]]  # ids; a lone eos is ignored

@@ -6,10 +6,18 @@ from conftest import an_adapter, another_model, pairs, random_ids, small_model, 
 from safetensors.torch import save_file
 
 from minprefix.files import load_tensors
-from minprefix.methods.adapters import ATTACHED, DESIGNS, Adapter, BaselineConfig, TopLayers, count
+from minprefix.methods.adapters import (
+    ADAPTER_FORMAT,
+    ATTACHED,
+    DESIGNS,
+    Adapter,
+    BaselineConfig,
+    TopLayers,
+    count,
+)
 from minprefix.models.weights import fingerprint
-from minprefix.prefix.files import ADAPTER_FORMAT
 from minprefix.prefix.prefix import Prefix
+from minprefix.training.blocks import unwrap_blocks, wrap_blocks
 from minprefix.training.trainer import TrainConfig, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,10 +129,10 @@ def test_what_does_not_go_together_is_refused(tokenizer, tmp_path):
         config = TrainConfig(method=method, steps=1)
         with pytest.raises(ValueError, match=message):
             Trainer(model, tokenizer, config, pairs(4), [], tmp_path, **options)
-    model.compile_blocks = True
+    wrap_blocks(model, compiled=True)
     with pytest.raises(ValueError, match="layers that are not compiled"):
         an_adapter(model).attach(model)
-    model.compile_blocks = False
+    unwrap_blocks(model)
     an_adapter(model).attach(model)
     with pytest.raises(ValueError, match="detach it first"):
         trainer(tokenizer, tmp_path, model=model)

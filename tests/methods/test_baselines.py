@@ -29,7 +29,6 @@ from minprefix.methods.adapters import (
     adapter_of,
     bottleneck_for,
     count,
-    frame_of,
     make_baseline,
 )
 from minprefix.models.gpt2 import GPT2
@@ -122,10 +121,10 @@ def test_detaching_leaves_nothing(design):
     adapter.linearisation = "paper"
     name, weights = fingerprint(model), {n: w.clone() for n, w in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="inside"), adapter.attached(model):
-        assert adapter_of(model) is adapter and frame_of(model) == ("paper", None)
+        assert adapter_of(model) is adapter and model.frame == ("paper", None)
         assert fingerprint(model) == name and list(model.state_dict()) == list(weights)
         raise RuntimeError("inside")
-    assert model.config is config and frame_of(model) == ("", None) and model not in ATTACHED
+    assert model.config is config and model.frame == ("", None) and model not in ATTACHED
     assert not any(module._forward_hooks for module in model.modules())
     assert all(torch.equal(w, weights[n]) for n, w in model.state_dict().items())
     with pytest.raises(ValueError, match="not attached to this model"):
@@ -142,7 +141,7 @@ def test_what_is_copied_or_saved_is_the_model_without_its_adapter(tokenizer, tmp
     adapted, twin = model(ids), copy.deepcopy(model)
     save_model(model, tokenizer, tmp_path)
     for other in (twin, load(tmp_path)[0]):
-        assert adapter_of(other) is None and frame_of(other) == ("", None)
+        assert adapter_of(other) is None and other.frame == ("", None)
         assert torch.equal(other(ids), plain) and not torch.equal(adapted, plain)
     adapter.attach(twin)  # once, beside the hooks that came with the copy
     assert torch.equal(twin(ids), adapted)

@@ -12,7 +12,7 @@ from minprefix.generation.texts import generate
 from minprefix.methods.adapters import Adapter, BaselineConfig, bottleneck_for, count
 from minprefix.models.tokenizer import Tokenizer
 from minprefix.models.weights import ASSETS, fingerprint, load, save_model
-from minprefix.prefix.prefix import PrefixConfig
+from minprefix.prefix.config import PrefixConfig
 from minprefix.training.trainer import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,9 +5,9 @@ import torch
 from conftest import tiny_gpt2
 
 from minprefix.methods.adapters import Adapter, TopLayers, count
-from minprefix.methods.counts import OFFICIAL, method_rows, official_config, shapes_of
-from minprefix.models.gpt2 import GPT2Config
-from minprefix.models.weights import MODELS
+from minprefix.methods.counts import method_rows
+from minprefix.models.config import OFFICIAL, GPT2Config
+from minprefix.models.weights import MODELS, shapes_of
 from minprefix.prefix.prefix import Prefix
 
 
@@ -17,12 +17,12 @@ def by_name(config: GPT2Config) -> dict[str, dict]:
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_shapes_have_the_official_numbers_of_parameters(name):
-    assert count(shapes_of(official_config(name))) == MODELS[name]
+    assert count(shapes_of(OFFICIAL[name][0])) == MODELS[name]
 
 
 def test_gpt2_medium_has_the_counts_of_the_paper():
     """Footnote 7 of the ACL version: 250K and 500K of 345M; adapters of 3 % and 0.1 %."""
-    rows = by_name(official_config("gpt2-medium"))
+    rows = by_name(OFFICIAL["gpt2-medium"][0])
     assert rows["prefix, P = 5"]["kept"] == 245_760
     assert rows["prefix, P = 10"]["kept"] == 491_520
     assert rows["prefix, P = 5"]["trained"] == 25_744_896  # with the MLP, mid_dim 512
@@ -59,5 +59,5 @@ def test_counts_are_those_of_the_real_modules():
 
 
 def test_counting_needs_no_memory():
-    model = shapes_of(official_config("gpt2-xl"))
+    model = shapes_of(OFFICIAL["gpt2-xl"][0])
     assert {w.device for w in model.parameters()} == {torch.device("meta")}

@@ -13,8 +13,8 @@ from minprefix.methods.search.scores import (
     prompt_tables,
     target_tokens,
 )
-from minprefix.models.gpt2 import PrefixActivations
-from minprefix.prefix.prefix import token_activations
+from minprefix.models.activations import PrefixActivations
+from minprefix.prefix.parametrisations import token_activations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,11 +5,14 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_close, hf_bart_twin, random_ids, tiny_bart, tiny_gpt2
 
-from minprefix.models.bart import SITES, BARTActivations
-from minprefix.models.gpt2 import IGNORE, KVCache
+from minprefix.models.activations import BARTActivations
+from minprefix.models.cache import KVCache
+from minprefix.models.config import SITES
+from minprefix.models.losses import IGNORE
 from minprefix.models.weights_bart import to_checkpoint
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.prefix import Prefix
+from minprefix.training.blocks import wrap_blocks
 
 # of the largest number: other orders of summation in fp64; worst seen: 7e-16
 TOLERANCE = 1e-12
@@ -239,7 +242,8 @@ def test_activation_checkpointing_changes_no_gradient(training):
     model = tiny_bart().requires_grad_(False).train(training)
     source, target = inputs(model)
     labels, grads = random_ids(model, 3, 11, seed=2), []
-    for model.activation_checkpointing in (False, True):
+    for recomputed in (False, True):
+        wrap_blocks(model, recomputed=recomputed)
         torch.manual_seed(0)  # dropout
         prefix = a_prefix(model, parametrisation="mlp", mid_dim=7)
         model.token_losses(target, labels, source_ids=source, prefix=prefix).sum().backward()

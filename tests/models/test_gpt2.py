@@ -5,8 +5,13 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_close, hf_twin, random_ids, tiny_gpt2
 
-from minprefix.models.gpt2 import GPT2, IGNORE, GPT2Config, KVCache
-from minprefix.prefix.prefix import Prefix, PrefixBank
+from minprefix.models.cache import KVCache
+from minprefix.models.config import GPT2Config
+from minprefix.models.gpt2 import GPT2
+from minprefix.models.losses import IGNORE
+from minprefix.prefix.bank import PrefixBank
+from minprefix.prefix.prefix import Prefix
+from minprefix.training.blocks import wrap_blocks
 
 TOLERANCE = 1e-12  # of the largest logit: other orders of summation in fp64; worst seen: 3.8e-15
 CONFIGS = [
@@ -177,9 +182,10 @@ def test_activation_checkpointing_changes_nothing(parametrisation, training):
         options = {"parametrisation": parametrisation, "mid_dim": 16}
         prefix = Prefix.random(model.config, 4, seed=0, **options).double()
     calls, results = [], []
-    model.h[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.h[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     parameters = [*model.parameters(), *(prefix.parameters() if prefix else [])]
-    for model.activation_checkpointing in (False, True):
+    for recomputed in (False, True):
+        wrap_blocks(model, recomputed=recomputed)
         torch.manual_seed(0)
         losses = model.token_losses(ids, labels, prefix=prefix, kv_lens=torch.tensor([9, 6, 3]))
         results.append([losses, *torch.autograd.grad(losses.sum(), parameters)])

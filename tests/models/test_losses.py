@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from conftest import assert_close, tiny_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minprefix.models.gpt2 import IGNORE
-from minprefix.models.losses import frozen_head_loss
+from minprefix.models.losses import IGNORE, frozen_head_loss
 
 N, C, V = 23, 16, 101
 

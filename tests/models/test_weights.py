@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from transformers import GPT2Config as TheirConfig
 from transformers import GPT2LMHeadModel
 
-from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.config import GPT2Config
+from minprefix.models.gpt2 import GPT2
 from minprefix.models.tokenizer import Tokenizer
 from minprefix.models.weights import ASSETS, MODELS, find, load, read_config, save_model
 

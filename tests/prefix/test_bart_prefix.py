@@ -9,13 +9,16 @@ from torch import nn
 
 from minprefix.files import load_tensors, save_tensors
 from minprefix.methods.adapters import count
-from minprefix.methods.counts import method_rows, official_config
-from minprefix.models.bart import SITES
+from minprefix.methods.counts import method_rows
+from minprefix.models.config import OFFICIAL, SITES
+from minprefix.prefix.bank import PrefixBank
 from minprefix.prefix.bart import BARTPrefix, word_activations
+from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.convert import convert
 from minprefix.prefix.files import load_prefix
 from minprefix.prefix.foreign import read_authors
-from minprefix.prefix.prefix import Prefix, PrefixBank, PrefixConfig, make_prefix
+from minprefix.prefix.make import make_prefix
+from minprefix.prefix.prefix import Prefix
 
 IDS = [7, 30, 12]
 
@@ -233,7 +236,7 @@ def test_forms_that_do_not_exist_are_named():
 def test_bart_large_has_the_counts_of_the_paper():
     """P = 100 at three attentions: 7.37 M, 1.8 %; P = 200 with MLPs of 800: 62 M trained (both in
     the authors' issues)."""
-    rows = {row["method"]: row for row in method_rows(official_config("facebook/bart-large"))}
+    rows = {row["method"]: row for row in method_rows(OFFICIAL["facebook/bart-large"][0])}
     L, C = 12, 1024
     assert rows["prefix, P = 100"]["kept"] == 3 * 100 * L * 2 * C == 7_372_800
     assert round(rows["prefix, P = 100"]["percent"], 1) == 1.8

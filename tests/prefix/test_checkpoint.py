@@ -11,8 +11,11 @@ from safetensors.torch import save_file
 
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import fingerprint
-from minprefix.prefix.files import FORMAT, load_prefix, save_prefix
-from minprefix.prefix.prefix import Prefix, PrefixBank
+from minprefix.prefix.bank import PrefixBank
+from minprefix.prefix.files import FORMATS, load_prefix, save_prefix
+from minprefix.prefix.prefix import Prefix
+
+FORMAT = FORMATS["GPT-2"]
 
 
 def a_prefix(model: GPT2, **options) -> Prefix:

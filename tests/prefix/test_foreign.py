@@ -8,7 +8,7 @@ import torch
 from conftest import assert_close, hf_twin, random_ids, tiny_gpt2
 from torch import nn
 
-from minprefix.models.gpt2 import GPT2Config
+from minprefix.models.config import GPT2Config
 from minprefix.prefix.foreign import AuthorsTokens, read_adapters, read_authors, run_virtual_tokens
 from minprefix.prefix.prefix import Prefix
 

@@ -14,9 +14,13 @@ from minprefix.data.examples import Example
 from minprefix.generation.decoding import Beginning, GenerationConfig, Rows
 from minprefix.generation.texts import generate_ids
 from minprefix.models.gpt2 import GPT2
-from minprefix.prefix.prefix import Prefix, PrefixBank, PrefixConfig, make_prefix, token_activations
+from minprefix.prefix.bank import PrefixBank
+from minprefix.prefix.config import PrefixConfig
+from minprefix.prefix.make import make_prefix
+from minprefix.prefix.parametrisations import token_activations
+from minprefix.prefix.prefix import Prefix
 
-LENGTHS, STARTS = [9, 4, 1, 7], [5, 3, 0, 0]  # tokens of each row, and the first behind the infix
+LENGTHS, STARTS = [9, 4, 1, 7], [5, 3, 0, 0]  # tokens of each row, and the first after the infix
 
 
 def random_infix(model: GPT2, P: int = 3, seed: int = 0, **options) -> Prefix:
@@ -58,7 +62,7 @@ def literal_infix(model: GPT2, ids: list[int], start: int, table) -> torch.Tenso
 
 @pytest.mark.parametrize("parametrisation", ["table", "mlp"])
 def test_equals_equation_3_row_by_row(parametrisation):
-    """A padded batch; the padding behind the rows holds random tokens."""
+    """A padded batch; the padding after the rows holds random tokens."""
     model = tiny_gpt2().requires_grad_(False)
     infix = random_infix(model, parametrisation=parametrisation)
     ids, lengths = random_ids(model, 4, 9), torch.tensor(LENGTHS)
@@ -140,7 +144,7 @@ def test_a_bank_mixes_places():
 
 @torch.no_grad()
 def test_reading_on_equals_reading_at_once():
-    """Prompts of several lengths, then pieces behind them: what decoding does."""
+    """Prompts of several lengths, then pieces after them: what decoding does."""
     model, infix = tiny_gpt2(), random_infix(tiny_gpt2())
     texts, prompt_lens = [random_ids(model, n, seed=n).tolist() for n in (12, 7, 9)], [8, 1, 4]
     prompts = [text[:n] for text, n in zip(texts, prompt_lens, strict=True)]
@@ -172,7 +176,7 @@ def test_greedy_equals_the_literal_loop(fast):
 
 
 def test_training_and_generation_agree_on_its_place(tokenizer):
-    """Between source and bos, in both frames: the bos is the first token behind it."""
+    """Between source and bos, in both frames: the bos is the first token after it."""
     for frame in ("paper", "original-code"):
         rows = encode_examples(tokenizer, [Example("a boat", ("It floats.",))], frame)
         batch = collate(rows, tokenizer.eos_id)

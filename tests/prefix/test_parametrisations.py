@@ -8,8 +8,12 @@ from conftest import assert_close, hf_twin, random_ids, tiny_gpt2
 from test_prefix import Words, assert_equals_prompt
 
 from minprefix.models.gpt2 import GPT2
-from minprefix.prefix.parametrisations import activations, token_activations
-from minprefix.prefix.prefix import Prefix, PrefixBank, PrefixConfig, make_prefix
+from minprefix.prefix.bank import PrefixBank
+from minprefix.prefix.config import PrefixConfig
+from minprefix.prefix.make import make_prefix
+from minprefix.prefix.parametrisations import computed_table, token_activations
+from minprefix.prefix.prefix import Prefix
+from minprefix.training.blocks import wrap_blocks
 
 KINDS = ["embedding", "embedding-mlp"]
 
@@ -93,7 +97,7 @@ def test_activation_checkpointing_gives_the_same_gradients(kind):
     """Also with the virtual tokens' own pass recomputed."""
     model, gradients = tiny_gpt2(), []
     for on in (False, True):
-        model.activation_checkpointing = on
+        wrap_blocks(model, recomputed=on)
         prefix = virtual_prefix(model, kind)
         loss_of(model, prefix).backward()
         gradients.append([parameter.grad for parameter in prefix.parameters()])
@@ -110,7 +114,7 @@ def test_a_model_in_bf16():
     with torch.enable_grad():
         loss_of(model, prefix).backward()
     assert prefix.virtual.virtual_embd.grad.dtype == torch.float32
-    table = activations(exact, prefix.virtual.virtual_embd.double())
+    table = computed_table(exact, prefix.virtual.virtual_embd.double())
     error = (prefix.table() - table).abs().max() / table.abs().max()
     assert 1e-4 < error < 0.03  # seen: 0.0056
 

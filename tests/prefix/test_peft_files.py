@@ -12,8 +12,8 @@ from test_generation import EOS, hf_generate
 
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.generation.texts import generate_ids
-from minprefix.models.gpt2 import GPT2, GPT2Config
-from minprefix.prefix.foreign import check_fits
+from minprefix.models.config import GPT2Config
+from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.peft import read_peft, write_peft
 from minprefix.prefix.prefix import Prefix
 
@@ -201,10 +201,10 @@ def test_another_base_model_is_named(tmp_path):
     with pytest.raises(
         ValueError, match="3 layers with 2 heads of 8 .* has 3 with 4 of 8.*grouped"
     ):
-        check_fits(tmp_path, prefix, tiny_gpt2().config)
+        prefix.check_fit(tiny_gpt2().config)
     with pytest.raises(ValueError, match="position_offset 5 leaves no place among the 5 positions"):
         prefix_config = GPT2Config(n_layer=3, n_head=2, n_embd=16, n_positions=5)
-        check_fits(tmp_path, prefix, prefix_config)
+        prefix.check_fit(prefix_config)
 
 
 def test_a_failed_write_leaves_the_earlier_folder(folder):

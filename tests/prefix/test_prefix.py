@@ -7,7 +7,10 @@ import torch
 from conftest import assert_close, hf_twin, random_ids, tiny_gpt2
 
 from minprefix.models.gpt2 import GPT2
-from minprefix.prefix.prefix import Prefix, PrefixConfig, make_prefix, token_activations
+from minprefix.prefix.config import PrefixConfig
+from minprefix.prefix.make import make_prefix
+from minprefix.prefix.parametrisations import token_activations
+from minprefix.prefix.prefix import Prefix
 
 TOLERANCE = 1e-12  # of the largest logit, other orders of summation in fp64; worst seen: 1.4e-15
 

@@ -5,8 +5,13 @@ import torch
 from conftest import assert_close, random_ids, tiny_gpt2
 from test_prefix import Words, random_prefix
 
-from minprefix.models.gpt2 import GPT2Config, gated_prefix_attention
-from minprefix.prefix.prefix import Prefix, PrefixBank, PrefixConfig, make_prefix, token_activations
+from minprefix.models.activations import LayerPrefix, Visible, gated_attention
+from minprefix.models.config import GPT2Config
+from minprefix.prefix.bank import PrefixBank
+from minprefix.prefix.config import PrefixConfig
+from minprefix.prefix.make import make_prefix
+from minprefix.prefix.parametrisations import token_activations
+from minprefix.prefix.prefix import Prefix
 
 TOLERANCE = 1e-12  # of the largest logit, other orders of summation in fp64; worst seen: 8.0e-16
 
@@ -103,7 +108,8 @@ def test_gated_attention_equals_a_literal_softmax(rows, size):
         options = {"prefix_index": row, "prefix_lens": torch.tensor([4, 2, 3])}
         literal, row_lens = [x[row] for x in (prefix_k, prefix_v, gate)], [3, 0, 2]
     tensors = [x.double().requires_grad_() for x in (q, k, v, prefix_k, prefix_v, gate)]
-    o = gated_prefix_attention(*tensors, kv_lens=kv_lens, **options)
+    visible = Visible(kv_lens=kv_lens, **options)
+    o = gated_attention(*tensors[:3], LayerPrefix(*tensors[3:]), visible)
     exact = literal_gated(q, k, v, *(x.double() for x in literal), row_lens, kv_lens.tolist())
     # a score of 30 is off by 30 eps = 7e-15; past that, few terms count; worst seen: 1.1e-15
     assert_close(o, exact, 1e-13)
@@ -119,7 +125,7 @@ def test_gate_with_extreme_scores_is_finite(gate, dtype):
     shapes = [(2, 2, 5, 8)] * 3 + [(2, 4, 8)] * 2
     tensors = [100 * torch.randn(x, generator=generator).to(dtype) for x in shapes]
     tensors = [x.requires_grad_() for x in (*tensors, torch.full((2,), gate))]
-    o = gated_prefix_attention(*tensors)
+    o = gated_attention(*tensors[:3], LayerPrefix(*tensors[3:]), Visible())
     assert o.isfinite().all()
     for x in torch.autograd.grad(o.float().sum(), tensors):
         assert x.isfinite().all()

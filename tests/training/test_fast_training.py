@@ -5,7 +5,7 @@ import torch
 from conftest import assert_close, pairs, small_model, trainer
 
 from minprefix.data.batches import collate, encode_examples
-from minprefix.models.gpt2 import IGNORE
+from minprefix.models.losses import IGNORE
 from minprefix.training import graphs as fast_training
 from minprefix.training import trainer as training
 from minprefix.training.graphs import Graphed, padded

@@ -7,7 +7,9 @@ import torch
 
 import minprefix
 from kernels import prefix_attention_qkv
-from minprefix.models.gpt2 import GPT2, GPT2Config, KVCache
+from minprefix.models.cache import KVCache
+from minprefix.models.config import GPT2Config
+from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import MODELS
 
 torch.set_grad_enabled(False)

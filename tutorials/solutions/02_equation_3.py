@@ -7,8 +7,9 @@ import torch.nn.functional as F
 
 import minprefix
 from kernels import prefix_attention
+from minprefix.prefix.bank import PrefixBank
 from minprefix.prefix.parametrisations import token_activations
-from minprefix.prefix.prefix import Prefix, PrefixBank
+from minprefix.prefix.prefix import Prefix
 
 model, tokenizer = minprefix.load("mini", dtype=torch.float64)
 model.requires_grad_(False)

@@ -10,8 +10,8 @@ import minprefix
 from minprefix.data.batches import collate, encode_examples
 from minprefix.data.load import load_examples
 from minprefix.methods.search.scores import prompt_tables
-from minprefix.models.gpt2 import PrefixActivations
-from minprefix.prefix.parametrisations import activations, token_activations
+from minprefix.models.activations import PrefixActivations
+from minprefix.prefix.parametrisations import computed_table, token_activations
 from minprefix.prefix.prefix import Prefix
 
 model, tokenizer = minprefix.load("mini", dtype=torch.float64)
@@ -49,7 +49,7 @@ a, b = (tokenizer.encode(words) for words in ("a table of", " facts, in words"))
 both = token_activations(model, a + b)[..., len(a) :, :]  # B's part
 w = model.wpe.weight
 moved = model.wte.weight[b] + w[len(a) : len(a) + len(b)] - w[: len(b)]  # `activations` adds w[p]
-alone = activations(model, moved)
+alone = computed_table(model, moved)
 gap = (both - alone).abs().amax(dim=(1, 2, 3, 4))  # (L,)
 print("largest |difference| by layer:", ", ".join(f"{x:.1e}" for x in gap.tolist()))
 assert gap[0] < 1e-11 and (gap[1:] > 1e-2).all()

@@ -16,7 +16,8 @@ from minprefix.data.batches import collate, encode_examples
 from minprefix.data.load import load_examples
 from minprefix.data.splits import choose
 from minprefix.prefix.bart import BARTPrefix
-from minprefix.prefix.prefix import PrefixConfig, make_prefix
+from minprefix.prefix.config import PrefixConfig
+from minprefix.prefix.make import make_prefix
 from minprefix.training.trainer import TrainConfig, Trainer
 
 model, tokenizer = minprefix.load("mini-bart")

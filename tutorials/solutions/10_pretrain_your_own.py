@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import minprefix
 from minprefix.data.load import load_examples
-from minprefix.models.gpt2 import GPT2, GPT2Config
+from minprefix.models.config import GPT2Config
+from minprefix.models.gpt2 import GPT2
 from minprefix.models.tokenizer import Tokenizer
 from minprefix.training.corpus import encode, unigram_entropy, validation_windows
 

@@ -29,9 +29,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels import prefix_attention
 from minprefix.data.batches import Batch, Encoded, collate
-from minprefix.models.gpt2 import GPT2, PrefixActivations
+from minprefix.models.activations import PrefixActivations
+from minprefix.models.gpt2 import GPT2
+from minprefix.prefix.parametrisations import Recorder
 
 PASS_TOKENS = 8192  # tokens that one forward pass reads, about; a limit of memory
 GRADIENT_COST = 2  # forward passes: with frozen weights a backward pass has as many products as one
@@ -42,17 +43,9 @@ def prompt_tables(model: GPT2, x: Tensor) -> Tensor:
 
     Differentiable in x; for embeddings of tokens equal to `prefix.token_activations`.
     """
-    layers = []
-
-    def attend(q, k, v, prefix_k, prefix_v, gate, **visible) -> Tensor:
-        layers.append(torch.stack([k, v]))
-        return prefix_attention(q, k, v, prefix_k, prefix_v, **visible)
-
-    none = x.new_empty(model.config.n_head, 0, model.config.head_dim)
-    x = x + model.wpe.weight[: x.shape[1]]
-    for block in model.h:
-        x = block(x, none, none, None, attend)
-    return torch.stack(layers)
+    recorder = Recorder(x.device)
+    model.hidden_states(x, cache=recorder)
+    return torch.stack(list(recorder.kv.values()))
 
 
 def bank(table: Tensor, rows: int) -> PrefixActivations:

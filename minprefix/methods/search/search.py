@@ -63,7 +63,8 @@ from minprefix.methods.search.scores import (
 )
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import fingerprint, need_gpt2
-from minprefix.prefix.prefix import Prefix, token_activations
+from minprefix.prefix.parametrisations import token_activations
+from minprefix.prefix.prefix import Prefix
 from minprefix.training.run_folder import append_log, cut_log
 from minprefix.training.trainer import PRECISIONS, Interrupted, deferred_interrupt, in_bf16
 

@@ -1,0 +1,112 @@
+"""What GPT-2 and BART have in common: the tied head, the loss, random weights.
+
+A model also says here what the rest of the program must know of it, so that nothing else asks
+which of the two it is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minprefix.models.activations import Activations
+from minprefix.models.losses import IGNORE, frozen_head_loss
+
+
+class LanguageModel(nn.Module):
+    """The head is the token embedding `wte` (tied); `hidden_states` makes what it reads."""
+
+    reads: ClassVar[type[Activations]]  # what it reads of a prefix
+    reads_name: ClassVar[str]  # the class of such a prefix
+    captures: ClassVar[bool]  # CUDA graphs can repeat a step: equal shapes, equal kernels
+    head_bias: Tensor | None
+
+    def blocks(self) -> list[nn.Module]:
+        """All layers, in the order in which they run."""
+        raise NotImplementedError
+
+    def init_std(self, name: str) -> float:
+        """Of the normal distribution from which `init_weights` draws this matrix."""
+        return 0.02
+
+    def init_weights(self, seed: int) -> "LanguageModel":
+        """Random weights: matrices from N(0, `init_std`), biases 0, layer norms 1."""
+        generator = torch.Generator(device=self.wte.weight.device).manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=self.init_std(name), generator=generator)
+            else:
+                nn.init.constant_(weight, 0.0 if name.endswith("bias") else 1.0)
+        if self.head_bias is not None:
+            nn.init.zeros_(self.head_bias)
+        return self
+
+    def head(self, hidden: Tensor) -> Tensor:  # (..., C) -> (..., V)
+        return F.linear(hidden, self.wte.weight, self.head_bias)
+
+    def token_losses(
+        self, input_ids: Tensor, labels: Tensor, at: Tensor | None = None, **kwargs
+    ) -> Tensor:
+        """-log p of each labelled token, eq. (2), in nats: (n,).
+
+        Args:
+            input_ids: (B, T) int.
+            labels: (B, T) int, the token that follows each input; -100 where there is no loss.
+            at: (n,) int, the places b T + t of the labels: all that are not -100, in this order,
+                which a GPU must be waited for to learn. What only other positions need is left out.
+            kwargs: of `hidden_states`.
+        """
+        if at is None:
+            at = (labels != IGNORE).flatten().nonzero()[:, 0]
+        hidden, labels = self.hidden_states(input_ids, at=at, **kwargs), labels.flatten()[at]
+        if not self.wte.weight.requires_grad:
+            return frozen_head_loss(hidden, self.wte.weight, labels, bias=self.head_bias)
+        logits = self.head(hidden)  # (n, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    def activations_of(self, prefix, prefix_index: Tensor | None = None) -> Activations:
+        """What it reads of a prefix, of a bank with an index, or of None; ready ones stay.
+
+        Raises:
+            ValueError: a prefix of the other family, an index without a bank.
+        """
+        acts = prefix
+        if prefix is None:
+            acts = self.reads.empty(self.config, self.wte.weight)
+        elif hasattr(prefix, "activations"):
+            acts, prefix_index = prefix.activations(prefix_index), None
+        if prefix_index is not None:
+            raise ValueError("prefix_index needs a PrefixBank, a bank of GPT-2's prefixes")
+        if not isinstance(acts, self.reads):
+            found = type(prefix).__name__
+            raise ValueError(f"a {self.config.family} needs a {self.reads_name}, got {found}")
+        return acts
+
+    @property
+    def frame(self) -> tuple[str, int | None]:
+        """The frame of text that it learned, (linearisation, max_source), or that the adapter
+        attached to it learned; ("", None) = none."""
+        learned, _ = ATTACHED.get(self, (None, None))
+        learned = learned if learned is not None and learned.linearisation else self.config
+        return learned.linearisation, learned.max_source
+
+
+# models that compute with an adapter: it, and what takes its hooks away
+ATTACHED: WeakKeyDictionary[LanguageModel, tuple[nn.Module, list]] = WeakKeyDictionary()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; each module's own mode comes back at the end."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,143 @@
+"""The sizes of GPT-2 and of BART, and those of the official models.
+
+A config is what config.json says of a model. What the two families do differently and needs only
+numbers to be decided is a method or a constant here: how many positions a prompt may take, what
+the decoder reads first. Imports nothing of PyTorch.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+SITES = ("encoder", "decoder", "cross")  # the attentions of a BART, each of which may have a prefix
+
+
+def check_heads(config: "GPT2Config | BARTConfig") -> None:
+    """ValueError if the heads do not divide the width."""
+    if config.n_embd % config.n_head:
+        raise ValueError(f"n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Sizes of a GPT-2; the defaults are those of the smallest official model."""
+
+    vocab_size: int = 50257  # V
+    n_positions: int = 1024  # longest position + 1
+    n_embd: int = 768  # C
+    n_layer: int = 12  # L
+    n_head: int = 12  # H
+    n_inner: int | None = None  # width inside the MLP; None = 4 C
+    layer_norm_epsilon: float = 1e-5
+    bos_token_id: int = 50256
+    eos_token_id: int = 50256
+    embd_pdrop: float = 0.1  # probability, on embeddings; dropout acts while fine-tuning only
+    resid_pdrop: float = 0.1  # probability, on what each layer adds
+    attn_pdrop: float = 0.1  # kept for the file; no dropout inside attention here
+    linearisation: str = ""  # of a fine-tuned model: the frame it learned (`batches.encode_prompt`)
+    max_source: int | None = None  # likewise, to how many tokens sources were cut; None = never
+
+    family: ClassVar[str] = "GPT-2"
+    default_frame: ClassVar[str] = ""  # of a text, where no frame was learned: it goes in as it is
+    # generation, as in BARTConfig: nothing is forced, and the plain settings
+    forced_bos_token_id: ClassVar[int | None] = None
+    forced_eos_token_id: ClassVar[int | None] = None
+    no_repeat_ngram_size: ClassVar[int] = 0
+    early_stopping: ClassVar[bool] = False
+    length_penalty: ClassVar[float] = 1.0
+
+    def __post_init__(self):
+        check_heads(self)
+
+    @property
+    def head_dim(self) -> int:  # D
+        return self.n_embd // self.n_head
+
+    def room_for_prompt(self, n_new: int) -> int:
+        """How many positions a prompt may take before `n_new` new tokens."""
+        return self.n_positions - n_new
+
+    def room_for_new(self, prompt_len: int) -> int:
+        """How many new tokens fit after a prompt."""
+        return self.n_positions - prompt_len
+
+    def check_room(self, prompt_len: int, n_new: int, offset: int) -> None:
+        """ValueError if a prompt and the new tokens after it need more positions than there are."""
+        if prompt_len + offset + n_new > self.n_positions:
+            raise ValueError(
+                f"too long: {prompt_len} prompt tokens + position offset {offset} + max_new_tokens "
+                f"{n_new} > {self.n_positions} positions of the model"
+            )
+
+
+@dataclass(frozen=True)
+class BARTConfig:
+    """Sizes of a BART and its special tokens; the defaults are those of facebook/bart-large."""
+
+    vocab_size: int = 50265  # V
+    n_positions: int = 1024  # longest position + 1, of source and of target
+    n_embd: int = 1024  # C
+    n_encoder_layer: int = 12  # layers of the encoder
+    n_layer: int = 12  # L, layers of the decoder
+    n_head: int = 16  # H
+    n_inner: int = 4096  # width inside the MLPs
+    scale_embedding: bool = False  # multiply token embeddings by sqrt(C)
+    bos_token_id: int = 0  # <s>, before a source and before a target
+    pad_token_id: int = 1
+    eos_token_id: int = 2  # </s>, after both
+    decoder_start_token_id: int = 2  # what the decoder reads first
+    forced_bos_token_id: int | None = None  # generation: the first token; None = any
+    forced_eos_token_id: int | None = 2  # generation: the last of max_new_tokens; None = any
+    no_repeat_ngram_size: int = 0  # generation, where nothing is said: this and the next two
+    early_stopping: bool = False
+    length_penalty: float = 1.0
+    dropout: float = 0.1  # probability, on embeddings and sums; it acts while fine-tuning only
+    attention_dropout: float = 0.0  # kept for the file; no dropout inside attention here
+    activation_dropout: float = 0.0  # kept for the file; no dropout inside the MLPs here
+    linearisation: str = ""  # of a fine-tuned model: the frame it learned, and the next
+    max_source: int | None = None
+
+    family: ClassVar[str] = "BART"
+    default_frame: ClassVar[str] = "paper"  # a source always has its <s> and </s>
+
+    def __post_init__(self):
+        check_heads(self)
+
+    @property
+    def head_dim(self) -> int:  # D
+        return self.n_embd // self.n_head
+
+    def at(self, site: str) -> "BARTConfig":
+        """With the number of layers that a prefix has at one of SITES."""
+        return replace(self, n_layer=self.n_encoder_layer) if site == "encoder" else self
+
+    def room_for_prompt(self, n_new: int) -> int:
+        """How many positions a prompt may take: all, since it has the encoder for itself."""
+        return self.n_positions
+
+    def room_for_new(self, prompt_len: int) -> int:
+        """How many new tokens fit after the start token: a prompt is in the encoder."""
+        return self.n_positions - 1
+
+    def check_room(self, prompt_len: int, n_new: int, offset: int) -> None:
+        """ValueError if the source or the target needs more positions than there are."""
+        for what, n in (("source", prompt_len), ("start and new", 1 + n_new)):
+            if n + offset > self.n_positions:
+                raise ValueError(
+                    f"too long: {n} {what} tokens + position offset {offset} > {self.n_positions} "
+                    "positions of the model"
+                )
+
+
+BART_BASE = BARTConfig(n_embd=768, n_encoder_layer=6, n_layer=6, n_head=12, n_inner=3072)
+
+# the official models with their numbers of parameters, the tied head counted once
+OFFICIAL: dict[str, tuple[GPT2Config | BARTConfig, int]] = {
+    "distilgpt2": (GPT2Config(n_layer=6), 81_912_576),
+    "gpt2": (GPT2Config(), 124_439_808),
+    "gpt2-medium": (GPT2Config(n_embd=1024, n_layer=24, n_head=16), 354_823_168),
+    "gpt2-large": (GPT2Config(n_embd=1280, n_layer=36, n_head=20), 774_030_080),
+    "gpt2-xl": (GPT2Config(n_embd=1600, n_layer=48, n_head=25), 1_557_611_200),
+    "facebook/bart-base": (BART_BASE, 139_420_416),
+    "facebook/bart-large": (BARTConfig(), 406_291_456),
+    "facebook/bart-large-cnn": (BARTConfig(vocab_size=50264), 406_290_432),
+}

@@ -1,0 +1,51 @@
+"""How a prefix is made: the settings of `make.make_prefix`. Imports nothing of PyTorch."""
+
+from dataclasses import dataclass
+
+from minprefix.checks import check_choice
+
+PARAMETRISATIONS = ("table", "mlp", "embedding", "embedding-mlp")
+PLACES = ("prefix", "infix")
+INITS = ("random", "words", "prompt")
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """How a prefix is made before training; `make_prefix` follows it."""
+
+    prefix_len: int | None = None  # P; None = 10 at random, the number of BPE tokens of init_text
+    parametrisation: str = "mlp"  # "table" (direct), "mlp", "embedding" (-only) or "embedding-mlp"
+    place: str = "prefix"  # "prefix", or "infix": between source and target
+    mid_dim: int = 512  # hidden width of the MLP; the paper's: 512 table-to-text, 800 summaries
+    init: str = "random"  # or "words" (their activations), or "prompt" (equal to a hard prompt)
+    init_text: str = "table-to-text:"  # the words or the prompt
+    gate: bool = False  # per layer and head, starts at 0: step 0 is the frozen model
+    position_offset: int | None = None  # token t stands at t + this; None = P; 0: gate, BART
+    sites: tuple[str, ...] = ()  # BART: "encoder", "decoder" or "cross" attention; none = all
+
+    def __post_init__(self):
+        check_form(self.parametrisation, self.place)
+        check_choice("init", self.init, INITS)
+        object.__setattr__(self, "sites", tuple(self.sites))  # a list in config.json
+        if (self.init, self.place) == ("prompt", "infix"):
+            raise ValueError("init 'prompt' needs place 'prefix': after a source, a prompt's "
+                             "activations are others for each source")  # fmt: skip
+        if self.prefix_len is not None and self.prefix_len < 1:
+            raise ValueError(f"prefix_len must be at least 1, got {self.prefix_len}")
+        if self.init == "prompt" and self.prefix_len is not None:
+            raise ValueError(
+                f"init 'prompt' takes prefix_len from the text, got prefix_len {self.prefix_len}"
+            )
+        if self.mid_dim < 1:
+            raise ValueError(f"mid_dim must be at least 1, got {self.mid_dim}")
+
+
+def check_form(parametrisation: str, place: str) -> None:
+    """ValueError for names that do not exist or do not go together."""
+    check_choice("parametrisation", parametrisation, PARAMETRISATIONS)
+    check_choice("place", place, PLACES)
+    if place == "infix" and parametrisation.startswith("embedding"):
+        raise ValueError(
+            f"parametrisation {parametrisation!r} needs place 'prefix': after a source, the keys "
+            "and values of virtual tokens are others for each source"
+        )
