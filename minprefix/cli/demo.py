@@ -20,8 +20,9 @@ from minprefix.methods.evaluate import evaluate_method
 from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, show_examples
 from minprefix.models.weights import load
 from minprefix.prefix.prefix import Prefix, PrefixConfig, make_prefix
-from minprefix.training.run_folder import read_log, state_path
-from minprefix.training.trainer import Interrupted, TrainConfig, Trainer
+from minprefix.training.loop import Interrupted
+from minprefix.training.run_folder import read_log
+from minprefix.training.trainer import TrainConfig, Trainer
 
 
 def cpu_has_bf16() -> bool:
@@ -103,8 +104,7 @@ def tune_write_measure(out: Path) -> tuple[dict, list[dict]]:
 
 def tune(trainer: Trainer, out: Path) -> dict:
     """Train to the end, from the last state in `out` if there is one."""
-    if state_path(out).exists():
-        trainer.load_state()
+    if trainer.resume():
         say(f"{out} holds a run: going on after step {trainer.step_done} (delete it to start anew)")
     return trainer.run()
 

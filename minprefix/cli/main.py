@@ -28,7 +28,7 @@ from minprefix.data.splits import TOPICS
 from minprefix.methods.counts import BARTS, OFFICIAL, method_rows, official_config, shapes_of
 from minprefix.models import weights
 from minprefix.prefix import convert
-from minprefix.training.trainer import Interrupted
+from minprefix.training.loop import Interrupted
 
 
 def shared_options() -> tuple[argparse.ArgumentParser, ...]:

@@ -15,10 +15,11 @@ from minprefix.data.splits import choose
 from minprefix.files import write_text
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.generation.texts import generate, stream
-from minprefix.methods.adapters import Adapter, frame_of
+from minprefix.methods.adapters import Adapter
 from minprefix.methods.evaluate import METRICS, evaluate_method
 from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, TokenPrompt, show_examples
 from minprefix.models import weights
+from minprefix.models.attached import frame_of
 from minprefix.prefix.prefix import Prefix
 
 

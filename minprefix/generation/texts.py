@@ -17,7 +17,7 @@ from minprefix.data.batches import encode_prompt
 from minprefix.generation import decoding
 from minprefix.generation import fast as fast_generation
 from minprefix.generation.decoding import GenerationConfig
-from minprefix.methods.adapters import frame_of
+from minprefix.models.attached import frame_of
 from minprefix.models.bart import BART, BARTActivations
 from minprefix.models.gpt2 import GPT2, PrefixActivations
 from minprefix.prefix.prefix import Prefix, PrefixBank
@@ -225,7 +225,7 @@ def generate(
 
     Args:
         prompts: a list of token ids is taken as it is. A text is encoded in the frame that its
-            prefix, adapter or fine-tuned model was trained in (`baselines.frame_of`), as it is
+            prefix, adapter or fine-tuned model was trained in (`attached.frame_of`), as it is
             without.
             For a BART it is the source, which always has its <s> and </s>.
         prefix: for all prompts, or a bank.

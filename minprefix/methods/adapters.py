@@ -1,15 +1,15 @@
-"""The paper's baselines: adapters, and fine-tuning of the top layers.
+"""Adapters, a baseline of the paper: small networks between the layers of a frozen model.
 
-An adapter (section 5.2 of Li & Liang 2021 [1]) is a bottleneck with a skip connection, put behind
+An adapter (section 5.2 of Li & Liang 2021 [1]) is a bottleneck with a skip connection, put after
 parts of a frozen model; only it is trained:
 
     A(x) = x + W_up relu(W_down n(x) + b_down) + b_up,   W_down (m, C), W_up (C, m).
 
 Two designs, those of the authors' code [2], ReLU in both:
 
-    lin      one per layer, behind the whole block, n a layer norm of its own: Lin et al. 2020 [3],
+    lin      one per layer, after the whole block, n a layer norm of its own: Lin et al. 2020 [3],
              design 1 and the default of [2]
-    houlsby  two per layer, behind attention and behind the MLP, each before its sum is added to the
+    houlsby  two per layer, after attention and after the MLP, each before its sum is added to the
              residual stream, n(x) = x: Houlsby et al. 2019 [4], design 2 of [2]. The code of [4]
              has GELU instead, and trains the model's layer norms, too; [2] does neither.
 
@@ -17,9 +17,10 @@ W_down starts as N(0, 0.02) and the biases at 0, as in [2]. W_up starts at 0, wh
 is then exactly the frozen model. [2] draws W_up like W_down, the code of [4] draws both from a
 truncated N(0, 0.001). The frozen model has no dropout here; [2] leaves it on for adapters.
 
-Read `Bottleneck`, `Adapter`, `TopLayers`, then `make_baseline`. `gpt2.py` knows nothing of them: an
-adapter sits in forward hooks, and what fine-tuning of the top layers trains are the model's own
-modules. Shapes use the letters of the README's table; m is the width of a bottleneck.
+Read `Bottleneck`, `Adapter`, then `TunedAdapter`. `gpt2.py` knows nothing of them: an adapter sits
+in forward hooks. An adapter file holds the weights in fp32 under their names, and as metadata the
+format, design, width and epsilon of the layer norms, the frame of the text and the base model.
+Shapes use the letters of the README's table; m is the width of a bottleneck.
 
 [1] https://arxiv.org/abs/2101.00190
 [2] https://github.com/XiangLi1999/PrefixTuning: old_transformers/src/transformers/
@@ -32,44 +33,25 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprefix.checks import check_choice
+from minprefix.files import load_tensors, save_tensors
 from minprefix.generation.fast import KEPT
+from minprefix.models.attached import ATTACHED, adapter_of, check_free
 from minprefix.models.gpt2 import GPT2, GPT2Config
 from minprefix.models.weights import check_base, fingerprint, need_gpt2
+from minprefix.prefix.files import check_finite, frame_metadata, read_frame
+from minprefix.training.tuned import Tuned, bind_added
 
-SITES = {"lin": ("block",), "houlsby": ("attn", "mlp")}  # by design: behind what in each layer
+SITES = {"lin": ("block",), "houlsby": ("attn", "mlp")}  # by design: after what in each layer
 DESIGNS = tuple(SITES)
+FORMAT = "minprefix-adapter-1"
 SHARE = 0.03  # of the model's parameters: the larger of the paper's two adapters
-
-
-@dataclass(frozen=True)
-class BaselineConfig:
-    """What the methods "ft-top" and "adapter" train; `make_baseline` follows it."""
-
-    top_layers: int = 2  # ft-top: layers, from the top, beside the last layer norm; the paper's: 2
-    top_embedding: bool = False  # ft-top: the token embedding, too, which is the head
-    adapter_design: str = "lin"  # adapter: "lin" (one per layer) or "houlsby" (two per layer)
-    bottleneck: int | None = None  # adapter: its width m; None = by adapter_share
-    adapter_share: float | None = None  # adapter: its part of the model's parameters; None = 0.03
-
-    def __post_init__(self):
-        check_choice("adapter_design", self.adapter_design, DESIGNS)
-        for name in ("top_layers", "bottleneck"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.adapter_share is not None and not 0 < self.adapter_share <= 1:
-            raise ValueError(f"adapter_share must lie in (0, 1], got {self.adapter_share}")
-        if self.bottleneck is not None and self.adapter_share is not None:
-            raise ValueError(
-                f"bottleneck {self.bottleneck} and adapter_share {self.adapter_share} both say how "
-                "wide an adapter is: give one"
-            )
 
 
 def count(module: nn.Module) -> int:
@@ -95,11 +77,7 @@ class Bottleneck(nn.Module):
         return x + F.linear(h, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
 
 
-# models that compute with an adapter: it, and what takes its hooks away
-ATTACHED: WeakKeyDictionary[GPT2, tuple["Adapter", list]] = WeakKeyDictionary()
-
-
-def behind(sublayer: nn.Module, part: Bottleneck):
+def hook_after(sublayer: nn.Module, part: Bottleneck):
     """A forward hook: what `part` makes of the output takes its place. A copy of the sublayer has
     the hook, too; there it does nothing."""
     here = weakref.ref(sublayer)
@@ -110,7 +88,7 @@ class Adapter(nn.Module):
     """Bottlenecks for all layers of one model. Make it with `random` or `load`, then `attach` it.
 
     Attributes:
-        design, bottleneck: as in `BaselineConfig`.
+        design, bottleneck: as in `by_name.BaselineConfig`.
         base: fingerprint of the model that it belongs to; "" = not known.
         linearisation, max_source: the frame it was trained in (`batches.encode_prompt`), which is
             that of a model it is attached to (`frame_of`). "" = none; None = nothing is cut.
@@ -148,15 +126,11 @@ class Adapter(nn.Module):
 
     @classmethod
     def load(cls, path) -> "Adapter":
-        """Read an adapter file; see `checkpoint.load_adapter`."""
-        from minprefix.prefix.files import load_adapter
-
+        """Read an adapter file; see `load_adapter`."""
         return load_adapter(path)
 
     def save(self, path) -> None:
-        """Write an adapter file; see `checkpoint.save_adapter`."""
-        from minprefix.prefix.files import save_adapter
-
+        """Write an adapter file; see `save_adapter`."""
         save_adapter(path, self)
 
     def bind(self, model: GPT2) -> None:
@@ -212,51 +186,9 @@ class Adapter(nn.Module):
         for block, layer in zip(model.h, self.h, strict=True):
             for place, part in layer.items():
                 sublayer = block if place == "block" else getattr(block, place)
-                handles.append(sublayer.register_forward_hook(behind(sublayer, part)))
+                handles.append(sublayer.register_forward_hook(hook_after(sublayer, part)))
         ATTACHED[model] = self, handles
         KEPT.pop(model, None)  # graphs recorded without it
-
-
-def adapter_of(model: GPT2) -> Adapter | None:
-    """The adapter that is attached to the model."""
-    return ATTACHED[model][0] if model in ATTACHED else None
-
-
-def frame_of(model: GPT2, prefix=None) -> tuple[str, int | None]:
-    """The frame that was trained, (linearisation, max_source): of the prefix, or else the adapter
-    that is attached to the model, or else the model; ("", None) = none."""
-    learned = prefix or adapter_of(model)
-    if learned is None or not (learned.linearisation or prefix):
-        learned = model.config
-    return learned.linearisation, learned.max_source
-
-
-def check_free(model: GPT2) -> None:
-    """ValueError if an adapter is attached to the model."""
-    if adapter_of(model) is not None:
-        raise ValueError("the model has an adapter already: detach it first")
-
-
-class TopLayers(nn.Module):
-    """What fine-tuning of the top layers trains: modules of `model` itself, under one name.
-
-    The last `n_top` blocks and the layer norm behind them, as `top_layers 22` of the authors' code
-    (its number for two blocks of GPT-2 medium, 22 and 23); with `embedding` the token embedding,
-    too, which is the head: its `top_layers 2`. The paper does not say which of them FT-top2 is.
-    Without the embedding the backward pass ends at the lowest of the trained blocks.
-    """
-
-    def __init__(self, model: GPT2, n_top: int = 2, embedding: bool = False):
-        super().__init__()
-        if not 1 <= n_top <= model.config.n_layer:
-            raise ValueError(
-                f"top_layers must lie in [1, {model.config.n_layer}], the model's layers, "
-                f"got {n_top}"
-            )
-        self.n_top, self.embedding = n_top, embedding
-        self.h, self.ln_f = model.h[-n_top:], model.ln_f
-        if embedding:
-            self.wte, self.drop = model.wte, model.drop
 
 
 def bottleneck_for(config: GPT2Config, share: float, design: str = "lin") -> int:
@@ -268,30 +200,100 @@ def bottleneck_for(config: GPT2Config, share: float, design: str = "lin") -> int
     return max(1, 1 + round((goal - one) / (two - one)))
 
 
-def make_baseline(
-    model: GPT2, method: str, config: BaselineConfig, seed: int
-) -> Adapter | TopLayers | None:
-    """What `Trainer` takes as its `baseline`: an adapter on the model's device and bound to it, the
-    model's top layers, or for other methods None. ValueError for a BART, which has neither."""
-    if method in ("ft-top", "adapter"):
-        need_gpt2(model, f"method {method!r}")
-    if method == "ft-top":
-        return TopLayers(model, config.top_layers, config.top_embedding)
-    if method != "adapter":
-        return None
-    width, design = config.bottleneck, config.adapter_design
-    if width is None:
-        width = bottleneck_for(model.config, config.adapter_share or SHARE, design)
+# files -----------------------------------------------------------------------------------------
+
+
+def save_adapter(path: str | Path, adapter: Adapter) -> None:
+    """Write the adapter file, all of it or nothing. OSError if it cannot be written."""
+    tensors = {name: tensor.float() for name, tensor in adapter.state_dict().items()}
+    metadata = {
+        "format": FORMAT,
+        "design": adapter.design,
+        "bottleneck": str(adapter.bottleneck),
+        "layer_norm_epsilon": repr(adapter.layer_norm_epsilon),
+        "base": adapter.base,
+        **frame_metadata(adapter),
+    }
+    save_tensors(path, tensors, metadata)
+
+
+def load_adapter(path: str | Path) -> Adapter:
+    """Read an adapter file.
+
+    Raises:
+        ValueError: not such a file, damaged, or tensors that are not those of an adapter.
+        OSError: it cannot be read.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: not an adapter file (format {metadata.get('format')!r})")
+    design, width = metadata.get("design"), metadata.get("bottleneck", "")
+    if design not in SITES:
+        raise ValueError(f"{path}: unknown design {design!r}")
+    down, up = (tensors.get(f"h.0.{SITES[design][0]}.{w}.bias") for w in ("down", "up"))
+    if down is None or up is None or width != str(down.numel()) or 0 in (down.numel(), up.numel()):
+        raise ValueError(f"{path}: no tensors of design {design!r} and bottleneck {width!r}")
+    try:
+        eps = float(metadata.get("layer_norm_epsilon", ""))
+    except ValueError as error:
+        raise ValueError(f"{path}: layer_norm_epsilon must be a number") from error
+    n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
+    config = GPT2Config(n_layer=n_layer, n_head=1, n_embd=up.numel(), layer_norm_epsilon=eps)
+    with torch.device("meta"):
+        adapter = Adapter(config, down.numel(), design)
+    wanted = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(wanted | found):
+        if found.get(name) != wanted.get(name):
+            shapes = f"is {found.get(name)}, must be {wanted.get(name)}"
+            raise ValueError(f"{path}: {name} {shapes} in {n_layer} layers of design {design}")
+    check_finite(path, tensors)
+    adapter.load_state_dict({name: x.float() for name, x in tensors.items()}, assign=True)
+    adapter.base = metadata.get("base", "")
+    adapter.linearisation, adapter.max_source = read_frame(path, metadata)
+    return adapter
+
+
+# training --------------------------------------------------------------------------------------
+
+
+def make_adapter(
+    model: GPT2, design: str, bottleneck: int | None, share: float | None, seed: int
+) -> Adapter:
+    """A new adapter on the model's device, bound to the model, of this width or of this share of
+    the model's parameters (`SHARE` if neither is given)."""
+    need_gpt2(model, "method 'adapter'")
+    width = bottleneck or bottleneck_for(model.config, share or SHARE, design)
     adapter = Adapter.random(model.config, width, seed, design).to(model.wte.weight.device)
     adapter.bind(model)
     return adapter
 
 
-def describe_baseline(baseline: Adapter | TopLayers, model: GPT2) -> str:
-    """What it is and how large, in one line."""
-    if isinstance(baseline, Adapter):
-        name = f"adapter, design {baseline.design}, bottleneck {baseline.bottleneck}"
-    else:
-        name = f"top {baseline.n_top} layers" + (" and embedding" if baseline.embedding else "")
-    n, total = count(baseline), count(model)
-    return f"{name}: {n:,} parameters, {100 * n / total:.3f} % of the model's {total:,}"
+@dataclass
+class TunedAdapter(Tuned):
+    """Training of an adapter beside the frozen model."""
+
+    adapter: Adapter
+
+    method = "adapter"
+    kept = "adapter.safetensors"
+    reads = ("adapter_design", "bottleneck", "adapter_share")
+    # narrow models: the best of three widths on E2E's dev set; others: for 3 % of the parameters,
+    # for 0.1 % the paper has 8e-5
+    rates = {"gpt2": (1e-2, 5e-5)}  # noqa: RUF012
+
+    @property
+    def weights(self) -> Adapter:
+        return self.adapter
+
+    def bind(self, model, linearisation, max_source) -> dict:
+        return bind_added(self.adapter, model, linearisation, max_source)
+
+    def attached(self, model):
+        return self.adapter.attached(model)
+
+    def save(self, path, model, tokenizer) -> None:
+        self.adapter.save(path)
+
+    def __str__(self) -> str:
+        return f"adapter, design {self.adapter.design}, bottleneck {self.adapter.bottleneck}"

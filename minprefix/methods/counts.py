@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import torch
 
-from minprefix.methods.adapters import DESIGNS, Adapter, TopLayers, bottleneck_for, count
+from minprefix.methods.adapters import DESIGNS, Adapter, bottleneck_for, count
+from minprefix.methods.top_layers import TopLayers
 from minprefix.models.bart import BART, BARTConfig
 from minprefix.models.gpt2 import GPT2, GPT2Config
 from minprefix.prefix.bart import BARTPrefix

@@ -1,4 +1,4 @@
-"""Prefix and adapter files: one small safetensors file is all that is needed to use either.
+"""Prefix files: one small safetensors file is all that is needed to use a prefix.
 
 A prefix file holds `prefix_table` (L, 2, H, P, D) in fp32, an optional `gate` (L, H), and as
 metadata the format, the position offset, the place, the frame of the text, the fingerprint of the
@@ -6,9 +6,6 @@ base model and how it was trained. The MLP is not in it (section 4.3 of Li & Lia
 dropped after training), nor are virtual tokens: what the model computes of them is. That of a BART
 has a table for each site, `encoder.prefix_table` and so on, or the embeddings of virtual tokens,
 `virtual_embd` (P, C): there the source behind them decides what they become.
-
-An adapter file holds the weights of `baselines.Adapter` in fp32 under their names, and as metadata
-the format, design, width and epsilon of its layer norms, the frame of the text and the base model.
 """
 
 from pathlib import Path
@@ -18,15 +15,12 @@ import torch
 from minprefix.checks import check_choice
 from minprefix.data.examples import LINEARISATIONS
 from minprefix.files import load_tensors, save_tensors
-from minprefix.methods.adapters import SITES, Adapter
 from minprefix.models.bart import SITES as BART_SITES
-from minprefix.models.gpt2 import GPT2Config
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.prefix import PLACES, Prefix
 
 FORMAT = "minprefix-prefix-1"
 BART_FORMAT = "minprefix-bart-prefix-1"
-ADAPTER_FORMAT = "minprefix-adapter-1"
 
 
 def save_prefix(path: str | Path, prefix: Prefix | BARTPrefix) -> None:
@@ -132,7 +126,7 @@ def check_finite(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{path}: {name} holds values that are not finite numbers")
 
 
-def frame_metadata(learned: Prefix | BARTPrefix | Adapter) -> dict[str, str]:
+def frame_metadata(learned) -> dict[str, str]:
     """The frame that it was trained in, as `read_frame` reads it."""
     cut = {} if learned.max_source is None else {"max_source": str(learned.max_source)}
     return {"linearisation": learned.linearisation} | cut
@@ -146,54 +140,3 @@ def read_frame(path: str | Path, metadata: dict[str, str]) -> tuple[str, int | N
     if cut is not None and (not cut.isdecimal() or int(cut) < 1):
         raise ValueError(f"{path}: max_source must be a number >= 1, got {cut!r}")
     return linearisation, None if cut is None else int(cut)
-
-
-def save_adapter(path: str | Path, adapter: Adapter) -> None:
-    """Write the adapter file, all of it or nothing. OSError if it cannot be written."""
-    tensors = {name: tensor.float() for name, tensor in adapter.state_dict().items()}
-    metadata = {
-        "format": ADAPTER_FORMAT,
-        "design": adapter.design,
-        "bottleneck": str(adapter.bottleneck),
-        "layer_norm_epsilon": repr(adapter.layer_norm_epsilon),
-        "base": adapter.base,
-        **frame_metadata(adapter),
-    }
-    save_tensors(path, tensors, metadata)
-
-
-def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter file.
-
-    Raises:
-        ValueError: not such a file, damaged, or tensors that are not those of an adapter.
-        OSError: it cannot be read.
-    """
-    tensors, metadata = load_tensors(path)
-    if metadata.get("format") != ADAPTER_FORMAT:
-        raise ValueError(f"{path}: not an adapter file (format {metadata.get('format')!r})")
-    design, width = metadata.get("design"), metadata.get("bottleneck", "")
-    if design not in SITES:
-        raise ValueError(f"{path}: unknown design {design!r}")
-    down, up = (tensors.get(f"h.0.{SITES[design][0]}.{w}.bias") for w in ("down", "up"))
-    if down is None or up is None or width != str(down.numel()) or 0 in (down.numel(), up.numel()):
-        raise ValueError(f"{path}: no tensors of design {design!r} and bottleneck {width!r}")
-    try:
-        eps = float(metadata.get("layer_norm_epsilon", ""))
-    except ValueError as error:
-        raise ValueError(f"{path}: layer_norm_epsilon must be a number") from error
-    n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
-    config = GPT2Config(n_layer=n_layer, n_head=1, n_embd=up.numel(), layer_norm_epsilon=eps)
-    with torch.device("meta"):
-        adapter = Adapter(config, down.numel(), design)
-    wanted = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(wanted | found):
-        if found.get(name) != wanted.get(name):
-            shapes = f"is {found.get(name)}, must be {wanted.get(name)}"
-            raise ValueError(f"{path}: {name} {shapes} in {n_layer} layers of design {design}")
-    check_finite(path, tensors)
-    adapter.load_state_dict({name: x.float() for name, x in tensors.items()}, assign=True)
-    adapter.base = metadata.get("base", "")
-    adapter.linearisation, adapter.max_source = read_frame(path, metadata)
-    return adapter

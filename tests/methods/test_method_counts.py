@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import tiny_gpt2
 
-from minprefix.methods.adapters import Adapter, TopLayers, count
+from minprefix.methods.adapters import Adapter, count
 from minprefix.methods.counts import OFFICIAL, method_rows, official_config, shapes_of
+from minprefix.methods.top_layers import TopLayers
 from minprefix.models.gpt2 import GPT2Config
 from minprefix.models.weights import MODELS
 from minprefix.prefix.prefix import Prefix
