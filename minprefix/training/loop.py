@@ -133,7 +133,7 @@ class Loop:
         self.ranks.wait()
         if self.ranks.first:
             self.out.mkdir(parents=True, exist_ok=True)
-            cut_log(self.out, self.step_done if self.begun() else -1)
+            cut_log(self.out, self.step_done)
         self.started = time.perf_counter() - self.seconds
         # in a log file each update would be a line: one every 30 s
         every = 0.1 if sys.stderr.isatty() else 30  # s

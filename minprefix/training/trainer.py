@@ -271,8 +271,8 @@ class Trainer(Loop):
 
     def result(self) -> dict[str, float]:
         """Steps, the best dev loss, and seconds of the whole run, resumed or not."""
-        seconds = round(self.seconds, 1)
-        return {"steps": self.step_done, "best_dev_loss": self.best, "seconds": seconds}
+        reached = {"steps": self.step_done, "best_dev_loss": self.best}
+        return reached | {"seconds": round(self.seconds, 1)}
 
     # files ---------------------------------------------------------------------------------------
 

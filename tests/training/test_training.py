@@ -162,7 +162,7 @@ def test_activation_checkpointing_changes_no_loss(tokenizer, tmp_path, method, c
 
 SCRIPT = """
 import sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = [{root!r}, {tests!r}, {tests!r} + "/training"]
 from pathlib import Path
 from conftest import ASSETS, Tokenizer
 from test_training import *

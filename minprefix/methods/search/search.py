@@ -63,7 +63,7 @@ from minprefix.models.weights import fingerprint, need_gpt2
 from minprefix.prefix.prefix import Prefix, token_activations
 from minprefix.training.loop import Loop
 from minprefix.training.precision import PRECISIONS, in_bf16, uses_bf16
-from minprefix.training.run_folder import checked_state, state_path
+from minprefix.training.run_folder import checked_state, cut_log, state_path
 
 FINALISTS = 8  # prompts that reach the end of a race
 MOST_LEVELS = 3  # the minibatch is doubled so often at most
@@ -275,6 +275,7 @@ class PromptSearch(Loop):
     def begin(self) -> None:
         """Race the starts, unless that is done, and measure what the prompt has to beat."""
         if not self.begun():
+            cut_log(self.out, -1)  # of a kill before the first state was saved
             self.race_starts()
             self.before = self.rivals()
             self.log({"step": 0} | self.before)
