@@ -36,13 +36,11 @@ from minprefix.generation.graphs import uses_graphs
 from minprefix.generation.texts import generate
 from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
-from minprefix.prefix.bart import BARTPrefix
-from minprefix.prefix.prefix import Prefix
 from minprefix.training.graphs import Activations, GraphedPasses, PlainPasses, dropped, leaves
 from minprefix.training.loop import Loop
 from minprefix.training.precision import PRECISIONS, in_bf16, uses_bf16
 from minprefix.training.ranks import Ranks
-from minprefix.training.tuned import METHOD_NAMES, Tuned, tuned_from
+from minprefix.training.tuned import METHOD_NAMES, Trainable, tuned_from
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Trainer(Loop):
 
     def __init__(
         self, model: GPT2 | BART, tokenizer, config: TrainConfig, train: list[Example],
-        dev: list[Example], out: str | Path, tuned: Tuned | Prefix | BARTPrefix | None = None,
+        dev: list[Example], out: str | Path, tuned: Trainable = None,
         linearisation: str = "paper",
     ):  # fmt: skip
         tuned = tuned_from(tuned, model)
@@ -147,9 +145,8 @@ class Trainer(Loop):
 
     def _encoded(self, examples: list[Example], config: TrainConfig) -> list[Encoded]:
         max_len = self.model.config.n_positions + 1 - self.offset
-        return encode_examples(
-            self.tokenizer, examples, self.linearisation, max_len, config.max_source
-        )
+        frame = (self.linearisation, max_len, config.max_source)
+        return encode_examples(self.tokenizer, examples, *frame)
 
     @property
     def offset(self) -> int:
@@ -259,20 +256,18 @@ class Trainer(Loop):
         room = min(60, self.model.config.n_positions - self.offset - longest)
         if not prompts or room < 1:
             return []
-        texts = generate(
-            self.model, self.tokenizer, prompts, prefix=self.prefix, max_new_tokens=room
-        )
+        options = {"prefix": self.prefix, "max_new_tokens": room}
+        texts = generate(self.model, self.tokenizer, prompts, **options)
         return [{"source": s, "text": t.strip()} for s, t in zip(sources, texts, strict=True)]
 
     def end(self) -> None:
-        """The model is as `load` gives it."""
-        self.model.eval()
+        self.model.eval()  # as `load` gives it
         self.model.activation_checkpointing = self.model.compile_blocks = False
 
     def result(self) -> dict[str, float]:
         """Steps, the best dev loss, and seconds of the whole run, resumed or not."""
-        reached = {"steps": self.step_done, "best_dev_loss": self.best}
-        return reached | {"seconds": round(self.seconds, 1)}
+        seconds = round(self.seconds, 1)
+        return {"steps": self.step_done, "best_dev_loss": self.best, "seconds": seconds}
 
     # files ---------------------------------------------------------------------------------------
 

@@ -142,8 +142,11 @@ class TunedModel(Tuned):
         save_model(model, tokenizer, path)
 
 
-def tuned_from(given: Tuned | Prefix | BARTPrefix | None, model: GPT2 | BART) -> Tuned:
-    """What a trainer is given: a prefix alone is to be trained, None means all weights."""
+Trainable = Tuned | Prefix | BARTPrefix | None  # what a trainer is given
+
+
+def tuned_from(given: Trainable, model: GPT2 | BART) -> Tuned:
+    """A prefix alone is to be trained; None means all weights of the model."""
     if given is None:
         return TunedModel(model)
     return TunedPrefix(given) if isinstance(given, Prefix | BARTPrefix) else given
