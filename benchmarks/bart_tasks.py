@@ -26,7 +26,8 @@ from minprefix.data.splits import choose
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.methods.evaluate import evaluate_method, measure
 from minprefix.prefix.config import PrefixConfig
-from minprefix.training.trainer import Interrupted, TrainConfig
+from minprefix.training.loop import Interrupted
+from minprefix.training.trainer import TrainConfig
 from tools.notes.measure import baselines
 
 HERE = Path(__file__).parent

@@ -28,7 +28,8 @@ from minprefix.methods.evaluate import evaluate_method
 from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, show_examples
 from minprefix.models.weights import load
 from minprefix.prefix.config import PrefixConfig
-from minprefix.training.trainer import Interrupted, TrainConfig
+from minprefix.training.loop import Interrupted
+from minprefix.training.trainer import TrainConfig
 
 HERE = Path(__file__).parent
 PREFIX = PrefixConfig(prefix_len=10, mid_dim=512)

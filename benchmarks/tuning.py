@@ -8,7 +8,6 @@ from minprefix.models.weights import load
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.files import load_prefix
 from minprefix.prefix.make import make_prefix
-from minprefix.training.run_folder import state_path
 from minprefix.training.trainer import TrainConfig, Trainer
 
 
@@ -23,8 +22,7 @@ def train(
     if config.method == "prefix":
         made = make_prefix(model, tokenizer, prefix, config.seed)
     run = Trainer(model, tokenizer, config, *data, out, made)
-    if state_path(out).exists():
-        run.load_state()
+    run.resume()
     run.run()
     return run
 

@@ -11,7 +11,8 @@ import torch
 from benchmarks.bart import transformers_bart
 from minprefix.cli.main import main
 from minprefix.data.examples import Example
-from minprefix.methods.adapters import Adapter, BaselineConfig, make_baseline
+from minprefix.methods.adapters import Adapter
+from minprefix.methods.by_name import BaselineConfig, make_tuned
 from minprefix.models.bart import BART
 from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.gpt2 import GPT2
@@ -213,14 +214,13 @@ def trainer(
     settings = {"batch_size": 4, "steps": 6, "lr": 1e-2, "eval_every": 3, "log_every": 1, **config}
     config = TrainConfig(**settings)
     model = model or small_model()
-    prefix = None
     if config.method == "prefix":
-        prefix = Prefix.random(model.config, 3, 0, **(prefix_options or {})).to(model.wte.weight)
-        prefix.bind(model)
-    baseline = make_baseline(model, config.method, BaselineConfig(**(baseline_options or {})), 0)
-    return Trainer(
-        model, tokenizer, config, pairs(10), pairs(dev, 50), out, prefix, baseline=baseline
-    )
+        tuned = Prefix.random(model.config, 3, 0, **(prefix_options or {})).to(model.wte.weight)
+        tuned.bind(model)
+    else:
+        baseline = BaselineConfig(**(baseline_options or {}))
+        tuned = make_tuned(model, tokenizer, config, baseline=baseline)
+    return Trainer(model, tokenizer, config, pairs(10), pairs(dev, 50), out, tuned)
 
 
 def an_adapter(model: GPT2, design: str = "lin", width: int = 5) -> Adapter:

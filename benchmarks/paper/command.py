@@ -26,7 +26,8 @@ from benchmarks.paper.results import KEY, quality, read_rows, row_of, write_rows
 from benchmarks.paper.run import Run, check_origin, data_digest, record_of, why_missing
 from minprefix.metrics.meteor import why_not
 from minprefix.models import weights
-from minprefix.training.trainer import PRECISIONS, Interrupted
+from minprefix.training.loop import Interrupted
+from minprefix.training.precision import PRECISIONS
 
 DATA = ("e2e", "webnlg", "dart")  # in the order of the CSVs
 WHAT = (*EXPERIMENTS, "all", "sweep", "report")

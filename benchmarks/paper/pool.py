@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.paper.run import Run, execute, failure_of, record_of
 from minprefix.files import write_text
-from minprefix.training.trainer import Interrupted
+from minprefix.training.loop import Interrupted
 
 
 @contextmanager

@@ -32,18 +32,17 @@ from minprefix.data.splits import low_data, subset
 from minprefix.files import read_json, write_text
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.generation.texts import generate
-from minprefix.methods.adapters import Adapter, BaselineConfig, make_baseline
+from minprefix.methods.adapters import Adapter
+from minprefix.methods.by_name import BaselineConfig, make_tuned
 from minprefix.methods.hard_prompt import TokenPrompt, answer
-from minprefix.methods.search import search as prompt_search
 from minprefix.methods.search.search import PromptSearch, SearchConfig
 from minprefix.metrics.official import official_scores
 from minprefix.metrics.quick import slot_coverage
 from minprefix.models import weights
 from minprefix.models.weights import fingerprint
 from minprefix.prefix.config import PrefixConfig
-from minprefix.prefix.make import make_prefix
 from minprefix.prefix.prefix import Prefix
-from minprefix.training.run_folder import read_log, state_path
+from minprefix.training.run_folder import read_log
 from minprefix.training.trainer import TrainConfig, Trainer
 
 SUITES = {"restaurants": "e2e"}  # official scores of a data set whose name is no suite
@@ -148,14 +147,8 @@ def make_training(run: Run, data_dir: Path | None, folder: Path, device: str):
     train, dev = training_data(run, data_dir)
     if run.train is None:
         return PromptSearch(model, tokenizer, run.search, train, dev, folder)
-    prefix = baseline = None
-    if run.method == "prefix":
-        prefix = make_prefix(model, tokenizer, run.prefix, run.seed)
-    elif run.baseline is not None:
-        baseline = make_baseline(model, run.method, run.baseline, run.seed)
-    return Trainer(
-        model, tokenizer, run.train, train, dev, folder, prefix=prefix, baseline=baseline
-    )
+    tuned = make_tuned(model, tokenizer, run.train, run.prefix, run.baseline)
+    return Trainer(model, tokenizer, run.train, train, dev, folder, tuned)
 
 
 def trained(run: Run, folder: Path, device: str):
@@ -211,8 +204,7 @@ def execute(run: Run, folder: Path, data_dir: Path | None = None, device: str = 
     origin = {"weights": fingerprint(training.model), "data": data_digest(run.data, data_dir)}
     precision = "bf16" if training.bf16 else "fp32"
     search = run.train is None
-    if (prompt_search.state_path(folder) if search else state_path(folder)).exists():
-        training.load_state()
+    training.resume()
     result = training.run(progress=False)
     n_trained = 0 if search else sum(p.numel() for p in training.trained.parameters())
     rows, dev_rows = len(training.rows), len(training.dev_rows)

@@ -26,7 +26,7 @@ from minprefix.generation.decoding import GenerationConfig
 from minprefix.generation.texts import generate
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.prefix import Prefix
-from minprefix.training.graphs import Graphed
+from minprefix.training.graphs import GraphedPasses
 from minprefix.training.trainer import TrainConfig, Trainer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -113,7 +113,7 @@ class Ours:
         for _ in range(steps):
             self.step()
         passes, known = self.trainer.passes, 0
-        while isinstance(passes, Graphed) and known < KNOWN:
+        while isinstance(passes, GraphedPasses) and known < KNOWN:
             before = len(passes.replays)
             self.step()
             known = known + 1 if len(passes.replays) == before else 0

@@ -22,8 +22,9 @@ from minprefix.models.weights import load
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
 from minprefix.prefix.prefix import Prefix
-from minprefix.training.run_folder import read_log, state_path
-from minprefix.training.trainer import Interrupted, TrainConfig, Trainer
+from minprefix.training.loop import Interrupted
+from minprefix.training.run_folder import read_log
+from minprefix.training.trainer import TrainConfig, Trainer
 
 
 def cpu_has_bf16() -> bool:
@@ -105,8 +106,7 @@ def tune_write_measure(out: Path) -> tuple[dict, list[dict]]:
 
 def tune(trainer: Trainer, out: Path) -> dict:
     """Train to the end, from the last state in `out` if there is one."""
-    if state_path(out).exists():
-        trainer.load_state()
+    if trainer.resume():
         say(f"{out} holds a run: going on after step {trainer.step_done} (delete it to start anew)")
     return trainer.run()
 

@@ -29,7 +29,7 @@ from minprefix.methods.counts import method_rows
 from minprefix.models import weights
 from minprefix.models.config import OFFICIAL
 from minprefix.prefix import convert
-from minprefix.training.trainer import Interrupted
+from minprefix.training.loop import Interrupted
 
 
 def shared_options() -> tuple[argparse.ArgumentParser, ...]:

@@ -24,9 +24,9 @@ from minprefix.generation.texts import generate
 from minprefix.models import weights
 from minprefix.models.tokenizer import Tokenizer
 from minprefix.training.corpus import load_corpus
+from minprefix.training.loop import tells_how_to_go_on
 from minprefix.training.pretrain import PRESETS, PretrainConfig, Pretrainer
 from minprefix.training.run_folder import read_log, state_path
-from minprefix.training.trainer import tells_how_to_go_on
 
 NOTE = "pretrain.json"  # a folder with it is one of this command's
 SAMPLE_TOKENS = 60

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from minprefix.data.examples import Example
 from minprefix.files import atomic_write, write_text
-from minprefix.methods.adapters import adapter_of, count
+from minprefix.methods.adapters import count
 from minprefix.models.bart import BART
+from minprefix.models.base import adapter_of
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.prefix import Prefix

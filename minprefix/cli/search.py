@@ -16,9 +16,10 @@ from minprefix.cli.options import add_fields, from_args
 from minprefix.data.load import load_train_and_dev
 from minprefix.data.splits import add_subset, choose, low_data
 from minprefix.files import read_json, write_text
-from minprefix.methods.search.search import PromptSearch, SearchConfig, state_path
+from minprefix.methods.search.search import PromptSearch, SearchConfig, saved_config
 from minprefix.models import weights
-from minprefix.training.trainer import tells_how_to_go_on
+from minprefix.training.loop import tells_how_to_go_on
+from minprefix.training.run_folder import state_path
 
 KEYS = ("model", "device", "data", "dev", "linearisation", "search")
 ALLOWED = ("--resume", "--device", "--json", "--debug")  # with --resume
@@ -37,14 +38,12 @@ def run(args) -> dict | None:
     """Search; the prompt, its dev loss and that of no prompt and of the written templates."""
     out, settings = run_to_search(args)
     search = make_search(settings, out)
-    if state_path(out).exists():
-        search.load_state()
-    else:
+    if not search.resume():
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
     with tells_how_to_go_on(f"python -m minprefix search --resume {shlex.quote(str(out))}"):
         result = search.run()
-    result["kept"] = str(out / ("prompt.json" if search.config.behind else "prefix.safetensors"))
+    result["kept"] = str(out / ("prompt.json" if search.config.after else "prefix.safetensors"))
     if args.json:
         return result
     for name, value in result.items():  # a text as JSON: line breaks and the like escaped
@@ -95,5 +94,6 @@ def make_search(settings: dict, out: Path) -> PromptSearch:
     train, dev = choose(train, topics, "train"), choose(dev, topics, "dev") if dev else dev
     if settings.get("subset") is not None:
         train, dev = low_data(train, dev, settings["subset"], settings["subset_seed"])
-    config = SearchConfig(**given | {"start": tuple(given["start"])})
-    return PromptSearch(model, tokenizer, config, train, dev, out, settings["linearisation"])
+    return PromptSearch(
+        model, tokenizer, saved_config(given), train, dev, out, settings["linearisation"]
+    )

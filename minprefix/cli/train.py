@@ -19,21 +19,15 @@ from minprefix.cli.options import add_fields, from_args
 from minprefix.data.load import load_train_and_dev
 from minprefix.data.splits import add_subset, choose, low_data
 from minprefix.files import load_tensors, read_json, write_text
-from minprefix.methods.adapters import BaselineConfig, describe_baseline, make_baseline
+from minprefix.methods.by_name import TUNED, BaselineConfig, describe, make_tuned
 from minprefix.models import weights
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
+from minprefix.training.loop import tells_how_to_go_on
+from minprefix.training.precision import in_bf16
 from minprefix.training.ranks import joined
 from minprefix.training.run_folder import read_state, state_path
-from minprefix.training.trainer import KEPT, TrainConfig, Trainer, in_bf16, tells_how_to_go_on
-
-# by method: the fields of PrefixConfig and BaselineConfig that it reads
-READ = {
-    "prefix": tuple(field.name for field in fields(PrefixConfig)),
-    "finetune": (),
-    "ft-top": ("top_layers", "top_embedding"),
-    "adapter": ("adapter_design", "bottleneck", "adapter_share"),
-}
+from minprefix.training.trainer import TrainConfig, Trainer
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +47,7 @@ def run(args) -> dict | None:
     with joined(settings["device"]) as ranks:
         ranks.wait()  # all have looked into `out` before one writes there
         trainer = make_trainer(settings, out)
-        if args.resume and state_path(out).exists():
-            trainer.load_state()
-        elif ranks.first:
+        if not (args.resume and trainer.resume()) and ranks.first:
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
         with tells_how_to_go_on(f"python -m minprefix train --resume {shlex.quote(str(out))}"):
@@ -106,8 +98,8 @@ def check_read(method: str, argv: list[str]) -> None:
     for field in (*fields(PrefixConfig), *fields(BaselineConfig)):
         flag = field.name.replace("_", "-")
         options = sorted(given & {f"--{flag}", f"--no-{flag}"})  # the latter of a bool
-        if options and field.name not in READ[method]:
-            readers = " or ".join(name for name in READ if field.name in READ[name])
+        if options and field.name not in TUNED[method].reads:
+            readers = " or ".join(name for name in TUNED if field.name in TUNED[name].reads)
             raise ValueError(f"{options[0]} is for method {readers}, not for {method}")
 
 
@@ -145,17 +137,14 @@ def make_trainer(settings: dict, out: Path) -> Trainer:
     train, dev = choose(train, topics, "train"), choose(dev, topics, "dev") if dev else dev
     if size is not None:
         train, dev = low_data(train, dev, size, settings["subset_seed"])
-    prefix = None
-    if config.method == "prefix":
-        prefix = make_prefix(model, tokenizer, PrefixConfig(**settings["prefix"]), config.seed)
-        if prefix.init_residual:
-            print(f"MLP fitted to the words, largest difference {prefix.init_residual:.1e}",
-                  file=sys.stderr)  # fmt: skip
-    choice = BaselineConfig(**settings["baseline"])
-    baseline = make_baseline(model, config.method, choice, config.seed)
-    if baseline is not None:
-        print(describe_baseline(baseline, model), file=sys.stderr)
-    return Trainer(model, tokenizer, config, train, dev, out, prefix, linearisation, baseline)
+    prefix, baseline = PrefixConfig(**settings["prefix"]), BaselineConfig(**settings["baseline"])
+    tuned = make_tuned(model, tokenizer, config, prefix, baseline)
+    if config.method in ("ft-top", "adapter"):
+        print(describe(tuned, model), file=sys.stderr)
+    if tuned.prefix is not None and tuned.prefix.init_residual:
+        print(f"MLP fitted to the words, largest difference {tuned.prefix.init_residual:.1e}",
+              file=sys.stderr)  # fmt: skip
+    return Trainer(model, tokenizer, config, train, dev, out, tuned, linearisation)
 
 
 def run_export(args) -> dict:
@@ -165,7 +154,7 @@ def run_export(args) -> dict:
     if config.method != "prefix":
         raise ValueError(
             f"{args.run_folder} is a run of method {config.method}: "
-            f"{args.run_folder / KEPT[config.method]} is all that it keeps"
+            f"{args.run_folder / TUNED[config.method].kept} is all that it keeps"
         )
     state = read_state(args.run_folder)
     model, tokenizer = weights.load(settings["model"])

@@ -115,6 +115,11 @@ def encode_examples(
     return encoded
 
 
+def spread(rows: Sequence, most: int) -> list:
+    """`most` of the rows, evenly spread; all of them if there are not more."""
+    return [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), most))]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Right-padded rows; labels are already shifted, so logits and labels align by position."""

@@ -1,4 +1,4 @@
-"""The paper's baselines: adapters, and fine-tuning of the top layers.
+"""Adapters, a baseline of the paper: small networks between the layers of a frozen model.
 
 An adapter (section 5.2 of Li & Liang 2021 [1]) is a bottleneck with a skip connection, put after
 parts of a frozen model; only it is trained:
@@ -17,9 +17,8 @@ W_down starts as N(0, 0.02) and the biases at 0, as in [2]. W_up starts at 0, wh
 is then exactly the frozen model. [2] draws W_up like W_down, the code of [4] draws both from a
 truncated N(0, 0.001). The frozen model has no dropout here; [2] leaves it on for adapters.
 
-Read `Bottleneck`, `Adapter`, `TopLayers`, then `make_baseline`. `gpt2.py` knows nothing of them: an
-adapter sits in forward hooks, and what fine-tuning of the top layers trains are the model's own
-modules. Shapes use the letters of the README's table; m is the width of a bottleneck.
+Read `Bottleneck`, `Adapter`, then `TunedAdapter`. `gpt2.py` knows nothing of them: an adapter sits
+in forward hooks. Shapes use the letters of the README's table; m is the width of a bottleneck.
 
 An adapter file holds the weights of `Adapter` in fp32 under their names, and as metadata the
 format, design, width and epsilon of its layer norms, the frame of the text and the base model.
@@ -44,44 +43,21 @@ from torch import Tensor, nn
 from minprefix.checks import check_choice
 from minprefix.files import load_tensors, save_tensors
 from minprefix.generation.fast import KEPT
-from minprefix.models.base import ATTACHED
+from minprefix.models.base import ATTACHED, adapter_of, check_free
 from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import check_base, fingerprint, need_gpt2
 from minprefix.prefix.files import check_finite, frame_metadata, read_frame
 from minprefix.training.blocks import is_compiled
+from minprefix.training.tuned import Tuned, bind_added
 
 SUBLAYERS = {
     "lin": ("block",),
     "houlsby": ("attn", "mlp"),
-}  # by design: after what in each layer, an adapter stands
+}  # by design: what an adapter comes after
 DESIGNS = tuple(SUBLAYERS)
-ADAPTER_FORMAT = "minprefix-adapter-1"
+FORMAT = "minprefix-adapter-1"
 SHARE = 0.03  # of the model's parameters: the larger of the paper's two adapters
-
-
-@dataclass(frozen=True)
-class BaselineConfig:
-    """What the methods "ft-top" and "adapter" train; `make_baseline` follows it."""
-
-    top_layers: int = 2  # ft-top: layers, from the top, beside the last layer norm; the paper's: 2
-    top_embedding: bool = False  # ft-top: the token embedding, too, which is the head
-    adapter_design: str = "lin"  # adapter: "lin" (one per layer) or "houlsby" (two per layer)
-    bottleneck: int | None = None  # adapter: its width m; None = by adapter_share
-    adapter_share: float | None = None  # adapter: its part of the model's parameters; None = 0.03
-
-    def __post_init__(self):
-        check_choice("adapter_design", self.adapter_design, DESIGNS)
-        for name in ("top_layers", "bottleneck"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.adapter_share is not None and not 0 < self.adapter_share <= 1:
-            raise ValueError(f"adapter_share must lie in (0, 1], got {self.adapter_share}")
-        if self.bottleneck is not None and self.adapter_share is not None:
-            raise ValueError(
-                f"bottleneck {self.bottleneck} and adapter_share {self.adapter_share} both say how "
-                "wide an adapter is: give one"
-            )
 
 
 def count(module: nn.Module) -> int:
@@ -107,7 +83,7 @@ class Bottleneck(nn.Module):
         return x + F.linear(h, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
 
 
-def after(sublayer: nn.Module, part: Bottleneck):
+def hook_after(sublayer: nn.Module, part: Bottleneck):
     """A forward hook: what `part` makes of the output takes its place. A copy of the sublayer has
     the hook, too; there it does nothing."""
     here = weakref.ref(sublayer)
@@ -118,7 +94,7 @@ class Adapter(nn.Module):
     """Bottlenecks for all layers of one model. Make it with `random` or `load`, then `attach` it.
 
     Attributes:
-        design, bottleneck: as in `BaselineConfig`.
+        design, bottleneck: as in `by_name.BaselineConfig`.
         base: fingerprint of the model that it belongs to; "" = not known.
         linearisation, max_source: the frame it was trained in (`batches.encode_prompt`), which is
             the `frame` of a model it is attached to. "" = none; None = nothing is cut.
@@ -218,27 +194,28 @@ class Adapter(nn.Module):
         for block, layer in zip(model.h, self.h, strict=True):
             for place, part in layer.items():
                 sublayer = block if place == "block" else getattr(block, place)
-                handles.append(sublayer.register_forward_hook(after(sublayer, part)))
+                handles.append(sublayer.register_forward_hook(hook_after(sublayer, part)))
         ATTACHED[model] = self, handles
         KEPT.pop(model, None)  # graphs recorded without it
 
 
-def adapter_of(model: GPT2) -> Adapter | None:
-    """The adapter that is attached to the model."""
-    return ATTACHED[model][0] if model in ATTACHED else None
+def bottleneck_for(config: GPT2Config, share: float, design: str = "lin") -> int:
+    """The width, at least 1, at which an adapter's parameters come nearest to `share` of the
+    model's. They are an affine function of the width."""
+    with torch.device("meta"):  # shapes without memory
+        one, two = (count(Adapter(config, m, design)) for m in (1, 2))
+        goal = share * count(GPT2(config))
+    return max(1, 1 + round((goal - one) / (two - one)))
 
 
-def check_free(model: GPT2) -> None:
-    """ValueError if an adapter is attached to the model."""
-    if adapter_of(model) is not None:
-        raise ValueError("the model has an adapter already: detach it first")
+# files -----------------------------------------------------------------------------------------
 
 
 def save_adapter(path: str | Path, adapter: Adapter) -> None:
     """Write the adapter file, all of it or nothing. OSError if it cannot be written."""
     tensors = {name: tensor.float() for name, tensor in adapter.state_dict().items()}
     metadata = {
-        "format": ADAPTER_FORMAT,
+        "format": FORMAT,
         "design": adapter.design,
         "bottleneck": str(adapter.bottleneck),
         "layer_norm_epsilon": repr(adapter.layer_norm_epsilon),
@@ -256,7 +233,7 @@ def load_adapter(path: str | Path) -> Adapter:
         OSError: it cannot be read.
     """
     tensors, metadata = load_tensors(path)
-    if metadata.get("format") != ADAPTER_FORMAT:
+    if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: not an adapter file (format {metadata.get('format')!r})")
     design, width = metadata.get("design"), metadata.get("bottleneck", "")
     if design not in SUBLAYERS:
@@ -285,61 +262,46 @@ def load_adapter(path: str | Path) -> Adapter:
     return adapter
 
 
-class TopLayers(nn.Module):
-    """What fine-tuning of the top layers trains: modules of `model` itself, under one name.
-
-    The last `n_top` blocks and the layer norm after them, as `top_layers 22` of the authors' code
-    (its number for two blocks of GPT-2 medium, 22 and 23); with `embedding` the token embedding,
-    too, which is the head: its `top_layers 2`. The paper does not say which of them FT-top2 is.
-    Without the embedding the backward pass ends at the lowest of the trained blocks.
-    """
-
-    def __init__(self, model: GPT2, n_top: int = 2, embedding: bool = False):
-        super().__init__()
-        if not 1 <= n_top <= model.config.n_layer:
-            raise ValueError(
-                f"top_layers must lie in [1, {model.config.n_layer}], the model's layers, "
-                f"got {n_top}"
-            )
-        self.n_top, self.embedding = n_top, embedding
-        self.h, self.ln_f = model.h[-n_top:], model.ln_f
-        if embedding:
-            self.wte, self.drop = model.wte, model.drop
+# training --------------------------------------------------------------------------------------
 
 
-def bottleneck_for(config: GPT2Config, share: float, design: str = "lin") -> int:
-    """The width, at least 1, at which an adapter's parameters come nearest to `share` of the
-    model's. They are an affine function of the width."""
-    with torch.device("meta"):  # shapes without memory
-        one, two = (count(Adapter(config, m, design)) for m in (1, 2))
-        goal = share * count(GPT2(config))
-    return max(1, 1 + round((goal - one) / (two - one)))
-
-
-def make_baseline(
-    model: GPT2, method: str, config: BaselineConfig, seed: int
-) -> Adapter | TopLayers | None:
-    """What `Trainer` takes as its `baseline`: an adapter on the model's device and bound to it, the
-    model's top layers, or for other methods None. ValueError for a BART, which has neither."""
-    if method in ("ft-top", "adapter"):
-        need_gpt2(model, f"method {method!r}")
-    if method == "ft-top":
-        return TopLayers(model, config.top_layers, config.top_embedding)
-    if method != "adapter":
-        return None
-    width, design = config.bottleneck, config.adapter_design
-    if width is None:
-        width = bottleneck_for(model.config, config.adapter_share or SHARE, design)
+def make_adapter(
+    model: GPT2, design: str, bottleneck: int | None, share: float | None, seed: int
+) -> Adapter:
+    """A new adapter on the model's device, bound to the model, of this width or of this share of
+    the model's parameters (`SHARE` if neither is given)."""
+    need_gpt2(model, "method 'adapter'")
+    width = bottleneck or bottleneck_for(model.config, share or SHARE, design)
     adapter = Adapter.random(model.config, width, seed, design).to(model.wte.weight.device)
     adapter.bind(model)
     return adapter
 
 
-def describe_baseline(baseline: Adapter | TopLayers, model: GPT2) -> str:
-    """What it is and how large, in one line."""
-    if isinstance(baseline, Adapter):
-        name = f"adapter, design {baseline.design}, bottleneck {baseline.bottleneck}"
-    else:
-        name = f"top {baseline.n_top} layers" + (" and embedding" if baseline.embedding else "")
-    n, total = count(baseline), count(model)
-    return f"{name}: {n:,} parameters, {100 * n / total:.3f} % of the model's {total:,}"
+@dataclass
+class TunedAdapter(Tuned):
+    """Training of an adapter beside the frozen model."""
+
+    adapter: Adapter
+
+    method = "adapter"
+    kept = "adapter.safetensors"
+    reads = ("adapter_design", "bottleneck", "adapter_share")
+    # narrow models: the best of three widths on E2E's dev set; others: for 3 % of the parameters,
+    # for 0.1 % the paper has 8e-5
+    rates = {"GPT-2": (1e-2, 5e-5)}  # noqa: RUF012
+
+    @property
+    def weights(self) -> Adapter:
+        return self.adapter
+
+    def bind(self, model, linearisation, max_source) -> dict:
+        return bind_added(self.adapter, model, linearisation, max_source)
+
+    def attached(self, model):
+        return self.adapter.attached(model)
+
+    def save(self, path, model, tokenizer) -> None:
+        self.adapter.save(path)
+
+    def __str__(self) -> str:
+        return f"adapter, design {self.adapter.design}, bottleneck {self.adapter.bottleneck}"

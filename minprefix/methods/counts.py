@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import torch
 
-from minprefix.methods.adapters import DESIGNS, Adapter, TopLayers, bottleneck_for, count
+from minprefix.methods.adapters import DESIGNS, Adapter, bottleneck_for, count
+from minprefix.methods.top_layers import TopLayers
 from minprefix.models.config import OFFICIAL, BARTConfig, GPT2Config
 from minprefix.models.weights import shapes_of
 from minprefix.prefix.bart import BARTPrefix

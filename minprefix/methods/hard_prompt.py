@@ -90,7 +90,7 @@ class TokenPrompt:
 
     tokenizer: object
     before: list[int]
-    behind: list[int]
+    after: list[int]
     linearisation: str = "paper"  # how the table between them is written, `batches.encode_prompt`
     base: str = ""  # fingerprint of the model that it was searched for; "" = not known
 
@@ -102,7 +102,8 @@ class TokenPrompt:
             ValueError: not such a file, or tokens that the tokenizer does not have.
         """
         found = read_json(path)
-        parts = [found.get(name) for name in ("before", "behind")]
+        # searches of older versions say "behind"
+        parts = [found.get("before"), found.get("after", found.get("behind"))]
         for part in parts:
             if not isinstance(part, list) or not all(type(v) is int for v in part):
                 raise ValueError(f"{path}: not the prompt of a search")
@@ -123,4 +124,4 @@ class TokenPrompt:
     def render(self, source: str) -> list[int]:
         """The tokens after which the model writes."""
         framed = encode_prompt(self.tokenizer, source, self.linearisation)
-        return self.before + framed[:-1] + self.behind  # the bos is in `behind`, if anywhere
+        return self.before + framed[:-1] + self.after  # the bos is in `after`, if anywhere

@@ -91,13 +91,24 @@ class LanguageModel(nn.Module):
     def frame(self) -> tuple[str, int | None]:
         """The frame of text that it learned, (linearisation, max_source), or that the adapter
         attached to it learned; ("", None) = none."""
-        learned, _ = ATTACHED.get(self, (None, None))
+        learned = adapter_of(self)
         learned = learned if learned is not None and learned.linearisation else self.config
         return learned.linearisation, learned.max_source
 
 
 # models that compute with an adapter: it, and what takes its hooks away
 ATTACHED: WeakKeyDictionary[LanguageModel, tuple[nn.Module, list]] = WeakKeyDictionary()
+
+
+def adapter_of(model: LanguageModel) -> nn.Module | None:
+    """The adapter that is attached to the model."""
+    return ATTACHED[model][0] if model in ATTACHED else None
+
+
+def check_free(model: LanguageModel) -> None:
+    """ValueError if an adapter is attached to the model."""
+    if adapter_of(model) is not None:
+        raise ValueError("the model has an adapter already: detach it first")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A folder holds either text, as UTF-8 (.txt, .txt.gz, .txt.xz), or tokens (.npy, .npy.xz: one integer
 array a file, as another program has tokenised them). A file of text is one document, or several
-with <|endoftext|> between them. All documents become one stream of ids, <|endoftext|> behind each,
+with <|endoftext|> between them. All documents become one stream of ids, <|endoftext|> after each,
 and a training row is a window of T + 1 ids of it: T inputs and, one to the right, T labels.
 Documents are packed into windows without padding, and attention may look across their borders,
 as in the training of GPT-3 [1], appendix B.
@@ -164,7 +164,7 @@ def hold_out_documents(documents: list[str], share: float) -> tuple[list[str], l
 
 
 def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """The stream of the documents' ids, <|endoftext|> behind each: (n,)."""
+    """The stream of the documents' ids, <|endoftext|> after each: (n,)."""
     rows = []
     for document in tqdm(documents, unit="document", desc="tokens", delay=2, leave=False):
         ids = [*tokenizer.encode(document), tokenizer.eos_id]
@@ -226,7 +226,7 @@ class Windows:
 
 
 def validation_windows(ids: np.ndarray, seq_len: int, most: int) -> list[np.ndarray]:
-    """Windows of T labels one behind the other, evenly spread if there are more than `most` tokens.
+    """Windows of T labels one after the other, evenly spread if there are more than `most` tokens.
 
     Each is read alone, so its first tokens have little before them. The last may be shorter.
     """

@@ -2,9 +2,10 @@
 
 With a frozen model a step is a function of little: token ids, labels and the prefix's activations
 (h_i of eq. (3), i in P_idx) go in, the summed loss and the activations' gradients come out.
-`Trainer.step` makes the activations once per step (an MLP may stand after them) and takes their
-gradients on from there. In between stands `Eager`, or on request `Graphed`: static buffers, and one
-graph for each bucket of (rows, tokens, labels), recorded when a batch first needs it.
+`Trainer.step` makes the activations once per step (an MLP may compute them) and takes their
+gradients on from there. In between stands `PlainPasses`, or on a GPU `GraphedPasses`: static
+buffers, and one graph for each bucket of (rows, tokens, labels), recorded when a batch first needs
+it.
 
 Shapes are rounded up to buckets, and what is added changes nothing: tokens after a row's end are
 hidden by causality, labels that are added weigh 0. Rows are not packed: batches of similar length
@@ -62,7 +63,7 @@ def leaves(acts: Activations | None) -> list[Tensor]:
     return [] if acts is None else acts.leaves()
 
 
-class Eager:
+class PlainPasses:
     """A step's sums, one batch after the other: begin, add, ..., add, end."""
 
     def __init__(self, losses: Losses):
@@ -108,7 +109,7 @@ def padded(batch: Batch, longest: int) -> Padded:
     )
 
 
-class Graphed:
+class GraphedPasses:
     """The same with a prefix, replayed. All buckets add to the same sums.
 
     Args:

@@ -7,8 +7,8 @@ matrices of the layers are trained by Muon [3]: the momentum of the gradient, G 
 replaced by about U V^T, so that all its directions move equally far. Embeddings, biases and layer
 norms are trained by AdamW.
 
-Read `PretrainConfig`, `make_optimizers`, `Pretrainer.step` and `Pretrainer.run`. As in
-`training.py`, what step s does depends on the settings, the weights before it and (seed, s) alone,
+Read `PretrainConfig`, `make_optimizers` and `Pretrainer.step`; `loop.py` has the loop. As in
+`trainer.py`, what step s does depends on the settings, the weights before it and (seed, s) alone,
 and a run that was killed goes on to the very losses of an unbroken one; not so with `time_limit`,
 which makes the schedule follow the clock. The run folder holds the model with the lowest
 validation loss so far, in the official format, and log.jsonl and state/ (`run_folder.py`).
@@ -20,8 +20,6 @@ validation loss so far, in the official format, and log.jsonl and state/ (`run_f
 
 import hashlib
 import math
-import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,17 +27,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from minprefix.checks import check_choice
+from minprefix.checks import check_at_least_one, check_choice, check_not_negative, check_positive
 from minprefix.data.batches import pinned
 from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import save_model
 from minprefix.training.blocks import wrap_blocks
 from minprefix.training.corpus import Corpus, Windows, unigram_entropy, validation_windows
-from minprefix.training.run_folder import append_log, cut_log, read_state, state_path, write_state
-from minprefix.training.trainer import PRECISIONS, Interrupted, deferred_interrupt
+from minprefix.training.loop import Loop
+from minprefix.training.precision import PRECISIONS, uses_bf16
 
 MOMENTUM = 0.95  # Muon
 BETAS = (0.9, 0.95)  # AdamW
@@ -76,19 +73,12 @@ class PretrainConfig:
 
     def __post_init__(self):
         check_choice("precision", self.precision, PRECISIONS)
-        for name in (
-            "n_positions", "n_embd", "n_layer", "n_head", "steps", "eval_tokens", "eval_every",
-            "log_every",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("muon_lr", "adamw_lr", "clip", "time_limit"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        for name in ("warmup_steps", "weight_decay", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
+        check_at_least_one(
+            self, "n_positions", "n_embd", "n_layer", "n_head", "steps", "eval_tokens",
+            "eval_every", "log_every",
+        )  # fmt: skip
+        check_positive(self, "muon_lr", "adamw_lr", "clip", "time_limit")
+        check_not_negative(self, "warmup_steps", "weight_decay", "seed")
         for name in ("hold", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -122,7 +112,7 @@ def schedule(step: int, done: float, config: PretrainConfig) -> float:
     Linear up over warmup_steps, 1 until the share `hold` of the run is done, linear to lr_end.
 
     Args:
-        done: 0 <= done < 1, the share of the run that lies behind.
+        done: 0 <= done < 1, the share of the run that is done.
     """
     up = min(1.0, (step + 1) / max(1, config.warmup_steps))
     down = 1 - (1 - config.lr_end) * max(0.0, done - config.hold) / (1 - config.hold)
@@ -158,7 +148,7 @@ def make_optimizers(model: GPT2, config: PretrainConfig) -> list[torch.optim.Opt
     return [muon, adamw]
 
 
-class Pretrainer:
+class Pretrainer(Loop):
     """One run: `run()` trains from the current step to the end.
 
     Args:
@@ -172,11 +162,13 @@ class Pretrainer:
     def __init__(
         self, corpus: Corpus, config: PretrainConfig, out: str | Path, device: str = "cpu"
     ):
-        self.corpus, self.config, self.out = corpus, config, Path(out)
-        self.tokenizer, self.device = corpus.tokenizer, torch.device(device)
-        self.bf16 = config.precision == "bf16" or (
-            config.precision == "auto" and self.device.type == "cuda"
-        )
+        super().__init__(
+            config, out, torch.device(device), steps=config.steps, log_every=config.log_every,
+            eval_every=config.eval_every, save_every=config.eval_every,
+        )  # fmt: skip
+        self.corpus, self.tokenizer = corpus, corpus.tokenizer
+        self.bf16 = uses_bf16(config.precision, self.device)
+        self.advice = f"try smaller rates than muon_lr {config.muon_lr}, adamw_lr {config.adamw_lr}"
         T = config.n_positions
         rows = config.batch_tokens // T
         self.micro_rows = (config.micro_tokens or config.batch_tokens) // T
@@ -186,8 +178,6 @@ class Pretrainer:
         self.optimizers = make_optimizers(self.model, config)
         texts = {"text": corpus.train, "held-out text": corpus.val}
         self.digests = {name: hashlib.sha256(ids).hexdigest() for name, ids in texts.items()}
-        self.step_done, self.best, self.seconds = 0, math.inf, 0.0
-        self.started: float | None = None  # of a run that is going on: when it would have begun
 
     def _first_model(self) -> GPT2:
         """With random weights, in training mode."""
@@ -217,10 +207,13 @@ class Pretrainer:
         return F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
 
     def done(self) -> float:
-        """The share of the run that lies behind, by steps or by the clock; 1 at the end."""
+        """The share of the run that is done, by steps or by the clock; 1 at the end."""
         config = self.config
         by_time = self.seconds_so_far() / config.time_limit if config.time_limit else 0.0
         return max(self.step_done / config.steps, by_time)
+
+    def finished(self) -> bool:
+        return self.done() >= 1
 
     def step(self) -> dict:
         """One optimiser step over batch_tokens tokens; what it measured."""
@@ -240,56 +233,28 @@ class Pretrainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step_done += 1
-        return {"nats": nats, "tokens": labels, "norm": norm, "lr_share": share}
+        return {"nats": nats, "targets": labels, "tokens": labels, "norm": norm, "lr_share": share}
 
     # the loop ------------------------------------------------------------------------------------
 
-    def run(self, progress: bool = True) -> dict[str, float]:
-        """Train to the end. Returns what was reached, in nats per token where it is a loss.
-
-        Raises:
-            Interrupted: Ctrl-C; the running step was finished, model and state saved.
-            FloatingPointError: the loss is no longer finite; the last saved state stays.
-        """
-        config = self.config
-        if self.step_done == 0 and state_path(self.out).exists():
-            raise ValueError(f"{self.out} holds a run: load_state() goes on with it")
-        self.out.mkdir(parents=True, exist_ok=True)
-        cut_log(self.out, self.step_done)
-        self.started, window = time.perf_counter() - self.seconds, []
-        every = 0.1 if sys.stderr.isatty() else 30  # s, in a log file each update is a line
-        bar = tqdm(
-            total=config.steps, initial=self.step_done, unit="step", disable=not progress,
-            mininterval=every, miniters=1,
-        )  # fmt: skip
-        with bar, deferred_interrupt() as interrupted:
-            clock = time.perf_counter()
-            while self.done() < 1:
-                window.append(self.step())
-                bar.update()
-                stop, last = interrupted(), self.done() >= 1
-                evaluate = last or self.step_done % config.eval_every == 0
-                if evaluate or stop or self.step_done % config.log_every == 0:
-                    entry = self._log(window, time.perf_counter() - clock)
-                    shown = f"loss {entry['loss']:.3f}, {entry['tokens_per_s']} tok/s"
-                    bar.set_postfix_str(shown, refresh=False)
-                    window, clock = [], time.perf_counter()
-                if evaluate:
-                    self.evaluate()
-                if evaluate or stop:
-                    self.save_state()
-                    clock = time.perf_counter()
-                if stop and not last:
-                    self._stop_early()
-        self.started = None
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Log the loss on held-out text, nats per token; keep the best weights."""
         self.model.eval()
-        return self._result()
+        full = [w for w in self.val_windows if len(w) == self.config.n_positions + 1]
+        batches = [full[i : i + self.micro_rows] for i in range(0, len(full), self.micro_rows)]
+        batches += [[w] for w in self.val_windows if len(w) <= self.config.n_positions]
+        sums = [self.nats(torch.from_numpy(np.stack(b).astype(np.int64))) for b in batches]
+        tokens = sum(len(w) - 1 for w in self.val_windows)
+        loss = self.finite(float(torch.stack(sums).double().sum()) / tokens, "validation loss")
+        self.model.train()
+        self.note_loss(loss)
 
-    def seconds_so_far(self) -> float:
-        """Wall time of the run, pauses between its parts left out."""
-        return self.seconds if self.started is None else time.perf_counter() - self.started
+    def end(self) -> None:
+        self.model.eval()
 
-    def _result(self) -> dict[str, float]:
+    def result(self) -> dict[str, float]:
+        """What was reached, in nats per token where it is a loss."""
         tokenizer, val = self.tokenizer, self.corpus.val
         n_bytes = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
         per_byte = len(val) / max(1, int(n_bytes[val].sum()))
@@ -302,82 +267,20 @@ class Pretrainer:
             "seconds": round(self.seconds, 1),
         }
 
-    def _log(self, window: list[dict], seconds: float) -> dict:
-        """Append the means over `window` to the log; the one place that waits for a GPU."""
-        tokens = sum(entry["tokens"] for entry in window)
-        entry = {
-            "step": self.step_done,
-            "loss": self._finite(float(sum(entry["nats"] for entry in window)) / tokens, "loss"),
-            "grad_norm": self._finite(float(window[-1]["norm"]), "norm of the gradient"),
-            "lr_share": window[-1]["lr_share"],
-            "seconds": round(self.seconds_so_far(), 2),
-            "tokens_per_s": round(tokens / seconds),
-        }
-        append_log(self.out, entry)
-        return entry
+    # files ---------------------------------------------------------------------------------------
 
-    def _finite(self, value: float, name: str) -> float:
-        if not math.isfinite(value):
-            lrs = f"muon_lr {self.config.muon_lr}, adamw_lr {self.config.adamw_lr}"
-            raise FloatingPointError(
-                f"the {name} is {value} after step {self.step_done}: try smaller rates than {lrs}"
-            )
-        return value
+    def keep(self) -> None:
+        save_model(self.model, self.tokenizer, self.out)
 
-    def _stop_early(self) -> None:
-        if not math.isfinite(self.best):
-            save_model(self.model, self.tokenizer, self.out)
-        self.started, steps = None, self.config.steps
-        raise Interrupted(f"stopped after step {self.step_done} of {steps}; state saved")
+    def state(self) -> dict:
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        return {"trained": self.model.state_dict(), "optimizer": optimizers}
 
-    @torch.no_grad()
-    def evaluate(self) -> None:
-        """Log the loss on held-out text, nats per token; keep the best weights."""
-        self.model.eval()
-        full = [w for w in self.val_windows if len(w) == self.config.n_positions + 1]
-        batches = [full[i : i + self.micro_rows] for i in range(0, len(full), self.micro_rows)]
-        batches += [[w] for w in self.val_windows if len(w) <= self.config.n_positions]
-        sums = [self.nats(torch.from_numpy(np.stack(b).astype(np.int64))) for b in batches]
-        tokens = sum(len(w) - 1 for w in self.val_windows)
-        loss = self._finite(float(torch.stack(sums).double().sum()) / tokens, "validation loss")
-        self.model.train()
-        if loss < self.best:
-            self.best = loss
-            save_model(self.model, self.tokenizer, self.out)
-        seconds = round(self.seconds_so_far(), 2)
-        append_log(self.out, {"step": self.step_done, "dev_loss": loss, "seconds": seconds})
-
-    # state ---------------------------------------------------------------------------------------
-
-    def save_state(self) -> None:
-        """What resuming needs, all of it or nothing."""
-        self.seconds = self.seconds_so_far()
-        state = {
-            "settings": self._settings(),
-            "step": self.step_done,
-            "best": self.best,
-            "seconds": self.seconds,
-            "trained": self.model.state_dict(),
-            "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        write_state(self.out, state)
-
-    def load_state(self) -> None:
-        """Go back to the last saved state of this run folder.
-
-        Raises:
-            ValueError: no state, a damaged one, or one of other settings or text.
-        """
-        path, state = state_path(self.out), read_state(self.out, self.device)
-        ours, theirs = self._settings(), state["settings"]
-        changed = sorted(name for name in ours if theirs.get(name) != ours[name])
-        if changed:
-            raise ValueError(f"{path}: the saved run has another {', '.join(changed)}")
+    def restore(self, state: dict) -> None:
         self.model.load_state_dict(state["trained"])
         for optimizer, saved in zip(self.optimizers, state["optimizer"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step_done, self.best, self.seconds = (state[k] for k in ("step", "best", "seconds"))
 
-    def _settings(self) -> dict:
-        """What must be the same when a run goes on."""
+    def settings(self) -> dict:
+        """Settings and text."""
         return asdict(self.config) | self.digests | {"bf16": self.bf16}

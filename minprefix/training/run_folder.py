@@ -2,20 +2,22 @@
 
     log.jsonl           one line per logging interval and per evaluation
     state/state.pt      trained weights, optimiser, step: what resuming needs
-    prefix.safetensors  the best prefix on the dev set so far (or model/, for fine-tuning)
+    prefix.safetensors  the best prefix on the dev set so far (or what the method keeps instead)
 
-`training.Trainer` writes it. A run can be killed at any moment: the state is replaced in one step,
-and what the log holds of steps after it is cut when the run goes on.
+`loop.Loop` writes it. A run can be killed at any moment: the state is replaced in one step, and
+what the log holds of steps after it is cut when the run goes on.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from minprefix.files import atomic_write, write_text
 
-KEYS = {"settings", "step", "best", "seconds", "trained", "optimizer"}
+COMMON = ("settings", "step", "best", "seconds")  # keys of every state
+TRAINED = ("trained", "optimizer")  # and of one with weights
 
 
 def state_path(folder: Path) -> Path:
@@ -30,9 +32,13 @@ def write_state(folder: Path, state: dict) -> None:
         torch.save(state, file)
 
 
-def read_state(folder: Path, device: torch.device | str = "cpu") -> dict:
+def read_state(
+    folder: Path, device: torch.device | str = "cpu", keys: Sequence[str] = TRAINED
+) -> dict:
     """What `write_state` wrote.
 
+    Args:
+        keys: what it must hold beside `COMMON`.
     Raises:
         ValueError: there is none, or it is damaged.
     """
@@ -43,8 +49,14 @@ def read_state(folder: Path, device: torch.device | str = "cpu") -> dict:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # unpickling a damaged file raises almost anything
         raise ValueError(f"{path}: damaged, or no training state") from error
-    if not isinstance(state, dict) or not KEYS <= set(state):
-        raise ValueError(f"{path}: no training state")
+    return checked_state(path, state, keys)
+
+
+def checked_state(path: Path, state: object, keys: Sequence[str]) -> dict:
+    """The state; ValueError if it lacks one of the keys."""
+    missing = sorted({*COMMON, *keys} - set(state if isinstance(state, dict) else ()))
+    if missing:
+        raise ValueError(f"{path}: no training state, it lacks {', '.join(missing)}")
     return state
 
 

@@ -8,7 +8,7 @@ import pytest
 from minprefix.cli.main import build_parser
 from minprefix.cli.options import OneLineParser, add_fields, field_help, from_args
 from minprefix.generation.decoding import GenerationConfig
-from minprefix.methods.adapters import BaselineConfig
+from minprefix.methods.by_name import BaselineConfig
 from minprefix.prefix.config import PrefixConfig
 from minprefix.training.trainer import TrainConfig
 

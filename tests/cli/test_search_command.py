@@ -6,7 +6,8 @@ import signal
 import pytest
 
 from minprefix.cli import search as search_command
-from minprefix.methods.search.search import PromptSearch, state_path
+from minprefix.methods.search.search import PromptSearch
+from minprefix.training.run_folder import read_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,7 +20,7 @@ def test_the_command_searches_and_others_use_what_it_found(cli, tiny_folder, tab
     front, around = tmp_path / "front", tmp_path / "around"
     out, err = cli("search", *common, "--out", front, *QUICK)
     assert 'text: "' in out and "dev_loss_without_prompt" in out and "2/2" in err
-    out, _ = cli("search", *common, "--out", around, *QUICK, "--behind", 2, "--json")
+    out, _ = cli("search", *common, "--out", around, *QUICK, "--after", 2, "--json")
     found = json.loads(out)
     assert found["kept"] == str(around / "prompt.json") and "{table}" in found["text"]
     again, _ = cli("search", "--resume", around, "--json")
@@ -62,7 +63,7 @@ def test_the_command_names_what_is_wrong(cli, tiny_folder, tables, tmp_path):
     common = ("--model", tiny_folder, "--data", tables)
     cases = [
         ((), "give either --out"),
-        (("--out", tmp_path / "a", "--behind", 11), "behind must lie in [0, 10], got 11"),
+        (("--out", tmp_path / "a", "--after", 11), "after must lie in [0, 10], got 11"),
         (("--out", tmp_path / "a", "--start", " "), "start must be a text, got an empty one"),
         (("--resume", tmp_path), "cannot go with --resume"),
     ]
@@ -92,4 +93,4 @@ def test_ctrl_c_ends_after_a_step_and_says_how_to_go_on(
     common = ("--model", tiny_folder, "--data", tables, "--out", tmp_path / "run")
     _, err = cli("search", *common, *QUICK, code=130)
     assert f"Go on with: python -m minprefix search --resume {tmp_path / 'run'}" in err
-    assert json.loads(state_path(tmp_path / "run").read_text())["step_done"] == 1
+    assert read_state(tmp_path / "run", keys=PromptSearch.state_keys)["step"] == 1

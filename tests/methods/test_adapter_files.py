@@ -6,15 +6,10 @@ from conftest import an_adapter, another_model, pairs, random_ids, small_model, 
 from safetensors.torch import save_file
 
 from minprefix.files import load_tensors
-from minprefix.methods.adapters import (
-    ADAPTER_FORMAT,
-    ATTACHED,
-    DESIGNS,
-    Adapter,
-    BaselineConfig,
-    TopLayers,
-    count,
-)
+from minprefix.methods.adapters import DESIGNS, FORMAT, Adapter, TunedAdapter, count
+from minprefix.methods.by_name import BaselineConfig
+from minprefix.methods.top_layers import TopLayers, TunedTopLayers
+from minprefix.models.base import ATTACHED
 from minprefix.models.weights import fingerprint
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.blocks import unwrap_blocks, wrap_blocks
@@ -34,7 +29,7 @@ def test_round_trip(tmp_path, design):
     tensors, metadata = load_tensors(tmp_path / "a.safetensors")
     assert sum(x.numel() for x in tensors.values()) == count(adapter) == count(loaded)
     assert metadata == {
-        "format": ADAPTER_FORMAT, "design": design, "bottleneck": "5", "base": fingerprint(model),
+        "format": FORMAT, "design": design, "bottleneck": "5", "base": fingerprint(model),
         "layer_norm_epsilon": "0.0003", "linearisation": "paper", "max_source": "9",
     }  # fmt: skip
     assert (loaded.linearisation, loaded.max_source) == ("paper", 9)
@@ -61,7 +56,7 @@ def test_an_adapter_for_another_model_is_refused():
 
 def wrong_files(adapter: Adapter) -> dict:
     tensors = {name: x.detach().clone() for name, x in adapter.state_dict().items()}
-    good = {"format": ADAPTER_FORMAT, "design": "lin", "bottleneck": "5", "base": "",
+    good = {"format": FORMAT, "design": "lin", "bottleneck": "5", "base": "",
             "layer_norm_epsilon": "1e-5"}  # fmt: skip
     less = {name: x for name, x in tensors.items() if name != "h.1.block.up.bias"}
     return {
@@ -113,22 +108,22 @@ def test_what_does_not_go_together_is_refused(tokenizer, tmp_path):
         TopLayers(model, 3)
     with pytest.raises(ValueError, match="compile does not go with method adapter"):
         TrainConfig(method="adapter", compile=True)
+    adapter, layers = TunedAdapter(an_adapter(model)), TunedTopLayers(TopLayers(model))
     wrong = {
-        "'prefix', .* do not fit": ("prefix", {}),
-        "'adapter', .*None.* do not fit": ("adapter", {}),
-        "'adapter', .*TopLayers.* do not fit": ("adapter", {"baseline": TopLayers(model)}),
-        "'finetune', .*Adapter.* do not fit": ("finetune", {"baseline": an_adapter(model)}),
-        "'adapter', .*Prefix.* do not fit": (
-            "adapter",
-            {"baseline": an_adapter(model), "prefix": Prefix.random(model.config, 2, 0)},
+        "'prefix' does not train a TunedModel": ("prefix", None),
+        "'adapter' does not train a TunedModel": ("adapter", None),
+        "'adapter' does not train a TunedTopLayers": ("adapter", layers),
+        "'finetune' does not train a TunedAdapter": ("finetune", adapter),
+        "'adapter' does not train a TunedPrefix": ("adapter", Prefix.random(model.config, 2, 0)),
+        "those of another model": ("ft-top", TunedTopLayers(TopLayers(small_model()))),
+        "this adapter was made for another": (
+            "adapter", TunedAdapter(an_adapter(another_model())),
         ),
-        "those of another model": ("ft-top", {"baseline": TopLayers(small_model())}),
-        "this adapter was made for another": ("adapter", {"baseline": an_adapter(another_model())}),
-    }
-    for message, (method, options) in wrong.items():
+    }  # fmt: skip
+    for message, (method, tuned) in wrong.items():
         config = TrainConfig(method=method, steps=1)
         with pytest.raises(ValueError, match=message):
-            Trainer(model, tokenizer, config, pairs(4), [], tmp_path, **options)
+            Trainer(model, tokenizer, config, pairs(4), [], tmp_path, tuned)
     wrap_blocks(model, compiled=True)
     with pytest.raises(ValueError, match="layers that are not compiled"):
         an_adapter(model).attach(model)

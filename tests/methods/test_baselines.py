@@ -22,15 +22,14 @@ from minprefix.generation.decoding import GenerationConfig
 from minprefix.generation.fast import KEPT
 from minprefix.generation.texts import generate, generate_ids
 from minprefix.methods.adapters import (
-    ATTACHED,
     DESIGNS,
     Adapter,
-    BaselineConfig,
-    adapter_of,
+    TunedAdapter,
     bottleneck_for,
     count,
-    make_baseline,
+    make_adapter,
 )
+from minprefix.models.base import ATTACHED, adapter_of
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import fingerprint, load, save_model
 from minprefix.training.trainer import TrainConfig, Trainer
@@ -165,7 +164,7 @@ def test_gradients_of_a_step_equal_those_written_out(tokenizer, tmp_path, design
     model = small_model(torch.float64)
     adapter = an_adapter(model, design)
     config = TrainConfig(method="adapter", steps=3, batch_size=3, clip=1e9)
-    run = Trainer(model, tokenizer, config, pairs(6), [], tmp_path, baseline=adapter)
+    run = Trainer(model, tokenizer, config, pairs(6), [], tmp_path, TunedAdapter(adapter))
     total, targets = 0.0, 0
     for row in [run.rows[i] for i in run.order.batch(0)]:
         log_p = literal(model, adapter, torch.tensor(row.ids[:-1])).log_softmax(-1)
@@ -217,8 +216,8 @@ def test_bf16_keeps_the_adapter_in_fp32(tokenizer, tmp_path):
     assert nats[0] == pytest.approx(nats[1], rel=2**-8) and nats[0] != nats[1]  # 8 bits
     assert {w.dtype for w in runs[0].model.parameters()} == {torch.bfloat16}
     for run in runs:
-        assert {w.dtype for w in run.adapter.parameters()} == {torch.float32}
-        assert run.adapter.base == fingerprint(model)
+        assert {w.dtype for w in run.trained.parameters()} == {torch.float32}
+        assert run.trained.base == fingerprint(model)
     assert model.wte.weight.dtype == torch.float32 and model not in ATTACHED
 
 
@@ -355,5 +354,4 @@ def test_no_other_width_comes_nearer_to_a_share(design, share):
         sizes = {m: count(Adapter(config, m, design)) for m in range(1, 500)}
     nearest = min(sizes, key=lambda m: abs(sizes[m] - share * count(model)))
     assert bottleneck_for(config, share, design) == nearest
-    options = BaselineConfig(adapter_design=design, adapter_share=share)
-    assert make_baseline(GPT2(config), "adapter", options, 0).bottleneck == nearest
+    assert make_adapter(GPT2(config), design, None, share, 0).bottleneck == nearest

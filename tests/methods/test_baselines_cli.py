@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from conftest import tiny_with_words
 
-from minprefix.cli.train import READ
 from minprefix.generation.texts import generate
-from minprefix.methods.adapters import Adapter, BaselineConfig, bottleneck_for, count
+from minprefix.methods.adapters import Adapter, bottleneck_for, count
+from minprefix.methods.by_name import TUNED, BaselineConfig, unread
 from minprefix.models.tokenizer import Tokenizer
 from minprefix.models.weights import ASSETS, fingerprint, load, save_model
 from minprefix.prefix.config import PrefixConfig
-from minprefix.training.trainer import METHODS
+from minprefix.training.trainer import TrainConfig
+from minprefix.training.tuned import METHOD_NAMES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ("--batch-size", 4, "--steps", 4, "--eval-every", 2, "--log-every", 1, "--samples", 1,
@@ -155,10 +156,25 @@ def test_options_of_other_methods_are_refused(
 
 
 def test_each_method_reads_its_fields():
-    """`READ` names every method, every option at least once, and none that does not exist."""
+    """All methods have names; each field is read by one of them, and all that is read exists."""
     names = [field.name for config in (PrefixConfig, BaselineConfig) for field in fields(config)]
-    assert set(READ) == set(METHODS)
-    assert {name for read in READ.values() for name in read} == set(names)
+    assert set(TUNED) == set(METHOD_NAMES)
+    assert {name for tuned in TUNED.values() for name in tuned.reads} == set(names)
+
+
+def test_fields_that_a_method_does_not_read_are_named():
+    def found(method: str, prefix: dict, baseline: dict) -> list[str]:
+        configs = TrainConfig(method=method), PrefixConfig(**prefix), BaselineConfig(**baseline)
+        return [f"{name} {why}" for name, why in unread(*configs)]
+
+    assert found("prefix", {"gate": True}, {}) == found("ft-top", {}, {"top_layers": 1}) == []
+    assert found("adapter", {"gate": True}, {"top_layers": 1}) == [
+        "gate is for method prefix, not for adapter",
+        "top_layers is for method ft-top, not for adapter",
+    ]
+    assert found("prefix", {"init": "random", "init_text": "x"}, {}) == [
+        "init_text is for init words or prompt, not for random"
+    ]
 
 
 def test_info_of_an_official_model_downloads_nothing(cli, monkeypatch):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import tiny_gpt2
 
-from minprefix.methods.adapters import Adapter, TopLayers, count
+from minprefix.methods.adapters import Adapter, count
 from minprefix.methods.counts import method_rows
+from minprefix.methods.top_layers import TopLayers
 from minprefix.models.config import OFFICIAL, GPT2Config
 from minprefix.models.weights import MODELS, shapes_of
 from minprefix.prefix.prefix import Prefix

@@ -25,10 +25,10 @@ def rows_of(tokenizer, n: int = 5):
 
 def plain_nats(model, prompt: list[int], rows, A: int = 0) -> float:
     """The loss with the prompt's tokens around each source, one row at a time."""
-    nats, (before, behind) = 0.0, (prompt[: len(prompt) - A], prompt[len(prompt) - A :])
+    nats, (before, after) = 0.0, (prompt[: len(prompt) - A], prompt[len(prompt) - A :])
     for row in rows:
         source, bos, target = row.ids[: row.prompt_len - 1], *_bos_and_target(row)
-        asked = before + source + (behind if A else [bos])
+        asked = before + source + (after if A else [bos])
         ids = torch.tensor(asked + target)
         logits = model(ids[None, :-1])[0]
         first = len(asked)  # the first target token
@@ -83,8 +83,8 @@ def test_the_gradient_is_that_of_one_hot_choices_in_the_text(monkeypatch, A):
     for row in rows:  # the whole text as one-hot rows, their embeddings put into wte's place
         bos, target = _bos_and_target(row)
         text = one_hot(torch.tensor(row.ids), 257).double()
-        behind = choices[4 - A :] if A else text[row.prompt_len - 1 : row.prompt_len]
-        asked = torch.cat([choices[: 4 - A], text[: row.prompt_len - 1], behind])
+        after = choices[4 - A :] if A else text[row.prompt_len - 1 : row.prompt_len]
+        asked = torch.cat([choices[: 4 - A], text[: row.prompt_len - 1], after])
         x = torch.cat([asked, text[row.prompt_len : -1]]) @ model.wte.weight
         hook = model.wte.register_forward_hook(lambda *_, x=x: x[None])
         logits = model(torch.zeros(1, len(x), dtype=torch.long))[0, len(asked) - 1 :]

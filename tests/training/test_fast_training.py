@@ -8,7 +8,7 @@ from minprefix.data.batches import collate, encode_examples
 from minprefix.models.losses import IGNORE
 from minprefix.training import graphs as fast_training
 from minprefix.training import trainer as training
-from minprefix.training.graphs import Graphed, padded
+from minprefix.training.graphs import GraphedPasses, padded
 
 FORMS = {
     "table": {},
@@ -51,7 +51,7 @@ def test_static_buffers_equal_plain_steps(tokenizer, tmp_path, recordings, monke
     monkeypatch.setattr(training, "uses_graphs", lambda device: False)
     plain = trainer(tokenizer, tmp_path, model=small_model(torch.float64), **options)
     expected, nats = weights_after(8, plain)
-    assert isinstance(graphed.passes, Graphed) and not isinstance(plain.passes, Graphed)
+    assert isinstance(graphed.passes, GraphedPasses) and not isinstance(plain.passes, GraphedPasses)
     assert_close(got, expected, 1e-9)  # AdamW divides by the root of tiny squares
     assert got_nats == pytest.approx(nats, rel=1e-12)
     buckets = set(graphed.passes.replays)
@@ -87,7 +87,7 @@ def test_graphs_equal_eager_steps(tokenizer, tmp_path, monkeypatch, form, precis
             prefix_options=FORMS[form], **WAY,
         )  # fmt: skip
         results.append(weights_after(8, run)[1])
-    assert isinstance(run.passes, Graphed)
+    assert isinstance(run.passes, GraphedPasses)
     assert results[1] == pytest.approx(results[0], rel=1e-5 if precision == "fp32" else 1e-2)
 
 

@@ -19,7 +19,9 @@ from minprefix.models.config import GPT2Config
 from minprefix.models.weights import fingerprint, load, save_model
 from minprefix.prefix.parametrisations import token_activations
 from minprefix.prefix.prefix import Prefix
-from minprefix.training.trainer import METHODS, Interrupted, TrainConfig, Trainer
+from minprefix.training.loop import Interrupted
+from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.tuned import METHOD_NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -146,7 +148,7 @@ def test_gate_stays_non_negative(tokenizer, tmp_path):
     assert (run.prefix.gate > 0).any()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activation_checkpointing_changes_no_loss(tokenizer, tmp_path, method, checkpointing):
     """Dropout masks included: a step recomputes what it computed."""
@@ -160,7 +162,7 @@ def test_activation_checkpointing_changes_no_loss(tokenizer, tmp_path, method, c
 
 SCRIPT = """
 import sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = [{root!r}, {tests!r}, {tests!r} + "/training"]
 from pathlib import Path
 from conftest import ASSETS, Tokenizer
 from test_training import *
@@ -206,7 +208,7 @@ def script(out: Path, method: str, *, resume=False, delay=0.0) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_killed_run_continues_to_the_same_losses(tmp_path, method):
     """kill -9 in the middle; every later loss and the dev losses are those of an unbroken run."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -360,12 +362,12 @@ def test_a_run_of_an_older_version_goes_on(tokenizer, tmp_path):
     run = trainer(tokenizer, tmp_path)
     run.step()
     tmp_path.mkdir(exist_ok=True)
-    ours = Trainer._settings
+    ours = Trainer.settings
     older = {"compile", "prefix_dropout", "place", "bf16", "max_source"}
-    run._settings = lambda: {k: v for k, v in ours(run).items() if k not in older}
+    run.settings = lambda: {k: v for k, v in ours(run).items() if k not in older}
     run.save_state()
     trainer(tokenizer, tmp_path).load_state()
-    run._settings = lambda: ours(run) | {"bf16": True}
+    run.settings = lambda: ours(run) | {"bf16": True}
     run.save_state()
     with pytest.raises(ValueError, match="another bf16"):
         trainer(tokenizer, tmp_path).load_state()

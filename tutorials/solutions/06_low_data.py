@@ -12,7 +12,8 @@ import minprefix
 from benchmarks.paper.results import t_quantile
 from minprefix.data.load import load_examples
 from minprefix.data.splits import subset
-from minprefix.methods.adapters import BaselineConfig, count, make_baseline
+from minprefix.methods.adapters import count
+from minprefix.methods.top_layers import TopLayers, TunedTopLayers
 from minprefix.training.trainer import TrainConfig, Trainer
 
 train = load_examples("restaurants", "train")
@@ -57,14 +58,14 @@ assert need == 7
 # %%
 model, tokenizer = minprefix.load("mini")
 before = {name: weight.clone() for name, weight in model.state_dict().items()}
-top = make_baseline(model, "ft-top", BaselineConfig(top_layers=2), seed=0)
-print(f"{count(top):,} parameters, {count(top) / count(model):.1%} of the model")
+top = TunedTopLayers(TopLayers(model, 2))
+print(f"{count(top.weights):,} parameters, {count(top.weights) / count(model):.1%} of the model")
 config = TrainConfig(
     method="ft-top", steps=6, batch_size=4, lr=5e-4, samples=0, log_every=3, precision="fp32"
 )
 few = subset(train, 20, 0)
 with tempfile.TemporaryDirectory() as out:
-    trainer = Trainer(model, tokenizer, config, few, [], out, baseline=top)
+    trainer = Trainer(model, tokenizer, config, few, [], out, top)
     assert all(torch.equal(before[name], w) for name, w in model.state_dict().items())  # step 0
     trainer.run(progress=False)
 moved = {n for n, w in model.state_dict().items() if not torch.equal(before[n], w)}

@@ -37,18 +37,18 @@ class PromptForm:
     """What a prompt of ids is made of, and which prompts may be proposed."""
 
     tokenizer: Tokenizer
-    A: int  # tokens behind the source
+    A: int  # tokens after the source
     printable: bool  # only prompts that can be typed
-    sources: Sequence[str]  # with which typing is tried, where a prompt has a part behind them
+    sources: Sequence[str]  # with which typing is tried, where a prompt has a part after them
 
     def parts(self, prompt: Prompt) -> tuple[Prompt, Prompt]:
-        """What stands before the source, and behind it."""
+        """What stands before the source, and what after it."""
         return prompt[: len(prompt) - self.A], prompt[len(prompt) - self.A :]
 
     def text(self, prompt: Prompt) -> str:
         """The prompt's text, with {table} between its parts where there are two."""
-        before, behind = map(self.tokenizer.decode, self.parts(prompt))
-        return before + ("{table}" + behind if self.A else "")
+        before, after = map(self.tokenizer.decode, self.parts(prompt))
+        return before + ("{table}" + after if self.A else "")
 
     def is_usable(self, token: int) -> bool:
         """Whether a token may stand in a prompt: any, or with `printable` one that can be typed."""
@@ -62,21 +62,21 @@ class PromptForm:
         """Any; with `printable`, one whose text gives the same tokens, around a source, too."""
         if not self.printable:
             return True
-        before, behind = self.parts(prompt)
-        text, end = self.tokenizer.decode(before), self.tokenizer.decode(behind)
+        before, after = self.parts(prompt)
+        text, end = self.tokenizer.decode(before), self.tokenizer.decode(after)
         if not (text + end).replace("\n", "").isprintable():
             return False
         encode = self.tokenizer.encode
         if not self.A:
             return encode(text) == prompt
-        return all(encode(text + x + end) == before + encode(x) + behind for x in self.sources)
+        return all(encode(text + x + end) == before + encode(x) + after for x in self.sources)
 
 
 def starting_prompts(
     tokenizer, texts: Sequence[str], rows: Sequence[Encoded], usable: Sequence[int],
     is_allowed: Allowed, prompt_len: int, A: int, count: int, rng: np.random.Generator,
 ) -> list[Prompt]:  # fmt: skip
-    """About `count` different prompts of P tokens, the last A for behind the source; at least one.
+    """About `count` different prompts of P tokens, the last A to follow the source; at least one.
 
     The texts and `INSTRUCTIONS`, cut or repeated to the length of their part; windows of rows,
     which hold a piece of a solved example; and random tokens. What a text leaves open (it stands
@@ -103,10 +103,10 @@ def starting_prompts(
         if len(found) >= count:
             break
         text = texts[number % len(texts)]
-        if number >= len(texts) and (A == 0 or number % 2):  # text behind comes again and again
+        if number >= len(texts) and (A == 0 or number % 2):  # a text after the source: each time
             text = ""
-        before, _, behind = text.partition("{table}")
-        prompt = part(before, prompt_len - A, 0) + part(behind, A, A)
+        before, _, after = text.partition("{table}")
+        prompt = part(before, prompt_len - A, 0) + part(after, A, A)
         if is_allowed(prompt):
             found[tuple(prompt)] = None
     if not found:  # where tokens must stay apart when typed, one token repeated may be left

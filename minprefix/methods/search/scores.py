@@ -13,9 +13,9 @@ and to first order the loss changes by (d loss / d o_p)[v] - (d loss / d o_p)[z_
 replaced by v: what HotFlip [2], AutoPrompt [3] and greedy coordinate gradient [4] choose candidates
 by (`one_hot_gradient`).
 
-The last A of the P tokens may instead stand behind the source, in the place of the bos (`opened`):
+The last A of the P tokens may instead stand after the source, in the place of the bos (`opened`):
 prompt_1 ... prompt_{P-A}, source, prompt_{P-A+1} ... prompt_P, target, eos, the form of a written
-instruction. A = 0 is prefix-tuning's own frame, A > 0 holds it as the case of one bos behind.
+instruction. A = 0 is prefix-tuning's own frame, A > 0 holds it as the case of a single bos.
 Shapes use the letters of the README's table, and A.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://arxiv.org/abs/1712.06751
@@ -57,7 +57,7 @@ def bank(table: Tensor, rows: int) -> PrefixActivations:
 
 
 def repeated(batch: Batch, N: int) -> Batch:
-    """The rows of the batch N times, one copy behind the other."""
+    """The rows of the batch N times, one copy after the other."""
     start = torch.arange(N, device=batch.at.device)[:, None] * batch.labels.numel()  # (N, 1)
     return Batch(
         batch.input_ids.repeat(N, 1),
@@ -107,7 +107,7 @@ def prompt_nats(
     Args:
         prompts: (N, P) int; P = 0 is no prompt.
         rows: as `batches.encode_examples` makes them; each is read with each prompt.
-        A: how many of the P tokens stand behind the source.
+        A: how many of the P tokens stand after the source.
     """
     (N, P), device = prompts.shape, prompts.device
     nats = torch.zeros(N, dtype=torch.float64, device=device)
@@ -157,7 +157,7 @@ def one_hot_gradient(
         rows, A: as in `prompt_nats`.
     """
     x = model.wte.weight[prompt].detach().requires_grad_()  # (P, C)
-    before, behind = x[: len(x) - A], x[len(x) - A :]
+    before, after = x[: len(x) - A], x[len(x) - A :]
     dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     for run in passes(opened(rows, A), PASS_TOKENS):
         batch, acts = collate(run, pad_id).to(prompt.device), None
@@ -166,7 +166,7 @@ def one_hot_gradient(
             acts = PrefixActivations(table, len(before), len(before))
         call = partial(model.token_losses, batch.input_ids, batch.labels, batch.at, prefix=acts)
         if A:
-            with embedded(model, free_places(run, A, prompt.device), behind):
+            with embedded(model, free_places(run, A, prompt.device), after):
                 losses = call()
         else:
             losses = call()

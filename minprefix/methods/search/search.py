@@ -7,7 +7,7 @@ embedding-only tuning takes any vectors and prefix-tuning any activations: discr
 as ids, nobody has to type it (`printable` is for a prompt that shall be typed).
 
 A bos between source and target tells a model that a new document begins, and words before it can
-hardly mend that. With `behind` = A > 0 the last A tokens therefore stand in the place of the bos,
+hardly mend that. With `after` = A > 0 the last A tokens therefore stand in the place of the bos,
 as those of a written instruction do: outside the chain above, and the stronger opponent.
 
 The optimiser is greedy coordinate gradient [2] (AutoPrompt [3] and ARCA [4] are its kin): gradients
@@ -23,34 +23,31 @@ by the one-hot choices propose replacements, the loss itself disposes. Around it
                  is not accepted, so luck with a minibatch is not
     larger minibatches, once nothing is accepted any more
 
-and dev rows that choose which accepted prompt is kept. Read `SearchConfig`, `PromptSearch.step`,
-`PromptSearch.run`. Everything that step s does depends on the settings, the state before it and
-(seed, s): a run that was killed goes on to what an unbroken run finds. A run folder holds
+and dev rows that choose which accepted prompt is kept. Read `SearchConfig`, `PromptSearch.begin`,
+`PromptSearch.step`; `training/loop.py` has the loop. Everything that step s does depends on the
+settings, the state before it and (seed, s): a run that was killed goes on to what an unbroken run
+finds. A run folder holds
 
     log.jsonl            one line per step, with the row-evaluations spent so far
-    search.json          the state
+    state/state.pt       the state (search.json in folders of older versions)
     prompt.json          the best prompt on the dev rows: token ids, text, base model
     prefix.safetensors   with A = 0 the same as a prefix like any other
 
-Effort is counted in row-evaluations: one row read behind one prompt, forward (`GRADIENT_COST`).
+Effort is counted in row-evaluations: one row read after one prompt, forward (`GRADIENT_COST`).
 [1] https://arxiv.org/abs/2101.00190   [2] https://arxiv.org/abs/2307.15043
 [3] https://arxiv.org/abs/2010.15980   [4] https://arxiv.org/abs/2303.04381
 """
 
 import hashlib
 import json
-import math
-import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from minprefix.checks import check_choice
-from minprefix.data.batches import Encoded, encode_examples
+from minprefix.checks import check_at_least_one, check_choice, check_not_negative
+from minprefix.data.batches import Encoded, encode_examples, spread
 from minprefix.data.examples import Example
 from minprefix.files import read_json, write_text
 from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, template_rows
@@ -65,8 +62,9 @@ from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import fingerprint, need_gpt2
 from minprefix.prefix.parametrisations import token_activations
 from minprefix.prefix.prefix import Prefix
-from minprefix.training.run_folder import append_log, cut_log
-from minprefix.training.trainer import PRECISIONS, Interrupted, deferred_interrupt, in_bf16
+from minprefix.training.loop import Loop
+from minprefix.training.precision import PRECISIONS, in_bf16, uses_bf16
+from minprefix.training.run_folder import checked_state, cut_log, state_path
 
 FINALISTS = 8  # prompts that reach the end of a race
 MOST_LEVELS = 3  # the minibatch is doubled so often at most
@@ -77,7 +75,7 @@ class SearchConfig:
     """One search."""
 
     prompt_len: int = 10  # P, tokens
-    behind: int = 0  # A, how many of them stand behind the source, in the place of the bos
+    after: int = 0  # A, how many of them stand after the source, in the place of the bos
     steps: int = 100  # rounds of gradient, race and judgement
     budget: int | None = None  # row-evaluations, beside steps: no step begins after so many
     candidates: int = 64  # prompts in a race
@@ -96,25 +94,30 @@ class SearchConfig:
 
     def __post_init__(self):
         check_choice("precision", self.precision, PRECISIONS)
-        for name in (
-            "prompt_len", "steps", "candidates", "top_k", "batch_size", "judge_rows", "chains",
-            "starts", "patience", "eval_every", "eval_pairs",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.budget is not None and self.budget < 1:
-            raise ValueError(f"budget must be at least 1, got {self.budget}")
-        if not 0 <= self.behind <= self.prompt_len:
-            raise ValueError(f"behind must lie in [0, {self.prompt_len}], got {self.behind}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        check_at_least_one(
+            self, "prompt_len", "steps", "budget", "candidates", "top_k", "batch_size",
+            "judge_rows", "chains", "starts", "patience", "eval_every", "eval_pairs",
+        )  # fmt: skip
+        check_not_negative(self, "seed")
+        if not 0 <= self.after <= self.prompt_len:
+            raise ValueError(f"after must lie in [0, {self.prompt_len}], got {self.after}")
         if not all(text.strip() for text in self.start):
             raise ValueError("start must be a text, got an empty one")
         if self.chains > self.starts:
             raise ValueError(f"chains {self.chains} must not be more than starts {self.starts}")
 
 
-class PromptSearch:
+def saved_config(saved: dict) -> SearchConfig:
+    """The config from `asdict` of it, as config.json holds it; older versions say "behind"."""
+    saved = {"after" if name == "behind" else name: value for name, value in saved.items()}
+    return SearchConfig(**saved | {"start": tuple(saved["start"])})
+
+
+# the attributes that are the state of a search, beside those of `Loop`
+STATE = ("spent", "level", "refused", "chains", "best_prompt", "before")
+
+
+class PromptSearch(Loop):
     """One search: `run()` goes from the current step to the end.
 
     Args:
@@ -131,16 +134,32 @@ class PromptSearch:
         dev: list[Example], out: str | Path, linearisation: str = "paper",
     ):  # fmt: skip
         need_gpt2(model, "a searched prompt")
-        self.tokenizer, self.config, self.out = tokenizer, config, Path(out)
-        self.linearisation, self.device = linearisation, model.wte.weight.device
-        P, A = config.prompt_len, config.behind
-        room = model.config.n_positions - P + (A > 0)  # the bos leaves its place
+        super().__init__(
+            config, out, model.wte.weight.device, steps=config.steps, log_every=1,
+            eval_every=config.eval_every, save_every=1,
+        )  # fmt: skip
+        self.tokenizer, self.linearisation = tokenizer, linearisation
+        self.exact = model.requires_grad_(False).eval()  # whose activations are saved
+        self.bf16 = uses_bf16(config.precision, self.device)
+        self.model = in_bf16(model).requires_grad_(False).eval() if self.bf16 else model
+        self._encode(train, dev)
+        usable = [self.form.is_usable(v) for v in range(model.config.vocab_size)]
+        self.usable = torch.tensor(usable)  # (V,)
+        # the state, with that of `Loop`
+        self.spent, self.level, self.refused = 0, 0, 0
+        self.chains: list[tuple[list[int], float]] = []  # prompt and its loss on the judge's rows
+        self.best_prompt, self.before = [], {}
+
+    def _encode(self, train: list[Example], dev: list[Example]) -> None:
+        """Make the rows to train, judge and choose by, and the form of a prompt around them."""
+        config, tokenizer = self.config, self.tokenizer
+        P, A, n_positions = config.prompt_len, config.after, self.model.config.n_positions
+        room = n_positions - P + (A > 0)  # the bos leaves its place
         if room < 1:
             raise ValueError(
-                f"a prompt of {P} tokens leaves no room for a text in "
-                f"{model.config.n_positions} positions"
+                f"a prompt of {P} tokens leaves no room for a text in {n_positions} positions"
             )
-        rows = encode_examples(tokenizer, train, linearisation, room + 1)
+        rows = encode_examples(tokenizer, train, self.linearisation, room + 1)
         if len(rows) < 2:
             raise ValueError(f"a search needs two training pairs at least, got {len(rows)}")
         order = np.random.default_rng([config.seed, 0]).permutation(len(rows))
@@ -152,22 +171,12 @@ class PromptSearch:
         self.form = PromptForm(tokenizer, A, config.printable, sources)
         self.dev_rows, self.templates = self.judge_rows, {}
         if dev:
-            dev_rows = encode_examples(tokenizer, dev, linearisation, room + 1)
-            spread = np.linspace(0, len(dev_rows) - 1, min(len(dev_rows), config.eval_pairs))
-            self.dev_rows = [dev_rows[int(i)] for i in spread]
+            most = config.eval_pairs
+            dev_rows = encode_examples(tokenizer, dev, self.linearisation, room + 1)
+            self.dev_rows = spread(dev_rows, most)
             for template in TEMPLATES:
                 rows = template_rows(tokenizer, HardPrompt(template), dev)
-                self.templates[template] = [rows[int(i)] for i in spread]
-        self.exact = model.requires_grad_(False).eval()  # whose activations are saved
-        bf16 = config.precision == "bf16"
-        self.bf16 = bf16 or (config.precision == "auto" and self.device.type == "cuda")
-        self.model = in_bf16(model).requires_grad_(False).eval() if self.bf16 else model
-        usable = [self.form.is_usable(v) for v in range(model.config.vocab_size)]
-        self.usable = torch.tensor(usable)  # (V,)
-        # the state: all of it is in search.json
-        self.step_done, self.spent, self.level, self.refused, self.seconds = 0, 0, 0, 0, 0.0
-        self.chains: list[tuple[list[int], float]] = []  # prompt and its loss on the judge's rows
-        self.best, self.best_prompt, self.before = math.inf, [], {}
+                self.templates[template] = spread(rows, most)
 
     # scores --------------------------------------------------------------------------------------
 
@@ -175,7 +184,7 @@ class PromptSearch:
         """Summed loss of each prompt on the rows, (N,); counted as spent."""
         self.spent += len(prompts) * len(rows)
         ids = torch.tensor(prompts, dtype=torch.long, device=self.device)
-        A = self.config.behind if prompts[0] else 0  # no prompt, and rows of templates, are whole
+        A = self.config.after if prompts[0] else 0  # no prompt, and rows of templates, are whole
         nats = prompt_nats(self.model, ids, rows, self.tokenizer.eos_id, A).cpu().numpy()
         if not np.isfinite(nats).all():
             raise FloatingPointError(f"a loss is not finite in step {self.step_done + 1}")
@@ -202,9 +211,7 @@ class PromptSearch:
         present, loss = self.chains[number]
         self.spent += GRADIENT_COST * len(rows)
         ids = torch.tensor(present, device=self.device)
-        gradient = one_hot_gradient(
-            self.model, ids, rows, self.tokenizer.eos_id, self.config.behind
-        )
+        gradient = one_hot_gradient(self.model, ids, rows, self.tokenizer.eos_id, self.config.after)
         proposed = neighbours(
             present, gradient, self.usable, self.form.is_allowed,
             top_k=self.config.top_k, count=self.config.candidates, rng=rng,
@@ -252,12 +259,12 @@ class PromptSearch:
                 joint, loss = more, lower
         return [joint] if joint == best else [joint, best]
 
-    def begin(self) -> None:
-        """Race the starts; the best become chains."""
+    def race_starts(self) -> None:
+        """The best of the starts become chains."""
         config, (rng, rows) = self.config, self.draw(0)
         prompts = starting_prompts(
             self.tokenizer, config.start, self.rows, self.usable.nonzero()[:, 0].tolist(),
-            self.form.is_allowed, config.prompt_len, config.behind, config.starts, rng,
+            self.form.is_allowed, config.prompt_len, config.after, config.starts, rng,
         )  # fmt: skip
         best = race(self.nats, prompts, rows, config.chains)
         prompts = [prompt for prompt, _ in best]
@@ -266,45 +273,24 @@ class PromptSearch:
 
     # the loop ------------------------------------------------------------------------------------
 
-    def run(self, progress: bool = True) -> dict:
-        """Search to the end. Returns the prompt, its dev loss and what it cost.
+    def begin(self) -> None:
+        """Race the starts, unless that is done, and measure what the prompt has to beat."""
+        if not self.begun():
+            cut_log(self.out, -1)  # of a kill before the first state was saved
+            self.race_starts()
+            self.before = self.rivals()
+            self.log({"step": 0} | self.before)
+            self.measure(1)
+            self.save_state()
 
-        Raises:
-            Interrupted: Ctrl-C; the running step was finished and the state saved.
-            ValueError: the folder holds a search and `load_state` was not called.
-        """
-        if not self.chains and state_path(self.out).exists():
-            raise ValueError(f"{self.out} holds a search: load_state() goes on with it")
-        self.out.mkdir(parents=True, exist_ok=True)
-        cut_log(self.out, self.step_done if self.chains else -1)
-        started, config = time.perf_counter() - self.seconds, self.config
-        every = 0.1 if sys.stderr.isatty() else 30  # s
-        bar = tqdm(
-            total=config.steps, initial=self.step_done, unit="step", disable=not progress,
-            mininterval=every, miniters=1,
-        )  # fmt: skip
-        with bar, deferred_interrupt() as interrupted:
-            if not self.chains:
-                self.begin()
-                self.before = self.rivals()
-                append_log(self.out, {"step": 0} | self.before)
-                self.evaluate(1)
-                self.save_state()
-            while not self.finished():
-                append_log(self.out, self.step())
-                bar.update()
-                best = min(loss for _, loss in self.chains)
-                bar.set_postfix_str(f"loss {best:.3f}", refresh=False)
-                if self.finished():
-                    self.evaluate(len(self.chains))
-                elif self.step_done % config.eval_every == 0:
-                    self.evaluate(1)
-                self.seconds = time.perf_counter() - started
-                self.save_state()
-                if interrupted() and not self.finished():
-                    at = f"step {self.step_done} of {config.steps}"
-                    raise Interrupted(f"stopped after {at}; state saved")
-        return self.result()
+    def begun(self) -> bool:
+        return bool(self.chains)
+
+    def summary(self, window: list[dict], seconds: float) -> dict:
+        return window[-1]
+
+    def shown(self, entry: dict) -> str:
+        return f"loss {min(loss for _, loss in self.chains):.3f}"
 
     def rivals(self) -> dict[str, float]:
         """The dev loss without a prompt, and of the best written template in its own frame."""
@@ -333,16 +319,20 @@ class PromptSearch:
             "seconds": round(self.seconds, 1),
         }
 
-    def evaluate(self, n: int) -> None:
+    def evaluate(self) -> None:
+        """Measure the best chain; all of them at the end."""
+        self.measure(len(self.chains) if self.finished() else 1)
+
+    def measure(self, n: int) -> None:
         """Log the dev loss of the n best chains; keep the best prompt."""
         for prompt, _ in sorted(self.chains, key=lambda chain: chain[1])[:n]:
             if prompt == self.best_prompt:
                 continue
             loss = float(self.losses([prompt], self.dev_rows)[0])
-            append_log(self.out, {"step": self.step_done, "dev_loss": loss, "tokens": prompt})
+            self.log({"step": self.step_done, "dev_loss": loss, "tokens": prompt})
             if loss < self.best:
                 self.best, self.best_prompt = loss, prompt
-                self.save_best()
+                self.keep()
 
     # files ---------------------------------------------------------------------------------------
 
@@ -353,57 +343,49 @@ class PromptSearch:
         prefix.linearisation = self.linearisation
         return prefix
 
-    def save_best(self) -> None:
+    def keep(self) -> None:
         """prompt.json and prefix.safetensors."""
-        before, behind = self.form.parts(self.best_prompt)
-        if not behind:
+        before, after = self.form.parts(self.best_prompt)
+        if not after:
             self.prefix(before).save(self.out / "prefix.safetensors")
-            behind = [self.tokenizer.bos_id]  # what the frame puts there
-        found = {"text": self.form.text(self.best_prompt), "before": before, "behind": behind}
+            after = [self.tokenizer.bos_id]  # what the frame puts there
+        found = {"text": self.form.text(self.best_prompt), "before": before, "after": after}
         found |= {"dev_loss": self.best, "linearisation": self.linearisation}
         found["base"] = fingerprint(self.exact)
         write_text(self.out / "prompt.json", json.dumps(found, indent=1) + "\n")
 
-    def save_state(self) -> None:
-        """What going on needs, all of it or nothing."""
-        state = {"settings": self._settings()} | {name: getattr(self, name) for name in STATE}
-        write_text(state_path(self.out), json.dumps(state, indent=1) + "\n")
+    state_keys = STATE
 
-    def load_state(self) -> None:
-        """Go back to the last saved state of this run folder.
+    def state(self) -> dict:
+        return {name: getattr(self, name) for name in STATE}
 
-        Raises:
-            ValueError: no state, a damaged one, or one of other settings, data or model.
-        """
-        path = state_path(self.out)
-        if not path.is_file():
-            raise ValueError(f"{path}: no saved state in this run folder")
-        state = read_json(path)
-        missing = sorted({"settings", *STATE} - set(state))
-        if missing:
-            raise ValueError(f"{path}: damaged, it lacks {', '.join(missing)}")
-        ours, theirs = self._settings(), state["settings"]
-        changed = sorted(name for name in ours if theirs.get(name) != ours[name])
-        if changed:
-            raise ValueError(f"{path}: the saved search has another {', '.join(changed)}")
+    def restore(self, state: dict) -> None:
         for name in STATE:
             setattr(self, name, state[name])
         self.chains = [(prompt, loss) for prompt, loss in self.chains]
 
-    def _settings(self) -> dict:
-        """What must be the same when a search goes on: settings, rows, base model."""
+    def has_state(self) -> bool:
+        return super().has_state() or self.older_state.exists()
+
+    def read_state(self) -> dict:
+        if state_path(self.out).exists() or not self.older_state.exists():
+            return super().read_state()
+        state = read_json(self.older_state)
+        state["step"] = state.get("step_done", 0)
+        state = checked_state(self.older_state, state, STATE)
+        state["settings"]["after"] = state["settings"].pop("behind", 0)
+        return state
+
+    @property
+    def older_state(self) -> Path:
+        """Where older versions had the state."""
+        return self.out / "search.json"
+
+    def settings(self) -> dict:
+        """Settings, rows, base model."""
         digest = hashlib.sha256()
         for row in (*self.rows, *self.judge_rows, *self.dev_rows):
             digest.update(np.array([row.prompt_len, *row.ids], dtype=np.int64).tobytes())
         settings = asdict(self.config) | {"data": digest.hexdigest()}
-        settings["start"] = list(settings["start"])  # as JSON gives it back
+        settings["start"] = list(settings["start"])  # as config.json gives it back
         return settings | {"base model": fingerprint(self.exact)}
-
-
-STATE = (
-    "step_done", "spent", "level", "refused", "seconds", "chains", "best", "best_prompt", "before",
-)  # fmt: skip
-
-
-def state_path(folder: Path) -> Path:
-    return folder / "search.json"

@@ -1,0 +1,88 @@
+"""The methods by the names that the command line and config.json give them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from minprefix.checks import check_at_least_one, check_choice
+from minprefix.methods.adapters import DESIGNS, TunedAdapter, count, make_adapter
+from minprefix.methods.top_layers import TopLayers, TunedTopLayers
+from minprefix.models.bart import BART
+from minprefix.models.gpt2 import GPT2
+from minprefix.models.weights import need_gpt2
+from minprefix.prefix.config import PrefixConfig
+from minprefix.prefix.make import make_prefix
+from minprefix.training.trainer import TrainConfig
+from minprefix.training.tuned import Tuned, TunedModel, TunedPrefix
+
+TUNED = {kind.method: kind for kind in (TunedPrefix, TunedModel, TunedTopLayers, TunedAdapter)}
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """What the methods "ft-top" and "adapter" train; `make_tuned` follows it."""
+
+    top_layers: int = 2  # ft-top: layers, from the top, beside the last layer norm; the paper's: 2
+    top_embedding: bool = False  # ft-top: the token embedding, too, which is the head
+    adapter_design: str = "lin"  # adapter: "lin" (one per layer) or "houlsby" (two per layer)
+    bottleneck: int | None = None  # adapter: its width m; None = by adapter_share
+    adapter_share: float | None = None  # adapter: its part of the model's parameters; None = 0.03
+
+    def __post_init__(self):
+        check_choice("adapter_design", self.adapter_design, DESIGNS)
+        check_at_least_one(self, "top_layers", "bottleneck")
+        if self.adapter_share is not None and not 0 < self.adapter_share <= 1:
+            raise ValueError(f"adapter_share must lie in (0, 1], got {self.adapter_share}")
+        if self.bottleneck is not None and self.adapter_share is not None:
+            raise ValueError(
+                f"bottleneck {self.bottleneck} and adapter_share {self.adapter_share} both say how "
+                "wide an adapter is: give one"
+            )
+
+
+def unread(
+    train: TrainConfig, prefix: PrefixConfig, baseline: BaselineConfig
+) -> Iterator[tuple[str, str]]:
+    """The fields with another value than their default that `train.method` does not read.
+
+    Yields:
+        (name, why), such as ("gate", "is for method prefix, not for adapter").
+    """
+    for config in (prefix, baseline):
+        for field in fields(config):
+            name, method = field.name, train.method
+            if getattr(config, name) == field.default:
+                continue
+            if name not in TUNED[method].reads:
+                readers = " or ".join(other for other in TUNED if name in TUNED[other].reads)
+                yield name, f"is for method {readers}, not for {method}"
+            elif name == "init_text" and prefix.init == "random":
+                yield name, "is for init words or prompt, not for random"
+
+
+def make_tuned(
+    model: GPT2 | BART, tokenizer, train: TrainConfig, prefix: PrefixConfig | None = None,
+    baseline: BaselineConfig | None = None,
+) -> Tuned:  # fmt: skip
+    """What `Trainer` trains by `train.method`, at its start, on the model's device.
+
+    Args:
+        prefix, baseline: how it looks; the defaults where they are None.
+    Raises:
+        ValueError: an adapter or top layers of a BART, which has neither.
+    """
+    baseline = baseline or BaselineConfig()
+    if train.method == "prefix":
+        return TunedPrefix(make_prefix(model, tokenizer, prefix or PrefixConfig(), train.seed))
+    if train.method == "finetune":
+        return TunedModel(model)
+    need_gpt2(model, f"method {train.method!r}")
+    if train.method == "ft-top":
+        return TunedTopLayers(TopLayers(model, baseline.top_layers, baseline.top_embedding))
+    design, width = baseline.adapter_design, baseline.bottleneck
+    return TunedAdapter(make_adapter(model, design, width, baseline.adapter_share, train.seed))
+
+
+def describe(tuned: Tuned, model: GPT2) -> str:
+    """What an adapter or top layers are and how large, in one line."""
+    n, total = count(tuned.weights), count(model)
+    return f"{tuned}: {n:,} parameters, {100 * n / total:.3f} % of the model's {total:,}"

@@ -1,0 +1,285 @@
+"""The loop of everything that trains step by step: `Trainer`, `Pretrainer` and `PromptSearch`.
+
+A `Loop` counts steps, shows its progress, writes log lines, evaluates and saves its state at
+intervals, and finishes the running step when Ctrl-C is pressed. A subclass says what a step is.
+Read `Loop.run`, then `Loop.load_state`, the one way to resume: a run that was killed goes on from
+its last saved state, if its settings are the same. `run_folder.py` says what is in the folder.
+"""
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minprefix.training.ranks import Ranks
+from minprefix.training.run_folder import append_log, cut_log, read_state, state_path, write_state
+
+
+class Interrupted(Exception):
+    """Ctrl-C: the running step was finished and the state saved."""
+
+
+class Loop:
+    """Steps, log, evaluation and state of one run; `run()` goes from the current step to the end.
+
+    A subclass defines `step`, `evaluate`, `keep`, `settings`, `state`, `restore` and `result`; it
+    may change the other methods.
+
+    Args:
+        config: the settings of the run, a dataclass in which every field has a default.
+        steps: the last step, if `finished` does not end the run earlier.
+        log_every, eval_every, save_every: steps between log lines, evaluations, saved states. The
+            state is saved after each evaluation, too.
+
+    Attributes:
+        step_done: how many steps were made.
+        best: the lowest dev loss so far.
+        seconds: wall time of the run up to the last saved state, without pauses.
+    """
+
+    advice = "try other settings"  # for a loss that is not finite
+    state_keys: tuple[str, ...] = ("trained", "optimizer")  # what `state` returns
+
+    def __init__(
+        self, config, out: str | Path, device: torch.device, *, steps: int, log_every: int,
+        eval_every: int, save_every: int, ranks: Ranks | None = None,
+    ):  # fmt: skip
+        self.config, self.out, self.device, self.steps = config, Path(out), device, steps
+        self.log_every, self.eval_every, self.save_every = log_every, eval_every, save_every
+        self.ranks = ranks or Ranks()
+        self.step_done, self.best, self.seconds = 0, math.inf, 0.0
+        self.started: float | None = None  # while it runs: when an unbroken run would have begun
+
+    # what a subclass says -------------------------------------------------------------------------
+
+    def step(self) -> dict:
+        """Make one step and count it; what `summary` needs of it."""
+        raise NotImplementedError
+
+    def evaluate(self) -> None:
+        """Measure the dev loss, log it, and keep what is best so far (see `note_loss`)."""
+        raise NotImplementedError
+
+    def keep(self) -> None:
+        """Write what a user takes from the run folder."""
+        raise NotImplementedError
+
+    def settings(self) -> dict:
+        """What must be the same when a run goes on."""
+        raise NotImplementedError
+
+    def state(self) -> dict:
+        """What resuming needs beside the attributes of `Loop`, by `state_keys`."""
+        raise NotImplementedError
+
+    def restore(self, state: dict) -> None:
+        """The opposite of `state`. RuntimeError if the state is of another model."""
+        raise NotImplementedError
+
+    def result(self) -> dict:
+        """What the run reached."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Work before the first step of a run; called after resuming, too."""
+
+    def end(self) -> None:
+        """Work after the last step."""
+
+    def begun(self) -> bool:
+        """Whether something was computed or loaded already."""
+        return self.step_done > 0
+
+    def finished(self) -> bool:
+        return self.step_done >= self.steps
+
+    def shown(self, entry: dict) -> str:
+        """What the progress bar shows of a log line."""
+        return f"loss {entry['loss']:.3f}, {entry['tokens_per_s']} tok/s"
+
+    def summary(self, window: list[dict], seconds: float) -> dict:
+        """The log line of the steps in `window`: here means; waits for the GPU."""
+        targets, last = sum(step["targets"] for step in window), window[-1]
+        loss = float(sum(step["nats"] for step in window)) / targets
+        return {
+            "step": self.step_done,
+            "loss": self.finite(loss, "loss"),  # nats per target token
+            "grad_norm": self.finite(float(last["norm"]), "norm of the gradient"),
+            **{name: last[name] for name in ("lr", "lr_share") if name in last},
+            "seconds": round(self.seconds_so_far(), 2),
+            "tokens_per_s": round(sum(step["tokens"] for step in window) / seconds),
+        }
+
+    # the loop -------------------------------------------------------------------------------------
+
+    def run(self, progress: bool = True) -> dict:
+        """Go on to the last step; returns `result`. `progress` draws a bar on stderr.
+
+        Raises:
+            Interrupted: Ctrl-C; the running step was finished and the state saved.
+            FloatingPointError: a loss is no longer finite; the last saved state stays.
+            ValueError: the folder holds a run and `load_state` was not called.
+        """
+        if not self.begun() and self.has_state():
+            raise ValueError(f"{self.out} holds a run: load_state() goes on with it")
+        self.ranks.wait()
+        if self.ranks.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            cut_log(self.out, self.step_done)
+        self.started = time.perf_counter() - self.seconds
+        # in a log file each update would be a line: one every 30 s
+        every = 0.1 if sys.stderr.isatty() else 30  # s
+        bar = tqdm(
+            total=self.steps, initial=self.step_done, unit="step", mininterval=every, miniters=1,
+            disable=not (progress and self.ranks.first),
+        )  # fmt: skip
+        try:
+            with bar, deferred_interrupt() as interrupted:
+                self.begin()
+                self._go(bar, interrupted)
+        finally:
+            self.started = None
+        self.ranks.wait()
+        self.end()
+        return self.result()
+
+    def _go(self, bar: tqdm, interrupted: Callable[[], bool]) -> None:
+        window, clock = [], time.perf_counter()
+        while not self.finished():
+            window.append(self.step())
+            bar.update()
+            evaluate = self.finished() or self.step_done % self.eval_every == 0
+            log = evaluate or self.step_done % self.log_every == 0
+            # several ranks must stop at the same step: they ask one another when they log
+            stop = (log or self.ranks.count == 1) and self.ranks.any(interrupted(), self.device)
+            save = evaluate or stop or self.step_done % self.save_every == 0
+            if log or stop:
+                entry = self.summary(window, time.perf_counter() - clock)
+                bar.set_postfix_str(self.shown(entry), refresh=False)
+                self.log(entry)
+                window, clock = [], time.perf_counter()
+            if evaluate and self.ranks.first:
+                self.evaluate()
+            if save and self.ranks.first:
+                self.save_state()
+                clock = time.perf_counter()
+            if stop and not self.finished():
+                if self.ranks.first and not math.isfinite(self.best):
+                    self.keep()
+                at = f"step {self.step_done} of {self.steps}"
+                raise Interrupted(f"stopped after {at}; state saved")
+
+    def seconds_so_far(self) -> float:
+        """Wall time of the run, without pauses between its parts."""
+        return self.seconds if self.started is None else time.perf_counter() - self.started
+
+    def log(self, entry: dict) -> None:
+        """Append a line to the log; the first rank does."""
+        if self.ranks.first:
+            append_log(self.out, entry)
+
+    def note_loss(self, loss: float, **more) -> None:
+        """Log a dev loss, in nats per target token; keep what has the lowest."""
+        if loss < self.best:
+            self.best = loss
+            self.keep()
+        seconds = round(self.seconds_so_far(), 2)
+        self.log({"step": self.step_done, "dev_loss": loss, **more, "seconds": seconds})
+
+    def finite(self, value: float, name: str) -> float:
+        """The value; FloatingPointError if it is not finite."""
+        if not math.isfinite(value):
+            after = f"after step {self.step_done}"
+            raise FloatingPointError(f"the {name} is {value} {after}: {self.advice}")
+        return value
+
+    # state ----------------------------------------------------------------------------------------
+
+    def has_state(self) -> bool:
+        """Whether the folder holds a run to go on with."""
+        return state_path(self.out).exists()
+
+    def save_state(self) -> None:
+        """Write what resuming needs, all of it or nothing."""
+        self.seconds = self.seconds_so_far()
+        state = {"settings": self.settings(), "step": self.step_done, "best": self.best}
+        write_state(self.out, state | {"seconds": self.seconds} | self.state())
+
+    def read_state(self) -> dict:
+        return read_state(self.out, self.device, self.state_keys)
+
+    def older_settings(self) -> dict:
+        """What a state of an older version may lack in its settings."""
+        return asdict(type(self.config)())
+
+    def load_state(self) -> None:
+        """Go back to the last saved state of this run folder.
+
+        Raises:
+            ValueError: no state, a damaged one, or one of other settings, data or model.
+        """
+        state, path = self.read_state(), state_path(self.out)
+        ours, theirs = self.settings(), self.older_settings() | state["settings"]
+        changed = sorted(name for name in ours if theirs.get(name) != ours[name])
+        if changed:
+            raise ValueError(f"{path}: the saved run has another {', '.join(changed)}")
+        try:
+            self.restore(state)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: weights of another model, prefix or adapter") from error
+        self.step_done, self.best, self.seconds = (state[k] for k in ("step", "best", "seconds"))
+
+    def resume(self) -> bool:
+        """`load_state` if the folder holds a run; whether it does."""
+        found = self.has_state()
+        if found:
+            self.load_state()
+        return found
+
+
+@contextmanager
+def tells_how_to_go_on(command: str) -> Iterator[None]:
+    """Within the block, the message of an interrupted run ends with the command that resumes it."""
+    go_on = f"Go on with: {command}"
+    try:
+        yield
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}. {go_on}") from None
+    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C: the last saved state
+        raise Interrupted(f"interrupted. {go_on}") from None
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C only sets a flag, so that a step is finished; yields the
+    flag's reader.
+
+    A second Ctrl-C interrupts at once. Outside the main thread nothing changes.
+    """
+    seen = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def note(number, frame):
+        if seen:
+            signal.signal(signal.SIGINT, previous)
+            raise KeyboardInterrupt
+        seen.append(number)
+        message = "\nFinishing this step; press Ctrl-C again to stop now."
+        print(message, file=sys.stderr, flush=True)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, previous)

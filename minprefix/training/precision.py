@@ -1,0 +1,22 @@
+"""The precision that a run computes in: fp32, or bf16 on GPUs that are made for it."""
+
+import torch
+
+from minprefix.models.bart import BART
+from minprefix.models.gpt2 import GPT2
+
+PRECISIONS = ("auto", "fp32", "bf16")  # "auto" = bf16 on CUDA and fp32 on a CPU
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether a run of one of `PRECISIONS` computes in bf16 on this device."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def in_bf16(model: GPT2 | BART) -> GPT2 | BART:
+    """A model with the same weights in bf16; `model` stays as it is."""
+    with torch.device("meta"):
+        copy = type(model)(model.config)
+    weights = {name: x.to(torch.bfloat16) for name, x in model.state_dict().items()}
+    copy.load_state_dict(weights, assign=True)
+    return copy.train(model.training)

@@ -1,0 +1,150 @@
+"""What a run trains: a prefix, or with other methods an adapter, the top layers or all weights.
+
+`Tuned` is what the trainer knows of it. Read `Tuned`, `TunedPrefix` (the paper's method) and
+`TunedModel` (fine-tuning, its opponent); the other two are in `methods/`.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
+
+from minprefix.models.bart import BART
+from minprefix.models.base import check_free
+from minprefix.models.gpt2 import GPT2
+from minprefix.models.weights import save_model
+from minprefix.prefix.bart import BARTPrefix
+from minprefix.prefix.config import PrefixConfig
+from minprefix.prefix.prefix import Prefix
+
+# one implementation of `Tuned` each; the last two: methods/top_layers.py, methods/adapters.py
+METHOD_NAMES = ("prefix", "finetune", "ft-top", "adapter")
+OFFICIAL_WIDTH = 512  # models at least so wide take the paper's learning rates
+
+
+class Tuned(Protocol):
+    """What one method trains, how it belongs to a model, and where it is saved.
+
+    Attributes:
+        method: the name of the method, as in `TrainConfig.method` and in config.json.
+        kept: the file or folder of the run folder that a user takes.
+        reads: the fields of PrefixConfig and BaselineConfig that the method reads.
+        rates: the peak learning rates where none is given, by the family of the model: of
+            models narrower than `OFFICIAL_WIDTH`, and of others.
+        frozen: whether the model's own weights stay as they are.
+        prefix: what the model reads beside a text, if it reads anything.
+    """
+
+    method: str
+    kept: str
+    reads: tuple[str, ...] = ()
+    rates: dict[str, tuple[float, float]]
+    frozen: bool = True
+    prefix: Prefix | BARTPrefix | None = None
+
+    @property
+    def weights(self) -> nn.Module:
+        """The module that has the trained parameters and no others."""
+        ...
+
+    def bind(self, model: GPT2 | BART, linearisation: str, max_source: int | None) -> dict:
+        """Make ready for training with `model`, whose weights are frozen so far.
+
+        Args:
+            linearisation, max_source: the frame of the texts, to be remembered for generation.
+        Returns:
+            what must be the same when a run goes on.
+        Raises:
+            ValueError: it does not fit the model, or belongs to another one.
+        """
+        ...
+
+    def attached(self, model: GPT2 | BART) -> AbstractContextManager:
+        """Within the block `model` computes with it; what the model reads as a prefix needs no
+        block."""
+        return nullcontext()
+
+    def save(self, path: Path, model: GPT2 | BART, tokenizer) -> None:
+        """Write what `kept` names."""
+        ...
+
+    def default_lr(self, family: str, n_embd: int) -> float:
+        """The peak learning rate where none is given."""
+        return self.rates[family][n_embd >= OFFICIAL_WIDTH]
+
+
+def bind_added(added, model, linearisation: str, max_source: int | None) -> dict:
+    """`Tuned.bind` of what is added to a frozen model, a prefix or an adapter."""
+    check_free(model)
+    added.linearisation, added.max_source = linearisation, max_source
+    added.check_base(model)
+    added.bind(model)
+    return {"base model": added.base}
+
+
+def bind_own(weights: nn.Module, model, linearisation: str, max_source: int | None) -> None:
+    """Likewise where `weights` are the model's own: they train, and dropout acts in them."""
+    check_free(model)
+    weights.requires_grad_().train()
+    model.config = replace(model.config, linearisation=linearisation, max_source=max_source)
+
+
+@dataclass
+class TunedPrefix(Tuned):
+    """Prefix-tuning."""
+
+    prefix: Prefix | BARTPrefix
+
+    method = "prefix"
+    kept = "prefix.safetensors"
+    reads = tuple(field.name for field in fields(PrefixConfig))
+    # below 512 wide, what E2E's dev set chose for the embedded models; the others are the paper's,
+    # for GPT-2 medium on E2E and for BART on XSum (its appendix)
+    rates = {"GPT-2": (1e-3, 8e-5), "BART": (2e-3, 5e-5)}  # noqa: RUF012
+
+    @property
+    def weights(self) -> nn.Module:
+        return self.prefix
+
+    def bind(self, model, linearisation, max_source) -> dict:
+        bound = bind_added(self.prefix, model, linearisation, max_source)
+        return bound | self.prefix.settings()
+
+    def save(self, path, model, tokenizer) -> None:
+        self.prefix.save(path)
+
+
+@dataclass
+class TunedModel(Tuned):
+    """Fine-tuning of all weights of the model."""
+
+    model: GPT2 | BART
+
+    method = "finetune"
+    kept = "model"
+    frozen = False
+    # as those of the prefix; the last is the paper's within the news
+    rates = {"GPT-2": (1e-3, 5e-5), "BART": (5e-4, 3e-5)}  # noqa: RUF012
+
+    @property
+    def weights(self) -> nn.Module:
+        return self.model
+
+    def bind(self, model, linearisation, max_source) -> dict:
+        bind_own(self.model, model, linearisation, max_source)
+        return {}
+
+    def save(self, path, model, tokenizer) -> None:
+        save_model(model, tokenizer, path)
+
+
+Trainable = Tuned | Prefix | BARTPrefix | None  # what a trainer is given
+
+
+def tuned_from(given: Trainable, model: GPT2 | BART) -> Tuned:
+    """A prefix alone is to be trained; None means all weights of the model."""
+    if given is None:
+        return TunedModel(model)
+    return TunedPrefix(given) if isinstance(given, Prefix | BARTPrefix) else given
