@@ -47,8 +47,8 @@ METHODS = {
     "PREFIX": {"method": "prefix", "prefix": {}},
     "EMB-1": emb(1), "EMB-10": emb(10), "EMB-20": emb(20),
     "INFIX-1": infix(1), "INFIX-10": infix(10), "INFIX-20": infix(20),
-    "DISCRETE": {"method": "search", "behind": 0},
-    "DISCRETE AROUND": {"method": "search", "behind": 3},
+    "DISCRETE": {"method": "search", "after": 0},
+    "DISCRETE AROUND": {"method": "search", "after": 3},
 }  # fmt: skip
 
 # [1] Table 5 = [2] Table 6: lr, epochs, batch, prefix length. EMB-n and INFIX-n are not in it: they
@@ -173,7 +173,7 @@ class Plan:
         fixed = {"tables": tables, "decoding": self.decoding(), "batch_size": self.batch_size}
         run = Run(data, self.model, size=size, **fixed | changes)
         if method["method"] == "search":
-            return replace(run, search=self.search(seed, method["behind"]))
+            return replace(run, search=self.search(seed, method["after"]))
         settings, length = self.settings(data, name, size, prefix.get("init"))
         train = TrainConfig(
             method=method["method"], seed=seed, precision=self.precision, samples=0,
@@ -188,26 +188,26 @@ class Plan:
             return replace(run, baseline=BaselineConfig(**method["baseline"]))
         return run
 
-    def search(self, seed: int, behind: int) -> SearchConfig:
+    def search(self, seed: int, after: int) -> SearchConfig:
         """The search for a discrete prompt.
 
         For mini it may evaluate as many rows as a training and the four trials that chose its
         learning rate do, where a row's gradient counts as `GRADIENT_COST`. For official models
         `--steps` leaves it alone.
 
-        behind: how many of its tokens stand behind the table (in the place of the bos).
+        after: how many of its tokens stand after the table (in the place of the bos).
         """
         if self.quick:
             return SearchConfig(
-                prompt_len=4, behind=behind, steps=2, candidates=8, starts=8, batch_size=8,
+                prompt_len=4, after=after, steps=2, candidates=8, starts=8, batch_size=8,
                 judge_rows=16, eval_pairs=16, seed=seed,
             )  # fmt: skip
         if self.presets == "paper":
-            return SearchConfig(behind=behind, seed=seed, precision=self.precision)
+            return SearchConfig(after=after, seed=seed, precision=self.precision)
         trainings = 1 + len(GRID["prefix"])
         rows = (self.steps or MINI["steps"]) * MINI["batch_size"]
         return SearchConfig(
-            behind=behind, seed=seed, precision=self.precision, eval_pairs=EVAL_PAIRS,
+            after=after, seed=seed, precision=self.precision, eval_pairs=EVAL_PAIRS,
             budget=GRADIENT_COST * trainings * rows,
         )  # fmt: skip
 

@@ -76,8 +76,11 @@ class Run:
     @property
     def id(self) -> str:
         """A name for people, then a digest of all fields."""
-        definition = json.dumps(asdict(self), sort_keys=True, default=str)
-        digest = hashlib.sha256(definition.encode()).hexdigest()[:10]
+        definition = asdict(self)
+        if self.search is not None:  # the field's name when the committed results were made
+            definition["search"]["behind"] = definition["search"].pop("after")
+        text = json.dumps(definition, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         length = "" if self.prefix is None else f"{self.prefix.prefix_len or ''}"
         few = f"-n{self.size}.{self.subset}" if self.size else ""
         return f"{self.data}-{self.method}{length}{few}-s{self.seed}-{digest}"

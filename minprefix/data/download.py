@@ -15,7 +15,6 @@ name when it is whole and checked. XSum's archive is then turned into JSON lines
 (`data_articles.convert_xsum`): three files instead of one per article.
 """
 
-import argparse
 import hashlib
 import logging
 import os
@@ -32,7 +31,6 @@ from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
 from minprefix.checks import check_choice
-from minprefix.cli.report import format_rows
 from minprefix.data.articles import ARCHIVE, SPLIT_IDS, SPLIT_NAMES, convert_xsum
 from minprefix.data.load import DATA_SETS, data_folder
 from minprefix.files import flush, write_text
@@ -288,29 +286,3 @@ def _fetch(name: str, folder: Path) -> list[dict]:
         {"file": file, "bytes": sizes[file], "sha256": sums[file], "state": states[file]}
         for file in states
     ]
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=DATA_SETS, help="the data set")
-    parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR",
-        help="check the files of this folder, fetch into it what is missing (default: "
-        "$XDG_CACHE_HOME/minprefix/data/NAME, where --data NAME finds it)",
-    )  # fmt: skip
-
-
-def run(args: argparse.Namespace) -> dict | None:
-    """The command; prints a short list, or returns all of it for --json."""
-    source, folder = SOURCES[args.name], args.data_dir or data_folder(args.name)
-    print(f"{args.name}: {source.home}\nlicence: {source.licence}", file=sys.stderr)
-    rows = fetch(args.name, folder)
-    about = {"name": args.name, "folder": str(folder), "source": source.home}
-    about["licence"] = source.licence
-    if args.json:
-        return about | {"files": rows}
-    print("\n".join(f"{key}: {value}" for key, value in about.items()))
-    if len({row["state"] for row in rows}) == 1 and len(rows) > 9:
-        print(f"{len(rows)} files, all {rows[0]['state']}")
-    else:
-        print(format_rows(rows))
-    return None

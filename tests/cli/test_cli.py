@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minprefix.cli import texts as text_commands
+from minprefix.cli import evaluate as evaluate_command
+from minprefix.cli import generate as generate_command
 from minprefix.files import load_tensors
 from minprefix.generation.texts import generate
 from minprefix.models.hub import constants
@@ -267,13 +268,13 @@ def test_evaluate_asks_in_words_with_and_without_examples(cli, tiny_folder, tabl
         seen.append(options["prompt"])
         return {"bleu": 0.0}, []
 
-    monkeypatch.setattr(text_commands, "evaluate_method", look)
+    monkeypatch.setattr(evaluate_command, "evaluate_method", look)
     few = ("evaluate", "--model", tiny_folder, "--data", tables)
     cli(*few, "--linearisation", "paper")
     cli(*few, "--hard-prompt")
     cli(*few, "--hard-prompt", "{table} in short:", "--shots", 2)
     assert seen[0] is None
-    assert seen[1].template == text_commands.TEMPLATES[0] and seen[1].shown == ()
+    assert seen[1].template == evaluate_command.TEMPLATES[0] and seen[1].shown == ()
     assert seen[2].template == "{table} in short:" and len(seen[2].shown) == 2
     trained = {
         (f"boat : Gull {n} | colour : green", f"Gull {n} is a green boat.") for n in range(8)
@@ -323,7 +324,7 @@ def test_ctrl_c_outside_of_training(cli, tiny_folder, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(text_commands, "generate", interrupted)
+    monkeypatch.setattr(generate_command, "generate", interrupted)
     out, err = cli("generate", "a", "b", "--model", tiny_folder, code=130)
     assert (out, err) == ("", "minprefix: interrupted\n")
 

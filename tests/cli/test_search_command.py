@@ -19,7 +19,7 @@ def test_the_command_searches_and_others_use_what_it_found(cli, tiny_folder, tab
     front, around = tmp_path / "front", tmp_path / "around"
     out, err = cli("search", *common, "--out", front, *QUICK)
     assert 'text: "' in out and "dev_loss_without_prompt" in out and "2/2" in err
-    out, _ = cli("search", *common, "--out", around, *QUICK, "--behind", 2, "--json")
+    out, _ = cli("search", *common, "--out", around, *QUICK, "--after", 2, "--json")
     found = json.loads(out)
     assert found["kept"] == str(around / "prompt.json") and "{table}" in found["text"]
     again, _ = cli("search", "--resume", around, "--json")
@@ -62,7 +62,7 @@ def test_the_command_names_what_is_wrong(cli, tiny_folder, tables, tmp_path):
     common = ("--model", tiny_folder, "--data", tables)
     cases = [
         ((), "give either --out"),
-        (("--out", tmp_path / "a", "--behind", 11), "behind must lie in [0, 10], got 11"),
+        (("--out", tmp_path / "a", "--after", 11), "after must lie in [0, 10], got 11"),
         (("--out", tmp_path / "a", "--start", " "), "start must be a text, got an empty one"),
         (("--resume", tmp_path), "cannot go with --resume"),
     ]

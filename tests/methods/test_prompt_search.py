@@ -77,9 +77,9 @@ def files_of(folder) -> dict:
     return kept
 
 
-@pytest.mark.parametrize("behind", [0, 2])
-def test_a_resumed_search_is_the_unbroken_one(tokenizer, tmp_path, behind, monkeypatch):
-    options = {"behind": behind, "patience": 1, "chains": 2}
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_resumed_search_is_the_unbroken_one(tokenizer, tmp_path, after, monkeypatch):
+    options = {"after": after, "patience": 1, "chains": 2}
     whole = made(tokenizer, tmp_path / "whole", **options)
     result = whole.run(progress=False)
     for last in (0, 3, 5):  # steps that were done when it was killed, in the middle of the next
@@ -184,28 +184,28 @@ def test_the_kept_prefix_is_the_tokens_in_front(tokenizer, tmp_path):
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("behind", [0, 2])
-def test_prompt_json_gives_the_tokens_around_a_table(tokenizer, tmp_path, behind):
-    found = made(tokenizer, tmp_path, steps=1, behind=behind).run(progress=False)
+@pytest.mark.parametrize("after", [0, 2])
+def test_prompt_json_gives_the_tokens_around_a_table(tokenizer, tmp_path, after):
+    found = made(tokenizer, tmp_path, steps=1, after=after).run(progress=False)
     prompt, tokens = TokenPrompt.load(tmp_path / "prompt.json", tokenizer), found["tokens"]
     middle = tokenizer.encode("boat : Gull")
-    if behind:
+    if after:
         assert prompt.render("boat : Gull") == tokens[:2] + middle + tokens[2:]
         assert not (tmp_path / "prefix.safetensors").exists()
     else:
         assert prompt.render("boat : Gull") == tokens + middle + [tokenizer.bos_id]
 
 
-@pytest.mark.parametrize("behind", [0, 2])
-def test_prompt_json_keeps_the_frame_of_the_search(tokenizer, tmp_path, behind):
-    config = SearchConfig(prompt_len=4, steps=1, behind=behind, **SHORT)
+@pytest.mark.parametrize("after", [0, 2])
+def test_prompt_json_keeps_the_frame_of_the_search(tokenizer, tmp_path, after):
+    config = SearchConfig(prompt_len=4, steps=1, after=after, **SHORT)
     model, frame = small_model(torch.float64), "original-code"
     search = PromptSearch(model, tokenizer, config, pairs(12), pairs(2), tmp_path, frame)
     found = search.run(progress=False)["tokens"]
     prompt = TokenPrompt.load(tmp_path / "prompt.json", tokenizer)
     example = pairs(1)[0]
     (row,) = encode_examples(tokenizer, [example], frame)
-    nats = plain_nats(model, found, [row], behind)
+    nats = plain_nats(model, found, [row], after)
     asked, target = prompt.render(example.source), row.ids[row.prompt_len :]
     logits = model(torch.tensor([asked + target[:-1]]))[0, len(asked) - 1 :]
     written = cross_entropy(logits, torch.tensor(target), reduction="sum").item()
@@ -214,7 +214,7 @@ def test_prompt_json_keeps_the_frame_of_the_search(tokenizer, tmp_path, behind):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_prompt_json_belongs_to_the_model_of_the_search(tokenizer, tmp_path, precision):
-    config = SearchConfig(prompt_len=4, steps=1, behind=2, precision=precision, **SHORT)
+    config = SearchConfig(prompt_len=4, steps=1, after=2, precision=precision, **SHORT)
     model, path = small_model(), tmp_path / "prompt.json"
     PromptSearch(model, tokenizer, config, pairs(12), [], tmp_path).run(progress=False)
     sources, few = [pairs(1)[0].source], {"max_new_tokens": 2}
@@ -229,12 +229,12 @@ def test_prompt_json_belongs_to_the_model_of_the_search(tokenizer, tmp_path, pre
     assert answer(another_model(), tokenizer, prompt, sources, **few) is not None
 
 
-@pytest.mark.parametrize("behind", [0, 2])
-def test_a_printable_prompt_can_be_typed(tokenizer, tmp_path, behind):
-    search = made(tokenizer, tmp_path, printable=True, behind=behind, prompt_len=5)
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_printable_prompt_can_be_typed(tokenizer, tmp_path, after):
+    search = made(tokenizer, tmp_path, printable=True, after=after, prompt_len=5)
     found = search.run(progress=False)
     assert found["text"].replace("\n", "").isprintable()
-    if behind:
+    if after:
         source = pairs(12)[0].source
         typed = tokenizer.encode(HardPrompt(found["text"]).render(source))
         assert typed == TokenPrompt.load(tmp_path / "prompt.json", tokenizer).render(source)
@@ -250,7 +250,7 @@ def test_what_cannot_be_typed_is_not_allowed(tokenizer, tmp_path):
     front = made(tokenizer, tmp_path, printable=True, prompt_len=3)
     assert not front.form.is_allowed(letters) and front.form.is_allowed(words)
     assert made(tokenizer, tmp_path, prompt_len=3).form.is_allowed(letters)
-    around = made(tokenizer, tmp_path, printable=True, prompt_len=3, behind=1)
+    around = made(tokenizer, tmp_path, printable=True, prompt_len=3, after=1)
     colon = tokenizer.encode(":")[0]
     assert around.form.is_allowed([*words[:2], colon])
     alone = front.usable.nonzero()[:, 0].tolist()  # can be typed, but here joins "place"
@@ -316,7 +316,7 @@ def test_a_race_ends_with_the_best(tokenizer):
     [
         ({"prompt_len": 0}, "prompt_len must be at least 1, got 0"),
         ({"budget": 0}, "budget must be at least 1, got 0"),
-        ({"behind": 11}, r"behind must lie in \[0, 10\], got 11"),
+        ({"after": 11}, r"after must lie in \[0, 10\], got 11"),
         ({"seed": -1}, "seed must not be negative, got -1"),
         ({"chains": 9, "starts": 8}, "chains 9 must not be more than starts 8"),
         ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, got 'fp8'"),

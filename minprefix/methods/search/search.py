@@ -7,7 +7,7 @@ embedding-only tuning takes any vectors and prefix-tuning any activations: discr
 as ids, nobody has to type it (`printable` is for a prompt that shall be typed).
 
 A bos between source and target tells a model that a new document begins, and words before it can
-hardly mend that. With `behind` = A > 0 the last A tokens therefore stand in the place of the bos,
+hardly mend that. With `after` = A > 0 the last A tokens therefore stand in the place of the bos,
 as those of a written instruction do: outside the chain above, and the stronger opponent.
 
 The optimiser is greedy coordinate gradient [2] (AutoPrompt [3] and ARCA [4] are its kin): gradients
@@ -76,7 +76,7 @@ class SearchConfig:
     """One search."""
 
     prompt_len: int = 10  # P, tokens
-    behind: int = 0  # A, how many of them stand behind the source, in the place of the bos
+    after: int = 0  # A, how many of them stand after the source, in the place of the bos
     steps: int = 100  # rounds of gradient, race and judgement
     budget: int | None = None  # row-evaluations, beside steps: no step begins after so many
     candidates: int = 64  # prompts in a race
@@ -103,8 +103,8 @@ class SearchConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.budget is not None and self.budget < 1:
             raise ValueError(f"budget must be at least 1, got {self.budget}")
-        if not 0 <= self.behind <= self.prompt_len:
-            raise ValueError(f"behind must lie in [0, {self.prompt_len}], got {self.behind}")
+        if not 0 <= self.after <= self.prompt_len:
+            raise ValueError(f"after must lie in [0, {self.prompt_len}], got {self.after}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if not all(text.strip() for text in self.start):
@@ -132,7 +132,7 @@ class PromptSearch:
         need_gpt2(model, "a searched prompt")
         self.tokenizer, self.config, self.out = tokenizer, config, Path(out)
         self.linearisation, self.device = linearisation, model.wte.weight.device
-        P, A = config.prompt_len, config.behind
+        P, A = config.prompt_len, config.after
         room = model.config.n_positions - P + (A > 0)  # the bos leaves its place
         if room < 1:
             raise ValueError(
@@ -174,7 +174,7 @@ class PromptSearch:
         """Summed loss of each prompt on the rows, (N,); counted as spent."""
         self.spent += len(prompts) * len(rows)
         ids = torch.tensor(prompts, dtype=torch.long, device=self.device)
-        A = self.config.behind if prompts[0] else 0  # no prompt, and rows of templates, are whole
+        A = self.config.after if prompts[0] else 0  # no prompt, and rows of templates, are whole
         nats = prompt_nats(self.model, ids, rows, self.tokenizer.eos_id, A).cpu().numpy()
         if not np.isfinite(nats).all():
             raise FloatingPointError(f"a loss is not finite in step {self.step_done + 1}")
@@ -201,9 +201,7 @@ class PromptSearch:
         present, loss = self.chains[number]
         self.spent += GRADIENT_COST * len(rows)
         ids = torch.tensor(present, device=self.device)
-        gradient = one_hot_gradient(
-            self.model, ids, rows, self.tokenizer.eos_id, self.config.behind
-        )
+        gradient = one_hot_gradient(self.model, ids, rows, self.tokenizer.eos_id, self.config.after)
         proposed = neighbours(
             present, gradient, self.usable, self.form.is_allowed,
             top_k=self.config.top_k, count=self.config.candidates, rng=rng,
@@ -256,7 +254,7 @@ class PromptSearch:
         config, (rng, rows) = self.config, self.draw(0)
         prompts = starting_prompts(
             self.tokenizer, config.start, self.rows, self.usable.nonzero()[:, 0].tolist(),
-            self.form.is_allowed, config.prompt_len, config.behind, config.starts, rng,
+            self.form.is_allowed, config.prompt_len, config.after, config.starts, rng,
         )  # fmt: skip
         best = race(self.nats, prompts, rows, config.chains)
         prompts = [prompt for prompt, _ in best]
