@@ -27,7 +27,7 @@ import numpy as np
 
 from minprefix.data.batches import encode_prompt
 from minprefix.data.examples import Example
-from minprefix.data.load import load_examples
+from minprefix.data.load import MissingSplit, load_examples
 from minprefix.data.splits import low_data, subset
 from minprefix.files import read_json, write_text
 from minprefix.generation.decoding import GenerationConfig
@@ -98,10 +98,8 @@ def why_missing(data: str, data_dir: Path | None) -> str:
             load_examples(data_path(data, data_dir), split)
         except FileNotFoundError:
             return f"{data} is not at hand"
-        except ValueError as error:
-            if "none of them" in str(error):
-                return f"the {split} split of {data} is not at hand"
-            raise
+        except MissingSplit:
+            return f"the {split} split of {data} is not at hand"
     return ""
 
 

@@ -1,7 +1,6 @@
 """Settings, statistics, claims, figures and the report, on rows written here."""
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from benchmarks.paper.results import (
     mean_sd,
     quality,
     scales_of,
-    t_quantile,
     write_rows,
 )
 from benchmarks.paper.run import Run, SearchConfig
@@ -70,18 +68,18 @@ def test_official_models_take_the_papers_settings():
     assert replace(plan, steps=500).scale == "500 steps"
 
 
-def test_a_folder_of_official_layout_starts_with_them_and_estimates(cli, tokenizer, tmp_path):
-    """A random checkpoint named gpt2-medium: `paper table1` says how long, and goes on."""
+def test_a_folder_of_official_layout_starts_with_them_and_estimates(paper, tokenizer, tmp_path):
+    """A random checkpoint named gpt2-medium: the command says how long, and goes on."""
     save_model(tiny_with_words(n_positions=160), tokenizer, tmp_path / "gpt2-medium")
     write_e2e(tmp_path / "data" / "e2e")
     words = ["--model", tmp_path / "gpt2-medium", "--data-dir", tmp_path / "data", "--only", "e2e"]
     words += ["--seeds", 1, "--steps", 2, "--num-beams", 2, "--device", "cpu"]
     words += ["--runs", tmp_path / "runs"]
-    _, err = cli("paper", "table1", *words)
+    _, err = paper("table1", *words)
     assert "5 runs to go, about " in err
     rows = (tmp_path / "runs" / "results" / "table1-gpt2-medium.csv").read_text()
     assert rows.count("8e-05") == 2 and "2 steps" in rows and "beam 2" in rows
-    _, err = cli("paper", "table1", *words)
+    _, err = paper("table1", *words)
     assert "5 of them are done" in err
 
 
@@ -142,13 +140,13 @@ def test_rows_without_a_sweep_say_so(tmp_path):
     assert {Plan().scale_of(cell.run) for cell in sweep(Plan())} == {"preset (mini)"}
 
 
-def test_a_sweep_file_that_is_not_there_is_named(cli, tmp_path):
+def test_a_sweep_file_that_is_not_there_is_named(paper, tmp_path):
     words = ["--device", "cpu", "--runs", tmp_path, "--data-dir", tmp_path, "--only", "e2e"]
-    _, err = cli("paper", "table4", *words, "--sweep-file", tmp_path / "no.csv", code=1)
+    _, err = paper("table4", *words, "--sweep-file", tmp_path / "no.csv", code=1)
     assert "no.csv: there is no such file" in err
-    _, err = cli("paper", "table4", *words, "--sweep-file", __file__, code=1)
+    _, err = paper("table4", *words, "--sweep-file", __file__, code=1)
     assert "no trials in it" in err
-    _, err = cli("paper", "table4", *words, "--seeds", 1, code=1)
+    _, err = paper("table4", *words, "--seeds", 1, code=1)
     assert "nothing to run" in err
     assert SWEEP.exists() or err.count("no sweep: ") == 1
 
@@ -236,16 +234,6 @@ def test_mean_and_spread_by_hand():
     assert mean_sd(seeds("a", 1, 2, 6), "BLEU") == (3, pytest.approx(7**0.5), 3)
     assert mean_sd(seeds("a", 4) + [row("a", "")], "BLEU") == (4, 0, 1)
     assert mean_sd([row("a", "")], "BLEU") is None
-
-
-@pytest.mark.parametrize("freedom", [*range(1, 12), 30])
-def test_t_quantiles_leave_five_percent_outside(freedom):
-    """The density, summed from 0 to the quantile; 3e-5: what 3 decimal places leave of it."""
-    density = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / (freedom * math.pi) ** 0.5
-    step = t_quantile(freedom) / 20000
-    middles = ((i + 0.5) * step for i in range(20000))
-    inside = sum((1 + t * t / freedom) ** (-(freedom + 1) / 2) for t in middles) * step * density
-    assert inside == pytest.approx(0.475, abs=3e-5)
 
 
 def test_differences_are_paired_by_seed():
@@ -495,4 +483,6 @@ def test_the_committed_report_is_made_from_the_committed_rows():
     if not (COMMITTED / "RESULTS.md").exists():
         pytest.skip("no results are committed yet")
     text = (COMMITTED / "RESULTS.md").read_text(encoding="utf-8")
-    assert text == report(COMMITTED), "run: python -m minprefix paper report --out benchmarks/paper"
+    assert text == report(COMMITTED), (
+        "run: python -m benchmarks.paper report --out benchmarks/paper"
+    )

@@ -292,7 +292,7 @@ def test_names_before_their_download_name_the_command(cli, tmp_path, monkeypatch
     for name, *words in (
         ("e2e", "train", "--out", tmp_path / "run"),
         ("webnlg", "evaluate", "--linearisation", "paper"),
-        ("dart", "bench", "train", "--out", tmp_path / "bench"),
+        ("dart", "search", "--out", tmp_path / "found"),
     ):
         _, err = cli(*words, "--data", name, code=1)
         assert f"run `python -m minprefix data {name}`" in err.splitlines()[-1]
