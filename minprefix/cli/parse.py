@@ -48,21 +48,26 @@ def report(event: errors.ParseErrorEvent) -> NoReturn:
     raise SystemExit(2)
 
 
+def name(argument: Any) -> str:
+    """An option, or a positional argument as --help shows it."""
+    return argument.lowered.metavar if argument.is_positional() else argument.display_name()
+
+
 def explain(event: errors.ParseErrorEvent) -> str:
     """What is wrong with the words that were typed."""
     match event:
         case errors.UnrecognizedArgs():
             return f"unrecognized arguments: {' '.join(event.tokens)}"
         case errors.MissingArgs():
-            return f"required: {', '.join(a.arg.display_name() for a in event.missing_arguments)}"
+            return f"required: {', '.join(name(found.arg) for found in event.missing_arguments)}"
         case errors.InvalidChoice():
-            name, choices = event.argument.display_name(), ", ".join(event.choices)
-            return f"{name}: invalid choice: {event.value!r} (choose from {choices})"
+            known = ", ".join(event.choices)
+            return f"{name(event.argument)}: invalid choice: {event.value!r} (choose from {known})"
         case errors.BadValue():
-            return f"{event.argument.display_name()}: a value is missing"
+            return f"{name(event.argument)}: a value is missing"
         case errors.InstantiationFailure():
             reason = event.message.splitlines()[-1].rpartition(">: ")[2]  # what Python says of it
-            return f"{event.argument.display_name()}: {reason}"
+            return f"{name(event.argument)}: {reason}"
     return type(event).__name__
 
 

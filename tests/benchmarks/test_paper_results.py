@@ -145,7 +145,7 @@ def test_a_sweep_file_that_is_not_there_is_named(paper, tmp_path):
     _, err = paper("table4", *words, "--sweep-file", tmp_path / "no.csv", code=1)
     assert "no.csv: there is no such file" in err
     _, err = paper("table4", *words, "--sweep-file", __file__, code=1)
-    assert "no trials in it" in err
+    assert "no trials of the command sweep in it" in err
     _, err = paper("table4", *words, "--seeds", 1, code=1)
     assert "nothing to run" in err
     assert SWEEP.exists() or err.count("no sweep: ") == 1
