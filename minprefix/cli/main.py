@@ -80,8 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if name not in COMMANDS:
-        wrong = f"invalid choice: {name!r}" if name else "required: COMMAND"
-        print(f"{PROG}: error: {wrong} (--help lists the commands)", file=sys.stderr)
+        known = f"choose from {', '.join(COMMANDS)}"
+        wrong = f"invalid choice: {name!r} ({known})" if name else f"required: COMMAND ({known})"
+        print(f"{PROG}: error: {wrong}", file=sys.stderr)
         return 2
     command = importlib.import_module(f"minprefix.cli.{name}")
     return execute(command, words, f"{PROG} {name}", COMMANDS[name])

@@ -61,7 +61,7 @@ def explain(event: errors.ParseErrorEvent) -> str:
         case errors.MissingArgs():
             return f"required: {', '.join(name(found.arg) for found in event.missing_arguments)}"
         case errors.InvalidChoice():
-            known = ", ".join(event.choices)
+            known = ", ".join(choice for choice in event.choices if choice != "None")
             return f"{name(event.argument)}: invalid choice: {event.value!r} (choose from {known})"
         case errors.BadValue():
             return f"{name(event.argument)}: a value is missing"

@@ -65,7 +65,7 @@ def test_training_beside_peft(run, tmp_path, dtype):
     parts = read_rows(tmp_path / "profile.csv")
     assert [row["method"] for row in parts] == ["minprefix", "peft"]
     for row in parts:
-        assert all(float(row[part]) > 0 for part in (*PARTS, REST))
+        assert min(float(row[part]) for part in (*PARTS, REST)) > 0
     for name in ("bench", "profile"):
         (picture,) = tmp_path.glob(f"{name}-*-{dtype}.png")
         assert picture.read_bytes().startswith(b"\x89PNG")

@@ -66,7 +66,8 @@ def test_every_command_on_mini(cli, tmp_path):
     run, files = tmp_path / "run", ("prefix.safetensors", "config.json", "log.jsonl")
     start = ("--init", "words", "--prefix-len", 4, "--eval-pairs", 4)
     out, _ = train(cli, "mini", "restaurants", run, *start, "--json")
-    assert only_json(out)["steps"] == 4 and all((run / name).is_file() for name in files)
+    assert only_json(out)["steps"] == 4
+    assert [name for name in files if not (run / name).is_file()] == []
 
     out, _ = cli("export", run, "--out", tmp_path / "p.safetensors", "--json")
     kept = 8 * 2 * 384 * 4  # L 2 C P
@@ -82,7 +83,8 @@ def test_every_command_on_mini(cli, tmp_path):
         out, _ = cli("evaluate", *method, "--limit", 2, "--json", *few)
         scores = only_json(out)
         assert scores["tables"] == 2
-        assert all(0 <= scores[name] <= 100 for name in ("bleu", "rouge_l", "slot_coverage"))
+        found = [scores[name] for name in ("bleu", "rouge_l", "slot_coverage")]
+        assert min(found) >= 0 and max(found) <= 100
 
 
 # train and export ------------------------------------------------------------------------------

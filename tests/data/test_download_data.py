@@ -246,7 +246,7 @@ def test_what_the_command_prints(offer, cli, tmp_path):
     assert "licence: a licence" in err
     out, _ = cli("data", "e2e", "--data-dir", tmp_path / "here")
     assert f"folder: {tmp_path / 'here'}" in out
-    assert all(f"{row['sha256']}  verified" in out for row in result["files"])
+    assert re.findall(r"(\w{64})  verified", out) == [row["sha256"] for row in result["files"]]
     many = {f"train/{n}triples/a.xml": b"<a/>" for n in range(12)}
     offer("webnlg", many)
     out, _ = cli("data", "webnlg")
@@ -269,9 +269,9 @@ def test_names_before_their_download_name_the_command(cli, tmp_path, monkeypatch
 def test_known_sums_name_official_files():
     for name, source in SOURCES.items():
         sums = read_sums(download_data.SUMS / f"{name}.txt")
-        assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in sums.values())
+        assert [x for x in sums.values() if not re.fullmatch(r"[0-9a-f]{64}", x)] == []
         assert set(source.unseen) <= set(sums) and set(source.urls) <= set(sums)
-        assert all(re.match(r"https?://\S+$", source.url(file)) for file in sums)
+        assert [f for f in sums if not re.match(r"https?://\S+$", source.url(f))] == []
     assert set(SOURCES) == set(DATA_SETS)
 
 
