@@ -5,11 +5,11 @@ OUT ?= runs/demo
 # tests in a process per core; one by one: make test WORKERS=0
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
-KERNEL_TESTS := tests/test_attention.py tests/test_decode.py tests/test_operator.py tests/test_bench_tiles.py
+KERNEL_TESTS := tests/kernels/test_attention.py tests/kernels/test_decode.py tests/kernels/test_operator.py tests/kernels/test_bench_tiles.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo test test-kernels check format test-official
-.PHONY: compile compile-all bench bench-cpu bench-gpu bench-pretrain paper notebooks
+.PHONY: compile compile-all sass bench bench-cpu bench-gpu bench-pretrain paper notebooks
 .PHONY: docs linkcheck clean
 
 help: ## list the targets
@@ -47,14 +47,19 @@ test: .venv/.dev ## format, lint and all tests
 test-kernels: .venv/.dev ## the Triton kernels, run in Triton's interpreter on the CPU
 	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS) --durations=10
 
-compile: .venv/.dev ## what the compiler says of the default tiles at D = 64 in bf16, without a GPU
+compile: .venv/.dev ## what the compiler says of the tiles at D = 64 in bf16, without a GPU
 	$(BIN)/python -m kernels.tools.compile_offline --all --dtype bf16 --head_dim 64 --batch_size 1000 \
 		--prefix_len 10 200 --prefix_dtype fp32 --causal True --prefix_index False \
-		--prefix_lens False --kv_lens False --q_offset False --need all --dlse False --tile 0 \
+		--prefix_lens False --kv_lens False --q_offset False --need all --dlse False --n_head 12 \
 		--out benchmarks/compiled.csv
 
 compile-all: .venv/.dev ## compile the kernels for every GPU that they know, in every form (hours)
+	for target in sm_90 sm_100 sm_80; do \
+		$(BIN)/python -m kernels.tools.sass --target $$target || exit 1; done
 	$(BIN)/python -m kernels.tools.compile_offline --all
+
+sass: .venv/.dev ## look for miscompiled kernels at D = 64 on Hopper, without a GPU (PTXAS=path)
+	$(BIN)/python -m kernels.tools.sass --quick $(if $(PTXAS),--ptxas $(PTXAS))
 
 check: .venv/.dev ## format, lint and the fast tests: while working
 	$(BIN)/ruff format --check .

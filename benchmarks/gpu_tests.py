@@ -26,9 +26,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 FILES = [
-    f"tests/test_{name}.py"
+    f"tests/{name}.py"
     for name in (
-        "fast_training", "fast_generation", "attention", "decode", "operator", "bench_tiles",
+        "training/test_fast_training", "generation/test_fast_generation", "kernels/test_attention",
+        "kernels/test_decode", "kernels/test_operator", "kernels/test_bench_tiles",
     )
 ]  # fmt: skip
 RESULTS = "MINPREFIX_TEST_RESULTS"  # environment: where the plugin writes

@@ -13,6 +13,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from kernels.inputs import Inputs, check, heads
 from kernels.reference import prefix_attention_eager, prefix_attention_lean
 
 __all__ = [
@@ -53,13 +54,14 @@ def prefix_attention(
         ValueError: shapes, dtypes or (on the CPU) index values that disagree; both are named.
     Source: Li & Liang 2021 (arXiv:2101.00190), eq. (3).
     """
-    check_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset)
+    inputs = Inputs(
+        q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset, causal, scale
+    )
+    check(inputs)
     if on_triton(q):
         from kernels.attention import attention
 
-        o, lse = attention(
-            q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset, causal, scale
-        )
+        o, lse = attention(*inputs)
         return (o, lse) if return_lse else o
     return prefix_attention_lean(
         q, k, v, prefix_k, prefix_v, causal=causal, scale=scale, prefix_index=prefix_index,
@@ -82,20 +84,19 @@ def prefix_attention_qkv(
         The rest, results and errors: as in `prefix_attention`, with S = T.
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv must be (B, T, 3, H, D), got {shape(qkv)}")
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
+        raise ValueError(f"qkv must be (B, T, 3, H, D), got {tuple(qkv.shape)}")
     options = {
         "causal": causal, "scale": scale, "prefix_index": prefix_index, "prefix_lens": prefix_lens,
         "kv_lens": kv_lens, "q_offset": q_offset,
     }  # fmt: skip
     if not on_triton(qkv):
+        q, k, v = heads(qkv)
         return prefix_attention(q, k, v, prefix_k, prefix_v, **options, return_lse=return_lse)
-    check_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset)
-    from kernels.attention import attention_qkv
+    inputs = Inputs(qkv, None, None, prefix_k, prefix_v, **options)
+    check(inputs.split())
+    from kernels.attention import attention
 
-    o, lse = attention_qkv(
-        qkv, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset, causal, scale
-    )
+    o, lse = attention(*inputs)
     return (o, lse) if return_lse else o
 
 
@@ -145,60 +146,3 @@ def _look(index: int) -> str:
         message = f"{reason}. Until then attention runs in plain PyTorch, slower."
         warnings.warn(message, RuntimeWarning, stacklevel=5)
     return reason
-
-
-def check_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset):
-    """ValueError where the arguments of `prefix_attention` do not fit together."""
-    if q.dim() != 4 or k.dim() != 4:
-        raise ValueError(f"q and k must be (B, H, T, D), got {shape(q)} and {shape(k)}")
-    B, H, _, D = q.shape
-    if k.shape != v.shape or (k.shape[0], k.shape[1], k.shape[3]) != (B, H, D):
-        raise ValueError(f"k {shape(k)} and v {shape(v)} do not fit q {shape(q)}")
-    if prefix_k.shape != prefix_v.shape or prefix_k.dim() not in (3, 4):
-        raise ValueError(f"prefix_k {shape(prefix_k)} and prefix_v {shape(prefix_v)} do not fit")
-    if (prefix_k.shape[-3], prefix_k.shape[-1]) != (H, D):
-        raise ValueError(f"prefix_k {shape(prefix_k)} does not fit q {shape(q)}: want H, P, D last")
-    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}")
-    if prefix_k.dtype != prefix_v.dtype or prefix_k.dtype not in (q.dtype, torch.float32):
-        raise ValueError(f"the prefix is {prefix_k.dtype}/{prefix_v.dtype}, q is {q.dtype}")
-    for name, x in (("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q on {q.device}")
-    N = 1 if prefix_k.dim() == 3 else prefix_k.shape[0]
-    if prefix_k.dim() == 3 and prefix_index is not None:
-        raise ValueError(f"prefix_index needs a bank (N, H, P, D), prefix_k is {shape(prefix_k)}")
-    if prefix_k.dim() == 4 and prefix_index is None and N not in (1, B):
-        raise ValueError(f"a bank of {N} prefixes and {B} rows need a prefix_index")
-    for x in (prefix_index, prefix_lens, kv_lens, q_offset):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"an index tensor is on {x.device}, q on {q.device}")
-    check_int(prefix_index, "prefix_index", (B,), -1, N - 1)
-    check_int(prefix_lens, "prefix_lens", (N,), 0, prefix_k.shape[-2], also=(1,))
-    check_int(kv_lens, "kv_lens", (B,), 0, k.shape[2])
-    check_int(q_offset, "q_offset", (B,), None, None)
-
-
-def check_int(
-    x: Tensor | None, name: str, want: tuple, low: int | None, high: int | None, also=None
-):
-    """ValueError unless x is None or an integer tensor of the wanted shape with low <= x <= high.
-
-    Values are looked at on the CPU only: on a GPU that would wait for it.
-    """
-    if x is None:
-        return
-    if x.is_floating_point() or x.dtype == torch.bool or tuple(x.shape) not in (want, also):
-        raise ValueError(f"{name} must be an integer tensor {want}, got {x.dtype} {shape(x)}")
-    if (
-        low is not None
-        and x.device.type == "cpu"
-        and x.numel()
-        and not torch.compiler.is_compiling()
-    ):
-        if x.min() < low or x.max() > high:
-            raise ValueError(f"{name} must lie in [{low}, {high}], got {x.tolist()}")
-
-
-def shape(x: Tensor) -> tuple[int, ...]:
-    return tuple(x.shape)

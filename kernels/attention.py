@@ -23,14 +23,12 @@ for the backward pass (backward.py).
 The operator. `minprefix::attention` and its backward are registered with torch.library, each with
 a fake, for torch.compile and torch.export. In eager mode an autograd.Function around the same two
 functions takes their place, which costs less per call (`python -m benchmarks.kernels.overhead`).
-The `_qkv` pair differs in its gradient alone: one dqkv instead of dq, dk and dv. There is no second
-derivative, and torch.func's transforms are not supported.
+Both take qkv in the place of q, with neither k nor v: then one dqkv comes back instead of dq, dk
+and dv. There is no second derivative, and torch.func's transforms are not supported.
 
 [1] Li & Liang 2021, https://arxiv.org/abs/2101.00190, eq. (3)
 [2] Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867; Dao 2023, arXiv:2307.08691, alg. 1
 """
-
-from collections.abc import Callable
 
 import torch
 import triton
@@ -41,6 +39,7 @@ from torch.nn import Parameter
 
 from kernels import decode
 from kernels.assembler import assembled
+from kernels.inputs import Inputs, heads
 from kernels.launch import (
     Tile,
     bucket,
@@ -52,7 +51,7 @@ from kernels.launch import (
     prefix_blocks,
     run_best,
 )  # fmt: skip
-from kernels.plan import backward
+from kernels.plan import Gradients, backward
 from kernels.tiles import (
     LN2,
     LOG2E,
@@ -135,23 +134,22 @@ def _fwd_kernel(
     tl.store(lse_ptr + (b * n_head + h) * seq_len + offs_m, lse, mask=offs_m < seq_len)
 
 
-def forward(
-    q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset, causal, scale
-) -> tuple[Tensor, Tensor]:
-    """o, lse of `kernels.prefix_attention`, whose arguments these are, checked already."""
-    arguments = (q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset)
-    if decode.wanted(q):
-        return decode.decode(*arguments, causal, scale)
-    a = kernel_arguments(*arguments)
-    (B, H, T, D), P = q.shape, prefix_k.shape[-2]
+def forward(*arguments) -> tuple[Tensor, Tensor]:
+    """o, lse of `kernels.prefix_attention`, from the arguments of `Inputs`, checked already."""
+    inputs = Inputs(*arguments).split()
+    if decode.wanted(inputs.q):
+        return decode.decode(inputs)
+    q, k = inputs.q, inputs.k
+    (B, H, T, D), P = q.shape, inputs.prefix_k.shape[-2]
     o, lse = empty_results(q)
-    scale = D**-0.5 if scale is None else scale
+    scale = D**-0.5 if inputs.scale is None else inputs.scale
     # the kernel's maximum needs a positive factor: the sign (or zero) goes to q
+    a = kernel_arguments(inputs)
     a |= {"Q_SIGN": (scale > 0) - (scale < 0), "scale2": (abs(scale) or 1.0) * LOG2E.value}
 
     def run(tile: Tile) -> None:
         programs = B * H * cdiv(T, tile.block_m)
-        launch(_fwd_kernel, programs, tile, **a, o_ptr=o, lse_ptr=lse, CAUSAL=causal,
+        launch(_fwd_kernel, programs, tile, **a, o_ptr=o, lse_ptr=lse, CAUSAL=inputs.causal,
                **prefix_blocks(P, q))  # fmt: skip
 
     key = bucket(T), bucket(k.shape[2]), bucket(P)
@@ -159,133 +157,101 @@ def forward(
     return o, lse
 
 
+def empty_forward(*arguments) -> tuple[Tensor, Tensor]:
+    """What `forward` returns, not filled in."""
+    return empty_results(Inputs(*arguments).split().q)
+
+
 def attention_backward(
-    do, dlse, q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset,
-    causal, scale, o, lse, need_dq, need_dkdv, need_prefix,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """dq, dk, dv, dprefix_k, dprefix_v; an empty tensor for what is not needed."""
-    dq, dk, dv, *dprefix = attention_backward_fake(
-        do, dlse, q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset,
-        causal, scale, o, lse, need_dq, need_dkdv, need_prefix,
-    )  # fmt: skip
-    backward(
-        do, dlse, q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset,
-        causal, scale, o, lse, dq if need_dq else None, *((dk, dv) if need_dkdv else (None, None)),
-        *(dprefix if need_prefix else (None, None)),
-    )  # fmt: skip
+    do, dlse, o, lse, need_q: bool, need_kv: bool, need_prefix: bool, *arguments
+) -> tuple[Tensor, ...]:
+    """The gradients of q (or qkv), k, v, prefix_k, prefix_v from those of o and lse (None: zero).
+
+    The arguments after the flags are those of `Inputs`. An empty tensor stands for a gradient that
+    is not needed.
+    """
+    dq, dk, dv, *dprefix = empty_backward(
+        do, dlse, o, lse, need_q, need_kv, need_prefix, *arguments
+    )
+    inputs, none = Inputs(*arguments), (None, None)
+    if inputs.k is None:
+        parts = heads(dq) if need_q else (None, *none)
+    else:
+        parts = (dq if need_q else None, *((dk, dv) if need_kv else none))
+    to = Gradients(*parts, *(dprefix if need_prefix else none))
+    backward(inputs.split(), o, lse, do, dlse, to)
     return dq, dk, dv, *dprefix
 
 
-def attention_backward_fake(
-    do, dlse, q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset,
-    causal, scale, o, lse, need_dq, need_dkdv, need_prefix,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The same, not filled in."""
-    dqkv = (
-        empty_results(x)[0] if need else x.new_empty(0)
-        for x, need in zip((q, k, v), (need_dq, need_dkdv, need_dkdv), strict=True)
-    )
-    return (*dqkv, *(x.new_empty(x.shape if need_prefix else 0) for x in (prefix_k, prefix_v)))
+def empty_backward(
+    do, dlse, o, lse, need_q: bool, need_kv: bool, need_prefix: bool, *arguments
+) -> tuple[Tensor, ...]:
+    """What `attention_backward` returns, not filled in."""
+    inputs, nothing = Inputs(*arguments), o.new_empty(0)
+    if inputs.k is None:
+        dqkv = (inputs.q.new_empty(inputs.q.shape if need_q else 0), nothing, o.new_empty(0))
+    else:
+        needs = zip(inputs[:3], (need_q, need_kv, need_kv), strict=True)
+        dqkv = tuple(empty_results(x)[0] if need else x.new_empty(0) for x, need in needs)
+    prefix = inputs.prefix_k, inputs.prefix_v
+    return (*dqkv, *(x.new_empty(x.shape if need_prefix else 0) for x in prefix))
 
 
-def qkv_backward(
-    do, dlse, qkv, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset,
-    causal, scale, o, lse, need_dqkv, need_prefix,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """dqkv (B, T, 3, H, D), dprefix_k, dprefix_v; an empty tensor for what is not needed."""
-    dqkv, *dprefix = qkv_backward_fake(
-        do, dlse, qkv, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset,
-        causal, scale, o, lse, need_dqkv, need_prefix,
-    )  # fmt: skip
-    backward(
-        do, dlse, *heads(qkv), prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset,
-        causal, scale, o, lse, *(heads(dqkv) if need_dqkv else (None, None, None)),
-        *(dprefix if need_prefix else (None, None)),
-    )  # fmt: skip
-    return dqkv, *dprefix
-
-
-def qkv_backward_fake(
-    do, dlse, qkv, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset,
-    causal, scale, o, lse, need_dqkv, need_prefix,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The same, not filled in."""
-    dqkv = qkv.new_empty(qkv.shape if need_dqkv else 0)
-    return (dqkv, *(x.new_empty(x.shape if need_prefix else 0) for x in (prefix_k, prefix_v)))
-
-
-def heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (B, H, T, D) as views of qkv (B, T, 3, H, D)."""
-    return qkv.permute(2, 0, 3, 1, 4).unbind()
-
-
-def operator(name: str, tensors: str, forward: Callable, fake: Callable, backward: Callable,
-             backward_fake: Callable, needs: str) -> Callable:  # fmt: skip
-    """Register `minprefix::name` and its backward; returns what to call.
-
-    Args:
-        tensors: the schema of the inputs before prefix_k; needs: that of the flags that say which
-            of their gradients are needed.
-        forward, fake: give o, lse from the inputs, with and without filling them in.
-        backward, backward_fake: give the gradients from do, dlse, the inputs, o, lse and the flags.
-    """
-    inputs = f"{tensors}, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_index, "
-    inputs += "Tensor? prefix_lens, Tensor? kv_lens, Tensor? q_offset, bool causal, float? scale"
-    n = len(tensors.split(","))
-    LIBRARY.define(f"{name}({inputs}) -> (Tensor, Tensor)")
-    LIBRARY.define(
-        f"{name}_backward(Tensor? do, Tensor? dlse, {inputs}, Tensor o, Tensor lse, {needs}, "
-        f"bool need_prefix) -> ({'Tensor, ' * n}Tensor, Tensor)"
-    )
-    for suffix, real, unfilled in (("", forward, fake), ("_backward", backward, backward_fake)):
-        LIBRARY.impl(name + suffix, real, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"minprefix::{name}{suffix}", unfilled, lib=LIBRARY)
-    op = getattr(torch.ops.minprefix, name).default
-    backward_op = getattr(torch.ops.minprefix, name + "_backward").default
-
-    def save(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:-2], *output)
-        ctx.causal, ctx.scale = inputs[-2:]
-        ctx.set_materialize_grads(False)
-
-    def grads(ctx, do, dlse, backward=backward_op) -> tuple[Tensor | None, ...]:
-        *inputs, o, lse = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        flags = need[:1] if n == 1 else (need[0], need[1] or need[2])
-        results = backward(
-            do, dlse, *inputs, ctx.causal, ctx.scale, o, lse, *flags, need[n] or need[n + 1]
-        )
-        return (*(x if y else None for x, y in zip(results, need, strict=False)), *[None] * 6)
-
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            output = forward(*inputs)
-            save(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, do, dlse):
-            return grads(ctx, do, dlse, backward)
-
-    torch.library.register_autograd(f"minprefix::{name}", grads, setup_context=save, lib=LIBRARY)
-
-    def call(*inputs):
-        # whoever watches or replaces operators (a tracer, a mode, a tensor subclass) must see one
-        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-        plain = all(type(x) in (Tensor, Parameter) for x in inputs if isinstance(x, Tensor))
-        return (Eager.apply if plain and not watched else op)(*inputs)
-
-    return call
-
-
+INPUTS = (  # those of `Inputs`
+    "Tensor q, Tensor? k, Tensor? v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_index, "
+    "Tensor? prefix_lens, Tensor? kv_lens, Tensor? q_offset, bool causal, float? scale"
+)
 LIBRARY = torch.library.Library("minprefix", "DEF")
-attention = operator(
-    "attention", "Tensor q, Tensor k, Tensor v", forward, lambda q, *_: empty_results(q),
-    attention_backward, attention_backward_fake, "bool need_dq, bool need_dkdv",
-)  # fmt: skip
-attention_qkv = operator(
-    "attention_qkv", "Tensor qkv", lambda qkv, *rest: forward(*heads(qkv), *rest),
-    lambda qkv, *_: empty_results(heads(qkv)[0]), qkv_backward, qkv_backward_fake, "bool need_dqkv",
-)  # fmt: skip
+LIBRARY.define(f"attention({INPUTS}) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "attention_backward(Tensor? do, Tensor? dlse, Tensor o, Tensor lse, bool need_q, "
+    f"bool need_kv, bool need_prefix, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.impl("attention", forward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_backward", attention_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("minprefix::attention", empty_forward, lib=LIBRARY)
+torch.library.register_fake("minprefix::attention_backward", empty_backward, lib=LIBRARY)
+
+
+def save(ctx, inputs, output) -> None:
+    """Keep what the backward pass reads: all inputs, o and lse."""
+    ctx.save_for_backward(*inputs[:9], *output)
+    ctx.rule = inputs[9:]  # causal, scale
+    ctx.set_materialize_grads(False)
+
+
+def gradients(ctx, do, dlse, backward=torch.ops.minprefix.attention_backward.default):
+    """The gradient of each argument, None where none is needed or can be."""
+    *inputs, o, lse = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    flags = need[0], need[1] or need[2], need[3] or need[4]
+    found = backward(do, dlse, o, lse, *flags, *inputs, *ctx.rule)
+    return (*(x if y else None for x, y in zip(found, need, strict=False)), *[None] * 6)
+
+
+torch.library.register_autograd("minprefix::attention", gradients, setup_context=save, lib=LIBRARY)
+
+
+class EagerAttention(torch.autograd.Function):
+    """The same two functions without the dispatcher, which costs more per call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = forward(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dlse):
+        return gradients(ctx, do, dlse, attention_backward)
+
+
+def attention(*inputs) -> tuple[Tensor, Tensor]:
+    """o, lse from the arguments of `Inputs`, differentiable."""
+    # whoever watches or replaces operators (a tracer, a mode, a tensor subclass) must see one
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    plain = all(type(x) in (Tensor, Parameter) for x in inputs if isinstance(x, Tensor))
+    if plain and not watched:
+        return EagerAttention.apply(*inputs)
+    return torch.ops.minprefix.attention.default(*inputs)

@@ -48,6 +48,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.assembler import assembled
+from kernels.inputs import Inputs
 from kernels.launch import (
     Tile,
     bucket,
@@ -326,17 +327,16 @@ def wanted(q: Tensor) -> bool:
     return q.shape[2] <= MAX_QUERIES
 
 
-def decode(
-    q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset, causal, scale
-):
-    """o, lse of `kernels.prefix_attention` for T <= 8; arguments are checked already.
+def decode(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """o, lse of `kernels.prefix_attention` for T <= 8; the inputs are checked already.
 
     Returns:
         o: (B, H, T, D) in q's dtype, in the memory order (B, T, H, D); lse: (B, H, T), fp32, nats.
     """
+    q, k, prefix_k, prefix_index = inputs.q, inputs.k, inputs.prefix_k, inputs.prefix_index
     B, H, T, D = q.shape
-    a = kernel_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset)
-    scale = D**-0.5 if scale is None else scale
+    a = kernel_arguments(inputs)
+    scale = D**-0.5 if inputs.scale is None else inputs.scale
 
     def run(tile: Tile) -> tuple[Tensor, Tensor]:
         cut = plan(q, k, prefix_k, prefix_index, tile)
@@ -353,7 +353,7 @@ def decode(
             _decode_kernel, programs, tile, **a, **strides, o_ptr=part_o, lse_ptr=part_lse,
             batch_size=B, **cut._asdict(),
             Q_SIGN=(scale > 0) - (scale < 0), scale2=(abs(scale) or 1.0) * LOG2E.value,
-            CAUSAL=causal, STACKED=stacked,
+            CAUSAL=inputs.causal, STACKED=stacked,
             **prefix_tiles(prefix_k, a["BLOCK_D"]),
         )  # fmt: skip
         if parts > 1:

@@ -10,11 +10,14 @@ compile exactly what the launchers would launch on a GPU that is not there.
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
+
+from kernels.inputs import Inputs
 
 KIB = 1024
 SHARED_MEMORY = {  # bytes that one program may take
@@ -41,6 +44,7 @@ class Launch(NamedTuple):
     programs: int
     tile: Tile
     arguments: dict[str, Any]
+    default: bool  # made without tuning
 
 
 # (kernel, bytes of an element, BLOCK_D; 32 also stands for 16): tiles as (block_m, block_n,
@@ -168,8 +172,28 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "in
 PROGRAMS_EACH = 2  # programs wanted on each: two pipelines hide each other's latency
 
 _tuned: dict[tuple, Tile] = {}
-_recorder: list[Launch] | None = None
-_target: str | None = None
+
+
+@dataclass
+class Recording:
+    """What `recorded` collects, for which target; `every`: of all tiles, not of the defaults."""
+
+    target: str
+    every: bool
+    launches: list[Launch] = field(default_factory=list)
+    default: bool = True  # whether what is launched now is
+
+    def all_of(self, tiles: list, run: Callable[[Any], Any]) -> Any:
+        """Run with each tile, the default last, so that its results stay."""
+        outer = self.default
+        for tile in reversed(tiles):
+            self.default = outer and tile == tiles[0]
+            result = run(tile)
+        self.default = outer
+        return result
+
+
+_recording: Recording | None = None
 
 
 def launch(kernel, programs: int, tile: Tile, **arguments) -> None:
@@ -177,8 +201,9 @@ def launch(kernel, programs: int, tile: Tile, **arguments) -> None:
     the rest. None stands for a pointer that is not given."""
     arguments |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     arguments = {name: arguments[name] for name in kernel.arg_names}
-    if _recorder is not None:
-        _recorder.append(Launch(kernel, programs, tile, arguments))
+    if _recording is not None:
+        one = Launch(kernel, programs, tile, arguments, _recording.default)
+        _recording.launches.append(one)
     elif programs:
         first = next(iter(arguments.values()))  # a tensor, in every kernel
         # Triton launches on the current device, which need not be the tensors'
@@ -187,20 +212,23 @@ def launch(kernel, programs: int, tile: Tile, **arguments) -> None:
 
 
 @contextmanager
-def recorded(target: str):
-    """Collect the launches made inside, with the tiles of `target`; tensors may be "meta" ones."""
-    global _recorder, _target
-    _recorder, _target = [], target
+def recorded(target: str, every: bool = False):
+    """Collect the launches made inside, with the tiles of `target`; tensors may be "meta" ones.
+
+    With `every` each choice of `run_best` is recorded, not the default alone.
+    """
+    global _recording
+    _recording = Recording(target, every)
     try:
-        yield _recorder
+        yield _recording.launches
     finally:
-        _recorder, _target = None, None
+        _recording = None
 
 
 def target_of(device: torch.device) -> str:
     """The row of the table for a device: one of SHARED_MEMORY, or "interpreter"."""
-    if _target is not None:
-        return _target
+    if _recording is not None:
+        return _recording.target
     if device.type == "cpu":
         return "interpreter"
     return _gpu_target(device.index or 0)
@@ -236,8 +264,10 @@ def run_best(
     never while a CUDA graph is captured. `run` allocates what it writes, launches and returns it.
     """
     tiles = tiles_of(kernel, x) if tiles is None else tiles
+    if _recording is not None and _recording.every:
+        return _recording.all_of(tiles, run)
     tune = os.environ.get("MINPREFIX_AUTOTUNE") == "1" and x.is_cuda and len(tiles) > 1
-    if not tune or _recorder is not None:
+    if not tune or _recording is not None:
         return run(tiles[0])
     key = (kernel, x.device, x.dtype, x.shape[-1], *key)
     if key not in _tuned:
@@ -275,9 +305,7 @@ def empty_results(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return o, q.new_empty(B, H, T, dtype=torch.float32)
 
 
-def kernel_arguments(
-    q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset
-) -> dict[str, Any]:
+def kernel_arguments(inputs: Inputs) -> dict[str, Any]:
     """What every kernel takes: inputs, index tensors or None, strides and sizes.
 
     Rows are read through strides, so views of the qkv projection or of a cache are not copied. A
@@ -285,9 +313,9 @@ def kernel_arguments(
     strides.
     """
     q, k, v, prefix_k, prefix_v = (
-        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-        for x in (q, k, v, prefix_k, prefix_v)
+        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in inputs[:5]
     )
+    prefix_index, prefix_lens, kv_lens, q_offset = inputs[5:9]
     if prefix_k.stride() != prefix_v.stride():
         prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
     shared = prefix_k.dim() == 3 or prefix_k.shape[0] == 1 and prefix_index is None

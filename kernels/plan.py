@@ -18,7 +18,7 @@ Bytes, with e per element, M = ceil(T / BLOCK_M) tiles of queries and G parts:
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from kernels.backward import (
     _bwd_short_kernel,
     _reduce_kernel,
 )
+from kernels.inputs import Inputs
 from kernels.launch import (
     Tile,
     bucket,
@@ -48,37 +49,47 @@ UNROLLED = 16  # pairs of tiles that `_bwd_short_kernel` may hold
 NO_PARTS = dict.fromkeys(("partial_k_ptr", "partial_v_ptr", "dprefix_k_ptr", "dprefix_v_ptr"))
 
 
+class Gradients(NamedTuple):
+    """Where gradients go; None where none is needed. dk and dv, and the last two, go together."""
+
+    dq: Tensor | None  # (B, H, T, D), a contiguous last dimension
+    dk: Tensor | None  # (B, H, S, D), likewise
+    dv: Tensor | None  # as dk, of the same strides
+    dprefix_k: Tensor | None  # as prefix_k, contiguous
+    dprefix_v: Tensor | None
+
+
 def backward(
-    do, dlse, q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset,
-    causal, scale, o, lse, dq, dk, dv, dprefix_k, dprefix_v,
-) -> None:  # fmt: skip
+    inputs: Inputs, o: Tensor, lse: Tensor, do: Tensor | None, dlse: Tensor | None, to: Gradients
+) -> None:
     """Write the gradients of `kernels.prefix_attention`.
 
     Args:
-        do: (B, H, T, D) or None (zero); dlse: (B, H, T) fp32 or None (zero).
-        dq, dk, dv: (B, H, T or S, D), a contiguous last dimension; dprefix_k, dprefix_v: as
-            prefix_k, contiguous. None where none is needed; dk and dv, and the last two, together.
-            dk and dv have the same strides.
+        inputs: with q, k and v apart.
+        o, lse: its results, (B, H, T, D) and (B, H, T).
+        do, dlse: their gradients, dlse in fp32; None is zero.
     """
-    (B, _, T, D), S, P = q.shape, k.shape[2], prefix_k.shape[-2]
+    q, k, causal, scale = inputs.q, inputs.k, inputs.causal, inputs.scale
+    (B, _, T, D), S, P = q.shape, k.shape[2], inputs.prefix_k.shape[-2]
     do = torch.zeros_like(o) if do is None else do
     do, o = (x if x.stride(-1) == 1 else x.contiguous() for x in (do, o))
     scale = D**-0.5 if scale is None else scale
-    a = kernel_arguments(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset)
+    a = kernel_arguments(inputs)
     a |= {
         "do_ptr": do, "o_ptr": o, "lse_ptr": lse.contiguous(),
         "dlse_ptr": None if dlse is None else dlse.contiguous(),
         "stride_dob": do.stride(0), "stride_doh": do.stride(1), "stride_dot": do.stride(2),
         "stride_ob": o.stride(0), "stride_oh": o.stride(1), "stride_ot": o.stride(2),
-        "dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv, **strides("dq", dq), **strides("dk", dk),
+        "dq_ptr": to.dq, "dk_ptr": to.dk, "dv_ptr": to.dv,
+        **strides("dq", to.dq), **strides("dk", to.dk),
         "batch_size": B, "scale": scale, "scale2": scale * LOG2E.value,
         "CAUSAL": causal, **prefix_blocks(P, q),
     }  # fmt: skip
     a |= NO_PARTS
-    if P > 0 and dprefix_k is not None:
-        a |= {"dprefix_k_ptr": dprefix_k, "dprefix_v_ptr": dprefix_v}
-    aligned = causal and q_offset is None and T == S  # query i is at place i
-    whole = (dq is None) == (dk is None)  # the short kernel makes all three or none
+    if P > 0 and to.dprefix_k is not None:
+        a |= {"dprefix_k_ptr": to.dprefix_k, "dprefix_v_ptr": to.dprefix_v}
+    aligned = causal and inputs.q_offset is None and T == S  # query i is at place i
+    whole = (to.dq is None) == (to.dk is None)  # the short kernel makes all three or none
     plans = plans_of(q, k, P, aligned) if whole else [None]
 
     def run(tile: Tile | None) -> None:

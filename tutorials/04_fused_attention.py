@@ -480,7 +480,7 @@ def table(path: Path) -> list[dict[str, str]]:
 print(f"{'H100, bf16, D 64':12} {'P':>5}  {'tile':29} {'registers':>9} {'KiB':>5} {'spilled':>8} "
       f"{'at once':>8}")  # fmt: skip
 for row in table(BENCHMARKS / "compiled.csv"):
-    if (row["target"], row["prefix_len"]) == ("sm_90", "10"):
+    if (row["target"], row["prefix_len"], row["default"]) == ("sm_90", "10", "1"):
         threads = 32 * int(row["tile"].split(",")[1].split()[0])
         registers, shared = int(row["registers"]), int(row["shared_bytes"])
         at_once = min(65536 // (8 * math.ceil(registers / 8) * threads), 2048 // threads,

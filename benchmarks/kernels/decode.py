@@ -43,6 +43,7 @@ from benchmarks.kernels.clock import device_name, machine_limits, measure, need_
 from benchmarks.kernels.peers import reason
 from benchmarks.machine import add_row, machine, read_rows
 from kernels import prefix_attention_eager, prefix_attention_lean
+from kernels.inputs import Inputs
 
 D = 64
 KEY = ("B", "H", "S", "P", "N", "method")
@@ -148,8 +149,8 @@ def ours_only(s: Sample) -> Callable[[], Tensor]:
         return lambda: prefix_attention_lean(s.q, *s.cache, *s.prefix, **options)
     from kernels.decode import decode  # here, since a CPU has no Triton
 
-    lens = (None, s.kv_lens, s.q_offset)
-    return lambda: decode(s.q, *s.cache, *s.prefix, s.index, *lens, True, None)[0]
+    inputs = Inputs(s.q, *s.cache, *s.prefix, s.index, None, s.kv_lens, s.q_offset)
+    return lambda: decode(inputs)[0]
 
 
 METHODS = {"ours": ours, "ours_only": ours_only, "grown": grown, "static": static}

@@ -1,25 +1,29 @@
 """Compile the kernels for GPUs that are not here, and show what they take.
 
-    python -m kernels.tools.compile_offline                   a cover of the cases, all targets
-    python -m kernels.tools.compile_offline --all --target sm_90 --op forward --head_dim 64
+    python -m kernels.tools.compile_offline          a cover of the cases, and the usual calls
+    python -m kernels.tools.compile_offline --target sm_90 --op forward --all
 
-`kernels.launch.recorded` collects what the launchers would launch for tensors on the "meta" device.
-Each launch is specialised by Triton's own binder and compiled by its own compiler, so what is
-compiled here is what runs there. Launches that come to the same kernel are compiled once.
+`kernels.tools.cases` has the calls and records what they would launch, on the "meta" device. Each
+launch is specialised by Triton's own binder and compiled by its own compiler, so what is compiled
+here is what runs there. Launches that come to the same kernel are compiled once.
 
 A row of the table gives the registers of a thread, the shared memory of a program and the bytes of
 local memory of a thread, which is where registers are spilled; "wgmma one by one" means that ptxas
 could not keep Hopper's matrix products in flight beside other work. A row fails where a kernel does
 not compile, takes more shared or tensor memory than the target has, or spills with a default tile
 (more than TRADED allows) and is not in ALLOWED_SPILLS, or where a default tile of heads of 64 on
-Hopper is "one by one". The exit code is then 1. On NVIDIA a row of
-32 registers and thousands of spilled bytes is ptxas giving up: the tile is far too large.
+Hopper is "one by one", or where the machine code looks miscompiled (`kernels.tools.sass`). The exit
+code is then 1. On NVIDIA a row of 32 registers and thousands of spilled bytes is ptxas giving up:
+the tile is far too large.
 
-Without --all only a pairwise cover is compiled: a few cases in which each two values of different
-dimensions meet at least once. Defects that need three values to meet are left to --all.
+Without --all two sets are compiled. One is a pairwise cover: a few cases in which each two values
+of different dimensions meet at least once. The other (`calls`) is what training and decoding call
+on Hopper in bf16, each length with each prefix: a miscompiled product depends on three values and
+more, and the cover met none of those that were found. Other defects of that kind are left to --all.
 """
 
 import argparse
+import csv
 import multiprocessing
 import re
 import subprocess
@@ -28,52 +32,29 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from functools import partial
-from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.machine import add_row, machine
-from kernels import HEAD_DIMS, INTERPRETED, assembler, attention
+from kernels import INTERPRETED, assembler
 from kernels.assembler import compile_kernel
-from kernels.decode import decode
-from kernels.launch import SHARED_MEMORY, TILES, Launch, recorded
-from kernels.plan import backward
+from kernels.launch import SHARED_MEMORY, Launch
+from kernels.tools.cases import (
+    DIMENSIONS,
+    GPU_TARGETS,
+    Case,
+    calls,
+    cover,
+    every_case,
+    launches_of,
+)
+from kernels.tools.sass import signs
 
-GPU_TARGETS = {  # architecture, threads of a warp
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 TENSOR_MEMORY = 512  # columns; a kernel that needs more compiles, to nothing but a trap
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DIMENSIONS: dict[str, tuple] = {
-    "target": tuple(GPU_TARGETS),
-    "op": ("forward", "backward", "decode"),
-    "dtype": tuple(DTYPES),
-    "head_dim": HEAD_DIMS,
-    "batch_size": (2, 1000),  # decode cuts them differently; the second is past 2 GB of q
-    "seq_len": (50, 128, 1000),  # decode: 1, 2, 5 queries on 1000 keys
-    "prefix_len": (0, 10, 33, 200),  # none; a tile of 16; of 64; more than one tile
-    "prefix_dtype": ("same", "fp32"),
-    "causal": (True, False),
-    "prefix_index": (False, True),
-    "prefix_lens": (False, True),
-    "kv_lens": (False, True),
-    "q_offset": (False, True),
-    "need": ("all", "prefix", "qkv", "q"),  # which gradients the backward pass makes
-    "dlse": (False, True),  # whether it gets one
-    "tile": tuple(range(max(len(tiles) for rows in TILES.values() for tiles in rows.values()))),
-}
-Case = NamedTuple("Case", [(name, Any) for name in DIMENSIONS])  # one value of each dimension
 
 # Registers that a thread can have, and bytes that may be spilled with fewer: ptxas gives up as many
 # as four registers of a thread by its own choice, where one more program then fits beside others.
@@ -98,105 +79,7 @@ class Compiled(NamedTuple):
     one_by_one: bool  # wgmma instructions wait for each other
     seconds: float
     assembly: str  # PTX or GCN
-
-
-def pairwise(dimensions: dict[str, tuple]) -> list[dict[str, Any]]:
-    """Few cases in which each pair of values of two dimensions appears: greedy, deterministic."""
-    open_pairs = {
-        ((a, x), (b, y)): None  # a dict, since it keeps its order
-        for a, b in combinations(dimensions, 2)
-        for x, y in product(dimensions[a], dimensions[b])
-    }
-    cases = []
-    while open_pairs:
-        case = dict(next(iter(open_pairs)))
-        for name in sorted(dimensions, key=lambda name: -len(dimensions[name])):
-            if name not in case:
-                case[name] = max(
-                    dimensions[name],
-                    key=lambda x: sum(p in open_pairs for p in pairs_with(case, name, x)),  # noqa: B023
-                )
-        case = {name: case[name] for name in dimensions}
-        for pair in combinations(case.items(), 2):
-            open_pairs.pop(pair, None)
-        cases.append(case)
-    return cases
-
-
-def pairs_with(case: dict[str, Any], name: str, value: Any) -> Iterator[tuple]:
-    """The pairs of (name, value) with what a case has, each in both orders."""
-    for item in case.items():
-        yield item, (name, value)
-        yield (name, value), item
-
-
-def cover(**chosen: tuple) -> list[Case]:
-    """A pairwise cover for each op, of the dimensions or of the `chosen` part of them."""
-    dimensions = DIMENSIONS | chosen
-    one_op = [dimensions | {"op": (op,)} for op in dimensions["op"]]
-    return [Case(**case) for part in one_op for case in pairwise(part)]
-
-
-def every_case(**chosen: tuple) -> Iterator[Case]:
-    """All combinations of values."""
-    return (Case(*values) for values in product(*(DIMENSIONS | chosen).values()))
-
-
-def launches_of(case: Case) -> list[tuple[Launch, bool]]:
-    """What a case launches, each with whether its tile is the default one."""
-    with recorded(case.target) as defaults:
-        call(case)
-    with tile_first(case.target, case.tile), recorded(case.target) as launches:
-        call(case)
-    return [(one, one.tile == other.tile) for one, other in zip(launches, defaults, strict=True)]
-
-
-@contextmanager
-def tile_first(target: str, n: int) -> Iterator[None]:
-    """Makes the n-th tile of each row of the table the default; a shorter row is counted round."""
-    rows = TILES[target]
-    TILES[target] = {
-        key: [tiles[(n + i) % len(tiles)] for i in range(len(tiles))] for key, tiles in rows.items()
-    }
-    try:
-        yield
-    finally:
-        TILES[target] = rows
-
-
-def call(case: Case) -> None:
-    """Call the launcher of a case: 12 heads, a bank of 3 prefixes where there is an index.
-
-    q, k, v and their gradients are views of one projection, as in training.
-    """
-    B, H, T, P, D = case.batch_size, 12, case.seq_len, case.prefix_len, case.head_dim
-    dtype = DTYPES[case.dtype]
-    prefix_dtype = torch.float32 if case.prefix_dtype == "fp32" else dtype
-    empty = partial(torch.empty, device="meta")
-    q, k, v = empty(B, T, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4)
-    if case.op == "decode":
-        q = q[:, :, : {50: 1, 128: 2, 1000: 5}[T]]
-        k, v = empty(2, B, H, 1000, D, dtype=dtype)
-    bank = (3, H, P, D) if case.prefix_index else (H, P, D)
-    prefix_k, prefix_v = empty(bank, dtype=prefix_dtype), empty(bank, dtype=prefix_dtype)
-    index = empty(B, dtype=torch.int64) if case.prefix_index else None
-    lens = empty(3 if case.prefix_index else 1, dtype=torch.int32) if case.prefix_lens else None
-    kv_lens = empty(B, dtype=torch.int64) if case.kv_lens else None
-    q_offset = empty(B, dtype=torch.int32) if case.q_offset else None
-    inputs = (q, k, v, prefix_k, prefix_v, index, lens, kv_lens, q_offset)
-    rule = (case.causal, None)  # None: the usual scale
-    if case.op == "decode":
-        decode(*inputs, *rule)
-    elif case.op == "forward":
-        attention.forward(*inputs, *rule)
-    else:
-        o, dqkv = empty(B, T, H, D, dtype=dtype).transpose(1, 2), empty(B, T, 3, H, D, dtype=dtype)
-        lse, dlse = empty(2, B, H, T, dtype=torch.float32)
-        dq, dk, dv = (None if case.need == "prefix" else x.transpose(1, 2) for x in dqkv.unbind(2))
-        dk, dv = (None, None) if case.need == "q" else (dk, dv)
-        no_prefix = case.need in ("qkv", "q")
-        dprefix = (None, None) if no_prefix else (torch.empty_like(prefix_k) for _ in range(2))
-        backward(o, dlse if case.dlse else None, *inputs, *rule, o, lse, dq, dk, dv, *dprefix)
+    binary: bytes = b""  # cubin; empty on AMD
 
 
 def specialise(launch: Launch, target: str) -> tuple[ASTSource, Any, str]:
@@ -214,6 +97,24 @@ def specialise(launch: Launch, target: str) -> tuple[ASTSource, Any, str]:
     )
     source = ASTSource(kernel, signature, constants, attributes)
     return source, options, f"{target} {source.name} {source.hash()} {options.hash()}"
+
+
+def at_a_glance(launch: Launch, target: str) -> tuple:
+    """What `specialise` looks at: launches that are equal here are equal there.
+
+    Of an integer: its value where that is a constant, else whether it is 1, whether 16 divides it,
+    and whether it needs 64 bits.
+    """
+    seen: list[Any] = [target, id(launch.kernel), *launch.tile]
+    for parameter in launch.kernel.params:
+        x = launch.arguments[parameter.name]
+        if isinstance(x, torch.Tensor):
+            seen.append(x.dtype)
+        elif parameter.is_constexpr or not isinstance(x, int):
+            seen.append(type(x) if isinstance(x, float) else x)
+        else:
+            seen.append((x == 1, x % 16 == 0, abs(x) >> 31 == 0))
+    return tuple(seen)
 
 
 def compile_launch(launch: Launch, target: str, ptxas: str | None = None) -> Compiled:
@@ -235,7 +136,8 @@ def compile_launch(launch: Launch, target: str, ptxas: str | None = None) -> Com
         registers, spills = (int(usage[x]) for x in ("vgpr_count", "private_segment_fixed_size"))
         one_by_one = False
     shared, columns = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0)
-    return Compiled(registers, shared, spills, columns, one_by_one, seconds, assembly)
+    binary = kernel.asm.get("cubin", b"")
+    return Compiled(registers, shared, spills, columns, one_by_one, seconds, assembly, binary)
 
 
 def nvidia_usage(cubin: bytes) -> tuple[int, int]:
@@ -279,6 +181,7 @@ class Result(NamedTuple):
 def jobs_of(cases: Iterable[Case]) -> list[Job]:
     """The different kernels that some cases launch."""
     jobs: dict[str, Job] = {}
+    keys: dict[tuple, str] = {}  # Triton's own key takes a millisecond
     for case in cases:
         try:
             launches = launches_of(case)
@@ -287,12 +190,13 @@ def jobs_of(cases: Iterable[Case]) -> list[Job]:
             continue
         if not launches:
             jobs[str(case)] = Job(case, None, "-", "-", False)
-        for n, (launch, default) in enumerate(launches):
-            key = specialise(launch, case.target)[2]
+        for n, launch in enumerate(launches):
+            seen = at_a_glance(launch, case.target)
+            key = keys[seen] = keys.get(seen) or specialise(launch, case.target)[2]
             tile = "{} x {}, {} warps, {} stages".format(*launch.tile)
             name = launch.kernel.fn.__name__.strip("_").removesuffix("_kernel")
             # where a default and another tile are the same kernel, it counts as the default
-            default = default or key in jobs and jobs[key].default
+            default = launch.default or key in jobs and jobs[key].default
             jobs[key] = Job(case, n, name, tile, default)
     return list(jobs.values())
 
@@ -302,7 +206,7 @@ def run_job(job: Job) -> Result:
     if job.n is None:
         return Result(job, None, "")
     try:
-        compiled = compile_launch(launches_of(job.case)[job.n][0], job.case.target)
+        compiled = compile_launch(launches_of(job.case)[job.n], job.case.target)
     except Exception as error:  # whatever the compiler does, it is this row's result
         return Result(job, None, f"{type(error).__name__}: {str(error).strip()[:300]}")
     return Result(job, compiled, problem(job, compiled))
@@ -316,6 +220,8 @@ def problem(job: Job, compiled: Compiled) -> str:
         return f"shared memory: {compiled.shared} of {room} bytes"
     if compiled.tensor_memory > TENSOR_MEMORY:
         return f"tensor memory: {compiled.tensor_memory} of {TENSOR_MEMORY} columns"
+    if compiled.binary and (found := signs(compiled.binary)):
+        return f"machine code: {found[0].kind}: {found[0].text}"
     hopper = case.target == "sm_90" and case.dtype != "fp32" and case.head_dim == 64
     if job.default and hopper and compiled.one_by_one:
         return "wgmma instructions wait for one another (see ptxas -v)"
@@ -356,17 +262,29 @@ def csv_row(result: Result) -> dict[str, Any]:
     """The columns that name a kernel come first."""
     case, compiled = result.job.case, result.compiled
     of = {"kernel": result.job.name, "tile": result.job.tile, "target": case.target}
-    of |= {"dtype": case.dtype, "head_dim": case.head_dim, "prefix_len": case.prefix_len}
+    of |= {"default": int(result.job.default)}
+    of |= {"dtype": case.dtype, "head_dim": case.head_dim}
+    of |= {"seq_len": case.seq_len, "prefix_len": case.prefix_len}
     of |= {"registers": compiled.registers, "shared_bytes": compiled.shared}
     of |= {"spilled_bytes": compiled.spills, "wgmma_one_by_one": compiled.one_by_one}
-    return of | {"triton": triton.__version__, "commit": machine()["commit"]}
+    return of | {"triton": triton.__version__}
+
+
+def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A row per kernel, tile, shape and target; of equal ones the last."""
+    names = ("kernel", "tile", "target", "default", "dtype", "head_dim", "seq_len", "prefix_len")
+    found = {tuple(row[name] for name in names): row for row in rows}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, next(iter(found.values()), {}), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the kernels for GPUs that are not here.")
     parser.add_argument("--all", action="store_true", help="every combination, not a cover")
     parser.add_argument("--processes", type=int, default=2, help="compile in this many (default 2)")
-    parser.add_argument("--out", type=Path, help="also put the rows into this CSV")
+    parser.add_argument("--out", type=Path, help="also write the rows to this CSV")
     for name, values in DIMENSIONS.items():
         is_bool = isinstance(values[0], bool)
         kind = (lambda text: text == "True") if is_bool else type(values[0])
@@ -375,18 +293,20 @@ def main() -> None:
     if INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: nothing can be compiled; unset it")
     chosen = {name: tuple(args[name]) for name in DIMENSIONS if args[name] is not None}
-    jobs = jobs_of((every_case if args["all"] else cover)(**chosen))
-    print(f"{len(jobs)} kernels, Triton {triton.__version__}", flush=True)
+    cases = every_case(**chosen) if args["all"] else [*cover(**chosen), *calls(**chosen)]
+    jobs = jobs_of(cases)
+    print(f"{len(jobs)} kernels, Triton {triton.__version__}, {assembler.choose(90)}", flush=True)
     print(
         "kernel       target  dtype  D  tile (queries x keys)             "
         " regs.  shared  spill      s  case"
     )
-    began, failed = time.perf_counter(), 0
+    began, failed, rows = time.perf_counter(), 0, []
     for result in run_jobs(jobs, args["processes"]):
         failed += bool(result.problem)
         print(row(result), flush=True)
-        if args["out"] and result.compiled:
-            add_row(args["out"], csv_row(result), tuple(csv_row(result))[:6])
+        rows += [csv_row(result)] if result.compiled else []
+    if args["out"]:
+        write_csv(args["out"], rows)
     print(f"{len(jobs)} kernels, {failed} failed, {time.perf_counter() - began:.0f} s")
     sys.exit(1 if failed else 0)
 

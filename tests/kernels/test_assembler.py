@@ -1,6 +1,9 @@
 """Which ptxas assembles our kernels, that only they get it, and what happens without a good one."""
 
+import importlib
+import json
 import os
+import pkgutil
 import warnings
 from types import SimpleNamespace
 
@@ -11,6 +14,7 @@ import kernels
 from kernels import assembler, prefix_attention
 from kernels.assembler import Assembler, assembling, choose, refusal, version_of
 from kernels.reference import prefix_attention_eager
+from minprefix import cli
 
 COMPILES = kernels.HAVE_TRITON and not kernels.INTERPRETED
 
@@ -249,14 +253,14 @@ class TestTriton:
 
     def test_every_kernel_is_marked(self):
         """A kernel that is launched and not marked would be compiled by Triton's default."""
-        import importlib
+        from triton import JITFunction
 
         found = {}
-        for name in ("attention", "backward", "decode"):
-            module = importlib.import_module(f"kernels.{name}")
-            for kernel in vars(module).values():
-                if str(getattr(kernel, "__name__", "")).endswith("_kernel"):
-                    found[kernel.__name__] = "_do_compile" in vars(kernel)
+        for module in pkgutil.iter_modules(kernels.__path__, "kernels."):
+            if not module.name.startswith(("kernels.bench", "kernels.tools")):
+                for one in vars(importlib.import_module(module.name)).values():
+                    if isinstance(one, JITFunction) and one.__name__.endswith("_kernel"):
+                        found[one.__name__] = "_do_compile" in vars(one)
         assert len(found) >= 8 and all(found.values()), found
 
 
@@ -284,6 +288,15 @@ def test_report_says_which_path_and_why(monkeypatch):
     kernels._why_not[0] = "ptxas is old"
     assert assembler.report()["attention"] == "plain PyTorch"
     assert assembler.report()["why"] == "ptxas is old"
+
+
+def test_info_gpu(monkeypatch, capsys):
+    rows = {"gpu": "H200", "attention": "plain PyTorch", "why": "ptxas is old"}
+    monkeypatch.setattr(cli, "report", lambda: rows)
+    assert cli.main(["info", "--gpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "why:       ptxas is old"
+    assert cli.main(["info", "--gpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == rows
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from kernels import prefix_attention, prefix_attention_eager, prefix_attention_q
 needs_kernels()
 
 from kernels import launch, plan  # noqa: E402  (imports Triton)
+from kernels.inputs import Inputs  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned", "one_thread"),
@@ -455,8 +456,8 @@ def test_workspace(sequence, short, prefix_len, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", counting(torch.Tensor.new_empty))
         patch.setattr(torch, "empty_like", counting(torch.empty_like))
-        nothing = [None] * 4
-        plan.backward(case.do, case.dlse, *case.tensors, *nothing, True, None, o, lse, *outputs)
+        to = plan.Gradients(*outputs)
+        plan.backward(Inputs(*case.tensors), o, lse, case.do, case.dlse, to)
     assert sum(sizes) == plan.workspace_bytes(*case.tensors[:2], case.tensors[3])
     one_program = plan.plans_of(*case.tensors[:2], prefix_len, True)[0] is not None
     assert one_program == (short and prefix_len <= 16) or not INTERPRETED  # by its table

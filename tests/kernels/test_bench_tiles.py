@@ -12,6 +12,7 @@ from benchmarks.kernels.clock import cpu_times  # noqa: E402
 from benchmarks.kernels.decode import Shape as Step  # noqa: E402
 from benchmarks.kernels.peers import Shape  # noqa: E402
 from kernels import decode, launch  # noqa: E402
+from kernels.inputs import Inputs  # noqa: E402
 from kernels.launch import Tile  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
@@ -105,5 +106,5 @@ def test_decoding_is_explored_too(any_clock, monkeypatch):
 
 def ours_interpreted(s):
     """`bench_decode.ours_only` through the kernel, where the device is a CPU."""
-    lens = (None, s.kv_lens, s.q_offset)
-    return lambda: decode.decode(s.q, *s.cache, *s.prefix, s.index, *lens, True, None)[0]
+    inputs = Inputs(s.q, *s.cache, *s.prefix, s.index, None, s.kv_lens, s.q_offset)
+    return lambda: decode.decode(inputs)[0]

@@ -13,19 +13,25 @@ if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: nothing can be compiled", allow_module_level=True)
 
 from kernels.assembler import compile_kernel  # noqa: E402
-from kernels.launch import SHARED_MEMORY  # noqa: E402
-from kernels.tools.compile_offline import (  # noqa: E402
-    ALLOWED_SPILLS,
+from kernels.launch import SHARED_MEMORY, TILES, Launch, recorded  # noqa: E402
+from kernels.tools.cases import (  # noqa: E402
+    CALLS,
     DIMENSIONS,
     GPU_TARGETS,
     Case,
-    Compiled,
-    Job,
-    compile_launch,
+    call,
+    calls,
     cover,
-    jobs_of,
     launches_of,
     pairwise,
+)
+from kernels.tools.compile_offline import (  # noqa: E402
+    ALLOWED_SPILLS,
+    Compiled,
+    Job,
+    at_a_glance,
+    compile_launch,
+    jobs_of,
     problem,
     row,
     run_job,
@@ -35,6 +41,28 @@ from kernels.tools.compile_offline import (  # noqa: E402
 
 PLAIN = Case(**{name: values[0] for name, values in DIMENSIONS.items()})
 PLAIN = PLAIN._replace(target="sm_90", dtype="bf16", head_dim=64, prefix_len=10)
+
+
+def default_launches(case: Case) -> list[Launch]:
+    return [launch for launch in launches_of(case) if launch.default]
+
+
+def test_every_choice_is_launched():
+    """The defaults are what runs without tuning; a plan's own stages are launched with it."""
+    case = PLAIN._replace(op="backward", seq_len=200)
+    with recorded("sm_90") as plain:
+        call(case)
+    found = launches_of(case)
+    defaults = [launch[:3] for launch in found if launch.default]
+    assert defaults == [launch[:3] for launch in plain]
+    tiles: dict[str, set] = {}
+    for launch in found:
+        tiles.setdefault(launch.kernel.fn.__name__, set()).add(launch.tile)
+    rows = TILES["sm_90"]
+    for name in ("bwd_dq_short", "bwd_dkdv", "reduce"):
+        kernel = f"_{name.removesuffix('_short')}_kernel"
+        assert tiles[kernel] == set(rows[name, 2, 64]), name
+    assert {tile[:2] for tile in tiles["_bwd_short_kernel"]} == {(64, 64), (128, 64), (128, 128)}
 
 
 def test_cover_meets_every_pair_once_and_is_small():
@@ -47,7 +75,36 @@ def test_cover_meets_every_pair_once_and_is_small():
             missing = set(product(DIMENSIONS[a], DIMENSIONS[b])) - met
             assert not missing, f"{op}: {a}, {b}: {missing}"
     assert cases == cover(), "not deterministic"
-    assert len(jobs_of(cases)) <= 150
+    assert len(jobs_of(cases)) <= 200
+
+
+def test_calls_are_each_length_with_each_prefix():
+    """For each op, D and number of heads, and with one thing more: a bank, kv_lens, ..."""
+    cases = list(calls())
+    assert len(cases) == len(set(cases))
+    plain = {"prefix_index": False, "kv_lens": False, "q_offset": False, "prefix_dtype": "same"}
+    for changes in ({}, *({name: True} for name in list(plain)[:3]), {"prefix_dtype": "fp32"}):
+        want = plain | changes
+        met = {
+            tuple(getattr(case, name) for name in CALLS) for case in cases
+            if case.need == "all" and all(getattr(case, x) == y for x, y in want.items())
+        }  # fmt: skip
+        bare = "prefix_index" in changes or "prefix_dtype" in changes  # of no prefix
+        wanted = {x for x in product(*CALLS.values()) if x[-1] or not bare}
+        assert met == wanted, changes
+    assert {case.need for case in cases if case.op == "backward"} == {"all", "prefix"}
+    few = list(calls(kv_lens=(True,), seq_len=(50,), head_dim=(64,)))
+    assert few and all(case.kv_lens and case.seq_len == 50 for case in few)
+
+
+def test_launches_that_look_alike_are_one_kernel():
+    """`at_a_glance` may tell apart what Triton takes for one, never the other way round."""
+    keys: dict[tuple, set[str]] = {}
+    for case in list(calls(head_dim=(80,), n_head=(12,)))[::7]:
+        for launch in launches_of(case):
+            seen = at_a_glance(launch, case.target)
+            keys.setdefault(seen, set()).add(specialise(launch, case.target)[2])
+    assert len(keys) > 20 and all(len(names) == 1 for names in keys.values())
 
 
 def test_pairwise_of_two_dimensions_is_their_product():
@@ -58,7 +115,7 @@ def test_pairwise_of_two_dimensions_is_their_product():
 
 def test_a_launch_is_specialised_as_spelled_out():
     case = PLAIN._replace(prefix_index=True, prefix_lens=True, prefix_dtype="fp32")
-    launch = launches_of(case)[0][0]
+    launch = default_launches(case)[0]
     source, options, _ = specialise(launch, "sm_90")
     kinds, names = source.signature, launch.kernel.arg_names
     constants = {names[path[0]]: value for path, value in source.constants.items()}
@@ -82,7 +139,7 @@ def test_it_is_what_triton_would_launch(target, monkeypatch):
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPU_TARGETS[target],
     )
-    launch = launches_of(PLAIN)[0][0]  # the tiles of sm_90, also where the target is another
+    launch = default_launches(PLAIN)[0]  # the tiles of sm_90, also where the target is another
     source, options, _ = specialise(launch, target)
     mine = compile_kernel(source, GPU_TARGETS[target], options.__dict__)
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
@@ -112,9 +169,11 @@ def test_what_fails_is_named():
 
 @pytest.mark.slow
 def test_cover_compiles_without_spills_within_shared_memory():
-    """A pairwise cover. Default tiles spill nothing where registers run out, and at most four
-    registers where ptxas trades them for another program; exceptions are in ALLOWED_SPILLS."""
-    results = list(run_jobs(jobs_of(cover()), processes=2))
+    """A pairwise cover, and what training and decoding call at D = 64. Default tiles spill nothing
+    where registers run out, and at most four registers where ptxas trades them for another program;
+    exceptions are in ALLOWED_SPILLS. No machine code looks miscompiled."""
+    usual = [job for job in jobs_of(calls(head_dim=(64,))) if job.default]
+    results = list(run_jobs([*jobs_of(cover()), *usual], processes=2))
     failed = [row(result) for result in results if result.problem]
     assert not failed, "\n".join(failed)
     assert {result.job.case.target for result in results} == set(GPU_TARGETS)
@@ -128,7 +187,7 @@ def test_16_bit_kernels_use_tensor_cores(op, seq_len):
     """wgmma on Hopper and mma on Ampere where there is a product, tcgen05 or mma on Blackwell."""
     want = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "mma"}
     for target, instruction in want.items():
-        for launch, _ in launches_of(PLAIN._replace(op=op, target=target, seq_len=seq_len)):
+        for launch in default_launches(PLAIN._replace(op=op, target=target, seq_len=seq_len)):
             if launch.kernel.fn.__name__ != "_reduce_kernel":  # sums only
                 compiled = compile_launch(launch, target)
                 assert instruction in compiled.assembly, f"{target} {launch.kernel} {launch.tile}"
@@ -139,7 +198,7 @@ def test_16_bit_kernels_use_tensor_cores(op, seq_len):
 @pytest.mark.parametrize("op", DIMENSIONS["op"])
 def test_fp32_products_are_ieee(op, target):
     """No TF32: fp32 goes nowhere near the tensor cores of NVIDIA, nor to xf32 on AMD."""
-    for launch, _ in launches_of(PLAIN._replace(op=op, target=target, dtype="fp32")):
+    for launch in default_launches(PLAIN._replace(op=op, target=target, dtype="fp32")):
         assembly = compile_launch(launch, target).assembly
         for name in ("tf32", "xf32", "mma.sync", "wgmma", "tcgen05.mma"):
             assert name not in assembly, f"{launch.kernel} {launch.tile}: {name}"

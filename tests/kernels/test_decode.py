@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_reference import ROWS, SEQUENCES, Case, make_case, named_case
 
+from kernels.inputs import Inputs
 from kernels.reference import prefix_attention_eager, prefix_rows
 
 needs_kernels()
@@ -24,7 +25,6 @@ pytestmark = [
     # log2(0) = -inf is meant: a query that sees nothing
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
 ]
-OPTIONS = ("prefix_index", "prefix_lens", "kv_lens", "q_offset")
 
 
 @pytest.fixture
@@ -42,8 +42,7 @@ def cut(monkeypatch):
 def attend(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     tensors = [x.to(DEVICE) for x in case.tensors]
     options = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in case.options.items()}
-    causal, scale = options.get("causal", True), options.get("scale")
-    o, lse = decode.decode(*tensors, *(options.get(k) for k in OPTIONS), causal, scale)
+    o, lse = decode.decode(Inputs(*tensors, **options))
     assert o.transpose(1, 2).is_contiguous() and lse.is_contiguous()
     return o.cpu(), lse.cpu()
 
@@ -289,9 +288,7 @@ def launches(B=8, H=4, T=1, S=500, P=20, N=None, lens=True, target="sm_90"):
     index = None if N is None else rows
     cache = empty(2, B, H, 1024, 64)[:, :, :, :S]
     with launch.recorded(target) as made:
-        decode.decode(
-            empty(B, H, T, 64), *cache, prefix, prefix, index, None, rows, rows, True, None
-        )
+        decode.decode(Inputs(empty(B, H, T, 64), *cache, prefix, prefix, index, None, rows, rows))
     return made
 
 
@@ -300,7 +297,7 @@ def compiled_for(made) -> list:
     varying = {"batch_size", "seq_len", "kv_len", "prefix_len", "queries", "parts"}
     varying |= set(decode.Plan._fields)
     keys = []
-    for kernel, _, tile, arguments in made:
+    for kernel, _, tile, arguments, _ in made:
         key = {"kernel": kernel.__name__, "tile": tile}
         for name, value in arguments.items():
             if name.isupper() or value is None:

@@ -1,0 +1,168 @@
+"""The calls whose kernels are compiled without a GPU, and what each of them launches.
+
+`cover` and `every_case` combine all that a kernel can be asked for; `calls` are those that training
+and decoding make. `launches_of` records what the launchers would launch for tensors on the "meta"
+device, with all tiles of any target.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import combinations, product
+from typing import Any, NamedTuple
+
+import torch
+from triton.backends.compiler import GPUTarget
+
+from kernels import HEAD_DIMS, attention
+from kernels.decode import decode
+from kernels.inputs import Inputs
+from kernels.launch import Launch, recorded
+from kernels.plan import Gradients, backward
+
+GPU_TARGETS = {  # architecture, threads of a warp
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DIMENSIONS: dict[str, tuple] = {
+    "target": tuple(GPU_TARGETS),
+    "op": ("forward", "backward", "decode"),
+    "dtype": tuple(DTYPES),
+    "head_dim": HEAD_DIMS,
+    "batch_size": (2, 1000),  # decode cuts them differently; the second is past 2 GB of q
+    "n_head": (12, 16),  # 16 divides the second, of which the compiler makes use
+    "seq_len": (50, 128, 1000),  # decode: see QUERIES
+    "prefix_len": (0, 10, 33, 200),  # none; a tile of 16; of 64; more than one tile
+    "prefix_dtype": ("same", "fp32"),
+    "causal": (True, False),
+    "prefix_index": (False, True),
+    "prefix_lens": (False, True),
+    "kv_lens": (False, True),
+    "q_offset": (False, True),
+    "need": ("all", "prefix", "qkv", "q"),  # which gradients the backward pass makes
+    "dlse": (False, True),  # whether it gets one
+}
+QUERIES = {50: 1, 128: 2, 1000: 5}  # of decode, on 1000 keys; any other seq_len: 1 on that many
+# The calls that people make: every length with every prefix, and one thing more at a time.
+CALLS: dict[str, tuple] = {
+    "op": DIMENSIONS["op"],
+    "head_dim": HEAD_DIMS,
+    "n_head": DIMENSIONS["n_head"],
+    "seq_len": (16, 50, 64, 100, 128, 200, 256, 512, 1000),
+    "prefix_len": (0, 1, 5, 10, 16, 20, 33, 40, 100, 200),
+}
+ONE_MORE: tuple[dict[str, Any], ...] = (
+    {},
+    {"prefix_index": True},  # a bank
+    {"kv_lens": True},
+    {"q_offset": True},
+    {"prefix_dtype": "fp32"},
+    {"need": "prefix"},  # the gradients of the first layer
+)
+Case = NamedTuple("Case", [(name, Any) for name in DIMENSIONS])  # one value of each dimension
+
+
+def pairwise(dimensions: dict[str, tuple]) -> list[dict[str, Any]]:
+    """Few cases in which each pair of values of two dimensions appears: greedy, deterministic."""
+    open_pairs = {
+        ((a, x), (b, y)): None  # a dict, since it keeps its order
+        for a, b in combinations(dimensions, 2)
+        for x, y in product(dimensions[a], dimensions[b])
+    }
+    cases = []
+    while open_pairs:
+        case = dict(next(iter(open_pairs)))
+        for name in sorted(dimensions, key=lambda name: -len(dimensions[name])):
+            if name not in case:
+                case[name] = max(
+                    dimensions[name],
+                    key=lambda x: sum(p in open_pairs for p in pairs_with(case, name, x)),  # noqa: B023
+                )
+        case = {name: case[name] for name in dimensions}
+        for pair in combinations(case.items(), 2):
+            open_pairs.pop(pair, None)
+        cases.append(case)
+    return cases
+
+
+def pairs_with(case: dict[str, Any], name: str, value: Any) -> Iterator[tuple]:
+    """The pairs of (name, value) with what a case has, each in both orders."""
+    for item in case.items():
+        yield item, (name, value)
+        yield (name, value), item
+
+
+def cover(**chosen: tuple) -> list[Case]:
+    """A pairwise cover for each op, of the dimensions or of the `chosen` part of them."""
+    dimensions = DIMENSIONS | chosen
+    one_op = [dimensions | {"op": (op,)} for op in dimensions["op"]]
+    return [Case(**case) for part in one_op for case in pairwise(part)]
+
+
+def every_case(**chosen: tuple) -> Iterator[Case]:
+    """All combinations of values."""
+    return (Case(*values) for values in product(*(DIMENSIONS | chosen).values()))
+
+
+def calls(**chosen: tuple) -> Iterator[Case]:
+    """Training and decoding as people call them, or the `chosen` part of that: CALLS x ONE_MORE.
+
+    bf16 on sm_90, unless `chosen` says otherwise.
+    """
+    usual = {name: values[:1] for name, values in DIMENSIONS.items()}
+    usual |= {"target": ("sm_90",), "dtype": ("bf16",)} | CALLS
+    more = {name for change in ONE_MORE for name in change}
+    usual |= {name: values for name, values in chosen.items() if name not in more}
+    for values in product(*usual.values()):
+        case = Case(*values)
+        for change in ONE_MORE:
+            if not case.prefix_len and not change.keys() <= {"kv_lens", "q_offset"}:
+                continue  # of no prefix
+            one = case._replace(**change)
+            wanted = all(getattr(one, name) in values for name, values in chosen.items())
+            if wanted and (case.op == "backward" or "need" not in change):
+                yield one
+
+
+def launches_of(case: Case) -> list[Launch]:
+    """What a case launches: with the default tiles, and with each other one that tuning tries."""
+    with recorded(case.target, every=True) as launches:
+        call(case)
+    return launches
+
+
+def call(case: Case) -> None:
+    """Call the launcher of a case, with a bank of 3 prefixes where there is an index.
+
+    q, k, v and their gradients are views of one projection, as in training.
+    """
+    B, H, T, P, D = case.batch_size, case.n_head, case.seq_len, case.prefix_len, case.head_dim
+    dtype = DTYPES[case.dtype]
+    prefix_dtype = torch.float32 if case.prefix_dtype == "fp32" else dtype
+    empty = partial(torch.empty, device="meta")
+    q, k, v = empty(B, T, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4)
+    if case.op == "decode":
+        q = q[:, :, : QUERIES.get(T, 1)]
+        k, v = empty(2, B, H, 1000 if T in QUERIES else T, D, dtype=dtype)
+    bank = (3, H, P, D) if case.prefix_index else (H, P, D)
+    prefix_k, prefix_v = empty(bank, dtype=prefix_dtype), empty(bank, dtype=prefix_dtype)
+    index = empty(B, dtype=torch.int64) if case.prefix_index else None
+    lens = empty(3 if case.prefix_index else 1, dtype=torch.int32) if case.prefix_lens else None
+    kv_lens = empty(B, dtype=torch.int64) if case.kv_lens else None
+    q_offset = empty(B, dtype=torch.int32) if case.q_offset else None
+    inputs = Inputs(q, k, v, prefix_k, prefix_v, index, lens, kv_lens, q_offset, case.causal)
+    if case.op == "decode":
+        decode(inputs)
+    elif case.op == "forward":
+        attention.forward(*inputs)
+    else:
+        o, dqkv = empty(B, T, H, D, dtype=dtype).transpose(1, 2), empty(B, T, 3, H, D, dtype=dtype)
+        lse, dlse = empty(2, B, H, T, dtype=torch.float32)
+        dq, dk, dv = (None if case.need == "prefix" else x.transpose(1, 2) for x in dqkv.unbind(2))
+        dk, dv = (None, None) if case.need == "q" else (dk, dv)
+        no_prefix = case.need in ("qkv", "q")
+        dprefix = (None, None) if no_prefix else (torch.empty_like(prefix_k) for _ in range(2))
+        to = Gradients(dq, dk, dv, *dprefix)
+        backward(inputs, o, lse, o, dlse if case.dlse else None, to)

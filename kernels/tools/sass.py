@@ -1,0 +1,223 @@
+"""Read the machine code of our kernels for signs of a miscompiled matrix product.
+
+    python -m kernels.tools.sass --quick           heads of 64 in bf16 on sm_90: some minutes
+    python -m kernels.tools.sass --ptxas PATH      all sizes and tiles, by any assembler
+
+compiles the calls of training and decoding (`kernels.tools.cases.calls`) and prints each kernel
+that shows a sign. The last line counts them and names the assembler; the exit code is 1 where there
+is one. No GPU is needed. `signs` judges the code of one kernel.
+
+A wgmma of Hopper (HGMMA in SASS) and a tcgen05.mma of Blackwell (UTCHMMA) find a matrix in shared
+memory by a descriptor of 64 bits in two uniform registers: address / 16 in the low word; stride and
+swizzle, constants of the layout, in the high word. PTX adds the constant to the address. ptxas 12.8
+and before turns that into
+
+    UIADD3   URa, UP0, URx, 0x20           low word
+    UIADD3.X URb, URx, 0xc0000010, UP0     high word: URx again, which should be 0 here
+
+so that the high word is not the layout's, or neither word is, where nothing has written URx yet
+(like triton-lang/triton#7196, #11366, #10486). The signs:
+
+* `unset`: a uniform register, or a predicate, is read that no path has written, or nothing at a
+  smaller address. Registers of a thread are left out, since byte permutations read them for
+  nothing. For every architecture.
+* `twice`: the pair above: one register is a term of both words of a sum.
+* `descriptor`: the high word of a descriptor is a constant that no layout has, or the sum of a
+  layout's constant and an address. A high word that comes from elsewhere, such as a register of the
+  thread, is not judged.
+* `running`: a register that an asynchronous wgmma may still read or add to is used before the wait.
+  ptxas before 13.3 can do this to an operand in registers (triton-lang/triton#9433, #11781); no
+  kernel of ours has shown it. Only Hopper has such registers.
+"""
+
+import argparse
+import functools
+import re
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple
+
+from kernels import assembler
+from kernels.tools.sass_code import Instruction, disassemble, parse, registers, results
+from kernels.tools.sass_flow import IN_FLIGHT, VALUES, solve
+
+# Swizzle (bits 30 and 31 of the high word): bytes between groups of 8 rows, over 16 (bits 0 to 13)
+STRIDES = {1: 1024 // 16, 2: 512 // 16, 3: 256 // 16}  # rows of 128, 64 and 32 bytes
+VERSION = {"HGMMA": 0, "UTCHMMA": 1 << 14}  # bit 46 of the descriptor: Blackwell's format
+
+
+class Sign(NamedTuple):
+    """Something in the code of a kernel that should not be there."""
+
+    kind: str  # unset, twice, descriptor, running
+    text: str  # the instruction, and what is wrong with it
+
+
+def signs(cubin: bytes) -> list[Sign]:
+    """What is wrong with the code of a kernel; nothing, most of the time."""
+    return signs_of(parse(disassemble(cubin, nvdisasm())))
+
+
+@functools.cache
+def nvdisasm() -> str:
+    """The newest nvdisasm at hand. RuntimeError where there is none."""
+    found = assembler.tools("nvdisasm")
+    if not found:
+        raise RuntimeError("no nvdisasm was found: Triton and CUDA toolkits bring one")
+    return max(found, key=lambda one: one.version).path
+
+
+def signs_of(code: list[Instruction]) -> list[Sign]:
+    """The signs in a listing, in address order."""
+    found, written = twice(code), set()  # at smaller addresses
+    states = zip(code, solve(code, VALUES), solve(code, IN_FLIGHT), strict=True)
+    for instruction, values, running in states:
+        if values is not None:  # some path leads here
+            found += unset(instruction, values.keys() & written)
+            found += descriptor(instruction, values) + overtaken(instruction, running)
+        written |= registers(instruction).writes
+    return sorted(set(found), key=lambda sign: (sign.text, sign.kind))
+
+
+def unset(instruction: Instruction, written: set[str]) -> list[Sign]:
+    """A loop's own writes do not count: they come after its first reads."""
+    return [
+        Sign("unset", f"{instruction.text}  ({name} was never written)")
+        for name in sorted(registers(instruction).reads - written)
+        if not name.startswith("R")
+    ]
+
+
+def twice(code: list[Instruction]) -> list[Sign]:
+    """Both words of one sum have the same register as a term, with nothing written to it between.
+
+    The words belong together where the predicate that the second adds is the first's carry.
+    """
+    found, low = [], {}  # carry: (its instruction, terms that have not been written since)
+    for instruction in code:
+        operands, count = instruction.operands, results(instruction)
+        terms = {x for x in operands[count:] if re.fullmatch(r"UR\d+", x)}
+        if instruction.opcode == "UIADD3.X":
+            for carry in set(operands[count:]) & low.keys():
+                for name in sorted(terms & low[carry][1]):
+                    text = f"{low[carry][0].text} / {instruction.text}  ({name} is in both words)"
+                    found.append(Sign("twice", text))
+        written = registers(instruction).writes
+        low = {
+            carry: (one, left - written)
+            for carry, (one, left) in low.items()
+            if carry not in written
+        }
+        if instruction.opcode == "UIADD3":
+            carries = [x for x in operands[:count] if re.fullmatch(r"UP\d+", x)]
+            low |= {carry: (instruction, terms) for carry in carries}
+    return found
+
+
+def descriptor(instruction: Instruction, values: dict) -> list[Sign]:
+    """A high word that is known and wrong."""
+    if instruction.name not in VERSION:
+        return []
+    found = []
+    for place, operand in enumerate(instruction.operands):
+        if not (named := re.match(r"gdesc\[UR(\d+)\]", operand)):
+            continue
+        first = int(named[1])
+        high = [first + 1]
+        if instruction.name == "HGMMA":  # operand A's and B's; A's is missing where A is registers
+            high = [first + 1, first + 3] if place == 1 else [first + 3]
+        for word in (values.get(f"UR{n}") for n in high):
+            constant = (
+                int(word.split(" + ")[1], 16) if isinstance(word, str) and "+" in word else word
+            )
+            legal = isinstance(constant, int) and is_layout(constant, VERSION[instruction.name])
+            if isinstance(word, int) and not legal:
+                found.append(Sign("descriptor", f"{instruction.text}  (high word {word:#x})"))
+            elif isinstance(word, str) and legal:
+                found.append(Sign("descriptor", f"{instruction.text}  (high word {word})"))
+    return found
+
+
+def is_layout(word: int, version: int) -> bool:
+    """Whether a descriptor can have this high word: a swizzle, and its stride. A matrix of one
+    group of 8 rows has no stride."""
+    swizzle, stride = word >> 30, word & 0x3FFF
+    rest = word & 0x3FFFC000
+    return rest == version and swizzle in STRIDES and stride in (0, STRIDES[swizzle])
+
+
+def overtaken(instruction: Instruction, running: frozenset) -> list[Sign]:
+    """Use of what wgmma instructions that may still run read from, or add to.
+
+    They run in order: a later one may add to the same sums.
+    """
+    touched, found = registers(instruction), []
+    for wgmma, _ in running:
+        used = registers(wgmma)
+        if instruction.name == "HGMMA":
+            clash = touched.writes & used.reads - used.writes
+        else:
+            clash = touched.writes & used.reads | (touched.reads | touched.writes) & used.writes
+        clash = sorted(name for name in clash if name.startswith("R"))
+        if clash:
+            text = f"{instruction.text}  ({', '.join(clash[:4])}: in use by {wgmma.text})"
+            found.append(Sign("running", text))
+    return found
+
+
+def check(job, ptxas: str | None) -> tuple[str, list[Sign]]:
+    """Compile a job of `kernels.tools.compile_offline` and judge it; runs in any process."""
+    from kernels.tools.cases import launches_of
+    from kernels.tools.compile_offline import compile_launch
+
+    case = job.case
+    compiled = compile_launch(launches_of(case)[job.n], case.target, ptxas)
+    also = [x for x in ("prefix_index", "kv_lens", "q_offset") if getattr(case, x)]
+    also += ["fp32 prefix"] if case.prefix_dtype == "fp32" != case.dtype else []
+    also += ["dprefix only"] if case.op == "backward" and case.need == "prefix" else []
+    row = f"{job.name:11} {case.target:6} {case.dtype} D={case.head_dim:<3} {job.tile:31} "
+    row += f"H={case.n_head} T={case.seq_len:<4} P={case.prefix_len:<3} {' '.join(also)}"
+    return row.rstrip(), signs(compiled.binary)
+
+
+def main() -> None:
+    from kernels.tools.cases import GPU_TARGETS, calls
+    from kernels.tools.compile_offline import jobs_of
+
+    parser = argparse.ArgumentParser(description="Look for miscompiled matrix products.")
+    parser.add_argument(
+        "--quick", action="store_true", help="heads of 64 in bf16, default tiles only"
+    )
+    parser.add_argument("--ptxas", help="an assembler to check (default: the one that is used)")
+    targets = [name for name in GPU_TARGETS if name.startswith("sm_")]
+    parser.add_argument("--target", choices=targets, default="sm_90", help="(default: sm_90)")
+    parser.add_argument("--processes", type=int, default=2, help="compile in this many (default 2)")
+    args = parser.parse_args()
+    arch = GPU_TARGETS[args.target].arch
+    used = assembler.choose(arch)
+    if args.ptxas:
+        used = assembler.Assembler(args.ptxas, assembler.version_of(args.ptxas), "--ptxas")
+    elif reason := assembler.refusal(arch):
+        sys.exit(reason)
+    if used.version is None:
+        sys.exit(f"{used}")
+    chosen = {"head_dim": (64,)} if args.quick else {"dtype": ("bf16", "fp16", "fp32")}
+    jobs = jobs_of(calls(target=(args.target,), **chosen))
+    jobs = [job for job in jobs if job.default or not args.quick]
+    began, flagged = time.perf_counter(), 0
+    with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+        for row, found in pool.map(functools.partial(check, ptxas=args.ptxas), jobs):
+            if found:
+                flagged += 1
+                print(
+                    row, *(f"    {kind}: {text}" for kind, text in found[:4]), sep="\n", flush=True
+                )
+    seconds = time.perf_counter() - began
+    print(f"{len(jobs)} kernels, {flagged} flagged, {used}, {seconds:.0f} s")
+    sys.exit(1 if flagged else 0)
+
+
+if __name__ == "__main__":
+    main()
