@@ -18,6 +18,7 @@ from benchmarks.paper.results import (
     difference,
     mean_sd,
     quality,
+    read_rows,
     scales_of,
     write_rows,
 )
@@ -479,6 +480,14 @@ def test_the_report_says_what_the_sweep_chose(tmp_path):
 
 def test_quality_is_bleu_of_all_tables():
     assert quality({"BLEU": "", "BLEU A": "3"}) == 3 and quality({"BLEU": "2"}) == 2
+
+
+@pytest.mark.parametrize("name", ["table1", "table4"])
+def test_runs_of_the_committed_results_keep_their_names(name):
+    """Names are digests of all settings: a field that is renamed would make them strangers."""
+    plan = Plan(steps=500, precision="bf16", seeds=(0, 1))
+    known = {cell.run.id for cell in EXPERIMENTS[name](plan)}
+    assert {row["run"] for row in read_rows(COMMITTED / f"{name}-mini.csv")} - known == set()
 
 
 def test_the_committed_report_is_made_from_the_committed_rows():
