@@ -135,7 +135,7 @@ def cli(capsys):
 @pytest.fixture
 def paper(capsys):
     """Run `python -m benchmarks.paper` in this process, as `cli`."""
-    from benchmarks.paper.__main__ import main
+    from benchmarks.paper.command import main
 
     return in_process(capsys, main)
 

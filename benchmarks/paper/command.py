@@ -12,6 +12,7 @@ data` fetched. Read `run`, then `run_experiment`.
 import itertools
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ from benchmarks.paper.presets import SWEEP, Plan
 from benchmarks.paper.report import write_report
 from benchmarks.paper.results import KEY, quality, read_rows, row_of, write_rows
 from benchmarks.paper.run import Run, check_origin, data_digest, record_of, why_missing
+from minprefix.cli.main import execute
 from minprefix.cli.options import WithModel
 from minprefix.metrics.meteor import why_not
 from minprefix.models import weights
@@ -298,3 +300,10 @@ def duration(seconds: float) -> str:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    text = "A table or figure of the paper, run here: CSV, figure, and which claims hold."
+    words = sys.argv[1:] if argv is None else argv
+    return execute(sys.modules[__name__], words, "python -m benchmarks.paper", text)

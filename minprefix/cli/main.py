@@ -12,7 +12,7 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
-from types import ModuleType
+from typing import Any
 
 PROG = "python -m minprefix"
 COMMANDS = {
@@ -51,8 +51,8 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {message}"
 
 
-def execute(command: ModuleType, words: Sequence[str], prog: str, description: str) -> int:
-    """Run one command with these words; the exit code."""
+def execute(command: Any, words: Sequence[str], prog: str, description: str) -> int:
+    """Run one command, which has `Options` and `run`, with these words; the exit code."""
     from minprefix.cli.report import format_rows
     from minprefix.training.trainer import Interrupted
 
