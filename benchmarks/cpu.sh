@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/cpu}
-bench() { .venv/bin/python -m minprefix bench "$@" --device cpu --seconds "${BENCH_SECONDS:-5}" --out "$out"; }
+bench() { .venv/bin/python -m benchmarks.peft "$@" --device cpu --seconds "${BENCH_SECONDS:-5}" --out "$out"; }
 for dtype in fp32 bf16; do
   bench train --dtype $dtype --batch-size 10 --labels all --peers compiled,peft,peft-compiled \
     --profile

@@ -73,11 +73,11 @@ part_decode() {
     step decode "$(left 2)" "$PYTHON" -m benchmarks.kernels.decode --out "$OUT" --seconds "$(left 17)"
 }
 
-# bench FOLDER SECONDS WORK OPTIONS...: `minprefix bench`, of GPT-2 medium's shapes
+# bench FOLDER SECONDS WORK OPTIONS...: `python -m benchmarks.peft`, of GPT-2 medium's shapes
 bench() {
     local folder=$1 limit=$2 work=$3
     shift 3
-    step "$work" "$limit" "$PYTHON" -m minprefix bench "$work" --model random-medium \
+    step "$work" "$limit" "$PYTHON" -m benchmarks.peft "$work" --model random-medium \
         --device cuda --dtype bf16 --seconds 2 --out "$WORK/$folder" "$@"
 }
 

@@ -2,7 +2,7 @@
 
 What was reached of what was aimed at, the tiles that are faster than the defaults, ratios to PEFT;
 from the rows that this commit measured. Of the part `steps` it also makes steps-DEVICE.csv out of
-the folders that `minprefix bench` wrote.
+the folders that `python -m benchmarks.peft` wrote.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("part", choices=("tests", "attention", "decode", "steps"))
     parser.add_argument("out", type=Path, help="the folder with the CSVs")
     parser.add_argument("--log", type=Path, help="tests: what was printed")
-    parser.add_argument("--work", type=Path, help="steps: the folders of `minprefix bench`")
+    parser.add_argument("--work", type=Path, help="steps: the folders of benchmarks.peft")
     args = parser.parse_args(arguments)
     lines = {
         "tests": lambda: tests(args.log.read_text(encoding="utf-8", errors="replace")),

@@ -11,5 +11,5 @@ PYTHON=${PYTHON:-.venv/bin/python}
 OUT=${OUT:-benchmarks/paper}
 COMMON=(--data-dir "${DATA:?folder with e2e, webnlg and dart}" --runs "${RUNS:-runs/paper}")
 COMMON+=(--out "$OUT" ${JOBS:+--jobs "$JOBS"})
-"$PYTHON" -m minprefix paper sweep "${COMMON[@]}" "$@"
-"$PYTHON" -m minprefix paper all "${COMMON[@]}" --sweep-file "$OUT/sweep-mini.csv" "$@"
+"$PYTHON" -m benchmarks.paper sweep "${COMMON[@]}" "$@"
+"$PYTHON" -m benchmarks.paper all "${COMMON[@]}" --sweep-file "$OUT/sweep-mini.csv" "$@"

@@ -7,7 +7,7 @@ They are written to be read as they stand: names in single backticks, formulas i
 import dataclasses
 import re
 
-from minprefix.cli.options import field_help
+from tyro._docstrings import get_field_docstring
 
 SECTION = re.compile(r"(Args|Returns|Yields|Raises|Attributes):$")
 REFERENCE = re.compile(r"\[\d+\] ")
@@ -48,7 +48,8 @@ def to_rest(app, what: str, name: str, obj, options, lines: list[str]) -> None:
     """Sphinx's event `autodoc-process-docstring`: changes `lines` in place."""
     lines[:] = rest_of(lines)
     if what == "class" and dataclasses.is_dataclass(obj):
-        fields = field_help(obj)
+        found = {f.name: get_field_docstring(obj, f.name, ()) for f in dataclasses.fields(obj)}
+        fields = {name: " ".join(text.split()) for name, text in found.items() if text}
         if fields:
             lines += ["", ".. rubric:: Fields", ""]
             lines += [

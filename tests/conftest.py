@@ -112,21 +112,34 @@ def tables(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def cli(capsys):
-    """Run a command in this process: cli("info", "--json", code=0) -> (stdout, stderr)."""
+def in_process(capsys, main):
+    """What runs a command line in this process: run("info", code=0) -> (stdout, stderr)."""
 
     def run(*argv, code: int = 0) -> tuple[str, str]:
         capsys.readouterr()
         try:
             got = main([str(word) for word in argv])
-        except SystemExit as stop:  # how argparse ends
+        except SystemExit as stop:  # of --help and of wrong usage
             got = stop.code
         out, err = capsys.readouterr()
         assert got == code, f"exit code {got}: {err}"
         return out, err
 
     return run
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run a command in this process: cli("info", "--json", code=0) -> (stdout, stderr)."""
+    return in_process(capsys, main)
+
+
+@pytest.fixture
+def paper(capsys):
+    """Run `python -m benchmarks.paper` in this process, as `cli`."""
+    from benchmarks.paper.command import main
+
+    return in_process(capsys, main)
 
 
 @pytest.fixture

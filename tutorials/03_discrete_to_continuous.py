@@ -420,7 +420,7 @@ for name, prefix in ladder.items():
 # %% [markdown]
 # Scores are over the first test tables only, greedy; after runs this short they say which rung is
 # usable first, not how good it gets. `make demo` trains the prefix longer, and
-# `python -m minprefix paper table4` compares the rungs on E2E over several seeds.
+# `python -m benchmarks.paper table4` compares the rungs on E2E over several seeds.
 #
 # ## Recap
 #

@@ -24,10 +24,11 @@ from pathlib import Path
 
 import torch
 from figure import FAINT, PREFIX, TEXT, new, show
+from scipy import stats
 
 import minprefix
 from benchmarks.paper.claims import judge
-from benchmarks.paper.results import mean_sd, pick, read_rows, t_quantile
+from benchmarks.paper.results import mean_sd, pick, read_rows
 from minprefix.cli.demo import BF16
 from minprefix.cli.report import format_rows
 from minprefix.data.batches import collate, encode_examples
@@ -159,7 +160,7 @@ for size in SIZES:
             print(f"  {size:3} pairs, {column:9} {name:11} {mean:6.2f} +- {sd:.2f}")
         gaps = [better * (a - b) for a, b in zip(one, two, strict=True)]
         mean, sd = spread(gaps)
-        margin = t_quantile(len(gaps) - 1) * sd / len(gaps) ** 0.5
+        margin = stats.t.ppf(0.975, len(gaps) - 1) * sd / len(gaps) ** 0.5
         wins[column] += mean > 0
         print(f"    prefix is better by {mean:+.2f}, 95 % interval +-{margin:.2f}")
 for column, n in wins.items():
@@ -240,7 +241,7 @@ show(figure, "06_start")
 # %% [markdown]
 # ## 6. The same experiment on E2E
 #
-# `python -m minprefix paper figure3` and `figure5` run it on the real data with this model, as
+# `python -m benchmarks.paper figure3` and `figure5` run it on the real data with this model, as
 # the paper does: 5 subsets, 2 seeds, unless told otherwise; settings chosen on dev sets. It takes
 # hours, and leaves a CSV, which is read here if it is there. The lines under the table judge the
 # paper's claims by its rows.

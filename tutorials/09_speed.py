@@ -66,9 +66,9 @@ def ms(method: str, work: str = "train", column: str = "ms", **wanted) -> float:
 
 # %% [markdown]
 # ## 1. One step, in parts
-# `minprefix bench --profile` runs one training step of each method under PyTorch's profiler, with
-# the same weights, batches and dtype, after it has checked that they compute the same, and sorts
-# its operators into parts. "compiled" is the method through `torch.compile`.
+# `python -m benchmarks.peft train --profile` runs one training step of each method under PyTorch's
+# profiler, with the same weights, batches and dtype, after it has checked that they compute the
+# same, and sorts its operators into parts. "compiled" is the method through `torch.compile`.
 
 # %%
 panels = {}  # dtype: rows

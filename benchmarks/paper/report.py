@@ -1,6 +1,6 @@
 """RESULTS.md: every table and figure with the paper's numbers beside ours, from the CSVs alone.
 
-`python -m minprefix paper report --out FOLDER` writes it; a test keeps the committed one equal to
+`python -m benchmarks.paper report --out FOLDER` writes it; a test keeps the committed one equal to
 what the committed CSVs give. Read `report`.
 """
 
@@ -16,7 +16,7 @@ from minprefix.files import write_text
 
 HEAD = """# The paper's tables and figures, run here
 
-Made by `python -m minprefix paper report` from the CSVs in this folder; each row of those is one
+Made by `python -m benchmarks.paper report` from the CSVs in this folder; each row of those is one
 run, with its seed, settings, machine and commit. Cells are mean ± standard deviation (runs).
 "Paper" is GPT-2 medium in arXiv v1. The claims are judged by paired differences: seeds, or in low
 data subsets, are the pairs, and "within noise" means that 0 is in the difference's 95 % interval

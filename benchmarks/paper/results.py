@@ -12,20 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from scipy import stats
+
 from minprefix.files import read_text, write_text
 
 Row = dict[str, str]
 KEY = ("name", "x", "data", "size", "subset", "seed")  # what tells the rows of one CSV apart
-T_QUANTILES = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-)  # 97.5 %, 1 to 7 degrees of freedom
-# columns before and behind the scores
+# columns before and after the scores
 FIRST = ("experiment", "model", "scale", *KEY, "split", "decoding")
 LAST = (
     "tables", "method", "prefix_len", "init", "lr", "steps", "epochs", "batch_size", "precision",
@@ -124,20 +117,6 @@ def mean_sd(rows: Sequence[Row], column: str) -> Mean | None:
     return Mean(statistics.fmean(values), sd, len(values))
 
 
-def t_quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t: +- so many standard errors are a 95 % interval.
-
-    A table where few pairs make it large; beyond, the expansion about the normal's quantile z
-    (Abramowitz & Stegun 26.7.5), to three decimal places.
-    """
-    if freedom <= len(T_QUANTILES):
-        return T_QUANTILES[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
-
-
 class Difference(NamedTuple):
     """Mean of paired differences a - b, its standard error (None from one pair), pairs."""
 
@@ -148,7 +127,9 @@ class Difference(NamedTuple):
     @property
     def margin(self) -> float:
         """Half of the 95 % interval; infinite from one pair."""
-        return math.inf if self.error is None else t_quantile(self.n - 1) * self.error
+        if self.error is None:
+            return math.inf
+        return float(stats.t.ppf(0.975, self.n - 1)) * self.error
 
     @property
     def noise(self) -> bool:

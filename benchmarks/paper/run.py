@@ -27,7 +27,7 @@ import numpy as np
 
 from minprefix.data.batches import encode_prompt
 from minprefix.data.examples import Example
-from minprefix.data.load import load_examples
+from minprefix.data.load import MissingSplit, load_examples
 from minprefix.data.splits import low_data, subset
 from minprefix.files import read_json, write_text
 from minprefix.generation.decoding import GenerationConfig
@@ -77,8 +77,11 @@ class Run:
     @property
     def id(self) -> str:
         """A name for people, then a digest of all fields."""
-        definition = json.dumps(asdict(self), sort_keys=True, default=str)
-        digest = hashlib.sha256(definition.encode()).hexdigest()[:10]
+        definition = asdict(self)
+        if self.search is not None:  # the field's name when the committed results were made
+            definition["search"]["behind"] = definition["search"].pop("after")
+        text = json.dumps(definition, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         length = "" if self.prefix is None else f"{self.prefix.prefix_len or ''}"
         few = f"-n{self.size}.{self.subset}" if self.size else ""
         return f"{self.data}-{self.method}{length}{few}-s{self.seed}-{digest}"
@@ -96,10 +99,8 @@ def why_missing(data: str, data_dir: Path | None) -> str:
             load_examples(data_path(data, data_dir), split)
         except FileNotFoundError:
             return f"{data} is not at hand"
-        except ValueError as error:
-            if "none of them" in str(error):
-                return f"the {split} split of {data} is not at hand"
-            raise
+        except MissingSplit:
+            return f"the {split} split of {data} is not at hand"
     return ""
 
 

@@ -1,7 +1,7 @@
 """The benchmark: training steps and generation, beside transformers + PEFT where installed.
 
-    python -m minprefix bench train --model random-medium --batch-size 10,64 --seq-len 128
-    python -m minprefix bench generate --batch-size 1,16 --num-beams 1,5
+    python -m benchmarks.peft train --model random-medium --batch-size 10,64 --seq-len 128
+    python -m benchmarks.peft generate --batch-size 1,16 --num-beams 1,5
 
 Every method gets the same weights, batches, labels and dtype (`bench_peers.py`). What they compute
 is first compared with the plain model in fp64: a training step's loss and gradient norm, a text's
@@ -404,10 +404,10 @@ def run_bench(work: str, name: str, device: str, config: BenchConfig) -> list[di
     from benchmarks.machine import read_rows
 
     if config.data is not None and work != "train":
-        raise ValueError(f"--data {config.data} goes with bench train; prompts are random tokens")
+        raise ValueError(f"--data {config.data} goes with train; prompts are random tokens")
     only_train = set(config.peers.split(",")) - {"none", "peft"}
     if only_train and work != "train":
-        raise ValueError(f"--peers {min(only_train)} goes with bench train")
+        raise ValueError(f"--peers {min(only_train)} goes with train")
     if "peft-shuffled" in only_train and config.data is None:
         raise ValueError("--peers peft-shuffled needs --data: random rows are all of one length")
     auto = "bf16" if device.startswith("cuda") else "fp32"

@@ -7,12 +7,13 @@ examples in context, and a prefix of 10 positions. The model is frozen in all th
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from minprefix.cli.report import plot_comparison, plot_loss, write_samples
+from minprefix.cli.options import Common
+from minprefix.cli.report import format_rows, plot_comparison, plot_loss, write_samples
 from minprefix.data.load import load_examples
 from minprefix.files import write_text
 from minprefix.generation.decoding import GenerationConfig
@@ -42,6 +43,19 @@ TRAIN = TrainConfig(
 PREFIX = PrefixConfig(prefix_len=10, init="words")
 GENERATE = GenerationConfig(max_new_tokens=60)
 SHOTS = 3  # examples in context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    out: Path = Path("runs/demo")  # run folder
+
+
+def run(options: Options) -> dict | None:
+    metrics, rows = run_demo(options.out)
+    if options.json:
+        return metrics
+    print(format_rows(rows))
+    return None
 
 
 def run_demo(out: Path) -> tuple[dict, list[dict]]:

@@ -1,54 +1,152 @@
-"""Command-line options from config dataclasses, so that help cannot drift from the code.
+"""Options that commands share, and what they name: a device, a trained prefix or adapter, a run.
 
-`add_fields` makes one option per field: name, type and default are the field's, the help text is
-the comment beside it. `from_args` makes the dataclass again from what was parsed.
+A command's `Options` inherits from one of these: `Common` (every command), `WithModel`,
+`WithTrained` (a model with what was trained for it), `WithData`, `WithRun` (a run folder).
 """
 
-import argparse
-import dataclasses
-import inspect
-import re
-import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
+
+from minprefix.cli.parse import changed, parse
+from minprefix.data.load import DATA_SETS, LINEARISATIONS, load_train_and_dev
+from minprefix.data.splits import TOPICS, choose, low_data
+from minprefix.methods.adapters import Adapter
+from minprefix.models import weights
+from minprefix.prefix.prefix import Prefix
+
+Config = TypeVar("Config")
+# a config among the options: a group of the help, without its name in the options; a tuple's option
+# is given once for each of its values
+Flat = OmitArgPrefixes[UseAppendAction[Config]]
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Tells of wrong usage in one line, without the list of all options; options in full only."""
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options of every command."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, allow_abbrev=False, **options)
+    json: FlagCreatePairsOff[bool] = False  # print the result as one JSON object
+    debug: FlagCreatePairsOff[bool] = False  # show the traceback of an error
 
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
-
-
-def field_help(cls: type) -> dict[str, str]:
-    """The comment beside each field of a dataclass: {name: comment}."""
-    found = re.findall(r"^    (\w+):[^#\n]*?#\s*(.+)$", inspect.getsource(cls), re.MULTILINE)
-    return dict(found)
+    @classmethod
+    def parse(cls, words: tuple[str, ...], prog: str, description: str):
+        """The options that the words of the command line name."""
+        return parse(cls, words, prog, description)
 
 
-def add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
-    """One option per field of the dataclass."""
-    texts, types = field_help(cls), typing.get_type_hints(cls)
-    group = parser.add_argument_group(cls.__name__)
-    for field in dataclasses.fields(cls):
-        flag, kind = "--" + field.name.replace("_", "-"), types[field.name]
-        text = texts[field.name].replace("%", "%%") + " (default: %(default)s)"
-        if kind is bool:
-            action = argparse.BooleanOptionalAction
-            group.add_argument(flag, action=action, default=field.default, help=text)
-        elif kind == tuple[str, ...]:
-            group.add_argument(
-                flag, action="append", metavar="TEXT",
-                help=texts[field.name].replace("%", "%%") + " (give it once for each)",
-            )  # fmt: skip
-        else:
-            plain = next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))
-            group.add_argument(flag, type=plain, default=field.default, help=text)
+@dataclass(frozen=True, kw_only=True)
+class WithDevice(Common):
+    """Options of commands that compute."""
+
+    device: str | None = None  # such as cpu or cuda:1; None = cuda where there is one, else cpu
+
+    @property
+    def where(self) -> str:
+        """The device."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def from_args(cls: type, args: argparse.Namespace):
-    """The dataclass that the options describe."""
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(cls)}
-    given = {name: value for name, value in values.items() if value is not None}
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+@dataclass(frozen=True, kw_only=True)
+class WithModel(WithDevice):
+    """Options of commands with a model."""
+
+    model: Annotated[
+        str, arg(help=f"{', '.join(weights.MODELS)}, the name of a model on the hub, or a folder")
+    ] = "mini"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithTrained(WithModel):
+    """Options of commands with a model and what was trained for it."""
+
+    prefix: Path | None = None  # prefix file
+    adapter: Path | None = None  # adapter file
+
+
+def load_trained(options: WithTrained, model) -> Prefix | None:
+    """The prefix that --prefix names, on the model's device and checked to be made for it.
+
+    An adapter that --adapter names is attached to the model instead.
+    """
+    if options.adapter and options.prefix:
+        raise ValueError("--prefix and --adapter are different methods: choose one")
+    if options.adapter:
+        Adapter.load(options.adapter).to(options.where).attach(model)
+    if not options.prefix:
+        return None
+    prefix = Prefix.load(options.prefix).to(options.where)
+    prefix.check_base(model)
+    return prefix
+
+
+DATA = (
+    f"restaurants or notes (embedded), {', '.join(DATA_SETS)} (see the command data), a folder "
+    "(their files, src1_*.txt, *.jsonl) or a file (.csv, .xml, .json, .parquet, .txt with "
+    "src||tgt, .jsonl)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithData(WithModel):
+    """Options of commands with a model and data."""
+
+    data: Annotated[str, arg(help=DATA)] = "restaurants"
+    # only these examples: seen or unseen (WebNLG), or a split of XSum for extrapolation
+    topics: Literal[*TOPICS] | None = None
+    # how a table becomes text: as the paper prints it, or as its code does; None = as the prefix or
+    # the fine-tuned model was trained, and paper for a new run
+    linearisation: Literal[*LINEARISATIONS] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithRun(WithData):
+    """Options of commands that make a run folder, or go on with one."""
+
+    dev: str | None = None  # dev file, where --data is a file
+    subset: int | None = None  # low data: so many training pairs, and 30 % as many for dev
+    subset_seed: int = 0  # which pairs a subset takes
+    out: Path | None = None  # run folder to make
+    resume: Path | None = None  # run folder to go on with; a run keeps its settings
+
+    def check_folder(self, state_path: Callable[[Path], Path]) -> None:
+        """ValueError if the options do not name one folder, a new one or one to go on with.
+
+        Args:
+            state_path: where a run folder has its saved state.
+        """
+        if (self.out is None) == (self.resume is None):
+            raise ValueError(
+                "give either --out (a new run) or --resume (a run folder to go on with)"
+            )
+        if self.resume:
+            same = {name: getattr(self, name) for name in ("resume", "device", "json", "debug")}
+            for option in changed(self, type(self)(**same)):
+                raise ValueError(
+                    f"{self.resume}: a run keeps its settings, {option} cannot go with --resume"
+                )
+        elif (self.out / "config.json").exists() or state_path(self.out).exists():
+            raise ValueError(
+                f"{self.out} holds a run: go on with --resume {self.out}, or choose another"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """The part of config.json that these options give."""
+        return {
+            "model": self.model, "device": self.where, "data": self.data, "dev": self.dev,
+            "linearisation": self.linearisation or "paper", "topics": self.topics,
+            "subset": self.subset, "subset_seed": self.subset_seed,
+        }  # fmt: skip
+
+
+def examples_of(settings: dict[str, Any]) -> tuple[list, list]:
+    """Training and dev examples of a run's settings."""
+    train, dev = load_train_and_dev(settings["data"], settings["dev"], settings["linearisation"])
+    topics, size = settings.get("topics"), settings.get("subset")  # older runs have neither
+    train, dev = choose(train, topics, "train"), choose(dev, topics, "dev") if dev else dev
+    if size is not None:
+        train, dev = low_data(train, dev, size, settings["subset_seed"])
+    return train, dev

@@ -4,20 +4,23 @@
     python -m minprefix pretrain shards/ --tokenizer mini --preset mini --out runs/mini
     python -m minprefix generate --model runs/books "Once upon a time"
 
-Read `run`. `pretrain_data.py` says what the folder may hold and `pretrain.py` how it is trained;
-pretrain.json says what the command was started with and, at the end, what was reached.
+Read `run`. `training/corpus.py` says what the folder may hold and `training/pretrain.py` how the
+model is trained; pretrain.json has what the command was started with and, at the end, what was
+reached.
 """
 
-import argparse
 import json
 import shlex
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-import torch
+import tyro
+from tyro.conf import Positional, Suppress, arg
 
-from minprefix.cli.options import add_fields
+from minprefix.cli.options import Flat, WithDevice
+from minprefix.cli.parse import parse, parse_known
 from minprefix.cli.report import format_rows, plot_loss
 from minprefix.files import write_text
 from minprefix.generation.texts import generate
@@ -32,59 +35,57 @@ NOTE = "pretrain.json"  # a folder with it is one of this command's
 SAMPLE_TOKENS = 60
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument(
-        "text", type=Path, metavar="FOLDER",
-        help=".txt, .txt.gz, .txt.xz; or token ids, .npy, .npy.xz; names that begin with val: "
-        "held out",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="run folder and model to make")
-    parser.add_argument(
-        "--tokenizer", help="mini, a hub id or a folder with vocab.json and merges.txt (default: "
-        "one is trained on the text)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="small",
-        help="sizes and settings where no other is given: small, with the defaults below, or mini, "
-        "the recipe of the embedded model, for a GPU (default: %(default)s)",
-    )  # fmt: skip
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="(default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=3, help="texts to write at the end")
-    add_fields(parser, PretrainConfig)
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    # sizes and settings where no other is given: small, for a CPU, or mini, the recipe of the
+    # embedded model, for a GPU; --preset mini --help shows that one's defaults
+    preset: Literal[*PRESETS] = "small"
 
 
-def config_of(args) -> PretrainConfig:
-    """The preset with what the command line gives."""
-    given = {word.split("=")[0] for word in args.argv}
-    changes = {}
-    for field in fields(PretrainConfig):
-        flag = field.name.replace("_", "-")
-        if given & {f"--{flag}", f"--no-{flag}"}:  # the latter of a bool
-            changes[field.name] = getattr(args, field.name)
-    if args.tokenizer and "vocab_size" in changes:
+@dataclass(frozen=True, kw_only=True)
+class Options(Preset, WithDevice):
+    # .txt, .txt.gz, .txt.xz; or token ids, .npy, .npy.xz; names that begin with val: held out
+    text: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    out: Path  # run folder and model to make
+    # mini, a hub id or a folder with vocab.json and merges.txt; None = one is trained on the text
+    tokenizer: str | None = None
+    samples: int = 3  # texts to write at the end
+    pretrain: Flat[PretrainConfig] = PretrainConfig()
+    words: Suppress[tuple[str, ...]] = ()  # the command line, which goes on with an interrupted run
+
+    @classmethod
+    def parse(cls, words, prog: str, description: str) -> "Options":
+        """The preset first: it has the values of the options that are not given."""
+        preset = parse_known(Preset, words, prog).preset
+        required, config = tyro.MISSING, PRESETS[preset]
+        default = cls(text=required, out=required, preset=preset, pretrain=config, words=words)
+        return parse(cls, words, prog, description, default)
+
+
+def config_of(options: Options) -> PretrainConfig:
+    """The settings of the run; ValueError if they do not go with the tokenizer."""
+    if options.tokenizer and options.pretrain.vocab_size != PRESETS[options.preset].vocab_size:
         raise ValueError("--vocab-size is for a tokenizer trained here, --tokenizer has its own")
-    return replace(PRESETS[args.preset], **changes)
+    return options.pretrain
 
 
-def run(args) -> dict | None:
+def run(options: Options) -> dict | None:
     """Train and write samples; what was reached and where the model is."""
-    config, out = config_of(args), args.out
-    weights.check_device(args.device)
+    config, out = config_of(options), options.out
+    weights.check_device(options.where)
     if (out / "config.json").exists() and not (out / NOTE).exists():
         raise ValueError(f"{out} holds a model that pretrain did not make: choose another --out")
     going_on = state_path(out).exists()
     tokenizer = None
     if going_on:
         tokenizer = Tokenizer.from_folder(out)
-    elif args.tokenizer:
-        tokenizer = Tokenizer.from_folder(weights.find(args.tokenizer))
-    with tells_how_to_go_on(f"python -m minprefix {shlex.join(args.argv)}"):
-        corpus = load_corpus(args.text, tokenizer, config.vocab_size, config.val_share)
-        trainer = Pretrainer(corpus, config, out, args.device)
+    elif options.tokenizer:
+        tokenizer = Tokenizer.from_folder(weights.find(options.tokenizer))
+    with tells_how_to_go_on(f"python -m minprefix {shlex.join(['pretrain', *options.words])}"):
+        corpus = load_corpus(options.text, tokenizer, config.vocab_size, config.val_share)
+        trainer = Pretrainer(corpus, config, out, options.where)
         say(describe(trainer))
-        note = {"text": str(args.text), "tokenizer": args.tokenizer, **asdict(config)}
+        note = {"text": str(options.text), "tokenizer": options.tokenizer, **asdict(config)}
         if going_on:
             trainer.load_state()
             say(f"{out} holds this run: going on after step {trainer.step_done}")
@@ -94,11 +95,11 @@ def run(args) -> dict | None:
             corpus.tokenizer.save(out)
         result = trainer.run()
     entropy = {"unigram entropy": result["unigram_entropy"]}
-    plot_loss(read_log(out), out / "loss.png", f"Pretraining, {args.text.name}", entropy)
+    plot_loss(read_log(out), out / "loss.png", f"Pretraining, {options.text.name}", entropy)
     write_text(out / NOTE, json.dumps(note | {"result": result}, indent=1) + "\n")
-    texts = samples(out, args.samples, args.device)
+    texts = samples(out, options.samples, options.where)
     result |= {"kept": str(out)}
-    if args.json:
+    if options.json:
         return result | {"samples": texts}
     print(format_rows([result]), *(f"\n[{n}] {text}" for n, text in enumerate(texts, 1)), sep="\n")
     return None

@@ -1,13 +1,17 @@
-"""The command score: official scores of two text files, without a model.
+"""The command `score`: official scores of two text files, without a model.
 
 Files as the official E2E scorer takes them [1]: one output a line; references one a line, a blank
 line between those of different outputs. Where there is no blank line each output has one reference.
 [1] https://github.com/tuetschek/e2e-metrics
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
+from tyro.conf import Positional, arg
+
+from minprefix.cli.options import Common
 from minprefix.files import read_text
 from minprefix.metrics.official import SUITES, official_scores
 from minprefix.metrics.quick import corpus_bleu, rouge_l
@@ -34,35 +38,28 @@ def read_references(path: Path) -> list[list[str]]:
     return groups if all(len(g) < len(lines) for g in groups) else [[line] for line in lines]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("outputs_file", type=Path, metavar="OUTPUTS", help="one text a line")
-    parser.add_argument(
-        "references_file", type=Path, metavar="REFERENCES",
-        help="one text a line, a blank line between those of different outputs",
-    )  # fmt: skip
-    parser.add_argument(
-        "--metrics", default="e2e", choices=("quick", *SUITES),
-        help="the scores of one data set's official script, or 'quick': BLEU and rouge-score's "
-        "ROUGE-L (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--groups", type=Path, metavar="FILE",
-        help="WebNLG's category of each output, one a line: adds scores of seen and unseen ones",
-    )  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    outputs_file: Annotated[Positional[Path], arg(metavar="OUTPUTS")]  # one text a line
+    # one text a line, a blank line between those of different outputs
+    references_file: Annotated[Positional[Path], arg(metavar="REFERENCES")]
+    # the scores of one data set's official script, or quick: BLEU and rouge-score's ROUGE-L
+    metrics: Literal["quick", *SUITES] = "e2e"
+    groups: Path | None = None  # WebNLG's category of each output, one a line: adds seen, unseen
 
 
-def run(args: argparse.Namespace) -> dict:
-    outputs, references = _lines(args.outputs_file), read_references(args.references_file)
+def run(options: Options) -> dict:
+    outputs, references = _lines(options.outputs_file), read_references(options.references_file)
     if len(outputs) != len(references):
         raise ValueError(
-            f"{args.outputs_file} has {len(outputs)} outputs (lines), "
-            f"{args.references_file} references of {len(references)} (between blank lines)"
+            f"{options.outputs_file} has {len(outputs)} outputs (lines), "
+            f"{options.references_file} references of {len(references)} (between blank lines)"
         )
-    groups = [line.strip() for line in _lines(args.groups)] if args.groups else None
-    if args.metrics == "quick":
+    groups = [line.strip() for line in _lines(options.groups)] if options.groups else None
+    if options.metrics == "quick":
         if groups:
             raise ValueError("--groups go with --metrics webnlg, not with quick")
         scores = {"bleu": corpus_bleu(outputs, references), "rouge_l": rouge_l(outputs, references)}
     else:
-        scores = official_scores(outputs, references, args.metrics, groups)
+        scores = official_scores(outputs, references, options.metrics, groups)
     return {"outputs": len(outputs)} | scores

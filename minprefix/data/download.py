@@ -1,7 +1,4 @@
-"""The command `python -m minprefix data NAME`: official data sets, fetched and checked.
-
-    python -m minprefix data e2e                      into the cache; then `train --data e2e` works
-    python -m minprefix data webnlg --data-dir DIR    check the copies in DIR, fetch what is missing
+"""Official data sets, fetched by pooch [1] and checked: the command `python -m minprefix data`.
 
 Read `SOURCES`, then `fetch`. Each file has one of three states:
 
@@ -10,33 +7,26 @@ Read `SOURCES`, then `fetch`. Each file has one of three states:
     unverified    neither; its sha256 is printed, recorded in SHA256SUMS and compared from then on
 
 A file whose sha256 is known from the file itself and differs is an error, and so is one that no
-longer is what SHA256SUMS says. A download goes on where it was interrupted, and a file gets its
-name when it is whole and checked. XSum's archive is then turned into JSON lines
-(`data_articles.convert_xsum`): three files instead of one per article.
+longer is what SHA256SUMS says. A file gets its name when it is whole and checked. XSum's archive is
+then turned into JSON lines (`articles.convert_xsum`): three files instead of one per article.
+[1] https://www.fatiando.org/pooch
 """
 
-import argparse
 import hashlib
-import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pooch
 from huggingface_hub import constants
-from huggingface_hub import errors as hub_errors
-from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
 from minprefix.checks import check_choice
-from minprefix.cli.report import format_rows
 from minprefix.data.articles import ARCHIVE, SPLIT_IDS, SPLIT_NAMES, convert_xsum
 from minprefix.data.load import DATA_SETS, data_folder
-from minprefix.files import flush, write_text
-from minprefix.models.hub import SilentBar
+from minprefix.files import write_text
 
 SUMS = Path(__file__).parents[1] / "assets" / "sha256"  # NAME.txt: sha256sum's format
 RECORD = "SHA256SUMS"  # beside the data, for `sha256sum -c`
@@ -107,42 +97,29 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def _asking(url: str, path: Path) -> Iterator[None]:
-    """Turn what the client raises into one line that says what to fetch and where to put it."""
-    client = logging.getLogger("huggingface_hub.file_download")
-    client.disabled = True  # it tells of each attempt in two lines
+def _download(url: str, path: Path, known: str | None, published: str | None, silent: bool) -> None:
+    """Fetch a file, which gets its name when it is whole and has the sha256 `known`, if there is
+    one; else nothing is left of it."""
+    fetch_to = pooch.HTTPDownloader(progressbar=not silent, chunk_size=2**16)  # bytes
+
+    def with_unix_ends(url: str, temporary: str, _) -> None:
+        fetch_to(url, temporary, None)
+        if published:
+            _make_unix_ends(Path(temporary), published)
+
+    pooch.get_logger().setLevel("WARNING")  # it tells of each file
+    sha = known and f"sha256:{known}"
     try:
-        yield
-    except (hub_errors.HTTPError, OSError) as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
+        pooch.retrieve(url, sha, path.name, path.parent, downloader=with_unix_ends)
+    except OSError as error:  # of the network, too
+        answer = getattr(error, "response", None)
+        reason = type(error).__name__ if answer is None else f"status {answer.status_code}"
         raise OSError(
-            f"{url} cannot be fetched ({reason}); run again to go on, or put a copy at {path}"
+            f"{url} cannot be fetched ({error.strerror or reason}); run again, or put a copy at "
+            f"{path}"
         ) from error
-    finally:
-        client.disabled = False
-
-
-def _download(url: str, path: Path, silent: bool) -> Path:
-    """The file as `.NAME.partial` beside `path`, whole; goes on where it was interrupted."""
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"displayed_filename": path.name, "tqdm_class": SilentBar if silent else None}
-    options["headers"] = {"Accept-Encoding": "identity"}  # compressed answers have no byte ranges
-    with _asking(url, path), partial.open("ab") as file:
-        try:
-            http_get(url, file, resume_size=file.tell(), **options)
-        except hub_errors.HfHubHTTPError as error:
-            if error.response.status_code != 416:
-                raise
-            file.truncate(0)  # there is nothing after it: begin again
-            file.seek(0)
-            http_get(url, file, **options)
-        finally:
-            if not file.tell():
-                partial.unlink()
-    flush(partial)
-    return partial
+    except ValueError as error:
+        raise ValueError(f"{url}: not the official file: {error}") from error
 
 
 def _state(name: str, digest: str, source: Source, known: str | None, recorded: str | None) -> str:
@@ -156,41 +133,32 @@ def _state(name: str, digest: str, source: Source, known: str | None, recorded: 
     return "unverified" + (f" (published was {known})" if known else "")
 
 
-def _with_unix_ends(path: Path, known: str) -> str | None:
-    """The known sha256 if the file has it with \\n for each \\r\\n; it is then written so.
+def _make_unix_ends(path: Path, known: str) -> None:
+    """Write \\n for each \\r\\n if the file then has the sha256 `known`.
 
     DART's repository changed its files to Windows line ends after others had published their sha256
     (commit 34b3c872, May 2021). Seen of the dev file: its content is the same.
     """
-    data = path.read_bytes().replace(b"\r\n", b"\n")
-    if hashlib.sha256(data).hexdigest() != known:
-        return None
-    path.write_bytes(data)
-    return known
+    data = path.read_bytes()
+    unix = data.replace(b"\r\n", b"\n")
+    if unix != data and hashlib.sha256(unix).hexdigest() == known:
+        path.write_bytes(unix)
 
 
 def _check_or_fetch(
     name: str, folder: Path, source: Source, known: str | None, recorded: str | None, silent: bool
 ) -> tuple[str, str]:
-    """One official file: (sha256, state). A download with a wrong sha256 is removed."""
+    """One official file: (sha256, state)."""
     path = folder / name
-    if path.is_file():
-        digest = sha256(path)
-        try:
-            return digest, _state(name, digest, source, known, recorded)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; remove it to fetch it anew") from None
-    partial = _download(source.url(name), path, silent)
-    digest = sha256(partial)
-    if known and digest != known:
-        digest = _with_unix_ends(partial, known) or digest
+    if not path.is_file():
+        must = None if name in source.unseen else known
+        _download(source.url(name), path, must, known, silent)
+        recorded = None
+    digest = sha256(path)
     try:
-        state = _state(name, digest, source, known, None)
+        return digest, _state(name, digest, source, known, recorded)
     except ValueError as error:
-        partial.unlink()
-        raise ValueError(f"{source.url(name)}: {error}; the download was removed") from None
-    os.replace(partial, path)
-    return digest, state
+        raise ValueError(f"{path}: {error}; remove it to fetch it anew") from None
 
 
 def _is_made(folder: Path, recorded: dict[str, str]) -> bool:
@@ -288,29 +256,3 @@ def _fetch(name: str, folder: Path) -> list[dict]:
         {"file": file, "bytes": sizes[file], "sha256": sums[file], "state": states[file]}
         for file in states
     ]
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=DATA_SETS, help="the data set")
-    parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR",
-        help="check the files of this folder, fetch into it what is missing (default: "
-        "$XDG_CACHE_HOME/minprefix/data/NAME, where --data NAME finds it)",
-    )  # fmt: skip
-
-
-def run(args: argparse.Namespace) -> dict | None:
-    """The command; prints a short list, or returns all of it for --json."""
-    source, folder = SOURCES[args.name], args.data_dir or data_folder(args.name)
-    print(f"{args.name}: {source.home}\nlicence: {source.licence}", file=sys.stderr)
-    rows = fetch(args.name, folder)
-    about = {"name": args.name, "folder": str(folder), "source": source.home}
-    about["licence"] = source.licence
-    if args.json:
-        return about | {"files": rows}
-    print("\n".join(f"{key}: {value}" for key, value in about.items()))
-    if len({row["state"] for row in rows}) == 1 and len(rows) > 9:
-        print(f"{len(rows)} files, all {rows[0]['state']}")
-    else:
-        print(format_rows(rows))
-    return None

@@ -78,6 +78,10 @@ def _read_file(path: Path, split: str | None, linearisation: str) -> list[Exampl
     )
 
 
+class MissingSplit(ValueError):
+    """A folder of data has no file of the split."""
+
+
 def _find_files(folder: Path, split: str | None) -> list[Path]:
     """The files of one split: those of the only pattern in SPLIT_FILES that the folder matches."""
     if split is None:
@@ -90,7 +94,8 @@ def _find_files(folder: Path, split: str | None) -> list[Path]:
                 break
     if len(found) != 1:
         problem = f"more than one of them: {', '.join(found)}" if found else "none of them"
-        raise ValueError(
+        kind = ValueError if found else MissingSplit
+        raise kind(
             f"{folder}: for the split {split} a folder has one of {', '.join(SPLIT_FILES[split])}; "
             f"this one has {problem}"
         )

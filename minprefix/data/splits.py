@@ -6,7 +6,6 @@ leaves open and is our choice is said at each function.
 [1] https://arxiv.org/abs/2101.00190
 """
 
-import argparse
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -130,11 +129,3 @@ def low_data(
             f"{size} training pairs come with {dev_size} dev pairs, and dev has only {there}"
         )
     return chosen, subset(dev, dev_size, subset_seed) if dev else []
-
-
-def add_subset(parser: argparse.ArgumentParser) -> None:
-    """The command line's options of `low_data`."""
-    parser.add_argument(
-        "--subset", type=int, help="low data: this many pairs, 30 %% as many for dev"
-    )
-    parser.add_argument("--subset-seed", type=int, default=0, help="which (default: %(default)s)")

@@ -1,9 +1,8 @@
-"""`python -m minprefix convert`: prefix files to and from other systems (`foreign.py`).
+"""Prefix files to and from other systems (`foreign.py`, `peft.py`).
 
 Read `convert`: which system a file is of is seen from its content, not asked.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -133,27 +132,3 @@ def convert(
         "file": str(out), "prefix_len": prefix.prefix_len,
         "position_offset": prefix.position_offset, **prefix.sizes(), "base": prefix.base,
     }  # fmt: skip
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", type=Path,
-        help="prefix file of ours, folder of PEFT or adapter-hub, folder or state dict of the "
-        "authors' code (GPT-2, BART)",
-    )  # fmt: skip
-    parser.add_argument("--to", choices=TARGETS, required=True, help="prefix file, or PEFT folder")
-    parser.add_argument("--out", type=Path, required=True, help="file or folder to write")
-    parser.add_argument(
-        "--model",
-        help="base model, a name or a folder: the prefix is checked with it and bound to it "
-        "(adapter-hub's files and virtual tokens cannot be read without)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--position-offset", type=int, metavar="N",
-        help="token t stands at t + N (default: as it was trained: P with PEFT and the authors' "
-        "code for GPT-2, 0 with adapter-hub and for BART)",
-    )  # fmt: skip
-
-
-def run(args) -> dict:
-    return convert(args.source, args.to, args.out, args.model, args.position_offset)

@@ -95,16 +95,16 @@ def rows_where(us) -> list[dict]:
 def test_targets_are_judged():
     fast = rows_where(lambda shape, name: 1.0 if name.startswith("ours") else 10.0)
     lines = bench_attention.verdicts(fast)
-    assert all(" ok " in line for line in lines)
+    assert [line for line in lines if " ok " not in line] == []
     assert "best peer flash, 10.0 times ours" in lines[0]
     slow = bench_attention.verdicts(
         rows_where(lambda shape, name: 12.0 + shape.N if name.startswith("ours") else 10.0)
     )
     # 12 us against 10 us, for 1.155 times the work: 1.04
-    assert any("P=10" in line and "1.04 <= 1.00  MISSED" in line for line in slow)
+    assert "1.04 <= 1.00  MISSED" in "\n".join(line for line in slow if "P=10" in line)
     assert sum("bank" in line and "MISSED" in line for line in slow) == 4
     none = bench_attention.verdicts(rows_where(lambda shape, name: ""))
-    assert len(none) == len(lines) and all("not measured" in line for line in none)
+    assert len(none) == len(lines) == sum("not measured" in line for line in none)
 
 
 def test_the_best_peer_is_the_best_of_all():
@@ -190,7 +190,8 @@ def test_bart_benchmark_runs(capsys):
     rows = bart.main(["--model", "mini-bart", "--device", "cpu", "--peers", *sizes])
     assert [row["work"] for row in rows] == ["training step"] * 4 + ["text, 2 beams"]
     assert [row["method"] for row in rows] == [*bart.METHODS, "minprefix"]
-    assert all(row["seconds"] > 0 and row["peak MiB"] > 50 for row in rows)
+    assert min(row["seconds"] for row in rows) > 0
+    assert min(row["peak MiB"] for row in rows) > 50
     assert "14,462,720 parameters" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""The command `paper` from its runs to CSV, figure and claims, on a tiny model."""
+"""`python -m benchmarks.paper` from its runs to CSV, figure and claims, on a tiny model."""
 
 import json
 import os
@@ -57,19 +57,25 @@ def options(tiny_folder, data_dir, tmp_path) -> list[str]:
     return [str(word) for word in [*words, "--device", "cpu", "--runs", tmp_path / "runs"]]
 
 
+def unscored(rows: list[dict], *columns: str) -> list[tuple[str, str]]:
+    """Names and problems of the rows that have no score in one of the columns."""
+    columns = columns or ("BLEU",)
+    return [(r["name"], r["problem"]) for r in rows if not all(r[name] for name in columns)]
+
+
 def steady(path: Path) -> list[dict]:
     """The rows of a CSV without what runs need not share."""
     rows = read_rows(path)
     return [{k: v for k, v in row.items() if k not in CHANGING} for row in rows]
 
 
-def test_table4_gives_rows_figure_claims_and_report_and_is_not_run_twice(cli, options, tmp_path):
-    out, err = cli("paper", "table4", *options)
+def test_table4_gives_rows_figure_claims_and_report_and_is_not_run_twice(paper, options, tmp_path):
+    out, err = paper("table4", *options)
     results = tmp_path / "runs" / "results"
     rows = read_rows(results / "table4-tiny-quick.csv")
     assert [row["name"] for row in rows] == list(TABLE4)
-    assert all(row["BLEU"] and not row["problem"] and row["commit"] for row in rows)
-    assert all(float(row["lr"]) > 0 for row in rows if row["method"] != "search")
+    assert unscored(rows) == [] and "" not in {row["commit"] for row in rows}
+    assert min(float(row["lr"]) for row in rows if row["method"] != "search") > 0
     assert {row["scale"] for row in rows} == {"quick, 3 steps"} and rows[0]["tables"] == "6"
     by = {row["name"]: row for row in rows}
     assert by["EMB-20"]["prefix_len"] == "20" and by["DISCRETE"]["trained"] == "0"
@@ -78,93 +84,94 @@ def test_table4_gives_rows_figure_claims_and_report_and_is_not_run_twice(cli, op
     report = (results / "RESULTS.md").read_text()
     assert "paper 62.2" in report and "table4-tiny-quick.png" in report
     again = (results / "table4-tiny-quick.csv").read_bytes()
-    _, err = cli("paper", "table4", *options)
+    _, err = paper("table4", *options)
     assert f"{len(TABLE4)} of them are done" in err and "to go" not in err
     assert (results / "table4-tiny-quick.csv").read_bytes() == again
 
 
-def test_methods_of_table1_and_a_missing_data_set(cli, options, tmp_path):
-    out, err = cli("paper", "table1", *options, "--only", "webnlg", "dart")
+def test_methods_of_table1_and_a_missing_data_set(paper, options, tmp_path):
+    out, err = paper("table1", *options, "--only", "webnlg", "dart")
     rows = read_rows(tmp_path / "runs" / "results" / "table1-tiny-quick.csv")
     assert [row["name"] for row in rows] == [*TABLE1, *TABLE1]
     done = [row for row in rows if row["data"] == "webnlg"]
-    assert all(row["BLEU S"] and row["BLEU U"] and row["BLEU A"] for row in done)
+    assert unscored(done, "BLEU S", "BLEU U", "BLEU A") == []
     counts = {row["name"]: int(row["trained"]) for row in done}
     assert counts["FT-FULL"] > counts["FT-TOP2"] > counts["ADAPTER (0.1%)"]
     assert {r["problem"] for r in rows if r["data"] == "dart"} == {
         "not tested: dart is not at hand"
     }
     assert "not tested: dart is not at hand" in err and "dart" in out
-    _, err = cli("paper", "table3", *options)  # the same runs
+    _, err = paper("table3", *options)  # the same runs
     assert f"{len(TABLE1)} of them are done" in err and "to go" not in err
     assert not list((tmp_path / "runs").glob("*finetune*/model")), "weights are deleted"
     assert not list((tmp_path / "runs").glob("*/state"))
 
 
-def test_finished_rows_stay_without_their_data_and_beside_only(cli, options, tmp_path):
+def test_finished_rows_stay_without_their_data_and_beside_only(paper, options, tmp_path):
     """Of table 1 on WebNLG: with --only e2e, then with a --data-dir that has nothing."""
     path = tmp_path / "runs" / "results" / "table1-tiny-quick.csv"
-    cli("paper", "table1", *options, "--only", "webnlg")
+    paper("table1", *options, "--only", "webnlg")
     rows = read_rows(path)
-    cli("paper", "table1", *options, "--only", "e2e")
+    paper("table1", *options, "--only", "e2e")
     both = read_rows(path)
     assert [row["data"] for row in both] == ["e2e"] * len(TABLE1) + ["webnlg"] * len(TABLE1)
     scores = [row["BLEU A"] for row in rows]
-    assert [row["BLEU A"] for row in both[len(TABLE1) :]] == scores and all(scores)
+    assert [row["BLEU A"] for row in both[len(TABLE1) :]] == scores and "" not in scores
     (tmp_path / "empty").mkdir()
     words = ["--data-dir", tmp_path / "empty", "--only", "webnlg", "dart"]
-    _, err = cli("paper", "table1", *options, *words)
+    _, err = paper("table1", *options, *words)
     after = [row for row in read_rows(path) if row["data"] == "webnlg"]
-    assert [row["BLEU A"] for row in after] == scores and not any(r["problem"] for r in after)
+    assert [row["BLEU A"] for row in after] == scores
+    assert {row["problem"] for row in after} == {""}
     lost = {row["problem"] for row in read_rows(path) if row["data"] == "dart"}
     assert lost == {"not tested: dart is not at hand"}
-    _, err = cli("paper", "table4", *options, "--only", "webnlg", code=1)
+    _, err = paper("table4", *options, "--only", "webnlg", code=1)
     assert "table4: has no runs on webnlg" in err
     assert not path.with_name("table4-tiny-quick.csv").exists()
 
 
-def test_a_run_of_other_weights_or_data_is_not_taken_for_finished(cli, tmp_path, tiny_folder):
+def test_a_run_of_other_weights_or_data_is_not_taken_for_finished(paper, tmp_path, tiny_folder):
     """The same command, over a model or data that changed in its place."""
     shutil.copytree(tiny_folder, tmp_path / "model")
     write_e2e(tmp_path / "data" / "e2e")
     words = ["--quick", "--steps", 2, "--device", "cpu", "--runs", tmp_path / "runs"]
     words += ["--model", tmp_path / "model", "--data-dir", tmp_path / "data"]
-    cli("paper", "figure3", *words)
+    paper("figure3", *words)
     model, tokenizer = load(tmp_path / "model")
     with torch.no_grad():
         model.wte.weight *= 1.5
     shutil.move(tmp_path / "model", tmp_path / "before")
     save_model(model, tokenizer, tmp_path / "model")
-    _, err = cli("paper", "figure3", *words, code=1)
+    _, err = paper("figure3", *words, code=1)
     assert "is a finished run of other weights: give another --runs" in err
     shutil.rmtree(tmp_path / "model")
     shutil.move(tmp_path / "before", tmp_path / "model")
-    _, err = cli("paper", "figure3", *words)
+    _, err = paper("figure3", *words)
     assert "4 of them are done" in err
     path = tmp_path / "data" / "e2e" / "trainset.csv"
     path.write_text(path.read_text().replace("serves", "sells"))
-    _, err = cli("paper", "figure3", *words, code=1)
+    _, err = paper("figure3", *words, code=1)
     assert "is a finished run of other data" in err
 
 
-def test_what_all_runs_need_is_said_once_before_the_first(cli, options, tmp_path):
+def test_what_all_runs_need_is_said_once_before_the_first(paper, options, tmp_path):
     rest = ["--data-dir", tmp_path, "--runs", tmp_path / "runs"]
-    _, err = cli("paper", "table4", *options, *rest, "--model", "mini-bart", code=1)
+    _, err = paper("table4", *options, *rest, "--model", "mini-bart", code=1)
     assert "for GPT-2 only" in err and not list((tmp_path / "runs").glob("*/failure.json"))
-    _, err = cli("paper", "table4", *options, "--model", tmp_path / "none", code=1)
+    _, err = paper("table4", *options, "--model", tmp_path / "none", code=1)
     assert err.count("none") == 1
-    _, err = cli("paper", "table4", *options, "--data-dir", tmp_path / "none", code=1)
+    _, err = paper("table4", *options, "--data-dir", tmp_path / "none", code=1)
     assert "there is no such folder" in err
 
 
-def test_rows_with_scores_are_not_lost(cli, options, tmp_path, monkeypatch):
+def test_rows_with_scores_are_not_lost(paper, options, tmp_path, monkeypatch):
     """To fewer seeds, to a --runs folder without them where all fails, or to other settings."""
     path = tmp_path / "results" / "figure3-tiny-quick.csv"
     words = [*options, "--out", tmp_path / "results"]
-    cli("paper", "figure3", *words, "--seeds", 2)
+    paper("figure3", *words, "--seeds", 2)
     two = read_rows(path)
-    assert len(two) == 8 and all(row["BLEU"] for row in two)
-    cli("paper", "figure3", *words)
+    assert len(two) == 8 and unscored(two) == []
+    paper("figure3", *words)
     assert sorted(row["run"] for row in read_rows(path)) == sorted(row["run"] for row in two)
 
     def fails(*_):
@@ -172,11 +179,11 @@ def test_rows_with_scores_are_not_lost(cli, options, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(pool, "execute", fails)
-        _, err = cli("paper", "figure3", *words, "--runs", tmp_path / "other", code=1)
+        _, err = paper("figure3", *words, "--runs", tmp_path / "other", code=1)
     assert "4 runs failed: figure3: OSError: the disk is full" in err
     assert sorted(row["run"] for row in read_rows(path)) == sorted(row["run"] for row in two)
-    assert all(row["BLEU"] for row in read_rows(path))
-    _, err = cli("paper", "figure3", *words, "--steps", 2)
+    assert unscored(read_rows(path)) == []
+    _, err = paper("figure3", *words, "--steps", 2)
     assert "8 rows of" in err and "kept as figure3-tiny-quick.csv.1" in err
     kept = read_rows(path.with_suffix(".csv.1"))
     assert {row["run"] for row in two} <= {row["run"] for row in kept}
@@ -184,9 +191,11 @@ def test_rows_with_scores_are_not_lost(cli, options, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_figure3_killed_and_gone_on_with_gives_the_rows_of_an_unbroken_run(cli, options, tmp_path):
+def test_figure3_killed_and_gone_on_with_gives_the_rows_of_an_unbroken_one(
+    paper, options, tmp_path
+):
     long = [*options, "--steps", "60"]
-    command = [sys.executable, "-m", "minprefix", "paper", "figure3", *long]
+    command = [sys.executable, "-m", "benchmarks.paper", "figure3", *long]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     runs = tmp_path / "runs"
     for _ in range(6000):  # until a run is finished and the next has saved a state
@@ -197,28 +206,28 @@ def test_figure3_killed_and_gone_on_with_gives_the_rows_of_an_unbroken_run(cli, 
     process.wait()
     kept = {path: path.read_bytes() for path in runs.glob("*/scores.json")}
     assert 1 <= len(kept) < 4, "killed in the middle"
-    cli("paper", "figure3", *long)
-    assert all(path.read_bytes() == before for path, before in kept.items()), "not run again"
+    paper("figure3", *long)
+    assert {path: path.read_bytes() for path in kept} == kept, "not run again"
     name = "results/figure3-tiny-quick.csv"
     whole = [*long[:-4], "--runs", str(tmp_path / "whole"), "--steps", "60"]
-    cli("paper", "figure3", *whole)
+    paper("figure3", *whole)
     assert steady(runs / name) == steady(tmp_path / "whole" / name)
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_rows_of_one(cli, options, tmp_path):
-    cli("paper", "figure3", *options)
+def test_two_processes_give_the_rows_of_one(paper, options, tmp_path):
+    paper("figure3", *options)
     both = [*options[:-1], str(tmp_path / "both"), "--jobs", "2"]
-    cli("paper", "figure3", *both)
+    paper("figure3", *both)
     name = "results/figure3-tiny-quick.csv"
     one, two = steady(tmp_path / "runs" / name), steady(tmp_path / "both" / name)
-    assert one == two and all(row["BLEU"] for row in one)
+    assert one == two and unscored(one) == []
 
 
 @pytest.mark.slow
 def test_ctrl_c_stops_all_processes_which_save(options, tmp_path):
     words = [*options, "--steps", "100000", "--jobs", "2"]
-    command = [sys.executable, "-m", "minprefix", "paper", "figure3", *words]
+    command = [sys.executable, "-m", "benchmarks.paper", "figure3", *words]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     runs = tmp_path / "runs"
     try:
@@ -287,7 +296,7 @@ def test_a_process_that_dies_before_its_first_run_is_named(monkeypatch, tmp_path
     assert failure_of(tmp_path / "runs" / run.id) == "its process ended with exit code -9"
 
 
-def test_a_failed_run_is_a_row_and_is_tried_again(cli, options, tmp_path, monkeypatch):
+def test_a_failed_run_is_a_row_and_is_tried_again(paper, options, tmp_path, monkeypatch):
     execute = pool.execute
 
     def fails(run, *args):
@@ -296,24 +305,24 @@ def test_a_failed_run_is_a_row_and_is_tried_again(cli, options, tmp_path, monkey
         return execute(run, *args)
 
     monkeypatch.setattr(pool, "execute", fails)
-    _, err = cli("paper", "figure3", *options, code=1)
+    _, err = paper("figure3", *options, code=1)
     assert "1 runs failed" in err and "FloatingPointError: the loss is nan after step 2" in err
     path = tmp_path / "runs" / "results" / "figure3-tiny-quick.csv"
     rows = read_rows(path)
     assert [bool(row["problem"]) for row in rows] == [True, False, False, False]
-    assert not rows[0]["BLEU"] and all(row["BLEU"] for row in rows[1:])
+    assert unscored(rows) == [(rows[0]["name"], rows[0]["problem"])]
     monkeypatch.setattr(pool, "execute", execute)
-    _, err = cli("paper", "figure3", *options)
+    _, err = paper("figure3", *options)
     assert "3 of them are done" in err
-    assert not any(row["problem"] for row in read_rows(path))
+    assert {row["problem"] for row in read_rows(path)} == {""}
 
 
-def test_an_interrupted_command_says_that_it_goes_on(cli, options, monkeypatch):
+def test_an_interrupted_command_says_that_it_goes_on(paper, options, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pool, "execute", stopped)
-    _, err = cli("paper", "figure3", *options, code=130)
+    _, err = paper("figure3", *options, code=130)
     assert "The same command goes on" in err
 
 
@@ -330,30 +339,30 @@ def test_names_are_digests_of_the_whole_definition():
     assert len(few) == 4 * 2 * 5 * 2 == len({cell.run.id for cell in few})
 
 
-def test_quick_looks_around_without_any_data(cli, tokenizer, tmp_path, monkeypatch):
+def test_quick_looks_around_without_any_data(paper, tokenizer, tmp_path, monkeypatch):
     """The embedded tables, named as what they are."""
     save_model(tiny_with_words(n_positions=256), tokenizer, tmp_path / "tiny")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words = ["--quick", "--steps", "2", "--model", tmp_path / "tiny", "--runs", tmp_path / "runs"]
-    _, err = cli("paper", "figure3", *words, "--device", "cpu", "--json")
+    _, err = paper("figure3", *words, "--device", "cpu", "--json")
     assert "the embedded restaurant tables stand in" in err
     rows = read_rows(tmp_path / "runs" / "results" / "figure3-tiny-quick.csv")
-    assert {row["data"] for row in rows} == {"restaurants"} and all(row["BLEU"] for row in rows)
+    assert {row["data"] for row in rows} == {"restaurants"} and unscored(rows) == []
 
 
 @pytest.mark.parametrize("option", ["--seeds", "--steps", "--jobs", "--subsets"])
-def test_numbers_that_make_no_sense_are_named(cli, options, option):
-    _, err = cli("paper", "table4", *options, option, "0", code=1)
+def test_numbers_that_make_no_sense_are_named(paper, options, option):
+    _, err = paper("table4", *options, option, "0", code=1)
     assert f"{option} must be at least 1, got 0" in err
 
 
-def test_a_name_that_is_no_data_set_is_named(cli, options):
-    _, err = cli("paper", "table1", *options, "--only", "xsum", code=1)
+def test_a_name_that_is_no_data_set_is_named(paper, options):
+    _, err = paper("table1", *options, "--only", "xsum", code=1)
     assert "got xsum" in err
 
 
-def test_texts_are_kept_for_every_table(cli, options, tmp_path):
-    cli("paper", "figure3", *options)
+def test_texts_are_kept_for_every_table(paper, options, tmp_path):
+    paper("figure3", *options)
     (folder,) = (tmp_path / "runs").glob("e2e-prefix6-n50*")
     lines = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
     assert len(lines) == record_of(folder)["tables"] == 6

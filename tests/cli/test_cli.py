@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minprefix.cli import texts as text_commands
+from minprefix.cli import evaluate as evaluate_command
+from minprefix.cli import generate as generate_command
 from minprefix.files import load_tensors
 from minprefix.generation.texts import generate
 from minprefix.models.hub import constants
@@ -65,7 +66,8 @@ def test_every_command_on_mini(cli, tmp_path):
     run, files = tmp_path / "run", ("prefix.safetensors", "config.json", "log.jsonl")
     start = ("--init", "words", "--prefix-len", 4, "--eval-pairs", 4)
     out, _ = train(cli, "mini", "restaurants", run, *start, "--json")
-    assert only_json(out)["steps"] == 4 and all((run / name).is_file() for name in files)
+    assert only_json(out)["steps"] == 4
+    assert [name for name in files if not (run / name).is_file()] == []
 
     out, _ = cli("export", run, "--out", tmp_path / "p.safetensors", "--json")
     kept = 8 * 2 * 384 * 4  # L 2 C P
@@ -81,7 +83,8 @@ def test_every_command_on_mini(cli, tmp_path):
         out, _ = cli("evaluate", *method, "--limit", 2, "--json", *few)
         scores = only_json(out)
         assert scores["tables"] == 2
-        assert all(0 <= scores[name] <= 100 for name in ("bleu", "rouge_l", "slot_coverage"))
+        found = [scores[name] for name in ("bleu", "rouge_l", "slot_coverage")]
+        assert min(found) >= 0 and max(found) <= 100
 
 
 # train and export ------------------------------------------------------------------------------
@@ -267,13 +270,13 @@ def test_evaluate_asks_in_words_with_and_without_examples(cli, tiny_folder, tabl
         seen.append(options["prompt"])
         return {"bleu": 0.0}, []
 
-    monkeypatch.setattr(text_commands, "evaluate_method", look)
+    monkeypatch.setattr(evaluate_command, "evaluate_method", look)
     few = ("evaluate", "--model", tiny_folder, "--data", tables)
     cli(*few, "--linearisation", "paper")
     cli(*few, "--hard-prompt")
     cli(*few, "--hard-prompt", "{table} in short:", "--shots", 2)
     assert seen[0] is None
-    assert seen[1].template == text_commands.TEMPLATES[0] and seen[1].shown == ()
+    assert seen[1].template == evaluate_command.TEMPLATES[0] and seen[1].shown == ()
     assert seen[2].template == "{table} in short:" and len(seen[2].shown) == 2
     trained = {
         (f"boat : Gull {n} | colour : green", f"Gull {n} is a green boat.") for n in range(8)
@@ -323,7 +326,7 @@ def test_ctrl_c_outside_of_training(cli, tiny_folder, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(text_commands, "generate", interrupted)
+    monkeypatch.setattr(generate_command, "generate", interrupted)
     out, err = cli("generate", "a", "b", "--model", tiny_folder, code=130)
     assert (out, err) == ("", "minprefix: interrupted\n")
 

@@ -241,7 +241,7 @@ def test_impossible_training_options_are_named(refused, tiny_folder, tables, tmp
     ("argv", "expected"),
     [
         (("train", "--linearisation", "x"), "invalid choice: 'x' (choose from"),
-        (("train", "--steps", "few"), "--steps: invalid int value: 'few'"),
+        (("train", "--steps", "few"), "--steps: invalid literal for int() with base 10: 'few'"),
         (("train", "--stepz", 3), "unrecognized arguments: --stepz 3"),
         (("export", "run"), "required: --out"),
         (("evaluate", "--split", "x"), "--split: invalid choice: 'x'"),
@@ -496,5 +496,5 @@ def test_unforeseen_errors_are_one_line_with_their_kind(refused, tiny_folder, mo
     def fail(*args):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("minprefix.cli.main.parameter_rows", fail)
+    monkeypatch.setattr("minprefix.cli.info.parameter_rows", fail)
     assert refused("info", "--model", tiny_folder).endswith("RuntimeError: two lines")

@@ -1,16 +1,25 @@
 """Options and help from dataclass fields: each field has one, of its type, with its default."""
 
-import argparse
+import re
+import subprocess
+import sys
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import pytest
+from tyro._docstrings import get_field_docstring
 
-from minprefix.cli.main import build_parser
-from minprefix.cli.options import OneLineParser, add_fields, field_help, from_args
+from minprefix.cli.main import COMMANDS
+from minprefix.cli.options import Flat
+from minprefix.cli.parse import changed, parse
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.methods.by_name import BaselineConfig
+from minprefix.methods.search.search import SearchConfig
 from minprefix.prefix.config import PrefixConfig
+from minprefix.training.pretrain import PRESETS, PretrainConfig
 from minprefix.training.trainer import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -23,13 +32,23 @@ class Sample:
     perhaps: float | None = None  # the same for a fraction
     name: str = "a"  # text
     on: bool = False  # a switch
+    either: bool | None = None  # a switch that may be left out
     many_words: tuple[str, ...] = ()  # several texts
 
+    def __post_init__(self):
+        if self.share > 1:
+            raise ValueError(f"share must be at most 1, got {self.share}")
 
-def parse(*argv: str) -> Sample:
-    parser = OneLineParser()
-    add_fields(parser, Sample)
-    return from_args(Sample, parser.parse_args(argv))
+
+@dataclass(frozen=True)
+class Options:
+    """A group of options."""
+
+    sample: Flat[Sample] = Sample()
+
+
+def sample(*argv: str) -> Sample:
+    return parse(Options, argv, "command", "What it does.").sample
 
 
 @pytest.mark.parametrize(
@@ -37,38 +56,54 @@ def parse(*argv: str) -> Sample:
     [
         ((), {}),
         (("--count", "4"), {"count": 4}),
+        (("--count=-4",), {"count": -4}),
         (("--share", "1e-3"), {"share": 1e-3}),
+        (("--share", "-1e-3"), {"share": -1e-3}),
         (("--maybe", "0"), {"maybe": 0}),
         (("--perhaps", "2"), {"perhaps": 2.0}),
         (("--name", "b c"), {"name": "b c"}),
         (("--on",), {"on": True}),
         (("--on", "--no-on"), {"on": False}),
+        (("--either",), {"either": True}),
+        (("--no-either",), {"either": False}),
         (("--many-words", "x", "--many-words", "y z"), {"many_words": ("x", "y z")}),
     ],
 )
 def test_each_kind_of_field_has_its_option(argv, changes):
     expected = replace(Sample(), **changes)
-    got = parse(*argv)
+    got = sample(*argv)
     assert got == expected
     types = {name: type(value) for name, value in asdict(got).items()}
     assert types == {name: type(value) for name, value in asdict(expected).items()}
+    usual = asdict(Sample())
+    differ = {"--" + n.replace("_", "-") for n, value in changes.items() if value != usual[n]}
+    assert set(changed(Options(got), Options())) == differ
 
 
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--count", "4.5"], "--count: invalid int value: '4.5'"),
-        (["--share", "half"], "--share: invalid float value: 'half'"),
-        (["--maybe"], "--maybe: expected one argument"),
-        (["--coun", "4"], "--coun"),
+        (["--count", "4.5"], "--count: invalid literal for int() with base 10: '4.5'"),
+        (["--maybe", "few"], "--maybe: "),
+        (["--share", "half"], "--share: could not convert string to float: 'half'"),
+        (["--maybe"], "--maybe: a value is missing"),
+        (["--coun", "4"], "unrecognized arguments: --coun 4"),
+        (["--no-name"], "unrecognized arguments: --no-name"),
     ],
 )
 def test_wrong_usage_is_one_line(capsys, argv, named):
     with pytest.raises(SystemExit) as stop:
-        parse(*argv)
+        sample(*argv)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
-    assert err.count("\n") == 1 and named in err
+    assert err.startswith("command: error: ") and err.count("\n") == 1 and named in err
+    if len(argv) == 2:
+        assert argv[1] in err
+
+
+def test_what_a_dataclass_refuses_is_no_wrong_usage():
+    with pytest.raises(ValueError, match=r"^share must be at most 1, got 2\.0$"):
+        sample("--share", "2")
 
 
 @pytest.mark.parametrize(
@@ -77,29 +112,44 @@ def test_wrong_usage_is_one_line(capsys, argv, named):
         ("train", TrainConfig),
         ("train", PrefixConfig),
         ("train", BaselineConfig),
+        ("search", SearchConfig),
+        ("pretrain", PretrainConfig),
         ("generate", GenerationConfig),
         ("evaluate", GenerationConfig),
     ],
 )
-def test_every_field_has_an_option_with_the_comment_as_help(command, cls):
-    parsers = build_parser()._subparsers._group_actions[0].choices
-    actions = {action.dest: action for action in parsers[command]._actions}
-    comments = field_help(cls)
-    assert set(comments) == {field.name for field in fields(cls)}
-    formatter = argparse.HelpFormatter("")
+def test_every_field_has_an_option_with_the_comment_as_help(command, cls, cli):
+    text = " ".join(cli(command, "--help")[0].replace("│", "").split())
     for field in fields(cls):
-        action, comment = actions[field.name], comments[field.name]
-        assert action.option_strings[0] == "--" + field.name.replace("_", "-")
-        assert len(comment) > 5
-        shown = formatter._expand_help(action)  # fails at a bare % in a comment
-        default = f"(default: {field.default})" if field.default != () else "once for each"
-        assert comment in shown and default in shown
-    assert from_args(cls, parsers[command].parse_args([])) == cls()
+        comment = " ".join(get_field_docstring(cls, field.name, ()).split())
+        default = f"(default: {field.default})" if field.default != () else "(repeatable)"
+        assert f" --{field.name.replace('_', '-')} " in text.replace(",", " ")
+        assert f" {comment} {default}" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_a_command_has_a_help(command, cli):
+    text = cli(command, "--help")[0]
+    boxes = " ".join(text.replace("│", "").split())
+    assert not re.search(r"--[\w-]+ \S+ \((default|required|repeatable)", boxes)
+
+
+def test_a_preset_has_the_values_that_are_not_given(cli):
+    out, _ = cli("pretrain", "--preset", "mini", "--help")
+    assert f"(default: {PRESETS['mini'].n_embd})" in out
 
 
 def test_help_has_every_command(cli):
     out, err = cli("--help")
     assert err == ""
-    for command in ("train", "generate", "evaluate", "export", "download", "info", "demo"):
-        assert f"\n    {command} " in out
+    for command in COMMANDS:
+        assert f"\n  {command} " in out
         assert cli(command, "--help")[0].startswith(f"usage: python -m minprefix {command}")
+
+
+def test_help_needs_no_torch():
+    """It takes a tenth of a second, not two."""
+    code = "import sys; from minprefix.cli.main import main; main(['--help'])"
+    code += "; print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "False\n")

@@ -320,6 +320,6 @@ def test_e2e_counts(split, rows, inputs, linearisation):
     examples = load_examples(SHARED / "data/e2e", split, linearisation=linearisation)
     targets = [target for example in examples for target in example.targets]
     assert (len(targets), len(examples)) == (rows, inputs)
-    assert not any("\n" in target or "\r" in target for target in targets)
+    assert [target for target in targets if "\n" in target or "\r" in target] == []
     doubled = sum("  " in target for target in targets)
     assert doubled == 0 if linearisation == "paper" else split != "train" or 5_700 < doubled < 5_900

@@ -2,16 +2,13 @@
 
 import hashlib
 import json
-import logging
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import SHARED
-from huggingface_hub import constants
 from test_data_articles import archive, ids, summary_file
 
 from minprefix.data import download as download_data
@@ -27,7 +24,7 @@ E2E = {
 
 
 class Site(ThreadingHTTPServer):
-    """Serves a dict of files, with byte ranges; can be told to break off."""
+    """Serves a dict of files; can be told to break off."""
 
     daemon_threads = True
 
@@ -35,7 +32,7 @@ class Site(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.files = {}
         self.stop_after = None  # bytes of a body after which it breaks off and answers 503
-        self.seen = []  # (name, Range)
+        self.seen = []  # names
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -49,23 +46,10 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self):
         site, name = self.server, self.path.lstrip("/")
-        site.seen.append((name, self.headers.get("Range")))
-        data = site.files.get(name)
-        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
-        status = (
-            503
-            if site.stop_after == 0
-            else 404
-            if data is None
-            else 416
-            if start and start >= len(data)
-            else 200
-        )
-        self.send_response(206 if status == 200 and start else status)
-        body = data[start:] if status == 200 else b""
+        site.seen.append(name)
+        body = site.files.get(name, b"")
+        self.send_response(503 if site.stop_after == 0 else 200 if body else 404)
         self.send_header("Content-Length", str(len(body)))
-        if start and status == 200:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         self.wfile.write(body[: site.stop_after])
         if site.stop_after is not None and len(body) > site.stop_after:
@@ -77,9 +61,6 @@ def site(tmp_path, monkeypatch):
     """A site in the place of the official ones, and a cache of its own."""
     site = Site()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # bytes; else 10 MB
-    no_wait = SimpleNamespace(sleep=lambda seconds: None)  # between the client's attempts
-    monkeypatch.setattr("huggingface_hub.file_download.time", no_wait)
     monkeypatch.setattr(download_data, "SUMS", tmp_path / "sums")
     yield site
     site.shutdown()
@@ -125,42 +106,32 @@ def test_a_data_set_is_fetched_once_and_then_checked(offer):
     site.seen.clear()
     assert fetch("e2e") == rows and not site.seen
     (data_folder("e2e") / "devset.csv").unlink()
-    assert fetch("e2e") == rows and site.seen == [("devset.csv", None)]
+    assert fetch("e2e") == rows and site.seen == ["devset.csv"]
 
 
-def test_an_interrupted_download_goes_on(offer):
+def test_an_interrupted_download_leaves_nothing_and_is_begun_again(offer):
     site = offer("e2e", E2E)
     site.stop_after = 20_000  # of the 46 kB of the test set
     message = error_of(OSError, "e2e")
     path = data_folder("e2e") / "testset_w_refs.csv"
-    assert f"{site.url}/{path.name} cannot be fetched" in message
-    assert message.endswith(f"run again to go on, or put a copy at {path}")
-    begun = path.with_name(f".{path.name}.partial").stat().st_size
-    assert 0 < begun < len(E2E[path.name]) and not path.exists()
+    assert f"{site.url}/{path.name} cannot be fetched (" in message
+    assert message.endswith(f"; run again, or put a copy at {path}")
+    names = {p.name for p in path.parent.iterdir()} - {".lock"}
+    assert names == {"trainset.csv", "devset.csv"}
     site.stop_after = None
     site.seen.clear()
-    assert set(states(fetch("e2e")).values()) == {"verified"}
-    assert site.seen == [(path.name, f"bytes={begun}-")]
+    assert set(states(fetch("e2e")).values()) == {"verified"} and len(site.seen) == 1
 
 
 def test_a_download_that_is_not_the_official_file_is_removed(offer):
     site = offer("e2e", E2E)
     site.files["devset.csv"] = b"mr,ref\nname[C],changed\n"
     message = error_of(ValueError, "e2e")
-    assert re.match(rf"{site.url}/devset.csv: not the official file: sha256 \w{{64}}, ex", message)
+    assert message.startswith(f"{site.url}/devset.csv: not the official file: SHA256 hash of")
     names = {path.name for path in data_folder("e2e").iterdir()} - {".lock"}
     assert names == {"trainset.csv"}
     site.files["devset.csv"] = E2E["devset.csv"]
     assert set(states(fetch("e2e")).values()) == {"verified"}
-
-
-def test_a_partial_file_that_is_too_long_is_begun_again(offer):
-    site = offer("e2e", E2E)
-    partial = data_folder("e2e") / ".devset.csv.partial"
-    partial.parent.mkdir(parents=True)
-    partial.write_bytes(b"x" * 99)
-    assert set(states(fetch("e2e")).values()) == {"verified"} and not partial.exists()
-    assert site.seen[1:3] == [("devset.csv", "bytes=99-"), ("devset.csv", None)]
 
 
 def test_copies_at_hand_are_checked_and_left_as_they_are(offer, tmp_path):
@@ -238,7 +209,7 @@ def test_xsum_becomes_json_lines(offer, tmp_path):
     message = error_of(ValueError, "xsum")
     assert f"{folder / 'dev.jsonl'}: changed since it was made" in message
     (folder / "dev.jsonl").unlink()
-    assert fetch("xsum") == rows and [name for name, _ in site.seen] == [ARCHIVE]
+    assert fetch("xsum") == rows and site.seen == [ARCHIVE]
 
 
 def test_xsum_in_the_hubs_format_is_unverified(offer, tmp_path):
@@ -253,9 +224,7 @@ def test_xsum_in_the_hubs_format_is_unverified(offer, tmp_path):
     assert "changed since it was fetched" in error_of(ValueError, "xsum", tmp_path / "copies")
 
 
-def test_without_a_network_one_line_says_what_to_do(site, offer, cli, caplog, monkeypatch):
-    client = logging.getLogger("huggingface_hub.file_download")
-    monkeypatch.setattr(client, "handlers", [caplog.handler])
+def test_without_a_network_one_line_says_what_to_do(site, offer, cli):
     offer("e2e", E2E)
     site.shutdown()
     site.server_close()
@@ -265,7 +234,6 @@ def test_without_a_network_one_line_says_what_to_do(site, offer, cli, caplog, mo
     assert line.startswith(f"minprefix: error: {site.url}/trainset.csv cannot be fetched (")
     assert line.endswith(f"or put a copy at {path}")
     assert len(err.strip().splitlines()) == 3  # the source, the licence, the error
-    assert not caplog.records  # the client is silent about its attempts
     assert [p.name for p in path.parent.iterdir()] in ([], [".lock"])
 
 
@@ -278,7 +246,7 @@ def test_what_the_command_prints(offer, cli, tmp_path):
     assert "licence: a licence" in err
     out, _ = cli("data", "e2e", "--data-dir", tmp_path / "here")
     assert f"folder: {tmp_path / 'here'}" in out
-    assert all(f"{row['sha256']}  verified" in out for row in result["files"])
+    assert re.findall(r"(\w{64})  verified", out) == [row["sha256"] for row in result["files"]]
     many = {f"train/{n}triples/a.xml": b"<a/>" for n in range(12)}
     offer("webnlg", many)
     out, _ = cli("data", "webnlg")
@@ -292,7 +260,7 @@ def test_names_before_their_download_name_the_command(cli, tmp_path, monkeypatch
     for name, *words in (
         ("e2e", "train", "--out", tmp_path / "run"),
         ("webnlg", "evaluate", "--linearisation", "paper"),
-        ("dart", "bench", "train", "--out", tmp_path / "bench"),
+        ("dart", "search", "--out", tmp_path / "found"),
     ):
         _, err = cli(*words, "--data", name, code=1)
         assert f"run `python -m minprefix data {name}`" in err.splitlines()[-1]
@@ -301,9 +269,9 @@ def test_names_before_their_download_name_the_command(cli, tmp_path, monkeypatch
 def test_known_sums_name_official_files():
     for name, source in SOURCES.items():
         sums = read_sums(download_data.SUMS / f"{name}.txt")
-        assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in sums.values())
+        assert [x for x in sums.values() if not re.fullmatch(r"[0-9a-f]{64}", x)] == []
         assert set(source.unseen) <= set(sums) and set(source.urls) <= set(sums)
-        assert all(re.match(r"https?://\S+$", source.url(file)) for file in sums)
+        assert [f for f in sums if not re.match(r"https?://\S+$", source.url(f))] == []
     assert set(SOURCES) == set(DATA_SETS)
 
 

@@ -7,9 +7,9 @@
 import tempfile
 
 import torch
+from scipy import stats
 
 import minprefix
-from benchmarks.paper.results import t_quantile
 from minprefix.data.load import load_examples
 from minprefix.data.splits import subset
 from minprefix.methods.adapters import count
@@ -45,8 +45,8 @@ assert abs(sum(shared) / len(shared) - 500**2 / N) < 20  # 10 draws of spread ab
 # of s, 0 lies outside of it once $t_{n-1} < \sqrt{n}$.
 
 # %%
-need = next(n for n in range(2, 100) if t_quantile(n - 1) < n**0.5)
-print(f"from {need} subsets on; with 2, the factor is {t_quantile(1) / 2**0.5:.1f}")
+need = next(n for n in range(2, 100) if stats.t.ppf(0.975, n - 1) < n**0.5)
+print(f"from {need} subsets on; with 2, the factor is {stats.t.ppf(0.975, 1) / 2**0.5:.1f}")
 assert need == 7
 
 # %% [markdown]

@@ -60,8 +60,7 @@ from minprefix.methods.search.scores import (
 )
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import fingerprint, need_gpt2
-from minprefix.prefix.parametrisations import token_activations
-from minprefix.prefix.prefix import Prefix
+from minprefix.prefix.prefix import Prefix, token_activations
 from minprefix.training.loop import Loop
 from minprefix.training.precision import PRECISIONS, in_bf16, uses_bf16
 from minprefix.training.run_folder import checked_state, cut_log, state_path

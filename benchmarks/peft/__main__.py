@@ -1,0 +1,43 @@
+"""python -m benchmarks.peft: the options of `run.py`, and its rows as a table."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from benchmarks.peft.run import RANDOM, BenchConfig, run_bench
+from minprefix.cli.main import execute
+from minprefix.cli.options import Flat, WithDevice
+from minprefix.cli.report import format_rows
+from minprefix.models import weights
+
+NAMES = f"{', '.join(weights.MODELS)}, the name of a model on the hub, a folder, or "
+NAMES += f"{', '.join(RANDOM)} (official sizes, random weights)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(WithDevice):
+    work: Positional[Literal["train", "generate"]]  # what is timed
+    model: Annotated[str, arg(help=NAMES)] = "mini"
+    bench: Flat[BenchConfig] = BenchConfig()
+
+
+def run(options: Options) -> dict | None:
+    rows = run_bench(options.work, options.model, options.where, options.bench)
+    if options.json:
+        return {"rows": rows}
+    print(format_rows(rows))
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    text = "Time training steps or generation, beside transformers + PEFT where installed."
+    words = sys.argv[1:] if argv is None else argv
+    return execute(sys.modules[__name__], words, "python -m benchmarks.peft", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""The command `data`: official data sets, fetched and checked (`data/download.py`).
+
+python -m minprefix data e2e                      into the cache; then `train --data e2e` works
+python -m minprefix data webnlg --data-dir DIR    check the copies in DIR, fetch what is missing
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from minprefix.cli.options import Common
+from minprefix.cli.report import format_rows
+from minprefix.data.download import SOURCES, fetch
+from minprefix.data.load import DATA_SETS, data_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    name: Positional[Literal[*DATA_SETS]]  # the data set
+    # check the files of this folder and fetch into it what is missing; None =
+    # $XDG_CACHE_HOME/minprefix/data/NAME, where --data NAME finds it
+    data_dir: Path | None = None
+
+
+def run(options: Options) -> dict | None:
+    """Print a short list, or return all of it for --json."""
+    source, folder = SOURCES[options.name], options.data_dir or data_folder(options.name)
+    print(f"{options.name}: {source.home}\nlicence: {source.licence}", file=sys.stderr)
+    rows = fetch(options.name, folder)
+    about = {"name": options.name, "folder": str(folder), "source": source.home}
+    about["licence"] = source.licence
+    if options.json:
+        return about | {"files": rows}
+    print("\n".join(f"{key}: {value}" for key, value in about.items()))
+    if len({row["state"] for row in rows}) == 1 and len(rows) > 9:
+        print(f"{len(rows)} files, all {rows[0]['state']}")
+    else:
+        print(format_rows(rows))
+    return None

@@ -1,0 +1,58 @@
+"""The command `export`: the latest prefix of a run, as the table alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from minprefix.cli.options import Common
+from minprefix.cli.train import read_settings
+from minprefix.files import load_tensors
+from minprefix.methods.by_name import TUNED
+from minprefix.models import weights
+from minprefix.prefix.config import PrefixConfig
+from minprefix.prefix.make import make_prefix
+from minprefix.training.precision import in_bf16
+from minprefix.training.run_folder import read_state
+from minprefix.training.trainer import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    run_folder: Annotated[Positional[Path], arg(metavar="RUN")]  # run folder of the command train
+    out: Path  # prefix file to write
+
+
+def run(options: Options) -> dict:
+    """Write the latest prefix of a run, without its MLP."""
+    settings = read_settings(options.run_folder)
+    config = TrainConfig(**settings["train"])
+    if config.method != "prefix":
+        raise ValueError(
+            f"{options.run_folder} is a run of method {config.method}: "
+            f"{options.run_folder / TUNED[config.method].kept} is all that it keeps"
+        )
+    state = read_state(options.run_folder)
+    model, tokenizer = weights.load(settings["model"])
+    prefix = make_prefix(model, tokenizer, PrefixConfig(**settings["prefix"]), config.seed)
+    if state["settings"].get("base model") != prefix.base:
+        raise ValueError(f"{options.run_folder}: {settings['model']} is not the model of this run")
+    if state["settings"].get("bf16", False):  # virtual tokens were read by the model in bf16
+        prefix.bind(in_bf16(model))
+    try:
+        prefix.load_state_dict(state["trained"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"{options.run_folder}: the state is of another model or prefix"
+        ) from error
+    prefix.linearisation, prefix.max_source = settings["linearisation"], config.max_source
+    prefix.save(options.out)
+    tensors, _ = load_tensors(options.out)
+    return {
+        "file": str(options.out),
+        "step": state["step"],
+        "trained_parameters": sum(p.numel() for p in prefix.parameters()),
+        "kept_parameters": sum(t.numel() for t in tensors.values()),
+        "bytes": options.out.stat().st_size,
+    }

@@ -1,0 +1,73 @@
+"""The command `generate`: texts of a model and of what was trained for it. Read `run`."""
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from minprefix.cli.options import Flat, WithTrained, load_trained
+from minprefix.data.batches import encode_prompt, for_bart
+from minprefix.data.load import LINEARISATIONS
+from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.texts import frame_of, generate, stream
+from minprefix.models import weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(WithTrained):
+    # without any, prompts are read from standard input, one per line
+    prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...")] = ()
+    # read a prompt as a table, as training with this --linearisation does, or (none) as a text to
+    # be continued; None = as the prefix was trained, and none without a prefix
+    frame: Literal[*LINEARISATIONS, "none"] | None = None
+    generation: Flat[GenerationConfig] = GenerationConfig()
+
+
+def run(options: Options) -> dict | None:
+    """Write texts; one is streamed to stdout."""
+    prompts = list(options.prompts) or read_prompts()
+    if "" in prompts:
+        raise ValueError(f"prompt {prompts.index('') + 1} is empty")
+    model, tokenizer = weights.load(options.model, device=options.where)
+    prefix = load_trained(options, model)
+    frame, cut = frame_of(model, prefix)
+    frame = options.frame or frame or "none"
+    if frame == "none" and not for_bart(tokenizer):
+        prompts = [tokenizer.encode(prompt) for prompt in prompts]
+    else:
+        style = "paper" if frame == "none" else frame
+        prompts = [encode_prompt(tokenizer, prompt, style, cut) for prompt in prompts]
+    how = {"prefix": prefix, "config": options.generation}
+    if len(prompts) == 1 and options.generation.num_beams == 1 and not options.json:
+        pieces, begun = stream(model, tokenizer, prompts[0], **how), frame == "none"
+        for piece in pieces:
+            piece = piece if begun else piece.lstrip()  # a framed text begins with a blank
+            begun = begun or piece != ""
+            print(piece, end="", flush=True)
+        print()
+        return None
+    texts = generate(model, tokenizer, prompts, **how)
+    if frame != "none":
+        texts = [text.strip() for text in texts]
+    if options.json:
+        return {"texts": texts}
+    print("\n".join(texts))
+    return None
+
+
+def read_prompts() -> list[str]:
+    """The lines of standard input."""
+    if sys.stdin.isatty():
+        print("one prompt per line, Ctrl-D ends:", file=sys.stderr)
+    prompts = []
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            prompts.append(line.rstrip(b"\r\n").decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input:{number}: invalid UTF-8") from error
+        if not prompts[-1]:
+            raise ValueError(f"standard input:{number}: empty, but each line is a prompt")
+    if not prompts:
+        raise ValueError("no prompt: give one as an argument, or lines on standard input")
+    return prompts

@@ -1,0 +1,40 @@
+"""The command `info`: where the parameters are; with --gpu, what attention runs through."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import FlagCreatePairsOff
+
+from kernels.assembler import report
+from minprefix.cli.options import WithTrained, load_trained
+from minprefix.cli.report import format_rows, parameter_rows
+from minprefix.methods.counts import method_rows
+from minprefix.models import weights
+from minprefix.models.config import OFFICIAL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(WithTrained):
+    # print only the GPU, versions, the assembler, and whether attention runs through the kernels
+    gpu: FlagCreatePairsOff[bool] = False
+
+
+def run(options: Options) -> dict | None:
+    if options.gpu:
+        rows = report()
+        if options.json:
+            return rows
+        print("\n".join(f"{name + ':':10} {text}" for name, text in rows.items()))
+        return None
+    if options.model in OFFICIAL and not (
+        options.prefix or options.adapter or Path(options.model).is_dir()
+    ):
+        model = weights.shapes_of(OFFICIAL[options.model][0])  # no need to download the weights
+    else:
+        model, _ = weights.load(options.model, device=options.where)
+    rows = parameter_rows(model, load_trained(options, model))
+    methods = method_rows(model.config)
+    if options.json:
+        return {"parameters": rows, "methods": methods}
+    print(format_rows(rows), format_rows(methods), sep="\n\n")
+    return None
