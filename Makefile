@@ -5,10 +5,10 @@ OUT ?= runs/demo
 # tests in a process per core; one by one: make test WORKERS=0
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
-KERNEL_TESTS := tests/kernels/test_attention.py tests/kernels/test_decode.py tests/kernels/test_operator.py tests/kernels/test_bench_tiles.py
+KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,attention decode operator bench_tiles)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-kernels check format test-official
+.PHONY: help setup setup-dev demo lint test test-kernels check format test-official
 .PHONY: compile compile-all sass bench bench-cpu bench-gpu bench-pretrain paper notebooks
 .PHONY: docs linkcheck clean
 
@@ -38,9 +38,14 @@ setup-dev: .venv/.dev ## .venv with what the tests add
 demo: .venv/.user ## tune a prefix on the embedded tables, write texts, measure (OUT=runs/demo)
 	$(BIN)/python -m minprefix demo --out $(OUT)
 
-test: .venv/.dev ## format, lint and all tests
+lint: .venv/.dev ## format, lint, direction of imports, types, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+test: lint ## all tests, after what lint looks at
 	$(PYTEST) -m "not official" --durations=10
 	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS) --durations=10
 
@@ -48,8 +53,8 @@ test-kernels: .venv/.dev ## the Triton kernels, run in Triton's interpreter on t
 	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS) --durations=10
 
 compile: .venv/.dev ## what the compiler says of the tiles at D = 64 in bf16, without a GPU
-	$(BIN)/python -m kernels.tools.compile_offline --all --dtype bf16 --head_dim 64 --batch_size 1000 \
-		--prefix_len 10 200 --prefix_dtype fp32 --causal True --prefix_index False \
+	$(BIN)/python -m kernels.tools.compile_offline --all --dtype bf16 --head_dim 64 \
+		--batch_size 1000 --prefix_len 10 200 --prefix_dtype fp32 --causal True --prefix_index False \
 		--prefix_lens False --kv_lens False --q_offset False --need all --dlse False --n_head 12 \
 		--out benchmarks/compiled.csv
 
@@ -61,9 +66,7 @@ compile-all: .venv/.dev ## compile the kernels for every GPU that they know, in 
 sass: .venv/.dev ## look for miscompiled kernels at D = 64 on Hopper, without a GPU (PTXAS=path)
 	$(BIN)/python -m kernels.tools.sass --quick $(if $(PTXAS),--ptxas $(PTXAS))
 
-check: .venv/.dev ## format, lint and the fast tests: while working
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+check: lint ## the fast tests, after what lint looks at: while working
 	$(PYTEST) -m "not slow and not official" -x
 
 format: .venv/.dev ## let ruff format and fix the code
