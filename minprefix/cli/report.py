@@ -7,6 +7,7 @@ from minprefix.files import atomic_write, write_text
 from minprefix.methods.adapters import count
 from minprefix.models.bart import BART
 from minprefix.models.base import adapter_of
+from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.prefix import Prefix
@@ -36,18 +37,21 @@ def cell(value) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def parts_of(model: GPT2 | BART) -> list[tuple[str, str, str]]:
+def gpt2_parts(config: GPT2Config) -> list[tuple[str, str, str]]:
     """Name, shape, and what the names of the part's parameters contain."""
-    L = model.config.n_layer
-    if isinstance(model, GPT2):
-        return [
-            ("token embedding = head", "(V, C)", ".wte."),
-            ("position embedding", "(n_positions, C)", ".wpe."),
-            (f"{L} layers: attention", "L x (C, 3C), (C, C)", ".attn."),
-            (f"{L} layers: MLP", "L x (C, 4C), (4C, C)", ".mlp."),
-            ("layer norms", "(2L + 1) x 2 x (C,)", ".ln"),
-        ]
-    E = model.config.n_encoder_layer
+    L = config.n_layer
+    return [
+        ("token embedding = head", "(V, C)", ".wte."),
+        ("position embedding", "(n_positions, C)", ".wpe."),
+        (f"{L} layers: attention", "L x (C, 3C), (C, C)", ".attn."),
+        (f"{L} layers: MLP", "L x (C, 4C), (4C, C)", ".mlp."),
+        ("layer norms", "(2L + 1) x 2 x (C,)", ".ln"),
+    ]
+
+
+def bart_parts(config: BARTConfig) -> list[tuple[str, str, str]]:
+    """The same of a BART."""
+    L, E = config.n_layer, config.n_encoder_layer
     return [
         ("token embedding = head", "(V, C)", ".wte."),
         ("position embeddings", "2 x (2 + n_positions, C)", ".wpe."),
@@ -58,22 +62,25 @@ def parts_of(model: GPT2 | BART) -> list[tuple[str, str, str]]:
     ]
 
 
+PARTS = {"GPT-2": gpt2_parts, "BART": bart_parts}
+
+
 def prefix_rows(prefix: Prefix | BARTPrefix) -> list[tuple[str, str, int]]:
     """Name, shape and number of what is trained and of what is kept of a prefix."""
     rows = []
     if prefix.n_trained:
         rows.append((f"trained ({prefix.parametrisation})", "", prefix.n_trained))
-    if isinstance(prefix, BARTPrefix):
-        kept = [(f"prefix table, {site}", table) for site, table in prefix.tables().items()]
-        kept += [(f"prefix gate, {site}", gate) for site, gate in prefix.gates().items()]
-        if prefix.virtual is not None:
-            kept.append(("virtual tokens of the source", prefix.virtual.embeddings()))
-    else:
-        kept = [(f"{prefix.place} table", prefix.table())]
-        kept += [] if prefix.gate is None else [(f"{prefix.place} gate", prefix.gate)]
-    rows += [(name, str(tuple(x.shape)), x.numel()) for name, x in kept]
+    names = {
+        "prefix_table": f"{prefix.place} table",
+        "gate": f"{prefix.place} gate",
+        "virtual_embd": "virtual tokens of the source",
+    }
+    kept = prefix.tensors()
+    for key, x in kept.items():
+        *site, name = key.split(".")  # of a BART's attention
+        rows.append((", ".join([names[name], *site]), str(tuple(x.shape)), x.numel()))
     if len(kept) > 1:
-        rows.append(("prefix in all", "", sum(x.numel() for _, x in kept)))
+        rows.append(("prefix in all", "", sum(x.numel() for x in kept.values())))
     return rows
 
 
@@ -83,7 +90,7 @@ def parameter_rows(model: GPT2 | BART, prefix: Prefix | BARTPrefix | None = None
     total = sum(weight.numel() for weight in model.parameters())
     config = model.config
     rows = []
-    for name, shape, part in parts_of(model):
+    for name, shape, part in PARTS[config.family](config):
         n = sum(w.numel() for key, w in model.named_parameters() if part in f".{key}")
         rows.append((name, shape, n))
     rows.append(("model", f"L={config.n_layer} H={config.n_head} C={config.n_embd}", total))

@@ -49,7 +49,7 @@ def bart_rows(config: BARTConfig) -> list[dict]:
 def method_rows(config: GPT2Config | BARTConfig) -> list[dict]:
     """By method: parameters trained, parameters kept for use, these in percent of the model; for
     GPT-2 medium and BART large also what the paper says."""
-    if isinstance(config, BARTConfig):
+    if config.family == "BART":
         return bart_rows(config)
     model, rows = shapes_of(config), []
     total = count(model)
