@@ -138,18 +138,22 @@ def store_part(
     """dk and dv [BLOCK_D, BLOCK_N] of prefix columns: the gradient itself where no other part is
     added to it (DIRECT, or an index that names prefix n once), else into the parts."""
     dk, dv = tl.trans(dk), tl.trans(dv)
-    alone = DIRECT
-    if not DIRECT and prefix_index_ptr is not None:
-        own = tl.load(prefix_index_ptr + part)  # -1: no prefix, so nothing may reach prefix 0
-        alone = (own >= 0) & (uses_of(own, prefix_index_ptr, batch_size) == 1)
-    if alone:
-        at = (n * n_head + h) * prefix_len * D
-        store_rows(dprefix_k_ptr + at, dk, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
-        store_rows(dprefix_v_ptr + at, dv, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
-    else:
-        at = (part * n_head + h) * prefix_len * D
+    at = (part * n_head + h) * prefix_len * D
+    at_prefix = (n * n_head + h) * prefix_len * D
+    if DIRECT:
+        store_rows(dprefix_k_ptr + at_prefix, dk, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
+        store_rows(dprefix_v_ptr + at_prefix, dv, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
+    elif prefix_index_ptr is None:
         store_rows(partial_k_ptr + at, dk, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
         store_rows(partial_v_ptr + at, dv, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
+    else:
+        own = tl.load(prefix_index_ptr + part)  # -1: no prefix, so nothing may reach prefix 0
+        if (own >= 0) & (uses_of(own, prefix_index_ptr, batch_size) == 1):
+            store_rows(dprefix_k_ptr + at_prefix, dk, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
+            store_rows(dprefix_v_ptr + at_prefix, dv, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
+        else:
+            store_rows(partial_k_ptr + at, dk, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
+            store_rows(partial_v_ptr + at, dv, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
 
 
 @assembled

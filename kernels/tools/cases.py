@@ -31,7 +31,7 @@ DIMENSIONS: dict[str, tuple] = {
     "op": ("forward", "backward", "decode"),
     "dtype": tuple(DTYPES),
     "head_dim": HEAD_DIMS,
-    "batch_size": (2, 1000),  # decode cuts them differently; the second is past 2 GB of q
+    "batch_size": (2, 1, 1000),  # decode cuts them differently; the last is past 2 GB of q
     "n_head": (12, 16),  # 16 divides the second, of which the compiler makes use
     "seq_len": (50, 128, 1000),  # decode: see QUERIES
     "prefix_len": (0, 10, 33, 200),  # none; a tile of 16; of 64; more than one tile
@@ -60,6 +60,7 @@ ONE_MORE: tuple[dict[str, Any], ...] = (
     {"q_offset": True},
     {"prefix_dtype": "fp32"},
     {"need": "prefix"},  # the gradients of the first layer
+    {"batch_size": 1},  # nothing is added up
 )
 Case = NamedTuple("Case", [(name, Any) for name in DIMENSIONS])  # one value of each dimension
 
@@ -118,7 +119,7 @@ def calls(**chosen: tuple) -> Iterator[Case]:
     for values in product(*usual.values()):
         case = Case(*values)
         for change in ONE_MORE:
-            if not case.prefix_len and not change.keys() <= {"kv_lens", "q_offset"}:
+            if not case.prefix_len and not change.keys() <= {"kv_lens", "q_offset", "batch_size"}:
                 continue  # of no prefix
             one = case._replace(**change)
             wanted = all(getattr(one, name) in values for name, values in chosen.items())

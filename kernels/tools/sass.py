@@ -4,8 +4,8 @@
     python -m kernels.tools.sass --ptxas PATH      all sizes and tiles, by any assembler
 
 compiles the calls of training and decoding (`kernels.tools.cases.calls`) and prints each kernel
-that shows a sign. The last line counts them and names the assembler; the exit code is 1 where there
-is one. No GPU is needed. `signs` judges the code of one kernel.
+that shows a sign or does not compile. The last line counts them and names the assembler; the exit
+code is 1 where there is one. No GPU is needed. `signs` judges the code of one kernel.
 
 A wgmma of Hopper (HGMMA in SASS) and a tcgen05.mma of Blackwell (UTCHMMA) find a matrix in shared
 memory by a descriptor of 64 bits in two uniform registers: address / 16 in the low word; stride and
@@ -51,7 +51,7 @@ VERSION = {"HGMMA": 0, "UTCHMMA": 1 << 14}  # bit 46 of the descriptor: Blackwel
 class Sign(NamedTuple):
     """Something in the code of a kernel that should not be there."""
 
-    kind: str  # unset, twice, descriptor, running
+    kind: str  # unset, twice, descriptor, running; fails: there is no code
     text: str  # the instruction, and what is wrong with it
 
 
@@ -173,13 +173,17 @@ def check(job, ptxas: str | None) -> tuple[str, list[Sign]]:
     from kernels.tools.compile_offline import compile_launch
 
     case = job.case
-    compiled = compile_launch(launches_of(case)[job.n], case.target, ptxas)
     also = [x for x in ("prefix_index", "kv_lens", "q_offset") if getattr(case, x)]
     also += ["fp32 prefix"] if case.prefix_dtype == "fp32" != case.dtype else []
+    also += ["B=1"] if case.batch_size == 1 else []
     also += ["dprefix only"] if case.op == "backward" and case.need == "prefix" else []
     row = f"{job.name:11} {case.target:6} {case.dtype} D={case.head_dim:<3} {job.tile:31} "
     row += f"H={case.n_head} T={case.seq_len:<4} P={case.prefix_len:<3} {' '.join(also)}"
-    return row.rstrip(), signs(compiled.binary)
+    try:
+        found = signs(compile_launch(launches_of(case)[job.n], case.target, ptxas).binary)
+    except Exception as error:  # whatever the compiler does, it is this row's result
+        found = [Sign("fails", f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}")]
+    return row.rstrip(), found
 
 
 def main() -> None:
