@@ -14,7 +14,8 @@ import kernels
 from kernels import assembler, prefix_attention
 from kernels.assembler import Assembler, assembling, choose, refusal, version_of
 from kernels.reference import prefix_attention_eager
-from minprefix import cli
+from minprefix.cli import info
+from minprefix.cli.main import main
 
 COMPILES = kernels.HAVE_TRITON and not kernels.INTERPRETED
 
@@ -292,10 +293,10 @@ def test_report_says_which_path_and_why(monkeypatch):
 
 def test_info_gpu(monkeypatch, capsys):
     rows = {"gpu": "H200", "attention": "plain PyTorch", "why": "ptxas is old"}
-    monkeypatch.setattr(cli, "report", lambda: rows)
-    assert cli.main(["info", "--gpu"]) == 0
+    monkeypatch.setattr(info, "report", lambda: rows)
+    assert main(["info", "--gpu"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "why:       ptxas is old"
-    assert cli.main(["info", "--gpu", "--json"]) == 0
+    assert main(["info", "--gpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == rows
 
 
