@@ -10,6 +10,7 @@ usage; 130 Ctrl-C. Results go to stdout, as one JSON object with --json; progres
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -63,6 +64,9 @@ def execute(command: Any, words: Sequence[str], prog: str, description: str) -> 
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"minprefix: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has stopped, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if options is not None and options.debug:
             raise
