@@ -128,7 +128,7 @@ def why_not(index: int) -> str:
     return _why_not[index]
 
 
-why_not._dynamo_marked_constant = True  # torch.compile calls it, and does not look inside
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch.compile calls it, and does not look inside
 _why_not: dict[int, str] = {}
 
 

@@ -10,7 +10,7 @@ sees. Read these, then `gated_attention`. Shapes use the letters of the README's
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Activations:
         """The same tensors at addresses of their own; those with an entry per row have `rows`."""
         return self
 
-    def overwritten(self, other: "Activations") -> "Activations":
+    def overwritten(self, other: Any) -> "Activations":
         """With the values of `other`, at the same addresses."""
         return other
 

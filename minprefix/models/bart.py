@@ -173,7 +173,7 @@ class BART(LanguageModel):
 
     def __init__(self, config: BARTConfig):
         super().__init__()
-        self.config = config
+        self.config: BARTConfig = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.encoder = Stack(config, EncoderBlock, config.n_encoder_layer)
         self.decoder = Stack(config, DecoderBlock, config.n_layer)

@@ -4,26 +4,31 @@ A model also says here what the rest of the program must know of it, so that not
 which of the two it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minprefix.models.activations import Activations
+from minprefix.models.activations import BARTActivations, PrefixActivations
+from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.losses import IGNORE, frozen_head_loss
 
 
 class LanguageModel(nn.Module):
     """The head is the token embedding `wte` (tied); `hidden_states` makes what it reads."""
 
-    reads: ClassVar[type[Activations]]  # what it reads of a prefix
+    reads: ClassVar[type[PrefixActivations] | type[BARTActivations]]  # what it reads of a prefix
     reads_name: ClassVar[str]  # the class of such a prefix
     captures: ClassVar[bool]  # CUDA graphs can repeat a step: equal shapes, equal kernels
     head_bias: Tensor | None
+    config: GPT2Config | BARTConfig
+    wte: nn.Embedding
+    begin: Callable[..., tuple[list, dict]]
+    hidden_states: Callable[..., Tensor]
 
     def blocks(self) -> list[nn.Module]:
         """All layers, in the order in which they run."""
@@ -69,7 +74,7 @@ class LanguageModel(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, labels, reduction="none")
 
-    def activations_of(self, prefix, prefix_index: Tensor | None = None) -> Activations:
+    def activations_of(self, prefix, prefix_index: Tensor | None = None) -> Any:
         """What it reads of a prefix, of a bank with an index, or of None; ready ones stay.
 
         Raises:

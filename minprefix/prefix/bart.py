@@ -19,6 +19,7 @@ decoder reads them through cross attention. Read `BARTPrefix`, then `word_activa
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from minprefix.models.activations import BARTActivations
 from minprefix.models.bart import BART
 from minprefix.models.base import evaluating
 from minprefix.models.config import SITES, BARTConfig
+from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import check_base, fingerprint
 from minprefix.prefix.config import PARAMETRISATIONS
 from minprefix.prefix.parametrisations import Recorder, VirtualTokens, word_ids
@@ -52,6 +54,9 @@ class BARTPrefix(nn.Module):
     """
 
     family = BARTConfig.family  # of the model that reads it
+    sites: Any  # nn.ModuleDict of Prefix
+    max_source: int | None
+    virtual: VirtualTokens | None
     place, gate = "prefix", None  # a prefix of GPT-2 may say otherwise; gates are the sites'
 
     def __init__(
@@ -148,7 +153,7 @@ class BARTPrefix(nn.Module):
         if virtual is not None:
             P, C = virtual.shape
             config = BARTConfig(n_embd=C, n_head=1, n_positions=position_offset + 1)
-            options = {"parametrisation": "embedding", "position_offset": position_offset}
+            options: Any = {"parametrisation": "embedding", "position_offset": position_offset}
             prefix = cls(config, P, **options).to(virtual)
             prefix.virtual.fit(virtual)
             return prefix
@@ -241,11 +246,11 @@ class BARTPrefix(nn.Module):
         for part in self.sites.values():
             part.project()
 
-    def bind(self, model: BART) -> None:
+    def bind(self, model: GPT2 | BART) -> None:
         """Remember that this prefix belongs to `model`."""
         self.base = fingerprint(model)
 
-    def check_base(self, model: BART) -> None:
+    def check_base(self, model: GPT2 | BART) -> None:
         """ValueError if this prefix belongs to another model than `model`."""
         if not isinstance(model, BART):
             raise ValueError("this prefix was made for another model: it is of a BART")
