@@ -35,6 +35,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,7 @@ class Adapter(nn.Module):
                 {p: Bottleneck(config, bottleneck, norm) for p in SUBLAYERS[design]}
             )
 
-        self.h = nn.ModuleList(layer() for _ in range(config.n_layer))
+        self.h: Any = nn.ModuleList(layer() for _ in range(config.n_layer))
 
     @classmethod
     @torch.no_grad()

@@ -76,6 +76,7 @@ def make_tuned(
     if train.method == "finetune":
         return TunedModel(model)
     need_gpt2(model, f"method {train.method!r}")
+    assert isinstance(model, GPT2)
     if train.method == "ft-top":
         return TunedTopLayers(TopLayers(model, baseline.top_layers, baseline.top_embedding))
     design, width = baseline.adapter_design, baseline.bottleneck

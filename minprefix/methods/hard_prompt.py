@@ -7,6 +7,7 @@ writes up to its first line break.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -101,7 +102,7 @@ class TokenPrompt:
         Raises:
             ValueError: not such a file, or tokens that the tokenizer does not have.
         """
-        found = read_json(path)
+        found: Any = read_json(path)
         # searches of older versions say "behind"
         parts = [found.get("before"), found.get("after", found.get("behind"))]
         for part in parts:
@@ -115,7 +116,7 @@ class TokenPrompt:
             tokenizer.decode(parts[0] + parts[1])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        return cls(tokenizer, *parts, linearisation, base)
+        return cls(tokenizer, parts[0], parts[1], linearisation, base)
 
     def check_base(self, model: GPT2) -> None:
         """ValueError if this prompt was searched for another model than `model`."""

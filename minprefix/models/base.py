@@ -6,7 +6,7 @@ which of the two it is.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,7 +38,7 @@ class LanguageModel(nn.Module):
         """Of the normal distribution from which `init_weights` draws this matrix."""
         return 0.02
 
-    def init_weights(self, seed: int) -> "LanguageModel":
+    def init_weights(self, seed: int) -> Self:
         """Random weights: matrices from N(0, `init_std`), biases 0, layer norms 1."""
         generator = torch.Generator(device=self.wte.weight.device).manual_seed(seed)
         for name, weight in self.named_parameters():
@@ -105,8 +105,8 @@ class LanguageModel(nn.Module):
 ATTACHED: WeakKeyDictionary[LanguageModel, tuple[nn.Module, list]] = WeakKeyDictionary()
 
 
-def adapter_of(model: LanguageModel) -> nn.Module | None:
-    """The adapter that is attached to the model."""
+def adapter_of(model: LanguageModel) -> Any:
+    """The adapter that is attached to the model, or None."""
     return ATTACHED[model][0] if model in ATTACHED else None
 
 

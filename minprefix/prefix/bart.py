@@ -56,7 +56,7 @@ class BARTPrefix(nn.Module):
     family = BARTConfig.family  # of the model that reads it
     sites: Any  # nn.ModuleDict of Prefix
     max_source: int | None
-    virtual: VirtualTokens | None
+    virtual: Any  # VirtualTokens or None
     place, gate = "prefix", None  # a prefix of GPT-2 may say otherwise; gates are the sites'
 
     def __init__(
@@ -266,7 +266,8 @@ def word_activations(model: BART, ids: list[int]) -> dict[str, Tensor]:
     encoder's result as its source; cross attention reads that result.
     """
     words = torch.tensor([ids], device=model.wte.weight.device)
-    encoder, decoder = Recorder(words.device), Recorder(words.device)
+    encoder: Any = Recorder(words.device)
+    decoder: Any = Recorder(words.device)
     with evaluating(model):
         source = model.with_keys(model.encode(words, recorder=encoder))
         model.hidden_states(words, source=source, cache=decoder)

@@ -87,8 +87,7 @@ class Recorder:
     """In the place of a cache: notes each layer's keys and values, gradients included."""
 
     def __init__(self, device: torch.device):
-        self.device = device
-        self.kv: dict[int, Tensor] = {}  # by layer, (2, B, H, T, D)
+        self.device, self.kv = device, {}  # by layer, (2, B, H, T, D)
 
     def longest_after(self, T: int) -> int:
         return T
@@ -119,7 +118,7 @@ def computed_table(model: GPT2, inputs: Tensor) -> Tensor:
     Returns:
         (L, 2, H, P, D), fp32, or fp64 from an fp64 model.
     """
-    recorder = Recorder(inputs.device)
+    recorder: Any = Recorder(inputs.device)
     with evaluating(model):
         model.hidden_states(inputs[None], cache=recorder)
     table = recorder.table()
@@ -171,8 +170,8 @@ class VirtualTokens(nn.Module):
         super().__init__()
         self.borrowed = Borrowed()  # the frozen model, once `Prefix.bind` has named it
         if mid_dim is None:
-            self.mlp = None
-            self.virtual_embd = nn.Parameter(torch.zeros(prefix_len, config.n_embd))  # (P, C)
+            self.mlp: RowMLP | None = None
+            self.virtual_embd: Any = nn.Parameter(torch.zeros(prefix_len, config.n_embd))  # (P, C)
         else:
             self.mlp = RowMLP(config.n_embd, prefix_len, mid_dim, config.n_embd)
             self.virtual_embd = None

@@ -71,7 +71,9 @@ def read_peft(folder: str | Path) -> Prefix:
     return prefix
 
 
-def write_peft(folder: str | Path, prefix: Prefix, base_model: str | None = None) -> None:
+def write_peft(
+    folder: str | Path, prefix: Prefix | BARTPrefix, base_model: str | None = None
+) -> None:
     """Write a folder that PEFT loads for GPT-2, fp32, all of it or nothing.
 
     Args:

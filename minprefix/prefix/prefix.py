@@ -58,8 +58,8 @@ class Prefix(nn.Module):
     family = GPT2Config.family  # of the model that reads it
     max_source: int | None
     prefix_table: Any  # nn.Parameter or None
-    mlp: parts.PrefixMLP | None
-    virtual: parts.VirtualTokens | None
+    mlp: Any  # PrefixMLP or None
+    virtual: Any  # VirtualTokens or None
 
     def __init__(
         self, config: GPT2Config | BARTConfig, prefix_len: int, parametrisation: str = "table",
@@ -175,12 +175,12 @@ class Prefix(nn.Module):
         }
         prefix = cls(config, P, **options).to(table)
         prefix.prefix_table.copy_(table)
-        if gate is not None:
+        if gate is not None and prefix.gate is not None:
             prefix.gate.copy_(gate)
         return prefix
 
     @classmethod
-    def load(cls, path) -> "Prefix":
+    def load(cls, path) -> Any:
         """Read a prefix file; see `files.load_prefix`."""
         from minprefix.prefix.files import load_prefix
 

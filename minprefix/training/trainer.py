@@ -7,6 +7,7 @@ goes on around the steps and `run_folder.py` what a run leaves on disk.
 
 Everything that step s does depends on the settings, the weights before it and (seed, s): the order
 of batches and the dropout masks are functions of them. A run that was killed therefore continues
+from typing import Any
 from its last saved state to the very losses of an unbroken run.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
@@ -36,7 +37,7 @@ from minprefix.generation.texts import generate
 from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.training.blocks import unwrap_blocks, wrap_blocks
-from minprefix.training.graphs import Activations, GraphedPasses, PlainPasses, dropped, leaves
+from minprefix.training.graphs import GraphedPasses, PlainPasses, dropped, leaves
 from minprefix.training.loop import Loop
 from minprefix.training.precision import PRECISIONS, in_bf16, uses_bf16
 from minprefix.training.ranks import Ranks
@@ -183,7 +184,9 @@ class Trainer(Loop):
         rows = [self.rows[i] for batch in batches for i in batch]  # of all ranks
         targets = sum(len(row.ids) - row.prompt_len for row in rows)
         divisor = targets if config.loss == "token" else len(rows)
-        acts = None if self.prefix is None else self.prefix.activations()  # once for all batches
+        acts: Any = (
+            None if self.prefix is None else self.prefix.activations()
+        )  # once for all batches
         if config.prefix_dropout:
             acts = dropped(acts, config.prefix_dropout, seed=number)  # on all ranks the same
         if self.passes is None:
@@ -204,7 +207,7 @@ class Trainer(Loop):
             "tokens": sum(row.length - 1 for row in rows),
         }
 
-    def _passes(self, acts: Activations | None) -> PlainPasses | GraphedPasses:
+    def _passes(self, acts: Any) -> PlainPasses | GraphedPasses:
         if acts is None or not (self.model.captures and uses_graphs(self.device)):
             return PlainPasses(self.losses)
         return GraphedPasses(self.losses, acts, self.model.config.n_positions - acts.max_offset)
@@ -212,7 +215,7 @@ class Trainer(Loop):
     def _update(self) -> tuple[torch.Tensor, float]:
         """Move the weights along their gradients; the gradient's norm and the learning rate."""
         for weight in self.trained.parameters():
-            self.ranks.sum(weight.grad)
+            self.ranks.sum(weight.grad)  # type: ignore[arg-type]
         norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.clip)
         lr = self.lr_at(self.step_done)
         for group in self.optimizer.param_groups:
@@ -253,7 +256,7 @@ class Trainer(Loop):
         room = min(60, self.model.config.room_for_new(longest) - self.offset)
         if not prompts or room < 1:
             return []
-        options = {"prefix": self.prefix, "max_new_tokens": room}
+        options: Any = {"prefix": self.prefix, "max_new_tokens": room}
         texts = generate(self.model, self.tokenizer, prompts, **options)
         return [{"source": s, "text": t.strip()} for s, t in zip(sources, texts, strict=True)]
 

@@ -42,6 +42,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,10 +130,11 @@ class PromptSearch(Loop):
     """
 
     def __init__(
-        self, model: GPT2, tokenizer, config: SearchConfig, train: list[Example],
+        self, model: GPT2 | BART, tokenizer, config: SearchConfig, train: list[Example],
         dev: list[Example], out: str | Path, linearisation: str = "paper",
     ):  # fmt: skip
         need_gpt2(model, "a searched prompt")
+        assert isinstance(model, GPT2)
         super().__init__(
             config, out, model.wte.weight.device, steps=config.steps, log_every=1,
             eval_every=config.eval_every, save_every=1,
@@ -179,7 +181,7 @@ class PromptSearch(Loop):
 
     # scores --------------------------------------------------------------------------------------
 
-    def nats(self, prompts: list[list[int]], rows: list[Encoded]) -> np.ndarray:
+    def nats(self, prompts: Sequence[list[int]], rows: Sequence[Encoded]) -> np.ndarray:
         """Summed loss of each prompt on the rows, (N,); counted as spent."""
         self.spent += len(prompts) * len(rows)
         ids = torch.tensor(prompts, dtype=torch.long, device=self.device)
@@ -348,7 +350,8 @@ class PromptSearch(Loop):
         if not after:
             self.prefix(before).save(self.out / "prefix.safetensors")
             after = [self.tokenizer.bos_id]  # what the frame puts there
-        found = {"text": self.form.text(self.best_prompt), "before": before, "after": after}
+        found: dict[str, Any] = {"text": self.form.text(self.best_prompt)}
+        found |= {"before": before, "after": after}
         found |= {"dev_loss": self.best, "linearisation": self.linearisation}
         found["base"] = fingerprint(self.exact)
         write_text(self.out / "prompt.json", json.dumps(found, indent=1) + "\n")
