@@ -61,9 +61,10 @@ compile-all: .venv/.dev ## compile the kernels for every GPU that they know, in 
 sass: .venv/.dev ## look for miscompiled kernels at D = 64 on Hopper, without a GPU (PTXAS=path)
 	$(BIN)/python -m kernels.tools.sass --quick $(if $(PTXAS),--ptxas $(PTXAS))
 
-check: .venv/.dev ## format, lint and the fast tests: while working
+check: .venv/.dev ## format, lint, types and the fast tests: while working
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not official" -x
 
 format: .venv/.dev ## let ruff format and fix the code
@@ -105,5 +106,5 @@ linkcheck: .venv/.docs ## the site's links to other sites (a network)
 	MINPREFIX_DOCS_EXECUTE=off $(BIN)/python -m sphinx -q -b linkcheck docs runs/docs/linkcheck
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

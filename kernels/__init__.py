@@ -129,7 +129,8 @@ def why_not(index: int) -> str:
     return _why_not[index]
 
 
-why_not._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch.compile calls it, and does not look inside
+# torch.compile calls it, and does not look inside
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _why_not: dict[int, str] = {}
 
 

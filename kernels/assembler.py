@@ -131,7 +131,8 @@ def version_of(path: str) -> Version | None:
 @functools.cache
 def driver_version() -> int:
     """The newest CUDA that the driver knows, 13000 for 13.0; 0 where there is no driver."""
-    return torch._C._cuda_getDriverVersion() if torch.cuda.is_available() else 0  # type: ignore[attr-defined]
+    known: Any = torch._C
+    return known._cuda_getDriverVersion() if torch.cuda.is_available() else 0
 
 
 def _driver() -> Version:

@@ -100,8 +100,8 @@ def tune_write_measure(out: Path) -> tuple[dict, list[dict]]:
         scores[name], texts[name] = evaluate_method(
             model, tokenizer, test, config=GENERATE, progress=True, **method
         )
-        counts = (n_trained, n_kept) if name == "prefix" else (0, 0)
-        rows.append(row(name, scores[name], *counts, model))
+        trained, shipped = (n_trained, n_kept) if name == "prefix" else (0, 0)
+        rows.append(row(name, scores[name], trained, shipped, model))
     metrics = {
         "methods": scores,
         "parameters_trained": n_trained,

@@ -332,7 +332,8 @@ def beam_search(
                 batch.cache.follow(parents)
                 logits = batch.step(model, tokens)
 
-            extend_all(rows, *sent.get(), V, n_new)
+            values, indices = sent.get()
+            extend_all(rows, values, indices, V, n_new)
             left = sum(not search.done for search in rows)
             if left == 0:
                 break

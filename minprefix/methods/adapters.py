@@ -109,7 +109,8 @@ class Adapter(nn.Module):
         self.design, self.bottleneck = design, bottleneck
         self.n_layer, self.n_embd = config.n_layer, config.n_embd
         self.layer_norm_epsilon = config.layer_norm_epsilon
-        self.base, self.linearisation, self.max_source = "", "", None
+        self.base, self.linearisation = "", ""
+        self.max_source: int | None = None
 
         def layer() -> nn.ModuleDict:
             norm = design == "lin"

@@ -83,7 +83,7 @@ def make_tuned(
     return TunedAdapter(make_adapter(model, design, width, baseline.adapter_share, train.seed))
 
 
-def describe(tuned: Tuned, model: GPT2) -> str:
+def describe(tuned: Tuned, model: GPT2 | BART) -> str:
     """What an adapter or top layers are and how large, in one line."""
     n, total = count(tuned.weights), count(model)
     return f"{tuned}: {n:,} parameters, {100 * n / total:.3f} % of the model's {total:,}"

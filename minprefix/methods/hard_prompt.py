@@ -55,7 +55,9 @@ def show_examples(template: str, train: list[Example], shots: int, seed: int = 0
     return HardPrompt(template, tuple((train[i].source, train[i].targets[0]) for i in drawn))
 
 
-def answer(model, tokenizer, prompt: HardPrompt, sources: list[str], **options) -> list[str]:
+def answer(
+    model, tokenizer, prompt: "HardPrompt | TokenPrompt", sources: list[str], **options
+) -> list[str]:
     """What the frozen model writes for each table, cut at the first line break.
 
     Raises:
@@ -68,7 +70,9 @@ def answer(model, tokenizer, prompt: HardPrompt, sources: list[str], **options) 
     return [(text.strip().splitlines() or [""])[0].strip() for text in texts]
 
 
-def template_rows(tokenizer, prompt: HardPrompt, examples: Sequence[Example]) -> list[Encoded]:
+def template_rows(
+    tokenizer, prompt: "HardPrompt | TokenPrompt", examples: Sequence[Example]
+) -> list[Encoded]:
     """Every (source, target) pair as a hard prompt frames it: enc(prompt), enc(" " + target), eos.
 
     The tokens with a loss are those of `batches.encode_pair`, so mean losses can be compared.

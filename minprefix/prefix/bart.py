@@ -55,7 +55,6 @@ class BARTPrefix(nn.Module):
 
     family = BARTConfig.family  # of the model that reads it
     sites: Any  # nn.ModuleDict of Prefix
-    max_source: int | None
     virtual: Any  # VirtualTokens or None
     place, gate = "prefix", None  # a prefix of GPT-2 may say otherwise; gates are the sites'
 
@@ -82,7 +81,8 @@ class BARTPrefix(nn.Module):
                 f"[{prefix_len * tokens}, {config.n_positions}), the positions of the model"
             )
         self.prefix_len, self._offset = prefix_len, position_offset
-        self.base, self.linearisation, self.max_source = "", "", None
+        self.base, self.linearisation = "", ""
+        self.max_source: int | None = None
         self.init_residual = 0.0
         self.parametrisation, self.virtual, self.sites = parametrisation, None, nn.ModuleDict()
         if tokens:

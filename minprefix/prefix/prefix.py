@@ -56,7 +56,6 @@ class Prefix(nn.Module):
     """
 
     family = GPT2Config.family  # of the model that reads it
-    max_source: int | None
     prefix_table: Any  # nn.Parameter or None
     mlp: Any  # PrefixMLP or None
     virtual: Any  # VirtualTokens or None
@@ -78,7 +77,8 @@ class Prefix(nn.Module):
                 f"[0, {config.n_positions}), the positions of the model"
             )
         self.prefix_len, self.position_offset, self.place = prefix_len, position_offset, place
-        self.base, self.linearisation, self.max_source = "", "", None
+        self.base, self.linearisation = "", ""
+        self.max_source: int | None = None
         self.init_residual = 0.0
         self.prefix_table = self.mlp = self.virtual = None
         if parametrisation == "mlp":
@@ -168,12 +168,8 @@ class Prefix(nn.Module):
         L, _, H, P, D = table.shape
         # the model's own limit is checked when the prefix is used
         config = GPT2Config(n_layer=L, n_head=H, n_embd=H * D, n_positions=position_offset + 1)
-        options: dict[str, Any] = {
-            "gate": gate is not None,
-            "position_offset": position_offset,
-            "place": place,
-        }
-        prefix = cls(config, P, **options).to(table)
+        options: Any = {"gate": gate is not None, "position_offset": position_offset}
+        prefix = cls(config, P, place=place, **options).to(table)
         prefix.prefix_table.copy_(table)
         if gate is not None and prefix.gate is not None:
             prefix.gate.copy_(gate)

@@ -40,11 +40,8 @@ class Wrapped:
         run = compiled_forward(kind) if self.compiled and attend is None else kind.forward
         run, args = partial(run, self.block), (x, prefix, visible, attend, *rest)
         if self.recomputed and torch.is_grad_enabled():
-            keep: Any = {
-                "use_reentrant": False,
-                "preserve_rng_state": self.block.training,
-            }  # dropout
-            return checkpoint(run, *args, **keep)
+            random = self.block.training  # dropout
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=random)
         return run(*args)
 
 

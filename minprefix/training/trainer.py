@@ -7,7 +7,6 @@ goes on around the steps and `run_folder.py` what a run leaves on disk.
 
 Everything that step s does depends on the settings, the weights before it and (seed, s): the order
 of batches and the dropout masks are functions of them. A run that was killed therefore continues
-from typing import Any
 from its last saved state to the very losses of an unbroken run.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
@@ -17,6 +16,7 @@ import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -184,9 +184,7 @@ class Trainer(Loop):
         rows = [self.rows[i] for batch in batches for i in batch]  # of all ranks
         targets = sum(len(row.ids) - row.prompt_len for row in rows)
         divisor = targets if config.loss == "token" else len(rows)
-        acts: Any = (
-            None if self.prefix is None else self.prefix.activations()
-        )  # once for all batches
+        acts: Any = None if self.prefix is None else self.prefix.activations()  # for all batches
         if config.prefix_dropout:
             acts = dropped(acts, config.prefix_dropout, seed=number)  # on all ranks the same
         if self.passes is None:

@@ -40,6 +40,7 @@ Effort is counted in row-evaluations: one row read after one prompt, forward (`G
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ from minprefix.methods.search.scores import (
     prompt_nats,
     target_tokens,
 )
+from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import fingerprint, need_gpt2
 from minprefix.prefix.prefix import Prefix, token_activations
