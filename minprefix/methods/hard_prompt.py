@@ -70,9 +70,7 @@ def answer(
     return [(text.strip().splitlines() or [""])[0].strip() for text in texts]
 
 
-def template_rows(
-    tokenizer, prompt: "HardPrompt | TokenPrompt", examples: Sequence[Example]
-) -> list[Encoded]:
+def template_rows(tokenizer, prompt: HardPrompt, examples: Sequence[Example]) -> list[Encoded]:
     """Every (source, target) pair as a hard prompt frames it: enc(prompt), enc(" " + target), eos.
 
     The tokens with a loss are those of `batches.encode_pair`, so mean losses can be compared.
