@@ -9,6 +9,7 @@ definition of correct. Importing this package imports torch and nothing else.
 import importlib.util
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def prefix_attention_qkv(
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be (B, T, 3, H, D), got {tuple(qkv.shape)}")
-    options = {
+    options: Any = {
         "causal": causal, "scale": scale, "prefix_index": prefix_index, "prefix_lens": prefix_lens,
         "kv_lens": kv_lens, "q_offset": q_offset,
     }  # fmt: skip
@@ -128,7 +129,8 @@ def why_not(index: int) -> str:
     return _why_not[index]
 
 
-why_not._dynamo_marked_constant = True  # torch.compile calls it, and does not look inside
+# torch.compile calls it, and does not look inside
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _why_not: dict[int, str] = {}
 
 

@@ -39,7 +39,7 @@ class Assembler(NamedTuple):
     """A ptxas that runs, or (version None) one that the user names and that does not."""
 
     path: str
-    version: Version | None
+    version: Any  # a Version, or None
     origin: str  # who brings it
 
     def __str__(self) -> str:
@@ -105,7 +105,7 @@ def tools(*names: str) -> list[Assembler]:
     places: list[tuple[str, Path]] = []
     for package, pattern in (("triton", "backends/nvidia/bin"), ("nvidia", "*/bin")):
         spec = importlib.util.find_spec(package)
-        for folder in spec.submodule_search_locations if spec else ():
+        for folder in (spec and spec.submodule_search_locations) or ():
             places += [(f"of the package {package}", path) for path in Path(folder).glob(pattern)]
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if folder := os.environ.get(variable):
@@ -131,7 +131,8 @@ def version_of(path: str) -> Version | None:
 @functools.cache
 def driver_version() -> int:
     """The newest CUDA that the driver knows, 13000 for 13.0; 0 where there is no driver."""
-    return torch._C._cuda_getDriverVersion() if torch.cuda.is_available() else 0
+    known: Any = torch._C
+    return known._cuda_getDriverVersion() if torch.cuda.is_available() else 0
 
 
 def _driver() -> Version:
@@ -187,7 +188,7 @@ def compile_kernel(source, target=None, options=None, *, path: str | None = None
     if path is None:
         if reason := refusal(target.arch):
             raise RuntimeError(reason)
-        path = choose(target.arch).path
+        path = choose(target.arch).path  # type: ignore[union-attr]
     with assembling(path):
         return triton.compile(source, target=target, options=options, **more)
 

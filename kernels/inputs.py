@@ -3,7 +3,7 @@
 Everything between `kernels.prefix_attention` and a kernel passes them on as one `Inputs`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ class Inputs(NamedTuple):
     """What `kernels.prefix_attention` takes, in the order of the registered operators."""
 
     q: Tensor  # (B, H, T, D); or qkv (B, T, 3, H, D), and then k and v are None
-    k: Tensor | None  # (B, H, S, D)
-    v: Tensor | None
+    k: Any  # Tensor (B, H, S, D), or None
+    v: Any
     prefix_k: Tensor  # (H, P, D) or (N, H, P, D)
     prefix_v: Tensor
     prefix_index: Tensor | None = None  # (B,)
@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
         return self._replace(q=q, k=k, v=v)
 
 
-def heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def heads(qkv: Tensor) -> tuple[Tensor, ...]:
     """q, k, v (B, H, T, D) as views of qkv (B, T, 3, H, D)."""
     return qkv.permute(2, 0, 3, 1, 4).unbind()
 
@@ -70,9 +70,7 @@ def check(inputs: Inputs) -> None:
     check_int(q_offset, "q_offset", (B,), None, None)
 
 
-def check_int(
-    x: Tensor | None, name: str, want: tuple, low: int | None, high: int | None, also=None
-):
+def check_int(x: Tensor | None, name: str, want: tuple, low: Any, high: Any, also=None):
     """ValueError unless x is None or an integer tensor of the wanted shape with low <= x <= high.
 
     Values are looked at on the CPU only: on a GPU that would wait for it.

@@ -114,7 +114,7 @@ def plans_of(q: Tensor, k: Tensor, prefix_len: int, aligned: bool) -> list[Tile 
     tiles = tiles_of("bwd_short", q)
     holding = [t for t in tiles if t.block_m >= T and t.block_n >= S]
     smallest = min((t.block_m for t in holding), default=0)
-    one = [t for t in holding if t.block_m == smallest]
+    one: list[Tile | None] = [t for t in holding if t.block_m == smallest]
     several = [
         t for t in tiles
         if aligned and t not in holding and cdiv(T, t.block_m) * cdiv(T, t.block_n) <= UNROLLED

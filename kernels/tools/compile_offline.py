@@ -146,13 +146,13 @@ def nvidia_usage(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups()
+    registers, stack, local = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)[0]
     return int(registers), int(stack) + int(local)
 
 
 def ptxas_messages(ptx: str, ptxas: str | None) -> str:
     """What an assembler (None: ours) says of PTX for sm_90."""
-    ptxas = ptxas or assembler.choose(90).path
+    ptxas = ptxas or assembler.choose(90).path  # type: ignore[union-attr]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -258,7 +258,8 @@ def row(result: Result) -> str:
 
 def csv_row(result: Result) -> dict[str, Any]:
     """The columns that name a kernel come first."""
-    case, compiled = result.job.case, result.compiled
+    case = result.job.case
+    compiled: Any = result.compiled
     of = {"kernel": result.job.name, "tile": result.job.tile, "target": case.target}
     of |= {"default": int(result.job.default)}
     of |= {"dtype": case.dtype, "head_dim": case.head_dim}

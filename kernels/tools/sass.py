@@ -205,7 +205,7 @@ def main() -> None:
         used = assembler.Assembler(args.ptxas, assembler.version_of(args.ptxas), "--ptxas")
     elif reason := assembler.refusal(arch):
         sys.exit(reason)
-    if used.version is None:
+    if used is None or used.version is None:
         sys.exit(f"{used}")
     chosen = {"head_dim": (64,)} if args.quick else {"dtype": ("bf16", "fp16", "fp32")}
     jobs = jobs_of(calls(target=(args.target,), **chosen))

@@ -145,7 +145,7 @@ def pair(values: dict[str, int | str], operand: str) -> tuple[int | str, int | s
     return -low & WORD, -high - (low > WORD // 2) & WORD
 
 
-def total(terms: Sequence[int | str]) -> int | str:
+def total(terms: Sequence[Any]) -> int | str:
     """A sum as far as it is constant."""
     if not any(isinstance(term, str) for term in terms):
         return sum(terms) & WORD

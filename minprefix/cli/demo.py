@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -87,7 +88,7 @@ def tune_write_measure(out: Path) -> tuple[dict, list[dict]]:
     training = tune(trainer, out)
     kept = Prefix.load(out / "prefix.safetensors")
 
-    methods = {
+    methods: dict[str, Any] = {
         "hard prompt": {"prompt": HardPrompt()},
         f"{SHOTS} examples in context": {"prompt": show_examples(TEMPLATES[0], train, SHOTS)},
         "prefix": {"prefix": kept},
@@ -99,8 +100,8 @@ def tune_write_measure(out: Path) -> tuple[dict, list[dict]]:
         scores[name], texts[name] = evaluate_method(
             model, tokenizer, test, config=GENERATE, progress=True, **method
         )
-        counts = (n_trained, n_kept) if name == "prefix" else (0, 0)
-        rows.append(row(name, scores[name], *counts, model))
+        trained, shipped = (n_trained, n_kept) if name == "prefix" else (0, 0)
+        rows.append(row(name, scores[name], trained, shipped, model))
     metrics = {
         "methods": scores,
         "parameters_trained": n_trained,

@@ -68,7 +68,7 @@ def run(options: Options) -> dict:
             f"{options.model} was not trained on tables: give --prefix, --adapter, --hard-prompt, "
             "a fine-tuned model, or the --linearisation that it knows"
         )
-    if asks:
+    if options.hard_prompt is not None:
         prompt = HardPrompt(options.hard_prompt)
         if options.shots:
             train = load_examples(options.data, "train", linearisation=linearisation)

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -38,7 +38,7 @@ def run(options: Options) -> dict | None:
     else:
         style = "paper" if frame == "none" else frame
         prompts = [encode_prompt(tokenizer, prompt, style, cut) for prompt in prompts]
-    how = {"prefix": prefix, "config": options.generation}
+    how: Any = {"prefix": prefix, "config": options.generation}
     if len(prompts) == 1 and options.generation.num_beams == 1 and not options.json:
         pieces, begun = stream(model, tokenizer, prompts[0], **how), frame == "none"
         for piece in pieces:

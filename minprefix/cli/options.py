@@ -128,7 +128,7 @@ class WithRun(WithData):
                 raise ValueError(
                     f"{self.resume}: a run keeps its settings, {option} cannot go with --resume"
                 )
-        elif (self.out / "config.json").exists() or state_path(self.out).exists():
+        elif self.out and ((self.out / "config.json").exists() or state_path(self.out).exists()):
             raise ValueError(
                 f"{self.out} holds a run: go on with --resume {self.out}, or choose another"
             )

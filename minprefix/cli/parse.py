@@ -27,7 +27,7 @@ def parse(
         SystemExit: wrong usage (2), or --help (0).
         ValueError: values that a dataclass refuses.
     """
-    given = {} if default is None else {"default": default}
+    given: Any = {} if default is None else {"default": default}
     config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
     with errors.on_parse_error(report):
         return tyro.cli(cls, prog=prog, description=description, args=words, config=config, **given)

@@ -14,7 +14,7 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, Suppress, arg
@@ -122,7 +122,7 @@ def samples(folder: Path, count: int, device: str) -> list[str]:
     model, tokenizer = weights.load(folder, device=device)
     prompts = [[tokenizer.bos_id]] * count
     room = min(SAMPLE_TOKENS, model.config.n_positions - 1)
-    options = {"max_new_tokens": room, "do_sample": True, "top_p": 0.9}
+    options: Any = {"max_new_tokens": room, "do_sample": True, "top_p": 0.9}
     return [text.strip() for text in generate(model, tokenizer, prompts, **options)]
 
 

@@ -48,6 +48,7 @@ def run_to_search(options: Options) -> tuple[Path, dict]:
     """The run folder and the settings that the options name; ValueError if they do not fit."""
     options.check_folder(state_path)
     if not options.resume:
+        assert options.out is not None
         return options.out, options.settings() | {"search": asdict(options.search)}
     path = options.resume / "config.json"
     if not path.is_file():

@@ -59,6 +59,7 @@ def run_to_train(options: Options) -> tuple[Path, dict]:
         return options.resume, settings | ({"device": options.device} if options.device else {})
     check_read(options)
     names = ("train", "prefix", "baseline")
+    assert options.out is not None
     return options.out, options.settings() | {n: asdict(getattr(options, n)) for n in names}
 
 

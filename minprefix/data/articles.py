@@ -16,6 +16,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from minprefix.data.examples import Example, checked_text, clean
 from minprefix.files import atomic_write, read_json
@@ -140,7 +141,8 @@ def convert_xsum(archive: Path, split_ids: Path, folder: Path) -> list[Path]:
                     if not member.isfile() or number not in wanted:
                         continue
                     where = f"{archive}:{member.name}"
-                    row = _parse_summary(tar.extractfile(member).read().decode(), where)
+                    file: Any = tar.extractfile(member)
+                    row = _parse_summary(file.read().decode(), where)
                     line = json.dumps(row | {"id": number}, ensure_ascii=False).encode() + b"\n"
                     places[number] = rows.tell(), len(line)
                     rows.write(line)

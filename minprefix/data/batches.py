@@ -9,6 +9,7 @@ the README's table. Differs from the authors' code [2]: nothing is cut in silenc
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import torch
@@ -108,9 +109,9 @@ def encode_examples(
             pair = encode_pair(tokenizer, example.source, target, linearisation, where, max_source)
             if max_len is not None and len(pair.ids) > max_len:
                 raise ValueError(f"{where}: {len(pair.ids)} tokens, at most {max_len} are allowed")
-            if max_len is not None and len(pair.source or ()) > max_len - 1:
-                n = f"a source of {len(pair.source)} tokens, at most {max_len - 1} are allowed"
-                raise ValueError(f"{where}: {n} (max_source cuts)")
+            if max_len is not None and (n := len(pair.source or ())) > max_len - 1:
+                told = f"a source of {n} tokens, at most {max_len - 1} are allowed"
+                raise ValueError(f"{where}: {told} (max_source cuts)")
             encoded.append(pair)
     return encoded
 
@@ -133,14 +134,14 @@ class Batch:
     source_ids: torch.Tensor | None = field(default=None, kw_only=True)  # (B, S), int64
     source_lens: torch.Tensor | None = field(default=None, kw_only=True)  # (B,), int64
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Self:
         """On this device; a GPU is not waited for."""
         given = {name: x for name, x in vars(self).items() if x is not None}
         return type(self)(
             **{n: pinned(x, device).to(device, non_blocking=True) for n, x in given.items()}
         )
 
-    def beside(self) -> dict[str, torch.Tensor]:
+    def beside(self) -> dict[str, torch.Tensor | None]:
         """What `hidden_states` takes beside input_ids."""
         if self.source_ids is None:
             return {"starts": self.starts}

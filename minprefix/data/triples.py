@@ -71,7 +71,7 @@ def read_xml(path: Path, linearisation: str, only_good: bool) -> Iterator[Exampl
         if only_good and not dart:
             texts = [lex for lex in texts if lex.get("comment") == "good"]
         if texts:
-            targets = tuple(clean(lex.text, linearisation) for lex in texts)
+            targets = tuple(clean(lex.text or "", linearisation) for lex in texts)
             source = _linearise(triples, linearisation, dart)
             yield Example(source, targets, None, where, group)
 

@@ -20,7 +20,7 @@ searched in fp64.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class Beginning(NamedTuple):
     """What the model reads before the first new token is chosen."""
 
     texts: list[list[int]]  # by prompt: GPT-2 reads the prompt, a BART's decoder its first tokens
-    options: dict[str, object] = {}  # of `hidden_states`: a BART's encoded sources
+    options: dict[str, Any] = {}  # of `hidden_states`: a BART's encoded sources
     given: int = 0  # new tokens among the texts: a first one that is forced
     must_end: bool = False  # the last of max_new_tokens can only be the end of text
 
@@ -124,7 +124,7 @@ def bans_after(
     """For the token that comes after `n_new` others; `config` has gone through `for_model`."""
     last = beginning.must_end and n_new + 1 == config.max_new_tokens
     return Bans(
-        bad_words_ids, config.no_repeat_ngram_size,
+        bad_words_ids, config.no_repeat_ngram_size or 0,
         eos_id if n_new < config.min_new_tokens else None, eos_id if last else None,
     )  # fmt: skip
 
@@ -291,6 +291,7 @@ class BeamSearch:
         judged at its present length, does not beat the worst of them (early_stopping: whatever runs
         on); or at max_new_tokens, where every beam ends.
         """
+        assert self.config.length_penalty is not None  # as `for_model` left it
         K, penalty = self.config.num_beams, n_new**self.config.length_penalty
         ends = [beam.tokens[-1] == self.eos_id for beam in candidates]
         at_limit = n_new == self.config.max_new_tokens

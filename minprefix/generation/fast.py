@@ -20,6 +20,7 @@ b counts prompts, K beams.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -67,12 +68,13 @@ class Batch:
     """
 
     def __init__(self, key: tuple, cache: RowCache | BeamCache, acts: Activations, K: int):
-        self.key, self.cache = key, cache
-        prompts = cache if K == 1 else cache.prompts
+        self.key = key
+        self.cache: Any = cache
+        prompts = cache if isinstance(cache, RowCache) else cache.prompts
         self.max_rows = len(prompts.lengths)
         self.ids = prompts.lengths.new_zeros(self.max_rows, K)  # what a step reads
         self.acts = acts.with_room(self.max_rows)
-        self.options: dict[str, object] = {}  # of `hidden_states`: a BART's encoded sources
+        self.options: dict[str, Any] = {}  # of `hidden_states`: a BART's encoded sources
         self.graphs: dict[tuple[int, int], Callable[[], Tensor]] = {}
 
     def read(self, model: LanguageModel, beginning: Beginning, acts: Activations) -> Tensor:
@@ -140,7 +142,7 @@ KEPT: WeakKeyDictionary[LanguageModel, Batch] = (
 )  # the last batch, for its graphs
 
 
-def take_batch(model: LanguageModel, prompts, config: GenerationConfig, acts: Activations) -> Batch:
+def take_batch(model: LanguageModel, prompts, config: GenerationConfig, acts: Any) -> Batch:
     """A batch with room for the prompts (what is read first); the kept one if it fits.
 
     `KEPT` has it back afterwards. While it is taken, another generation with the same model makes
@@ -182,7 +184,7 @@ class Sent:
         if self.arrived is not None:
             self.arrived.record(torch.cuda.current_stream(x.device))
 
-    def get(self) -> list:
+    def get(self) -> Any:
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.x.tolist()
@@ -249,7 +251,7 @@ def greedy_or_sampled(
     beginning = begin(model, prompts, config, acts)
     batch = take_batch(model, beginning.texts, config, acts)
     ahead, device = batch.cache.static, batch.ids.device
-    words = Forbidden(bad_words_ids, config.no_repeat_ngram_size, device)
+    words = Forbidden(bad_words_ids, config.no_repeat_ngram_size or 0, device)
     recent, u = words.recent(beginning.texts, device), None
     if config.do_sample:  # all draws at once: (B, max_new_tokens)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -307,7 +309,7 @@ def beam_search(
     beginning = begin(model, prompts, config, acts)
     batch = take_batch(model, beginning.texts, config, acts)
     ahead, device = batch.cache.static, batch.ids.device
-    words = Forbidden(bad_words_ids, config.no_repeat_ngram_size, device)
+    words = Forbidden(bad_words_ids, config.no_repeat_ngram_size or 0, device)
     searches = [BeamSearch(tokens, config, eos_id) for tokens in beginning.texts]
     rows = list(searches)  # in each row of the batch
     try:
@@ -330,7 +332,8 @@ def beam_search(
                 batch.cache.follow(parents)
                 logits = batch.step(model, tokens)
 
-            extend_all(rows, *sent.get(), V, n_new)
+            values, indices = sent.get()
+            extend_all(rows, values, indices, V, n_new)
             left = sum(not search.done for search in rows)
             if left == 0:
                 break

@@ -8,6 +8,7 @@ Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def capture(
-    run: Callable[[], Tensor], device: torch.device, pool: tuple | None = None
+    run: Callable[[], Tensor], device: torch.device, pool: Any = None
 ) -> Callable[[], Tensor]:
     """Record what `run` does on the GPU; the result repeats it, into the same tensors.
 

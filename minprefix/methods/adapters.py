@@ -35,6 +35,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,8 @@ class Adapter(nn.Module):
         self.design, self.bottleneck = design, bottleneck
         self.n_layer, self.n_embd = config.n_layer, config.n_embd
         self.layer_norm_epsilon = config.layer_norm_epsilon
-        self.base, self.linearisation, self.max_source = "", "", None
+        self.base, self.linearisation = "", ""
+        self.max_source: int | None = None
 
         def layer() -> nn.ModuleDict:
             norm = design == "lin"
@@ -116,7 +118,7 @@ class Adapter(nn.Module):
                 {p: Bottleneck(config, bottleneck, norm) for p in SUBLAYERS[design]}
             )
 
-        self.h = nn.ModuleList(layer() for _ in range(config.n_layer))
+        self.h: Any = nn.ModuleList(layer() for _ in range(config.n_layer))
 
     @classmethod
     @torch.no_grad()

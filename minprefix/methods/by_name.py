@@ -76,13 +76,14 @@ def make_tuned(
     if train.method == "finetune":
         return TunedModel(model)
     need_gpt2(model, f"method {train.method!r}")
+    assert isinstance(model, GPT2)
     if train.method == "ft-top":
         return TunedTopLayers(TopLayers(model, baseline.top_layers, baseline.top_embedding))
     design, width = baseline.adapter_design, baseline.bottleneck
     return TunedAdapter(make_adapter(model, design, width, baseline.adapter_share, train.seed))
 
 
-def describe(tuned: Tuned, model: GPT2) -> str:
+def describe(tuned: Tuned, model: GPT2 | BART) -> str:
     """What an adapter or top layers are and how large, in one line."""
     n, total = count(tuned.weights), count(model)
     return f"{tuned}: {n:,} parameters, {100 * n / total:.3f} % of the model's {total:,}"

@@ -10,6 +10,7 @@ say, but 100, the length in its appendix, and 5 come to them.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def bart_rows(config: BARTConfig) -> list[dict]:
             table = count(BARTPrefix(config, length))
             mlp = count(BARTPrefix(config, length, parametrisation="mlp", mid_dim=BART_MID))
         found.append((f"prefix, P = {length}", mlp, table))
-    rows = []
+    rows: list[dict] = []
     for method, trained, kept in found:
         percent = round(100 * kept / total, 4)
         rows.append({"method": method, "trained": trained, "kept": kept, "percent": percent})
@@ -51,7 +52,8 @@ def method_rows(config: GPT2Config | BARTConfig) -> list[dict]:
     GPT-2 medium and BART large also what the paper says."""
     if config.family == "BART":
         return bart_rows(config)
-    model, rows = shapes_of(config), []
+    model: Any = shapes_of(config)
+    rows: list[dict] = []
     total = count(model)
 
     def add(method: str, trained: int, kept: int, said: str = "") -> None:
@@ -63,7 +65,8 @@ def method_rows(config: GPT2Config | BARTConfig) -> list[dict]:
     n_top = min(2, config.n_layer)
     for embedding in (False, True):
         name = f"FT-top{n_top}" + (" with the embedding" if embedding else "")
-        add(name, *2 * [count(TopLayers(model, n_top, embedding))])
+        n = count(TopLayers(model, n_top, embedding))
+        add(name, n, n)
     for design in DESIGNS:
         for share in SHARES:
             width = bottleneck_for(config, share, design)
@@ -73,7 +76,7 @@ def method_rows(config: GPT2Config | BARTConfig) -> list[dict]:
             add(f"{said}, {design}, bottleneck {width}", n, n, said)
     for length in LENGTHS:
         with torch.device("meta"):
-            options = {"position_offset": 0}  # P may be larger than a tiny model's positions
+            options: Any = {"position_offset": 0}  # P may be larger than a tiny model's positions
             table = count(Prefix(config, length, **options))
             mlp = count(Prefix(config, length, parametrisation="mlp", **options))
         add(f"prefix, P = {length}", mlp, table)

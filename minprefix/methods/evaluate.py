@@ -1,6 +1,7 @@
 """Evaluation: write a text for every table of a data set with one method, then score the texts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -9,9 +10,10 @@ from minprefix.data.batches import encode_prompt
 from minprefix.data.examples import Example
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.generation.texts import frame_of, generate
-from minprefix.methods.hard_prompt import HardPrompt, answer
+from minprefix.methods.hard_prompt import HardPrompt, TokenPrompt, answer
 from minprefix.metrics.official import SUITES, official_scores, suite_of
 from minprefix.metrics.quick import score
+from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.prefix import Prefix
 
@@ -37,8 +39,8 @@ def measure(
 
 
 def evaluate_method(
-    model: GPT2, tokenizer, examples: list[Example], *, prefix: Prefix | None = None,
-    prompt: HardPrompt | None = None, config: GenerationConfig | None = None,
+    model: GPT2 | BART, tokenizer, examples: list[Example], *, prefix: Prefix | None = None,
+    prompt: HardPrompt | TokenPrompt | None = None, config: GenerationConfig | None = None,
     linearisation: str = "paper", max_source: int | None = None, batch_size: int = 64,
     progress: bool = False, metrics: str = "quick",
 ) -> tuple[dict[str, float], list[str]]:  # fmt: skip
@@ -58,7 +60,7 @@ def evaluate_method(
     config = config or GenerationConfig()
     sources = [example.source for example in examples]
     with tqdm(total=len(sources), unit="text", disable=not progress, delay=1) as bar:
-        options = {"config": config, "batch_size": batch_size}
+        options: Any = {"config": config, "batch_size": batch_size}
         options["progress"] = lambda done, _: bar.update(done - bar.n)
         if prompt is not None:
             texts = answer(model, tokenizer, prompt, sources, **options)

@@ -7,6 +7,7 @@ writes up to its first line break.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,9 @@ def show_examples(template: str, train: list[Example], shots: int, seed: int = 0
     return HardPrompt(template, tuple((train[i].source, train[i].targets[0]) for i in drawn))
 
 
-def answer(model, tokenizer, prompt: HardPrompt, sources: list[str], **options) -> list[str]:
+def answer(
+    model, tokenizer, prompt: "HardPrompt | TokenPrompt", sources: list[str], **options
+) -> list[str]:
     """What the frozen model writes for each table, cut at the first line break.
 
     Raises:
@@ -101,7 +104,7 @@ class TokenPrompt:
         Raises:
             ValueError: not such a file, or tokens that the tokenizer does not have.
         """
-        found = read_json(path)
+        found: Any = read_json(path)
         # searches of older versions say "behind"
         parts = [found.get("before"), found.get("after", found.get("behind"))]
         for part in parts:
@@ -115,7 +118,7 @@ class TokenPrompt:
             tokenizer.decode(parts[0] + parts[1])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        return cls(tokenizer, *parts, linearisation, base)
+        return cls(tokenizer, parts[0], parts[1], linearisation, base)
 
     def check_base(self, model: GPT2) -> None:
         """ValueError if this prompt was searched for another model than `model`."""

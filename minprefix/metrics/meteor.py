@@ -21,7 +21,7 @@ def _jar() -> Path | None:
     if named := os.environ.get("MINPREFIX_METEOR"):
         return Path(named)
     package = importlib.util.find_spec("pycocoevalcap")
-    folders = package.submodule_search_locations if package else []
+    folders = (package and package.submodule_search_locations) or []
     return next((Path(f, "meteor", "meteor-1.5.jar") for f in folders), None)
 
 
@@ -55,7 +55,7 @@ def meteor(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float
     """
     if problem := why_not():
         raise OSError(problem)
-    jar = _jar().resolve()
+    jar = _jar().resolve()  # type: ignore[union-attr]
     most = max(len(texts) for texts in references)
     # The program reads `most` lines for each output; empty ones match nothing.
     padded = [text for texts in references for text in [*texts, *[""] * (most - len(texts))]]

@@ -11,6 +11,7 @@ Both packages are imported when a score is asked for: all other commands run wit
 import re
 from collections.abc import Sequence
 from string import ascii_lowercase, ascii_uppercase
+from typing import Any
 
 from minprefix.data.examples import Example
 
@@ -58,7 +59,7 @@ def lower_ascii(text: str) -> str:
     return text.translate(_LOWER)
 
 
-def streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+def streams(references: Sequence[Sequence[str]]) -> list[list[Any]]:
     """References as sacrebleu wants them: first ones, second ones, ...; None where one lacks."""
     most = max(len(texts) for texts in references)
     return [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
@@ -145,6 +146,7 @@ def score(outputs: Sequence[str], examples: Sequence[Example]) -> dict[str, floa
         "bleu": corpus_bleu(outputs, references),
         "rouge_l": rouge_l(outputs, references),
     }
-    if all(example.table is not None for example in examples):
-        scores["slot_coverage"] = slot_coverage(outputs, [example.table for example in examples])
+    tables = [example.table for example in examples if example.table is not None]
+    if len(tables) == len(examples):
+        scores["slot_coverage"] = slot_coverage(outputs, tables)
     return scores

@@ -10,7 +10,7 @@ sees. Read these, then `gated_attention`. Shapes use the letters of the README's
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Activations:
         """The same tensors at addresses of their own; those with an entry per row have `rows`."""
         return self
 
-    def overwritten(self, other: "Activations") -> "Activations":
+    def overwritten(self, other: Any) -> "Activations":
         """With the values of `other`, at the same addresses."""
         return other
 
@@ -85,7 +85,7 @@ class PrefixActivations(Activations):
     """h_i for i in P_idx: the keys and values of one prefix, or of a bank, in all layers."""
 
     table: Tensor  # (L, 2, H, P, D), one prefix; (L, 2, N, H, P, D), a bank
-    position_offset: int | Tensor  # token t stands at position t + offset; (B,) with a bank
+    position_offset: Any  # int or Tensor: token t stands at position t + offset; (B,) with a bank
     max_offset: int  # the largest of them
     gate: Tensor | None = None  # (L, H) or (L, N, H): weight >= 0 on the prefix's softmax terms
     index: Tensor | None = None  # (B,) which prefix of the bank each row uses, -1 = none
@@ -168,7 +168,7 @@ class PrefixActivations(Activations):
         return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     def with_room(self, rows: int) -> "PrefixActivations":
-        copies = {
+        copies: dict[str, Any] = {
             name: x.new_zeros(rows) if name in PER_ROW else x.detach().clone()
             for name, x in self.tensors().items()
         }
@@ -202,7 +202,7 @@ class BARTActivations(Activations):
     virtual: Tensor | None = None  # (P, C)
 
     @classmethod
-    def empty(cls, config: BARTConfig, like: Tensor) -> "BARTActivations":
+    def empty(cls, config: GPT2Config | BARTConfig, like: Tensor) -> "BARTActivations":
         """No prefix."""
         return cls()
 

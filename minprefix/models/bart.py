@@ -22,6 +22,7 @@ Shapes use the letters of the README's table; S counts source tokens, T target t
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class Source:
 
     states: Tensor  # (B, S, C)
     lens: Tensor | None = None  # (B,) real tokens of each row; None = all
-    kv: Tensor | None = None  # (L, 2, B, H, S, D): keys and values of all layers; None = not yet
+    kv: Any = None  # Tensor (L, 2, B, H, S, D): keys and values of all layers; None = not yet
 
     def select(self, rows: Tensor) -> "Source":
         """These rows, in this order and as often as they are named."""
@@ -51,6 +52,7 @@ class Source:
 
     def keep(self, order: list[int]) -> "Source":
         """`select` in place, with kv: only rows that another takes the place of are written."""
+        assert self.lens is not None
         moved = [(to, source) for to, source in enumerate(order) if to != source]
         if moved:
             to, source = (list(rows) for rows in zip(*moved, strict=True))
@@ -159,7 +161,7 @@ class Stack(nn.Module):
         self.wpe = nn.Embedding(FIRST_POSITION + config.n_positions, config.n_embd)
         self.ln_embd = nn.LayerNorm(config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(block(config) for _ in range(n_layer))
+        self.h: Any = nn.ModuleList(block(config) for _ in range(n_layer))
 
     def embed(self, embd: Tensor, positions: Tensor) -> Tensor:
         """What the first layer reads of embeddings (B, T, C) at positions (T,) or (B, T)."""
@@ -173,7 +175,7 @@ class BART(LanguageModel):
 
     def __init__(self, config: BARTConfig):
         super().__init__()
-        self.config = config
+        self.config: BARTConfig = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.encoder = Stack(config, EncoderBlock, config.n_encoder_layer)
         self.decoder = Stack(config, DecoderBlock, config.n_layer)
@@ -254,6 +256,7 @@ class BART(LanguageModel):
         B, T = input_ids.shape
         prefix = self.activations_of(prefix, prefix_index)
         if source is None:
+            assert source_ids is not None
             source = self.encode(source_ids, source_lens, prefix=prefix)
         own, cross = (prefix.at(s, self.config, self.wte.weight) for s in ("decoder", "cross"))
         own.check_fit(self.config, B, T if cache is None else cache.longest_after(T))

@@ -4,26 +4,31 @@ A model also says here what the rest of the program must know of it, so that not
 which of the two it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minprefix.models.activations import Activations
+from minprefix.models.activations import BARTActivations, PrefixActivations
+from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.losses import IGNORE, frozen_head_loss
 
 
 class LanguageModel(nn.Module):
     """The head is the token embedding `wte` (tied); `hidden_states` makes what it reads."""
 
-    reads: ClassVar[type[Activations]]  # what it reads of a prefix
+    reads: ClassVar[type[PrefixActivations] | type[BARTActivations]]  # what it reads of a prefix
     reads_name: ClassVar[str]  # the class of such a prefix
     captures: ClassVar[bool]  # CUDA graphs can repeat a step: equal shapes, equal kernels
     head_bias: Tensor | None
+    config: GPT2Config | BARTConfig
+    wte: nn.Embedding
+    begin: Callable[..., tuple[list, dict]]
+    hidden_states: Callable[..., Tensor]
 
     def blocks(self) -> list[nn.Module]:
         """All layers, in the order in which they run."""
@@ -33,7 +38,7 @@ class LanguageModel(nn.Module):
         """Of the normal distribution from which `init_weights` draws this matrix."""
         return 0.02
 
-    def init_weights(self, seed: int) -> "LanguageModel":
+    def init_weights(self, seed: int) -> Self:
         """Random weights: matrices from N(0, `init_std`), biases 0, layer norms 1."""
         generator = torch.Generator(device=self.wte.weight.device).manual_seed(seed)
         for name, weight in self.named_parameters():
@@ -69,7 +74,7 @@ class LanguageModel(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, labels, reduction="none")
 
-    def activations_of(self, prefix, prefix_index: Tensor | None = None) -> Activations:
+    def activations_of(self, prefix, prefix_index: Tensor | None = None) -> Any:
         """What it reads of a prefix, of a bank with an index, or of None; ready ones stay.
 
         Raises:
@@ -100,8 +105,8 @@ class LanguageModel(nn.Module):
 ATTACHED: WeakKeyDictionary[LanguageModel, tuple[nn.Module, list]] = WeakKeyDictionary()
 
 
-def adapter_of(model: LanguageModel) -> nn.Module | None:
-    """The adapter that is attached to the model."""
+def adapter_of(model: LanguageModel) -> Any:
+    """The adapter that is attached to the model, or None."""
     return ATTACHED[model][0] if model in ATTACHED else None
 
 

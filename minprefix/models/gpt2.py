@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from minprefix.models.activations import LayerPrefix, PrefixActivations, Visible, self_attention
 from minprefix.models.base import LanguageModel
 from minprefix.models.cache import KVCache
-from minprefix.models.config import GPT2Config
+from minprefix.models.config import BARTConfig, GPT2Config
 
 
 class Conv1D(nn.Module):
@@ -41,9 +41,9 @@ class Conv1D(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over [prefix; tokens so far]."""
 
-    linear = Conv1D  # how weights are stored
+    linear: type[nn.Module] = Conv1D  # how weights are stored
 
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config: GPT2Config | BARTConfig):
         super().__init__()
         self.n_head = config.n_head
         self.c_attn = self.linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
@@ -105,7 +105,7 @@ class GPT2(LanguageModel):
 
     def __init__(self, config: GPT2Config):
         super().__init__()
-        self.config = config
+        self.config: GPT2Config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
@@ -151,7 +151,7 @@ class GPT2(LanguageModel):
                 infix without `starts`.
         """
         B, T = input_ids.shape[:2]
-        acts = self.activations_of(prefix, prefix_index)
+        acts: PrefixActivations = self.activations_of(prefix, prefix_index)
         acts.check_fit(self.config, B, T if cache is None else cache.longest_after(T))
 
         steps = torch.arange(T, device=input_ids.device) if cache is None else cache.places(T)

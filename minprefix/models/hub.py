@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub import errors as hub_errors
@@ -134,7 +135,7 @@ class _Repo:
         path = find_cached(self.name, filename, revision=self.commit)
         if not isinstance(path, str):
             try:
-                meta = self.head(filename)
+                meta: Any = self.head(filename)
             except hub_errors.EntryNotFoundError:
                 return None
             own = self.folder / ".minprefix"
@@ -228,7 +229,7 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
         raise ValueError(f"{name!r}: neither a folder here nor a name for a hub") from error
     repo = _Repo(name, "main", progress)
     try:
-        newest = repo.head("config.json", "no folder of this name, and asking for")
+        newest: Any = repo.head("config.json", "no folder of this name, and asking for")
         repo = replace(repo, commit=newest.commit_hash)
     except hub_errors.EntryNotFoundError as error:
         raise ValueError(f"{name}: {constants.ENDPOINT} has no config.json of it") from error

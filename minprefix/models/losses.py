@@ -37,7 +37,7 @@ class FrozenHeadLoss(torch.autograd.Function):
             s = F.linear(hidden[rows], weight, bias).to(wide)  # (rows, V)
             lse = s.logsumexp(-1, keepdim=True)
             losses[rows] = (lse - s.gather(-1, y))[:, 0]
-            if need:
+            if dhidden is not None:
                 p = s.sub_(lse).exp_()  # softmax(s), in the place of s
                 p.scatter_add_(-1, y, p.new_full(y.shape, -1.0))
                 dhidden[rows] = p.to(weight.dtype) @ weight

@@ -16,6 +16,7 @@ import json
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ def make_config(kind: type, raw: dict, path: Path):
     values = {}
     for field in fields(kind):
         value = values[field.name] = raw.get(field.name, field.default)
-        types = int | float if field.type is float else field.type
+        types: Any = int | float if field.type is float else field.type
         least = 0 if field.type is float or field.name.endswith("_id") or field.name in ZERO else 1
         fits = isinstance(value, types) and (field.type is bool) == isinstance(value, bool)
         if not fits or (

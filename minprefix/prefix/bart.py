@@ -19,6 +19,7 @@ decoder reads them through cross attention. Read `BARTPrefix`, then `word_activa
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from minprefix.models.activations import BARTActivations
 from minprefix.models.bart import BART
 from minprefix.models.base import evaluating
 from minprefix.models.config import SITES, BARTConfig
+from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import check_base, fingerprint
 from minprefix.prefix.config import PARAMETRISATIONS
 from minprefix.prefix.parametrisations import Recorder, VirtualTokens, word_ids
@@ -52,6 +54,8 @@ class BARTPrefix(nn.Module):
     """
 
     family = BARTConfig.family  # of the model that reads it
+    sites: Any  # nn.ModuleDict of Prefix
+    virtual: Any  # VirtualTokens or None
     place, gate = "prefix", None  # a prefix of GPT-2 may say otherwise; gates are the sites'
 
     def __init__(
@@ -77,7 +81,8 @@ class BARTPrefix(nn.Module):
                 f"[{prefix_len * tokens}, {config.n_positions}), the positions of the model"
             )
         self.prefix_len, self._offset = prefix_len, position_offset
-        self.base, self.linearisation, self.max_source = "", "", None
+        self.base, self.linearisation = "", ""
+        self.max_source: int | None = None
         self.init_residual = 0.0
         self.parametrisation, self.virtual, self.sites = parametrisation, None, nn.ModuleDict()
         if tokens:
@@ -148,7 +153,7 @@ class BARTPrefix(nn.Module):
         if virtual is not None:
             P, C = virtual.shape
             config = BARTConfig(n_embd=C, n_head=1, n_positions=position_offset + 1)
-            options = {"parametrisation": "embedding", "position_offset": position_offset}
+            options: Any = {"parametrisation": "embedding", "position_offset": position_offset}
             prefix = cls(config, P, **options).to(virtual)
             prefix.virtual.fit(virtual)
             return prefix
@@ -241,11 +246,11 @@ class BARTPrefix(nn.Module):
         for part in self.sites.values():
             part.project()
 
-    def bind(self, model: BART) -> None:
+    def bind(self, model: GPT2 | BART) -> None:
         """Remember that this prefix belongs to `model`."""
         self.base = fingerprint(model)
 
-    def check_base(self, model: BART) -> None:
+    def check_base(self, model: GPT2 | BART) -> None:
         """ValueError if this prefix belongs to another model than `model`."""
         if not isinstance(model, BART):
             raise ValueError("this prefix was made for another model: it is of a BART")
@@ -261,7 +266,8 @@ def word_activations(model: BART, ids: list[int]) -> dict[str, Tensor]:
     encoder's result as its source; cross attention reads that result.
     """
     words = torch.tensor([ids], device=model.wte.weight.device)
-    encoder, decoder = Recorder(words.device), Recorder(words.device)
+    encoder: Any = Recorder(words.device)
+    decoder: Any = Recorder(words.device)
     with evaluating(model):
         source = model.with_keys(model.encode(words, recorder=encoder))
         model.hidden_states(words, source=source, cache=decoder)

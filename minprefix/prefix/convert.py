@@ -5,6 +5,7 @@ Read `convert`: which system a file is of is seen from its content, not asked.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from minprefix.checks import check_choice
 from minprefix.files import read_json
@@ -47,7 +48,7 @@ def system_of(source: Path) -> str:
     return "peft" if "peft_type" in read_json(path) else "adapters"
 
 
-def check_fit(source: Path, prefix: Prefix | BARTPrefix, model: GPT2 | BART) -> None:
+def check_fit(source: Path, prefix: Prefix | BARTPrefix, model: Any) -> None:
     """ValueError that names the file if the model cannot use the prefix."""
     theirs = model.config.family
     if prefix.family != theirs:
@@ -61,7 +62,7 @@ def check_fit(source: Path, prefix: Prefix | BARTPrefix, model: GPT2 | BART) -> 
 def read_any(source: Path, model: GPT2 | BART | None = None) -> Prefix | BARTPrefix:
     """The prefix of any system that `foreign.py` or `files.py` reads, checked for `model`."""
     system = system_of(source)
-    config = None if model is None else model.config
+    config: Any = None if model is None else model.config
     if system == "peft":
         prefix = read_peft(source)
     elif system == "adapters":

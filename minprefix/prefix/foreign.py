@@ -22,6 +22,7 @@ refused, not run.
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,6 @@ from torch import Tensor
 
 from minprefix.files import load_tensors, read_json
 from minprefix.models.config import BARTConfig, GPT2Config
-from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import LISTED, read_config, read_pickle
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.parametrisations import computed_table
@@ -173,9 +173,7 @@ def config_beside(path: Path, config):
 
 
 @torch.no_grad()
-def read_authors(
-    path: str | Path, config: GPT2Config | BARTConfig | None = None
-) -> Prefix | AuthorsTokens | BARTPrefix:
+def read_authors(path: str | Path, config: Any = None) -> Prefix | AuthorsTokens | BARTPrefix:
     """A prefix that the authors' code saved; which kind, its keys say.
 
     Args:
@@ -253,7 +251,7 @@ def read_authors_bart(
     return BARTPrefix.from_tables(tables)
 
 
-def run_virtual_tokens(model: GPT2, tokens: AuthorsTokens) -> Prefix:
+def run_virtual_tokens(model: Any, tokens: AuthorsTokens) -> Prefix:
     """The table of embedding-only: keys and values that the model has on them at 0 .. P-1."""
     P, C = tokens.embeddings.shape
     if tokens.infix_table is not None:

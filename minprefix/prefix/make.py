@@ -1,5 +1,7 @@
 """From settings to a prefix. Read `make_prefix`, the last function."""
 
+from typing import Any
+
 from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.bart import BARTPrefix
@@ -50,7 +52,7 @@ def make_bart_prefix(model: BART, tokenizer, config: PrefixConfig, seed: int) ->
     return prefix.to(model.wte.weight.device)
 
 
-MAKERS = {Prefix.family: make_gpt2_prefix, BARTPrefix.family: make_bart_prefix}
+MAKERS: dict[str, Any] = {Prefix.family: make_gpt2_prefix, BARTPrefix.family: make_bart_prefix}
 
 
 def make_prefix(

@@ -14,13 +14,15 @@ code [2].
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprefix.models.activations import LayerPrefix, Visible, gated_attention
 from minprefix.models.base import evaluating
-from minprefix.models.config import GPT2Config
+from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.gpt2 import GPT2
 
 
@@ -69,7 +71,7 @@ class RowMLP(nn.Module):
 class PrefixMLP(RowMLP):
     """P_theta[i, :] = MLP(P'_theta[i, :]): rows of 2 L C numbers, a key and a value per layer."""
 
-    def __init__(self, config: GPT2Config, prefix_len: int, mid_dim: int):
+    def __init__(self, config: GPT2Config | BARTConfig, prefix_len: int, mid_dim: int):
         super().__init__(config.n_embd, prefix_len, mid_dim, config.n_layer * 2 * config.n_embd)
         self.table_shape = (prefix_len, config.n_layer, 2, config.n_head, config.head_dim)
 
@@ -116,7 +118,7 @@ def computed_table(model: GPT2, inputs: Tensor) -> Tensor:
     Returns:
         (L, 2, H, P, D), fp32, or fp64 from an fp64 model.
     """
-    recorder = Recorder(inputs.device)
+    recorder: Any = Recorder(inputs.device)
     with evaluating(model):
         model.hidden_states(inputs[None], cache=recorder)
     table = recorder.table()
@@ -147,7 +149,7 @@ def word_ids(tokenizer, words: str, prefix_len: int | None) -> list[int]:
 class Borrowed:
     """A model that a prefix reads and does not own: no submodule of it, and copies share it."""
 
-    def __init__(self, model: GPT2 | None = None):
+    def __init__(self, model: Any = None):
         self.model = model
 
     def __deepcopy__(self, memo: dict) -> "Borrowed":
@@ -164,12 +166,12 @@ class VirtualTokens(nn.Module):
             code by default; None = they are parameters themselves.
     """
 
-    def __init__(self, config: GPT2Config, prefix_len: int, mid_dim: int | None):
+    def __init__(self, config: GPT2Config | BARTConfig, prefix_len: int, mid_dim: int | None):
         super().__init__()
         self.borrowed = Borrowed()  # the frozen model, once `Prefix.bind` has named it
         if mid_dim is None:
-            self.mlp = None
-            self.virtual_embd = nn.Parameter(torch.zeros(prefix_len, config.n_embd))  # (P, C)
+            self.mlp: RowMLP | None = None
+            self.virtual_embd: Any = nn.Parameter(torch.zeros(prefix_len, config.n_embd))  # (P, C)
         else:
             self.mlp = RowMLP(config.n_embd, prefix_len, mid_dim, config.n_embd)
             self.virtual_embd = None

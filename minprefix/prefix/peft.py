@@ -9,6 +9,7 @@ prompt_embeddings (P, 2 L C): rows as in `foreign.py`. Token t stands at P + t, 
 import json
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 from minprefix.files import atomic_write, read_json, save_tensors
 from minprefix.prefix.files import frame_metadata, read_frame
@@ -71,7 +72,7 @@ def read_peft(folder: str | Path) -> Prefix:
     return prefix
 
 
-def write_peft(folder: str | Path, prefix: Prefix, base_model: str | None = None) -> None:
+def write_peft(folder: str | Path, prefix: Any, base_model: str | None = None) -> None:
     """Write a folder that PEFT loads for GPT-2, fp32, all of it or nothing.
 
     Args:

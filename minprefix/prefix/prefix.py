@@ -22,11 +22,14 @@ of the authors' code: flat feature ((2 l + kv) H + h) D + d, kv = 0 the key.
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from minprefix.models.activations import PrefixActivations
-from minprefix.models.config import GPT2Config
+from minprefix.models.bart import BART
+from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import check_base, fingerprint, need_gpt2
 from minprefix.prefix import parametrisations as parts
@@ -53,9 +56,12 @@ class Prefix(nn.Module):
     """
 
     family = GPT2Config.family  # of the model that reads it
+    prefix_table: Any  # nn.Parameter or None
+    mlp: Any  # PrefixMLP or None
+    virtual: Any  # VirtualTokens or None
 
     def __init__(
-        self, config: GPT2Config, prefix_len: int, parametrisation: str = "table",
+        self, config: GPT2Config | BARTConfig, prefix_len: int, parametrisation: str = "table",
         mid_dim: int = 512, gate: bool = False, position_offset: int | None = None,
         place: str = "prefix",
     ):  # fmt: skip
@@ -71,7 +77,8 @@ class Prefix(nn.Module):
                 f"[0, {config.n_positions}), the positions of the model"
             )
         self.prefix_len, self.position_offset, self.place = prefix_len, position_offset, place
-        self.base, self.linearisation, self.max_source = "", "", None
+        self.base, self.linearisation = "", ""
+        self.max_source: int | None = None
         self.init_residual = 0.0
         self.prefix_table = self.mlp = self.virtual = None
         if parametrisation == "mlp":
@@ -161,15 +168,15 @@ class Prefix(nn.Module):
         L, _, H, P, D = table.shape
         # the model's own limit is checked when the prefix is used
         config = GPT2Config(n_layer=L, n_head=H, n_embd=H * D, n_positions=position_offset + 1)
-        options = {"gate": gate is not None, "position_offset": position_offset, "place": place}
-        prefix = cls(config, P, **options).to(table)
+        options: Any = {"gate": gate is not None, "position_offset": position_offset}
+        prefix = cls(config, P, place=place, **options).to(table)
         prefix.prefix_table.copy_(table)
-        if gate is not None:
+        if gate is not None and prefix.gate is not None:
             prefix.gate.copy_(gate)
         return prefix
 
     @classmethod
-    def load(cls, path) -> "Prefix":
+    def load(cls, path) -> Any:
         """Read a prefix file; see `files.load_prefix`."""
         from minprefix.prefix.files import load_prefix
 
@@ -207,7 +214,7 @@ class Prefix(nn.Module):
         """What must be the same when its training goes on."""
         return {"position_offset": self.position_offset, "place": self.place}
 
-    def check_fit(self, config: GPT2Config) -> None:
+    def check_fit(self, config: GPT2Config | BARTConfig) -> None:
         """ValueError if a model of this config cannot use it."""
         own, wanted = self.sizes(), (config.n_layer, config.n_head, config.head_dim)
         if tuple(own.values()) != wanted:
@@ -238,13 +245,13 @@ class Prefix(nn.Module):
         if self.gate is not None:
             self.gate.clamp_(min=0)
 
-    def bind(self, model: GPT2) -> None:
+    def bind(self, model: GPT2 | BART) -> None:
         """Remember that this prefix belongs to `model`, which virtual tokens are then read by."""
         self.base = fingerprint(model)
         if self.virtual is not None:
             self.virtual.borrowed.model = model
 
-    def check_base(self, model: GPT2) -> None:
+    def check_base(self, model: GPT2 | BART) -> None:
         """ValueError if this prefix belongs to another model than `model`."""
         need_gpt2(model, "this prefix")
         check_base(self.base, model, "prefix")

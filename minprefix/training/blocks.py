@@ -7,6 +7,7 @@ The models know of neither. `wrap_blocks` puts a `Wrapped` in the place of each 
 import functools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +36,12 @@ class Wrapped:
         self.block, self.compiled, self.recomputed = block, compiled, recomputed
 
     def __call__(self, x, prefix, visible, attend=None, *rest) -> Tensor:
-        kind = type(self.block)
+        kind: Any = type(self.block)
         run = compiled_forward(kind) if self.compiled and attend is None else kind.forward
         run, args = partial(run, self.block), (x, prefix, visible, attend, *rest)
         if self.recomputed and torch.is_grad_enabled():
-            keep = {"use_reentrant": False, "preserve_rng_state": self.block.training}  # dropout
-            return checkpoint(run, *args, **keep)
+            random = self.block.training  # dropout
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=random)
         return run(*args)
 
 

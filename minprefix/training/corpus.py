@@ -140,7 +140,7 @@ def id_type(vocab_size: int) -> type:
 # documents and streams ---------------------------------------------------------------------------
 
 
-def held_out_from(n: int, ends: Sequence[int], share: float) -> int:
+def held_out_from(n: int, ends: Sequence[int] | np.ndarray, share: float) -> int:
     """Where, in a text of length n whose documents end at `ends`, the held-out part begins.
 
     At the first end of a document past (1 - share) n; inside the last document, at (1 - share) n

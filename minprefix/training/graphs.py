@@ -16,6 +16,7 @@ Shapes use the letters of the README's table; n counts labels.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ Activations = PrefixActivations | BARTActivations
 Losses = Callable[[Batch, Activations | None], Tensor]  # of each label, nats: (n,)
 
 
-def detached(acts: Activations) -> Activations:
+def detached(acts: Activations) -> Any:
     """The same values as leaves, at which gradients arrive."""
     return acts.map(lambda x: x.detach().requires_grad_())
 
@@ -72,7 +73,7 @@ class PlainPasses:
     def begin(self, acts: Activations | None, scale: float) -> None:
         """A step with these activations; its loss is `scale` times the sum over all labels."""
         self.acts, self.scale = None if acts is None else detached(acts), scale
-        self.nats: Tensor | float = 0.0
+        self.nats: Any = 0.0
 
     def add(self, batch: Batch) -> None:
         """Forward and backward of one batch. Trained weights collect their gradients, too."""
@@ -80,7 +81,7 @@ class PlainPasses:
         (self.scale * nats).backward()
         self.nats = self.nats + nats.detach()
 
-    def end(self) -> tuple[Tensor, list[Tensor]]:
+    def end(self) -> tuple[Tensor, list]:
         """The sum in nats, without scale; the gradients of the loss at the `leaves`."""
         return self.nats, [leaf.grad for leaf in leaves(self.acts)]
 
@@ -128,7 +129,7 @@ class GraphedPasses:
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     @torch.no_grad()
-    def begin(self, acts: PrefixActivations, scale: float) -> None:
+    def begin(self, acts: Activations | None, scale: float) -> None:
         for own, leaf in zip(leaves(self.acts), leaves(acts), strict=True):
             own.copy_(leaf)
         for total in (*self.grads, self.nats):
@@ -160,5 +161,5 @@ class GraphedPasses:
         self.nats += nats.detach()
         return self.nats
 
-    def end(self) -> tuple[Tensor, list[Tensor]]:
+    def end(self) -> tuple[Tensor, list]:
         return self.nats.clone(), self.grads

@@ -1,5 +1,7 @@
 """The precision that a run computes in: fp32, or bf16 on GPUs that are made for it."""
 
+from typing import Any
+
 import torch
 
 from minprefix.models.bart import BART
@@ -13,10 +15,11 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
-def in_bf16(model: GPT2 | BART) -> GPT2 | BART:
+def in_bf16(model: GPT2 | BART) -> Any:
     """A model with the same weights in bf16; `model` stays as it is."""
+    make: Any = type(model)
     with torch.device("meta"):
-        copy = type(model)(model.config)
+        copy = make(model.config)
     weights = {name: x.to(torch.bfloat16) for name, x in model.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
     return copy.train(model.training)

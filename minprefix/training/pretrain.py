@@ -22,6 +22,7 @@ import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -176,7 +177,7 @@ class Pretrainer(Loop):
         self.val_windows = validation_windows(corpus.val, T, config.eval_tokens)
         self.model = self._first_model().to(self.device)
         self.optimizers = make_optimizers(self.model, config)
-        texts = {"text": corpus.train, "held-out text": corpus.val}
+        texts: dict[str, Any] = {"text": corpus.train, "held-out text": corpus.val}
         self.digests = {name: hashlib.sha256(ids).hexdigest() for name, ids in texts.items()}
 
     def _first_model(self) -> GPT2:

@@ -11,6 +11,7 @@ what the log holds of steps after it is cut when the run goes on.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ def read_state(
     return checked_state(path, state, keys)
 
 
-def checked_state(path: Path, state: object, keys: Sequence[str]) -> dict:
+def checked_state(path: Path, state: Any, keys: Sequence[str]) -> dict:
     """The state; ValueError if it lacks one of the keys."""
     missing = sorted({*COMMON, *keys} - set(state if isinstance(state, dict) else ()))
     if missing:

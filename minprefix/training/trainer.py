@@ -16,6 +16,7 @@ import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from minprefix.generation.texts import generate
 from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.training.blocks import unwrap_blocks, wrap_blocks
-from minprefix.training.graphs import Activations, GraphedPasses, PlainPasses, dropped, leaves
+from minprefix.training.graphs import GraphedPasses, PlainPasses, dropped, leaves
 from minprefix.training.loop import Loop
 from minprefix.training.precision import PRECISIONS, in_bf16, uses_bf16
 from minprefix.training.ranks import Ranks
@@ -183,7 +184,7 @@ class Trainer(Loop):
         rows = [self.rows[i] for batch in batches for i in batch]  # of all ranks
         targets = sum(len(row.ids) - row.prompt_len for row in rows)
         divisor = targets if config.loss == "token" else len(rows)
-        acts = None if self.prefix is None else self.prefix.activations()  # once for all batches
+        acts: Any = None if self.prefix is None else self.prefix.activations()  # for all batches
         if config.prefix_dropout:
             acts = dropped(acts, config.prefix_dropout, seed=number)  # on all ranks the same
         if self.passes is None:
@@ -204,7 +205,7 @@ class Trainer(Loop):
             "tokens": sum(row.length - 1 for row in rows),
         }
 
-    def _passes(self, acts: Activations | None) -> PlainPasses | GraphedPasses:
+    def _passes(self, acts: Any) -> PlainPasses | GraphedPasses:
         if acts is None or not (self.model.captures and uses_graphs(self.device)):
             return PlainPasses(self.losses)
         return GraphedPasses(self.losses, acts, self.model.config.n_positions - acts.max_offset)
@@ -212,7 +213,7 @@ class Trainer(Loop):
     def _update(self) -> tuple[torch.Tensor, float]:
         """Move the weights along their gradients; the gradient's norm and the learning rate."""
         for weight in self.trained.parameters():
-            self.ranks.sum(weight.grad)
+            self.ranks.sum(weight.grad)  # type: ignore[arg-type]
         norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.clip)
         lr = self.lr_at(self.step_done)
         for group in self.optimizer.param_groups:
@@ -253,7 +254,7 @@ class Trainer(Loop):
         room = min(60, self.model.config.room_for_new(longest) - self.offset)
         if not prompts or room < 1:
             return []
-        options = {"prefix": self.prefix, "max_new_tokens": room}
+        options: Any = {"prefix": self.prefix, "max_new_tokens": room}
         texts = generate(self.model, self.tokenizer, prompts, **options)
         return [{"source": s, "text": t.strip()} for s, t in zip(sources, texts, strict=True)]
 

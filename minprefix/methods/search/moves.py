@@ -89,7 +89,7 @@ def starting_prompts(
         raise ValueError("no token of this vocabulary can be typed: search without printable")
 
     def draw(n: int) -> Prompt:  # every fourth is random
-        row = rows[rng.integers(len(rows))].ids
+        row = rows[int(rng.integers(len(rows)))].ids
         at = rng.integers(max(1, len(row) - n + 1))
         return rng.choice(usable, n).tolist() if rng.random() < 0.25 else fit(row[at:], n, 0)
 
@@ -171,7 +171,7 @@ def race(
     while left > last and len(rows) >= QUARTER**rounds:
         rounds, left = rounds + 1, math.ceil(left / QUARTER)
     first = 0 if present is None else 1
-    runners = [present] * first + [*prompts]
+    runners = [*prompts] if present is None else [present, *prompts]
     nats, done = np.zeros(len(runners)), 0
     for number in range(1, rounds + 1):
         until = len(rows) // QUARTER ** (rounds - number)

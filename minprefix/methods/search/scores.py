@@ -25,6 +25,7 @@ Shapes use the letters of the README's table, and A.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def prompt_tables(model: GPT2, x: Tensor) -> Tensor:
 
     Differentiable in x; for embeddings of tokens equal to `prefix.token_activations`.
     """
-    recorder = Recorder(x.device)
+    recorder: Any = Recorder(x.device)
     model.hidden_states(x, cache=recorder)
     return torch.stack(list(recorder.kv.values()))
 

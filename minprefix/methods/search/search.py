@@ -40,8 +40,10 @@ Effort is counted in row-evaluations: one row read after one prompt, forward (`G
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +60,7 @@ from minprefix.methods.search.scores import (
     prompt_nats,
     target_tokens,
 )
+from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import fingerprint, need_gpt2
 from minprefix.prefix.prefix import Prefix, token_activations
@@ -129,10 +132,11 @@ class PromptSearch(Loop):
     """
 
     def __init__(
-        self, model: GPT2, tokenizer, config: SearchConfig, train: list[Example],
+        self, model: GPT2 | BART, tokenizer, config: SearchConfig, train: list[Example],
         dev: list[Example], out: str | Path, linearisation: str = "paper",
     ):  # fmt: skip
         need_gpt2(model, "a searched prompt")
+        assert isinstance(model, GPT2)
         super().__init__(
             config, out, model.wte.weight.device, steps=config.steps, log_every=1,
             eval_every=config.eval_every, save_every=1,
@@ -179,7 +183,7 @@ class PromptSearch(Loop):
 
     # scores --------------------------------------------------------------------------------------
 
-    def nats(self, prompts: list[list[int]], rows: list[Encoded]) -> np.ndarray:
+    def nats(self, prompts: Sequence[list[int]], rows: Sequence[Encoded]) -> np.ndarray:
         """Summed loss of each prompt on the rows, (N,); counted as spent."""
         self.spent += len(prompts) * len(rows)
         ids = torch.tensor(prompts, dtype=torch.long, device=self.device)
@@ -348,7 +352,8 @@ class PromptSearch(Loop):
         if not after:
             self.prefix(before).save(self.out / "prefix.safetensors")
             after = [self.tokenizer.bos_id]  # what the frame puts there
-        found = {"text": self.form.text(self.best_prompt), "before": before, "after": after}
+        found: dict[str, Any] = {"text": self.form.text(self.best_prompt)}
+        found |= {"before": before, "after": after}
         found |= {"dev_loss": self.best, "linearisation": self.linearisation}
         found["base"] = fingerprint(self.exact)
         write_text(self.out / "prompt.json", json.dumps(found, indent=1) + "\n")
