@@ -30,7 +30,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"  # of the kernels' tests
 # of the kernels' tests: the interpreter's bf16 products are wrong
 KERNEL_DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-WORDS = "amber brook cedar dune ember fjord grove harbour inlet jetty".split()
+WORDS = ["amber", "brook", "cedar", "dune", "ember", "fjord", "grove", "harbour", "inlet", "jetty"]
 TINY = GPT2Config(
     vocab_size=97, n_positions=64, n_embd=32, n_layer=3, n_head=4, bos_token_id=96, eos_token_id=96
 )

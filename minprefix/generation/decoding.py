@@ -89,7 +89,7 @@ class Beginning(NamedTuple):
     """What the model reads before the first new token is chosen."""
 
     texts: list[list[int]]  # by prompt: GPT-2 reads the prompt, a BART's decoder its first tokens
-    options: dict[str, object] = {}  # of `hidden_states`: a BART's encoded sources
+    options: dict[str, object] = {}  # of `hidden_states`: a BART's encoded sources  # noqa: RUF012
     given: int = 0  # new tokens among the texts: a first one that is forced
     must_end: bool = False  # the last of max_new_tokens can only be the end of text
 
@@ -312,7 +312,7 @@ class BeamSearch:
 def check_beams(config: GenerationConfig, vocab_size: int) -> None:
     """ValueError where there are fewer tokens than candidates."""
     K = config.num_beams
-    if 2 * K > vocab_size:
+    if vocab_size < 2 * K:
         raise ValueError(
             f"num_beams {K} needs a vocabulary of {2 * K} tokens, the model has {vocab_size}"
         )

@@ -100,7 +100,7 @@ def test_generation_beside_peft(run):
     for row in rows:
         ms = float(row["ms"])
         assert float(row["tokens_per_s"]) == pytest.approx(1e3 * 2 * 4 / ms, abs=0.1)
-        assert 0 < float(row["prefill_ms"])
+        assert float(row["prefill_ms"]) > 0
     assert [row["near_ties"] for row in rows] == ["0", "0", "", ""]
 
 

@@ -176,7 +176,7 @@ def test_cover_compiles_without_spills_within_shared_memory():
     failed = [row(result) for result in results if result.problem]
     assert not failed, "\n".join(failed)
     assert {result.job.case.target for result in results} == set(GPU_TARGETS)
-    assert all(reason for _, reason in ALLOWED_SPILLS.values())
+    assert [spill for spill, (_, reason) in ALLOWED_SPILLS.items() if not reason] == []
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def test_round_trip(tmp_path, design):
     }  # fmt: skip
     assert (loaded.linearisation, loaded.max_source) == ("paper", 9)
     assert loaded.base == fingerprint(model)
-    assert all(weight.requires_grad for weight in loaded.parameters())
+    assert {weight.requires_grad for weight in loaded.parameters()} == {True}
     with adapter.attached(model):
         logits = model(ids)
     loaded.attach(model)
@@ -87,7 +87,7 @@ def test_wrong_files_are_named(tmp_path, message):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options, message",
     [
         ({"top_layers": 0}, "top_layers must be at least 1, got 0"),
         ({"bottleneck": 0}, "bottleneck must be at least 1, got 0"),

@@ -134,7 +134,7 @@ def test_errors_in_one_line(cli, tiny_folder, tables, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "options", "message"),
+    "method, options, message",
     [
         ("ft-top", ("--prefix-len", 50, "--place", "infix"), "--prefix-len is for method prefix,"),
         ("finetune", ("--place=infix",), "--place is for method prefix, not for finetune"),

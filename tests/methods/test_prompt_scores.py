@@ -40,7 +40,7 @@ def _bos_and_target(row) -> tuple[int, list[int]]:
     return row.ids[row.prompt_len - 1], row.ids[row.prompt_len :]
 
 
-@pytest.mark.parametrize(("prompt_len", "A"), [(0, 0), (1, 0), (7, 0), (7, 3), (7, 6), (2, 2)])
+@pytest.mark.parametrize("prompt_len, A", [(0, 0), (1, 0), (7, 0), (7, 3), (7, 6), (2, 2)])
 def test_a_score_is_the_loss_with_the_tokens_in_the_text(tokenizer, monkeypatch, prompt_len, A):
     model, rows = small_model(torch.float64).requires_grad_(False), rows_of(tokenizer)
     prompts = random_ids(model, 5, prompt_len)
@@ -81,7 +81,7 @@ def test_the_gradient_is_that_of_one_hot_choices_in_the_text(monkeypatch, A):
     choices = one_hot(prompt, 257).double().requires_grad_()  # (P, V)
     nats = 0.0
     for row in rows:  # the whole text as one-hot rows, their embeddings put into wte's place
-        bos, target = _bos_and_target(row)
+        _, target = _bos_and_target(row)
         text = one_hot(torch.tensor(row.ids), 257).double()
         after = choices[4 - A :] if A else text[row.prompt_len - 1 : row.prompt_len]
         asked = torch.cat([choices[: 4 - A], text[: row.prompt_len - 1], after])

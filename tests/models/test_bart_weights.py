@@ -129,7 +129,7 @@ def test_a_mask_beyond_the_model_is_no_error(folder, model):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change, message",
     [
         ({"model_type": "t5"}, "model_type is 't5'; supported: 'gpt2' or 'bart'"),
         ({"normalize_before": True}, "normalize_before is True; supported: False"),
