@@ -110,9 +110,7 @@ def on_triton(q: Tensor) -> bool:
 
     The interpreter gives wrong products in bf16.
     """
-    dtypes = (torch.float16, torch.float32) if INTERPRETED else (
-        torch.float16, torch.bfloat16, torch.float32
-    )  # fmt: skip
+    dtypes = (torch.float16, torch.float32, *(() if INTERPRETED else (torch.bfloat16,)))
     device = INTERPRETED or (q.is_cuda and not why_not(q.device.index or 0))
     return device and HAVE_TRITON and q.dtype in dtypes and q.shape[-1] in HEAD_DIMS
 

@@ -222,7 +222,7 @@ def small_model(dtype=torch.float32, **changes) -> GPT2:
 
 def trainer(
     tokenizer, out, *, model=None, dev=3, prefix_options=None, baseline_options=None, **config
-) -> Trainer:  # fmt: skip
+) -> Trainer:
     """A short run on `pairs`; `config` has fields of TrainConfig."""
     settings = {"batch_size": 4, "steps": 6, "lr": 1e-2, "eval_every": 3, "log_every": 1, **config}
     config = TrainConfig(**settings)

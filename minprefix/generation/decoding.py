@@ -197,9 +197,7 @@ def sample(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
 class Rows:
     """What the model has read so far of the rows of a batch, and the prefix that each row has."""
 
-    def __init__(
-        self, model: LanguageModel, beginning: Beginning, acts: Activations, n_new: int
-    ):  # fmt: skip
+    def __init__(self, model: LanguageModel, beginning: Beginning, acts: Activations, n_new: int):
         self.model, self.acts, self.options = model, acts, beginning.options
         self.device = model.wte.weight.device
         max_len = max(len(tokens) for tokens in beginning.texts) + n_new

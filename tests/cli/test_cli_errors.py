@@ -229,8 +229,9 @@ def test_missing_data_is_named(refused, tiny_folder, tables, tmp_path):
         (("--batch-size", 0), "batch_size must be at least 1, got 0"),
     ],
 )
-def test_impossible_training_options_are_named(refused, tiny_folder, tables, tmp_path, options,
-                                               expected):  # fmt: skip
+def test_impossible_training_options_are_named(
+    refused, tiny_folder, tables, tmp_path, options, expected
+):
     out = tmp_path / "run"
     common = ("--model", tiny_folder, "--data", tables, "--out", out, "--device", "cpu")
     assert expected in refused("train", *common, *options)

@@ -132,7 +132,7 @@ def test_other_numbers_of_beams_equal_transformers(num_beams):
     "num_beams, texts",
     [(1, TEXTS), (5, TEXTS[::6]), pytest.param(5, TEXTS, marks=pytest.mark.slow)],
     ids=["greedy", "beams", "beams-all"],
-)  # fmt: skip
+)
 def test_mini_equals_transformers(mini, num_beams, texts):
     model, tokenizer = mini
     prompts, words = [tokenizer.encode(text) for text in texts], (" pub", "\n", " The")

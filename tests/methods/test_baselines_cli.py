@@ -24,8 +24,9 @@ FEW = ("--max-new-tokens", 6, "--device", "cpu", "--json")
 
 
 def train(cli, model, data, out, *options) -> tuple[dict, str]:
-    text, err = cli("train", "--model", model, "--data", data, "--out", out, *QUICK, *options,
-                    "--json")  # fmt: skip
+    text, err = cli(
+        "train", "--model", model, "--data", data, "--out", out, *QUICK, *options, "--json"
+    )
     return json.loads(text), err
 
 

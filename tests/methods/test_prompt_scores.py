@@ -50,8 +50,9 @@ def test_a_score_is_the_loss_with_the_tokens_in_the_text(tokenizer, monkeypatch,
         nats = prompt_nats(model, prompts, rows, tokenizer.eos_id, A)
         # fp64, sums of some hundred nats
         assert nats.tolist() == pytest.approx(expected, rel=1e-12)
-    assert target_tokens(rows) == sum(len(tokenizer.encode(f" {e.targets[0]}")) + 1
-                                      for e in pairs(5))  # fmt: skip
+    assert target_tokens(rows) == sum(
+        len(tokenizer.encode(f" {e.targets[0]}")) + 1 for e in pairs(5)
+    )
 
 
 def test_tables_of_embeddings_are_the_tokens_activations():

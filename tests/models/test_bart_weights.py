@@ -147,7 +147,7 @@ def test_a_mask_beyond_the_model_is_no_error(folder, model):
         ({"decoder_layers": 4}, "26 missing (decoder.layers.3."),
         ({"d_model": 64}, "of another shape (shared.weight (261, 32) for (261, 64)"),
     ],
-)  # fmt: skip
+)
 def test_other_models_are_refused(folder, change, message):
     set_config(folder, **change)
     with pytest.raises(ValueError) as caught:

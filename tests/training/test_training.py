@@ -60,9 +60,7 @@ def test_accumulation_equals_one_large_batch(tokenizer, tmp_path, loss):
 def test_losses_are_means_per_token_and_sums_per_sentence(tokenizer, tmp_path):
     """The gradient of both choices against the formula, from the logits of each pair alone."""
     for loss in ("token", "sentence"):
-        run = trainer(
-            tokenizer, tmp_path, model=small_model(torch.float64), loss=loss, clip=1e9
-        )  # fmt: skip
+        run = trainer(tokenizer, tmp_path, model=small_model(torch.float64), loss=loss, clip=1e9)
         chosen = [run.rows[i] for i in run.order.batch(0)]
         total, targets = 0.0, 0
         for row in chosen:
@@ -154,9 +152,9 @@ def test_activation_checkpointing_changes_no_loss(tokenizer, tmp_path, method, c
     """Dropout masks included: a step recomputes what it computed."""
     folders = tmp_path / "plain", tmp_path / "checkpointed"
     for folder, on in zip(folders, (False, checkpointing), strict=True):
-        trainer(
-            tokenizer, folder, method=method, steps=3, activation_checkpointing=on
-        ).run(progress=False)  # fmt: skip
+        trainer(tokenizer, folder, method=method, steps=3, activation_checkpointing=on).run(
+            progress=False
+        )
     assert log_of(folders[0]) == pytest.approx(log_of(folders[1]), rel=1e-5)
 
 
