@@ -40,7 +40,7 @@ DEAD = re.compile(r"CUDA error|CUBLAS_STATUS|cudaError|illegal memory access|dev
 
 def pytest_runtest_logreport(report) -> None:
     """pytest's hook: one line for each test, and the end of the process where CUDA is lost."""
-    if RESULTS not in os.environ or report.when == "teardown" and report.passed:
+    if RESULTS not in os.environ or (report.when == "teardown" and report.passed):
         return
     if report.when == "setup" and report.passed:
         return

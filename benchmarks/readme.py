@@ -182,9 +182,7 @@ def gpu_steps_table() -> str:
         if row["method"] != "minprefix":
             continue
         same = ("work", "B", "T", "beams", "new")
-        (peft,) = (
-            r for r in rows if r["method"] == "peft" and all(r[n] == row[n] for n in same)
-        )  # fmt: skip
+        (peft,) = (r for r in rows if r["method"] == "peft" and all(r[n] == row[n] for n in same))
         work = f"train, B {row['B']}, T {row['T']}"
         if row["work"] == "generate":
             work = f"write {row['new']} tokens, B {row['B']}"

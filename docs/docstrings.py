@@ -36,7 +36,7 @@ def rest_of(lines: list[str]) -> list[str]:
         elif not line.startswith(" "):
             found += ["", text] if block == "reference" and before.strip() else [text]
             block = "section" if SECTION.match(line) else ""
-        elif block in ("section", "reference") or block == "" and before.strip():
+        elif block in ("section", "reference") or (block == "" and before.strip()):
             found.append(text)
         else:
             found += [line] if block == "literal" else ["::", "", line]

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-def prefix_attention(
+def prefix_attention(  # noqa: PLR0913
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *,
     causal: bool = True, scale: float | None = None,
     prefix_index: Tensor | None = None, prefix_lens: Tensor | None = None,
@@ -70,7 +70,7 @@ def prefix_attention(
     )  # fmt: skip
 
 
-def prefix_attention_qkv(
+def prefix_attention_qkv(  # noqa: PLR0913
     qkv: Tensor, prefix_k: Tensor, prefix_v: Tensor, *,
     causal: bool = True, scale: float | None = None,
     prefix_index: Tensor | None = None, prefix_lens: Tensor | None = None,
@@ -111,10 +111,8 @@ def on_triton(q: Tensor) -> bool:
 
     The interpreter gives wrong products in bf16.
     """
-    dtypes = (torch.float16, torch.float32) if INTERPRETED else (
-        torch.float16, torch.bfloat16, torch.float32
-    )  # fmt: skip
-    device = INTERPRETED or q.is_cuda and not why_not(q.device.index or 0)
+    dtypes = (torch.float16, torch.float32, *(() if INTERPRETED else (torch.bfloat16,)))
+    device = INTERPRETED or (q.is_cuda and not why_not(q.device.index or 0))
     return device and HAVE_TRITON and q.dtype in dtypes and q.shape[-1] in HEAD_DIMS
 
 

@@ -50,7 +50,7 @@ from kernels.launch import (
     launch,
     prefix_blocks,
     run_best,
-)  # fmt: skip
+)
 from kernels.plan import Gradients, backward
 from kernels.tiles import (
     LN2,

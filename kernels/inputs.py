@@ -84,9 +84,9 @@ def check_int(x: Tensor | None, name: str, want: tuple, low: Any, high: Any, als
         and x.device.type == "cpu"
         and x.numel()
         and not torch.compiler.is_compiling()
+        and (x.min() < low or x.max() > high)
     ):
-        if x.min() < low or x.max() > high:
-            raise ValueError(f"{name} must lie in [{low}, {high}], got {x.tolist()}")
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {x.tolist()}")
 
 
 def shape(x: Tensor) -> tuple[int, ...]:

@@ -318,7 +318,7 @@ def kernel_arguments(inputs: Inputs) -> dict[str, Any]:
     prefix_index, prefix_lens, kv_lens, q_offset = inputs[5:9]
     if prefix_k.stride() != prefix_v.stride():
         prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
-    shared = prefix_k.dim() == 3 or prefix_k.shape[0] == 1 and prefix_index is None
+    shared = prefix_k.dim() == 3 or (prefix_k.shape[0] == 1 and prefix_index is None)
     return {
         "q_ptr": q, "k_ptr": k, "v_ptr": v,
         "prefix_k_ptr": prefix_k, "prefix_v_ptr": prefix_v,

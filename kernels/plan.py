@@ -116,9 +116,10 @@ def plans_of(q: Tensor, k: Tensor, prefix_len: int, aligned: bool) -> list[Tile 
     smallest = min((t.block_m for t in holding), default=0)
     one: list[Tile | None] = [t for t in holding if t.block_m == smallest]
     several = [
-        t for t in tiles
+        t
+        for t in tiles
         if aligned and t not in holding and cdiv(T, t.block_m) * cdiv(T, t.block_n) <= UNROLLED
-    ]  # fmt: skip
+    ]
     return [*(one or [None]), *several]
 
 

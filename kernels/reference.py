@@ -32,9 +32,7 @@ def prefix_rows(prefix: Tensor, prefix_index: Tensor | None, q: Tensor) -> Tenso
 
     The cast comes last, so that autograd sums the rows' gradients in the prefix's own dtype.
     """
-    if prefix.dim() == 3:  # (H, P, D), one for all
-        rows = prefix.expand(q.shape[0], -1, -1, -1)
-    elif prefix_index is None:  # (1, H, P, D) or (B, H, P, D)
+    if prefix.dim() == 3 or prefix_index is None:  # (H, P, D), (1, H, P, D) or (B, H, P, D)
         rows = prefix.expand(q.shape[0], -1, -1, -1)
     else:  # -1 = no prefix: any one is read, and hidden by the mask
         rows = prefix[prefix_index.clamp(min=0).long()]
@@ -54,7 +52,7 @@ def prefix_row_lens(
     return torch.where(prefix_index >= 0, lens, 0).long()
 
 
-def prefix_attention_eager(
+def prefix_attention_eager(  # noqa: PLR0913
     q, k, v, prefix_k, prefix_v, *, causal=True, scale=None,
     prefix_index=None, prefix_lens=None, kv_lens=None, q_offset=None, return_lse=False,
 ):  # fmt: skip
@@ -90,7 +88,7 @@ def prefix_attention_eager(
     return (o, lse.masked_fill(blind, float("-inf"))[..., 0]) if return_lse else o
 
 
-def prefix_attention_lean(
+def prefix_attention_lean(  # noqa: PLR0913
     q, k, v, prefix_k, prefix_v, *, causal=True, scale=None,
     prefix_index=None, prefix_lens=None, kv_lens=None, q_offset=None, return_lse=False,
 ):  # fmt: skip

@@ -26,7 +26,7 @@ MODULES = {
     "PrefixBank": "prefix.bank", "generate": "generation.texts", "load": "models.weights",
 }  # fmt: skip
 __all__ = [
-    "BART", "BARTConfig", "BARTPrefix", "GPT2", "GPT2Config", "Prefix", "PrefixBank", "generate",
+    "BART", "GPT2", "BARTConfig", "BARTPrefix", "GPT2Config", "Prefix", "PrefixBank", "generate",
     "load",
 ]  # fmt: skip
 

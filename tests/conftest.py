@@ -30,7 +30,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"  # of the kernels' tests
 # of the kernels' tests: the interpreter's bf16 products are wrong
 KERNEL_DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-WORDS = "amber brook cedar dune ember fjord grove harbour inlet jetty".split()
+WORDS = ["amber", "brook", "cedar", "dune", "ember", "fjord", "grove", "harbour", "inlet", "jetty"]
 TINY = GPT2Config(
     vocab_size=97, n_positions=64, n_embd=32, n_layer=3, n_head=4, bos_token_id=96, eos_token_id=96
 )
@@ -222,7 +222,7 @@ def small_model(dtype=torch.float32, **changes) -> GPT2:
 
 def trainer(
     tokenizer, out, *, model=None, dev=3, prefix_options=None, baseline_options=None, **config
-) -> Trainer:  # fmt: skip
+) -> Trainer:
     """A short run on `pairs`; `config` has fields of TrainConfig."""
     settings = {"batch_size": 4, "steps": 6, "lr": 1e-2, "eval_every": 3, "log_every": 1, **config}
     config = TrainConfig(**settings)

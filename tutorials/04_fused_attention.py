@@ -530,8 +530,9 @@ for axes, dtype in zip(panels, ("float32", "bfloat16"), strict=False):
     axes.set_title(f"{mine[0]['cpu']}, {dtype}", fontsize=10)
     axes.legend(frameon=False)
 for method, (label, colour) in methods.items():
-    panels[2].plot(*zip(*sorted(times[method].items()), strict=True), "o-", color=colour,
-                   label=label)  # fmt: skip
+    panels[2].plot(
+        *zip(*sorted(times[method].items()), strict=True), "o-", color=colour, label=label
+    )
 panels[2].set(xlabel="sequence length T (tokens)", ylabel="forward + backward (µs)", ylim=(0, None))
 panels[2].set_title(f"{where['gpu']}, bf16, B 16, H 16, P 10", fontsize=10)
 panels[2].legend(frameon=False)

@@ -293,10 +293,11 @@ def tune(name: str, choice: PrefixConfig, steps: int) -> dict:
     result = Trainer(model, tokenizer, settings, train, dev, out, made).run(progress=False)
     log = read_log(out)
     return {
-        "out": out, "dev loss": result["best_dev_loss"],
+        "out": out,
+        "dev loss": result["best_dev_loss"],
         "train": [(e["step"], e["loss"]) for e in log if "loss" in e],
         "dev": [(e["step"], e["dev_loss"]) for e in log if "dev_loss" in e],
-    }  # fmt: skip
+    }
 
 
 ALL = PrefixConfig(prefix_len=10)

@@ -203,7 +203,7 @@ def draw(rows: list[dict], path: Path) -> None:
             "ours": ("o-", "#d9822b", lambda s, w=which: times.of(s, w, "ours_qkv")),
             "best peer": ("s-", "#3b6ea5", lambda s, w=which: times.of(s, w, *PEERS)),
             "no prefix": ("--", "black", lambda s, w=which: times.bare(s, w)),
-        }  # fmt: skip
+        }
         for name, (style, colour, us) in lines.items():
             points = [(getattr(shape, over), us(shape)) for shape in shapes]
             points = [point for point in points if not math.isnan(point[1])]
@@ -226,8 +226,9 @@ def bars(axis, times: Times) -> None:
     shapes, width = [s for s in ISSUE + MORE if times.of(s, PASSES[0], "ours_qkv") > 0], 0.38
     for n, (which, colour) in enumerate(zip(PASSES, ("#f0c08f", "#d9822b"), strict=True)):
         at = [i + (n - 0.5) * width for i in range(len(shapes))]
-        drawn = axis.bar(at, [times.adjusted(s, which) for s in shapes], width, color=colour,
-                         label=which)  # fmt: skip
+        drawn = axis.bar(
+            at, [times.adjusted(s, which) for s in shapes], width, color=colour, label=which
+        )
         axis.bar_label(drawn, fmt="%.2f", fontsize=7, label_type="center")
         marks = [aims(shape)[which] for shape in shapes]
         axis.hlines(marks, [x - width / 2 for x in at], [x + width / 2 for x in at], color="black",

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -52,8 +53,7 @@ def graph_times(calls: list[Callable[[], object]], replays: int = 20) -> list[fl
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    times = zip(events, events[1:], strict=False)
-    return [1e3 * a.elapsed_time(b) / len(calls) for a, b in times]
+    return [1e3 * a.elapsed_time(b) / len(calls) for a, b in pairwise(events)]
 
 
 def cpu_times(calls: list[Callable[[], object]]) -> list[float]:

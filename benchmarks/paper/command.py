@@ -236,7 +236,7 @@ def stay(
     for row in before:
         place = tuple(row.get(name, "") for name in KEY)
         more = place not in places and row["scale"] in scales and not row["problem"] and not trials
-        if row["data"] not in wanted and row["data"] in DATA or more:
+        if (row["data"] not in wanted and row["data"] in DATA) or more:
             rows.append(row)
     return rows
 

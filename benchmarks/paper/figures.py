@@ -53,8 +53,9 @@ def bars(axes, rows: Sequence[Row], experiment: str, data: str, column: str) -> 
     names = [name for name in names_of(rows) if mean_sd(pick(rows, name=name), column)]
     for i, name in enumerate(names):
         mean, sd, n = mean_sd(pick(rows, name=name), column)
-        axes.barh(i, mean, 0.7, xerr=sd if n > 1 else None, capsize=3,
-                  color=COLOURS.get(name, "#7aa6c2"))  # fmt: skip
+        axes.barh(
+            i, mean, 0.7, xerr=sd if n > 1 else None, capsize=3, color=COLOURS.get(name, "#7aa6c2")
+        )
         said = published(experiment, data, name).get(column)
         if said is not None:
             axes.plot([said, said], [i - 0.38, i + 0.38], color="#333333", lw=2)

@@ -87,7 +87,7 @@ def work_alone(runs, root: Path, data_dir: Path | None, device: str, threads: in
             raise Interrupted("the command that started this process is gone")
 
     torch.set_num_threads(threads)
-    sys.stderr = open(os.devnull, "w")
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     try:
         work(runs, root, data_dir, device, check)
     except (Interrupted, KeyboardInterrupt):

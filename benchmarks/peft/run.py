@@ -261,9 +261,10 @@ def measure_texts(
     makers = {"minprefix": lambda: OurTexts(task, beams)}
     makers |= {name: lambda: PeftTexts(task, beams) for name in peers}
     methods, rows = built(
-        makers, task.device,
+        makers,
+        task.device,
         lambda m: check_texts(task, prompts, m.texts(prompts, n), reference, beams),
-    )  # fmt: skip
+    )
 
     def timed(n_new: int) -> dict[str, list[float]]:
         calls = {name: (lambda m=m: m.texts(prompts, n_new)) for name, m in methods.items()}

@@ -79,7 +79,7 @@ def pairwise(dimensions: dict[str, tuple]) -> list[dict[str, Any]]:
             if name not in case:
                 case[name] = max(
                     dimensions[name],
-                    key=lambda x: sum(p in open_pairs for p in pairs_with(case, name, x)),  # noqa: B023
+                    key=lambda x: sum(p in open_pairs for p in pairs_with(case, name, x)),
                 )
         case = {name: case[name] for name in dimensions}
         for pair in combinations(case.items(), 2):

@@ -195,7 +195,7 @@ def jobs_of(cases: Iterable[Case]) -> list[Job]:
             tile = "{} x {}, {} warps, {} stages".format(*launch.tile)
             name = launch.kernel.fn.__name__.strip("_").removesuffix("_kernel")
             # where a default and another tile are the same kernel, it counts as the default
-            default = launch.default or key in jobs and jobs[key].default
+            default = launch.default or (key in jobs and jobs[key].default)
             jobs[key] = Job(case, n, name, tile, default)
     return list(jobs.values())
 

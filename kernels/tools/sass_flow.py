@@ -44,7 +44,7 @@ def blocks(code: list[Instruction]) -> dict[int, tuple[int, list[int]]]:
             target = place.get(last.operands[-1].strip("`()"))
             follow += [] if target is None else [target]
         always = last.name in ("EXIT", "RET", "BRX", "JMP", "KILL")
-        always = always or last.name == "BRA" and len(last.operands) == 1  # BRA.U has a predicate
+        always = always or (last.name == "BRA" and len(last.operands) == 1)  # BRA.U has a predicate
         if (last.guard or not always) and end < len(code):
             follow.append(end)
         after[start] = end, follow

@@ -89,7 +89,7 @@ class Beginning(NamedTuple):
     """What the model reads before the first new token is chosen."""
 
     texts: list[list[int]]  # by prompt: GPT-2 reads the prompt, a BART's decoder its first tokens
-    options: dict[str, Any] = {}  # of `hidden_states`: a BART's encoded sources
+    options: dict[str, Any] = {}  # of `hidden_states`: a BART's encoded sources  # noqa: RUF012
     given: int = 0  # new tokens among the texts: a first one that is forced
     must_end: bool = False  # the last of max_new_tokens can only be the end of text
 
@@ -197,9 +197,7 @@ def sample(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
 class Rows:
     """What the model has read so far of the rows of a batch, and the prefix that each row has."""
 
-    def __init__(
-        self, model: LanguageModel, beginning: Beginning, acts: Activations, n_new: int
-    ):  # fmt: skip
+    def __init__(self, model: LanguageModel, beginning: Beginning, acts: Activations, n_new: int):
         self.model, self.acts, self.options = model, acts, beginning.options
         self.device = model.wte.weight.device
         max_len = max(len(tokens) for tokens in beginning.texts) + n_new
@@ -313,7 +311,7 @@ class BeamSearch:
 def check_beams(config: GenerationConfig, vocab_size: int) -> None:
     """ValueError where there are fewer tokens than candidates."""
     K = config.num_beams
-    if 2 * K > vocab_size:
+    if vocab_size < 2 * K:
         raise ValueError(
             f"num_beams {K} needs a vocabulary of {2 * K} tokens, the model has {vocab_size}"
         )

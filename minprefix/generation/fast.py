@@ -237,9 +237,10 @@ class Forbidden:
         end = recent[:, None, recent.shape[1] - n + 1 :]  # (rows, 1, n - 1)
         again = (runs[..., :-1] == end).all(-1) & (runs >= 0).all(-1)
         scores.scatter_add_(  # -inf or 0
-            1, runs[..., -1].clamp(min=0),
+            1,
+            runs[..., -1].clamp(min=0),
             scores.new_zeros(again.shape).masked_fill_(again, float("-inf")),
-        )  # fmt: skip
+        )
 
 
 def greedy_or_sampled(

@@ -38,7 +38,7 @@ def measure(
     return official_scores(texts, [example.targets for example in examples], suite, groups)
 
 
-def evaluate_method(
+def evaluate_method(  # noqa: PLR0913
     model: GPT2 | BART, tokenizer, examples: list[Example], *, prefix: Prefix | None = None,
     prompt: HardPrompt | TokenPrompt | None = None, config: GenerationConfig | None = None,
     linearisation: str = "paper", max_source: int | None = None, batch_size: int = 64,

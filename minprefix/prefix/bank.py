@@ -36,11 +36,12 @@ class PrefixBank:
         table = torch.stack([F.pad(t, (0, 0, 0, P - t.shape[-2])) for t in tables], dim=2)
         if prefix_index is None:
             prefix_index = torch.arange(N, device=device)
-        elif prefix_index.device.type == "cpu" and prefix_index.numel():
-            if prefix_index.min() < -1 or prefix_index.max() >= N:
-                raise ValueError(
-                    f"prefix_index must lie in [-1, {N - 1}], got {prefix_index.tolist()}"
-                )
+        elif (
+            prefix_index.device.type == "cpu"
+            and prefix_index.numel()
+            and (prefix_index.min() < -1 or prefix_index.max() >= N)
+        ):
+            raise ValueError(f"prefix_index must lie in [-1, {N - 1}], got {prefix_index.tolist()}")
         offsets = torch.tensor([prefix.position_offset for prefix in self.prefixes], device=device)
         infix = [prefix.place == "infix" for prefix in self.prefixes]  # (N,)
         row = prefix_index.clamp(min=0)

@@ -259,9 +259,9 @@ def run_virtual_tokens(model: Any, tokens: AuthorsTokens) -> Prefix:
             "the keys and values of the authors' infix depend on the text before it: it has no "
             "table, so it cannot become a prefix file (an infix trained here has one)"
         )
-    if C != model.config.n_embd:
+    if model.config.n_embd != C:
         raise ValueError(f"virtual tokens of width {C} for a model of width {model.config.n_embd}")
-    if P >= model.config.n_positions:
+    if model.config.n_positions <= P:
         raise ValueError(f"{P} virtual tokens > {model.config.n_positions} positions of the model")
     with torch.no_grad():
         table = computed_table(model, tokens.embeddings.to(model.wte.weight))

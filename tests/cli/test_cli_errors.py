@@ -195,7 +195,7 @@ def test_missing_data_is_named(refused, tiny_folder, tables, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    "options, expected",
     [
         (("--prefix-len", 0), "prefix_len must be at least 1, got 0"),
         (("--prefix-len", -3), "prefix_len must be at least 1, got -3"),
@@ -229,8 +229,9 @@ def test_missing_data_is_named(refused, tiny_folder, tables, tmp_path):
         (("--batch-size", 0), "batch_size must be at least 1, got 0"),
     ],
 )
-def test_impossible_training_options_are_named(refused, tiny_folder, tables, tmp_path, options,
-                                               expected):  # fmt: skip
+def test_impossible_training_options_are_named(
+    refused, tiny_folder, tables, tmp_path, options, expected
+):
     out = tmp_path / "run"
     common = ("--model", tiny_folder, "--data", tables, "--out", out, "--device", "cpu")
     assert expected in refused("train", *common, *options)
@@ -238,7 +239,7 @@ def test_impossible_training_options_are_named(refused, tiny_folder, tables, tmp
 
 
 @pytest.mark.parametrize(
-    ("argv", "expected"),
+    "argv, expected",
     [
         (("train", "--linearisation", "x"), "invalid choice: 'x' (choose from"),
         (("train", "--steps", "few"), "--steps: invalid literal for int() with base 10: 'few'"),
@@ -254,7 +255,7 @@ def test_wrong_usage_is_exit_code_2(refused, argv, expected):
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    "options, expected",
     [
         (
             ("--max-new-tokens", 100),
@@ -277,7 +278,7 @@ def test_a_prompt_too_long_beside_the_prefix(refused, tiny_folder, run):
 
 
 @pytest.mark.parametrize(
-    ("data", "expected"),
+    "data, expected",
     [
         (b"", "no prompt"),
         (b"a boat\n\nanother\n", "standard input:2: empty, but each line is a prompt"),
@@ -348,7 +349,7 @@ def test_what_to_resume_must_be_clear(refused, tiny_folder, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "expected"),
+    "damage, expected",
     [
         (lambda text: text[: len(text) // 2], "not valid JSON"),
         (lambda text: "[]", "holds a JSON list"),

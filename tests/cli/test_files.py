@@ -57,7 +57,7 @@ def test_an_interrupted_write_leaves_the_earlier_file(tmp_path, error):
     path = tmp_path / "earlier.json"
     write_text(path, "first")
     kind = error if isinstance(error, type) else type(error)
-    with pytest.raises(kind), atomic_write(path) as temporary:
+    with pytest.raises(kind), atomic_write(path) as temporary:  # noqa: PT012
         assert temporary.suffix == ".json" and temporary.parent == tmp_path
         temporary.write_text("half")
         raise error
@@ -128,7 +128,7 @@ def test_missing_tensors_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content, message",
     [
         (b'{"a": 1,\n "b": }', ":2: not valid JSON"),
         (b"", ":1: not valid JSON"),

@@ -52,7 +52,7 @@ def sample(*argv: str) -> Sample:
 
 
 @pytest.mark.parametrize(
-    ("argv", "changes"),
+    "argv, changes",
     [
         ((), {}),
         (("--count", "4"), {"count": 4}),
@@ -81,7 +81,7 @@ def test_each_kind_of_field_has_its_option(argv, changes):
 
 
 @pytest.mark.parametrize(
-    ("argv", "named"),
+    "argv, named",
     [
         (["--count", "4.5"], "--count: invalid literal for int() with base 10: '4.5'"),
         (["--maybe", "few"], "--maybe: "),
@@ -107,7 +107,7 @@ def test_what_a_dataclass_refuses_is_no_wrong_usage():
 
 
 @pytest.mark.parametrize(
-    ("command", "cls"),
+    "command, cls",
     [
         ("train", TrainConfig),
         ("train", PrefixConfig),

@@ -74,7 +74,7 @@ Source: [1].
     assert "**Source:** [1].\n\n| [1] https://a.b   [2] c\n    goes on\n| [3] d" in text
 
 
-@pytest.fixture()
+@pytest.fixture
 def site(tmp_path):
     (tmp_path / "b.html").write_text("<h1 id='top'>b</h1>")
     (tmp_path / "a.html").write_text('<a href="b.html#top">b</a><script src="b.html"></script>')

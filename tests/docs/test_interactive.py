@@ -20,7 +20,7 @@ def browser():
         yield browser
 
 
-@pytest.fixture()
+@pytest.fixture
 def page(browser):
     with check_site.watched_page(browser, viewport={"width": 1280, "height": 900}) as (
         page,

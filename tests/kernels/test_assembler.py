@@ -207,9 +207,9 @@ class TestTriton:
 
     def test_one_that_vanished(self, tmp_path):
         """Triton would quietly take its own."""
-        with pytest.raises(RuntimeError, match="cannot run the assembler"):
-            with assembling(str(tmp_path / "gone")):
-                pass
+        gone = assembling(str(tmp_path / "gone"))
+        with pytest.raises(RuntimeError, match="cannot run the assembler"), gone:
+            pass
 
     def test_a_refused_one_compiles_nothing(self, bare, monkeypatch, tmp_path):
         monkeypatch.setenv("TRITON_PTXAS_PATH", toolkit(tmp_path, "12.8.93"))

@@ -34,7 +34,7 @@ def test_round_trip(tmp_path, design):
     }  # fmt: skip
     assert (loaded.linearisation, loaded.max_source) == ("paper", 9)
     assert loaded.base == fingerprint(model)
-    assert all(weight.requires_grad for weight in loaded.parameters())
+    assert {weight.requires_grad for weight in loaded.parameters()} == {True}
     with adapter.attached(model):
         logits = model(ids)
     loaded.attach(model)
@@ -70,10 +70,11 @@ def wrong_files(adapter: Adapter) -> dict:
         r"more is \(1,\), must be None": ({**tensors, "more": torch.zeros(1)}, good),
         "no tensors of design 'lin'": ({"wte.weight": torch.zeros(2, 2)}, good),
         "h.0.block.ln.bias .* not finite": (
-            {**tensors, "h.0.block.ln.bias": torch.full((32,), torch.nan)}, good,
+            {**tensors, "h.0.block.ln.bias": torch.full((32,), torch.nan)},
+            good,
         ),
         "linearisation 'x'": (tensors, {**good, "linearisation": "x"}),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("message", wrong_files(Adapter(tiny_gpt2().config, 5)))
@@ -87,7 +88,7 @@ def test_wrong_files_are_named(tmp_path, message):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options, message",
     [
         ({"top_layers": 0}, "top_layers must be at least 1, got 0"),
         ({"bottleneck": 0}, "bottleneck must be at least 1, got 0"),
@@ -117,9 +118,10 @@ def test_what_does_not_go_together_is_refused(tokenizer, tmp_path):
         "'adapter' does not train a TunedPrefix": ("adapter", Prefix.random(model.config, 2, 0)),
         "those of another model": ("ft-top", TunedTopLayers(TopLayers(small_model()))),
         "this adapter was made for another": (
-            "adapter", TunedAdapter(an_adapter(another_model())),
+            "adapter",
+            TunedAdapter(an_adapter(another_model())),
         ),
-    }  # fmt: skip
+    }
     for message, (method, tuned) in wrong.items():
         config = TrainConfig(method=method, steps=1)
         with pytest.raises(ValueError, match=message):

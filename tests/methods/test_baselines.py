@@ -106,10 +106,9 @@ def test_a_new_adapter_is_exactly_the_frozen_model(design):
         plain = model(ids)
         with adapter.attached(model):
             assert torch.equal(model(ids), plain)
-    assert not torch.equal(  # another start, once it has learned
-        adapter.h[0][list(adapter.h[0])[0]].down.weight,
-        Adapter.random(model.config, 5, 1, design).h[0][list(adapter.h[0])[0]].down.weight,
-    )
+    name, other = next(iter(adapter.h[0])), Adapter.random(model.config, 5, 1, design)
+    # another start, once it has learned
+    assert not torch.equal(adapter.h[0][name].down.weight, other.h[0][name].down.weight)
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -119,13 +118,13 @@ def test_detaching_leaves_nothing(design):
     adapter, config = an_adapter(model, design), model.config
     adapter.linearisation = "paper"
     name, weights = fingerprint(model), {n: w.clone() for n, w in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="inside"), adapter.attached(model):
+    with pytest.raises(RuntimeError, match="inside"), adapter.attached(model):  # noqa: PT012
         assert adapter_of(model) is adapter and model.frame == ("paper", None)
         assert fingerprint(model) == name and list(model.state_dict()) == list(weights)
         raise RuntimeError("inside")
     assert model.config is config and model.frame == ("", None) and model not in ATTACHED
-    assert not any(module._forward_hooks for module in model.modules())
-    assert all(torch.equal(w, weights[n]) for n, w in model.state_dict().items())
+    assert [module for module in model.modules() if module._forward_hooks] == []
+    assert [n for n, w in model.state_dict().items() if not torch.equal(w, weights[n])] == []
     with pytest.raises(ValueError, match="not attached to this model"):
         adapter.detach(model)
 
@@ -293,7 +292,7 @@ def test_dropout_acts_in_what_is_fine_tuned_only(tokenizer, tmp_path, embedding)
     run.evaluate()  # an evaluation in between, without dropout, changes nothing
     assert same_twice() == [not embedding, False, False]
     adapting = trainer(tokenizer, tmp_path / "a", model=small_model(), method="adapter")
-    assert not any(m.training for m in adapting.model.modules())
+    assert [m for m in adapting.model.modules() if m.training] == []
 
 
 @pytest.mark.parametrize("name", ["lin", "houlsby", "ft-top2", "ft-top1 + embedding"])

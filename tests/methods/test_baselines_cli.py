@@ -24,8 +24,9 @@ FEW = ("--max-new-tokens", 6, "--device", "cpu", "--json")
 
 
 def train(cli, model, data, out, *options) -> tuple[dict, str]:
-    text, err = cli("train", "--model", model, "--data", data, "--out", out, *QUICK, *options,
-                    "--json")  # fmt: skip
+    text, err = cli(
+        "train", "--model", model, "--data", data, "--out", out, *QUICK, *options, "--json"
+    )
     return json.loads(text), err
 
 
@@ -134,7 +135,7 @@ def test_errors_in_one_line(cli, tiny_folder, tables, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "options", "message"),
+    "method, options, message",
     [
         ("ft-top", ("--prefix-len", 50, "--place", "infix"), "--prefix-len is for method prefix,"),
         ("finetune", ("--place=infix",), "--place is for method prefix, not for finetune"),

@@ -40,7 +40,7 @@ def _bos_and_target(row) -> tuple[int, list[int]]:
     return row.ids[row.prompt_len - 1], row.ids[row.prompt_len :]
 
 
-@pytest.mark.parametrize(("prompt_len", "A"), [(0, 0), (1, 0), (7, 0), (7, 3), (7, 6), (2, 2)])
+@pytest.mark.parametrize("prompt_len, A", [(0, 0), (1, 0), (7, 0), (7, 3), (7, 6), (2, 2)])
 def test_a_score_is_the_loss_with_the_tokens_in_the_text(tokenizer, monkeypatch, prompt_len, A):
     model, rows = small_model(torch.float64).requires_grad_(False), rows_of(tokenizer)
     prompts = random_ids(model, 5, prompt_len)
@@ -50,8 +50,9 @@ def test_a_score_is_the_loss_with_the_tokens_in_the_text(tokenizer, monkeypatch,
         nats = prompt_nats(model, prompts, rows, tokenizer.eos_id, A)
         # fp64, sums of some hundred nats
         assert nats.tolist() == pytest.approx(expected, rel=1e-12)
-    assert target_tokens(rows) == sum(len(tokenizer.encode(f" {e.targets[0]}")) + 1
-                                      for e in pairs(5))  # fmt: skip
+    assert target_tokens(rows) == sum(
+        len(tokenizer.encode(f" {e.targets[0]}")) + 1 for e in pairs(5)
+    )
 
 
 def test_tables_of_embeddings_are_the_tokens_activations():
@@ -81,7 +82,7 @@ def test_the_gradient_is_that_of_one_hot_choices_in_the_text(monkeypatch, A):
     choices = one_hot(prompt, 257).double().requires_grad_()  # (P, V)
     nats = 0.0
     for row in rows:  # the whole text as one-hot rows, their embeddings put into wte's place
-        bos, target = _bos_and_target(row)
+        _, target = _bos_and_target(row)
         text = one_hot(torch.tensor(row.ids), 257).double()
         after = choices[4 - A :] if A else text[row.prompt_len - 1 : row.prompt_len]
         asked = torch.cat([choices[: 4 - A], text[: row.prompt_len - 1], after])

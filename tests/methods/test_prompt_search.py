@@ -29,7 +29,7 @@ def rows_of(tokenizer, n: int = 5):
     return encode_examples(tokenizer, pairs(n))
 
 
-@pytest.mark.parametrize(("prompt_len", "rank"), [(1, 1), (2, 16)])
+@pytest.mark.parametrize("prompt_len, rank", [(1, 1), (2, 16)])
 def test_the_search_comes_to_the_best_of_all_prompts(tmp_path, prompt_len, rank):
     """Brute force over all printable prompts of bytes; `rank`: the place accepted, 1 = the best."""
     model, tokenizer = byte_model(), byte_tokenizer()
@@ -158,7 +158,7 @@ def test_only_what_wins_with_the_judge_is_accepted(tokenizer, tmp_path):
     prompts = [list(prompt) for prompt, _ in search.chains]
     for _ in range(2 * search.config.patience):
         assert search.step()["accepted"] is False
-    assert all(prompt in prompts for prompt, _ in search.chains)
+    assert [prompt for prompt, _ in search.chains if prompt not in prompts] == []
     assert search.level == 2  # and the minibatch grew
     assert len(search.draw(99)[1]) == min(len(search.rows), 4 * 4)
     judged = {tuple(row.ids) for row in search.judge_rows}
@@ -261,7 +261,7 @@ def test_what_cannot_be_typed_is_not_allowed(tokenizer, tmp_path):
         [words[0], joins, colon]
     )
     assert not front.usable[tokenizer.bos_id]
-    assert not any("\ufffd" in tokenizer.decode([v]) for v in alone)
+    assert [v for v in alone if "\ufffd" in tokenizer.decode([v])] == []
 
 
 def test_a_worse_prompt_does_not_replace_the_best(tokenizer, tmp_path):
@@ -284,7 +284,7 @@ def test_starts_hold_the_written_instructions(tokenizer):
             40, rng,
         )  # fmt: skip
         assert len(starts) == 40 == len(set(map(tuple, starts)))
-        assert all(len(prompt) == 9 for prompt in starts)
+        assert {len(prompt) for prompt in starts} == {9}
         first = tokenizer.encode("One two ")
         assert starts[0][: len(first)] == first
         after = tokenizer.encode(" three four.")
@@ -314,7 +314,7 @@ def test_a_race_ends_with_the_best(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    "options, expected",
     [
         ({"prompt_len": 0}, "prompt_len must be at least 1, got 0"),
         ({"budget": 0}, "budget must be at least 1, got 0"),

@@ -129,7 +129,7 @@ def test_a_mask_beyond_the_model_is_no_error(folder, model):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change, message",
     [
         ({"model_type": "t5"}, "model_type is 't5'; supported: 'gpt2' or 'bart'"),
         ({"normalize_before": True}, "normalize_before is True; supported: False"),
@@ -147,7 +147,7 @@ def test_a_mask_beyond_the_model_is_no_error(folder, model):
         ({"decoder_layers": 4}, "26 missing (decoder.layers.3."),
         ({"d_model": 64}, "of another shape (shared.weight (261, 32) for (261, 64)"),
     ],
-)  # fmt: skip
+)
 def test_other_models_are_refused(folder, change, message):
     set_config(folder, **change)
     with pytest.raises(ValueError) as caught:

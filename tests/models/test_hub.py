@@ -342,7 +342,7 @@ def test_a_name_that_the_hub_does_not_have(serve):
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "kind", "message"),
+    "status, code, kind, message",
     [
         (401, "RepoNotFound", ValueError, "neither a folder here nor a model"),
         (403, "GatedRepo", OSError, "access is restricted: accept its terms at"),

@@ -176,7 +176,7 @@ def test_config_takes_defaults_for_what_is_missing(folder):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    "key, value",
     [
         ("model_type", "t5"),
         ("model_type", ...),

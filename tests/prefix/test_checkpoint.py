@@ -45,7 +45,7 @@ def test_round_trip(tmp_path, parametrisation, gate):
     ids = random_ids(model, 2, 5)
     assert torch.equal(model(ids, prefix=loaded), model(ids, prefix=prefix))
     loaded.check_base(model)
-    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert {parameter.requires_grad for parameter in loaded.parameters()} == {True}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

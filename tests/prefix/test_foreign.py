@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def mlp(*widths: int, seed: int = 0) -> nn.Sequential:
     """Linear, tanh, Linear, ...: `control_trans` in both systems."""
     torch.manual_seed(seed)
     layers = []
-    for n_in, n_out in zip(widths, widths[1:], strict=False):
+    for n_in, n_out in pairwise(widths):
         layers += [nn.Linear(n_in, n_out), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 

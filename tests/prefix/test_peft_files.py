@@ -202,8 +202,8 @@ def test_another_base_model_is_named(tmp_path):
         ValueError, match="3 layers with 2 heads of 8 .* has 3 with 4 of 8.*grouped"
     ):
         prefix.check_fit(tiny_gpt2().config)
+    prefix_config = GPT2Config(n_layer=3, n_head=2, n_embd=16, n_positions=5)
     with pytest.raises(ValueError, match="position_offset 5 leaves no place among the 5 positions"):
-        prefix_config = GPT2Config(n_layer=3, n_head=2, n_embd=16, n_positions=5)
         prefix.check_fit(prefix_config)
 
 

@@ -169,8 +169,9 @@ def bart_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "bart"
     save_model(
         small_bart(forced_bos_token_id=0, no_repeat_ngram_size=3),
-        Tokenizer.from_folder(ASSETS / "mini-bart", "bart"), folder,
-    )  # fmt: skip
+        Tokenizer.from_folder(ASSETS / "mini-bart", "bart"),
+        folder,
+    )
     return folder
 
 
@@ -193,8 +194,9 @@ def test_commands(cli, bart_folder, tables, tmp_path):
                  "--max-new-tokens", 8, "--json")  # fmt: skip
     assert json.loads(out)["tables"] == 3 and "bleu" in json.loads(out)
     streamed, _ = cli("generate", *model, "--prefix", kept, "boat : Gull", "--max-new-tokens", 6)
-    texts, _ = cli("generate", *model, "--prefix", kept, "boat : Gull", "--max-new-tokens", 6,
-                   "--json")  # fmt: skip
+    texts, _ = cli(
+        "generate", *model, "--prefix", kept, "boat : Gull", "--max-new-tokens", 6, "--json"
+    )
     assert json.loads(texts)["texts"] == [streamed.strip("\n")]
     out, _ = cli("info", *model, "--prefix", kept, "--json")
     parts = {row["part"]: row["parameters"] for row in json.loads(out)["parameters"]}

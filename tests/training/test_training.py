@@ -60,9 +60,7 @@ def test_accumulation_equals_one_large_batch(tokenizer, tmp_path, loss):
 def test_losses_are_means_per_token_and_sums_per_sentence(tokenizer, tmp_path):
     """The gradient of both choices against the formula, from the logits of each pair alone."""
     for loss in ("token", "sentence"):
-        run = trainer(
-            tokenizer, tmp_path, model=small_model(torch.float64), loss=loss, clip=1e9
-        )  # fmt: skip
+        run = trainer(tokenizer, tmp_path, model=small_model(torch.float64), loss=loss, clip=1e9)
         chosen = [run.rows[i] for i in run.order.batch(0)]
         total, targets = 0.0, 0
         for row in chosen:
@@ -94,7 +92,7 @@ def test_the_model_stays_frozen_and_the_prefix_learns(tokenizer, tmp_path):
     run.run(progress=False)
     losses = log_of(tmp_path)
     assert fingerprint(run.model) == before == Prefix.load(tmp_path / "prefix.safetensors").base
-    assert not any(p.requires_grad or p.grad is not None for p in run.model.parameters())
+    assert {(p.requires_grad, p.grad) for p in run.model.parameters()} == {(False, None)}
     assert losses[30] < losses[1] - 0.2  # nats; 0.0 if nothing were learned
 
 
@@ -154,9 +152,9 @@ def test_activation_checkpointing_changes_no_loss(tokenizer, tmp_path, method, c
     """Dropout masks included: a step recomputes what it computed."""
     folders = tmp_path / "plain", tmp_path / "checkpointed"
     for folder, on in zip(folders, (False, checkpointing), strict=True):
-        trainer(
-            tokenizer, folder, method=method, steps=3, activation_checkpointing=on
-        ).run(progress=False)  # fmt: skip
+        trainer(tokenizer, folder, method=method, steps=3, activation_checkpointing=on).run(
+            progress=False
+        )
     assert log_of(folders[0]) == pytest.approx(log_of(folders[1]), rel=1e-5)
 
 
@@ -351,8 +349,8 @@ def test_a_run_leaves_the_model_as_it_was_given(tokenizer, tmp_path):
             activation_checkpointing=True,
         )  # fmt: skip
         run.run(progress=False)
-        assert not any(module.training for module in model.modules()), method
-        assert not any("forward" in vars(block) for block in model.blocks())
+        assert [module for module in model.modules() if module.training] == [], method
+        assert [block for block in model.blocks() if "forward" in vars(block)] == [], method
         ids = [5, 6, 7]
         assert torch.equal(token_activations(model, ids), token_activations(model, ids))
 

@@ -39,7 +39,7 @@ def test_all_that_is_trained_moves_and_nothing_else(tokenizer, tmp_path, form, p
         run.step()
     for name, weight in run.model.state_dict().items():
         assert torch.equal(weight, frozen[name]), name
-    assert not any(p.requires_grad or p.grad is not None for p in run.model.parameters())
+    assert {(p.requires_grad, p.grad) for p in run.model.parameters()} == {(False, None)}
     for name, parameter in run.prefix.named_parameters():
         moved = parameter != before[name]
         assert moved.any() if "gate" in form else moved.all(), name
@@ -175,7 +175,7 @@ def test_prefix_dropout_acts_in_training_only(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "form", "place"),
+    "options, form, place",
     [
         (("--parametrisation", "embedding"), "embedding", "prefix"),
         (("--parametrisation", "embedding-mlp", "--gate"), "embedding-mlp", "prefix"),

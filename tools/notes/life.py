@@ -264,4 +264,4 @@ def school(d: Draw) -> Story:
             "gap": "one + two + three - need" if enough else "need - one - two - three",
         },
         claims=("total > need" if enough else "total < need",),
-    )  # fmt: skip
+    )

@@ -8,6 +8,7 @@
 import random
 import re
 from collections.abc import Callable
+from itertools import pairwise
 
 from minprefix.data.examples import Example
 from minprefix.data.load import load_examples
@@ -31,7 +32,7 @@ def shape(sentence: str) -> str:
 
 def bigrams(text: str) -> list[tuple[str, str]]:
     words = re.findall(r"\w+", text.lower())
-    return list(zip(words, words[1:], strict=False))
+    return list(pairwise(words))
 
 
 def novelty(examples: list[Example]) -> float:

@@ -90,7 +90,7 @@ def count(d: Draw) -> Story:
             f"There are {many_or_few} {{family}} near {{town}} than last year {because} {{cause}}.",
         ),
         claims=(claim,),
-    )  # fmt: skip
+    )
 
 
 TRAPS = {  # an animal and where it is stuck: the same in short, how it gets out

@@ -47,8 +47,9 @@ def exercise_1():
     rows = gap(model(z, prefix=Prefix.from_table(table[..., order, :], 5)), logits)
     ids = tokenizer.encode("Write one short sentence")[:5]
     assert len(ids) == 5
-    texts = [Prefix.from_table(token_activations(model, x), 5)
-             for x in (ids, [ids[i] for i in order])]  # fmt: skip
+    texts = [
+        Prefix.from_table(token_activations(model, x), 5) for x in (ids, [ids[i] for i in order])
+    ]
     words = gap(model(z, prefix=texts[0]), model(z, prefix=texts[1]))
     print(f"  logits move by {rows:.0e} (rows in another order), {words:.1f} (words)")
     assert rows < 1e-11 and words > 0.1

@@ -5,6 +5,7 @@
 
 # %%
 import tempfile
+from itertools import pairwise
 
 import torch
 from scipy import stats
@@ -31,7 +32,7 @@ def pairs(size: int, seed: int) -> set:
 
 
 sizes = (20, 50, 100, 200, 500)
-for small, large in zip(sizes, sizes[1:], strict=False):
+for small, large in pairwise(sizes):
     assert pairs(small, 0) < pairs(large, 0)
 N = sum(len(e.targets) for e in train)
 shared = [len(pairs(500, one) & pairs(500, two)) for one in range(5) for two in range(one)]

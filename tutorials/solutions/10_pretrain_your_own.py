@@ -1,6 +1,7 @@
 """Solutions to the exercises of 10_pretrain_your_own."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def exercises_1_and_2():
         rows.append((n_bytes / len(ids), nats, bits))
         print(f"  V = {V:4}: {rows[-1][0]:.2f} bytes per token, unigram entropy {nats:.2f} nats "
               f"per token = {bits:.2f} bits per byte")  # fmt: skip
-    for first, second in zip(rows, rows[1:], strict=False):
+    for first, second in pairwise(rows):
         assert first[0] < second[0] and first[1] < second[1] and first[2] > second[2]
 
 
