@@ -1,6 +1,8 @@
 """What a run leaves to look at: tables of text, samples side by side, and figures."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from minprefix.data.examples import Example
 from minprefix.files import atomic_write, write_text
@@ -62,7 +64,10 @@ def bart_parts(config: BARTConfig) -> list[tuple[str, str, str]]:
     ]
 
 
-PARTS = {"GPT-2": gpt2_parts, "BART": bart_parts}
+PARTS: dict[str, Callable[[Any], list[tuple[str, str, str]]]] = {
+    "GPT-2": gpt2_parts,
+    "BART": bart_parts,
+}
 
 
 def prefix_rows(prefix: Prefix | BARTPrefix) -> list[tuple[str, str, int]]:

@@ -9,6 +9,7 @@ say, but 100, the length in its appendix, and 5 come to them.
 [1] https://aclanthology.org/2021.acl-long.353
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -47,11 +48,8 @@ def bart_rows(config: BARTConfig) -> list[dict]:
     return rows
 
 
-def method_rows(config: GPT2Config | BARTConfig) -> list[dict]:
-    """By method: parameters trained, parameters kept for use, these in percent of the model; for
-    GPT-2 medium and BART large also what the paper says."""
-    if config.family == "BART":
-        return bart_rows(config)
+def gpt2_rows(config: GPT2Config) -> list[dict]:
+    """`method_rows` of a GPT-2."""
     model: Any = shapes_of(config)
     rows: list[dict] = []
     total = count(model)
@@ -83,3 +81,12 @@ def method_rows(config: GPT2Config | BARTConfig) -> list[dict]:
     if replace(config, linearisation="", max_source=None) != OFFICIAL["gpt2-medium"][0]:
         rows = [{name: x for name, x in row.items() if name != "paper"} for row in rows]
     return rows
+
+
+ROWS: dict[str, Callable[[Any], list[dict]]] = {"GPT-2": gpt2_rows, "BART": bart_rows}
+
+
+def method_rows(config: GPT2Config | BARTConfig) -> list[dict]:
+    """By method: parameters trained, parameters kept for use, these in percent of the model; for
+    GPT-2 medium and BART large also what the paper says."""
+    return ROWS[config.family](config)
