@@ -25,7 +25,7 @@ def cpu_name() -> str:
 def machine() -> dict[str, str | int]:
     """CPU, threads, versions and commit, as they are at the first call: make it at the start.
 
-    A "+" behind the commit: with changes that are not committed. Empty: git is not there to ask.
+    A "+" after the commit: with changes that are not committed. Empty: git is not there to ask.
     Where there is a GPU also its name, the versions of CUDA and Triton, and the assembler that the
     kernels are given (on NVIDIA).
     """
@@ -71,7 +71,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def add_row(path: Path, row: dict, key: tuple[str, ...]) -> None:
     """Add a row to a CSV, in the place of one with the same values of the `key` columns.
 
-    Columns that only other rows have stay, behind those of this row; a cell without value is empty.
+    Columns that only other rows stay, after those of this row; a cell without value is empty.
     """
     same = [str(row[name]) for name in key]
     rows = [old for old in read_rows(path) if [old[name] for name in key] != same] + [row]

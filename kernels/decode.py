@@ -10,7 +10,7 @@ and the softmax over all columns follows from these partial results alone:
 
     lse = log sum_c exp(lse_c),   o = sum_c exp(lse_c - lse) o_c.                              (*)
 
-`decode` is the entry; it plans from the shapes alone (`plan`), so CUDA graphs replay it whatever
+`decode` is the entry; it plans from the shapes alone (`cut_for`), so CUDA graphs replay it whatever
 the lengths of the rows. Read `_decode_kernel`, then `_merge_kernel`, which is (*). Its programs:
 
   - (row, head, split): the row's T queries, padded to a tile of 16, on `chunk` columns of the
@@ -25,7 +25,7 @@ program sees all columns of its queries it writes o and lse itself: one launch, 
 cache that grows from call to call, as a longer and longer view, passes from the one to the other
 once, which compiles a second form of the kernel; a static cache never does.)
 
-With e the bytes of an element and C the number of partial results per query (`Plan.parts`):
+With e the bytes of an element and C the number of partial results per query (`Cut.parts`):
 
     bytes of `_decode_kernel`:   2 e D H (B S + P R) + 2 e B H T D      R = B, or B T / BLOCK_M
     FLOPs of `_decode_kernel`:   4 D H (B S + B P) T                    (done: 16 for T, padded)
@@ -255,7 +255,7 @@ def _merge_kernel(
     tl.store(lse_ptr + query, (m + tl.log2(z)) * LN2)
 
 
-class Plan(NamedTuple):
+class Cut(NamedTuple):
     """How the columns of a call are cut."""
 
     splits: int  # programs per row and head
@@ -281,7 +281,7 @@ def stacks(q: Tensor, prefix_k: Tensor, prefix_index: Tensor | None, tile: Tile)
     return shared and saved >= STACK_BYTES
 
 
-def plan(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None, tile: Tile) -> Plan:
+def cut_for(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None, tile: Tile) -> Cut:
     """The splits, from the shapes and the tables above; never from the lengths of the rows.
 
     So many that PROGRAMS_EACH programs run on each multiprocessor, if there are as many tiles.
@@ -295,7 +295,7 @@ def plan(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None, ti
     wanted_splits = programs_wanted(q) // max(B * H, 1)
     each = cdiv(tiles, max(wanted_splits, 1)) if tiles >= SPLIT_FROM else tiles
     splits = max(1, cdiv(tiles, max(each, 1)))
-    return Plan(splits, max(each, 1) * tile.block_n, prefix_splits, PREFIX_TILES * tile.block_n)
+    return Cut(splits, max(each, 1) * tile.block_n, prefix_splits, PREFIX_TILES * tile.block_n)
 
 
 def prefix_tiles(prefix_k: Tensor, block_d: int) -> dict[str, int | bool]:
@@ -314,7 +314,7 @@ def workspace_bytes(
 ) -> int:
     """What `decode` allocates beside o and lse, with the default tile: 4 C B H T (D + 1)."""
     B, H, T, D = q.shape
-    parts = plan(q, k, prefix_k, prefix_index, tiles_of("decode", q)[0]).parts
+    parts = cut_for(q, k, prefix_k, prefix_index, tiles_of("decode", q)[0]).parts
     return 4 * parts * B * H * T * (D + 1) if parts > 1 else 0
 
 
@@ -339,7 +339,7 @@ def decode(inputs: Inputs) -> tuple[Tensor, Tensor]:
     scale = D**-0.5 if inputs.scale is None else inputs.scale
 
     def run(tile: Tile) -> tuple[Tensor, Tensor]:
-        cut = plan(q, k, prefix_k, prefix_index, tile)
+        cut = cut_for(q, k, prefix_k, prefix_index, tile)
         stacked, parts = cut.prefix_splits > 0, cut.parts
         o, lse = empty_results(q)
         part_o, part_lse = o[None], lse  # one part: the result

@@ -90,7 +90,7 @@ def make_sample(shape: Shape, device: str, seed: int) -> Sample:
     bank = (2, N, H, P, D) if N else (2, H, P, D)
     lens = torch.full((B,), S, device=device)
     index = torch.arange(B, device=device) % N if N else None
-    # some room behind, as a cache has for the tokens to come
+    # some room after them, as a cache has for the tokens to come
     cache = normal(2, B, H, S + 32, D)
     return Sample(
         normal(B, H, 1, D), normal(2, B, H, 1, D), cache, normal(*bank), index, lens, lens - 1

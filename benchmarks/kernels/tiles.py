@@ -5,7 +5,7 @@
 `kernels.launch.TILES` has several tiles for a kernel, of which the first is what runs. Whatever
 passes through `launch.run_best` with its candidates is found by itself: while a call of training or
 of decoding is made, `Choice` stands in the place of `run_best`. A candidate that launches several
-kernels is a plan; the stages in it are found in the same way, and have its name behind theirs
+kernels is a plan; the stages in it are found in the same way, and have its name after theirs
 (`bwd_dq in split`). Each candidate is first compared with the definition in fp64, as part of a
 whole call; then its launches are timed in a CUDA graph (`bench_clock.py`) on the inputs of 160 MB.
 The stages inside a plan come first, so that a plan is timed with their winners.
@@ -62,7 +62,7 @@ class Stage:
     kernel: str
     tiles: list[Any]
     path: dict[str, Any]  # choices of the stages around it that lead here
-    under: str  # the same, as it stands behind the name
+    under: str  # the same, as it stands after the name
     runs: list[Callable[[Any], Any]] = field(default_factory=list)
 
     @property

@@ -223,7 +223,7 @@ TABLE4 = (
         better("EMB-10", "DISCRETE"),
     ),
     Claim(
-        "and those with tokens behind the table too (another frame: no bound by construction)",
+        "and those with tokens after the table too (another frame: no bound by construction)",
         "[v1] 7.2, the frame is ours",
         better("EMB-10", "DISCRETE AROUND"),
     ),

@@ -30,6 +30,7 @@ from benchmarks.paper.results import KEY, quality, read_rows, row_of, write_rows
 from benchmarks.paper.run import Run, check_origin, data_digest, record_of, why_missing
 from minprefix.cli.main import execute
 from minprefix.cli.options import WithModel
+from minprefix.cli.report import say
 from minprefix.metrics.meteor import why_not
 from minprefix.models import weights
 from minprefix.training.loop import Interrupted
@@ -297,10 +298,6 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

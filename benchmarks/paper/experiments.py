@@ -60,7 +60,7 @@ def table4(plan: Plan) -> list[Cell]:
     """Table 4 (ACL 5): embedding-only and infix; and searched discrete prompts beneath them.
 
     DISCRETE are tokens before the table, one-hot choices among the embeddings of EMB-10; DISCRETE
-    AROUND are as many, three of them behind the table: another frame, that of an instruction.
+    AROUND are as many, three of them after the table: another frame, that of an instruction.
     """
     return [Cell(name, plan.run("e2e", name, seed)) for name in TABLE4 for seed in plan.seeds]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from minprefix.cli.options import Common
-from minprefix.cli.report import format_rows, plot_comparison, plot_loss, write_samples
+from minprefix.cli.report import format_rows, plot_comparison, plot_loss, say, write_samples
 from minprefix.data.load import load_examples
 from minprefix.files import write_text
 from minprefix.generation.decoding import GenerationConfig
@@ -139,7 +139,3 @@ def row(name: str, scores: dict[str, float], n_trained: int, n_kept: int, model)
         "kept": n_kept,
         "kept %": 100 * n_kept / total,
     }
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

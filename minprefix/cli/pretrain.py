@@ -11,7 +11,6 @@ reached.
 
 import json
 import shlex
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +20,7 @@ from tyro.conf import Positional, Suppress, arg
 
 from minprefix.cli.options import Flat, WithDevice
 from minprefix.cli.parse import parse, parse_known
-from minprefix.cli.report import format_rows, plot_loss
+from minprefix.cli.report import format_rows, plot_loss, say
 from minprefix.files import write_text
 from minprefix.generation.texts import generate
 from minprefix.models import weights
@@ -124,7 +123,3 @@ def samples(folder: Path, count: int, device: str) -> list[str]:
     room = min(SAMPLE_TOKENS, model.config.n_positions - 1)
     options: Any = {"max_new_tokens": room, "do_sample": True, "top_p": 0.9}
     return [text.strip() for text in generate(model, tokenizer, prompts, **options)]
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """What a run leaves to look at: tables of text, samples side by side, and figures."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.prefix import Prefix
+
+
+def say(text: str) -> None:
+    """Tell the user something beside the result, on stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def format_rows(rows: list[dict]) -> str:

@@ -9,12 +9,12 @@
     slot n K + i, and each beam sees the slots of its ancestors. Attention over the prompt (with the
     prefix) and over the slots are merged by their log-sum-exps.
   - Tokens are chosen, and forbidden ones found, on the model's device.
-  - On a GPU a step is a CUDA graph for each bucket of rows and of columns (`Batch.step`), so it
+  - On a GPU a step is a CUDA graph for each bucket of rows and of columns (`Decoding.step`), so it
     costs one launch; the next step is launched before the host looks at the tokens of this one
     (`Sent`). MINPREFIX_CUDA_GRAPHS=0 turns graphs off.
 
 The prefix stays an argument of attention and in no cache, as everywhere. Read `caches.py`,
-`Batch`, then the loops `greedy_or_sampled` and `beam_search`, whose arguments and
+`Decoding`, then the loops `greedy_or_sampled` and `beam_search`, whose arguments and
 results are those of their namesakes in `decoding.py`. Shapes use the letters of the README's table;
 b counts prompts, K beams.
 """
@@ -61,7 +61,7 @@ def order_without(ended: list[bool]) -> list[int]:
     return [next(movers) if ended[row] else row for row in range(len(kept))]
 
 
-class Batch:
+class Decoding:
     """A batch of prompts: its cache, its prefix, and the graphs of its steps.
 
     It holds no reference to the model, so that a batch can be kept for as long as its model lives.
@@ -137,12 +137,12 @@ def head(model: LanguageModel, hidden: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-KEPT: WeakKeyDictionary[LanguageModel, Batch] = (
+KEPT: WeakKeyDictionary[LanguageModel, Decoding] = (
     WeakKeyDictionary()
 )  # the last batch, for its graphs
 
 
-def take_batch(model: LanguageModel, prompts, config: GenerationConfig, acts: Any) -> Batch:
+def take_batch(model: LanguageModel, prompts, config: GenerationConfig, acts: Any) -> Decoding:
     """A batch with room for the prompts (what is read first); the kept one if it fits.
 
     `KEPT` has it back afterwards. While it is taken, another generation with the same model makes
@@ -167,10 +167,10 @@ def take_batch(model: LanguageModel, prompts, config: GenerationConfig, acts: An
             return kept
         del kept
     cache = RowCache(model.config, rows, prompt_len + (n_new if K == 1 else 0), like, static)
-    return Batch(key, cache if K == 1 else BeamCache(cache, K, n_new), acts, K)
+    return Decoding(key, cache if K == 1 else BeamCache(cache, K, n_new), acts, K)
 
 
-def give_back(model: LanguageModel, batch: Batch) -> None:
+def give_back(model: LanguageModel, batch: Decoding) -> None:
     if batch.cache.static:
         KEPT[model] = batch
 

@@ -38,19 +38,21 @@ FIRST_POSITION = 2  # row of the position table at which token 0 stands, as in t
 
 
 @dataclass(frozen=True)
-class Source:
+class EncodedSource:
     """An encoded source, which the decoder reads by cross attention."""
 
     states: Tensor  # (B, S, C)
     lens: Tensor | None = None  # (B,) real tokens of each row; None = all
     kv: Any = None  # Tensor (L, 2, B, H, S, D): keys and values of all layers; None = not yet
 
-    def select(self, rows: Tensor) -> "Source":
+    def select(self, rows: Tensor) -> "EncodedSource":
         """These rows, in this order and as often as they are named."""
         lens = None if self.lens is None else self.lens[rows]
-        return Source(self.states[rows], lens, None if self.kv is None else self.kv[:, :, rows])
+        return EncodedSource(
+            self.states[rows], lens, None if self.kv is None else self.kv[:, :, rows]
+        )
 
-    def keep(self, order: list[int]) -> "Source":
+    def keep(self, order: list[int]) -> "EncodedSource":
         """`select` in place, with kv: only rows that another takes the place of are written."""
         assert self.lens is not None
         moved = [(to, source) for to, source in enumerate(order) if to != source]
@@ -60,7 +62,7 @@ class Source:
             for x in (self.states, self.lens):
                 x[to] = x[source]
         n = len(order)
-        return Source(self.states[:n], self.lens[:n], self.kv[:, :, :n])
+        return EncodedSource(self.states[:n], self.lens[:n], self.kv[:, :, :n])
 
 
 class SelfAttention(Attention):
@@ -202,7 +204,7 @@ class BART(LanguageModel):
     def encode(
         self, source_ids: Tensor, source_lens: Tensor | None = None, *, prefix=None,
         prefix_index: Tensor | None = None, recorder=None,
-    ) -> Source:  # fmt: skip
+    ) -> EncodedSource:  # fmt: skip
         """The encoder's last layer.
 
         Args:
@@ -227,15 +229,15 @@ class BART(LanguageModel):
         for layer, block in enumerate(self.encoder.h):
             attend = None if recorder is None else partial(recorder.attend, layer)
             x = block(x, acts.of_layer(layer), visible, attend)
-        return Source(x, source_lens)
+        return EncodedSource(x, source_lens)
 
-    def with_keys(self, source: Source) -> Source:
+    def with_keys(self, source: EncodedSource) -> EncodedSource:
         """With the keys and values that cross attention reads, made once for a whole text."""
         kv = [block.cross.keys_and_values(source.states) for block in self.decoder.h]
         return replace(source, kv=torch.stack(kv))
 
     def hidden_states(
-        self, input_ids: Tensor, *, source: Source | None = None,
+        self, input_ids: Tensor, *, source: EncodedSource | None = None,
         source_ids: Tensor | None = None, source_lens: Tensor | None = None,
         prefix=None, prefix_index: Tensor | None = None, kv_lens: Tensor | None = None,
         cache: KVCache | None = None, at: Tensor | None = None,

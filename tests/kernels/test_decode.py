@@ -121,10 +121,10 @@ def test_stacked_prefix(B, N, seq_len, lens, cut):
         check(case)
 
 
-def plan_of(case: Case) -> "decode.Plan":
+def plan_of(case: Case) -> "decode.Cut":
     q, k, _, prefix_k, _ = (x.to(DEVICE).float() for x in case.tensors)
     tile = launch.tiles_of("decode", q)[0]
-    return decode.plan(q, k, prefix_k, case.options.get("prefix_index"), tile)
+    return decode.cut_for(q, k, prefix_k, case.options.get("prefix_index"), tile)
 
 
 def test_a_stack_for_shared_prefixes_only(monkeypatch):
@@ -295,7 +295,7 @@ def launches(B=8, H=4, T=1, S=500, P=20, N=None, lens=True, target="sm_90"):
 def compiled_for(made) -> list:
     """What a compiled kernel depends on: constants, tiles, and whether 1 or 16 divide the rest."""
     varying = {"batch_size", "seq_len", "kv_len", "prefix_len", "queries", "parts"}
-    varying |= set(decode.Plan._fields)
+    varying |= set(decode.Cut._fields)
     keys = []
     for kernel, _, tile, arguments, _ in made:
         key = {"kernel": kernel.__name__, "tile": tile}
