@@ -71,7 +71,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def add_row(path: Path, row: dict, key: tuple[str, ...]) -> None:
     """Add a row to a CSV, in the place of one with the same values of the `key` columns.
 
-    Columns that only other rows stay, after those of this row; a cell without value is empty.
+    Columns that only other rows have stay, after those of this row; a cell without value is empty.
     """
     same = [str(row[name]) for name in key]
     rows = [old for old in read_rows(path) if [old[name] for name in key] != same] + [row]
