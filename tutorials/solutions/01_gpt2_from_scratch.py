@@ -6,7 +6,7 @@ from unittest.mock import patch
 import torch
 
 import minprefix
-from kernels import prefix_attention_qkv
+from minprefix.models.activations import Visible
 from minprefix.models.cache import KVCache
 from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
@@ -48,8 +48,7 @@ def exercise_2():
     other[0, -1] = tokenizer.bos_id
     changed = (model(ids) - model(other)).abs().amax((0, 2)) > 1e-9  # (T,)
     assert changed.tolist() == [False] * (ids.shape[1] - 1) + [True]
-    unmasked = partial(prefix_attention_qkv, causal=False)
-    with patch("minprefix.models.gpt2.prefix_attention_qkv", unmasked):
+    with patch("minprefix.models.activations.Visible", partial(Visible, causal=False)):
         changed_without = (model(ids) - model(other)).abs().amax((0, 2)) > 1e-9
     assert changed_without.all()
     print(f"  rows of logits that change: {changed.sum()} with the mask, {ids.shape[1]} without")
