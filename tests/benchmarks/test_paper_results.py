@@ -69,6 +69,7 @@ def test_official_models_take_the_papers_settings():
     assert replace(plan, steps=500).scale == "500 steps"
 
 
+@pytest.mark.slow
 def test_a_folder_of_official_layout_starts_with_them_and_estimates(paper, tokenizer, tmp_path):
     """A random checkpoint named gpt2-medium: the command says how long, and goes on."""
     save_model(tiny_with_words(n_positions=160), tokenizer, tmp_path / "gpt2-medium")

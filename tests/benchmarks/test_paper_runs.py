@@ -91,6 +91,7 @@ def test_table4_gives_rows_figure_claims_and_report_and_is_not_run_twice(paper, 
     assert (results / "table4-tiny-quick.csv").read_bytes() == again
 
 
+@pytest.mark.slow
 def test_methods_of_table1_and_a_missing_data_set(paper, options, tmp_path):
     out, err = paper("table1", *options, "--only", "webnlg", "dart")
     rows = read_rows(tmp_path / "runs" / "results" / "table1-tiny-quick.csv")
@@ -109,6 +110,7 @@ def test_methods_of_table1_and_a_missing_data_set(paper, options, tmp_path):
     assert not list((tmp_path / "runs").glob("*/state"))
 
 
+@pytest.mark.slow
 def test_finished_rows_stay_without_their_data_and_beside_only(paper, options, tmp_path):
     """Of table 1 on WebNLG: with --only e2e, then with a --data-dir that has nothing."""
     path = tmp_path / "runs" / "results" / "table1-tiny-quick.csv"
@@ -166,6 +168,7 @@ def test_what_all_runs_need_is_said_once_before_the_first(paper, options, tmp_pa
     assert "there is no such folder" in err
 
 
+@pytest.mark.slow
 def test_rows_with_scores_are_not_lost(paper, options, tmp_path, monkeypatch):
     """To fewer seeds, to a --runs folder without them where all fails, or to other settings."""
     path = tmp_path / "results" / "figure3-tiny-quick.csv"
