@@ -68,7 +68,6 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 pygments_style, pygments_dark_style = "friendly", "github-dark"
-exclude_patterns = ["log.md"]  # a notebook of results, to be read in the checkout
 copybutton_exclude = ".linenos, .gp, .go"
 
 

@@ -50,13 +50,14 @@ class WithDevice(Common):
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+MODEL = f"{', '.join(weights.MODELS)}, the name of a model on the hub, or a folder"
+
+
 @dataclass(frozen=True, kw_only=True)
 class WithModel(WithDevice):
     """Options of commands with a model."""
 
-    model: Annotated[
-        str, arg(help=f"{', '.join(weights.MODELS)}, the name of a model on the hub, or a folder")
-    ] = "mini"
+    model: Annotated[str, arg(help=MODEL)] = "mini"
 
 
 @dataclass(frozen=True, kw_only=True)
