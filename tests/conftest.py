@@ -36,6 +36,11 @@ TINY = GPT2Config(
 )
 
 
+def pytest_collection_modifyitems(items):
+    """Long tests come first, so that no process is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def needs_kernels() -> None:
     """Skip a whole module where the Triton kernels cannot run."""
     if not (INTERPRETED or torch.cuda.is_available()):
