@@ -43,7 +43,7 @@ XSUM = GenerationConfig(  # the paper's 6 beams and penalty; BART's config block
 class Task:
     """What is trained and how it is scored."""
 
-    metrics: str  # `evaluation.measure`
+    metrics: str  # `evaluate.measure`
     best: str  # the score that chooses a learning rate
     decoding: dict[str, GenerationConfig]
     common: TrainConfig

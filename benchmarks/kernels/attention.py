@@ -3,7 +3,7 @@
     python -m benchmarks.kernels.attention [--out FOLDER] [--part targets] [--seconds 100]
     python -m benchmarks.kernels.attention --draw benchmarks/gpu/attention-h200.csv
 
-bf16, D = 64, causal; methods and their check: `bench_peers.py`; the clock: `bench_clock.py`.
+bf16, D = 64, causal; methods and their check: `peers.py`; the clock: `clock.py`.
 Everything that is timed is first compared with the definition, `prefix_attention_eager`, in fp64 on
 the same inputs. A small shape is measured first and not kept (`WARM_UP`): without it CUDA could not
 capture the first calls of a process that stack a gradient of qkv, seen on an H200.

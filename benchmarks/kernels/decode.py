@@ -22,7 +22,7 @@ read and written bytes together, in the same run. What a method moves beyond tha
 the cache anew) shows as fewer GB/s.
 
 us is the median time of a step in microseconds, us_20 and us_80 are the quantiles, by CUDA graphs
-that read each step's cache from memory (`bench_clock.py`). The rows go to decode-DEVICE.csv, with a
+that read each step's cache from memory (`clock.py`). The rows go to decode-DEVICE.csv, with a
 picture beside it. On a CPU small shapes run once or twice, with `prefix_attention_lean` in place of
 the kernels: those times say nothing about a GPU.
 """

@@ -7,7 +7,7 @@ passes through `launch.run_best` with its candidates is found by itself: while a
 of decoding is made, `Choice` stands in the place of `run_best`. A candidate that launches several
 kernels is a plan; the stages in it are found in the same way, and have its name after theirs
 (`bwd_dq in split`). Each candidate is first compared with the definition in fp64, as part of a
-whole call; then its launches are timed in a CUDA graph (`bench_clock.py`) on the inputs of 160 MB.
+whole call; then its launches are timed in a CUDA graph (`clock.py`) on the inputs of 160 MB.
 The stages inside a plan come first, so that a plan is timed with their winners.
 
 A row of tiles-DEVICE.csv: a stage, a candidate and its time in microseconds; default is 1 for what

@@ -4,7 +4,7 @@
 
 Compiling on first use takes seconds for a kernel and half a minute for FlexAttention, one after
 the other. Here a process compiles one of those peers at one shape, or every n-th launch of our
-kernels: each tile at the shapes with targets, found as in `bench_tiles.py` but recorded instead of
+kernels: each tile at the shapes with targets, found as in `tiles.py` but recorded instead of
 run; then the defaults at the shapes of the sweeps. Triton and Inductor keep what they compile on
 disk, where the benchmarks find it. Nothing is timed; what fails here is noted there.
 """

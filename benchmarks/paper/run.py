@@ -4,7 +4,7 @@ Read `Run` (the definition, a value), then `execute` (from it to scores.json). E
 follows from its definition, the data and the model's weights. Its name, `Run.id`, is a digest of
 the definition: two tables that need the same run share its folder. Weights and data are named in
 scores.json (`check_origin`), so that results of others are not taken for those of yours. The folder
-holds what `training.Trainer` (or `prompt_search.PromptSearch`) leaves, and at the end
+holds what `training.Trainer` (or `search.PromptSearch`) leaves, and at the end
 
     scores.json    scores, counts, seconds: a run that has it is finished
     texts.jsonl    what was written for each table

@@ -1,6 +1,6 @@
 """The benchmark's pictures: throughput against B, T and P, and where a training step's time goes.
 
-Read `draw` and `profile_step`; `bench.py` measures and calls them.
+Read `draw` and `profile_step`; `run.py` measures and calls them.
 """
 
 import re

@@ -3,12 +3,12 @@
     python -m benchmarks.peft train --model random-medium --batch-size 10,64 --seq-len 128
     python -m benchmarks.peft generate --batch-size 1,16 --num-beams 1,5
 
-Every method gets the same weights, batches, labels and dtype (`bench_peers.py`). What they compute
+Every method gets the same weights, batches, labels and dtype (`peers.py`). What they compute
 is first compared with the plain model in fp64: a training step's loss and gradient norm, a text's
 tokens. If ours is wrong the command fails; a wrong peer is a row that says so. Only then is time
 taken, of blocks of calls in turn, so that other work on the machine meets all alike.
 
-What the work costs at least, and `percent` of what the machine can do: `bench_limits.py`.
+What the work costs at least, and `percent` of what the machine can do: `limits.py`.
 Read `BenchConfig`, `alternate`, `measure_train`, `measure_texts`, then `run_bench`.
 """
 

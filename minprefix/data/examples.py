@@ -20,7 +20,7 @@ class Example:
     targets: tuple[str, ...]  # reference texts: trained on one by one, scored against all
     table: tuple[tuple[str, str], ...] | None = None  # (field, value) pairs where the data has them
     where: str = ""  # file and line (XML: entry) of the first row, for messages
-    group: str = ""  # WebNLG's category, an article's topic: see `data_splits.py`
+    group: str = ""  # WebNLG's category, an article's topic: see `splits.py`
     id: str = ""  # of an article: the BBC's number; "" for tables
 
 

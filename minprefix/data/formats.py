@@ -1,6 +1,6 @@
 """Formats of tables and texts: E2E's CSV, text lines, JSON lines -> examples.
 
-`data_triples.py` and `data_articles.py` have the others; `data.py` chooses among them and says what
+`triples.py` and `articles.py` have the others; `load.py` chooses among them and says what
 the two linearisations are.
 [2] https://github.com/XiangLi1999/PrefixTuning   [3] https://github.com/tuetschek/e2e-dataset
 """

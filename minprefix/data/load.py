@@ -4,9 +4,9 @@ Read `load_examples` (which files, which quirks). Two linearisations: "paper" wr
 appendix A.1 of [1] prints it; "original-code" keeps the spaces, bars and names that the code of [2]
 feeds its model, for comparison with its results. Differs from [2]: nothing is dropped in silence.
 
-The readers are in `data_formats.py` (tables, texts), `data_triples.py` (WebNLG, DART) and
-`data_articles.py` (XSum); `data_splits.py` makes topic splits and small subsets of what they read;
-`download_data.py` fetches the official files.
+The readers are in `formats.py` (tables, texts), `triples.py` (WebNLG, DART) and
+`articles.py` (XSum); `splits.py` makes topic splits and small subsets of what they read;
+`download.py` fetches the official files.
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 [3] https://github.com/tuetschek/e2e-dataset   [4] https://gitlab.com/shimorina/webnlg-dataset
 [5] https://github.com/Yale-LILY/dart   [6] https://huggingface.co/datasets/EdinburghNLP/xsum

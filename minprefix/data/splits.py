@@ -53,7 +53,7 @@ def choose(examples: Sequence[Example], topics: str | None, split: str) -> list[
 
     Articles of other sections of the BBC are in neither part. Our choice: the official splits stay
     apart (training on train's articles, testing on test's), regions count as world or UK
-    (`data_articles.bbc_topic`), and dev has the topics of train.
+    (`articles.bbc_topic`), and dev has the topics of train.
 
     Raises:
         ValueError: no example has a topic (of XSum, only the authors' archive holds URLs), or none

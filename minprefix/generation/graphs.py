@@ -2,7 +2,7 @@
 
 A graph replays fixed kernels on fixed addresses, so what it reads lies in static buffers and shapes
 are rounded up to a few buckets. `fast.py` has one graph per bucket of a decoding step,
-`fast_training.py` one per bucket of a training step.
+`training/graphs.py` one per bucket of a training step.
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 

@@ -23,11 +23,11 @@ METRICS = ("quick", *SUITES, "auto")
 def measure(
     texts: Sequence[str], examples: Sequence[Example], metrics: str = "quick"
 ) -> dict[str, float]:
-    """Scores of the texts: `metrics.score`, or a suite of `official_metrics.official_scores`.
+    """Scores of the texts: `quick.score`, or a suite of `official.official_scores`.
 
     Args:
         metrics: one of METRICS; "auto" takes the suite that fits the form of the examples
-            (`official_metrics.suite_of`), else "quick".
+            (`official.suite_of`), else "quick".
     """
     check_choice("metrics", metrics, METRICS)
     suite = suite_of(examples) if metrics == "auto" else metrics

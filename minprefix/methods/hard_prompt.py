@@ -86,7 +86,7 @@ def template_rows(tokenizer, prompt: HardPrompt, examples: Sequence[Example]) ->
 
 @dataclass(frozen=True)
 class TokenPrompt:
-    """A prompt of token ids around the table, which no text need stand for (`prompt_search.py`).
+    """A prompt of token ids around the table, which no text need stand for (`search.py`).
 
     `answer` takes it in the place of a HardPrompt.
     """

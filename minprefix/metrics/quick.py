@@ -2,7 +2,7 @@
 
 Read `score`, then `slot_coverage`: quick scores for every day. BLEU is sacrebleu's [1], and the
 official E2E scorer's figure [3]; ROUGE-L is the package rouge-score's [2], which is not (other
-tokens, another F). What the paper prints is in `official_metrics.py`.
+tokens, another F). What the paper prints is in `official.py`.
 [1] https://github.com/mjpost/sacrebleu   [2] https://github.com/google-research/google-research/tree/master/rouge
 [3] https://github.com/tuetschek/e2e-metrics
 Both packages are imported when a score is asked for: all other commands run without them.

@@ -105,6 +105,6 @@ def test_decoding_is_explored_too(any_clock, monkeypatch):
 
 
 def ours_interpreted(s):
-    """`bench_decode.ours_only` through the kernel, where the device is a CPU."""
+    """`decode.ours_only` through the kernel, where the device is a CPU."""
     inputs = Inputs(s.q, *s.cache, *s.prefix, s.index, None, s.kv_lens, s.q_offset)
     return lambda: decode.decode(inputs)[0]

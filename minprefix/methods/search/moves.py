@@ -2,7 +2,7 @@
 
 Read `PromptForm` (ids as text, and what may be proposed), `starting_prompts` (what a chain may
 start from), `neighbours` (what one step may make of a prompt) and `race` (many prompts on few rows,
-few prompts on many). `prompt_search.py` uses them.
+few prompts on many). `search.py` uses them.
 """
 
 import math
@@ -129,7 +129,7 @@ def neighbours(
     the top_k tokens whose one-hot choice there lowers the loss most, to first order.
 
     Args:
-        gradient: (P, V), see `prompt_scores.one_hot_gradient`.
+        gradient: (P, V), see `scores.one_hot_gradient`.
         usable: (V,) bool, tokens to draw from.
     """
     k = min(top_k, int(usable.sum()))
