@@ -78,7 +78,7 @@ def test_without_git_the_commit_is_empty(monkeypatch):
 
 
 def rows_where(us) -> list[dict]:
-    """Rows for all that the benchmark of attention measures, with us(shape, method) microseconds."""
+    """Rows for all that the benchmark of attention measures, with us(shape, method) in µs."""
     rows = [
         {"B": 1, "T": 1, "H": 1, "P": 0, "N": 0, "pass": "forward", "method": name, "us": 1.0}
         | {"tflops": 700.0, "gbs": 3000.0}
