@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.machine import add_row, machine
 from benchmarks.tuning import best_of, rows_of, train
@@ -26,12 +27,14 @@ from minprefix.data.splits import choose
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.methods.evaluate import evaluate_method, measure
 from minprefix.prefix.config import PrefixConfig
+from minprefix.training.config import TrainConfig
 from minprefix.training.loop import Interrupted
-from minprefix.training.trainer import TrainConfig
 from tools.notes.measure import baselines
 
 HERE = Path(__file__).parent
-PREFIX = PrefixConfig(prefix_len=10, mid_dim=512)  # an MLP at each of the three attentions
+PREFIX = PrefixConfig(
+    prefix_len=10, mid_dim=512, init="random"
+)  # an MLP at each of the three attentions
 RATES = {"prefix": (1e-3, 2e-3, 4e-3), "finetune": (2e-4, 5e-4, 1e-3)}
 GREEDY = GenerationConfig(max_new_tokens=80, num_beams=1)
 XSUM = GenerationConfig(  # the paper's 6 beams and penalty; BART's config blocks n-grams
@@ -51,15 +54,15 @@ class Task:
     topics: str | None = None  # of the notes
 
 
+PLAIN: dict[str, Any] = {"precision": "bf16", "samples": 0, "warmup_steps": 0, "patience": 0}
 NOTES = Task(
     "xsum", "R-L", {"greedy": GREEDY, "beam 6": XSUM},
-    TrainConfig(batch_size=16, steps=880, precision="bf16", eval_every=88, samples=0), 176,
+    TrainConfig(batch_size=16, steps=880, eval_every=88, eval_pairs=1000, **PLAIN), 176,
 )  # fmt: skip
 TASKS = {
     "e2e": Task(
         "e2e", "BLEU", {"greedy": GREEDY, "beam 5": dataclasses.replace(GREEDY, num_beams=5)},
-        TrainConfig(batch_size=32, steps=1000, precision="bf16", eval_every=100, eval_pairs=500,
-                    samples=0), 200,
+        TrainConfig(batch_size=32, steps=1000, eval_every=100, eval_pairs=500, **PLAIN), 200,
     ),
     "notes": NOTES,
     "news-to-sports": dataclasses.replace(NOTES, topics="news-to-sports"),

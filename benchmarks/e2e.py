@@ -28,12 +28,14 @@ from minprefix.methods.evaluate import evaluate_method
 from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, show_examples
 from minprefix.models.weights import load
 from minprefix.prefix.config import PrefixConfig
+from minprefix.training.config import TrainConfig
 from minprefix.training.loop import Interrupted
-from minprefix.training.trainer import TrainConfig
 
 HERE = Path(__file__).parent
-PREFIX = PrefixConfig(prefix_len=10, mid_dim=512)
-COMMON = TrainConfig(batch_size=32, precision="bf16", eval_pairs=500, log_every=25)
+PREFIX = PrefixConfig(prefix_len=10, mid_dim=512, init="random")
+COMMON = TrainConfig(
+    batch_size=32, precision="bf16", eval_pairs=500, log_every=25, warmup_steps=0, patience=0
+)
 TRAIN = {
     "prefix": dataclasses.replace(COMMON, method="prefix", lr=1e-3, steps=2500, eval_every=250),
     "finetune": dataclasses.replace(COMMON, method="finetune", lr=1e-3, steps=1200, eval_every=200),

@@ -17,5 +17,5 @@ mkdir -p "$OUT"
 # 590 s less what comes around the training: starting, reading the corpus, the samples
 timeout --signal=INT --kill-after=15 585 "$PYTHON" -m minprefix pretrain \
     "${CORPUS:?folder with token shards or text}" --tokenizer "${TOKENIZER:-mini}" \
-    --preset mini --compile --device cuda --time-limit "${TIME_LIMIT:-500}" --out "$RUN" "$@"
+    --preset mini --compile --device cuda --time "${TIME:-500s}" --out "$RUN" "$@"
 cp "$RUN/log.jsonl" "$RUN/loss.png" "$RUN/pretrain.json" "$OUT"

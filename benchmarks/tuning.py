@@ -8,7 +8,8 @@ from minprefix.models.weights import load
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.files import load_prefix
 from minprefix.prefix.make import make_prefix
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.config import TrainConfig
+from minprefix.training.trainer import Trainer
 
 
 def train(

@@ -19,7 +19,8 @@ from minprefix.models.gpt2 import GPT2
 from minprefix.models.tokenizer import BYTE_CHARS, ENDOFTEXT, Tokenizer
 from minprefix.models.weights import ASSETS, save_model
 from minprefix.prefix.prefix import Prefix
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.config import TrainConfig
+from minprefix.training.trainer import Trainer
 
 # a shell starts what runs in its background with Ctrl-C ignored, which children inherit
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -229,8 +230,11 @@ def trainer(
     tokenizer, out, *, model=None, dev=3, prefix_options=None, baseline_options=None, **config
 ) -> Trainer:
     """A short run on `pairs`; `config` has fields of TrainConfig."""
-    settings = {"batch_size": 4, "steps": 6, "lr": 1e-2, "eval_every": 3, "log_every": 1, **config}
-    config = TrainConfig(**settings)
+    settings = {
+        "batch_size": 4, "steps": 6, "lr": 1e-2, "warmup_steps": 0, "eval_every": 3,
+        "log_every": 1, "precision": "fp32",
+    }  # fmt: skip
+    config = TrainConfig(**settings | config)
     model = model or small_model()
     if config.method == "prefix":
         tuned = Prefix.random(model.config, 3, 0, **(prefix_options or {})).to(model.wte.weight)

@@ -37,9 +37,10 @@ from minprefix.methods.search.search import PromptSearch, SearchConfig
 from minprefix.models.activations import LayerPrefix, Visible
 from minprefix.prefix.parametrisations import Recorder, computed_table, token_activations
 from minprefix.prefix.prefix import Prefix
+from minprefix.training.config import TrainConfig
 from minprefix.training.precision import in_bf16
 from minprefix.training.run_folder import read_log
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.trainer import Trainer
 
 MODEL = "mini"
 BRIEF = GenerationConfig(max_new_tokens=50)

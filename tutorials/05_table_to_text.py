@@ -36,8 +36,9 @@ from minprefix.metrics.quick import slot_coverage
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
 from minprefix.prefix.prefix import Prefix
+from minprefix.training.config import TrainConfig
 from minprefix.training.run_folder import read_log
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.trainer import Trainer
 
 MODEL = "mini"
 BRIEF = GenerationConfig(max_new_tokens=50)

@@ -37,8 +37,9 @@ from minprefix.data.splits import DEV_PART, low_data, subset
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.methods.evaluate import evaluate_method
 from minprefix.prefix.prefix import Prefix
+from minprefix.training.config import TrainConfig
 from minprefix.training.run_folder import read_log
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.trainer import Trainer
 
 MODEL = "mini"
 BRIEF = GenerationConfig(max_new_tokens=50)

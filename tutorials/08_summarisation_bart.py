@@ -44,8 +44,9 @@ from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
 from minprefix.prefix.parametrisations import Recorder
+from minprefix.training.config import TrainConfig
 from minprefix.training.run_folder import read_log
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.trainer import Trainer
 from tools.notes.measure import baselines
 
 SHORT, LONG = (30, 210) if BF16 else (15, 90)  # steps; fewer where bf16 is slow
@@ -300,8 +301,11 @@ def tune(name: str, choice: PrefixConfig, steps: int) -> dict:
     }
 
 
-ALL = PrefixConfig(prefix_len=10)
-short = {site: tune(site, PrefixConfig(prefix_len=10, sites=(site,)), SHORT) for site in SITES}
+ALL = PrefixConfig(prefix_len=10, init="random")
+short = {
+    site: tune(site, PrefixConfig(prefix_len=10, init="random", sites=(site,)), SHORT)
+    for site in SITES
+}
 short["all three"] = tune("all", ALL, SHORT)
 for name, run in short.items():
     print(f"{name:10} dev loss {run['dev loss']:.3f} nats per token after {SHORT} steps of 16")

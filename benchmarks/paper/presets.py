@@ -1,8 +1,8 @@
 """Settings of each method: the paper's for official models, those that the dev set chose for mini.
 
-Read `METHODS` (how the methods differ), `PAPER` (the paper's hyper-parameters), `GRID` (what the
-sweep tries for mini), then `Plan.run`, which makes a `Run` from them. Plan is all that a user
-chooses; the tables and figures are functions of it (`experiments.py`).
+Read `METHODS` (how the methods differ), `PAPER` in methods/paper.py, `GRID` (what the sweep tries
+for mini), then `Plan.run`, which makes a `Run` from them. Plan is all that a user chooses; the
+tables and figures are functions of it (`experiments.py`).
 
 Numbers are those of Li & Liang 2021, arXiv v1 Table 5 [1] and ACL appendix A.2, Tables 6 and 8 [2].
 
@@ -18,9 +18,10 @@ from benchmarks.paper.run import Run
 from minprefix.data.splits import LOW_DATA_SEEDS, LOW_DATA_SIZES, LOW_DATA_SUBSETS
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.methods.by_name import BaselineConfig
+from minprefix.methods.paper import PAPER
 from minprefix.methods.search.search import GRADIENT_COST, SearchConfig
 from minprefix.prefix.config import PrefixConfig
-from minprefix.training.trainer import TrainConfig
+from minprefix.training.config import TrainConfig
 
 SWEEP = Path(__file__).parents[2] / "benchmarks" / "paper" / "sweep-mini.csv"
 LOW_INIT, LOW_LEN = "table-to-text:", 6  # [2] A.2: the start and length of low-data prefixes
@@ -51,25 +52,6 @@ METHODS = {
     "DISCRETE AROUND": {"method": "search", "after": 3},
 }  # fmt: skip
 
-# [1] Table 5 = [2] Table 6: lr, epochs, batch, prefix length. EMB-n and INFIX-n are not in it: they
-# are trained as PREFIX is.
-PAPER = {
-    ("PREFIX", "e2e"): (8e-5, 5, 10, 5),
-    ("PREFIX", "webnlg"): (5e-5, 5, 5, 5),
-    ("PREFIX", "dart"): (5e-5, 10, 5, 10),
-    ("ADAPTER (3%)", "e2e"): (5e-5, 5, 5, None),
-    ("ADAPTER (0.1%)", "e2e"): (8e-5, 10, 5, None),
-    ("ADAPTER (3%)", "webnlg"): (5e-5, 5, 5, None),
-    ("ADAPTER (0.1%)", "webnlg"): (5e-5, 10, 5, None),
-    ("ADAPTER (3%)", "dart"): (5e-5, 5, 5, None),
-    ("ADAPTER (0.1%)", "dart"): (8e-5, 5, 5, None),
-    ("FT-FULL", "e2e"): (5e-5, 5, 10, None),
-    ("FT-FULL", "webnlg"): (1e-5, 10, 6, None),
-    ("FT-FULL", "dart"): (1e-5, 10, 6, None),
-    ("FT-TOP2", "e2e"): (5e-5, 5, 10, None),
-    ("FT-TOP2", "webnlg"): (5e-5, 10, 9, None),
-    ("FT-TOP2", "dart"): (5e-5, 5, 5, None),
-}
 # [2] A.2, Table 8, low data: lr, batch; most update steps by size (tuned there in 100 .. 600)
 PAPER_LOW = {"lr": 5e-5, "batch_size": 10}
 PAPER_LOW_STEPS = {
@@ -77,6 +59,8 @@ PAPER_LOW_STEPS = {
     "FT-FULL": {50: 100, 100: 100, 200: 200, 500: 400},
 }
 
+# no warm-up and no early stop, as in the paper; dev pairs of an evaluation, at most
+PLAIN = {"warmup_steps": 0, "patience": 0, "eval_every": 200, "eval_pairs": 1000}
 # mini: what is the same for all methods, so that the effort is
 MINI = {"steps": 2500, "batch_size": 16}
 MINI_LEN = 10  # prefix length
@@ -177,12 +161,12 @@ class Plan:
         settings, length = self.settings(data, name, size, prefix.get("init"))
         train = TrainConfig(
             method=method["method"], seed=seed, precision=self.precision, samples=0,
-            **settings | trained,
+            **PLAIN | settings | trained,
         )  # fmt: skip
         run = replace(run, train=train)
         if method["method"] == "prefix":
             start = {"init": "words", "init_text": LOW_INIT} if size else {}
-            config = {"prefix_len": length} | start | method["prefix"] | prefix
+            config = {"prefix_len": length, "init": "random"} | start | method["prefix"] | prefix
             return replace(run, prefix=PrefixConfig(**config))
         if "baseline" in method:
             return replace(run, baseline=BaselineConfig(**method["baseline"]))

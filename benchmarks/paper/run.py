@@ -42,8 +42,9 @@ from minprefix.models import weights
 from minprefix.models.weights import fingerprint
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.prefix import Prefix
+from minprefix.training.config import TrainConfig
 from minprefix.training.run_folder import read_log
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.trainer import Trainer
 
 SUITES = {"restaurants": "e2e"}  # official scores of a data set whose name is no suite
 

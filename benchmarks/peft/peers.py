@@ -26,8 +26,9 @@ from minprefix.generation.decoding import GenerationConfig
 from minprefix.generation.texts import generate
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.prefix import Prefix
+from minprefix.training.config import TrainConfig
 from minprefix.training.graphs import GraphedPasses
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.trainer import Trainer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXACT = torch.float64  # the precision that judges
@@ -99,6 +100,7 @@ class Ours:
         # so many steps that the learning rate stays as it is
         config = TrainConfig(
             steps=10**6, batch_size=task.batch_size, lr=LR, clip=CLIP, precision=task.dtype,
+            warmup_steps=0,
             compile=compiled,
         )  # fmt: skip
         self.task = task

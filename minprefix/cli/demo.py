@@ -24,16 +24,11 @@ from minprefix.models.weights import load
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
 from minprefix.prefix.prefix import Prefix
+from minprefix.training.config import TrainConfig
 from minprefix.training.loop import Interrupted
+from minprefix.training.precision import cpu_has_bf16
 from minprefix.training.run_folder import read_log
-from minprefix.training.trainer import TrainConfig, Trainer
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 in hardware (False if PyTorch cannot tell)."""
-    can = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
+from minprefix.training.trainer import Trainer
 
 # fewer steps where bf16 is not at hand: fp32 takes more than twice the time, and the demo 4 minutes
 BF16 = cpu_has_bf16()

@@ -13,9 +13,9 @@ from minprefix.methods.by_name import TUNED
 from minprefix.models import weights
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
+from minprefix.training.config import TrainConfig
 from minprefix.training.precision import in_bf16
 from minprefix.training.run_folder import read_state
-from minprefix.training.trainer import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from typing import Any
 PROG = "python -m minprefix"
 COMMANDS = {
     "train": "Tune a prefix, or a baseline of the paper.",
+    "runs": "Compare runs of train; make them smaller, or delete them.",
     "search": "Search the discrete prompt that lowers the loss most; the model is frozen.",
     "generate": "Write texts; the text of a single prompt is streamed.",
     "evaluate": "Write texts for a data set and score them.",

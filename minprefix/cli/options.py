@@ -13,8 +13,9 @@ import torch
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
 
 from minprefix.cli.parse import changed, parse
+from minprefix.cli.report import say
 from minprefix.data.load import DATA_SETS, LINEARISATIONS, load_train_and_dev
-from minprefix.data.splits import TOPICS, choose, low_data
+from minprefix.data.splits import TOPICS, choose, hold_out, low_data
 from minprefix.methods.adapters import Adapter
 from minprefix.models import weights
 from minprefix.prefix.prefix import Prefix
@@ -113,11 +114,14 @@ class WithRun(WithData):
     out: Path | None = None  # run folder to make
     resume: Path | None = None  # run folder to go on with; a run keeps its settings
 
-    def check_folder(self, state_path: Callable[[Path], Path]) -> None:
+    def check_folder(
+        self, state_path: Callable[[Path], Path], may_change: tuple[str, ...] = ()
+    ) -> None:
         """ValueError if the options do not name one folder, a new one or one to go on with.
 
         Args:
             state_path: where a run folder has its saved state.
+            may_change: options that may be given with --resume, too.
         """
         if (self.out is None) == (self.resume is None):
             raise ValueError(
@@ -126,6 +130,8 @@ class WithRun(WithData):
         if self.resume:
             same = {name: getattr(self, name) for name in ("resume", "device", "json", "debug")}
             for option in changed(self, type(self)(**same)):
+                if option in may_change:
+                    continue
                 raise ValueError(
                     f"{self.resume}: a run keeps its settings, {option} cannot go with --resume"
                 )
@@ -139,13 +145,21 @@ class WithRun(WithData):
         return {
             "model": self.model, "device": self.where, "data": self.data, "dev": self.dev,
             "linearisation": self.linearisation or "paper", "topics": self.topics,
-            "subset": self.subset, "subset_seed": self.subset_seed,
+            "subset": self.subset, "subset_seed": self.subset_seed, "hold_out": True,
         }  # fmt: skip
 
 
 def examples_of(settings: dict[str, Any]) -> tuple[list, list]:
-    """Training and dev examples of a run's settings."""
+    """Training and dev examples of a run's settings; without dev data a part is held out."""
     train, dev = load_train_and_dev(settings["data"], settings["dev"], settings["linearisation"])
+    if not dev and settings.get("hold_out"):  # older runs did not
+        total = len(train)
+        train, dev = hold_out(train)
+        say(
+            f"no dev data: {len(dev)} of {total} examples are held out to choose the best step "
+            "(--dev FILE gives others)" if dev else
+            f"{total} examples are too few to hold any out: the last step is kept"
+        )  # fmt: skip
     topics, size = settings.get("topics"), settings.get("subset")  # older runs have neither
     train, dev = choose(train, topics, "train"), choose(dev, topics, "dev") if dev else dev
     if size is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from minprefix.data.examples import Example
 from minprefix.files import atomic_write, write_text
 from minprefix.methods.adapters import count
+from minprefix.metrics.quick import facts, known_values
 from minprefix.models.bart import BART
 from minprefix.models.base import adapter_of
 from minprefix.models.config import BARTConfig, GPT2Config
@@ -19,6 +20,38 @@ from minprefix.prefix.prefix import Prefix
 def say(text: str) -> None:
     """Tell the user something beside the result, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def size_of(path: Path) -> str:
+    """The size of a file, or of all files of a folder, such as "123 KB" (1000 bytes)."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size = float(sum(file.stat().st_size for file in files))
+    for unit in ("bytes", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+def tensorboard(folder: Path) -> Callable[[dict], None]:
+    """A function that writes the numbers of a log line to TensorBoard's files in a folder.
+
+    Raises:
+        ValueError: the package tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--track needs the package tensorboard: pip install tensorboard") from None
+    writer: Any = SummaryWriter(str(folder))
+
+    def watch(entry: dict) -> None:
+        for name, value in entry.items():
+            if name != "step" and isinstance(value, int | float):
+                writer.add_scalar(name, value, entry["step"])
+        writer.flush()
+
+    return watch
 
 
 def format_rows(rows: list[dict]) -> str:
@@ -118,16 +151,31 @@ def parameter_rows(model: GPT2 | BART, prefix: Prefix | BARTPrefix | None = None
 
 
 def write_samples(path: Path, examples: list[Example], texts: dict[str, list[str]]) -> None:
-    """For each table: the table, its references, and each method's text below one another."""
-    width = max(map(len, texts))
+    """For each table: the table, its references, and each method's text below one another.
+
+    Below a text stand the facts that it lacks or gets wrong.
+    """
+    width, known = max(map(len, texts)), known_values(examples)
     blocks = []
     for i, example in enumerate(examples):
         fields = example.table or (("source", example.source),)
         lines = [f"[{i + 1}]"] + [f"  {field}: {value}" for field, value in fields]
         lines += ["  references:"] + [f"    - {target}" for target in example.targets]
-        lines += [f"  {name:<{width}} | {texts[name][i]}" for name in texts]
+        for name in texts:
+            lines.append(f"  {name:<{width}} | {texts[name][i]}")
+            lines += [f"  {'':<{width}} | {line}" for line in told(texts[name][i], example, known)]
         blocks.append("\n".join(lines) + "\n")
     write_text(path, "\n".join(blocks))
+
+
+def told(text: str, example: Example, known: dict[str, tuple[str, ...]]) -> list[str]:
+    """Lines about missing and wrong facts; none where there is no table, or no fault."""
+    found = facts(text, example.table or (), known if example.table else {})
+    return [
+        f"  {name}: " + "; ".join(f"{field} = {value}" for field, value in pairs)
+        for name, pairs in (("missing", found.missing), ("wrong", found.wrong))
+        if pairs
+    ]
 
 
 def plot_loss(
@@ -142,6 +190,17 @@ def plot_loss(
     for name, level in (levels or {}).items():
         axes.axhline(level, color="grey", lw=1, ls="--", label=name)
     axes.set(xlabel="optimiser step", ylabel="loss (nats per target token)", title=title)
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def plot_curves(logs: dict[str, list[dict]], path: Path) -> None:
+    """The dev losses of several runs, by name."""
+    figure, axes = new_figure()
+    for name, log in logs.items():
+        dev = [entry for entry in log if "dev_loss" in entry]
+        axes.plot([e["step"] for e in dev], [e["dev_loss"] for e in dev], "o-", label=name, lw=1.2)
+    axes.set(xlabel="optimiser step", ylabel="dev loss (nats per target token)")
     axes.legend(frameon=False)
     save_figure(figure, path)
 

@@ -2,35 +2,52 @@
 
     python -m minprefix train --data e2e --out runs/e2e
     python -m minprefix train --resume runs/e2e
+    python -m minprefix train --resume runs/e2e --steps 400    a longer run
 
 Read `run`. `trainer.py` says what a step is and `run_folder.py` what the folder holds; config.json
-has what the command was started with.
+has what the command was started with, and what followed from the data.
 """
 
 import json
-import math
 import shlex
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
+
+from tyro.conf import FlagCreatePairsOff
 
 from minprefix.cli.options import Flat, WithRun, examples_of
 from minprefix.cli.parse import changed
+from minprefix.cli.report import plot_loss, say, size_of, tensorboard
+from minprefix.data.load import DATA_SETS
 from minprefix.files import read_json, write_text
+from minprefix.methods.adapters import count
 from minprefix.methods.by_name import TUNED, BaselineConfig, describe, make_tuned
+from minprefix.methods.paper import paper_settings
 from minprefix.models import weights
 from minprefix.prefix.config import PrefixConfig
+from minprefix.training.advice import data_warnings, verdict
+from minprefix.training.config import TrainConfig
 from minprefix.training.loop import tells_how_to_go_on
 from minprefix.training.ranks import joined
-from minprefix.training.run_folder import state_path
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.run_folder import read_log, remove_state, state_path
+from minprefix.training.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(WithRun):
+    # the paper's learning rate, epochs, batch size and prefix length for the method on a data set
+    preset: Literal[*DATA_SETS] | None = None
+    track: FlagCreatePairsOff[bool] = False  # log to TensorBoard, too: files in the run folder
+    # False: at the end remove what only resuming needs (twice the size of what is trained)
+    keep_state: bool = True
     train: Flat[TrainConfig] = TrainConfig()
     prefix: Flat[PrefixConfig] = PrefixConfig()
     baseline: Flat[BaselineConfig] = BaselineConfig()
+
+
+LENGTH = ("steps", "epochs", "time")  # of a run: one of them may be given
+MAY_CHANGE = ("--steps", "--epochs", "--time", "--patience", "--track", "--no-keep-state")
 
 
 def run(options: Options) -> dict | None:
@@ -39,28 +56,63 @@ def run(options: Options) -> dict | None:
     with joined(settings["device"]) as ranks:
         ranks.wait()  # all have looked into `out` before one writes there
         trainer = make_trainer(settings, out)
-        if not (options.resume and trainer.resume()) and ranks.first:
+        if options.resume and trainer.resume():
+            tell_length(trainer, settings)
+        if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
+            settings["train"] = asdict(trainer.config)
             write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
-        with tells_how_to_go_on(f"python -m minprefix train --resume {shlex.quote(str(out))}"):
-            result = trainer.run()
+            tell_start(trainer)
+        if options.track and ranks.first:
+            trainer.watch = tensorboard(out / "tensorboard")
+        try:
+            with tells_how_to_go_on(f"python -m minprefix train --resume {shlex.quote(str(out))}"):
+                result = trainer.run()
+        finally:
+            if ranks.first and (log := read_log(out)):
+                plot_loss(log, out / "loss.png", f"{settings['data']}, {trainer.tuned.method}")
     if not ranks.first:
         return None
-    if not math.isfinite(result["best_dev_loss"]):
+    if not options.keep_state:
+        remove_state(out)
+    tell_end(trainer, settings)
+    if not trainer.measured:
         result["best_dev_loss"] = None  # without dev data; JSON has no infinity
     return result | {"kept": str(trainer.kept)}
 
 
 def run_to_train(options: Options) -> tuple[Path, dict]:
     """The run folder and the settings that the options name; ValueError if they do not fit."""
-    options.check_folder(state_path)
+    options.check_folder(state_path, MAY_CHANGE)
     if options.resume:
         settings = read_settings(options.resume)
+        given = asdict(options.train)
+        if any(given[name] is not None for name in LENGTH):
+            settings["train"] |= {name: given[name] for name in LENGTH}
+        if options.train.patience != TrainConfig.patience:
+            settings["train"]["patience"] = options.train.patience
         return options.resume, settings | ({"device": options.device} if options.device else {})
     check_read(options)
+    if options.preset:
+        options = with_preset(options, options.preset)
     names = ("train", "prefix", "baseline")
     assert options.out is not None
     return options.out, options.settings() | {n: asdict(getattr(options, n)) for n in names}
+
+
+def with_preset(options: Options, data: str) -> Options:
+    """The options with the paper's settings, where they say nothing else."""
+    length = any(getattr(options.train, name) is not None for name in LENGTH)
+    paper, prefix_len = paper_settings(options.train.method, data)
+    given = asdict(options.train)
+    train = {
+        name: value for name, value in paper.items()
+        if given[name] is None and not (name == "epochs" and length)
+    }  # fmt: skip
+    prefix = options.prefix
+    if options.train.method == "prefix" and prefix.prefix_len is None:
+        prefix = replace(prefix, prefix_len=prefix_len)
+    return replace(options, train=replace(options.train, patience=0, **train), prefix=prefix)
 
 
 def check_read(options: Options) -> None:
@@ -83,6 +135,10 @@ def read_settings(run_folder: Path) -> dict:
         raise ValueError(f"{run_folder}: no run of the command train ({path.name} is missing)")
     settings = read_json(path)
     try:
+        if "patience" not in settings["train"]:  # older runs: no early stop, fp32 on every CPU
+            settings["train"]["patience"] = 0
+            if settings["device"] == "cpu" and settings["train"]["precision"] == "auto":
+                settings["train"]["precision"] = "fp32"
         TrainConfig(**settings["train"]), PrefixConfig(**settings["prefix"])
         BaselineConfig(**settings.setdefault("baseline", {}))  # older runs have none
         missing = {"model", "device", "data", "dev", "linearisation"} - set(settings)
@@ -100,9 +156,71 @@ def make_trainer(settings: dict, out: Path) -> Trainer:
     train, dev = examples_of(settings)
     prefix, baseline = PrefixConfig(**settings["prefix"]), BaselineConfig(**settings["baseline"])
     tuned = make_tuned(model, tokenizer, config, prefix, baseline)
-    if config.method in ("ft-top", "adapter"):
-        print(describe(tuned, model), file=sys.stderr)
-    if tuned.prefix is not None and tuned.prefix.init_residual:
-        print(f"MLP fitted to the words, largest difference {tuned.prefix.init_residual:.1e}",
-              file=sys.stderr)  # fmt: skip
     return Trainer(model, tokenizer, config, train, dev, out, tuned, settings["linearisation"])
+
+
+# what the user is told ----------------------------------------------------------------------------
+
+
+def tell_start(trainer: Trainer) -> None:
+    """Data, length, rate and trained parameters, and what a person would warn of."""
+    config, rows = trainer.config, trainer.rows
+    trained, total = count(trainer.trained), count(trainer.model)
+    targets = [len(row.ids) - row.prompt_len for row in rows]
+    say(
+        f"data: {len(rows):,} training pairs, {sum(row.length for row in rows):,} tokens, the "
+        f"longest pair {max(row.length for row in rows)}; {len(trainer.dev_rows):,} dev pairs"
+    )
+    if config.steps is None:
+        length = f"{config.time} in batches of {config.batch_size} pairs"
+    else:
+        pairs = config.batch_size * trainer.per_step
+        passes = config.steps * pairs / len(rows)
+        length = f"{config.steps:,} steps of {pairs} pairs, {passes:.3g} passes over the data"
+    say(f"run: {length}; peak learning rate {config.lr:g} after {config.warmup_steps} steps")
+    if trainer.tuned.method in ("ft-top", "adapter"):
+        say(describe(trainer.tuned, trainer.model))
+    else:
+        say(f"trained: {trained:,} parameters, {100 * trained / total:.3g} % of the model's")
+    for warning in data_warnings(
+        trainer.tokenizer, trainer.train, trainer.dev, max(targets), config.max_source,
+        trainer.linearisation,
+    ):  # fmt: skip
+        say(f"warning: {warning}")
+
+
+def tell_length(trainer: Trainer, settings: dict) -> None:
+    """How far a run has come that goes on, and how its rate goes on if its length has changed."""
+    at, config = trainer.step_done, trainer.config
+    if trainer.counted_from == at and not trainer.finished():
+        rate = f"{trainer.lr_at(at):.2g}"
+        until = config.time or f"step {config.steps}"
+        say(f"going on after step {at} until {until}: the learning rate is {rate} there, and falls "
+            "linearly to 0")  # fmt: skip
+    else:
+        say(f"going on after step {at}")
+
+
+def tell_end(trainer: Trainer, settings: dict) -> None:
+    """What was kept and why, the files with their sizes, and the next command."""
+    said, warnings = verdict(trainer.measured, trainer.stopped)
+    for line in [*said, *(f"warning: {warning}" for warning in warnings)]:
+        say(line)
+    out = trainer.out
+    for path, what in (
+        (trainer.kept, "all that is needed to use it, with the model"),
+        (out / "loss.png", "the losses"), (out / "log.jsonl", "the same as JSON lines"),
+        (state_path(out), f"only for --resume; python -m minprefix runs --slim {out} removes it"),
+    ):  # fmt: skip
+        if path.exists():
+            say(f"  {path}  {size_of(path)}: {what}")
+    option = {"prefix": "--prefix", "adapter": "--adapter"}.get(trainer.tuned.method, "--model")
+    model = "" if option == "--model" or settings["model"] == "mini" else (
+        f" --model {settings['model']}"
+    )  # fmt: skip
+    kept, data = shlex.quote(str(trainer.kept)), shlex.quote(settings["data"])
+    say(f"next: python -m minprefix generate{model} {option} {kept} "
+        f"{shlex.quote(trainer.train[0].source)}")  # fmt: skip
+    if Path(settings["data"]).is_file():
+        data = "FILE"
+    say(f"      python -m minprefix evaluate{model} {option} {kept} --data {data}")

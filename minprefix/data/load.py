@@ -155,10 +155,16 @@ def load_examples(
 def load_train_and_dev(
     data: str, dev: str | None, linearisation: str = "paper"
 ) -> tuple[list[Example], list[Example]]:
-    """Both splits of a folder; or a train file and, if there is one, a dev file."""
+    """Both splits of a folder; or a train file and, if there is one, a dev file.
+
+    The dev examples are [] where there are none.
+    """
     train = load_examples(data, "train", linearisation=linearisation)
     if Path(data).is_file():
         return train, load_examples(dev, "dev", linearisation=linearisation) if dev else []
     if dev:
         raise ValueError(f"--dev goes with a file as --data; {data} has its own dev split")
-    return train, load_examples(data, "dev", linearisation=linearisation)
+    try:
+        return train, load_examples(data, "dev", linearisation=linearisation)
+    except MissingSplit:
+        return train, []

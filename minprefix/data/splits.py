@@ -98,9 +98,7 @@ def subset(examples: Sequence[Example], size: int, subset_seed: int) -> list[Exa
     total = sum(len(example.targets) for example in examples)
     if not 1 <= size <= total:
         raise ValueError(f"size must be 1 to {total}, the number of pairs, got {size}")
-    order = sorted(
-        range(total), key=lambda i: hashlib.sha256(f"{subset_seed} {i}".encode()).digest()
-    )
+    order = sorted(range(total), key=lambda i: _digest(f"{subset_seed} {i}"))
     chosen, index, found = set(order[:size]), 0, []
     for example in examples:
         here = range(index, index := index + len(example.targets))
@@ -108,6 +106,30 @@ def subset(examples: Sequence[Example], size: int, subset_seed: int) -> list[Exa
         if kept:
             found.append(replace(example, targets=tuple(kept)))
     return found
+
+
+HELD_OUT = 0.1  # share of the examples that serves as dev data where there is none
+HELD_OUT_MOST = 200  # examples
+
+
+def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Training and dev examples: a tenth, at least 2, of the examples is held out.
+
+    Which ones is a matter of their sources alone, as in `subset`: the same in each run, and not a
+    matter of their order. With fewer than 4 examples none is held out.
+    """
+    size = min(HELD_OUT_MOST, max(2, round(HELD_OUT * len(examples))))
+    if len(examples) < 2 * size:
+        return list(examples), []
+    chosen = set(sorted((e.source for e in examples), key=_digest)[:size])
+    return (
+        [example for example in examples if example.source not in chosen],
+        [example for example in examples if example.source in chosen],
+    )
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def low_data(

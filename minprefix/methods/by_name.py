@@ -11,7 +11,7 @@ from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import need_gpt2
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
-from minprefix.training.trainer import TrainConfig
+from minprefix.training.config import TrainConfig
 from minprefix.training.tuned import Tuned, TunedModel, TunedPrefix
 
 TUNED = {kind.method: kind for kind in (TunedPrefix, TunedModel, TunedTopLayers, TunedAdapter)}

@@ -10,6 +10,7 @@ Both packages are imported when a score is asked for: all other commands run wit
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
@@ -136,6 +137,49 @@ def slot_coverage(outputs: Sequence[str], tables: Sequence[Sequence[tuple[str, s
     if not told:
         raise ValueError(f"none of the {len(stated)} values in the tables can be looked for")
     return 100 * sum(told) / len(told)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a text does with the values of its table."""
+
+    missing: tuple[tuple[str, str], ...]  # (field, value) that the text does not state
+    wrong: tuple[tuple[str, str], ...]  # (field, value) that it states and the table does not
+
+
+def known_values(examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:
+    """The values of each field in the tables of the examples."""
+    found: dict[str, dict[str, None]] = {}
+    for example in examples:
+        for field, value in example.table or ():
+            found.setdefault(field, {})[value] = None
+    return {field: tuple(values) for field, values in found.items()}
+
+
+def facts(text: str, table: Sequence[tuple[str, str]], known: dict[str, tuple[str, ...]]) -> Facts:
+    """Missing and wrong facts of a text, as `slot_coverage` looks for them.
+
+    A wrong fact is a value of `known`, of a field that the table has or lacks, that the text states
+    outside of the table's own values. Facts that stand in no table are not found.
+
+    Args:
+        table: (field, value) pairs, as `Example.table`.
+        known: the values that fields can have, see `known_values`.
+    """
+    plain, own = _plain(text), [_plain(value) for _, value in table]
+    rest = plain
+    for value in sorted(own, key=len, reverse=True):
+        rest = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "|", rest)
+    missing = tuple((f, v) for f, v in table if _says(plain, f, v) is False)
+    wrong = []
+    for field, values in known.items():
+        for value in values:
+            says_no = _plain(value) in ("yes", "no")
+            if (field, value) in table or (not says_no and _plain(value) in own):
+                continue
+            if _says(plain if says_no else rest, field, value):
+                wrong.append((field, value))
+    return Facts(missing, tuple(wrong))
 
 
 def score(outputs: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:

@@ -13,11 +13,11 @@ INITS = ("random", "words", "prompt")
 class PrefixConfig:
     """How a prefix is made before training; `make_prefix` follows it."""
 
-    prefix_len: int | None = None  # P; None = 10 at random, the number of BPE tokens of init_text
+    prefix_len: int | None = None  # P; None = 10, or with init "prompt" its number of tokens
     parametrisation: str = "mlp"  # "table" (direct), "mlp", "embedding" (-only) or "embedding-mlp"
     place: str = "prefix"  # "prefix", or "infix": between source and target
     mid_dim: int = 512  # hidden width of the MLP; the paper's: 512 table-to-text, 800 summaries
-    init: str = "random"  # or "words" (their activations), or "prompt" (equal to a hard prompt)
+    init: str = "words"  # activations of words, or "random", or "prompt" (equal to a hard prompt)
     init_text: str = "table-to-text:"  # the words or the prompt
     gate: bool = False  # per layer and head, starts at 0: step 0 is the frozen model
     position_offset: int | None = None  # token t stands at t + this; None = P; 0: gate, BART

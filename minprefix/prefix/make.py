@@ -8,6 +8,8 @@ from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.prefix import Prefix
 
+USUAL_LEN = 10  # the paper's best for table-to-text
+
 
 def make_gpt2_prefix(model: GPT2, tokenizer, config: PrefixConfig, seed: int) -> Prefix:
     """`make_prefix` for a GPT-2."""
@@ -26,9 +28,9 @@ def make_gpt2_prefix(model: GPT2, tokenizer, config: PrefixConfig, seed: int) ->
         return Prefix.from_prompt(model, tokenizer, config.init_text, seed=seed, **options)
     if config.init == "words":
         return Prefix.from_words(
-            model, tokenizer, config.init_text, config.prefix_len, seed=seed, **options
+            model, tokenizer, config.init_text, config.prefix_len or USUAL_LEN, seed=seed, **options
         )
-    prefix = Prefix.random(model.config, config.prefix_len or 10, seed, **options)
+    prefix = Prefix.random(model.config, config.prefix_len or USUAL_LEN, seed, **options)
     prefix.bind(model)
     return prefix.to(model.wte.weight.device)
 
@@ -45,9 +47,9 @@ def make_bart_prefix(model: BART, tokenizer, config: PrefixConfig, seed: int) ->
     }  # fmt: skip
     if config.init == "words":
         return BARTPrefix.from_words(
-            model, tokenizer, config.init_text, config.prefix_len, seed=seed, **options
+            model, tokenizer, config.init_text, config.prefix_len or USUAL_LEN, seed=seed, **options
         )
-    prefix = BARTPrefix.random(model.config, config.prefix_len or 10, seed, **options)
+    prefix = BARTPrefix.random(model.config, config.prefix_len or USUAL_LEN, seed, **options)
     prefix.bind(model)
     return prefix.to(model.wte.weight.device)
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,16 @@ from tqdm import tqdm
 
 from minprefix.training.ranks import Ranks
 from minprefix.training.run_folder import append_log, cut_log, read_state, state_path, write_state
+
+UNBOUNDED = 10**9  # steps of a run that the clock ends
+FIRST_STEPS = 5  # after which the time that a run takes is estimated
+
+
+def duration(seconds: float) -> str:
+    """Such as "40 s", "12 min" or "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 class Interrupted(Exception):
@@ -36,26 +46,34 @@ class Loop:
     Args:
         config: the settings of the run, a dataclass in which every field has a default.
         steps: the last step, if `finished` does not end the run earlier.
-        log_every, eval_every, save_every: steps between log lines, evaluations, saved states. The
-            state is saved after each evaluation, too.
+        log_every, eval_every: steps between log lines, and between evaluations, after which the
+            state is saved.
+        patience: the run ends after so many evaluations in a row without a better dev loss, but
+            not in its first third; 0 = never.
 
     Attributes:
         step_done: how many steps were made.
-        best: the lowest dev loss so far.
+        measured: (step, dev loss) of each evaluation after a step, in nats per target token.
+        stopped: whether the run ended early, because the dev loss had stopped falling.
         seconds: wall time of the run up to the last saved state, without pauses.
     """
 
     advice = "try other settings"  # for a loss that is not finite
     state_keys: tuple[str, ...] = ("trained", "optimizer")  # what `state` returns
+    extends: tuple[str, ...] = ()  # settings that may change when a run goes on
+    saves_each_step = False
 
     def __init__(
         self, config, out: str | Path, device: torch.device, *, steps: int, log_every: int,
-        eval_every: int, save_every: int, ranks: Ranks | None = None,
+        eval_every: int, patience: int = 0, ranks: Ranks | None = None,
     ):  # fmt: skip
         self.config, self.out, self.device, self.steps = config, Path(out), device, steps
-        self.log_every, self.eval_every, self.save_every = log_every, eval_every, save_every
+        self.log_every, self.eval_every, self.patience = log_every, eval_every, patience
         self.ranks = ranks or Ranks()
-        self.step_done, self.best, self.seconds = 0, math.inf, 0.0
+        self.step_done, self.seconds, self.measured = 0, 0.0, []
+        self.stopped, self.counted_from = False, 0  # patience counts evaluations after this step
+        self.bar: tqdm | None = None  # while it runs
+        self.watch: Callable[[dict], None] | None = None  # sees each log line, too
         self.started: float | None = None  # while it runs: when an unbroken run would have begun
 
     # what a subclass says -------------------------------------------------------------------------
@@ -98,12 +116,32 @@ class Loop:
         """Whether something was computed or loaded already."""
         return self.step_done > 0
 
+    def done(self) -> float:
+        """The share of the run that is done; 1 or more at the end."""
+        return self.step_done / self.steps
+
     def finished(self) -> bool:
-        return self.step_done >= self.steps
+        return self.stopped or self.done() >= 1
 
     def shown(self, entry: dict) -> str:
         """What the progress bar shows of a log line."""
-        return f"loss {entry['loss']:.3f}, {entry['tokens_per_s']} tok/s"
+        best = f", best dev {self.best:.3f} (step {self.best_step})" if self.measured else ""
+        return f"loss {entry['loss']:.3f}{best}, {entry['tokens_per_s']} tok/s"
+
+    @property
+    def best(self) -> float:
+        """The lowest dev loss so far; infinity before the first evaluation."""
+        return min((loss for _, loss in self.measured), default=math.inf)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest dev loss, whose weights are kept."""
+        return min(self.measured, key=lambda pair: pair[1])[0] if self.measured else None
+
+    def tell(self, text: str) -> None:
+        """Show lines to the user above the progress bar; nothing without one."""
+        if self.bar is not None and not self.bar.disable:
+            self.bar.write(text, file=sys.stderr)
 
     def summary(self, window: list[dict], seconds: float) -> dict:
         """The log line of the steps in `window`: here means; waits for the GPU."""
@@ -137,45 +175,55 @@ class Loop:
         self.started = time.perf_counter() - self.seconds
         # in a log file each update would be a line: one every 30 s
         every = 0.1 if sys.stderr.isatty() else 30  # s
-        bar = tqdm(
-            total=self.steps, initial=self.step_done, unit="step", mininterval=every, miniters=1,
+        self.bar = tqdm(
+            total=None if self.steps == UNBOUNDED else self.steps, initial=self.step_done,
+            unit="step", mininterval=every, miniters=1,
             disable=not (progress and self.ranks.first),
         )  # fmt: skip
         try:
-            with bar, deferred_interrupt() as interrupted:
+            with self.bar, deferred_interrupt() as interrupted:
                 self.begin()
-                self._go(bar, interrupted)
+                self._go(self.bar, interrupted)
         finally:
-            self.started = None
+            self.started = self.bar = None
         self.ranks.wait()
         self.end()
         return self.result()
 
     def _go(self, bar: tqdm, interrupted: Callable[[], bool]) -> None:
-        window, clock = [], time.perf_counter()
+        window, clock, before = [], time.perf_counter(), self.step_done
         while not self.finished():
             window.append(self.step())
             bar.update()
+            if self.step_done - before == FIRST_STEPS:
+                self.tell(self.estimate((time.perf_counter() - clock) / FIRST_STEPS))
             evaluate = self.finished() or self.step_done % self.eval_every == 0
             log = evaluate or self.step_done % self.log_every == 0
             # several ranks must stop at the same step: they ask one another when they log
             stop = (log or self.ranks.count == 1) and self.ranks.any(interrupted(), self.device)
-            save = evaluate or stop or self.step_done % self.save_every == 0
+            save = evaluate or stop or self.saves_each_step
             if log or stop:
                 entry = self.summary(window, time.perf_counter() - clock)
                 bar.set_postfix_str(self.shown(entry), refresh=False)
                 self.log(entry)
                 window, clock = [], time.perf_counter()
-            if evaluate and self.ranks.first:
-                self.evaluate()
+            if evaluate:
+                if self.ranks.first:
+                    self.evaluate()
+                self.stopped = self.ranks.any(self.gives_up(), self.device)
             if save and self.ranks.first:
                 self.save_state()
                 clock = time.perf_counter()
             if stop and not self.finished():
-                if self.ranks.first and not math.isfinite(self.best):
+                if self.ranks.first and not self.measured:
                     self.keep()
                 at = f"step {self.step_done} of {self.steps}"
                 raise Interrupted(f"stopped after {at}; state saved")
+
+    def estimate(self, seconds: float) -> str:
+        """How long the run will take, from the seconds of a step."""
+        left = seconds * (self.steps - self.step_done)
+        return f"about {duration(left)} to step {self.steps}, evaluations not counted"
 
     def seconds_so_far(self) -> float:
         """Wall time of the run, without pauses between its parts."""
@@ -185,14 +233,30 @@ class Loop:
         """Append a line to the log; the first rank does."""
         if self.ranks.first:
             append_log(self.out, entry)
+            if self.watch:
+                self.watch(entry)
 
-    def note_loss(self, loss: float, **more) -> None:
-        """Log a dev loss, in nats per target token; keep what has the lowest."""
-        if loss < self.best:
-            self.best = loss
+    def note_loss(self, loss: float, shown: Sequence[str] = (), **more) -> None:
+        """Log a dev loss, in nats per target token, and `more`; keep what has the lowest.
+
+        `shown` are lines that the user sees below it.
+        """
+        better = loss < self.best
+        self.measured.append((self.step_done, loss))
+        if better:
             self.keep()
         seconds = round(self.seconds_so_far(), 2)
         self.log({"step": self.step_done, "dev_loss": loss, **more, "seconds": seconds})
+        so_far = "the best so far" if better else f"best {self.best:.3f} at step {self.best_step}"
+        line = f"step {self.step_done}: dev loss {loss:.3f}, {so_far}"
+        self.tell("\n".join([line, *shown]))
+
+    def gives_up(self) -> bool:
+        """Whether the last `patience` evaluations brought no better dev loss."""
+        if not self.patience or not self.measured or self.done() < 1 / 3:
+            return False
+        since = max(self.best_step or 0, self.counted_from)
+        return sum(step > since for step, _ in self.measured) >= self.patience
 
     def finite(self, value: float, name: str) -> float:
         """The value; FloatingPointError if it is not finite."""
@@ -210,8 +274,9 @@ class Loop:
     def save_state(self) -> None:
         """Write what resuming needs, all of it or nothing."""
         self.seconds = self.seconds_so_far()
-        state = {"settings": self.settings(), "step": self.step_done, "best": self.best}
-        write_state(self.out, state | {"seconds": self.seconds} | self.state())
+        progress: dict = {"step": self.step_done, "best": self.best, "seconds": self.seconds}
+        progress |= {"measured": self.measured, "counted_from": self.counted_from}
+        write_state(self.out, {"settings": self.settings()} | progress | self.state())
 
     def read_state(self) -> dict:
         return read_state(self.out, self.device, self.state_keys)
@@ -223,19 +288,26 @@ class Loop:
     def load_state(self) -> None:
         """Go back to the last saved state of this run folder.
 
+        With another length (`extends`) the learning rate follows the schedule of the new length
+        from the next step on, and patience counts evaluations from there.
+
         Raises:
             ValueError: no state, a damaged one, or one of other settings, data or model.
         """
         state, path = self.read_state(), state_path(self.out)
         ours, theirs = self.settings(), self.older_settings() | state["settings"]
         changed = sorted(name for name in ours if theirs.get(name) != ours[name])
-        if changed:
-            raise ValueError(f"{path}: the saved run has another {', '.join(changed)}")
+        if refused := [name for name in changed if name not in self.extends]:
+            raise ValueError(f"{path}: the saved run has another {', '.join(refused)}")
         try:
             self.restore(state)
         except RuntimeError as error:
             raise ValueError(f"{path}: weights of another model, prefix or adapter") from error
-        self.step_done, self.best, self.seconds = (state[k] for k in ("step", "best", "seconds"))
+        self.step_done, self.seconds = state["step"], state["seconds"]
+        older = [(self.step_done, state["best"])] if math.isfinite(state["best"]) else []
+        self.measured = [(step, loss) for step, loss in state.get("measured", older)]
+        self.counted_from = self.step_done if changed else state.get("counted_from", 0)
+        self.stopped = self.gives_up()
 
     def resume(self) -> bool:
         """`load_state` if the folder holds a run; whether it does."""

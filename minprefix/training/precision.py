@@ -7,11 +7,15 @@ import torch
 from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 
-PRECISIONS = ("auto", "fp32", "bf16")  # "auto" = bf16 on CUDA and fp32 on a CPU
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 in hardware (False if PyTorch cannot tell)."""
+    can = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Whether a run of one of `PRECISIONS` computes in bf16 on this device."""
+    """Whether a run of one of `config.PRECISIONS` computes in bf16 on this device."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 

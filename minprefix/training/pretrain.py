@@ -9,7 +9,7 @@ norms are trained by AdamW.
 
 Read `PretrainConfig`, `make_optimizers` and `Pretrainer.step`; `loop.py` has the loop. As in
 `trainer.py`, what step s does depends on the settings, the weights before it and (seed, s) alone,
-and a run that was killed goes on to the very losses of an unbroken one; not so with `time_limit`,
+and a run that was killed goes on to the very losses of an unbroken one; not so with `time`,
 which makes the schedule follow the clock. The run folder holds the model with the lowest
 validation loss so far, in the official format, and log.jsonl and state/ (`run_folder.py`).
 
@@ -35,9 +35,10 @@ from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import save_model
 from minprefix.training.blocks import wrap_blocks
+from minprefix.training.config import PRECISIONS, seconds_of
 from minprefix.training.corpus import Corpus, Windows, unigram_entropy, validation_windows
 from minprefix.training.loop import Loop
-from minprefix.training.precision import PRECISIONS, uses_bf16
+from minprefix.training.precision import uses_bf16
 
 MOMENTUM = 0.95  # Muon
 BETAS = (0.9, 0.95)  # AdamW
@@ -63,7 +64,7 @@ class PretrainConfig:
     lr_end: float = 0.03  # share of the peak that is left at the end
     clip: float = 1.0  # largest norm of the whole gradient
     dropout: float = 0.0  # probability, on embeddings and residuals; 0 suits few epochs
-    time_limit: float | None = None  # seconds: the run and its schedule end by then; None = steps
+    time: str | None = None  # wall time such as 10m or 2h by which the run and its schedule end
     precision: str = "auto"  # "fp32", "bf16" (autocast), or "auto" = bf16 on CUDA, fp32 on a CPU
     compile: bool = False  # torch.compile each layer: slow first steps, then fewer memory passes
     seed: int = 0  # first weights, order of windows, dropout
@@ -78,7 +79,7 @@ class PretrainConfig:
             self, "n_positions", "n_embd", "n_layer", "n_head", "steps", "eval_tokens",
             "eval_every", "log_every",
         )  # fmt: skip
-        check_positive(self, "muon_lr", "adamw_lr", "clip", "time_limit")
+        check_positive(self, "muon_lr", "adamw_lr", "clip")
         check_not_negative(self, "warmup_steps", "weight_decay", "seed")
         for name in ("hold", "dropout"):
             if not 0 <= getattr(self, name) < 1:
@@ -93,6 +94,12 @@ class PretrainConfig:
                 raise ValueError(f"{name} must be a multiple of n_positions {n}, got {value}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+        assert self.seconds is None or self.seconds > 0  # a time that cannot be read is an error
+
+    @property
+    def seconds(self) -> float | None:
+        """The wall time that the run may take; None where steps decide."""
+        return None if self.time is None else seconds_of(self.time)
 
 
 # `mini` is the recipe of the embedded model: assets/mini/MODEL_CARD.md
@@ -165,7 +172,7 @@ class Pretrainer(Loop):
     ):
         super().__init__(
             config, out, torch.device(device), steps=config.steps, log_every=config.log_every,
-            eval_every=config.eval_every, save_every=config.eval_every,
+            eval_every=config.eval_every,
         )  # fmt: skip
         self.corpus, self.tokenizer = corpus, corpus.tokenizer
         self.bf16 = uses_bf16(config.precision, self.device)
@@ -209,12 +216,8 @@ class Pretrainer(Loop):
 
     def done(self) -> float:
         """The share of the run that is done, by steps or by the clock; 1 at the end."""
-        config = self.config
-        by_time = self.seconds_so_far() / config.time_limit if config.time_limit else 0.0
-        return max(self.step_done / config.steps, by_time)
-
-    def finished(self) -> bool:
-        return self.done() >= 1
+        limit = self.config.seconds
+        return max(super().done(), self.seconds_so_far() / limit if limit else 0.0)
 
     def step(self) -> dict:
         """One optimiser step over batch_tokens tokens; what it measured."""

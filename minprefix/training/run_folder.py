@@ -10,6 +10,7 @@ what the log holds of steps after it is cut when the run goes on.
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def write_state(folder: Path, state: dict) -> None:
     # through an open file: a full disk is then an OSError, not an "iostream error"
     with atomic_write(state_path(folder)) as temporary, temporary.open("wb") as file:
         torch.save(state, file)
+
+
+def remove_state(folder: Path) -> None:
+    """Remove what only resuming needs."""
+    state_path(folder).unlink(missing_ok=True)
+    with suppress(OSError):  # it is not empty
+        state_path(folder).parent.rmdir()
 
 
 def read_state(

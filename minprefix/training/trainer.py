@@ -2,8 +2,8 @@
 
 The objective is eq. (2) of Li & Liang 2021 [1], the sum over target tokens of log p(z_i | h_<i): as
 a mean per target token of the whole effective batch, or summed per sentence as in the authors' code
-[2]. Read `TrainConfig`, then `Trainer.step`. `tuned.py` says what a method trains, `loop.py` what
-goes on around the steps and `run_folder.py` what a run leaves on disk.
+[2]. Read `Trainer.step`. `config.py` has the settings, `tuned.py` says what a method trains,
+`loop.py` what goes on around the steps and `run_folder.py` what a run leaves on disk.
 
 Everything that step s does depends on the settings, the weights before it and (seed, s): the order
 of batches and the dropout masks are functions of them. A run that was killed therefore continues
@@ -13,15 +13,13 @@ from its last saved state to the very losses of an unbroken run.
 """
 
 import hashlib
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from minprefix.checks import check_at_least_one, check_choice, check_not_negative, check_positive
 from minprefix.data.batches import (
     Batch,
     BatchOrder,
@@ -37,55 +35,18 @@ from minprefix.generation.texts import generate
 from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.training.blocks import unwrap_blocks, wrap_blocks
+from minprefix.training.config import TrainConfig, settle
 from minprefix.training.graphs import GraphedPasses, PlainPasses, dropped, leaves
-from minprefix.training.loop import Loop
-from minprefix.training.precision import PRECISIONS, in_bf16, uses_bf16
+from minprefix.training.loop import UNBOUNDED, Loop, duration
+from minprefix.training.precision import cpu_has_bf16, in_bf16, uses_bf16
 from minprefix.training.ranks import Ranks
-from minprefix.training.tuned import METHOD_NAMES, Trainable, tuned_from
+from minprefix.training.tuned import Trainable, tuned_from
+
+SHOWN = 300  # characters of a sample that are shown
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training run. Defaults are the paper's for table-to-text (appendix, hyper-parameters)."""
-
-    method: str = "prefix"  # "prefix", "finetune" (all weights), "ft-top" (top layers), "adapter"
-    epochs: float = 5.0  # passes over the training pairs
-    steps: int | None = None  # optimiser steps, instead of epochs
-    batch_size: int = 10  # pairs per forward pass
-    accumulation: int = 1  # forward passes per optimiser step, on each rank of torchrun
-    lr: float | None = None  # AdamW, peak, then linear to 0; None = by method and width, see log
-    warmup_steps: int = 0  # steps of linear warm-up before the decay
-    weight_decay: float = 0.0  # AdamW, per step and lr
-    prefix_dropout: float = 0.0  # probability, on the entries of the prefix, anew in each step
-    clip: float = 1.0  # largest norm of the whole gradient
-    max_source: int | None = None  # cut sources to their first tokens (512 for XSum); None = never
-    loss: str = "token"  # mean per target "token", or sum per "sentence" as in the authors' code
-    precision: str = "auto"  # "fp32", "bf16", or "auto" = bf16 on CUDA and fp32 on a CPU
-    activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory
-    compile: bool = False  # torch.compile each layer: slow first steps, then fewer memory passes
-    seed: int = 0  # order of batches, dropout, random start of the prefix
-    log_every: int = 10  # steps per line of the log
-    eval_every: int = 200  # steps between evaluations on the dev set, and between saved states
-    eval_pairs: int = 1000  # dev pairs in an evaluation, at most; evenly spread
-    samples: int = 2  # dev tables to write a text for at each evaluation
-
-    def __post_init__(self):
-        check_choice("method", self.method, METHOD_NAMES)
-        check_choice("loss", self.loss, ("token", "sentence"))
-        check_choice("precision", self.precision, PRECISIONS)
-        if self.compile and self.method == "adapter":
-            raise ValueError("compile does not go with method adapter: it compiles around adapters")
-        check_at_least_one(
-            self, "batch_size", "accumulation", "log_every", "eval_every", "eval_pairs"
-        )
-        check_positive(self, "lr", "clip")
-        check_not_negative(self, "warmup_steps", "weight_decay", "seed", "samples")
-        if not 0 <= self.prefix_dropout < 1:
-            raise ValueError(f"prefix_dropout must lie in [0, 1), got {self.prefix_dropout}")
-        if self.prefix_dropout and self.method != "prefix":
-            raise ValueError(f"prefix_dropout needs method 'prefix', got {self.method!r}")
-        if not 0 < (self.epochs if self.steps is None else self.steps) < math.inf:
-            raise ValueError(f"nothing to train: epochs {self.epochs}, steps {self.steps}")
+def shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
 
 
 class Trainer(Loop):
@@ -115,31 +76,35 @@ class Trainer(Loop):
         tuned = tuned_from(tuned, model)
         if tuned.method != config.method:
             raise ValueError(f"method {config.method!r} does not train a {type(tuned).__name__}")
-        self.tokenizer, self.dev, self.linearisation = tokenizer, dev, linearisation
+        self.tokenizer, self.train, self.dev = tokenizer, train, dev
+        self.linearisation = linearisation
         self.tuned, self.prefix = tuned, tuned.prefix
         device = model.wte.weight.device
+        if config.precision == "auto" and device.type == "cpu":
+            config = replace(config, precision="bf16" if cpu_has_bf16() else "fp32")
         self.bf16 = uses_bf16(config.precision, device)
         self.model = model = in_bf16(model) if self.bf16 and tuned.frozen else model
         model.requires_grad_(False).eval()
         wrap_blocks(model, compiled=config.compile, recomputed=config.activation_checkpointing)
         self.bound = tuned.bind(model, linearisation, config.max_source)
         self.trained = tuned.weights
-        self.lr = config.lr or tuned.default_lr(model.config.family, model.config.n_embd)
-        self.optimizer = torch.optim.AdamW(
-            self.trained.parameters(), lr=self.lr, weight_decay=config.weight_decay, fused=True
-        )
-        self.advice = f"try a smaller lr than {self.lr}"
         self.passes: PlainPasses | GraphedPasses | None = None  # made in the first step
         self.rows = self._encoded(train, config)
         self.dev_rows = spread(self._encoded(dev, config), config.eval_pairs)
+        lr, ranks = tuned.default_lr(model.config.family, model.config.n_embd), Ranks.here()
+        if config.time and ranks.count > 1:
+            raise ValueError("time does not go with several processes, whose clocks differ")
+        config = settle(config, len(self.rows), lr, ranks.count)
+        assert config.batch_size and config.eval_every and config.lr
+        self.optimizer = torch.optim.AdamW(
+            self.trained.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        self.advice = f"try a smaller lr than {config.lr}"
         self.order = BatchOrder([row.length for row in self.rows], config.batch_size, config.seed)
-        ranks = Ranks.here()
         self.per_step = config.accumulation * ranks.count  # batches per optimiser step
-        per_epoch = self.order.steps_per_epoch / self.per_step
         super().__init__(
-            config, out, device, steps=config.steps or max(1, round(config.epochs * per_epoch)),
-            log_every=config.log_every, eval_every=config.eval_every, save_every=config.eval_every,
-            ranks=ranks,
+            config, out, device, steps=config.steps or UNBOUNDED, log_every=config.log_every,
+            eval_every=config.eval_every, patience=config.patience, ranks=ranks,
         )  # fmt: skip
 
     def _encoded(self, examples: list[Example], config: TrainConfig) -> list[Encoded]:
@@ -155,11 +120,20 @@ class Trainer(Loop):
     # one step ------------------------------------------------------------------------------------
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of step 0 .. steps - 1: linear up, then linear down to 0."""
-        warmup = self.config.warmup_steps
-        if step < warmup:
-            return self.lr * (step + 1) / warmup
-        return self.lr * (self.steps - step) / max(1, self.steps - warmup)
+        """Learning rate of step 0 .. steps - 1."""
+        return self.config.rate(step, self.seconds_so_far())
+
+    def done(self) -> float:
+        limit = self.config.seconds
+        return self.seconds_so_far() / limit if limit else super().done()
+
+    def estimate(self, seconds: float) -> str:
+        timed = f"{1 / seconds:.3g} steps a second, for {self.config.time}"
+        return timed if self.config.time else super().estimate(seconds)
+
+    def shown(self, entry: dict) -> str:
+        left = max(0, (self.config.seconds or 0) - self.seconds_so_far())
+        return super().shown(entry) + (f", {duration(left)} left" if self.config.time else "")
 
     def losses(self, batch: Batch, prefix) -> torch.Tensor:
         """-log p of each target token of the batch, in nats: (number of target tokens,).
@@ -243,11 +217,18 @@ class Trainer(Loop):
             loss = self.finite(torch.cat(losses).double().mean().item(), "dev loss")
             samples = self._samples()
         self.trained.train()
-        self.note_loss(loss, samples=samples)
+        shown = [f"  {name:<9}  {shortened(t)}" for sample in samples for name, t in sample.items()]
+        self.note_loss(loss, shown, samples=samples)
+
+    def begin(self) -> None:
+        """Measure what there is before the first step."""
+        if self.step_done == 0 and self.dev_rows and self.ranks.first:
+            self.evaluate()
 
     def _samples(self) -> list[dict[str, str]]:
-        """What the model writes for the first dev tables."""
-        sources = [example.source for example in self.dev[: self.config.samples]]
+        """What the model writes for the first dev tables, beside a reference."""
+        shown = self.dev[: self.config.samples]
+        sources = [example.source for example in shown]
         frame = (self.linearisation, self.config.max_source)
         prompts = [encode_prompt(self.tokenizer, text, *frame) for text in sources]
         longest = max(map(len, prompts), default=0)
@@ -256,16 +237,23 @@ class Trainer(Loop):
             return []
         options: Any = {"prefix": self.prefix, "max_new_tokens": room}
         texts = generate(self.model, self.tokenizer, prompts, **options)
-        return [{"source": s, "text": t.strip()} for s, t in zip(sources, texts, strict=True)]
+        return [
+            {"source": example.source, "text": text.strip(), "reference": example.targets[0]}
+            for example, text in zip(shown, texts, strict=True)
+        ]
 
     def end(self) -> None:
         self.model.eval()  # as `load` gives it
         unwrap_blocks(self.model)
 
-    def result(self) -> dict[str, float]:
-        """Steps, the best dev loss, and seconds of the whole run, resumed or not."""
-        seconds = round(self.seconds, 1)
-        return {"steps": self.step_done, "best_dev_loss": self.best, "seconds": seconds}
+    def result(self) -> dict[str, Any]:
+        """Steps, the best dev loss and its step, and seconds of the whole run, resumed or not."""
+        return {
+            "steps": self.step_done, "best_dev_loss": self.best, "best_step": self.best_step,
+            "seconds": round(self.seconds, 1),
+        }  # fmt: skip
+
+    extends = ("steps", "epochs", "time", "patience")
 
     # files ---------------------------------------------------------------------------------------
 
@@ -294,5 +282,5 @@ class Trainer(Loop):
             ids = [row.prompt_len, *row.ids, *(row.source or ())]
             digest.update(np.array(ids, dtype=np.int64).tobytes())
         settings = asdict(self.config) | {"training data": digest.hexdigest()}
-        settings |= {"lr": self.lr, "number of ranks": self.ranks.count, "bf16": self.bf16}
-        return settings | self.bound
+        del settings["precision"]  # "bf16" says what it comes to
+        return settings | {"number of ranks": self.ranks.count, "bf16": self.bf16} | self.bound

@@ -1,7 +1,7 @@
 """What a run trains: a prefix, or with other methods an adapter, the top layers or all weights.
 
 `Tuned` is what the trainer knows of it. Read `Tuned`, `TunedPrefix` (the paper's method) and
-`TunedModel` (fine-tuning, its opponent); the other two are in `methods/`.
+`TunedModel` (fine-tuning, its opponent); methods/top_layers.py and methods/adapters.py have others.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -19,8 +19,6 @@ from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.prefix import Prefix
 
-# one implementation of `Tuned` each; the last two: methods/top_layers.py, methods/adapters.py
-METHOD_NAMES = ("prefix", "finetune", "ft-top", "adapter")
 OFFICIAL_WIDTH = 512  # models at least so wide take the paper's learning rates
 
 

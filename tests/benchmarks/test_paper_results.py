@@ -11,7 +11,7 @@ from benchmarks.paper import claims, estimate
 from benchmarks.paper.claims import CLAIMS, FAILS, HOLDS, UNTESTED, compare, judge, verdicts
 from benchmarks.paper.experiments import EXPERIMENTS, TABLE1, figure5, sweep, table1
 from benchmarks.paper.figures import draw
-from benchmarks.paper.presets import GRID, GRID_LOW, METHODS, PAPER, SWEEP, Plan
+from benchmarks.paper.presets import GRID, GRID_LOW, METHODS, SWEEP, Plan
 from benchmarks.paper.published import published
 from benchmarks.paper.report import report
 from benchmarks.paper.results import (
@@ -24,9 +24,10 @@ from benchmarks.paper.results import (
 )
 from benchmarks.paper.run import Run, SearchConfig
 from minprefix.methods.adapters import Adapter, bottleneck_for, count
+from minprefix.methods.paper import PAPER
 from minprefix.models.config import OFFICIAL
 from minprefix.models.weights import load, save_model
-from minprefix.training.trainer import TrainConfig
+from minprefix.training.config import TrainConfig
 from tests.conftest import tiny_with_words
 from tests.paper_data import write_e2e
 
@@ -65,7 +66,7 @@ def test_official_models_take_the_papers_settings():
     assert (low.train.lr, low.train.batch_size, low.train.steps) == (5e-5, 10, 200)
     assert (low.prefix.prefix_len, low.prefix.init_text) == (6, "table-to-text:")
     assert plan.run("e2e", "FT-FULL", 0, size=100).train.steps == 100
-    assert len(PAPER) == 15 and plan.scale == "preset (paper)"
+    assert len(PAPER) == 16 and plan.scale == "preset (paper)"
     assert replace(plan, steps=500).scale == "500 steps"
 
 

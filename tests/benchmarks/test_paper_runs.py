@@ -30,7 +30,7 @@ from benchmarks.paper.presets import Plan
 from benchmarks.paper.results import read_rows
 from benchmarks.paper.run import Run, failure_of, record_of, why_missing
 from minprefix.models.weights import load, save_model
-from minprefix.training.trainer import TrainConfig
+from minprefix.training.config import TrainConfig
 from tests.conftest import tiny_with_words
 from tests.paper_data import write_e2e, write_webnlg
 

@@ -16,8 +16,8 @@ from minprefix.generation.decoding import GenerationConfig
 from minprefix.methods.by_name import BaselineConfig
 from minprefix.methods.search.search import SearchConfig
 from minprefix.prefix.config import PrefixConfig
+from minprefix.training.config import TrainConfig
 from minprefix.training.pretrain import PRESETS, PretrainConfig
-from minprefix.training.trainer import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

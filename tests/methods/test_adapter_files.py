@@ -13,7 +13,8 @@ from minprefix.models.base import ATTACHED
 from minprefix.models.weights import fingerprint
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.blocks import unwrap_blocks, wrap_blocks
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.config import TrainConfig
+from minprefix.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -32,7 +32,8 @@ from minprefix.methods.adapters import (
 from minprefix.models.base import ATTACHED, adapter_of
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import fingerprint, load, save_model
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.config import TrainConfig
+from minprefix.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

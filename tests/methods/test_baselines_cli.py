@@ -13,8 +13,7 @@ from minprefix.methods.by_name import TUNED, BaselineConfig, unread
 from minprefix.models.tokenizer import Tokenizer
 from minprefix.models.weights import ASSETS, fingerprint, load, save_model
 from minprefix.prefix.config import PrefixConfig
-from minprefix.training.trainer import TrainConfig
-from minprefix.training.tuned import METHOD_NAMES
+from minprefix.training.config import METHOD_NAMES, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ("--batch-size", 4, "--steps", 4, "--eval-every", 2, "--log-every", 1, "--samples", 1,

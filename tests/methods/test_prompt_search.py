@@ -268,7 +268,7 @@ def test_a_worse_prompt_does_not_replace_the_best(tokenizer, tmp_path):
     search = made(tokenizer, tmp_path, steps=1)
     search.run(progress=False)
     kept = files_of(tmp_path)
-    search.best = 0.0
+    search.measured = [(0, 0.0)]
     search.chains = [([5, 6, 7, 8], 0.0)]
     search.measure(1)
     now = files_of(tmp_path)

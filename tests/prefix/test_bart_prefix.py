@@ -223,7 +223,9 @@ def test_forms_that_do_not_exist_are_named():
     assert "neither gate nor sites" in error(model, parametrisation="embedding", gate=True)
     assert "sites cross are BART's" in error(gpt2, sites=("cross",))
     assert "[3, 48)" in error(model, parametrisation="embedding", prefix_len=3, position_offset=2)
-    prefix = make_prefix(model, ThreeWords(), PrefixConfig(sites=["cross"], prefix_len=2), 0)
+    prefix = make_prefix(
+        model, ThreeWords(), PrefixConfig(init="random", sites=["cross"], prefix_len=2), 0
+    )
     assert tuple(prefix.sites) == ("cross",)
     with pytest.raises(ValueError, match="got a BARTPrefix"):
         PrefixBank([prefix])

@@ -291,7 +291,7 @@ def test_random_start():
 
 def test_make_prefix_follows_its_config():
     model = tiny_gpt2()
-    prefix = make_prefix(model, Words(), PrefixConfig(), seed=0)
+    prefix = make_prefix(model, Words(), PrefixConfig(init="random"), seed=0)
     assert (prefix.prefix_len, prefix.mlp.linear_in.out_features) == (10, 512)
     prefix.check_base(model)
     config = PrefixConfig(init="words", init_text="some words", prefix_len=3, mid_dim=8)
@@ -303,6 +303,6 @@ def test_make_prefix_follows_its_config():
     config = PrefixConfig(init="prompt", init_text="some words", parametrisation="table")
     prefix = make_prefix(model, Words(), config, seed=0)
     assert (prefix.prefix_len, prefix.position_offset) == (2, 2)
-    config = PrefixConfig(gate=True, parametrisation="table", prefix_len=3)
+    config = PrefixConfig(gate=True, init="random", parametrisation="table", prefix_len=3)
     prefix = make_prefix(model, Words(), config, seed=0)
     assert prefix.position_offset == 0 and not prefix.gate.any()

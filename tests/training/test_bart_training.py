@@ -11,8 +11,9 @@ from minprefix.data.examples import Example
 from minprefix.models.tokenizer import Tokenizer
 from minprefix.models.weights import ASSETS, fingerprint, load, save_model
 from minprefix.prefix.bart import BARTPrefix
+from minprefix.training.config import TrainConfig
 from minprefix.training.run_folder import read_log
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -167,8 +167,8 @@ def test_the_schedule():
     assert at[650] == pytest.approx(0.55) and at[999] == pytest.approx(0.1 + 0.9 / 700)
 
 
-def test_a_time_limit_ends_run_and_schedule(folder, tmp_path):
-    run = run_of(folder, tmp_path, steps=1000, time_limit=6.0, hold=0.0)
+def test_a_time_ends_run_and_schedule(folder, tmp_path):
+    run = run_of(folder, tmp_path, steps=1000, time="6s", hold=0.0)
     run.seconds_so_far = lambda: float(run.step_done)  # a clock that ticks once a step
     assert run.run(progress=False)["steps"] == 6
     shares = [entry["lr_share"] for entry in read_log(tmp_path) if "loss" in entry]

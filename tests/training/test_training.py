@@ -19,9 +19,9 @@ from minprefix.models.config import GPT2Config
 from minprefix.models.weights import fingerprint, load, save_model
 from minprefix.prefix.parametrisations import token_activations
 from minprefix.prefix.prefix import Prefix
+from minprefix.training.config import METHOD_NAMES, TrainConfig
 from minprefix.training.loop import Interrupted
-from minprefix.training.trainer import TrainConfig, Trainer
-from minprefix.training.tuned import METHOD_NAMES
+from minprefix.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,8 @@ import minprefix
 from minprefix.data.batches import collate, encode_examples
 from minprefix.data.load import load_examples
 from minprefix.prefix.prefix import Prefix
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.config import TrainConfig
+from minprefix.training.trainer import Trainer
 
 model, tokenizer = minprefix.load("mini")
 model.requires_grad_(False)

@@ -15,7 +15,8 @@ from minprefix.data.load import load_examples
 from minprefix.data.splits import subset
 from minprefix.methods.adapters import count
 from minprefix.methods.top_layers import TopLayers, TunedTopLayers
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.config import TrainConfig
+from minprefix.training.trainer import Trainer
 
 train = load_examples("restaurants", "train")
 

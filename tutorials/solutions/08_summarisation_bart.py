@@ -18,7 +18,8 @@ from minprefix.data.splits import choose
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
-from minprefix.training.trainer import TrainConfig, Trainer
+from minprefix.training.config import TrainConfig
+from minprefix.training.trainer import Trainer
 
 model, tokenizer = minprefix.load("mini-bart")
 model.requires_grad_(False)
@@ -70,8 +71,8 @@ for n, gap in zip(batch.source_lens, (masked - seen).abs().amax((1, 2)), strict=
 
 # %%
 choices = {
-    "prefix at three sites": PrefixConfig(prefix_len=10),
-    "virtual tokens": PrefixConfig(prefix_len=10, parametrisation="embedding-mlp"),
+    "prefix at three sites": PrefixConfig(prefix_len=10, init="random"),
+    "virtual tokens": PrefixConfig(prefix_len=10, init="random", parametrisation="embedding-mlp"),
 }
 rows = []
 for name, config in choices.items():
@@ -94,7 +95,7 @@ sports = choose(test, "news-to-sports", "test")
 mixed = train[:: max(1, len(train) // len(news))][: len(news)]  # as many notes, all topics
 rows = []
 for name, examples in (("news", news), ("all topics", mixed)):
-    prefix = tune(name.replace(" ", "-"), PrefixConfig(prefix_len=10), examples)
+    prefix = tune(name.replace(" ", "-"), PrefixConfig(prefix_len=10, init="random"), examples)
     losses = {"test loss on sports": loss(prefix, sports), "dev loss, all": loss(prefix, dev)}
     rows.append({"trained on": name, "notes": len(examples)} | losses)
 print(format_rows(rows))
@@ -107,7 +108,7 @@ print(format_rows(rows))
 # table is a prompt, and the authors' code keeps positions from 0, where the model was pretrained.
 
 # %%
-tables = tune("offset", PrefixConfig(prefix_len=10), train).tables()
+tables = tune("offset", PrefixConfig(prefix_len=10, init="random"), train).tables()
 from_0, from_p = (BARTPrefix.from_tables(tables, position_offset=offset) for offset in (0, 10))
 batch = collate(encode_examples(tokenizer, test[:1]), tokenizer.pad_id)
 with torch.no_grad():

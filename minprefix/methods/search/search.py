@@ -64,8 +64,9 @@ from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import fingerprint, need_gpt2
 from minprefix.prefix.prefix import Prefix, token_activations
+from minprefix.training.config import PRECISIONS
 from minprefix.training.loop import Loop
-from minprefix.training.precision import PRECISIONS, in_bf16, uses_bf16
+from minprefix.training.precision import in_bf16, uses_bf16
 from minprefix.training.run_folder import checked_state, cut_log, state_path
 
 FINALISTS = 8  # prompts that reach the end of a race
@@ -139,7 +140,7 @@ class PromptSearch(Loop):
         assert isinstance(model, GPT2)
         super().__init__(
             config, out, model.wte.weight.device, steps=config.steps, log_every=1,
-            eval_every=config.eval_every, save_every=1,
+            eval_every=config.eval_every,
         )  # fmt: skip
         self.tokenizer, self.linearisation = tokenizer, linearisation
         self.exact = model.requires_grad_(False).eval()  # whose activations are saved
@@ -332,10 +333,9 @@ class PromptSearch(Loop):
             if prompt == self.best_prompt:
                 continue
             loss = float(self.losses([prompt], self.dev_rows)[0])
-            self.log({"step": self.step_done, "dev_loss": loss, "tokens": prompt})
             if loss < self.best:
-                self.best, self.best_prompt = loss, prompt
-                self.keep()
+                self.best_prompt = prompt
+            self.note_loss(loss, tokens=prompt)
 
     # files ---------------------------------------------------------------------------------------
 
@@ -359,6 +359,7 @@ class PromptSearch(Loop):
         write_text(self.out / "prompt.json", json.dumps(found, indent=1) + "\n")
 
     state_keys = STATE
+    saves_each_step = True
 
     def state(self) -> dict:
         return {name: getattr(self, name) for name in STATE}

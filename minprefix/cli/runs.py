@@ -1,0 +1,102 @@
+"""The command `runs`: compare runs of the command `train`, make them smaller, or delete them.
+
+    python -m minprefix runs runs/*
+    python -m minprefix runs runs/* --figure curves.png
+    python -m minprefix runs --slim runs/first
+
+Read `run`. A run folder is one with config.json and log.jsonl, see training/run_folder.py.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import FlagCreatePairsOff, Positional
+
+from minprefix.cli.options import Common
+from minprefix.cli.report import format_rows, plot_curves, size_of
+from minprefix.files import read_json
+from minprefix.training.run_folder import read_log, remove_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    folders: Positional[tuple[Path, ...]]  # run folders
+    figure: Path | None = None  # draw the dev losses of the runs into this file, such as curves.png
+    slim: FlagCreatePairsOff[bool] = False  # remove what only resuming needs
+    delete: FlagCreatePairsOff[bool] = False  # remove the runs with all that is in their folders
+
+
+def run(options: Options) -> dict | None:
+    """A table of the runs and of the settings in which they differ."""
+    runs = {folder: read_run(folder) for folder in options.folders}
+    if options.delete or options.slim:
+        if options.delete and options.slim:
+            raise ValueError("--slim and --delete do not go together: choose one")
+        rows = [{"run": str(folder), **remove(folder, options.delete)} for folder in runs]
+    else:
+        rows = rows_of(runs)
+    if options.figure:
+        curves = {str(folder): log for folder, (_, log) in runs.items()}
+        plot_curves(curves, options.figure)
+    if options.json:
+        return {"runs": rows}
+    print(format_rows(rows))
+    return None
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict]]:
+    """Settings, flat, and log of a run; ValueError if the folder holds none."""
+    if not (folder / "config.json").is_file() or not (folder / "log.jsonl").is_file():
+        raise ValueError(f"{folder}: no run (it needs config.json and log.jsonl)")
+    return dict(flat(read_json(folder / "config.json"))), read_log(folder)
+
+
+def flat(settings: dict) -> Iterator[tuple[str, Any]]:
+    """The settings of all groups side by side."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from flat(value)
+        else:
+            yield name, value
+
+
+def remove(folder: Path, whole: bool) -> dict[str, str]:
+    """Remove a run, or what only resuming needs; its size before and after."""
+    before = size_of(folder)
+    if whole:
+        shutil.rmtree(folder)
+    else:
+        remove_state(folder)
+    return {"before": before, "after": size_of(folder) if folder.exists() else "deleted"}
+
+
+def rows_of(runs: dict[Path, tuple[dict[str, Any], list[dict]]]) -> list[dict]:
+    """For each run: steps, its best dev loss, scores, time, size; and what differs."""
+    settings = [config for config, _ in runs.values()]
+    names = differing(settings)
+    rows = []
+    for folder, (config, log) in runs.items():
+        dev = [(entry["dev_loss"], entry["step"]) for entry in log if "dev_loss" in entry]
+        best, at = min(dev, default=(None, None))
+        row = {
+            "run": str(folder),
+            "steps": max((entry["step"] for entry in log), default=0),
+            "best dev loss": "-" if best is None else f"{best:.3f}",
+            "at step": "-" if at is None else str(at),
+            "seconds": max((entry.get("seconds", 0) for entry in log), default=0),
+            "size": size_of(folder),
+        }
+        rows.append(row | {name: str(config.get(name, "-")) for name in names})
+    return rows
+
+
+def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of the settings that are not the same in all runs, in the order of the first."""
+    names = dict.fromkeys(name for config in settings for name in config)
+    return [
+        name for name in names
+        if any(config.get(name) != settings[0].get(name) for config in settings)
+    ]  # fmt: skip

@@ -1,0 +1,88 @@
+"""What a person would say about the data before a run, and about the run after it.
+
+Read `data_warnings`, `describe` and `verdict`; each returns sentences for the user.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from minprefix.data.batches import encode_prompt
+from minprefix.data.examples import Example
+from minprefix.generation.decoding import GenerationConfig
+
+SMALL_CHANGE = 0.02  # of a dev loss, which is not worth a word
+FALLING = 0.25  # share of a run, its last part, in which a falling loss says that it was too short
+
+
+def pairs_of(examples: Sequence[Example]) -> Counter[tuple[str, str]]:
+    """How often each (source, target) pair occurs."""
+    return Counter((example.source, target) for example in examples for target in example.targets)
+
+
+def data_warnings(
+    tokenizer, train: Sequence[Example], dev: Sequence[Example], longest_target: int,
+    max_source: int | None, linearisation: str,
+) -> list[str]:  # fmt: skip
+    """What is wrong or surprising in the data; nothing if all is well.
+
+    Args:
+        longest_target: tokens of the longest target.
+        max_source: to how many tokens sources are cut.
+    """
+    found, train_pairs, dev_pairs = [], pairs_of(train), pairs_of(dev)
+    if repeated := train_pairs.total() - len(train_pairs):
+        found.append(
+            f"{repeated} of {train_pairs.total()} training pairs repeat another one: "
+            "they weigh more than the others"
+        )
+    if both := sum(dev_pairs[pair] for pair in dev_pairs.keys() & train_pairs.keys()):
+        found.append(
+            f"{both} of {dev_pairs.total()} dev pairs are also training pairs: "
+            "the dev loss looks better than it is"
+        )
+    most = GenerationConfig().max_new_tokens
+    if longest_target > most:
+        found.append(
+            f"the longest target has {longest_target} tokens, and texts end after {most} by "
+            f"default: generate and evaluate with --max-new-tokens {longest_target}"
+        )
+    if max_source is not None:
+        lengths = [len(encode_prompt(tokenizer, e.source, linearisation)) - 1 for e in train]
+        if cut := sum(length > max_source for length in lengths):
+            found.append(f"{cut} of {len(train)} sources are cut to {max_source} tokens")
+    return found
+
+
+def verdict(measured: Sequence[tuple[int, float]], stopped: bool) -> tuple[list[str], list[str]]:
+    """What was kept and why, and what to do about it: (statements, warnings).
+
+    Args:
+        measured: (step, dev loss in nats per target token) of each evaluation, the first at step 0.
+        stopped: whether the run ended early.
+    """
+    if not measured:
+        return ["Kept: the weights of the last step, as there is no dev data."], []
+    best_step, best = min(measured, key=lambda pair: pair[1])
+    (first_step, first), (last_step, last) = measured[0], measured[-1]
+    said = [f"Kept: step {best_step}, which has the lowest dev loss, {best:.3f} nats per token."]
+    if stopped:
+        said.append(f"Stopped at step {last_step}: the dev loss had not fallen since {best_step}.")
+    if first_step == 0 and best_step == 0 and len(measured) > 1:
+        return said, [
+            f"training never brought the dev loss below the {first:.3f} that it had at the start: "
+            "nothing was learned; try a smaller --lr, or look at the data"
+        ]
+    if last > (1 + SMALL_CHANGE) * best:
+        rise = f"{100 * (last / best - 1):.0f} %"
+        said.append(
+            f"Dev loss was best at step {best_step} and rose by {rise} after it (overfitting); "
+            "the weights that are kept are those before the rise."
+        )
+    earlier = [loss for step, loss in measured if step <= (1 - FALLING) * last_step]
+    if best_step == last_step and earlier and min(earlier) > (1 + SMALL_CHANGE) * best:
+        fall = f"{100 * (1 - best / min(earlier)):.0f} %"
+        return said, [
+            f"dev loss was still falling at the end, by {fall} in the last quarter: "
+            f"more steps will help (--resume with --steps {2 * last_step})"
+        ]
+    return said, []

@@ -1,0 +1,133 @@
+"""The settings of a training run, and the rule that fills in what the user leaves open.
+
+Read `TrainConfig`, then `settle`: the number of steps, the batch size, the warm-up and the interval
+of evaluations follow from the number of training pairs. `make defaults` measures the rule against
+a grid of other settings; docs/defaults.md shows the result. Imports nothing of PyTorch.
+"""
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+from minprefix.checks import check_at_least_one, check_choice, check_not_negative, check_positive
+
+METHOD_NAMES = ("prefix", "finetune", "ft-top", "adapter")  # each is a `tuned.Tuned`
+PRECISIONS = ("auto", "fp32", "bf16")  # see precision.py
+LOSSES = ("token", "sentence")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. None means that `settle` chooses by the number of training pairs."""
+
+    method: str = "prefix"  # "prefix", "finetune" (all weights), "ft-top" (top layers), "adapter"
+    epochs: float | None = None  # passes over the training pairs
+    steps: int | None = None  # optimiser steps, instead of epochs
+    time: str | None = None  # wall time such as 90s, 10m or 2h, instead of steps or epochs
+    batch_size: int | None = None  # pairs per forward pass
+    accumulation: int = 1  # forward passes per optimiser step, on each rank of torchrun
+    lr: float | None = None  # AdamW, peak, then linear to 0; None = by method and width
+    warmup_steps: int | None = None  # steps of linear warm-up before the decay
+    patience: int = 5  # stop after so many evaluations without a better dev loss; 0 = never
+    weight_decay: float = 0.0  # AdamW, per step and lr
+    prefix_dropout: float = 0.0  # probability, on the entries of the prefix, anew in each step
+    clip: float = 1.0  # largest norm of the whole gradient
+    max_source: int | None = None  # cut sources to their first tokens (512 for XSum); None = never
+    loss: str = "token"  # mean per target "token", or sum per "sentence" as in the authors' code
+    precision: str = "auto"  # "fp32", "bf16", or "auto" = bf16 on CUDA and on CPUs made for it
+    activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory
+    compile: bool = False  # torch.compile each layer: slow first steps, then fewer memory passes
+    seed: int = 0  # order of batches, dropout, random start of the prefix
+    log_every: int = 10  # steps per line of the log
+    eval_every: int | None = None  # steps between evaluations on the dev set, and saved states
+    eval_pairs: int = 300  # dev pairs in an evaluation, at most; evenly spread
+    samples: int = 2  # dev tables to write a text for at each evaluation
+
+    def __post_init__(self):
+        check_choice("method", self.method, METHOD_NAMES)
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("precision", self.precision, PRECISIONS)
+        if self.compile and self.method == "adapter":
+            raise ValueError("compile does not go with method adapter: it compiles around adapters")
+        check_at_least_one(
+            self, "steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_pairs"
+        )
+        check_positive(self, "epochs", "lr", "clip")
+        for name in ("warmup_steps", "patience", "weight_decay", "seed", "samples"):
+            check_not_negative(self, name)
+        if not 0 <= self.prefix_dropout < 1:
+            raise ValueError(f"prefix_dropout must lie in [0, 1), got {self.prefix_dropout}")
+        if self.prefix_dropout and self.method != "prefix":
+            raise ValueError(f"prefix_dropout needs method 'prefix', got {self.method!r}")
+        if self.time is not None:
+            seconds_of(self.time)
+            if self.steps is not None or self.epochs is not None:
+                raise ValueError("time stands instead of steps and epochs: give one of them")
+
+    @property
+    def seconds(self) -> float | None:
+        """The wall time that the run may take; None where steps decide."""
+        return None if self.time is None else seconds_of(self.time)
+
+    def rate(self, step: int, seconds: float) -> float:
+        """Learning rate of step 0, 1, ... of settled settings: linear up, then linear down to 0.
+
+        Args:
+            seconds: how long the run has taken so far, which counts where `time` is given.
+        """
+        assert self.lr is not None and self.warmup_steps is not None
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.seconds is not None:
+            return self.lr * max(0.0, 1 - seconds / self.seconds)
+        assert self.steps is not None
+        return self.lr * (self.steps - step) / max(1, self.steps - self.warmup_steps)
+
+
+def seconds_of(time: str) -> float:
+    """Seconds that a text such as "90s", "10m", "1.5h" or "600" (seconds) says."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", time.strip())
+    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if not seconds:
+        raise ValueError(f"time must be such as 90s, 10m or 2h, got {time!r}")
+    return seconds
+
+
+# the rule -----------------------------------------------------------------------------------------
+
+SMALL = 100  # pairs, up to which batches are small
+BATCH_SIZES = (8, 16)  # pairs: for small data, for more
+WARMUP = 0.05  # share of the steps
+TIMED_WARMUP = 20  # steps, where the clock decides how many there will be
+EVALUATIONS, LEAST_EVERY = 15, 10  # of a run, and steps between two of them at least
+
+
+def usual_steps(n_pairs: int) -> int:
+    """Optimiser steps for so many training pairs: 300 for 20, 700 for 200, 5,300 for 40,000."""
+    return round(100 * n_pairs ** (3 / 8))
+
+
+def settle(config: TrainConfig, n_pairs: int, lr: float, ranks: int = 1) -> TrainConfig:
+    """The settings with all that was left open, by the rule.
+
+    Args:
+        n_pairs: training pairs.
+        lr: the peak rate of the method and the model.
+        ranks: processes that share a step.
+    """
+    batch_size = config.batch_size or BATCH_SIZES[n_pairs > SMALL]
+    if config.epochs is not None and config.steps is None:
+        per_epoch = math.ceil(n_pairs / batch_size) / (config.accumulation * ranks)
+        steps = max(1, round(config.epochs * per_epoch))
+    elif config.time is None:
+        steps = config.steps or usual_steps(n_pairs)
+    else:
+        steps = None
+    warmup = TIMED_WARMUP if steps is None else round(WARMUP * steps)
+    # with a clock the number of steps is not known; evaluations then come as often as in the rule
+    every = max(LEAST_EVERY, (steps or usual_steps(n_pairs)) // EVALUATIONS)
+    return replace(
+        config, batch_size=batch_size, steps=steps, epochs=None, lr=config.lr or lr,
+        warmup_steps=warmup if config.warmup_steps is None else config.warmup_steps,
+        eval_every=config.eval_every or every,
+    )  # fmt: skip

@@ -1,0 +1,135 @@
+"""Settings that the user leaves open, the end of a run, and what is said about it."""
+
+import math
+
+import pytest
+from conftest import pairs, trainer
+
+from minprefix.data.examples import Example
+from minprefix.data.splits import hold_out
+from minprefix.methods.paper import paper_settings
+from minprefix.training.advice import data_warnings, verdict
+from minprefix.training.config import TrainConfig, seconds_of, settle
+from minprefix.training.run_folder import read_log
+
+
+@pytest.mark.parametrize("n_pairs", [2, 20, 50, 200, 1000, 42_000])
+def test_the_rule_fills_in_everything(n_pairs):
+    config = settle(TrainConfig(), n_pairs, lr=0.5)
+    assert None not in (config.steps, config.batch_size, config.warmup_steps, config.eval_every)
+    assert config.lr == 0.5 and config.epochs is None
+    assert 0 < config.warmup_steps < config.steps / 2
+    assert config.steps / config.eval_every <= 20
+    assert settle(config, n_pairs, lr=0.1) == config  # settled settings stay
+
+
+def test_more_pairs_take_more_steps_and_fewer_passes():
+    runs = [(n, settle(TrainConfig(), n, lr=1.0)) for n in (20, 50, 200, 1000, 42_000)]
+    steps = [run.steps for _, run in runs]
+    passes = [run.steps * run.batch_size / n for n, run in runs]
+    assert steps == sorted(steps) and passes == sorted(passes, reverse=True)
+
+
+def test_what_the_user_gives_is_kept():
+    given = {"batch_size": 3, "lr": 0.2, "warmup_steps": 0, "eval_every": 7}
+    config = settle(TrainConfig(epochs=2, **given), n_pairs=10, lr=0.5)
+    assert config.steps == 8  # 2 x ceil(10 / 3)
+    assert {name: getattr(config, name) for name in given} == given
+    shared = settle(TrainConfig(epochs=2, accumulation=2, **given), n_pairs=10, lr=0.5, ranks=2)
+    assert shared.steps == 2
+
+
+def test_times_are_read():
+    assert [seconds_of(t) for t in ("90s", "10m", "1.5h", "600")] == [90, 600, 5400, 600]
+    for wrong in ("", "ten", "10 days", "0m", "-5s", "m"):
+        with pytest.raises(ValueError, match="time must be such as"):
+            TrainConfig(time=wrong)
+    with pytest.raises(ValueError, match="time stands instead of steps and epochs"):
+        TrainConfig(time="1m", steps=3)
+
+
+def test_a_time_ends_the_run_at_rate_zero(tokenizer, tmp_path):
+    run = trainer(tokenizer, tmp_path, steps=None, time="2s", dev=0, eval_every=10**6)
+    result = run.run(progress=False)
+    assert result["steps"] > 0 and run.seconds >= 2
+    rates = [entry["lr"] for entry in read_log(tmp_path) if "lr" in entry]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.3 * run.config.lr
+    assert run.lr_at(result["steps"]) == 0
+
+
+def test_a_run_stops_early_after_its_first_third(tokenizer, tmp_path):
+    """Learned, then driven up the gradient: patience 2 ends the run, but not before step 10."""
+    settings = {"steps": 30, "eval_every": 2, "patience": 2}
+    run = trainer(tokenizer, tmp_path, **settings)
+    run.lr_at = lambda step: 0.3 if step < 4 else -5.0
+    run.run(progress=False)
+    assert run.stopped and run.step_done == 10 and run.best_step < 8
+    again = trainer(tokenizer, tmp_path, **settings)
+    again.load_state()
+    assert again.finished() and again.measured == run.measured
+
+
+def test_a_finished_run_is_extended(tokenizer, tmp_path):
+    """The losses so far stay, the rate is that of the new schedule, patience counts anew."""
+    first = trainer(tokenizer, tmp_path, steps=6)
+    first.run(progress=False)
+    longer = trainer(tokenizer, tmp_path, steps=10)
+    longer.load_state()
+    assert not longer.finished() and longer.counted_from == 6
+    assert longer.lr_at(6) == pytest.approx(longer.config.lr * 4 / 10)
+    longer.run(progress=False)
+    assert [step for step, _ in longer.measured] == [0, 3, 6, 9, 10]
+    assert longer.measured[:3] == first.measured
+    other = trainer(tokenizer, tmp_path, steps=10, batch_size=3)
+    with pytest.raises(ValueError, match="the saved run has another batch_size"):
+        other.load_state()
+
+
+def test_held_out_examples_depend_on_the_sources_alone():
+    examples = pairs(40)
+    train, dev = hold_out(examples)
+    assert len(dev) == 4 and len(train) == 36
+    assert not {e.source for e in train} & {e.source for e in dev}
+    assert {e.source for e in hold_out(examples[::-1])[1]} == {e.source for e in dev}
+    assert hold_out(examples[:3]) == (examples[:3], [])
+
+
+def test_warnings_about_the_data(tokenizer):
+    train = [*pairs(4), pairs(1)[0], Example("place : dune", ("word " * 150,))]
+    said = data_warnings(tokenizer, train, [pairs(2)[1], *pairs(1, 9)], 151, 3, "paper")
+    assert [line.split(":")[0] for line in said] == [
+        "1 of 6 training pairs repeat another one",
+        "1 of 2 dev pairs are also training pairs",
+        "the longest target has 151 tokens, and texts end after 100 by default",
+        f"{len(train)} of {len(train)} sources are cut to 3 tokens",
+    ]
+    assert data_warnings(tokenizer, pairs(4), pairs(1, 9), 20, None, "paper") == []
+
+
+@pytest.mark.parametrize(
+    "measured, statement, warning",
+    [
+        ([(0, 3.0), (10, 1.0), (20, 1.4)], "rose by 40 % after it", ""),
+        ([(0, 3.0), (10, 4.0), (20, 3.5)], "Kept: step 0", "nothing was learned"),
+        ([(0, 3.0), (10, 2.0), (20, 1.5)], "Kept: step 20", "still falling at the end, by 25 %"),
+        ([(0, 3.0), (15, 1.51), (20, 1.5)], "Kept: step 20", ""),
+        ([], "no dev data", ""),
+    ],
+)
+def test_the_verdict(measured, statement, warning):
+    said, warnings = verdict(measured, stopped=False)
+    assert statement in " ".join(said)
+    assert (warning in warnings[0]) if warning else warnings == []
+
+
+def test_presets_are_the_paper_s():
+    settings, prefix_len = paper_settings("prefix", "e2e")
+    assert (settings["lr"], settings["epochs"], settings["batch_size"], prefix_len) == (
+        8e-5,
+        5,
+        10,
+        5,
+    )
+    with pytest.raises(ValueError, match="no preset xsum for method finetune"):
+        paper_settings("finetune", "xsum")
+    assert math.isclose(paper_settings("adapter", "dart")[0]["lr"], 5e-5)
