@@ -13,7 +13,6 @@ import torch
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
 
 from minprefix.cli.parse import changed, parse
-from minprefix.cli.report import say
 from minprefix.data.load import DATA_SETS, LINEARISATIONS, load_train_and_dev
 from minprefix.data.splits import TOPICS, choose, hold_out, low_data
 from minprefix.methods.adapters import Adapter
@@ -149,13 +148,18 @@ class WithRun(WithData):
         }  # fmt: skip
 
 
-def examples_of(settings: dict[str, Any]) -> tuple[list, list]:
-    """Training and dev examples of a run's settings; without dev data a part is held out."""
+def examples_of(settings: dict[str, Any]) -> tuple[list, list, str]:
+    """Training and dev examples of a run's settings; without dev data a part is held out.
+
+    Returns:
+        the examples, and what to tell the user if there is no dev data, else "".
+    """
+    note = ""
     train, dev = load_train_and_dev(settings["data"], settings["dev"], settings["linearisation"])
     if not dev and settings.get("hold_out"):  # older runs did not
         total = len(train)
         train, dev = hold_out(train)
-        say(
+        note = (
             f"no dev data: {len(dev)} of {total} examples are held out to choose the best step "
             "(--dev FILE gives others)" if dev else
             f"{total} examples are too few to hold any out: the last step is kept"
@@ -164,4 +168,4 @@ def examples_of(settings: dict[str, Any]) -> tuple[list, list]:
     train, dev = choose(train, topics, "train"), choose(dev, topics, "dev") if dev else dev
     if size is not None:
         train, dev = low_data(train, dev, size, settings["subset_seed"])
-    return train, dev
+    return train, dev, note

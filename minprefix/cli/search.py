@@ -62,7 +62,7 @@ def run_to_search(options: Options) -> tuple[Path, dict]:
 def make_search(settings: dict, out: Path) -> PromptSearch:
     """The search that the settings describe, at step 0."""
     model, tokenizer = weights.load(settings["model"], device=settings["device"])
-    train, dev = examples_of(settings)
+    train, dev, _ = examples_of(settings)
     return PromptSearch(
         model, tokenizer, saved_config(settings["search"]), train, dev, out,
         settings["linearisation"],

@@ -18,17 +18,16 @@ from tyro.conf import FlagCreatePairsOff
 
 from minprefix.cli.options import Flat, WithRun, examples_of
 from minprefix.cli.parse import changed
-from minprefix.cli.report import plot_loss, say, size_of, tensorboard
+from minprefix.cli.report import plot_loss, tensorboard
+from minprefix.cli.run_report import tell_end, tell_start
 from minprefix.data.load import DATA_SETS
 from minprefix.files import read_json, write_text
-from minprefix.methods.adapters import count
-from minprefix.methods.by_name import TUNED, BaselineConfig, describe, make_tuned
+from minprefix.methods.by_name import TUNED, BaselineConfig, make_tuned
 from minprefix.methods.paper import paper_settings
 from minprefix.models import weights
 from minprefix.prefix.config import PrefixConfig
-from minprefix.training.advice import data_warnings, verdict
 from minprefix.training.config import TrainConfig
-from minprefix.training.loop import tells_how_to_go_on
+from minprefix.training.loop import Interrupted, tells_how_to_go_on
 from minprefix.training.ranks import joined
 from minprefix.training.run_folder import read_log, remove_state, state_path
 from minprefix.training.trainer import Trainer
@@ -55,30 +54,37 @@ def run(options: Options) -> dict | None:
     out, settings = run_to_train(options)
     with joined(settings["device"]) as ranks:
         ranks.wait()  # all have looked into `out` before one writes there
-        trainer = make_trainer(settings, out)
-        if options.resume and trainer.resume():
-            tell_length(trainer, settings)
+        trainer, note = make_trainer(settings, out)
+        resumed = options.resume is not None and trainer.resume()
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
             settings["train"] = asdict(trainer.config)
             write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
-            tell_start(trainer)
+            tell_start(trainer, note, resumed)
         if options.track and ranks.first:
             trainer.watch = tensorboard(out / "tensorboard")
         try:
             with tells_how_to_go_on(f"python -m minprefix train --resume {shlex.quote(str(out))}"):
                 result = trainer.run()
-        finally:
-            if ranks.first and (log := read_log(out)):
-                plot_loss(log, out / "loss.png", f"{settings['data']}, {trainer.tuned.method}")
+        except Interrupted:
+            if ranks.first:
+                draw(trainer)
+            raise
     if not ranks.first:
         return None
+    draw(trainer)
     if not options.keep_state:
         remove_state(out)
     tell_end(trainer, settings)
     if not trainer.measured:
         result["best_dev_loss"] = None  # without dev data; JSON has no infinity
     return result | {"kept": str(trainer.kept)}
+
+
+def draw(trainer: Trainer) -> None:
+    """loss.png from the log."""
+    if log := read_log(trainer.out):
+        plot_loss(log, trainer.out / "loss.png", f"Loss of the run {trainer.out.name}")
 
 
 def run_to_train(options: Options) -> tuple[Path, dict]:
@@ -149,78 +155,12 @@ def read_settings(run_folder: Path) -> dict:
     return settings
 
 
-def make_trainer(settings: dict, out: Path) -> Trainer:
-    """The run that the settings describe, at step 0."""
+def make_trainer(settings: dict, out: Path) -> tuple[Trainer, str]:
+    """The run that the settings describe, at step 0, and a note about its dev data, if any."""
     config = TrainConfig(**settings["train"])
     model, tokenizer = weights.load(settings["model"], device=settings["device"])
-    train, dev = examples_of(settings)
+    train, dev, note = examples_of(settings)
     prefix, baseline = PrefixConfig(**settings["prefix"]), BaselineConfig(**settings["baseline"])
     tuned = make_tuned(model, tokenizer, config, prefix, baseline)
-    return Trainer(model, tokenizer, config, train, dev, out, tuned, settings["linearisation"])
-
-
-# what the user is told ----------------------------------------------------------------------------
-
-
-def tell_start(trainer: Trainer) -> None:
-    """Data, length, rate and trained parameters, and what a person would warn of."""
-    config, rows = trainer.config, trainer.rows
-    trained, total = count(trainer.trained), count(trainer.model)
-    targets = [len(row.ids) - row.prompt_len for row in rows]
-    say(
-        f"data: {len(rows):,} training pairs, {sum(row.length for row in rows):,} tokens, the "
-        f"longest pair {max(row.length for row in rows)}; {len(trainer.dev_rows):,} dev pairs"
-    )
-    if config.steps is None:
-        length = f"{config.time} in batches of {config.batch_size} pairs"
-    else:
-        pairs = config.batch_size * trainer.per_step
-        passes = config.steps * pairs / len(rows)
-        length = f"{config.steps:,} steps of {pairs} pairs, {passes:.3g} passes over the data"
-    say(f"run: {length}; peak learning rate {config.lr:g} after {config.warmup_steps} steps")
-    if trainer.tuned.method in ("ft-top", "adapter"):
-        say(describe(trainer.tuned, trainer.model))
-    else:
-        say(f"trained: {trained:,} parameters, {100 * trained / total:.3g} % of the model's")
-    for warning in data_warnings(
-        trainer.tokenizer, trainer.train, trainer.dev, max(targets), config.max_source,
-        trainer.linearisation,
-    ):  # fmt: skip
-        say(f"warning: {warning}")
-
-
-def tell_length(trainer: Trainer, settings: dict) -> None:
-    """How far a run has come that goes on, and how its rate goes on if its length has changed."""
-    at, config = trainer.step_done, trainer.config
-    if trainer.counted_from == at and not trainer.finished():
-        rate = f"{trainer.lr_at(at):.2g}"
-        until = config.time or f"step {config.steps}"
-        say(f"going on after step {at} until {until}: the learning rate is {rate} there, and falls "
-            "linearly to 0")  # fmt: skip
-    else:
-        say(f"going on after step {at}")
-
-
-def tell_end(trainer: Trainer, settings: dict) -> None:
-    """What was kept and why, the files with their sizes, and the next command."""
-    said, warnings = verdict(trainer.measured, trainer.stopped)
-    for line in [*said, *(f"warning: {warning}" for warning in warnings)]:
-        say(line)
-    out = trainer.out
-    for path, what in (
-        (trainer.kept, "all that is needed to use it, with the model"),
-        (out / "loss.png", "the losses"), (out / "log.jsonl", "the same as JSON lines"),
-        (state_path(out), f"only for --resume; python -m minprefix runs --slim {out} removes it"),
-    ):  # fmt: skip
-        if path.exists():
-            say(f"  {path}  {size_of(path)}: {what}")
-    option = {"prefix": "--prefix", "adapter": "--adapter"}.get(trainer.tuned.method, "--model")
-    model = "" if option == "--model" or settings["model"] == "mini" else (
-        f" --model {settings['model']}"
-    )  # fmt: skip
-    kept, data = shlex.quote(str(trainer.kept)), shlex.quote(settings["data"])
-    say(f"next: python -m minprefix generate{model} {option} {kept} "
-        f"{shlex.quote(trainer.train[0].source)}")  # fmt: skip
-    if Path(settings["data"]).is_file():
-        data = "FILE"
-    say(f"      python -m minprefix evaluate{model} {option} {kept} --data {data}")
+    trainer = Trainer(model, tokenizer, config, train, dev, out, tuned, settings["linearisation"])
+    return trainer, note

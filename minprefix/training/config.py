@@ -95,16 +95,17 @@ def seconds_of(time: str) -> float:
 
 # the rule -----------------------------------------------------------------------------------------
 
-SMALL = 100  # pairs, up to which batches are small
-BATCH_SIZES = (8, 16)  # pairs: for small data, for more
-WARMUP = 0.05  # share of the steps
-TIMED_WARMUP = 20  # steps, where the clock decides how many there will be
+FEW, SMALL = 100, 500  # pairs, up to which batches are smaller and the rate is lower
+BATCH_SIZES = (8, 16)  # pairs: for few, for more
+SMALL_RATE = 0.5  # of the method's rate, for small data
+LEAST_STEPS = 100
+WARMUP, LEAST_WARMUP = 0.05, 30  # share of the steps, and steps
 EVALUATIONS, LEAST_EVERY = 15, 10  # of a run, and steps between two of them at least
 
 
 def usual_steps(n_pairs: int) -> int:
-    """Optimiser steps for so many training pairs: 300 for 20, 700 for 200, 5,300 for 40,000."""
-    return round(100 * n_pairs ** (3 / 8))
+    """Optimiser steps for so many pairs: 100 for 20, 280 for 200, 670 for 1,000, 5,200 for 42,000."""
+    return max(LEAST_STEPS, round(15 * n_pairs**0.55))
 
 
 def settle(config: TrainConfig, n_pairs: int, lr: float, ranks: int = 1) -> TrainConfig:
@@ -112,10 +113,11 @@ def settle(config: TrainConfig, n_pairs: int, lr: float, ranks: int = 1) -> Trai
 
     Args:
         n_pairs: training pairs.
-        lr: the peak rate of the method and the model.
+        lr: the peak rate of the method and the model, with much data.
         ranks: processes that share a step.
     """
-    batch_size = config.batch_size or BATCH_SIZES[n_pairs > SMALL]
+    batch_size = config.batch_size or BATCH_SIZES[n_pairs > FEW]
+    lr *= SMALL_RATE if n_pairs <= SMALL else 1
     if config.epochs is not None and config.steps is None:
         per_epoch = math.ceil(n_pairs / batch_size) / (config.accumulation * ranks)
         steps = max(1, round(config.epochs * per_epoch))
@@ -123,7 +125,9 @@ def settle(config: TrainConfig, n_pairs: int, lr: float, ranks: int = 1) -> Trai
         steps = config.steps or usual_steps(n_pairs)
     else:
         steps = None
-    warmup = TIMED_WARMUP if steps is None else round(WARMUP * steps)
+    warmup = LEAST_WARMUP if steps is None else max(LEAST_WARMUP, round(WARMUP * steps))
+    if steps is not None:
+        warmup = min(warmup, steps // 3)  # of a run that the user wants short
     # with a clock the number of steps is not known; evaluations then come as often as in the rule
     every = max(LEAST_EVERY, (steps or usual_steps(n_pairs)) // EVALUATIONS)
     return replace(

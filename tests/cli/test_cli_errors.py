@@ -223,9 +223,9 @@ def test_missing_data_is_named(refused, tiny_folder, tables, tmp_path):
         (("--lr", "inf"), "lr must be positive and finite, got inf"),
         (("--lr", -1e-3), "lr must be positive and finite, got -0.001"),
         (("--weight-decay", "nan"), "weight_decay must be >= 0 and finite, got nan"),
-        (("--epochs", "nan"), "nothing to train: epochs nan"),
-        (("--steps", 0), "steps 0"),
-        (("--steps", -1), "steps -1"),
+        (("--epochs", "nan"), "epochs must be positive and finite, got nan"),
+        (("--steps", 0), "steps must be at least 1, got 0"),
+        (("--steps", -1), "steps must be at least 1, got -1"),
         (("--batch-size", 0), "batch_size must be at least 1, got 0"),
     ],
 )
@@ -340,7 +340,7 @@ def test_a_folder_with_a_run_is_not_overwritten(refused, tiny_folder, tables, ru
 def test_what_to_resume_must_be_clear(refused, tiny_folder, run, tmp_path):
     assert "either --out" in refused("train", "--model", tiny_folder)
     assert "either --out" in refused("train", "--resume", run, "--out", tmp_path / "new")
-    assert "--steps cannot go with --resume" in refused("train", "--resume", run, "--steps", 9)
+    assert "--lr cannot go with --resume" in refused("train", "--resume", run, "--lr", 9)
     assert "--data cannot go with --resume" in refused("train", "--resume", run, "--data", "x")
     for folder in (tmp_path, tmp_path / "none"):
         assert f"{folder}: no run" in refused("train", "--resume", folder)

@@ -94,6 +94,7 @@ def test_samples_stand_side_by_side(tmp_path):
         "    - Gull, a boat.",
         "  prefix      | Gull é.",
         "  hard prompt | ?",
+        "              |   missing: boat = Gull",
         "",
         "[2]",
         "  source: a ship",

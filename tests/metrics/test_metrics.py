@@ -6,7 +6,15 @@ import pytest
 
 from minprefix.data.examples import Example
 from minprefix.data.load import load_examples
-from minprefix.metrics.quick import corpus_bleu, rouge_l, score, slot_coverage
+from minprefix.metrics.quick import (
+    Facts,
+    corpus_bleu,
+    facts,
+    known_values,
+    rouge_l,
+    score,
+    slot_coverage,
+)
 
 CHECK = Path(__file__).resolve().parents[3] / "shared" / "data" / "e2e-metrics-check"
 needs_check = pytest.mark.skipif(not CHECK.is_dir(), reason="the scorer's inputs are not here")
@@ -165,3 +173,28 @@ def test_score_has_slot_coverage_only_with_tables():
 def test_wrong_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_missing_and_wrong_facts_of_a_text():
+    """A value counts as wrong where another table has it and this one does not."""
+    tables = (
+        (("name", "The Mill"), ("price", "cheap"), ("rating", "low"), ("family friendly", "yes")),
+        (("name", "The Wrestlers"), ("price", "high"), ("rating", "high"), ("food", "Thai")),
+        (("name", "Mill"), ("family friendly", "no")),
+    )
+    known = known_values([Example("x", ("y",), table) for table in tables])
+    assert known["rating"] == ("low", "high")
+    table = tables[0]
+
+    found = facts("The Mill is a cheap, kid friendly place with a low rating.", table, known)
+    assert found == Facts((), ())
+    found = facts(
+        "The Mill is high priced, not family friendly and serves Thai food.", table, known
+    )
+    assert found.missing == (("price", "cheap"), ("rating", "low"), ("family friendly", "yes"))
+    assert found.wrong == (
+        ("price", "high"), ("rating", "high"), ("family friendly", "no"), ("food", "Thai"),
+    )  # fmt: skip
+    # the table's own value contains another table's, and a value of one field serves any other
+    assert facts("The Mill.", table, known).wrong == ()
+    assert facts("The Wrestlers is high.", tables[1], known).wrong == ()

@@ -127,7 +127,7 @@ def test_best_on_dev_is_kept(tokenizer, tmp_path):
 def test_samples_are_written_at_evaluations(tokenizer, tmp_path):
     trainer(tokenizer, tmp_path, samples=2).run(progress=False)
     samples = log_of(tmp_path, "samples")
-    assert sorted(samples) == [3, 6]
+    assert sorted(samples) == [0, 3, 6]
     assert [sample["source"] for sample in samples[6]] == [e.source for e in pairs(2, 50)]
 
 

@@ -1,0 +1,84 @@
+"""What the command `train` tells the user: at the start of a run, and at its end."""
+
+import shlex
+from pathlib import Path
+
+from minprefix.cli.report import say, size_of
+from minprefix.methods.adapters import count
+from minprefix.methods.by_name import describe
+from minprefix.training.advice import data_warnings, verdict
+from minprefix.training.run_folder import state_path
+from minprefix.training.trainer import Trainer
+
+
+def tell_start(trainer: Trainer, note: str, resumed: bool) -> None:
+    """Data, length, rate and trained parameters, and what a person would warn of.
+
+    Args:
+        note: about the dev data, "" if there is nothing to say.
+        resumed: whether the run goes on from a saved state.
+    """
+    if resumed:
+        tell_length(trainer)
+    if note:
+        say(note)
+    config, rows = trainer.config, trainer.rows
+    trained, total = count(trainer.trained), count(trainer.model)
+    targets = [len(row.ids) - row.prompt_len for row in rows]
+    say(
+        f"data: {len(rows):,} training pairs, {sum(row.length for row in rows):,} tokens, the "
+        f"longest pair {max(row.length for row in rows)}; {len(trainer.dev_rows):,} dev pairs"
+    )
+    if config.steps is None:
+        length = f"{config.time} in batches of {config.batch_size} pairs"
+    else:
+        pairs = config.batch_size * trainer.per_step
+        passes = config.steps * pairs / len(rows)
+        length = f"{config.steps:,} steps of {pairs} pairs, {passes:.3g} passes over the data"
+    say(f"run: {length}; peak learning rate {config.lr:g} after {config.warmup_steps} steps")
+    if trainer.tuned.method in ("ft-top", "adapter"):
+        say(describe(trainer.tuned, trainer.model))
+    else:
+        say(f"trained: {trained:,} parameters, {100 * trained / total:.3g} % of the model's")
+    for warning in data_warnings(
+        trainer.tokenizer, trainer.train, trainer.dev, max(targets), config.max_source,
+        trainer.linearisation,
+    ):  # fmt: skip
+        say(f"warning: {warning}")
+
+
+def tell_length(trainer: Trainer) -> None:
+    """How far a run has come that goes on, and how its rate goes on if its length has changed."""
+    at, config = trainer.step_done, trainer.config
+    if trainer.counted_from == at and not trainer.finished():
+        rate = f"{trainer.lr_at(at):.2g}"
+        until = config.time or f"step {config.steps}"
+        say(f"going on after step {at} until {until}: the learning rate is {rate} there, and falls "
+            "linearly to 0")  # fmt: skip
+    else:
+        say(f"going on after step {at}")
+
+
+def tell_end(trainer: Trainer, settings: dict) -> None:
+    """What was kept and why, the files with their sizes, and the next command."""
+    said, warnings = verdict(trainer.measured, trainer.stopped)
+    for line in [*said, *(f"warning: {warning}" for warning in warnings)]:
+        say(line)
+    out = trainer.out
+    for path, what in (
+        (trainer.kept, "all that is needed to use it, with the model"),
+        (out / "loss.png", "the losses"), (out / "log.jsonl", "the same as JSON lines"),
+        (state_path(out), f"only for --resume; python -m minprefix runs --slim {out} removes it"),
+    ):  # fmt: skip
+        if path.exists():
+            say(f"  {path}  {size_of(path)}: {what}")
+    option = {"prefix": "--prefix", "adapter": "--adapter"}.get(trainer.tuned.method, "--model")
+    model = "" if option == "--model" or settings["model"] == "mini" else (
+        f" --model {settings['model']}"
+    )  # fmt: skip
+    kept, data = shlex.quote(str(trainer.kept)), shlex.quote(settings["data"])
+    say(f"next: python -m minprefix generate{model} {option} {kept} "
+        f"{shlex.quote(trainer.train[0].source)}")  # fmt: skip
+    if Path(settings["data"]).is_file():
+        data = "FILE"
+    say(f"      python -m minprefix evaluate{model} {option} {kept} --data {data}")

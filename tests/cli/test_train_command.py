@@ -1,0 +1,97 @@
+"""What the command `train` says, how a run is extended, and the command `runs`."""
+
+import json
+
+import pytest
+from conftest import pairs
+from test_cli import only_json, train
+
+from minprefix.training.run_folder import read_log, read_state
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def run(cli, tiny_folder, tables, tmp_path):
+    """The folder of a short, finished run, and what it said."""
+    _, said = train(cli, tiny_folder, tables, tmp_path / "run")
+    return tmp_path / "run", said
+
+
+def test_a_run_says_what_it_does_and_what_it_kept(run):
+    folder, said = run
+    for words in (
+        "training pairs", "tokens, the longest pair", "run: 4 steps of 4 pairs",
+        "peak learning rate 0.01", "% of the model's", "step 2: dev loss", "  source ",
+        "  reference  ", "Kept: step", f"{folder / 'loss.png'}", "only for --resume",
+        "next: python -m minprefix generate", f"--prefix {folder / 'prefix.safetensors'}",
+    ):  # fmt: skip
+        assert words in said, words
+    assert (folder / "loss.png").stat().st_size > 1000
+    settings = json.loads((folder / "config.json").read_text())["train"]
+    assert settings["eval_every"] == 2 and settings["precision"] in ("fp32", "bf16")
+
+
+def test_a_finished_run_goes_on_to_more_steps(cli, run):
+    folder, _ = run
+    before = read_log(folder)
+    out, said = cli("train", "--resume", folder, "--steps", 8, "--json")
+    assert only_json(out)["steps"] == 8
+    assert "going on after step 4 until step 8: the learning rate is 0.005 there" in said
+    assert read_log(folder)[: len(before)] == before
+    assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 8
+    out, _ = cli("train", "--resume", folder, "--json")  # its settings are the new ones
+    assert only_json(out)["steps"] == 8
+    _, said = cli("train", "--resume", folder, "--lr", 1, code=1)
+    assert "a run keeps its settings, --lr cannot go with --resume" in said
+
+
+def test_without_dev_data_a_part_is_held_out(cli, tiny_folder, tmp_path):
+    data = tmp_path / "mine.jsonl"
+    rows = [{"source": e.source, "target": e.targets[0]} for e in pairs(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, said = train(cli, tiny_folder, data, tmp_path / "run")
+    assert "no dev data: 2 of 20 examples are held out" in said
+    assert "18 training pairs" in said and "2 dev pairs" in said
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    _, said = train(cli, tiny_folder, data, tmp_path / "few")
+    assert "3 examples are too few to hold any out: the last step is kept" in said
+
+
+def test_a_preset_fills_in_what_is_not_given(cli, tiny_folder, tables, tmp_path):
+    train(cli, tiny_folder, tables, tmp_path / "run", "--preset", "webnlg")
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["prefix"]["prefix_len"] == 5 and settings["train"]["patience"] == 0
+    assert settings["train"]["lr"] == 1e-2 and settings["train"]["steps"] == 4  # as given
+
+
+def test_log_lines_go_to_tensorboard(cli, tiny_folder, tables, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(cli, tiny_folder, tables, tmp_path / "run", "--track")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    logged = [e["dev_loss"] for e in read_log(tmp_path / "run") if "dev_loss" in e]
+    assert [e.value for e in events.Scalars("dev_loss")] == pytest.approx(logged, rel=1e-6)
+
+
+def test_runs_are_compared_slimmed_and_deleted(cli, tiny_folder, tables, run, tmp_path):
+    first, second = run[0], tmp_path / "second"
+    train(cli, tiny_folder, tables, second, "--lr", 0.02, "--no-keep-state")
+    assert not (second / "state").exists()
+    out, _ = cli("runs", first, second, "--figure", tmp_path / "curves.png", "--json")
+    rows = only_json(out)["runs"]
+    assert [row["lr"] for row in rows] == ["0.01", "0.02"]
+    assert "seed" not in rows[0] and "clip" not in rows[0]  # the same in both
+    best = min(e["dev_loss"] for e in read_log(first) if "dev_loss" in e)
+    assert rows[0]["best dev loss"] == f"{best:.3f}"
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+    cli("runs", first, "--slim")
+    assert (first / "prefix.safetensors").exists()
+    with pytest.raises(ValueError, match="no saved state"):
+        read_state(first)
+    cli("runs", first, "--delete")
+    assert not first.exists()
+    _, said = cli("runs", tables, code=1)
+    assert "no run (it needs config.json and log.jsonl)" in said
