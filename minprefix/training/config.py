@@ -95,16 +95,14 @@ def seconds_of(time: str) -> float:
 
 # the rule -----------------------------------------------------------------------------------------
 
-FEW, SMALL = 100, 500  # pairs, up to which batches are smaller and the rate is lower
-BATCH_SIZES = (8, 16)  # pairs: for few, for more
-SMALL_RATE = 0.5  # of the method's rate, for small data
+FEW, BATCH_SIZES = 100, (8, 16)  # pairs in a batch: for so few training pairs, for more
 LEAST_STEPS = 100
 WARMUP, LEAST_WARMUP = 0.05, 30  # share of the steps, and steps
 EVALUATIONS, LEAST_EVERY = 15, 10  # of a run, and steps between two of them at least
 
 
 def usual_steps(n_pairs: int) -> int:
-    """Optimiser steps for so many pairs: 100 for 20, 280 for 200, 670 for 1,000, 5,200 for 42,000."""
+    """Optimiser steps for so many pairs: 100 for 20, 280 for 200, 670 for 1,000."""
     return max(LEAST_STEPS, round(15 * n_pairs**0.55))
 
 
@@ -113,11 +111,10 @@ def settle(config: TrainConfig, n_pairs: int, lr: float, ranks: int = 1) -> Trai
 
     Args:
         n_pairs: training pairs.
-        lr: the peak rate of the method and the model, with much data.
+        lr: the peak rate, see `tuned.Tuned.default_lr`.
         ranks: processes that share a step.
     """
     batch_size = config.batch_size or BATCH_SIZES[n_pairs > FEW]
-    lr *= SMALL_RATE if n_pairs <= SMALL else 1
     if config.epochs is not None and config.steps is None:
         per_epoch = math.ceil(n_pairs / batch_size) / (config.accumulation * ranks)
         steps = max(1, round(config.epochs * per_epoch))

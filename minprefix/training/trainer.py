@@ -91,7 +91,8 @@ class Trainer(Loop):
         self.passes: PlainPasses | GraphedPasses | None = None  # made in the first step
         self.rows = self._encoded(train, config)
         self.dev_rows = spread(self._encoded(dev, config), config.eval_pairs)
-        lr, ranks = tuned.default_lr(model.config.family, model.config.n_embd), Ranks.here()
+        shape, ranks = model.config, Ranks.here()
+        lr = tuned.default_lr(shape.family, shape.n_embd, len(self.rows))
         if config.time and ranks.count > 1:
             raise ValueError("time does not go with several processes, whose clocks differ")
         config = settle(config, len(self.rows), lr, ranks.count)

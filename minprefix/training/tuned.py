@@ -20,6 +20,7 @@ from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.prefix import Prefix
 
 OFFICIAL_WIDTH = 512  # models at least so wide take the paper's learning rates
+SMALL = 500  # training pairs
 
 
 class Tuned(Protocol):
@@ -31,6 +32,7 @@ class Tuned(Protocol):
         reads: the fields of PrefixConfig and BaselineConfig that the method reads.
         rates: the peak learning rates where none is given, by the family of the model: of
             models narrower than `OFFICIAL_WIDTH`, and of others.
+        small_data: what a narrow model's rate is multiplied by for `SMALL` pairs or fewer.
         frozen: whether the model's own weights stay as they are.
         prefix: what the model reads beside a text, if it reads anything.
     """
@@ -39,6 +41,7 @@ class Tuned(Protocol):
     kept: str
     reads: tuple[str, ...] = ()
     rates: dict[str, tuple[float, float]]
+    small_data: float = 0.5
     frozen: bool = True
     prefix: Prefix | BARTPrefix | None = None
 
@@ -68,9 +71,12 @@ class Tuned(Protocol):
         """Write what `kept` names."""
         ...
 
-    def default_lr(self, family: str, n_embd: int) -> float:
-        """The peak learning rate where none is given."""
-        return self.rates[family][n_embd >= OFFICIAL_WIDTH]
+    def default_lr(self, family: str, n_embd: int, n_pairs: int) -> float:
+        """The peak learning rate where none is given, for a model and so many training pairs."""
+        narrow, official = self.rates[family]
+        if n_embd >= OFFICIAL_WIDTH:
+            return official
+        return narrow * (self.small_data if n_pairs <= SMALL else 1)
 
 
 def bind_added(added, model, linearisation: str, max_source: int | None) -> dict:
@@ -125,6 +131,7 @@ class TunedModel(Tuned):
     frozen = False
     # as those of the prefix; the last is the paper's within the news
     rates = {"GPT-2": (1e-3, 5e-5), "BART": (5e-4, 3e-5)}  # noqa: RUF012
+    small_data = 0.3  # by benchmarks/paper/sweep-mini.csv
 
     @property
     def weights(self) -> nn.Module:
