@@ -1,13 +1,14 @@
 """The main job on the embedded model and data: tune a prefix, write texts, measure (`make demo`).
 
-Three methods write about restaurants that training never showed: a hard prompt, a hard prompt with
-examples in context, and a prefix of 10 positions. The model is frozen in all three.
+Four methods write about restaurants that training never showed: a hard prompt, a hard prompt with
+examples in context and a prefix of 10 positions, all three with the frozen model, and fine-tuning,
+which makes a copy of the model.
 """
 
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from minprefix.cli.report import format_rows, plot_comparison, plot_loss, say, w
 from minprefix.data.load import load_examples
 from minprefix.files import write_text
 from minprefix.generation.decoding import GenerationConfig
+from minprefix.methods.adapters import count
 from minprefix.methods.evaluate import evaluate_method
 from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, show_examples
 from minprefix.models.weights import load
@@ -36,6 +38,8 @@ TRAIN = TrainConfig(
     steps=700 if BF16 else 280, batch_size=16, lr=1e-3, warmup_steps=20,
     precision="bf16" if BF16 else "fp32", eval_every=100, eval_pairs=160,
 )  # fmt: skip
+# all weights; as many steps as take half of the prefix's time
+FINETUNE = replace(TRAIN, method="finetune", steps=(TRAIN.steps or 0) // 3, eval_every=50, lr=5e-4)
 PREFIX = PrefixConfig(prefix_len=10, init="words")
 GENERATE = GenerationConfig(max_new_tokens=60)
 SHOTS = 3  # examples in context
@@ -76,26 +80,32 @@ def tune_write_measure(out: Path) -> tuple[dict, list[dict]]:
     began = time.perf_counter()
     model, tokenizer = load("mini")
     train, dev, test = (load_examples("restaurants", split) for split in ("train", "dev", "test"))
-    say(f"model mini, {sum(p.numel() for p in model.parameters()):,} parameters, all frozen")
+    say(f"model mini, {count(model):,} parameters")
     say(f"{sum(len(e.targets) for e in train):,} training pairs, {len(test)} unseen test tables")
     prefix = make_prefix(model, tokenizer, PREFIX, TRAIN.seed)
     trainer = Trainer(model, tokenizer, TRAIN, train, dev, out, prefix)
+    say("tuning a prefix; the model is frozen")
     training = tune(trainer, out)
     kept = Prefix.load(out / "prefix.safetensors")
+    n_trained, n_kept = count(prefix), kept.prefix_table.numel()
+    say("fine-tuning a copy of the model, for comparison")
+    copy = Trainer(load("mini")[0], tokenizer, FINETUNE, train, dev, out / "finetuned")
+    tune(copy, copy.out)
+    finetuned, _ = load(copy.kept)
 
-    methods: dict[str, Any] = {
-        "hard prompt": {"prompt": HardPrompt()},
-        f"{SHOTS} examples in context": {"prompt": show_examples(TEMPLATES[0], train, SHOTS)},
-        "prefix": {"prefix": kept},
-    }
-    n_trained, n_kept = sum(p.numel() for p in prefix.parameters()), kept.prefix_table.numel()
+    methods: dict[str, tuple[Any, dict[str, Any], int, int]] = {  # model, method, trained, kept
+        "hard prompt": (model, {"prompt": HardPrompt()}, 0, 0),
+        f"{SHOTS} examples in context":
+            (model, {"prompt": show_examples(TEMPLATES[0], train, SHOTS)}, 0, 0),
+        "prefix": (model, {"prefix": kept}, n_trained, n_kept),
+        "fine-tuning": (finetuned, {}, count(model), count(model)),
+    }  # fmt: skip
     rows, texts, scores = [], {}, {}
-    for name, method in methods.items():
+    for name, (writer, method, trained, shipped) in methods.items():
         say(f"writing {len(test)} texts: {name}")
         scores[name], texts[name] = evaluate_method(
-            model, tokenizer, test, config=GENERATE, progress=True, **method
+            writer, tokenizer, test, config=GENERATE, progress=True, **method
         )
-        trained, shipped = (n_trained, n_kept) if name == "prefix" else (0, 0)
         rows.append(row(name, scores[name], trained, shipped, model))
     metrics = {
         "methods": scores,
@@ -123,7 +133,7 @@ def tune(trainer: Trainer, out: Path) -> dict:
 
 def row(name: str, scores: dict[str, float], n_trained: int, n_kept: int, model) -> dict:
     """One line of the printed table. Trained: with the MLP; kept: the table that is shipped."""
-    total = sum(p.numel() for p in model.parameters())
+    total = count(model)
     return {
         "method": name,
         "BLEU": scores["bleu"],

@@ -10,7 +10,7 @@ from minprefix.data.batches import encode_prompt
 from minprefix.data.examples import Example
 from minprefix.generation.decoding import GenerationConfig
 
-SMALL_CHANGE = 0.02  # of a dev loss, which is not worth a word
+NOTABLE = 0.05  # share of a dev loss: a smaller change is not worth a word
 FALLING = 0.25  # share of a run, its last part, in which a falling loss says that it was too short
 
 
@@ -72,14 +72,14 @@ def verdict(measured: Sequence[tuple[int, float]], stopped: bool) -> tuple[list[
             f"training never brought the dev loss below the {first:.3f} that it had at the start: "
             "nothing was learned; try a smaller --lr, or look at the data"
         ]
-    if last > (1 + SMALL_CHANGE) * best:
+    if last > (1 + NOTABLE) * best:
         rise = f"{100 * (last / best - 1):.0f} %"
         said.append(
             f"Dev loss was best at step {best_step} and rose by {rise} after it (overfitting); "
             "the weights that are kept are those before the rise."
         )
     earlier = [loss for step, loss in measured if step <= (1 - FALLING) * last_step]
-    if best_step == last_step and earlier and min(earlier) > (1 + SMALL_CHANGE) * best:
+    if not stopped and earlier and min(earlier) > (1 + NOTABLE) * best:
         fall = f"{100 * (1 - best / min(earlier)):.0f} %"
         return said, [
             f"dev loss was still falling at the end, by {fall} in the last quarter: "

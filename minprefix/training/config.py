@@ -96,13 +96,13 @@ def seconds_of(time: str) -> float:
 # the rule -----------------------------------------------------------------------------------------
 
 FEW, BATCH_SIZES = 100, (8, 16)  # pairs in a batch: for so few training pairs, for more
-LEAST_STEPS = 100
+LEAST_STEPS = 150
 WARMUP, LEAST_WARMUP = 0.05, 30  # share of the steps, and steps
 EVALUATIONS, LEAST_EVERY = 15, 10  # of a run, and steps between two of them at least
 
 
 def usual_steps(n_pairs: int) -> int:
-    """Optimiser steps for so many pairs: 100 for 20, 280 for 200, 670 for 1,000."""
+    """Optimiser steps for so many pairs: 150 for 20, 280 for 200, 670 for 1,000."""
     return max(LEAST_STEPS, round(15 * n_pairs**0.55))
 
 

@@ -12,7 +12,7 @@ from minprefix.prefix.prefix import Prefix
 from minprefix.training.loop import Interrupted
 
 FILES = {"prefix.safetensors", "metrics.json", "samples.txt", "loss.png", "comparison.png"}
-METHODS = ["hard prompt", "3 examples in context", "prefix"]
+METHODS = ["hard prompt", "3 examples in context", "prefix", "fine-tuning"]
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +22,8 @@ def small(monkeypatch):
     monkeypatch.setattr(demo, "load_examples", lambda *args: load(*args)[:4])
     train = dataclasses.replace(demo.TRAIN, steps=2, batch_size=2, eval_every=1, eval_pairs=2)
     monkeypatch.setattr(demo, "TRAIN", train)
+    finetune = dataclasses.replace(train, method="finetune")
+    monkeypatch.setattr(demo, "FINETUNE", finetune)
     monkeypatch.setattr(demo, "GENERATE", dataclasses.replace(demo.GENERATE, max_new_tokens=4))
 
 
@@ -32,7 +34,8 @@ def test_demo_leaves_what_it_promises(tmp_path, capsys):
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert [row["method"] for row in rows] == METHODS == list(metrics["methods"])
     kept = Prefix.load(out / "prefix.safetensors").prefix_table.numel()
-    assert rows[-1]["kept"] == kept == 61440 and rows[0]["trained"] == 0
+    assert rows[2]["kept"] == kept == 61440 and rows[0]["trained"] == 0
+    assert rows[3]["kept"] == rows[3]["trained"] > 10**7
     for name in ("loss.png", "comparison.png"):
         assert imread(out / name).std() > 0.01  # something is drawn
     samples = (out / "samples.txt").read_text()
