@@ -5,7 +5,7 @@ OUT ?= runs/demo
 # tests in a process per core; one by one: make test WORKERS=0
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
-KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,attention decode operator bench_tiles)
+KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,attention decode append operator bench_tiles)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo lint test test-kernels check format test-official
@@ -55,7 +55,7 @@ test-kernels: .venv/.dev ## the Triton kernels, run in Triton's interpreter on t
 compile: .venv/.dev ## what the compiler says of the tiles at D = 64 in bf16, without a GPU
 	$(BIN)/python -m kernels.tools.compile_offline --all --dtype bf16 --head_dim 64 \
 		--batch_size 1000 --prefix_len 10 200 --prefix_dtype fp32 --causal True --prefix_index False \
-		--prefix_lens False --kv_lens False --q_offset False --need all --dlse False --n_head 12 \
+		--prefix_lens False --kv_lens False --q_offset False --need all --dlse False --append no --n_head 12 \
 		--out benchmarks/compiled.csv
 
 compile-all: .venv/.dev ## compile the kernels for every GPU that they know, in every form (hours)

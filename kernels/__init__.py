@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.inputs import Inputs, check, heads
+from kernels.inputs import Inputs, check, check_append, heads
 from kernels.reference import prefix_attention_eager, prefix_attention_lean
 
 __all__ = [
@@ -30,6 +30,7 @@ def prefix_attention(  # noqa: PLR0913
     causal: bool = True, scale: float | None = None,
     prefix_index: Tensor | None = None, prefix_lens: Tensor | None = None,
     kv_lens: Tensor | None = None, q_offset: Tensor | None = None, return_lse: bool = False,
+    append: tuple[Tensor, Tensor] | None = None, seen: Tensor | None = None,
 ):  # fmt: skip
     """Attention of each query to its whole prefix and to the visible part of the sequence.
 
@@ -47,6 +48,10 @@ def prefix_attention(  # noqa: PLR0913
         prefix_lens: (N,) or (1,) int: columns from prefix_lens[n] on are not seen; None = all P.
         kv_lens: (B,) int, columns j >= kv_len are not seen; None = all S.
         q_offset: (B,) int, the place in the sequence of each row's first query; None = S - T.
+        append: new_k, new_v, each (B, H, T, D) in q's dtype: the keys and values of the queries'
+            own tokens. They are first written into k and v, a KV cache, in place, at the columns
+            q_offset + i; no query sees columns after those. Without gradients and kv_lens.
+        seen: (B, T, S) bool, with append and causal=False: the columns that each query sees.
     Returns:
         o: (B, H, T, D) in q's dtype, in the memory order (B, T, H, D). With return_lse also
         lse: (B, H, T), fp32 (fp64 from fp64), in nats. A query that sees nothing has o = 0,
@@ -59,14 +64,16 @@ def prefix_attention(  # noqa: PLR0913
         q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset, causal, scale
     )
     check(inputs)
-    if on_triton(q):
-        from kernels.attention import attention
+    new = check_append(inputs, append, seen)
+    if on_triton(q) and (new is None or q.shape[2] <= MOST_NEW):
+        from kernels.attention import attention, attention_append
 
-        o, lse = attention(*inputs)
+        o, lse = attention(*inputs) if new is None else attention_append(*inputs, *new)
         return (o, lse) if return_lse else o
     return prefix_attention_lean(
         q, k, v, prefix_k, prefix_v, causal=causal, scale=scale, prefix_index=prefix_index,
         prefix_lens=prefix_lens, kv_lens=kv_lens, q_offset=q_offset, return_lse=return_lse,
+        append=append, seen=seen,
     )  # fmt: skip
 
 
@@ -102,6 +109,7 @@ def prefix_attention_qkv(  # noqa: PLR0913
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests of the kernels
+MOST_NEW = 16  # T that the kernel appends, its tile of queries
 HEAD_DIMS = (16, 32, 64, 80, 128)  # D that the kernels have
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 

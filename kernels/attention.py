@@ -20,7 +20,8 @@ for the backward pass (backward.py).
             tile of queries where L2 does not hold them), lse: 4 B H T, prefix: 2 N H P D e
     FLOPs   4 D B H (visible pairs): T (T + 1) / 2 + P T where causal and T = S, T (S + P) if not
 
-The operator. `minprefix::attention` and its backward are registered with torch.library, each with
+The operator. `minprefix::attention`, its backward and `minprefix::attention_append`, which writes
+into the keys and values it is given, are registered with torch.library, each with
 a fake, for torch.compile and torch.export. In eager mode an autograd.Function around the same two
 functions takes their place, which costs less per call (`python -m benchmarks.kernels.overhead`).
 Both take qkv in the place of q, with neither k nor v: then one dqkv comes back instead of dq, dk
@@ -39,7 +40,7 @@ from torch.nn import Parameter
 
 from kernels import decode
 from kernels.assembler import assembled
-from kernels.inputs import Inputs, heads
+from kernels.inputs import Append, Inputs, heads
 from kernels.launch import (
     Tile,
     bucket,
@@ -162,6 +163,11 @@ def empty_forward(*arguments) -> tuple[Tensor, Tensor]:
     return empty_results(Inputs(*arguments).split().q)
 
 
+def forward_append(*arguments) -> tuple[Tensor, Tensor]:
+    """o, lse from the arguments of `Inputs` and of `Append`; k and v are written to."""
+    return decode.decode(Inputs(*arguments[:11]), Append(*arguments[11:]))
+
+
 def attention_backward(
     do, dlse, o, lse, need_q: bool, need_kv: bool, need_prefix: bool, *arguments
 ) -> tuple[Tensor, ...]:
@@ -204,12 +210,20 @@ INPUTS = (  # those of `Inputs`
 LIBRARY = torch.library.Library("minprefix", "DEF")
 LIBRARY.define(f"attention({INPUTS}) -> (Tensor, Tensor)")
 LIBRARY.define(
+    f"attention_append({INPUTS.replace('Tensor? k, Tensor? v', 'Tensor(a!) k, Tensor(b!) v')}, "
+    "Tensor new_k, Tensor new_v, Tensor? seen) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
     "attention_backward(Tensor? do, Tensor? dlse, Tensor o, Tensor lse, bool need_q, "
     f"bool need_kv, bool need_prefix, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.impl("attention", forward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_append", forward_append, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_backward", attention_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("minprefix::attention", empty_forward, lib=LIBRARY)
+torch.library.register_fake(
+    "minprefix::attention_append", lambda *x: empty_forward(*x[:11]), lib=LIBRARY
+)
 torch.library.register_fake("minprefix::attention_backward", empty_backward, lib=LIBRARY)
 
 
@@ -247,11 +261,19 @@ class EagerAttention(torch.autograd.Function):
         return gradients(ctx, do, dlse, attention_backward)
 
 
+def watched(inputs: tuple) -> bool:
+    """Whether somebody watches or replaces operators: a tracer, a mode, a tensor subclass."""
+    plain = all(type(x) in (Tensor, Parameter) for x in inputs if isinstance(x, Tensor))
+    return not plain or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def attention(*inputs) -> tuple[Tensor, Tensor]:
     """o, lse from the arguments of `Inputs`, differentiable."""
-    # whoever watches or replaces operators (a tracer, a mode, a tensor subclass) must see one
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    plain = all(type(x) in (Tensor, Parameter) for x in inputs if isinstance(x, Tensor))
-    if plain and not watched:
-        return EagerAttention.apply(*inputs)
-    return torch.ops.minprefix.attention.default(*inputs)
+    run = torch.ops.minprefix.attention.default if watched(inputs) else EagerAttention.apply
+    return run(*inputs)
+
+
+def attention_append(*inputs) -> tuple[Tensor, Tensor]:
+    """o, lse from the arguments of `Inputs` and of `Append`, without gradients."""
+    run = torch.ops.minprefix.attention_append.default if watched(inputs) else forward_append
+    return run(*inputs)

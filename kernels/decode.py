@@ -21,13 +21,21 @@ the lengths of the rows. Read `_decode_kernel`, then `_merge_kernel`, which is (
     B T / BLOCK_M times instead of B times. The programs above then see the cache only.
 
 Nothing is added atomically, and (*) sums in the order of c: results repeat bit for bit. Where one
-program sees all columns of its queries it writes o and lse itself: one launch, no workspace. (A
-cache that grows from call to call, as a longer and longer view, passes from the one to the other
+program sees all columns of its queries it writes o and lse itself: one launch, no workspace. Splits
+pay only where a program reads so much less that it makes up for the second launch (SPLIT_BYTES).
+(A cache that grows from call to call, as a longer and longer view, passes from the one to the other
 once, which compiles a second form of the kernel; a static cache never does.)
+
+With `append` the kernel also writes the cache: the keys and values of the row's own T tokens, which
+stand in tensors of their own, to the columns from `first` on. They are a tile of 16 columns that
+split 0 sees, from those tensors; no program reads the cache from column `first` on, so it does not
+matter which of them runs before the columns are written. `seen` says column by column what a query
+sees (beams: the tokens that led to it); columns that no query of a row sees are not read.
 
 With e the bytes of an element and C the number of partial results per query (`Cut.parts`):
 
     bytes of `_decode_kernel`:   2 e D H (B S + P R) + 2 e B H T D      R = B, or B T / BLOCK_M
+      with `append` also         2 e B H T D written
     FLOPs of `_decode_kernel`:   4 D H (B S + B P) T                    (done: 16 for T, padded)
     bytes of `_merge_kernel`:    4 C B H T (D + 1) + e B H T D
     FLOPs of `_merge_kernel`:    2 C B H T (D + 1)
@@ -40,7 +48,7 @@ https://arxiv.org/abs/1805.02867   [3] Hydragen, stacked queries on a shared pre
 2024, https://arxiv.org/abs/2402.05099
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -48,7 +56,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.assembler import assembled
-from kernels.inputs import Inputs
+from kernels.cut import Plan, cut_for, plans_for, prefix_tiles
+from kernels.inputs import Append, Inputs
 from kernels.launch import (
     Tile,
     bucket,
@@ -56,18 +65,12 @@ from kernels.launch import (
     empty_results,
     kernel_arguments,
     launch,
-    programs_wanted,
     run_best,
-    tiles_of,
 )
 from kernels.tiles import LN2, LOG2E, load_rows, row_prefix, row_sequence, softmax_step, store_rows
 
 MAX_QUERIES = 8  # T
 BLOCK_T = tl.constexpr(16)  # a row's queries, padded to the smallest tile of a matrix product
-SPLIT_FROM = 4  # tiles; fewer are read faster than a second launch starts
-EARLY_BYTES = 16 * 2**10  # prefix that a program holds in registers: 32 for each of 128 threads
-PREFIX_TILES = 4  # in one split of a stacked prefix: like a short split of the cache
-STACK_BYTES = 16 * 2**20  # reads saved from which stacking pays: 3 us of L2, one more launch
 
 MERGE = Tile(block_m=1, block_n=16, num_warps=2, num_stages=1)  # a query; partial results a step
 
@@ -130,6 +133,47 @@ def stacked_prefix(
     tl.store(lse_ptr + query, (m + tl.log2(z)) * LN2, mask=inside)
 
 
+@triton.jit
+def load_seen(ptr, n0, end, stride, seq_len, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which queries see which of the columns n0..: [BLOCK_T, BLOCK_N], 0 or 1."""
+    t, columns = tl.arange(0, BLOCK_T), n0 + tl.arange(0, BLOCK_N)
+    mask = (t < seq_len)[:, None] & (columns < end)[None, :]
+    return tl.load(ptr + t[:, None] * stride + columns[None, :], mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def load_some(ptr, start, some, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """As `load_rows`: the rows start.. for which `some` [ROWS] holds, else zeros."""
+    rows, columns = tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK_D)
+    mask = some[:, None] & (columns < D)[None, :]
+    return tl.load(ptr + (start + rows)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def appended(
+    o, z, m, c, q, new_k_ptr, new_v_ptr, k_ptr, v_ptr, seen_ptr,
+    first, seq_len, kv_len, stride_nt, stride_ks, stride_vs, stride_st, scale2,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Split 0 adds the new tokens to the softmax of q, and writes them to columns first.. of k, v."""
+    if c == 0:
+        i, end = tl.arange(0, BLOCK_T), first + seq_len
+        k = load_rows(new_k_ptr, 0, seq_len, stride_nt, BLOCK_T, D, BLOCK_D)
+        v = load_rows(new_v_ptr, 0, seq_len, stride_nt, BLOCK_T, D, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_T, BLOCK_T]
+        if seen_ptr is not None:
+            seen = load_seen(seen_ptr, first, end, stride_st, seq_len, BLOCK_T, BLOCK_T)
+            s = tl.where(seen > 0, s, float("-inf"))
+        elif CAUSAL:
+            s = tl.where(i[None, :] <= i[:, None], s, float("-inf"))
+        s = tl.where((i < seq_len)[None, :], s, float("-inf"))
+        o, z, m = softmax_step(o, z, m, s, v, scale2)
+        end = tl.minimum(end, kv_len)
+        store_rows(k_ptr, k, first, end, stride_ks, BLOCK_T, D, BLOCK_D)
+        store_rows(v_ptr, v, first, end, stride_vs, BLOCK_T, D, BLOCK_D)
+    return o, z, m
+
+
 @assembled
 @triton.jit(
     do_not_specialize=[
@@ -139,9 +183,9 @@ def stacked_prefix(
 )  # fmt: skip
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, o_ptr, lse_ptr,
-    prefix_index_ptr, prefix_lens_ptr, kv_lens_ptr, q_offset_ptr,
+    prefix_index_ptr, prefix_lens_ptr, kv_lens_ptr, q_offset_ptr, new_k_ptr, new_v_ptr, seen_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks,
-    stride_vb, stride_vh, stride_vs,
+    stride_vb, stride_vh, stride_vs, stride_nb, stride_nh, stride_nt, stride_sb, stride_st,
     stride_pn, stride_ph, stride_pp, stride_lens, stride_oc, stride_ob, stride_oh, stride_ot,
     batch_size, n_head, seq_len, kv_len, prefix_len,
     splits, chunk, prefix_splits, prefix_chunk, scale2,
@@ -167,6 +211,10 @@ def _decode_kernel(
         h, b = (pid // splits % n_head).to(tl.int64), (pid // splits // n_head).to(tl.int64)
         n, columns = row_prefix(b, prefix_index_ptr, prefix_lens_ptr, stride_lens, prefix_len)
         keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len, CAUSAL)
+        if new_k_ptr is not None:
+            keys = tl.minimum(keys, first)  # those in the cache
+        if seen_ptr is not None:
+            seen_ptr += b * stride_sb
         k_ptr += b * stride_kb + h * stride_kh
         v_ptr += b * stride_vb + h * stride_vh
         prefix_k_ptr += n * stride_pn + h * stride_ph
@@ -195,11 +243,25 @@ def _decode_kernel(
         o = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         z = tl.zeros([BLOCK_T], tl.float32)
         m = tl.full([BLOCK_T], float("-inf"), tl.float32)
+        if new_k_ptr is not None:
+            new = b * stride_nb + h * stride_nh
+            o, z, m = appended(
+                o, z, m, c, q, new_k_ptr + new, new_v_ptr + new, k_ptr, v_ptr, seen_ptr,
+                first, seq_len, kv_len, stride_nt, stride_ks, stride_vs, stride_st, scale2,
+                CAUSAL, D, BLOCK_D,
+            )  # fmt: skip
         for n0 in range(tl.maximum(start - padded, 0), last, BLOCK_N):
-            k = load_rows(k_ptr, n0, last, stride_ks, BLOCK_N, D, BLOCK_D)
-            v = load_rows(v_ptr, n0, last, stride_vs, BLOCK_N, D, BLOCK_D)
+            if seen_ptr is None:
+                visible = (n0 + offs_n)[None, :] < limit[:, None]
+                k = load_rows(k_ptr, n0, last, stride_ks, BLOCK_N, D, BLOCK_D)
+                v = load_rows(v_ptr, n0, last, stride_vs, BLOCK_N, D, BLOCK_D)
+            else:
+                seen = load_seen(seen_ptr, n0, last, stride_st, seq_len, BLOCK_T, BLOCK_N)
+                visible, some = seen > 0, tl.max(seen, 0) > 0
+                k = load_some(k_ptr, n0, some, stride_ks, BLOCK_N, D, BLOCK_D)
+                v = load_some(v_ptr, n0, some, stride_vs, BLOCK_N, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_T, BLOCK_N]
-            s = tl.where((n0 + offs_n)[None, :] < limit[:, None], s, float("-inf"))
+            s = tl.where(visible, s, float("-inf"))
             o, z, m = softmax_step(o, z, m, s, v, scale2)
         if BLOCK_P > 0 and not STACKED:
             if start < prefix_end:
@@ -255,69 +317,6 @@ def _merge_kernel(
     tl.store(lse_ptr + query, (m + tl.log2(z)) * LN2)
 
 
-class Cut(NamedTuple):
-    """How the columns of a call are cut."""
-
-    splits: int  # programs per row and head
-    chunk: int  # columns of each, in whole tiles
-    prefix_splits: int  # programs per head and stack; 0: the prefix is not stacked
-    prefix_chunk: int
-
-    @property
-    def parts(self) -> int:
-        """C, the partial results per query."""
-        return self.splits + self.prefix_splits
-
-
-def stacks(q: Tensor, prefix_k: Tensor, prefix_index: Tensor | None, tile: Tile) -> bool:
-    """Whether the queries of all rows are stacked on the prefix; from the shapes alone.
-
-    They can be where all rows share it. It pays where the reads that it saves take longer than
-    merging one partial result more; a short prefix comes from the L2 cache in less than that.
-    """
-    (B, H, T, D), P = q.shape, prefix_k.shape[-2]
-    shared = prefix_index is None and (prefix_k.dim() == 3 or prefix_k.shape[0] == 1)
-    saved = (B - cdiv(B * T, tile.block_m)) * 2 * H * P * D * prefix_k.element_size()
-    return shared and saved >= STACK_BYTES
-
-
-def cut_for(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None, tile: Tile) -> Cut:
-    """The splits, from the shapes and the tables above; never from the lengths of the rows.
-
-    So many that PROGRAMS_EACH programs run on each multiprocessor, if there are as many tiles.
-    """
-    (B, H, _, _), S, P = q.shape, k.shape[2], prefix_k.shape[-2]
-    tiles, prefix_splits = cdiv(S, tile.block_n), 0
-    if stacks(q, prefix_k, prefix_index, tile):
-        prefix_splits = cdiv(P, PREFIX_TILES * tile.block_n)
-    else:
-        tiles += cdiv(P, tile.block_n)
-    wanted_splits = programs_wanted(q) // max(B * H, 1)
-    each = cdiv(tiles, max(wanted_splits, 1)) if tiles >= SPLIT_FROM else tiles
-    splits = max(1, cdiv(tiles, max(each, 1)))
-    return Cut(splits, max(each, 1) * tile.block_n, prefix_splits, PREFIX_TILES * tile.block_n)
-
-
-def prefix_tiles(prefix_k: Tensor, block_d: int) -> dict[str, int | bool]:
-    """BLOCK_P: prefix columns in a tile (0: none), a power of two; MORE_P: are there more tiles?
-
-    The first tile of a row waits in registers while the cache is read, so its size is limited.
-    """
-    prefix_len = prefix_k.shape[-2]
-    most = EARLY_BYTES // (2 * block_d * prefix_k.element_size())
-    block = min(64, most, max(16, bucket(prefix_len))) if prefix_len else 0
-    return {"BLOCK_P": block, "MORE_P": prefix_len > block}
-
-
-def workspace_bytes(
-    q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None = None
-) -> int:
-    """What `decode` allocates beside o and lse, with the default tile: 4 C B H T (D + 1)."""
-    B, H, T, D = q.shape
-    parts = cut_for(q, k, prefix_k, prefix_index, tiles_of("decode", q)[0]).parts
-    return 4 * parts * B * H * T * (D + 1) if parts > 1 else 0
-
-
 def wanted(q: Tensor) -> bool:
     """Whether `decode` is taken rather than `attention.forward`: up to MAX_QUERIES queries.
 
@@ -327,19 +326,38 @@ def wanted(q: Tensor) -> bool:
     return q.shape[2] <= MAX_QUERIES
 
 
-def decode(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """o, lse of `kernels.prefix_attention` for T <= 8; the inputs are checked already.
+def append_arguments(append: Append | None) -> dict[str, Any]:
+    """What the kernel takes of `Append`."""
+    if append is None:
+        return dict.fromkeys(APPEND)
+    new_k, new_v, seen = append
+    if new_k.stride() != new_v.stride() or new_k.stride(-1) != 1:
+        new_k, new_v = new_k.contiguous(), new_v.contiguous()
+    if seen is not None and seen.stride(-1) != 1:
+        seen = seen.contiguous()
+    strides = (*new_k.stride()[:3], *(seen.stride()[:2] if seen is not None else (None, None)))
+    return dict(zip(APPEND, (new_k, new_v, seen, *strides), strict=True))
+
+
+APPEND = ("new_k_ptr", "new_v_ptr", "seen_ptr",
+          "stride_nb", "stride_nh", "stride_nt", "stride_sb", "stride_st")  # fmt: skip
+
+
+def decode(inputs: Inputs, append: Append | None = None) -> tuple[Tensor, Tensor]:
+    """o, lse of `kernels.prefix_attention` for T <= 8, or 16 with `append`; all is checked already.
 
     Returns:
         o: (B, H, T, D) in q's dtype, in the memory order (B, T, H, D); lse: (B, H, T), fp32, nats.
     """
     q, k, prefix_k, prefix_index = inputs.q, inputs.k, inputs.prefix_k, inputs.prefix_index
-    B, H, T, D = q.shape
-    a = kernel_arguments(inputs)
+    (B, H, T, D), call = q.shape, (q, k, prefix_k, prefix_index)
+    if append is not None and (k.stride(-1) != 1 or inputs.v.stride(-1) != 1):
+        raise ValueError("append needs k and v with a contiguous last dimension")
+    a = kernel_arguments(inputs) | append_arguments(append)
     scale = D**-0.5 if inputs.scale is None else inputs.scale
 
-    def run(tile: Tile) -> tuple[Tensor, Tensor]:
-        cut = cut_for(q, k, prefix_k, prefix_index, tile)
+    def run(plan: Plan) -> tuple[Tensor, Tensor]:
+        cut, tile = cut_for(*call, plan), plan.tile
         stacked, parts = cut.prefix_splits > 0, cut.parts
         o, lse = empty_results(q)
         part_o, part_lse = o[None], lse  # one part: the result
@@ -364,4 +382,5 @@ def decode(inputs: Inputs) -> tuple[Tensor, Tensor]:
             )  # fmt: skip
         return o, lse
 
-    return run_best("decode", q, (bucket(k.shape[2]), bucket(prefix_k.shape[-2])), run)
+    key = bucket(B * H), bucket(k.shape[2]), bucket(prefix_k.shape[-2])
+    return run_best("decode", q, key, run, list(plans_for(*call)))

@@ -32,6 +32,14 @@ class Inputs(NamedTuple):
         return self._replace(q=q, k=k, v=v)
 
 
+class Append(NamedTuple):
+    """The keys and values of the queries' own tokens, for a step that also writes the cache."""
+
+    new_k: Tensor  # (B, H, T, D); to column q_offset + i of `Inputs.k`
+    new_v: Tensor
+    seen: Tensor | None = None  # (B, T, S) bool: the columns each query sees; None = by the rules
+
+
 def heads(qkv: Tensor) -> tuple[Tensor, ...]:
     """q, k, v (B, H, T, D) as views of qkv (B, T, 3, H, D)."""
     return qkv.permute(2, 0, 3, 1, 4).unbind()
@@ -68,6 +76,34 @@ def check(inputs: Inputs) -> None:
     check_int(prefix_lens, "prefix_lens", (N,), 0, prefix_k.shape[-2], also=(1,))
     check_int(kv_lens, "kv_lens", (B,), 0, k.shape[2])
     check_int(q_offset, "q_offset", (B,), None, None)
+
+
+def check_append(inputs: Inputs, append: Any, seen: Tensor | None) -> Append | None:
+    """The arguments as one, None without `append`; ValueError where they do not fit the others."""
+    q, k = inputs.q, inputs.k
+    if append is None:
+        if seen is not None:
+            raise ValueError("seen needs append")
+        return None
+    (B, _, T, _), S = q.shape, k.shape[2]
+    for x in append:
+        if (x.shape, x.dtype, x.device) != (q.shape, q.dtype, q.device):
+            raise ValueError(
+                f"append must be two tensors like q, {shape(q)} {q.dtype} on {q.device}; got "
+                f"{shape(x)} {x.dtype} on {x.device}"
+            )
+    if T > S:
+        raise ValueError(f"{T} new columns do not fit into the {S} of k")
+    if inputs.kv_lens is not None:
+        raise ValueError("append and kv_lens exclude each other: the new columns are the last")
+    if seen is not None and (seen.dtype, shape(seen)) != (torch.bool, (B, T, S)):
+        raise ValueError(f"seen must be bool {(B, T, S)}, got {seen.dtype} {shape(seen)}")
+    if seen is not None and inputs.causal:
+        raise ValueError("seen says what is visible: it needs causal=False")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs[:5], *append)):
+        raise ValueError("append has no gradient: call it under torch.no_grad()")
+    check_int(inputs.q_offset, "q_offset", (B,), 0, S - T)
+    return Append(*append, seen)
 
 
 def check_int(x: Tensor | None, name: str, want: tuple, low: Any, high: Any, also=None):

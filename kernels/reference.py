@@ -9,6 +9,9 @@ with j over the columns [prefix; sequence] of which query i sees
     prefix column p:    p < prefix_len of the row (0 if the row has no prefix)
     sequence column j:  j < kv_len of the row, and j <= q_offset + i when causal.
 
+With `append` the keys and values of the queries' own tokens are first written into k and v, to the
+columns q_offset + i (`write_new`). No query sees later columns; `seen` may hide earlier ones.
+
 `prefix_attention_eager` writes this down literally, in any floating dtype up to fp64.
 `prefix_attention_lean` gives the same through PyTorch's fused attention and builds a mask only
 where one is needed: it is what runs on a CPU. Neither checks its arguments:
@@ -17,6 +20,8 @@ the README's table.
 
 [1] Li & Liang 2021, https://arxiv.org/abs/2101.00190
 """
+
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +57,28 @@ def prefix_row_lens(
     return torch.where(prefix_index >= 0, lens, 0).long()
 
 
+def write_new(
+    k: Tensor, v: Tensor, append: tuple[Tensor, Tensor], q_offset: Tensor | None
+) -> Tensor | None:
+    """Write the new keys and values (B, H, T, D) into k and v (B, H, S, D), in place.
+
+    Returns the number of columns up to the last new one in each row, (B,); None = all S.
+    """
+    (B, _, T, _), S = append[0].shape, k.shape[2]
+    if q_offset is None:
+        for cache, new in zip((k, v), append, strict=True):
+            cache[:, :, S - T :] = new
+        return None
+    row, i = torch.arange(B, device=k.device)[:, None], torch.arange(T, device=k.device)
+    at = q_offset[:, None] + i  # (B, T)
+    for cache, new in zip((k, v), append, strict=True):
+        cache[row, :, at] = new.transpose(1, 2)
+    return q_offset + T
+
+
 def prefix_attention_eager(  # noqa: PLR0913
-    q, k, v, prefix_k, prefix_v, *, causal=True, scale=None,
-    prefix_index=None, prefix_lens=None, kv_lens=None, q_offset=None, return_lse=False,
+    q, k, v, prefix_k, prefix_v, *, causal=True, scale=None, prefix_index=None, prefix_lens=None,
+    kv_lens=None, q_offset=None, return_lse=False, append=None, seen=None,
 ):  # fmt: skip
     """The definition: concatenate, mask, softmax, multiply. See `kernels.prefix_attention`.
 
@@ -62,6 +86,8 @@ def prefix_attention_eager(  # noqa: PLR0913
     """
     (B, _, T, D), S, P = q.shape, k.shape[2], prefix_k.shape[-2]
     device, softmax_dtype = q.device, torch.promote_types(q.dtype, torch.float32)
+    if append is not None:
+        kv_lens = write_new(k, v, append, q_offset)
     scale = D**-0.5 if scale is None else scale
     keys = torch.cat([prefix_rows(prefix_k, prefix_index, q), k], dim=2)  # (B, H, P + S, D)
     values = torch.cat([prefix_rows(prefix_v, prefix_index, q), v], dim=2)  # (B, H, P + S, D)
@@ -76,6 +102,8 @@ def prefix_attention_eager(  # noqa: PLR0913
     if causal:
         first = torch.full((B,), S - T, device=device) if q_offset is None else q_offset
         visible[:, :, P:] &= j <= first[:, None, None] + torch.arange(T, device=device)[:, None]
+    if seen is not None:
+        visible[:, :, P:] &= seen
     visible = visible[:, None]  # (B, 1, T, P + S)
 
     # a query that sees nothing keeps finite scores here, so that no inf - inf arises; zeroed below
@@ -89,8 +117,8 @@ def prefix_attention_eager(  # noqa: PLR0913
 
 
 def prefix_attention_lean(  # noqa: PLR0913
-    q, k, v, prefix_k, prefix_v, *, causal=True, scale=None,
-    prefix_index=None, prefix_lens=None, kv_lens=None, q_offset=None, return_lse=False,
+    q, k, v, prefix_k, prefix_v, *, causal=True, scale=None, prefix_index=None, prefix_lens=None,
+    kv_lens=None, q_offset=None, return_lse=False, append=None, seen=None,
 ):  # fmt: skip
     """The CPU path: a mask only where needed. See `kernels.prefix_attention`.
 
@@ -102,11 +130,15 @@ def prefix_attention_lean(  # noqa: PLR0913
     (_, _, T, D), S, P = q.shape, k.shape[2], prefix_k.shape[-2]
     scale = D**-0.5 if scale is None else scale
     row_lens = prefix_row_lens(prefix_k, prefix_index, prefix_lens) if P > 0 else None
-    mask = lean_mask(T, S, P, q.device, causal, row_lens, kv_lens, q_offset)
+    if append is not None:
+        columns = write_new(k, v, append, q_offset)
+        kv_lens = None if causal else columns  # causality says it already
+    mask = lean_mask(T, S, P, q.device, causal, row_lens, kv_lens, q_offset, seen)
     training = torch.is_grad_enabled() and any(
         x.requires_grad for x in (q, k, v, prefix_k, prefix_v)
     )
-    if T <= FEW_QUERIES and k.numel() >= MANY_KEYS and not training:
+    few = T <= FEW_QUERIES or append is not None
+    if few and k.numel() >= MANY_KEYS and not training:
         return scores_side_by_side(
             q, k, v, prefix_k, prefix_v, prefix_index, mask, scale, return_lse
         )
@@ -202,6 +234,7 @@ def masked_products(
 def lean_mask(
     T: int, S: int, P: int, device: torch.device, causal: bool,
     row_lens: Tensor | None, kv_lens: Tensor | None, q_offset: Tensor | None,
+    seen: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """What each query sees, as small as broadcasting allows: (B or 1, 1, T or 1, P + S) bool.
 
@@ -210,17 +243,18 @@ def lean_mask(
     """
     column = torch.arange(P + S, device=device)
     in_prefix, j = column < P, column - P
-    mask = None
+    parts = []
     if row_lens is not None:
-        mask = ~in_prefix | (column < row_lens[:, None, None, None])
+        parts.append(~in_prefix | (column < row_lens[:, None, None, None]))
     if kv_lens is not None:
-        seen = in_prefix | (j < kv_lens[:, None, None, None])
-        mask = seen if mask is None else mask & seen
+        parts.append(in_prefix | (j < kv_lens[:, None, None, None]))
     if causal and not (q_offset is None and T == 1):
         first = S - T if q_offset is None else q_offset[:, None, None, None]
-        seen = in_prefix | (j <= first + torch.arange(T, device=device)[None, None, :, None])
-        mask = seen if mask is None else mask & seen
-    return mask
+        i = torch.arange(T, device=device)[None, None, :, None]
+        parts.append(in_prefix | (j <= first + i))
+    if seen is not None:
+        parts.append(F.pad(seen, (P, 0), value=True)[:, None])
+    return reduce(torch.logical_and, parts) if parts else None
 
 
 def merged_order(o: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 
 from kernels import HEAD_DIMS, attention
 from kernels.decode import decode
-from kernels.inputs import Inputs
+from kernels.inputs import Append, Inputs
 from kernels.launch import Launch, recorded
 from kernels.plan import Gradients, backward
 
@@ -43,6 +43,7 @@ DIMENSIONS: dict[str, tuple] = {
     "q_offset": (False, True),
     "need": ("all", "prefix", "qkv", "q"),  # which gradients the backward pass makes
     "dlse": (False, True),  # whether it gets one
+    "append": ("no", "rows", "slots"),  # of decode: the kernel writes the cache; slots: of beams
 }
 QUERIES = {50: 1, 128: 2, 1000: 5}  # of decode, on 1000 keys; any other seq_len: 1 on that many
 # The calls that people make: every length with every prefix, and one thing more at a time.
@@ -61,6 +62,9 @@ ONE_MORE: tuple[dict[str, Any], ...] = (
     {"prefix_dtype": "fp32"},
     {"need": "prefix"},  # the gradients of the first layer
     {"batch_size": 1},  # nothing is added up
+    {"append": "rows", "q_offset": True},
+    {"append": "rows", "q_offset": True, "batch_size": 1},
+    {"append": "slots", "q_offset": True, "causal": False},
 )
 Case = NamedTuple("Case", [(name, Any) for name in DIMENSIONS])  # one value of each dimension
 
@@ -119,11 +123,12 @@ def calls(**chosen: tuple) -> Iterator[Case]:
     for values in product(*usual.values()):
         case = Case(*values)
         for change in ONE_MORE:
-            if not case.prefix_len and not change.keys() <= {"kv_lens", "q_offset", "batch_size"}:
+            if not case.prefix_len and change.keys() & {"prefix_index", "prefix_dtype", "need"}:
                 continue  # of no prefix
             one = case._replace(**change)
             wanted = all(getattr(one, name) in values for name, values in chosen.items())
-            if wanted and (case.op == "backward" or "need" not in change):
+            of_op = {"need": "backward", "append": "decode"}
+            if wanted and all(case.op == op for name, op in of_op.items() if name in change):
                 yield one
 
 
@@ -151,11 +156,12 @@ def call(case: Case) -> None:
     prefix_k, prefix_v = empty(bank, dtype=prefix_dtype), empty(bank, dtype=prefix_dtype)
     index = empty(B, dtype=torch.int64) if case.prefix_index else None
     lens = empty(3 if case.prefix_index else 1, dtype=torch.int32) if case.prefix_lens else None
-    kv_lens = empty(B, dtype=torch.int64) if case.kv_lens else None
+    kv_lens = empty(B, dtype=torch.int64) if case.kv_lens and case.append == "no" else None
     q_offset = empty(B, dtype=torch.int32) if case.q_offset else None
     inputs = Inputs(q, k, v, prefix_k, prefix_v, index, lens, kv_lens, q_offset, case.causal)
     if case.op == "decode":
-        decode(inputs)
+        seen = empty(B, q.shape[2], k.shape[2], dtype=torch.bool) if case.append == "slots" else None
+        decode(inputs, None if case.append == "no" else Append(q, q, seen))
     elif case.op == "forward":
         attention.forward(*inputs)
     else:

@@ -18,7 +18,8 @@ from kernels.reference import prefix_attention_eager, prefix_rows
 
 needs_kernels()
 
-from kernels import decode, launch  # noqa: E402  (imports Triton)
+from kernels import cut as cut_rules  # noqa: E402  (imports Triton)
+from kernels import decode, launch  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned", "one_thread"),
@@ -32,9 +33,9 @@ def cut(monkeypatch):
     """cut(programs, stack): programs wanted on the GPU; whether the prefix is stacked."""
 
     def set_to(programs: int = 16, stack: bool = False) -> None:
-        monkeypatch.setattr(decode, "programs_wanted", lambda q: programs)
-        monkeypatch.setattr(decode, "SPLIT_FROM", 1)
-        monkeypatch.setattr(decode, "STACK_BYTES", -(2**40) if stack else 2**60)
+        monkeypatch.setattr(cut_rules, "programs_wanted", lambda q: programs)
+        monkeypatch.setattr(cut_rules, "SPLIT_BYTES", -1)
+        monkeypatch.setattr(cut_rules, "STACK_BYTES", -(2**40) if stack else 2**60)
 
     return set_to
 
@@ -121,15 +122,15 @@ def test_stacked_prefix(B, N, seq_len, lens, cut):
         check(case)
 
 
-def plan_of(case: Case) -> "decode.Cut":
+def plan_of(case: Case) -> "cut_rules.Cut":
     q, k, _, prefix_k, _ = (x.to(DEVICE).float() for x in case.tensors)
-    tile = launch.tiles_of("decode", q)[0]
-    return decode.cut_for(q, k, prefix_k, case.options.get("prefix_index"), tile)
+    call = q, k, prefix_k, case.options.get("prefix_index")
+    return cut_rules.cut_for(*call, next(cut_rules.plans_for(*call)))
 
 
 def test_a_stack_for_shared_prefixes_only(monkeypatch):
     """And only where it saves many reads; with an index, rows may differ."""
-    monkeypatch.setattr(decode, "STACK_BYTES", 1)
+    monkeypatch.setattr(cut_rules, "STACK_BYTES", 1)
     assert plan_of(make_case(B=99, P=40)).prefix_splits
     assert plan_of(make_case(B=99, P=40, N=1)).prefix_splits
     assert not plan_of(make_case(B=99, P=40, N=99)).prefix_splits
@@ -250,10 +251,10 @@ def test_random_calls(data):
         "scale": data.draw(st.sampled_from([None, 0.7, -0.1])),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "SPLIT_FROM", 1)
+        patch.setattr(cut_rules, "SPLIT_BYTES", -1)
         programs = 8 * integers(1, 4)
-        patch.setattr(decode, "programs_wanted", lambda q: programs)
-        patch.setattr(decode, "STACK_BYTES", data.draw(st.sampled_from([1, 2**60])))
+        patch.setattr(cut_rules, "programs_wanted", lambda q: programs)
+        patch.setattr(cut_rules, "STACK_BYTES", data.draw(st.sampled_from([1, 2**60])))
         check(make_case(B=B, H=integers(1, 2), T=T, S=S, D=16, P=P, **options))
 
 
@@ -273,7 +274,7 @@ def test_workspace_bytes(programs, stack, cut, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", counted)
     _, lse = attend(case)
     workspace = sum(allocated) - lse.nbytes  # o is made by new_empty_strided
-    assert workspace == decode.workspace_bytes(q, k, prefix_k)
+    assert workspace == cut_rules.workspace_bytes(q, k, prefix_k)
     assert (workspace == 0) == (programs == 1 and not stack)
 
 
@@ -295,7 +296,7 @@ def launches(B=8, H=4, T=1, S=500, P=20, N=None, lens=True, target="sm_90"):
 def compiled_for(made) -> list:
     """What a compiled kernel depends on: constants, tiles, and whether 1 or 16 divide the rest."""
     varying = {"batch_size", "seq_len", "kv_len", "prefix_len", "queries", "parts"}
-    varying |= set(decode.Cut._fields)
+    varying |= set(cut_rules.Cut._fields)
     keys = []
     for kernel, _, tile, arguments, _ in made:
         key = {"kernel": kernel.__name__, "tile": tile}
@@ -311,16 +312,22 @@ def compiled_for(made) -> list:
 @pytest.mark.parametrize("N", [None, 5])
 def test_no_new_kernel_from_token_to_token(N):
     """T, S and P within a bucket, and the rows' number, reach no constant of the kernels."""
-    for T, S, P, B in ((2, 500, 20, 8), (8, 777, 32, 8), (1, 1024, 17, 8), (3, 130, 20, 5)):
-        assert compiled_for(launches(N=N)) == compiled_for(launches(B=B, T=T, S=S, P=P, N=N))
+    for of_kind in (  # one program for all columns; several
+        ((1, 500, 20, 8), (2, 400, 20, 8), (8, 320, 32, 8), (3, 130, 20, 5)),
+        ((1, 1000, 20, 8), (2, 777, 20, 8), (8, 800, 32, 8), (1, 1024, 17, 5)),
+    ):
+        first, *others = [compiled_for(launches(B=B, T=T, S=S, P=P, N=N)) for T, S, P, B in of_kind]
+        assert others == [first] * 3
 
 
 def test_grids_of_the_h100():
     """One launch where rows and heads fill the GPU, splits where they do not."""
     (kernel,) = launches(B=64, H=12, S=512, P=10)
     assert kernel.programs == 64 * 12
-    split, merge = launches(B=1, H=16, S=512, P=10)
-    assert split.programs == 16 * 9 and merge.programs == 16  # 8 tiles of keys, 1 of the prefix
+    (whole,) = launches(B=1, H=16, S=512, P=10)  # 9 tiles: read before a second launch is over
+    assert whole.programs == 16
+    split, merge = launches(B=1, H=16, S=1024, P=10)
+    assert split.programs == 16 * 9 and merge.programs == 16  # 17 tiles, 2 to a program
     stacked, merge = launches(B=64, H=16, S=512, P=1000)
     assert stacked.programs == 64 * 16 + 16 * 2 * 4  # 2 stacks, 4 splits of the prefix
     assert merge.arguments["parts"] == 5

@@ -1,0 +1,107 @@
+"""How `decode.py` cuts the columns of a call: splits, and a prefix that all rows share.
+
+Shapes alone decide, never the lengths of the rows, so CUDA graphs replay a call whatever they are.
+`plans_for` has the default first; tuning and `benchmarks/gpu.sh decode` time the others.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kernels.launch import Tile, bucket, cdiv, programs_wanted, tiles_of
+
+SPLIT_BYTES = 128 * 2**10  # one program reads them in 3 us, in which a second launch is over
+EARLY_BYTES = 16 * 2**10  # prefix that a program holds in registers: 32 for each of 128 threads
+PREFIX_TILES = 4  # in one split of a stacked prefix: like a short split of the cache
+STACK_BYTES = 16 * 2**20  # reads saved from which stacking pays: 3 us of L2, one more launch
+
+
+class Plan(NamedTuple):
+    """How a call is made: its tile, and whether its columns are split."""
+
+    tile: Tile
+    split: bool
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.tile)) + (" split" if self.split else "")
+
+
+class Cut(NamedTuple):
+    """How the columns of a call are cut."""
+
+    splits: int  # programs per row and head
+    chunk: int  # columns of each, in whole tiles
+    prefix_splits: int  # programs per head and stack; 0: the prefix is not stacked
+    prefix_chunk: int
+
+    @property
+    def parts(self) -> int:
+        """C, the partial results per query."""
+        return self.splits + self.prefix_splits
+
+
+def stacks(q: Tensor, prefix_k: Tensor, prefix_index: Tensor | None, tile: Tile) -> bool:
+    """Whether the queries of all rows are stacked on the prefix; from the shapes alone.
+
+    They can be where all rows share it. It pays where the reads that it saves take longer than
+    merging one partial result more; a short prefix comes from the L2 cache in less than that.
+    """
+    (B, H, T, D), P = q.shape, prefix_k.shape[-2]
+    shared = prefix_index is None and (prefix_k.dim() == 3 or prefix_k.shape[0] == 1)
+    saved = (B - cdiv(B * T, tile.block_m)) * 2 * H * P * D * prefix_k.element_size()
+    return shared and saved >= STACK_BYTES
+
+
+def cut_for(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None, plan: Plan) -> Cut:
+    """The splits, from the shapes and the tables above; never from the lengths of the rows.
+
+    So many that PROGRAMS_EACH programs run on each multiprocessor, if there are as many tiles.
+    """
+    (B, H, _, _), S, P, tile = q.shape, k.shape[2], prefix_k.shape[-2], plan.tile
+    tiles, prefix_splits = cdiv(S, tile.block_n), 0
+    if stacks(q, prefix_k, prefix_index, tile):
+        prefix_splits = cdiv(P, PREFIX_TILES * tile.block_n)
+    else:
+        tiles += cdiv(P, tile.block_n)
+    wanted_splits = programs_wanted(q) // max(B * H, 1) if plan.split else 1
+    each = max(cdiv(tiles, max(wanted_splits, 1)), 1)
+    chunks = (each * tile.block_n, PREFIX_TILES * tile.block_n)
+    return Cut(max(1, cdiv(tiles, each)), chunks[0], prefix_splits, chunks[1])
+
+
+def plans_for(
+    q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None
+) -> Iterator[Plan]:
+    """The default first, then what else there is to try: other tiles, and the other split.
+
+    A split pays where it spares a program more than SPLIT_BYTES of keys and values, or where there
+    are partial results anyway.
+    """
+    for tile in tiles_of("decode", q):
+        cuts = {x: cut_for(q, k, prefix_k, prefix_index, Plan(tile, x)) for x in (False, True)}
+        spared = (cuts[False].chunk - cuts[True].chunk) * 2 * q.shape[-1] * q.element_size()
+        pays = spared > SPLIT_BYTES or cuts[False].prefix_splits > 0
+        yield Plan(tile, pays)
+        if spared:
+            yield Plan(tile, not pays)
+
+
+def prefix_tiles(prefix_k: Tensor, block_d: int) -> dict[str, int | bool]:
+    """BLOCK_P: prefix columns in a tile (0: none), a power of two; MORE_P: are there more tiles?
+
+    The first tile of a row waits in registers while the cache is read, so its size is limited.
+    """
+    prefix_len = prefix_k.shape[-2]
+    most = EARLY_BYTES // (2 * block_d * prefix_k.element_size())
+    block = min(64, most, max(16, bucket(prefix_len))) if prefix_len else 0
+    return {"BLOCK_P": block, "MORE_P": prefix_len > block}
+
+
+def workspace_bytes(
+    q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None = None
+) -> int:
+    """What `decode` allocates beside o and lse, by the default plan: 4 C B H T (D + 1)."""
+    (B, H, T, D), call = q.shape, (q, k, prefix_k, prefix_index)
+    parts = cut_for(*call, next(plans_for(*call))).parts
+    return 4 * parts * B * H * T * (D + 1) if parts > 1 else 0
