@@ -155,7 +155,7 @@ def appended(
     first, seq_len, kv_len, stride_nt, stride_ks, stride_vs, stride_st, scale2,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Split 0 adds the new tokens to the softmax of q, and writes them to columns first.. of k, v."""
+    """Split 0: the new tokens join the softmax of q, and go to the columns first.. of k and v."""
     if c == 0:
         i, end = tl.arange(0, BLOCK_T), first + seq_len
         k = load_rows(new_k_ptr, 0, seq_len, stride_nt, BLOCK_T, D, BLOCK_D)

@@ -120,9 +120,14 @@ def check_int(x: Tensor | None, name: str, want: tuple, low: Any, high: Any, als
         and x.device.type == "cpu"
         and x.numel()
         and not torch.compiler.is_compiling()
-        and (x.min() < low or x.max() > high)
+        and outside(x, low, high)
     ):
         raise ValueError(f"{name} must lie in [{low}, {high}], got {x.tolist()}")
+
+
+def outside(x: Tensor, low: int, high: int) -> bool:
+    smallest, largest = x.aminmax()
+    return int(smallest) < low or int(largest) > high
 
 
 def shape(x: Tensor) -> tuple[int, ...]:

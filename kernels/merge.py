@@ -18,13 +18,6 @@ Partial = tuple[Tensor, Tensor]  # o (B, H, T, D), lse (B, H, T): attention to s
 FAR = 80.0  # nats; exp(80) is still finite in fp32, and exp(-80) is nothing beside 1
 
 
-def merge(a: Partial, b: Partial) -> Partial:
-    """Attention over the keys of both (g = 1); each query must see at least one key of a or b."""
-    (o_a, lse_a), (o_b, lse_b) = a, b
-    share = torch.sigmoid(lse_b - lse_a)[..., None]
-    return torch.lerp(o_a, o_b, share.to(o_a.dtype)), torch.logaddexp(lse_a, lse_b)
-
-
 def merge_gated(a: Partial, b: Partial, gate: Tensor, seen: Tensor | None = None) -> Tensor:
     """o, in which the terms of b weigh `gate` times their value.
 

@@ -160,7 +160,9 @@ def call(case: Case) -> None:
     q_offset = empty(B, dtype=torch.int32) if case.q_offset else None
     inputs = Inputs(q, k, v, prefix_k, prefix_v, index, lens, kv_lens, q_offset, case.causal)
     if case.op == "decode":
-        seen = empty(B, q.shape[2], k.shape[2], dtype=torch.bool) if case.append == "slots" else None
+        seen = (
+            empty(B, q.shape[2], k.shape[2], dtype=torch.bool) if case.append == "slots" else None
+        )
         decode(inputs, None if case.append == "no" else Append(q, q, seen))
     elif case.op == "forward":
         attention.forward(*inputs)

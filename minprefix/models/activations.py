@@ -38,6 +38,7 @@ class Visible:
     q_offset: Tensor | None = None  # (B,) the place of each row's first query; None = S - T
     causal: bool = True  # a query sees no key after its own place
     after: Tensor | None = None  # (B, T) bool, queries after an infix, which see it; None = all
+    seen: Tensor | None = None  # (B, T, S) bool, beams: the keys of each query, in a step
 
     def keys(self) -> dict:
         """What the operator takes of the sequence."""
@@ -238,8 +239,9 @@ def self_attention(qkv: Tensor, prefix: LayerPrefix, visible: Visible) -> Tensor
 
 
 def gated_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix: LayerPrefix, visible: Visible
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, prefix: LayerPrefix, visible: Visible,
+    append: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Attention in which the prefix's softmax terms weigh `prefix.gate` times their value.
 
     gate = 1 is plain prefix attention, gate = 0 exactly the frozen model (`kernels/merge.py` has
@@ -247,13 +249,15 @@ def gated_attention(
 
     Args:
         q: (B, H, T, D). k, v: (B, H, S, D).
+        append: the queries' own keys and values (B, H, T, D), to be written into k and v first.
     Returns:
         (B, H, T, D)
     """
+    step = {"append": append, "seen": visible.seen}
     if prefix.gate is None and visible.after is None:
-        return prefix_attention(q, k, v, prefix.k, prefix.v, **visible.all())
+        return prefix_attention(q, k, v, prefix.k, prefix.v, **visible.all(), **step)
     none = q.new_empty(q.shape[1], 0, q.shape[3])
-    sequence = prefix_attention(q, k, v, none, none, return_lse=True, **visible.keys())
+    sequence = prefix_attention(q, k, v, none, none, return_lse=True, **visible.keys(), **step)
     return with_gated_prefix(q, sequence, prefix, visible)
 
 

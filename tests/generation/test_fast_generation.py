@@ -7,7 +7,7 @@ from test_generation import BAD_WORDS, EOS, METHODS, TEXTS, prefer, ragged_bank,
 
 from minprefix.generation import caches
 from minprefix.generation import fast as fast_generation
-from minprefix.generation.caches import BeamCache, RowCache
+from minprefix.generation.caches import RowCache
 from minprefix.generation.decoding import Beginning, GenerationConfig
 from minprefix.generation.fast import order_without
 from minprefix.generation.graphs import uses_graphs
@@ -36,7 +36,7 @@ def captured(monkeypatch):
     """Static shapes on the CPU: what would be captured runs at each replay. Counts the captures."""
     captures = []
 
-    def capture(run, device):
+    def capture(run, device, pool):
         captures.append(1)
         with torch.inference_mode():
             out = run().clone()  # as the first run of a capture, it must not disturb the next
@@ -49,6 +49,7 @@ def captured(monkeypatch):
     monkeypatch.setattr(fast_generation, "uses_graphs", lambda device: True)
     monkeypatch.setattr(fast_generation, "capture", capture)
     monkeypatch.setattr(caches, "COLUMNS", 8)  # several buckets in a short text
+    monkeypatch.setattr(fast_generation, "AHEAD", 2)
     fast_generation.KEPT.clear()
     yield captures
     fast_generation.KEPT.clear()
@@ -221,31 +222,38 @@ def test_order_without():
 def test_caches_stay_where_they_are(monkeypatch, num_beams):
     """They are allocated once; only rows that take the place of ended ones are copied."""
     moved, sizes, addresses = [], [], set()
-    for cache in (RowCache, BeamCache):
-        move, attend = cache.move, cache.attend
+    move, attend = RowCache.move, RowCache.attend
 
-        def counted_move(self, to, source, move=move):
-            moved.append(len(to))
-            move(self, to, source)
+    def counted_move(self, to, source):
+        moved.append(len(to))
+        move(self, to, source)
 
-        def noted_attend(self, *args, attend=attend, **options):
-            addresses.add((type(self), self.k.data_ptr(), self.v.data_ptr()))
-            sizes.append(self.k.shape)
-            return attend(self, *args, **options)
+    def noted_attend(self, *args):
+        addresses.add((type(self), self.k.data_ptr(), self.v.data_ptr()))
+        sizes.append(self.k.shape)
+        return attend(self, *args)
 
-        monkeypatch.setattr(cache, "move", counted_move)
-        monkeypatch.setattr(cache, "attend", noted_attend)
+    monkeypatch.setattr(RowCache, "move", counted_move)
+    monkeypatch.setattr(RowCache, "attend", noted_attend)
     model, prompts = prefer(tiny_gpt2(), [EOS], 0.3), random_prompts(16)
     config = GenerationConfig(max_new_tokens=20, num_beams=num_beams)
     new = generate_ids(model, prompts, config, EOS)
     assert sum(len(tokens) < 20 for tokens in new) > 2
-    assert len(addresses) == (1 if num_beams == 1 else 2)
+    assert len(addresses) == 1
     longest = max(map(len, prompts))
     # (L, B, H, S, D): the prompts once, a slot for each token of each beam
-    whole = {(3, 16, 4, longest + 20, 8)}
-    beams = {(3, 16, 4, longest, 8), (3, 16, 4, 20 * 5, 8)}
-    assert set(map(tuple, sizes)) == (whole if num_beams == 1 else beams)
-    assert 0 < sum(moved) <= 16 * (1 if num_beams == 1 else 2)  # each row at most once
+    assert set(map(tuple, sizes)) == {(3, 16, 4, longest + 20 * num_beams, 8)}
+    assert 0 < sum(moved) <= 16  # each row at most once
+
+
+def taken(model, prompts, config, acts):
+    """A batch that has read the prompts."""
+    beginning = Beginning(prompts)
+    batch = fast_generation.take_batch(
+        model, beginning, config.for_model(model), EOS, acts, bad_words_ids=[]
+    )
+    batch.read(model, beginning, acts, seeds=[0] * len(prompts))
+    return batch
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -259,14 +267,16 @@ def test_beams_see_their_ancestors(gate):
     acts = prefix.activations()
     generator = torch.Generator().manual_seed(1)
     with torch.inference_mode():
-        batch = fast_generation.take_batch(model, prompts, config, acts)
-        batch.read(model, Beginning(prompts), acts)
+        batch = taken(model, prompts, config, acts)
+        batch.cache.seen[:, :, batch.cache.prompt_len :] = False  # what was chosen is not taken
         texts = [[tokens] for tokens in prompts]
         for step in range(5):
             parents = torch.randint(len(texts[0]), (4, K), generator=generator)
             tokens = random_ids(model, 4, K, seed=step)
             batch.cache.follow(parents)
-            logits = batch.step(model, tokens)  # (4, K, V)
+            batch.choice.ids.copy_(tokens)
+            logits = batch.logits(model)  # (4, K, V)
+            batch.cache.count()
             texts = [
                 [texts[b][parents[b, i]] + [tokens[b, i].item()] for i in range(K)]
                 for b in range(4)
@@ -293,7 +303,7 @@ def test_graphs_equal_eager_steps(method, dtype, monkeypatch):
         plain = generate_ids(*args, prefix=prefix, bad_words_ids=BAD_WORDS, fast=False)
     else:
         fast_generation.KEPT.clear()
-        monkeypatch.setattr(fast_generation, "capture", lambda run, device: run)
+        monkeypatch.setattr(fast_generation, "capture", lambda run, device, pool: run)
         plain = generate_ids(*args, prefix=prefix, bad_words_ids=BAD_WORDS)
     assert graphs[0] == plain
 
@@ -307,13 +317,12 @@ def test_steps_do_not_wait():
     acts, prompts = prefix.activations(), random_prompts(4)
     config = GenerationConfig(max_new_tokens=14)
     with torch.inference_mode():
-        batch = fast_generation.take_batch(model, prompts, config, acts)
-        logits = batch.read(model, Beginning(prompts), acts)
-        logits = batch.step(model, logits.argmax(-1, keepdim=True))
+        batch = taken(model, prompts, config, acts)
+        batch.step(model)
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(4):
-                logits = batch.step(model, logits.argmax(-1))
+                batch.step(model)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert len(batch.graphs) == 1

@@ -9,8 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DEVICE, INTERPRETED, KERNEL_DTYPES, assert_close, assert_within_rounding
-from conftest import needs_kernels
+from conftest import (
+    DEVICE,
+    INTERPRETED,
+    KERNEL_DTYPES,
+    assert_close,
+    assert_within_rounding,
+    needs_kernels,
+)
 from test_reference import Case, make_case
 
 from kernels import prefix_attention, prefix_attention_eager, prefix_attention_lean
@@ -82,7 +88,7 @@ def exact_of(case: Case, new: tuple) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def call(case: Case, new: tuple, attend=prefix_attention, device="cpu"):
-    """o, lse and the cache afterwards: a slice of a longer one, in which the rest stays as it is."""
+    """o, lse and the cache afterwards, a slice of a longer one whose rest stays as it is."""
     q, k, v, *prefix = (x.to(device) for x in case.tensors)
     S = k.shape[2]
     cache = torch.full((2, *k.shape[:2], S + 3, k.shape[3]), 7.0, dtype=k.dtype, device=device)
@@ -185,7 +191,7 @@ def test_more_new_tokens_than_a_tile():
     case, new, whole = make("beams, equal rows", T=17, S=70)
     case, new = case.to(torch.float32), tuple(x.float() for x in new)
     quiet = replace(case, tensors=tuple(x.nan_to_num() for x in case.tensors))
-    o, lse, cache = call(quiet, new, device=DEVICE)
+    o, _, cache = call(quiet, new, device=DEVICE)
     exact, _ = exact_of(case.to(torch.float64), tuple(x.double() for x in new))
     assert_close(o, exact, 1e-6)  # fp32; worst seen: 2.0e-7
     assert torch.equal(cache.nan_to_num(), whole.float().nan_to_num())

@@ -1,0 +1,197 @@
+"""From the logits of a step to what the next step reads, on the model's device.
+
+`decoding.py` defines what is chosen; `Tokens` (greedy or sampled) and `Beams` choose the same for
+`fast.py`. All that lasts from step to step lies in tensors at fixed addresses: the ids that the
+next step reads, how many tokens are new, the draws, the beams' scores. So a CUDA graph can hold a
+whole step, from ids to ids, and nothing here waits for the device. Read `Forbidden`, `Choice`, then
+the two. Shapes use the letters of the README's table; K counts beams.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minprefix.generation.caches import BeamCache
+from minprefix.generation.decoding import (
+    Beginning,
+    GenerationConfig,
+    draw,
+    sampling_probabilities,
+)
+
+
+class Forbidden:
+    """Forbidden tokens, as `decoding.forbid` has them, found on the device.
+
+    Args:
+        config: `GenerationConfig.for_model`.
+        bad_words_ids: words that never come.
+        must_end: the last of max_new_tokens can only be the end of text.
+        max_len: tokens of the longest text, with its prompt.
+    """
+
+    def __init__(
+        self, config: GenerationConfig, bad_words_ids: list[list[int]], eos_id: int,
+        must_end: bool, max_len: int, device: torch.device,
+    ):  # fmt: skip
+        self.min_new, self.eos_id = config.min_new_tokens, eos_id
+        self.last = config.max_new_tokens - 1 if must_end else None
+        self.no_repeat = config.no_repeat_ngram_size or 0
+        self.words = [(torch.tensor(word[:-1], device=device, dtype=torch.long), word[-1])
+                      for word in bad_words_ids]  # fmt: skip
+        # tokens of a text that are looked at: those before the last of a bad word, or all
+        self.window = max((len(word) - 1 for word in bad_words_ids), default=0)
+        if self.no_repeat:
+            self.window = max(self.window, max_len)
+
+    def forbid(self, scores: Tensor, recent: Tensor, n_new: Tensor) -> None:
+        """Set the scores (rows, V) of tokens that may not come next to -inf, in place.
+
+        Args:
+            recent: (rows, window), the last tokens of each row, -1 before its first.
+            n_new: (), how many new tokens each has.
+        """
+        if self.min_new:
+            scores[:, self.eos_id].masked_fill_(n_new < self.min_new, float("-inf"))
+        if self.no_repeat:
+            self._forbid_repeats(scores, recent)
+        for beginning, last in self.words:
+            hit = (recent[:, recent.shape[1] - len(beginning) :] == beginning).all(1)
+            scores[:, last].masked_fill_(hit, float("-inf"))
+        if self.last is not None:
+            scores.masked_fill_(n_new == self.last, float("-inf"))
+            scores[:, self.eos_id].masked_fill_(n_new == self.last, 0.0)
+
+    def _forbid_repeats(self, scores: Tensor, recent: Tensor) -> None:
+        n = self.no_repeat
+        if recent.shape[1] < n:
+            return
+        runs = recent.unfold(1, n, 1)  # (rows, window - n + 1, n): all n tokens in a row
+        end = recent[:, None, recent.shape[1] - n + 1 :]  # (rows, 1, n - 1)
+        again = (runs[..., :-1] == end).all(-1) & (runs >= 0).all(-1)
+        scores.scatter_add_(  # -inf or 0
+            1,
+            runs[..., -1].clamp(min=0),
+            scores.new_zeros(again.shape).masked_fill_(again, float("-inf")),
+        )
+
+
+class Choice:
+    """What lasts from step to step; `choose` makes the next of it."""
+
+    def __init__(self, words: Forbidden, config: GenerationConfig, rows: int, device: torch.device):
+        self.words, self.config, K = words, config, config.num_beams
+        self.ids = torch.zeros(rows, K, dtype=torch.long, device=device)  # what the next step reads
+        self.recent = self.ids.new_full((rows, K, words.window), -1)  # as `Forbidden` wants them
+        self.n_new = self.ids.new_zeros(())  # tokens chosen, forced ones with them
+
+    def fill(self, beginning: Beginning, seeds: Sequence[int]) -> None:
+        """Get ready for the texts of `beginning`."""
+        self.n_new.fill_(beginning.given)
+        W = self.words.window
+        if W:
+            recent = [([-1] * W + tokens)[-W:] for tokens in beginning.texts]
+            self.recent[: len(recent)] = torch.tensor(recent).to(self.ids.device)[:, None]
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next tokens, from logits (rows, K, V), K = 1 after the prompts.
+
+        Returns what the host looks at, one entry per row; it is overwritten in the next step.
+        """
+        raise NotImplementedError
+
+    def keep(self, tokens: Tensor) -> None:
+        """These (rows, K) come next."""
+        R = len(tokens)
+        self.ids[:R] = tokens
+        if self.words.window:
+            self.recent[:R] = torch.cat([self.recent[:R, :, 1:], tokens[..., None]], dim=-1)
+        self.n_new += 1
+
+    def per_row(self) -> list[Tensor]:
+        """The tensors with an entry for each row."""
+        return [self.ids, self.recent]
+
+    def state(self) -> list[Tensor]:
+        """The tensors that a step changes."""
+        return [*self.per_row(), self.n_new]
+
+    def move(self, to: list[int], source: list[int]) -> None:
+        """Overwrite rows `to` with rows `source`."""
+        for x in self.per_row():
+            x[to] = x[source]
+
+
+class Tokens(Choice):
+    """The likeliest token of each row, or one that is drawn."""
+
+    def __init__(self, words: Forbidden, config: GenerationConfig, rows: int, device: torch.device):
+        super().__init__(words, config, rows, device)
+        n = config.max_new_tokens if config.do_sample else 0
+        self.u = torch.zeros(rows, n, dtype=torch.float64, device=device)  # by number of new tokens
+
+    def fill(self, beginning: Beginning, seeds: Sequence[int]) -> None:
+        """All draws at once, each row's from its own generator on the CPU, as in `sample`."""
+        super().fill(beginning, seeds)
+        if self.config.do_sample:
+            n = self.u.shape[1] - beginning.given
+            u = [torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                 for seed in seeds]  # fmt: skip
+            self.u[: len(u), beginning.given :] = torch.stack(u).to(self.u.device)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        scores, R = logits[:, 0], len(logits)
+        self.words.forbid(scores, self.recent[:R, 0], self.n_new)
+        if self.config.do_sample:
+            u = self.u[:R].index_select(1, self.n_new)[:, 0]
+            tokens = draw(sampling_probabilities(scores, self.config), u)
+        else:
+            tokens = scores.argmax(-1)
+        self.keep(tokens[:, None])
+        return self.ids[:R, 0]
+
+    def per_row(self) -> list[Tensor]:
+        return [*super().per_row(), self.u]
+
+
+class Beams(Choice):
+    """The K beams that run on; `BeamSearch` follows on the host and says when a prompt is done."""
+
+    def __init__(
+        self, words: Forbidden, config: GenerationConfig, rows: int, cache: BeamCache,
+        dtype: torch.dtype,
+    ):  # fmt: skip
+        super().__init__(words, config, rows, cache.k.device)
+        self.cache, K = cache, config.num_beams
+        self.scores = self.ids.new_zeros(rows, K, dtype=dtype)  # sum of log p, nats
+        self.best = self.ids.new_zeros(rows, 2, 2 * K, dtype=torch.float64)
+
+    def fill(self, beginning: Beginning, seeds: Sequence[int]) -> None:
+        super().fill(beginning, seeds)
+        self.scores.zero_()
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Returns (rows, 2, 2K): the scores of the 2K best continuations, and beam * V + token."""
+        (R, width, V), K = logits.shape, self.config.num_beams
+        log_p = logits.log_softmax(-1)
+        recent = self.recent[:R, :width]
+        self.words.forbid(log_p.flatten(0, 1), recent.flatten(0, 1), self.n_new)
+        best: Any = (log_p + self.scores[:R, :width, None]).flatten(1).topk(2 * K)
+        # those that run on: the first K that are no end
+        ends = (best.indices % V == self.words.eos_id).int()
+        running = ends.argsort(dim=1, stable=True)[:, :K]
+        indices = best.indices.gather(1, running)
+        tokens, parents = indices % V, indices // V  # (rows, K)
+        self.scores[:R] = best.values.gather(1, running)
+        if self.words.window:
+            at = parents[..., None].expand(-1, -1, self.words.window)
+            self.recent[:R] = recent.gather(1, at)
+        self.cache.follow(parents)
+        self.keep(tokens)
+        self.best[:R, 0], self.best[:R, 1] = best.values, best.indices
+        return self.best[:R]
+
+    def per_row(self) -> list[Tensor]:
+        return [*super().per_row(), self.scores]
