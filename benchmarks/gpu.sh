@@ -4,9 +4,10 @@
 #   benchmarks/gpu.sh tests       all kernel tests in parallel processes, then compute-sanitizer
 #   benchmarks/gpu.sh attention   the attention kernels beside PyTorch's own; all tiles, sweeps
 #   benchmarks/gpu.sh decode      the same for one step of decoding
-#   benchmarks/gpu.sh steps       whole training steps and generation beside transformers + PEFT
+#   benchmarks/gpu.sh steps       whole training steps beside transformers + PEFT
+#   benchmarks/gpu.sh generate    generation likewise, with and without CUDA graphs
 #
-# Several parts run one after the other; none given: all four. Needs the checkout and a Python with
+# Several parts run one after the other; none given: all five. Needs the checkout and a Python with
 # torch, triton, transformers and peft (tests: pytest, hypothesis), no network and no other data. A
 # step that fails or takes too long does not stop the others. A part begins with what matters most
 # and ends in a table of verdicts; its exit code is 1 if a step failed. CSVs, pictures, log-PART.txt
@@ -83,11 +84,16 @@ bench() {
 
 part_steps() {
     bench graphs 75 train --batch-size 10 --peers peft --profile
-    bench graphs 60 generate --batch-size 1,32
     MINPREFIX_CUDA_GRAPHS=0 bench eager 40 train --batch-size 10 --peers none
     bench graphs 60 train --batch-size 64 --peers peft
-    bench graphs 60 generate --batch-size 16 --num-beams 5
     bench compiled 60 train --batch-size 10 --peers compiled
+}
+
+part_generate() {
+    bench graphs 80 generate --batch-size 1,32
+    bench graphs 60 generate --batch-size 16 --num-beams 5
+    MINPREFIX_CUDA_GRAPHS=0 bench eager 40 generate --batch-size 1,32 --peers none
+    MINPREFIX_CUDA_GRAPHS=0 bench eager 30 generate --batch-size 16 --num-beams 5 --peers none
 }
 
 run_part() {
@@ -108,12 +114,12 @@ print("python", sys.version.split()[0], "cudnn", torch.backends.cudnn.version(),
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(tests attention decode steps)
+[ $# -gt 0 ] || parts=(tests attention decode steps generate)
 for part in "${parts[@]}"; do
     case $part in
-    tests | attention | decode | steps) ;;
+    tests | attention | decode | steps | generate) ;;
     *)
-        echo "gpu.sh: the parts are tests, attention, decode, steps; got $part" >&2
+        echo "gpu.sh: the parts are tests, attention, decode, steps, generate; got $part" >&2
         exit 2
         ;;
     esac

@@ -17,7 +17,11 @@ from benchmarks.kernels.tiles import table
 from benchmarks.machine import add_row, read_rows
 from benchmarks.peft.run import KEY
 
+PARTS = ("tests", "attention", "decode", "steps", "generate")
 STEP_KEY = (*KEY, "graphs")
+# (work, B, beams): tokens a second of ours over those of PEFT, what is aimed at and what is hoped
+AIMS = {("generate", "1", "1"): (15, 35), ("generate", "32", "1"): (14, 25),
+        ("generate", "16", "5"): (10, 20)}  # fmt: skip
 
 
 def tests(log: str) -> list[str]:
@@ -59,6 +63,7 @@ def steps(out: Path, work: Path) -> list[str]:
                 f"{graphs['graphs']:6} {row['method']:14} {numbers[0]:>9} {numbers[1]:>9} "
                 f"{numbers[2]:>9} {numbers[3]:>6} {row['note']}".rstrip()
             )
+    lines += ["", *verdicts(rows_of_this_commit(path))]
     for found in (work / "graphs").glob("*.png"):
         shutil.copy(found, out / found.name.replace("random", device_name()))
     for found in (work / "graphs").glob("profile.csv"):
@@ -66,9 +71,27 @@ def steps(out: Path, work: Path) -> list[str]:
     return lines
 
 
+def verdicts(rows: list[dict[str, str]]) -> list[str]:
+    """Generation beside PEFT, and with CUDA graphs beside without; a line each."""
+    lines = []
+    for sizes, (aim, hope) in AIMS.items():
+        mine = [row for row in rows if (row["work"], row["B"], row["beams"]) == sizes]
+        name = "{} B={} beams={}".format(*sizes)
+        for row in mine:
+            if row["method"] == "peft" and row.get("ratio"):
+                mark = "ok" if float(row["ratio"]) >= aim else "MISSED"
+                lines.append(f"{name:24} ours / PEFT {row['ratio']:>6} >= {aim} ({hope})  {mark}")
+        ms = {row["graphs"]: row["ms"] for row in mine if row["method"] == "minprefix"}
+        if ms.get("0") and ms.get("1"):
+            ratio = float(ms["0"]) / float(ms["1"])
+            mark = "ok" if ratio >= 1 else "MISSED"
+            lines.append(f"{name:24} without graphs / with {ratio:6.2f} >= 1  {mark}")
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The verdicts of a part of gpu.sh.")
-    parser.add_argument("part", choices=("tests", "attention", "decode", "steps"))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("out", type=Path, help="the folder with the CSVs")
     parser.add_argument("--log", type=Path, help="tests: what was printed")
     parser.add_argument("--work", type=Path, help="steps: the folders of benchmarks.peft")
@@ -78,6 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         "attention": lambda: attention(args.out),
         "decode": lambda: decode(args.out),
         "steps": lambda: steps(args.out, args.work),
+        "generate": lambda: steps(args.out, args.work),
     }[args.part]()
     print("\n".join(lines))
 

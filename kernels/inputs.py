@@ -103,7 +103,7 @@ def check_append(inputs: Inputs, append: Any, seen: Tensor | None) -> Append | N
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs[:5], *append)):
         raise ValueError("append has no gradient: call it under torch.no_grad()")
     check_int(inputs.q_offset, "q_offset", (B,), 0, S - T)
-    return Append(*append, seen)
+    return Append(append[0], append[1], seen)
 
 
 def check_int(x: Tensor | None, name: str, want: tuple, low: Any, high: Any, also=None):

@@ -256,7 +256,7 @@ def tiles_of(kernel: str, x: torch.Tensor) -> list[Tile]:
 
 
 def run_best(
-    kernel: str, x: torch.Tensor, key: tuple, run: Callable[[Tile], Any], tiles=None
+    kernel: str, x: torch.Tensor, key: tuple, run: Callable[[Any], Any], tiles=None
 ) -> Any:
     """`run(tile)` with the table's default; if MINPREFIX_AUTOTUNE=1 with the fastest of its tiles.
 

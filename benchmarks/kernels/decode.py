@@ -9,8 +9,11 @@ method's o is first compared with the definition, `prefix_attention_eager`, in f
   - grown: Hugging Face's default. Each row's cache holds its prefix, and `torch.cat` makes a new
     one with the new key and value at each step; then SDPA.
   - static: the cache holds the prefix and has room; `index_copy_`, then SDPA on the filled part.
-  - ours: the cache has room and no prefix; `index_copy_`, then `kernels.decode` with the lengths
-    of the rows as tensors, as a CUDA graph needs them. The prefix is read where it lies.
+  - ours: the cache has room and no prefix; `kernels.decode` with the places of the new tokens as a
+    tensor, as a CUDA graph needs them, writes them and attends. The prefix is read where it lies.
+  - copies: the same with `index_copy_` before the kernel, as it was before it could `append`.
+  - split: ours with splits wherever there are multiprocessors for them, which was the rule before
+    `kernels.cut.SPLIT_BYTES`; up to 8 rows.
   - ours_only: `kernels.decode` without the update of the cache: what its bandwidth is taken from.
 
 Bytes that any method has to move, with e = 2, S keys with the new one and R different prefixes:
@@ -34,6 +37,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +47,7 @@ from benchmarks.kernels.clock import device_name, machine_limits, measure, need_
 from benchmarks.kernels.peers import reason
 from benchmarks.machine import add_row, machine, read_rows
 from kernels import prefix_attention_eager, prefix_attention_lean
-from kernels.inputs import Inputs
+from kernels.inputs import Append, Inputs
 
 D = 64
 KEY = ("B", "H", "S", "P", "N", "method")
@@ -78,6 +82,10 @@ class Sample(NamedTuple):
     index: Tensor | None  # (B,)
     kv_lens: Tensor  # (B,), S in each row
     q_offset: Tensor  # (B,), S - 1 in each row
+
+    def keys(self) -> Tensor:
+        """What a step reads of the cache: (2, B, H, S, D)."""
+        return self.cache[:, :, :, : self.cache.shape[3] - 32]
 
 
 def make_sample(shape: Shape, device: str, seed: int) -> Sample:
@@ -130,6 +138,30 @@ def static(s: Sample) -> Callable[[], Tensor]:
 
 
 def ours(s: Sample) -> Callable[[], Tensor]:
+    k, v = s.keys()
+    if not s.q.is_cuda:
+        options = {"prefix_index": s.index, "q_offset": s.q_offset, "append": s.new}
+        return lambda: prefix_attention_lean(s.q, k, v, *s.prefix, **options)
+    from kernels.decode import decode  # here, since a CPU has no Triton
+
+    inputs = Inputs(s.q, k, v, *s.prefix, s.index, None, None, s.q_offset)
+    new = Append(s.new[0], s.new[1])
+    return lambda: decode(inputs, new)[0]
+
+
+def split(s: Sample) -> Callable[[], Tensor]:
+    from kernels import cut
+
+    step = ours(s)
+
+    def split_step() -> Tensor:
+        with patch.object(cut, "SPLIT_BYTES", -1):
+            return step()
+
+    return split_step
+
+
+def copies(s: Sample) -> Callable[[], Tensor]:
     (k, v), attend = s.cache, ours_only(s)
     place = s.q_offset[:1]
 
@@ -146,14 +178,15 @@ def ours_only(s: Sample) -> Callable[[], Tensor]:
     s.cache[:, :, :, s.cache.shape[3] - 33 : s.cache.shape[3] - 32] = s.new
     if not s.q.is_cuda:
         options = {"prefix_index": s.index, "kv_lens": s.kv_lens, "q_offset": s.q_offset}
-        return lambda: prefix_attention_lean(s.q, *s.cache, *s.prefix, **options)
-    from kernels.decode import decode  # here, since a CPU has no Triton
+        return lambda: prefix_attention_lean(s.q, *s.keys(), *s.prefix, **options)
+    from kernels.decode import decode
 
-    inputs = Inputs(s.q, *s.cache, *s.prefix, s.index, None, s.kv_lens, s.q_offset)
+    inputs = Inputs(s.q, *s.keys(), *s.prefix, s.index, None, s.kv_lens, s.q_offset)
     return lambda: decode(inputs)[0]
 
 
-METHODS = {"ours": ours, "ours_only": ours_only, "grown": grown, "static": static}
+METHODS = {"ours": ours, "ours_only": ours_only, "copies": copies, "split": split,
+           "grown": grown, "static": static}  # fmt: skip
 
 
 class Truth:
@@ -190,6 +223,8 @@ def bench_shape(shape: Shape, copy_gbs: float, device: str) -> Iterator[dict]:
     samples = [make_sample(shape, device, seed) for seed in range(sets)]
     truth = Truth(samples[0])
     for method, prepare in METHODS.items():
+        if method == "split" and (shape.B > 8 or device != "cuda"):
+            continue
         row = shape._asdict() | {"T": 1, "D": D, "dtype": "bfloat16", "method": method}
         row |= {"us": "", "us_20": "", "us_80": "", "mib_peak": "", "gbs": "", "of_copy": ""}
         row |= {"mib_inputs": round(sets * bytes_of_one / 2**20, 2), "note": ""}
@@ -234,8 +269,13 @@ def verdicts(times: Times) -> list[str]:
             line(shape, "decode: cache with prefix, grown / ours", grown, 1.5)
             aim = 0.9 * (S + P) / (S + P / B)  # of the ratio of bytes
             line(shape, "decode: static cache with prefix / ours", static, aim)
+        line(shape, "decode: copies into the cache, then ours / ours",
+             times.of(shape, "copies") / ours, 1.0)  # fmt: skip
         line(shape, "decode: share of a copy's bandwidth (a stretch)",
              times.of(shape, "ours_only", "of_copy"), 0.85)  # fmt: skip
+    for shape in [one for one in ONE_ROW + OVER_B if one.B <= 8]:
+        ratio = times.of(shape, "split") / times.of(shape, "ours")
+        line(shape, "decode: splits wherever they fit / ours", ratio, 0.98)
     for bank in BANKS:
         if bank.N and bank.P <= 32:
             ratio = times.of(bank, "ours") / times.of(bank._replace(N=0), "ours")

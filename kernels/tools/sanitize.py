@@ -9,10 +9,12 @@ bit for bit. Without PyTorch's memory cache each tensor is an allocation of its 
 past one is seen. On a CPU the same calls run through the CPU path.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kernels import prefix_attention
+from kernels import MOST_NEW, prefix_attention
 
 H = 3
 CASES = [  # B, T, S, P, D, dtype, options
@@ -60,7 +62,18 @@ def call(B: int, T: int, S: int, P: int, D: int, dtype: torch.dtype, options: st
     with torch.no_grad():  # the way of a decoder
         again = prefix_attention(q, k, v, prefix_k, prefix_v, causal="full" not in options,
                                  prefix_index=integers(-1, N - 1, B) if N else None)  # fmt: skip
-    return [o, seen, again, *(x for x in grads if x is not None)]
+        results = [o, seen, again, *(x for x in grads if x is not None)]
+        if min(S, MOST_NEW) >= T:  # a step that also writes its keys and values, of beams and not
+            cache, at = (k.clone(), v.clone()), integers(0, S - T, B)
+            mask = torch.ones(B, T, S, dtype=torch.bool, device=device)
+            rules: list[dict[str, Any]] = [{}, {"causal": False, "seen": mask}]
+            for rule in rules:
+                results.append(prefix_attention(
+                    q, *cache, prefix_k, prefix_v, q_offset=at, append=(q, q), **rule,
+                    prefix_index=integers(-1, N - 1, B) if N else None,
+                ))  # fmt: skip
+            results += cache
+    return results
 
 
 def main() -> None:

@@ -86,7 +86,7 @@ class RowCache(KVCache):
         """A step is over, on the host's side."""
         self.longest += 1
 
-    def move(self, to: list[int], source: list[int]) -> None:
+    def move(self, to: Tensor, source: Tensor) -> None:
         """Overwrite rows `to` with rows `source`."""
         for x in (self.k, self.v):
             x[:, to, :, : self.used] = x[:, source, :, : self.used]
@@ -155,7 +155,7 @@ class BeamCache(RowCache):
         super().count()
         self.n_new += 1
 
-    def move(self, to: list[int], source: list[int]) -> None:
+    def move(self, to: Tensor, source: Tensor) -> None:
         super().move(to, source)
         self.seen[to] = self.seen[source]
 

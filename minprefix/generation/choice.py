@@ -118,7 +118,7 @@ class Choice:
         """The tensors that a step changes."""
         return [*self.per_row(), self.n_new]
 
-    def move(self, to: list[int], source: list[int]) -> None:
+    def move(self, to: Tensor, source: Tensor) -> None:
         """Overwrite rows `to` with rows `source`."""
         for x in self.per_row():
             x[to] = x[source]

@@ -181,7 +181,7 @@ class Decoding:
         self.options = {name: rows_of.keep(order) for name, rows_of in self.options.items()}
         moved = [(to, source) for to, source in enumerate(order) if to != source]
         if moved:
-            to, source = (list(rows) for rows in zip(*moved, strict=True))
+            to, source = torch.tensor(moved).to(self.device, non_blocking=True).T
             for rows_of in (self.cache, self.choice, self.acts):
                 rows_of.move(to, source)
         self.use(len(order))

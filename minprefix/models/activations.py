@@ -77,7 +77,7 @@ class Activations:
         """For the first rows."""
         return self
 
-    def move(self, to: list[int], source: list[int]) -> None:
+    def move(self, to: Tensor, source: Tensor) -> None:
         """Rows `to` are overwritten by rows `source`, in place."""
 
 
@@ -180,7 +180,7 @@ class PrefixActivations(Activations):
             getattr(self, name)[: len(x)] = x
         return replace(self, max_offset=other.max_offset)
 
-    def move(self, to: list[int], source: list[int]) -> None:
+    def move(self, to: Tensor, source: Tensor) -> None:
         if self.index is not None:
             for x in (self.index, self.position_offset):
                 x[to] = x[source]
@@ -253,7 +253,7 @@ def gated_attention(
     Returns:
         (B, H, T, D)
     """
-    step = {"append": append, "seen": visible.seen}
+    step: Any = {"append": append, "seen": visible.seen}
     if prefix.gate is None and visible.after is None:
         return prefix_attention(q, k, v, prefix.k, prefix.v, **visible.all(), **step)
     none = q.new_empty(q.shape[1], 0, q.shape[3])

@@ -12,7 +12,7 @@ from benchmarks.kernels.clock import cpu_times  # noqa: E402
 from benchmarks.kernels.decode import Shape as Step  # noqa: E402
 from benchmarks.kernels.peers import Shape  # noqa: E402
 from kernels import decode, launch  # noqa: E402
-from kernels.inputs import Inputs  # noqa: E402
+from kernels.inputs import Append, Inputs  # noqa: E402
 from kernels.launch import Tile  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
@@ -99,12 +99,12 @@ def test_decoding_is_explored_too(any_clock, monkeypatch):
         bench_tiles.steps.Truth, "problem", lambda self, o: ""
     )  # bf16, see conftest
     if DEVICE == "cpu":
-        monkeypatch.setattr(bench_tiles.steps, "ours_only", ours_interpreted)
+        monkeypatch.setattr(bench_tiles.steps, "ours", ours_interpreted)
     rows = list(bench_tiles.explore(bench_tiles.decode_case(Step(2, 1, 20, 5), DEVICE, 1), set()))
     assert {row["stage"] for row in rows} == {"decode", bench_tiles.WHOLE}
 
 
 def ours_interpreted(s):
-    """`decode.ours_only` through the kernel, where the device is a CPU."""
-    inputs = Inputs(s.q, *s.cache, *s.prefix, s.index, None, s.kv_lens, s.q_offset)
-    return lambda: decode.decode(inputs)[0]
+    """`decode.ours` through the kernel, where the device is a CPU."""
+    inputs = Inputs(s.q, *s.keys(), *s.prefix, s.index, None, None, s.q_offset)
+    return lambda: decode.decode(inputs, Append(s.new[0], s.new[1]))[0]

@@ -121,7 +121,7 @@ def test_gpu_sh_says_in_one_line_what_it_lacks():
     done = subprocess.run([script, "decode"], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "gpu.sh: no GPU\n")
     done = subprocess.run([script, "attention", "all"], env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.endswith("steps; got all\n")
+    assert done.returncode == 2 and done.stderr.endswith("generate; got all\n")
 
 
 def test_steps_are_gathered_in_one_csv(tmp_path: Path, capsys):
@@ -133,13 +133,20 @@ def test_steps_are_gathered_in_one_csv(tmp_path: Path, capsys):
         path = tmp_path / "work" / folder / "bench.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         add_row(path, row | {"note": ""}, KEY)
+    for folder, method, ms, ratio in (("graphs", "minprefix", 50, ""), ("eager", "minprefix", 90, ""),
+                                      ("graphs", "peft", 700, "14.0")):  # fmt: skip
+        row = common | {"work": "generate", "B": 1, "T": "", "beams": 1, "method": method, "ms": ms}
+        add_row(tmp_path / "work" / folder / "bench.csv", row | {"ratio": ratio, "note": ""}, KEY)
     (tmp_path / "work" / "graphs" / "profile-random-medium-bf16.png").touch()
     gpu_summary.main(["steps", str(tmp_path), "--work", str(tmp_path / "work")])
     rows = read_rows(tmp_path / f"steps-{clock.device_name()}.csv")
-    found = [(row["method"], row["graphs"], row["ms"]) for row in rows]
+    found = [(row["method"], row["graphs"], row["ms"]) for row in rows if row["work"] == "train"]
     assert found == [("minprefix", "1", "9.0"), ("peft", "1", "36.0"), ("minprefix", "0", "20.0"),
                      ("compiled", "1", "8.7")]  # fmt: skip
-    assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[len(rows) + 1] == "" and len(lines) == len(rows) + 4
+    assert lines[-2].endswith("ours / PEFT   14.0 >= 15 (35)  MISSED")
+    assert lines[-1].endswith("without graphs / with   1.80 >= 1  ok")
     assert len(list(tmp_path.glob("profile-*-medium-bf16.png"))) == 1
 
 
