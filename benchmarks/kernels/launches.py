@@ -155,12 +155,12 @@ def columns(step: dict[str, float], calls: float, moved: float) -> dict:
 
 
 def generate_rows() -> Iterator[dict]:
-    """B 1, B 32 and 5 beams of 16 prompts, with and without graphs; a sampled token."""
+    """B 1, with graphs and without; B 32; 5 beams of 16 prompts; a sampled token."""
     model, prefix = medium()
     sampling = {"do_sample": True, "top_k": 50, "top_p": 0.9}
-    for graphs in (True, False):
-        for B, options in ((1, {}), (32, {}), (16, {"num_beams": 5}), (1, sampling)):
-            yield generate_row(model, prefix, B, graphs, **options)
+    yield generate_row(model, prefix, 1, graphs=False)
+    for B, options in ((1, {}), (32, {}), (16, {"num_beams": 5}), (1, sampling)):
+        yield generate_row(model, prefix, B, graphs=True, **options)
 
 
 PARTS: dict[str, Callable[[], Iterator[dict]]] = {"generate": generate_rows}

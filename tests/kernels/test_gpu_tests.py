@@ -133,8 +133,10 @@ def test_steps_are_gathered_in_one_csv(tmp_path: Path, capsys):
         path = tmp_path / "work" / folder / "bench.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         add_row(path, row | {"note": ""}, KEY)
-    for folder, method, ms, ratio in (("graphs", "minprefix", 50, ""), ("eager", "minprefix", 90, ""),
-                                      ("graphs", "peft", 700, "14.0")):  # fmt: skip
+    for folder, method, ms, ratio in (
+        ("graphs", "minprefix", 50, ""), ("eager", "minprefix", 90, ""),
+        ("graphs", "peft", 700, "14.0"),
+    ):  # fmt: skip
         row = common | {"work": "generate", "B": 1, "T": "", "beams": 1, "method": method, "ms": ms}
         add_row(tmp_path / "work" / folder / "bench.csv", row | {"ratio": ratio, "note": ""}, KEY)
     (tmp_path / "work" / "graphs" / "profile-random-medium-bf16.png").touch()
