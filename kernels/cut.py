@@ -73,17 +73,17 @@ def cut_for(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None,
 def plans_for(
     q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None
 ) -> Iterator[Plan]:
-    """The default first, then what else there is to try: other tiles, and the other split.
+    """The default first, then what else there is to try: the other split, and other tiles.
 
     A split pays where it spares a program more than SPLIT_BYTES of keys and values, or where there
     are partial results anyway.
     """
-    for tile in tiles_of("decode", q):
+    for n, tile in enumerate(tiles_of("decode", q)):
         cuts = {x: cut_for(q, k, prefix_k, prefix_index, Plan(tile, x)) for x in (False, True)}
         spared = (cuts[False].chunk - cuts[True].chunk) * 2 * q.shape[-1] * q.element_size()
         pays = spared > SPLIT_BYTES or cuts[False].prefix_splits > 0
         yield Plan(tile, pays)
-        if spared:
+        if spared and n == 0:
             yield Plan(tile, not pays)
 
 
