@@ -69,8 +69,9 @@ def write_new(
         for cache, new in zip((k, v), append, strict=True):
             cache[:, :, S - T :] = new
         return None
-    row, i = torch.arange(B, device=k.device)[:, None], torch.arange(T, device=k.device)
-    at = q_offset[:, None] + i  # (B, T)
+    row, at = torch.arange(B, device=k.device)[:, None], q_offset[:, None]
+    if T > 1:
+        at = at + torch.arange(T, device=k.device)  # (B, T)
     for cache, new in zip((k, v), append, strict=True):
         cache[row, :, at] = new.transpose(1, 2)
     return q_offset + T
@@ -241,19 +242,20 @@ def lean_mask(
     None where every query sees every key, as a single query at the end of the keys does. Column
     c < P is prefix column c, column c >= P is sequence column c - P.
     """
-    column = torch.arange(P + S, device=device)
-    in_prefix, j = column < P, column - P
-    parts = []
+    parts = [] if seen is None else [F.pad(seen, (P, 0), value=True)[:, None]]
+    causal = causal and not (q_offset is None and T == 1)
+    if row_lens is not None or kv_lens is not None or causal:
+        column = torch.arange(P + S, device=device)
+        in_prefix, j = column < P, column - P
     if row_lens is not None:
         parts.append(~in_prefix | (column < row_lens[:, None, None, None]))
     if kv_lens is not None:
         parts.append(in_prefix | (j < kv_lens[:, None, None, None]))
-    if causal and not (q_offset is None and T == 1):
-        first = S - T if q_offset is None else q_offset[:, None, None, None]
-        i = torch.arange(T, device=device)[None, None, :, None]
-        parts.append(in_prefix | (j <= first + i))
-    if seen is not None:
-        parts.append(F.pad(seen, (P, 0), value=True)[:, None])
+    if causal:
+        last = S - T if q_offset is None else q_offset[:, None, None, None]
+        if T > 1:
+            last = last + torch.arange(T, device=device)[None, None, :, None]
+        parts.append(in_prefix | (j <= last))
     return reduce(torch.logical_and, parts) if parts else None
 
 

@@ -127,7 +127,9 @@ def generate_row(model: GPT2, prefix: Prefix, B: int, graphs: bool, **options) -
                 patch.object(fast, "capture", capture),
             ):
                 prompts = [[1 + b] * 128 for b in range(B)]
-                generate_ids(model, prompts, config, eos_id=999, prefix=prefix)
+                generate_ids(
+                    model, prompts, config, eos_id=model.config.vocab_size - 1, prefix=prefix
+                )
 
         return count(call)
 
