@@ -4,10 +4,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks.kernels.launches import generate_row  # noqa: E402
-from minprefix.models.config import GPT2Config  # noqa: E402
-from minprefix.models.gpt2 import GPT2  # noqa: E402
-from minprefix.prefix.prefix import Prefix  # noqa: E402
+from benchmarks.kernels.launches import generate_row
+from minprefix.models.config import GPT2Config
+from minprefix.models.gpt2 import GPT2
+from minprefix.prefix.prefix import Prefix
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
