@@ -145,7 +145,7 @@ class Tokens(Choice):
         scores, R = logits[:, 0], len(logits)
         self.words.forbid(scores, self.recent[:R, 0], self.n_new)
         if self.config.do_sample:
-            u = self.u[:R].index_select(1, self.n_new)[:, 0]
+            u = self.u[:R].index_select(1, self.n_new[None])[:, 0]
             tokens = draw(sampling_probabilities(scores, self.config), u)
         else:
             tokens = scores.argmax(-1)
