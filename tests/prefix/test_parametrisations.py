@@ -152,7 +152,7 @@ def test_make_prefix_binds_virtual_tokens():
     for init in ("random", "words", "prompt"):
         config = PrefixConfig(parametrisation="embedding", init=init, init_text="some words")
         prefix = make_prefix(model, Words(), config, seed=0)
-        assert prefix.table().shape[3] == prefix.prefix_len == (10 if init == "random" else 2)
+        assert prefix.table().shape[3] == prefix.prefix_len == (2 if init == "prompt" else 10)
     embd = make_prefix(
         model, Words(), PrefixConfig(parametrisation="embedding", init="random"), seed=0
     ).virtual
