@@ -27,13 +27,13 @@ import torch.nn.functional as F
 
 from benchmarks.machine import add_row, machine
 from minprefix.cli.report import format_rows
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.generation.texts import generate_ids
 from minprefix.methods.adapters import count
 from minprefix.models import weights_bart
 from minprefix.models.bart import BART
-from minprefix.models.config import OFFICIAL, SITES
-from minprefix.models.weights import EMBEDDED, find, read_config
+from minprefix.models.config import EMBEDDED, OFFICIAL, SITES
+from minprefix.models.weights import find, read_config
 from minprefix.prefix.bart import BARTPrefix
 
 MID_DIM = 800  # width of the MLPs, as in the authors' code for XSum

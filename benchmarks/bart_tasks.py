@@ -24,11 +24,10 @@ from benchmarks.tuning import best_of, rows_of, train
 from minprefix.data.examples import Example
 from minprefix.data.load import load_examples
 from minprefix.data.splits import choose
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.methods.evaluate import evaluate_method, measure
 from minprefix.prefix.config import PrefixConfig
 from minprefix.training.config import TrainConfig
-from minprefix.training.loop import Interrupted
 from tools.notes.measure import baselines
 
 HERE = Path(__file__).parent
@@ -164,7 +163,7 @@ def main() -> None:
             for method in args.methods:
                 lr = select(rates_of, method, rate_sets, args.out)
                 final(args.task, method, lr, sets, args.out, seed)
-    except (Interrupted, KeyboardInterrupt) as stop:
+    except KeyboardInterrupt as stop:
         sys.exit(f"{str(stop) or 'interrupted'}; the same command goes on")
 
 

@@ -23,13 +23,13 @@ from benchmarks.machine import add_row, machine
 from benchmarks.tuning import best_of, rows_of, train
 from minprefix.data.examples import Example
 from minprefix.data.load import load_examples
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
+from minprefix.methods.config import TEMPLATES
 from minprefix.methods.evaluate import evaluate_method
-from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, show_examples
+from minprefix.methods.hard_prompt import HardPrompt, show_examples
 from minprefix.models.weights import load
 from minprefix.prefix.config import PrefixConfig
 from minprefix.training.config import TrainConfig
-from minprefix.training.loop import Interrupted
 
 HERE = Path(__file__).parent
 PREFIX = PrefixConfig(prefix_len=10, mid_dim=512, init="random")
@@ -151,7 +151,7 @@ def main() -> None:
             hard_prompts(args.data)
         else:
             final(args.stage, args.data, args.out, args.seed)
-    except (Interrupted, KeyboardInterrupt) as stop:
+    except KeyboardInterrupt as stop:
         sys.exit(f"{str(stop) or 'interrupted'}; the same command goes on")
 
 

@@ -32,11 +32,12 @@ from kernels import prefix_attention
 from minprefix.cli.demo import TRAIN
 from minprefix.data.batches import encode_pair
 from minprefix.data.load import load_examples
-from minprefix.files import load_tensors, save_tensors, write_text
+from minprefix.files import write_text
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
 from minprefix.prefix.prefix import Prefix
+from minprefix.tensors import load_tensors, save_tensors
 from minprefix.training.trainer import Trainer
 
 FOLDER = Path(__file__).parent / "interactive"

@@ -1,10 +1,8 @@
 """Files: written whole or not at all, read with an error that names the file.
 
-Read `atomic_write`, on which everything that minprefix saves rests, then `save_tensors` and
-`load_tensors` (safetensors files [1]). A write goes to a temporary name in the same folder, is
-flushed to the disk and then renamed: after a full disk, a Ctrl-C or a power cut the earlier file is
-still there.
-[1] https://github.com/huggingface/safetensors
+Read `atomic_write`, on which everything that minprefix saves rests (`tensors.py` too). A write goes
+to a temporary name in the same folder, is flushed to the disk and then renamed: after a full disk,
+a Ctrl-C or a power cut the earlier file is still there.
 """
 
 import json
@@ -14,10 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
-
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 
 @contextmanager
@@ -90,37 +84,3 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
     return value
-
-
-def save_tensors(
-    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file, atomically.
-
-    Args:
-        tensors: on any device, with any strides; no two of the same memory.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_write(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors makes its file 0600
-        try:
-            save_file(tensors, temporary, metadata)
-            temporary.chmod(mode)
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
-
-
-def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, on the CPU, and its metadata.
-
-    Raises:
-        ValueError: truncated, empty or no safetensors file; names it.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or no safetensors file ({error})") from error

@@ -12,7 +12,8 @@ from benchmarks.bart import transformers_bart
 from minprefix.cli.main import main
 from minprefix.data.examples import Example
 from minprefix.methods.adapters import Adapter
-from minprefix.methods.by_name import BaselineConfig, make_tuned
+from minprefix.methods.by_name import make_tuned
+from minprefix.methods.config import BaselineConfig
 from minprefix.models.bart import BART
 from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.gpt2 import GPT2

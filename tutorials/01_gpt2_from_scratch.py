@@ -424,7 +424,7 @@ assert per_position == L * 2 * C
 # Solutions are in `tutorials/solutions/01_gpt2_from_scratch.py`.
 #
 # 1. Count the parameters of GPT-2 by a formula in $V$, $C$, $L$ and `n_positions`. Compare with the
-#    model's, and with the counts of the official sizes in `minprefix.models.weights.MODELS`.
+#    model's, and with the counts of the official sizes in `minprefix.models.config.MODELS`.
 # 2. Leave out the causal mask. Which logits change, and what would training a model without it
 #    teach?
 # 3. Put two texts of different lengths into one batch, padded on the right. Why do the real

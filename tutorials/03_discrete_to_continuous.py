@@ -31,9 +31,10 @@ from minprefix.cli.demo import BF16
 from minprefix.data.batches import collate, encode_examples, encode_prompt
 from minprefix.data.load import load_examples
 from minprefix.generation.decoding import GenerationConfig
+from minprefix.methods.config import SearchConfig
 from minprefix.methods.evaluate import evaluate_method
 from minprefix.methods.search.scores import GRADIENT_COST
-from minprefix.methods.search.search import PromptSearch, SearchConfig
+from minprefix.methods.search.search import PromptSearch
 from minprefix.models.activations import LayerPrefix, Visible
 from minprefix.prefix.parametrisations import Recorder, computed_table, token_activations
 from minprefix.prefix.prefix import Prefix

@@ -39,9 +39,9 @@ from minprefix.generation.texts import generate
 from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.tokenizer import BYTE_CHARS, WORD, Tokenizer
-from minprefix.training.config import TrainConfig
+from minprefix.training.config import PretrainConfig, TrainConfig
 from minprefix.training.corpus import Windows, load_corpus
-from minprefix.training.pretrain import PretrainConfig, Pretrainer, make_optimizers, schedule
+from minprefix.training.pretrain import Pretrainer, make_optimizers, schedule
 from minprefix.training.run_folder import read_log
 from minprefix.training.trainer import Trainer
 

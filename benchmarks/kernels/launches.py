@@ -29,7 +29,7 @@ import kernels.inputs
 from benchmarks.machine import add_row, machine
 from kernels.launch import recorded
 from minprefix.generation import fast
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.generation.texts import generate_ids
 from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2

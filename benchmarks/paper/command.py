@@ -42,6 +42,8 @@ WHAT = (*EXPERIMENTS, "all", "sweep", "report")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(WithModel):
+    """A table or figure of the paper, run here: CSV, figure, and which claims hold."""
+
     # a table or figure of the paper; all of them; sweep: choose the settings of mini, or of a model
     # of your own, on the dev set; report: RESULTS.md from the CSVs
     what: Positional[Literal[*WHAT]]
@@ -276,7 +278,7 @@ def go(todo: list[Run], runs: list[Run], options: Options, gpus: list[str], writ
 
     try:
         run_all(todo, options.runs, options.data_dir, options.device, count, gpus, after)
-    except (Interrupted, KeyboardInterrupt) as stop:
+    except KeyboardInterrupt as stop:
         raise Interrupted(f"{str(stop) or 'interrupted'}. The same command goes on") from None
 
 
@@ -302,6 +304,5 @@ def duration(seconds: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    text = "A table or figure of the paper, run here: CSV, figure, and which claims hold."
     words = sys.argv[1:] if argv is None else argv
-    return execute(sys.modules[__name__], words, "python -m benchmarks.paper", text)
+    return execute(Options, run, words, "python -m benchmarks.paper")

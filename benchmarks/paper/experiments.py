@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.paper.presets import GRID, GRID_LOW, METHODS, MINI, SWEEP_SUBSET, SWEPT_SIZE, Plan
 from benchmarks.paper.run import Run
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 
 TABLE1 = ("FT-FULL", "FT-TOP2", "ADAPTER (3%)", "ADAPTER (0.1%)", "PREFIX")
 TABLE1_MINI = (*TABLE1[:-1], "ADAPTER (0.35%)", "PREFIX")

@@ -49,7 +49,7 @@ def attempt(run: Run, folder: Path, data_dir: Path | None, device: str) -> None:
     """Execute the run; an error becomes failure.json."""
     try:
         execute(run, folder, data_dir, device)
-    except (Interrupted, KeyboardInterrupt):
+    except KeyboardInterrupt:
         raise
     except Exception as error:  # whatever it is, the other runs go on
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -90,7 +90,7 @@ def work_alone(runs, root: Path, data_dir: Path | None, device: str, threads: in
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     try:
         work(runs, root, data_dir, device, check)
-    except (Interrupted, KeyboardInterrupt):
+    except KeyboardInterrupt:
         sys.exit(130)
 
 

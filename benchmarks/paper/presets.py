@@ -16,10 +16,10 @@ from pathlib import Path
 from benchmarks.paper.results import pick, quality, read_rows
 from benchmarks.paper.run import Run
 from minprefix.data.splits import LOW_DATA_SEEDS, LOW_DATA_SIZES, LOW_DATA_SUBSETS
-from minprefix.generation.decoding import GenerationConfig
-from minprefix.methods.by_name import BaselineConfig
+from minprefix.generation.config import GenerationConfig
+from minprefix.methods.config import BaselineConfig, SearchConfig
 from minprefix.methods.paper import PAPER
-from minprefix.methods.search.search import GRADIENT_COST, SearchConfig
+from minprefix.methods.search.search import GRADIENT_COST
 from minprefix.prefix.config import PrefixConfig
 from minprefix.training.config import TrainConfig
 

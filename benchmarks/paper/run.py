@@ -30,12 +30,13 @@ from minprefix.data.examples import Example
 from minprefix.data.load import MissingSplit, load_examples
 from minprefix.data.splits import low_data, subset
 from minprefix.files import read_json, write_text
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.generation.texts import generate
 from minprefix.methods.adapters import Adapter
-from minprefix.methods.by_name import BaselineConfig, make_tuned
+from minprefix.methods.by_name import make_tuned
+from minprefix.methods.config import BaselineConfig, SearchConfig
 from minprefix.methods.hard_prompt import TokenPrompt, answer
-from minprefix.methods.search.search import PromptSearch, SearchConfig
+from minprefix.methods.search.search import PromptSearch
 from minprefix.metrics.official import official_scores
 from minprefix.metrics.quick import slot_coverage
 from minprefix.models import weights

@@ -11,14 +11,16 @@ from benchmarks.peft.run import RANDOM, BenchConfig, run_bench
 from minprefix.cli.main import execute
 from minprefix.cli.options import Flat, WithDevice
 from minprefix.cli.report import format_rows
-from minprefix.models import weights
+from minprefix.models.config import MODELS
 
-NAMES = f"{', '.join(weights.MODELS)}, the name of a model on the hub, a folder, or "
+NAMES = f"{', '.join(MODELS)}, the name of a model on the hub, a folder, or "
 NAMES += f"{', '.join(RANDOM)} (official sizes, random weights)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(WithDevice):
+    """Time training steps or generation, beside transformers + PEFT where installed."""
+
     work: Positional[Literal["train", "generate"]]  # what is timed
     model: Annotated[str, arg(help=NAMES)] = "mini"
     bench: Flat[BenchConfig] = BenchConfig()
@@ -34,9 +36,8 @@ def run(options: Options) -> dict | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    text = "Time training steps or generation, beside transformers + PEFT where installed."
     words = sys.argv[1:] if argv is None else argv
-    return execute(sys.modules[__name__], words, "python -m benchmarks.peft", text)
+    return execute(Options, run, words, "python -m benchmarks.peft")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minprefix.data.batches import BatchOrder, Encoded, collate, encode_examples
 from minprefix.data.examples import Example
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.generation.texts import generate
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.prefix import Prefix

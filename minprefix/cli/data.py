@@ -5,27 +5,14 @@ python -m minprefix data webnlg --data-dir DIR    check the copies in DIR, fetch
 """
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-from tyro.conf import Positional
-
-from minprefix.cli.options import Common
+from minprefix.cli.commands import DataOptions
 from minprefix.cli.report import format_rows
 from minprefix.data.download import SOURCES, fetch
-from minprefix.data.load import DATA_SETS, data_folder
+from minprefix.data.load import data_folder
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(Common):
-    name: Positional[Literal[*DATA_SETS]]  # the data set
-    # check the files of this folder and fetch into it what is missing; None =
-    # $XDG_CACHE_HOME/minprefix/data/NAME, where --data NAME finds it
-    data_dir: Path | None = None
-
-
-def run(options: Options) -> dict | None:
+def run(options: DataOptions) -> dict | None:
     """Print a short list, or return all of it for --json."""
     source, folder = SOURCES[options.name], options.data_dir or data_folder(options.name)
     print(f"{options.name}: {source.home}\nlicence: {source.licence}", file=sys.stderr)

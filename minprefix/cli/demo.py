@@ -8,20 +8,21 @@ which makes a copy of the model.
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minprefix.cli.options import Common
+from minprefix.cli.commands import DemoOptions
 from minprefix.cli.report import format_rows, plot_comparison, plot_loss, say, write_samples
 from minprefix.data.load import load_examples
 from minprefix.files import write_text
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.methods.adapters import count
+from minprefix.methods.config import TEMPLATES
 from minprefix.methods.evaluate import evaluate_method
-from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, show_examples
+from minprefix.methods.hard_prompt import HardPrompt, show_examples
 from minprefix.models.weights import load
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
@@ -45,12 +46,7 @@ GENERATE = GenerationConfig(max_new_tokens=60)
 SHOTS = 3  # examples in context
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(Common):
-    out: Path = Path("runs/demo")  # run folder
-
-
-def run(options: Options) -> dict | None:
+def run(options: DemoOptions) -> dict | None:
     metrics, rows = run_demo(options.out)
     if options.json:
         return metrics

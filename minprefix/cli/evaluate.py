@@ -1,58 +1,20 @@
 """The command `evaluate`: a text for every table of a split, and their scores. Read `run`."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-from tyro.constructors import PrimitiveConstructorSpec
-
-from minprefix.cli.options import Flat, WithData, WithTrained, load_trained
+from minprefix.cli.commands import EvaluateOptions
+from minprefix.cli.trained import load_trained
 from minprefix.data.load import load_examples
 from minprefix.data.splits import choose
 from minprefix.files import write_text
-from minprefix.generation.decoding import GenerationConfig
 from minprefix.generation.texts import frame_of
-from minprefix.methods.evaluate import METRICS, evaluate_method
-from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, TokenPrompt, show_examples
+from minprefix.methods.evaluate import evaluate_method
+from minprefix.methods.hard_prompt import HardPrompt, TokenPrompt, show_examples
 from minprefix.models import weights
 
 
-def template_of(words: list[str]) -> str:
-    """The template that the words after --hard-prompt name: one, or the default."""
-    if len(words) > 1:
-        raise ValueError(f"expected one template, in quotes, got {len(words)} words")
-    return words[0] if words else TEMPLATES[0]
-
-
-Template = Annotated[
-    str | None,
-    PrimitiveConstructorSpec(
-        nargs="*", metavar="[TEMPLATE]", instance_from_str=template_of,
-        is_instance=lambda value: value is None or isinstance(value, str),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(WithTrained, WithData):
-    split: Literal["train", "dev", "test"] = "test"  # which examples
-    # ask the frozen model in words, in which {table} stands for the table; without a TEMPLATE: in
-    # the first of its built-in ones
-    hard_prompt: Template = None
-    prompt: Path | None = None  # prompt.json of the command search
-    shots: int = 0  # examples in context, from the training split
-    limit: int | None = None  # only the first tables
-    max_source: int | None = None  # cut sources to their first tokens; None = as in training
-    batch_size: int = 64  # tables at a time
-    outputs: Path | None = None  # write sources and texts to this file, as JSON lines
-    # quick (BLEU, ROUGE-L, slots), a data set's official scores, or auto: by the form of the data
-    metrics: Literal[*METRICS] = "quick"
-    generation: Flat[GenerationConfig] = GenerationConfig()
-
-
-def run(options: Options) -> dict:
+def run(options: EvaluateOptions) -> dict:
     """Write a text for every table of a split and score them."""
     check(options)
     model, tokenizer = weights.load(options.model, device=options.where)
@@ -84,7 +46,7 @@ def run(options: Options) -> dict:
     return {"tables": len(examples)} | scores
 
 
-def check(options: Options) -> None:
+def check(options: EvaluateOptions) -> None:
     """ValueError for options that do not go together, before anything is loaded."""
     methods = ("prefix", "adapter", "hard_prompt", "prompt")
     given = [f"--{m.replace('_', '-')}" for m in methods if getattr(options, m) is not None]
@@ -100,7 +62,7 @@ def check(options: Options) -> None:
         raise ValueError(f"--outputs {options.outputs}: {options.outputs.parent} is no folder")
 
 
-def check_frame(options: Options, learned: str | None, cut: int | None) -> str:
+def check_frame(options: EvaluateOptions, learned: str | None, cut: int | None) -> str:
     """The linearisation to use; ValueError if training had another one, or another --max-source."""
     trained = options.prefix or options.adapter or options.prompt or options.model
     for option, given, known in (

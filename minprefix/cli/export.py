@@ -1,30 +1,18 @@
 """The command `export`: the latest prefix of a run, as the table alone."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-from tyro.conf import Positional, arg
-
-from minprefix.cli.options import Common
+from minprefix.cli.commands import ExportOptions
 from minprefix.cli.train import read_settings
-from minprefix.files import load_tensors
 from minprefix.methods.by_name import TUNED
 from minprefix.models import weights
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
+from minprefix.tensors import load_tensors
 from minprefix.training.config import TrainConfig
 from minprefix.training.precision import in_bf16
 from minprefix.training.run_folder import read_state
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(Common):
-    run_folder: Annotated[Positional[Path], arg(metavar="RUN")]  # run folder of the command train
-    out: Path  # prefix file to write
-
-
-def run(options: Options) -> dict:
+def run(options: ExportOptions) -> dict:
     """Write the latest prefix of a run, without its MLP."""
     settings = read_settings(options.run_folder)
     config = TrainConfig(**settings["train"])

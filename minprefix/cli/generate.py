@@ -1,30 +1,16 @@
 """The command `generate`: texts of a model and of what was trained for it. Read `run`."""
 
 import sys
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from tyro.conf import Positional, arg
-
-from minprefix.cli.options import Flat, WithTrained, load_trained
+from minprefix.cli.commands import GenerateOptions
+from minprefix.cli.trained import load_trained
 from minprefix.data.batches import encode_prompt, for_bart
-from minprefix.data.load import LINEARISATIONS
-from minprefix.generation.decoding import GenerationConfig
 from minprefix.generation.texts import frame_of, generate, stream
 from minprefix.models import weights
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(WithTrained):
-    # without any, prompts are read from standard input, one per line
-    prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...")] = ()
-    # read a prompt as a table, as training with this --linearisation does, or (none) as a text to
-    # be continued; None = as the prefix was trained, and none without a prefix
-    frame: Literal[*LINEARISATIONS, "none"] | None = None
-    generation: Flat[GenerationConfig] = GenerationConfig()
-
-
-def run(options: Options) -> dict | None:
+def run(options: GenerateOptions) -> dict | None:
     """Write texts; one is streamed to stdout."""
     prompts = list(options.prompts) or read_prompts()
     if "" in prompts:

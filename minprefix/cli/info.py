@@ -1,25 +1,17 @@
 """The command `info`: where the parameters are; with --gpu, what attention runs through."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import FlagCreatePairsOff
-
 from kernels.assembler import report
-from minprefix.cli.options import WithTrained, load_trained
+from minprefix.cli.commands import InfoOptions
 from minprefix.cli.report import format_rows, parameter_rows
+from minprefix.cli.trained import load_trained
 from minprefix.methods.counts import method_rows
 from minprefix.models import weights
 from minprefix.models.config import OFFICIAL
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(WithTrained):
-    # print only the GPU, versions, the assembler, and whether attention runs through the kernels
-    gpu: FlagCreatePairsOff[bool] = False
-
-
-def run(options: Options) -> dict | None:
+def run(options: InfoOptions) -> dict | None:
     if options.gpu:
         rows = report()
         if options.json:

@@ -1,41 +1,31 @@
 """The command line: python -m minprefix COMMAND. Each command is a file of this folder.
 
-A command's file has `Options`, a dataclass that the words are parsed into (`parse.py`), and `run`,
-which prints or returns the result. It is imported when the command is asked for, so that --help
-needs no PyTorch.
+`commands.py` has the options that the words are parsed into (`parse.py`); a command's file has
+`run`, which prints or returns the result. It is imported when the command runs, so that --help and
+usage errors need no PyTorch.
 
 Exit codes: 0 done; 1 an error, reported in one line (the traceback comes with --debug); 2 wrong
 usage; 130 Ctrl-C. Results go to stdout, as one JSON object with --json; progress goes to stderr.
 """
 
 import importlib
+import inspect
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from minprefix.cli.commands import COMMANDS
+from minprefix.cli.options import Common
+
 PROG = "python -m minprefix"
-COMMANDS = {
-    "train": "Tune a prefix, or a baseline of the paper.",
-    "runs": "Compare runs of train; make them smaller, or delete them.",
-    "search": "Search the discrete prompt that lowers the loss most; the model is frozen.",
-    "generate": "Write texts; the text of a single prompt is streamed.",
-    "evaluate": "Write texts for a data set and score them.",
-    "score": "Compute the official scores of a file of texts, without a model.",
-    "export": "Write a run's latest prefix, without its MLP.",
-    "convert": "Convert a prefix from PEFT, the paper's code or adapter-hub, or to PEFT.",
-    "pretrain": "Train a GPT-2 from scratch on a folder of text, tokenizer included.",
-    "download": "Fetch an official model into the hub's cache.",
-    "data": "Fetch an official data set, or check a copy of it.",
-    "info": "Count the parameters of a model, of each method on it, of a prefix or an adapter.",
-    "demo": "Tune a prefix on the embedded data, write texts and measure them.",
-}
 
 
 def usage() -> str:
     """What --help prints."""
-    lines = [f"  {name:10}{text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:10}{inspect.getdoc(cls)}" for name, cls in COMMANDS.items()]
     return "\n".join([
         f"usage: {PROG} [-h] COMMAND [OPTIONS]", "",
         "Prefix-tuning for GPT-2 and BART: tune, write, measure.", "",
@@ -53,31 +43,57 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {message}"
 
 
-def execute(command: Any, words: Sequence[str], prog: str, description: str) -> int:
-    """Run one command, which has `Options` and `run`, with these words; the exit code."""
-    from minprefix.cli.report import format_rows
-    from minprefix.training.loop import Interrupted
+@contextmanager
+def quiet_pipes() -> Iterator[None]:
+    """Within the block, a pipe whose reader has stopped, as head does, ends the process quietly.
 
+    What is printed to a stream that was closed from the start goes nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # Python writes what they still hold at its end
+            os.dup2(nowhere, stream.fileno())
+        raise SystemExit(0) from None
+
+
+@quiet_pipes()
+def execute(
+    cls: type[Common], run: Callable[[Any], dict | None], words: Sequence[str], prog: str
+) -> int:
+    """Run one command with these words; the exit code.
+
+    Args:
+        cls: its options, with what it does as docstring.
+        run: prints the result or returns it.
+    """
     options = None
     try:
-        options = command.Options.parse(tuple(words), prog, description)
-        result = command.run(options)
-    except (Interrupted, KeyboardInterrupt) as stop:
+        options = cls.parse(tuple(words), prog, inspect.getdoc(cls) or "")
+        result = run(options)
+    except KeyboardInterrupt as stop:
         print(f"minprefix: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the output has stopped, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if options is not None and options.debug:
             raise
         print(f"minprefix: error: {describe(error)}", file=sys.stderr)
         return 1
     if result is not None:
+        from minprefix.cli.report import format_rows  # not before: it needs PyTorch
+
         print(json.dumps(result) if options.json else format_rows([result]))
     return 0
 
 
+@quiet_pipes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first word names; the exit code."""
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
@@ -89,5 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong = f"invalid choice: {name!r} ({known})" if name else f"required: COMMAND ({known})"
         print(f"{PROG}: error: {wrong}", file=sys.stderr)
         return 2
-    command = importlib.import_module(f"minprefix.cli.{name}")
-    return execute(command, words, f"{PROG} {name}", COMMANDS[name])
+
+    def run(options: Common) -> dict | None:
+        return importlib.import_module(f"minprefix.cli.{name}").run(options)
+
+    return execute(COMMANDS[name], run, words, f"{PROG} {name}")

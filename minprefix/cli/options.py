@@ -1,7 +1,8 @@
-"""Options that commands share, and what they name: a device, a trained prefix or adapter, a run.
+"""The options that commands share.
 
-A command's `Options` inherits from one of these: `Common` (every command), `WithModel`,
-`WithTrained` (a model with what was trained for it), `WithData`, `WithRun` (a run folder).
+The options of each command (`commands.py`) inherit from one of these: `Common` (every command),
+`WithModel`, `WithTrained` (a model with what was trained for it), `WithData`, `WithRun` (a run
+folder). No option needs PyTorch to be known, so that --help comes at once.
 """
 
 from collections.abc import Callable
@@ -9,15 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import torch
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
 
 from minprefix.cli.parse import changed, parse
 from minprefix.data.load import DATA_SETS, LINEARISATIONS, load_train_and_dev
 from minprefix.data.splits import TOPICS, choose, hold_out, low_data
-from minprefix.methods.adapters import Adapter
-from minprefix.models import weights
-from minprefix.prefix.prefix import Prefix
+from minprefix.models.config import EMBEDDED, MODELS
 
 Config = TypeVar("Config")
 # a config among the options: a group of the help, without its name in the options; a tuple's option
@@ -47,10 +45,47 @@ class WithDevice(Common):
     @property
     def where(self) -> str:
         """The device."""
+        import torch
+
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-MODEL = f"{', '.join(weights.MODELS)}, the name of a model on the hub, or a folder"
+# what an option takes of a run folder: `kept` of the methods of training, and that of a search
+KEPT = {
+    "prefix": "prefix.safetensors", "adapter": "adapter.safetensors", "model": "model",
+    "prompt": "prompt.json",
+}  # fmt: skip
+FOREIGN_FILE = "adapter_config.json"  # in a folder of PEFT or of adapter-hub
+
+
+def kept_in(option: str, given: Any) -> Any:
+    """What --`option` takes of a run folder; whatever else is given stays as it is.
+
+    Raises:
+        ValueError: a folder without it; says which option takes what the folder has.
+    """
+    folder = Path(given)
+    if (folder / KEPT[option]).exists():
+        return type(given)(folder / KEPT[option])
+    if not folder.is_dir():
+        return given
+    found = [other for other, name in KEPT.items() if (folder / name).exists()]
+    if option == "model" and not found:
+        return given  # a checkpoint's folder
+    if found:
+        here = " and ".join(KEPT[other] for other in found)
+        advice = f"but {here}: give {' or '.join(f'--{other} {folder}' for other in found)}"
+    elif (folder / FOREIGN_FILE).is_file():
+        advice = (
+            f"but {FOREIGN_FILE}: `python -m minprefix convert {folder} --to minprefix "
+            "--out prefix.safetensors` makes a prefix of PEFT or adapter-hub ours"
+        )
+    else:
+        advice = "and nothing else that was trained"
+    raise ValueError(f"--{option} {folder}: no {KEPT[option]} is in this folder, {advice}")
+
+
+MODEL = f"{', '.join(MODELS)}, the name of a model on the hub, a folder, or a run of fine-tuning"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,29 +94,27 @@ class WithModel(WithDevice):
 
     model: Annotated[str, arg(help=MODEL)] = "mini"
 
+    def __post_init__(self):
+        if self.model not in EMBEDDED:
+            self.look_into("model")
+
+    def look_into(self, *names: str) -> None:
+        """Where one of these options names a run folder, let it name what the run has kept."""
+        for name in names:
+            if given := getattr(self, name):
+                object.__setattr__(self, name, kept_in(name, given))
+
 
 @dataclass(frozen=True, kw_only=True)
 class WithTrained(WithModel):
     """Options of commands with a model and what was trained for it."""
 
-    prefix: Path | None = None  # prefix file
-    adapter: Path | None = None  # adapter file
+    prefix: Path | None = None  # prefix file, or the run folder of its training
+    adapter: Path | None = None  # adapter file, or the run folder of its training
 
-
-def load_trained(options: WithTrained, model) -> Prefix | None:
-    """The prefix that --prefix names, on the model's device and checked to be made for it.
-
-    An adapter that --adapter names is attached to the model instead.
-    """
-    if options.adapter and options.prefix:
-        raise ValueError("--prefix and --adapter are different methods: choose one")
-    if options.adapter:
-        Adapter.load(options.adapter).to(options.where).attach(model)
-    if not options.prefix:
-        return None
-    prefix = Prefix.load(options.prefix).to(options.where)
-    prefix.check_base(model)
-    return prefix
+    def __post_init__(self):
+        super().__post_init__()
+        self.look_into("prefix", "adapter")
 
 
 DATA = (

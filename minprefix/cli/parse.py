@@ -7,14 +7,49 @@ not accepted. A ValueError of a dataclass's own checks is raised as it is.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import tyro
 from tyro import _errors as errors  # private: the one way to an error's parts; tyro is pinned
 
 Options = TypeVar("Options")
+
+# options of transformers' TrainingArguments, GenerationConfig and example scripts, of PEFT's
+# PrefixTuningConfig and of the paper's code, by what ours are called
+ELSEWHERE = {
+    "--lr": "learning-rate",
+    "--epochs": "num-train-epochs num-epochs",
+    "--steps": "max-steps max-train-steps num-train-steps",
+    "--batch-size": "per-device-train-batch-size per-device-eval-batch-size train-batch-size",
+    "--accumulation": "gradient-accumulation-steps",
+    "--warmup-steps": "warmup-ratio num-warmup-steps",
+    "--clip": "max-grad-norm",
+    "--eval-every": "eval-steps save-steps eval-strategy evaluation-strategy",
+    "--log-every": "logging-steps",
+    "--activation-checkpointing": "gradient-checkpointing",
+    "--compile": "torch-compile",
+    "--precision bf16": "bf16 fp16",
+    "--prefix-dropout": "dropout",
+    "--out": "output-dir output outdir save-dir",
+    "--resume": "resume-from-checkpoint",
+    "--model": "model-name-or-path model-name base-model",
+    "--data": "dataset-name dataset train-file train-data",
+    "--dev": "validation-file eval-file dev-file",
+    "--max-source": "max-source-length max-seq-length",
+    "--max-new-tokens": "max-length max-target-length",
+    "--min-new-tokens": "min-length",
+    "--num-beams": "beams beam-size",
+    "--no-repeat-ngram-size": "repetition-penalty",
+    "--bad-words": "bad-words-ids",
+    "--prefix-len": "num-virtual-tokens preseqlen prefix-length",
+    "--mid-dim": "encoder-hidden-size",
+    "--parametrisation mlp": "prefix-projection",
+    "--method": "tuning-mode peft-type",
+}
 
 
 def parse(
@@ -29,7 +64,7 @@ def parse(
     """
     given: Any = {} if default is None else {"default": default}
     config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-    with errors.on_parse_error(report):
+    with errors.on_parse_error(partial(report, known=tuple(options_of(cls)))):
         return tyro.cli(cls, prog=prog, description=description, args=words, config=config, **given)
 
 
@@ -40,12 +75,36 @@ def parse_known(cls: type[Options], words: Sequence[str], prog: str) -> Options:
         return options
 
 
-def report(event: errors.ParseErrorEvent) -> NoReturn:
-    """Report a usage error in one line, where tyro would draw a box."""
+def report(event: errors.ParseErrorEvent, known: Sequence[str] = ()) -> NoReturn:
+    """Report a usage error in one line, where tyro would draw a box; `known` are the options."""
     if isinstance(event, errors.InstantiationFailure) and event.argument is None:
         raise ValueError(event.message)
-    print(f"{event.prog}: error: {explain(event)} (--help lists the options)", file=sys.stderr)
+    unknown = {errors.UnrecognizedArgs: "tokens", errors.MissingArgs: "unrecognized_tokens"}
+    meant = [hint(word, known) for word in getattr(event, unknown.get(type(event), ""), ())]
+    advice = " or ".join(dict.fromkeys(filter(None, meant)))
+    wrong = explain(event) + (f"; did you mean {advice}?" if advice else "")
+    print(f"{event.prog}: error: {wrong} (--help lists the options)", file=sys.stderr)
     raise SystemExit(2)
+
+
+def options_of(cls: Any) -> Iterator[str]:
+    """The options of a dataclass, as they are typed."""
+    for field in fields(cls):
+        if is_dataclass(field.default):
+            yield from options_of(field.default)
+        else:
+            yield "--" + field.name.replace("_", "-")
+
+
+def hint(word: str, known: Sequence[str]) -> str:
+    """The one of the `known` options that a word on the command line means; "" = none."""
+    word = word.partition("=")[0].replace("_", "-")
+    if not word.startswith("--"):
+        return ""
+    for option, names in ELSEWHERE.items():
+        if word[2:] in names.split() and option.split()[0] in known:
+            return option
+    return next(iter(get_close_matches(word, known, 1, 0.75)), "")
 
 
 def name(argument: Any) -> str:

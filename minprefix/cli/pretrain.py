@@ -11,64 +11,34 @@ reached.
 
 import json
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
-from tyro.conf import Positional, Suppress, arg
-
-from minprefix.cli.options import Flat, WithDevice
-from minprefix.cli.parse import parse, parse_known
+from minprefix.cli.commands import PretrainOptions
 from minprefix.cli.report import format_rows, plot_loss, say
 from minprefix.files import write_text
 from minprefix.generation.texts import generate
 from minprefix.models import weights
 from minprefix.models.tokenizer import Tokenizer
+from minprefix.training.config import PRESETS, PretrainConfig
 from minprefix.training.corpus import load_corpus
 from minprefix.training.loop import tells_how_to_go_on
-from minprefix.training.pretrain import PRESETS, PretrainConfig, Pretrainer
+from minprefix.training.pretrain import Pretrainer
 from minprefix.training.run_folder import read_log, state_path
 
 NOTE = "pretrain.json"  # a folder with it is one of this command's
 SAMPLE_TOKENS = 60
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    # sizes and settings where no other is given: small, for a CPU, or mini, the recipe of the
-    # embedded model, for a GPU; --preset mini --help shows that one's defaults
-    preset: Literal[*PRESETS] = "small"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(Preset, WithDevice):
-    # .txt, .txt.gz, .txt.xz; or token ids, .npy, .npy.xz; names that begin with val: held out
-    text: Annotated[Positional[Path], arg(metavar="FOLDER")]
-    out: Path  # run folder and model to make
-    # mini, a hub id or a folder with vocab.json and merges.txt; None = one is trained on the text
-    tokenizer: str | None = None
-    samples: int = 3  # texts to write at the end
-    pretrain: Flat[PretrainConfig] = PretrainConfig()
-    words: Suppress[tuple[str, ...]] = ()  # the command line, which goes on with an interrupted run
-
-    @classmethod
-    def parse(cls, words, prog: str, description: str) -> "Options":
-        """The preset first: it has the values of the options that are not given."""
-        preset = parse_known(Preset, words, prog).preset
-        required, config = tyro.MISSING, PRESETS[preset]
-        default = cls(text=required, out=required, preset=preset, pretrain=config, words=words)
-        return parse(cls, words, prog, description, default)
-
-
-def config_of(options: Options) -> PretrainConfig:
+def config_of(options: PretrainOptions) -> PretrainConfig:
     """The settings of the run; ValueError if they do not go with the tokenizer."""
     if options.tokenizer and options.pretrain.vocab_size != PRESETS[options.preset].vocab_size:
         raise ValueError("--vocab-size is for a tokenizer trained here, --tokenizer has its own")
     return options.pretrain
 
 
-def run(options: Options) -> dict | None:
+def run(options: PretrainOptions) -> dict | None:
     """Train and write samples; what was reached and where the model is."""
     config, out = config_of(options), options.out
     weights.check_device(options.where)

@@ -9,27 +9,16 @@ Read `run`. A run folder is one with config.json and log.jsonl, see training/run
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tyro.conf import FlagCreatePairsOff, Positional
-
-from minprefix.cli.options import Common
+from minprefix.cli.commands import RunsOptions
 from minprefix.cli.report import format_rows, plot_curves, size_of
 from minprefix.files import read_json
 from minprefix.training.run_folder import read_log, remove_state
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(Common):
-    folders: Positional[tuple[Path, ...]]  # run folders
-    figure: Path | None = None  # draw the dev losses of the runs into this file, such as curves.png
-    slim: FlagCreatePairsOff[bool] = False  # remove what only resuming needs
-    delete: FlagCreatePairsOff[bool] = False  # remove the runs with all that is in their folders
-
-
-def run(options: Options) -> dict | None:
+def run(options: RunsOptions) -> dict | None:
     """A table of the runs and of the settings in which they differ."""
     runs = {folder: read_run(folder) for folder in options.folders}
     if options.delete or options.slim:

@@ -5,15 +5,11 @@ line between those of different outputs. Where there is no blank line each outpu
 [1] https://github.com/tuetschek/e2e-metrics
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
-
-from minprefix.cli.options import Common
+from minprefix.cli.commands import ScoreOptions
 from minprefix.files import read_text
-from minprefix.metrics.official import SUITES, official_scores
+from minprefix.metrics.official import official_scores
 from minprefix.metrics.quick import corpus_bleu, rouge_l
 
 
@@ -38,17 +34,7 @@ def read_references(path: Path) -> list[list[str]]:
     return groups if all(len(g) < len(lines) for g in groups) else [[line] for line in lines]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(Common):
-    outputs_file: Annotated[Positional[Path], arg(metavar="OUTPUTS")]  # one text a line
-    # one text a line, a blank line between those of different outputs
-    references_file: Annotated[Positional[Path], arg(metavar="REFERENCES")]
-    # the scores of one data set's official script, or quick: BLEU and rouge-score's ROUGE-L
-    metrics: Literal["quick", *SUITES] = "e2e"
-    groups: Path | None = None  # WebNLG's category of each output, one a line: adds seen, unseen
-
-
-def run(options: Options) -> dict:
+def run(options: ScoreOptions) -> dict:
     outputs, references = _lines(options.outputs_file), read_references(options.references_file)
     if len(outputs) != len(references):
         raise ValueError(

@@ -9,12 +9,14 @@ has what the command was started with.
 
 import json
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from minprefix.cli.options import Flat, WithRun, examples_of
+from minprefix.cli.commands import SearchOptions
+from minprefix.cli.options import examples_of
 from minprefix.files import read_json, write_text
-from minprefix.methods.search.search import PromptSearch, SearchConfig, saved_config
+from minprefix.methods.config import saved_config
+from minprefix.methods.search.search import PromptSearch
 from minprefix.models import weights
 from minprefix.training.loop import tells_how_to_go_on
 from minprefix.training.run_folder import state_path
@@ -22,12 +24,7 @@ from minprefix.training.run_folder import state_path
 KEYS = ("model", "device", "data", "dev", "linearisation", "search")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(WithRun):
-    search: Flat[SearchConfig] = SearchConfig()
-
-
-def run(options: Options) -> dict | None:
+def run(options: SearchOptions) -> dict | None:
     """Search; the prompt, its dev loss and that of no prompt and of the written templates."""
     out, settings = run_to_search(options)
     search = make_search(settings, out)
@@ -44,7 +41,7 @@ def run(options: Options) -> dict | None:
     return None
 
 
-def run_to_search(options: Options) -> tuple[Path, dict]:
+def run_to_search(options: SearchOptions) -> tuple[Path, dict]:
     """The run folder and the settings that the options name; ValueError if they do not fit."""
     options.check_folder(state_path)
     if not options.resume:

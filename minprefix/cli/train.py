@@ -10,19 +10,17 @@ has what the command was started with, and what followed from the data.
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
-from tyro.conf import FlagCreatePairsOff
-
-from minprefix.cli.options import Flat, WithRun, examples_of
+from minprefix.cli.commands import TrainOptions
+from minprefix.cli.options import examples_of
 from minprefix.cli.parse import changed
 from minprefix.cli.report import plot_loss, tensorboard
 from minprefix.cli.run_report import tell_end, tell_start
-from minprefix.data.load import DATA_SETS
 from minprefix.files import read_json, write_text
-from minprefix.methods.by_name import TUNED, BaselineConfig, make_tuned
+from minprefix.methods.by_name import TUNED, make_tuned
+from minprefix.methods.config import BaselineConfig
 from minprefix.methods.paper import paper_settings
 from minprefix.models import weights
 from minprefix.prefix.config import PrefixConfig
@@ -32,24 +30,11 @@ from minprefix.training.ranks import joined
 from minprefix.training.run_folder import read_log, remove_state, state_path
 from minprefix.training.trainer import Trainer
 
-
-@dataclass(frozen=True, kw_only=True)
-class Options(WithRun):
-    # the paper's learning rate, epochs, batch size and prefix length for the method on a data set
-    preset: Literal[*DATA_SETS] | None = None
-    track: FlagCreatePairsOff[bool] = False  # log to TensorBoard, too: files in the run folder
-    # False: at the end remove what only resuming needs (twice the size of what is trained)
-    keep_state: bool = True
-    train: Flat[TrainConfig] = TrainConfig()
-    prefix: Flat[PrefixConfig] = PrefixConfig()
-    baseline: Flat[BaselineConfig] = BaselineConfig()
-
-
 LENGTH = ("steps", "epochs", "time")  # of a run: one of them may be given
 MAY_CHANGE = ("--steps", "--epochs", "--time", "--patience", "--track", "--no-keep-state")
 
 
-def run(options: Options) -> dict | None:
+def run(options: TrainOptions) -> dict | None:
     """Train; where the weights are kept and the best dev loss. None on ranks but the first."""
     out, settings = run_to_train(options)
     with joined(settings["device"]) as ranks:
@@ -87,7 +72,7 @@ def draw(trainer: Trainer) -> None:
         plot_loss(log, trainer.out / "loss.png", f"Loss of the run {trainer.out.name}")
 
 
-def run_to_train(options: Options) -> tuple[Path, dict]:
+def run_to_train(options: TrainOptions) -> tuple[Path, dict]:
     """The run folder and the settings that the options name; ValueError if they do not fit."""
     options.check_folder(state_path, MAY_CHANGE)
     if options.resume:
@@ -106,7 +91,7 @@ def run_to_train(options: Options) -> tuple[Path, dict]:
     return options.out, options.settings() | {n: asdict(getattr(options, n)) for n in names}
 
 
-def with_preset(options: Options, data: str) -> Options:
+def with_preset(options: TrainOptions, data: str) -> TrainOptions:
     """The options with the paper's settings, where they say nothing else."""
     length = any(getattr(options.train, name) is not None for name in LENGTH)
     paper, prefix_len = paper_settings(options.train.method, data)
@@ -121,7 +106,7 @@ def with_preset(options: Options, data: str) -> Options:
     return replace(options, train=replace(options.train, patience=0, **train), prefix=prefix)
 
 
-def check_read(options: Options) -> None:
+def check_read(options: TrainOptions) -> None:
     """ValueError if an option is given that the method, or the start of the prefix, ignores."""
     method = options.train.method
     for config in (options.prefix, options.baseline):

@@ -14,12 +14,8 @@ import torch
 from torch import Tensor
 
 from minprefix.generation.caches import BeamCache
-from minprefix.generation.decoding import (
-    Beginning,
-    GenerationConfig,
-    draw,
-    sampling_probabilities,
-)
+from minprefix.generation.config import GenerationConfig
+from minprefix.generation.decoding import Beginning, draw, sampling_probabilities
 
 
 class Forbidden:

@@ -32,14 +32,8 @@ from torch import Tensor
 from minprefix.generation import caches
 from minprefix.generation.caches import BeamCache, RowCache
 from minprefix.generation.choice import Beams, Choice, Forbidden, Tokens
-from minprefix.generation.decoding import (
-    Beam,
-    BeamSearch,
-    Beginning,
-    GenerationConfig,
-    begin,
-    check_beams,
-)
+from minprefix.generation.config import GenerationConfig
+from minprefix.generation.decoding import Beam, BeamSearch, Beginning, begin, check_beams
 from minprefix.generation.graphs import capture, round_up, uses_graphs
 from minprefix.models.activations import Activations
 from minprefix.models.base import LanguageModel

@@ -15,7 +15,7 @@ from torch import Tensor
 from minprefix.data.batches import encode_prompt
 from minprefix.generation import decoding
 from minprefix.generation import fast as fast_generation
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.models.activations import Activations
 from minprefix.models.base import LanguageModel, evaluating
 from minprefix.prefix.bank import PrefixBank

@@ -42,21 +42,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprefix.checks import check_choice
-from minprefix.files import load_tensors, save_tensors
 from minprefix.generation.fast import KEPT
+from minprefix.methods.config import DESIGNS, SUBLAYERS
 from minprefix.models.base import ATTACHED, adapter_of, check_free
 from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import check_base, fingerprint, need_gpt2
 from minprefix.prefix.files import check_finite, frame_metadata, read_frame
+from minprefix.tensors import load_tensors, save_tensors
 from minprefix.training.blocks import is_compiled
 from minprefix.training.tuned import Tuned, bind_added
 
-SUBLAYERS = {
-    "lin": ("block",),
-    "houlsby": ("attn", "mlp"),
-}  # by design: what an adapter comes after
-DESIGNS = tuple(SUBLAYERS)
 FORMAT = "minprefix-adapter-1"
 SHARE = 0.03  # of the model's parameters: the larger of the paper's two adapters
 

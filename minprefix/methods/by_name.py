@@ -1,10 +1,10 @@
 """The methods by the names that the command line and config.json give them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
-from minprefix.checks import check_at_least_one, check_choice
-from minprefix.methods.adapters import DESIGNS, TunedAdapter, count, make_adapter
+from minprefix.methods.adapters import TunedAdapter, count, make_adapter
+from minprefix.methods.config import BaselineConfig
 from minprefix.methods.top_layers import TopLayers, TunedTopLayers
 from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
@@ -15,28 +15,6 @@ from minprefix.training.config import TrainConfig
 from minprefix.training.tuned import Tuned, TunedModel, TunedPrefix
 
 TUNED = {kind.method: kind for kind in (TunedPrefix, TunedModel, TunedTopLayers, TunedAdapter)}
-
-
-@dataclass(frozen=True)
-class BaselineConfig:
-    """What the methods "ft-top" and "adapter" train; `make_tuned` follows it."""
-
-    top_layers: int = 2  # ft-top: layers, from the top, beside the last layer norm; the paper's: 2
-    top_embedding: bool = False  # ft-top: the token embedding, too, which is the head
-    adapter_design: str = "lin"  # adapter: "lin" (one per layer) or "houlsby" (two per layer)
-    bottleneck: int | None = None  # adapter: its width m; None = by adapter_share
-    adapter_share: float | None = None  # adapter: its part of the model's parameters; None = 0.03
-
-    def __post_init__(self):
-        check_choice("adapter_design", self.adapter_design, DESIGNS)
-        check_at_least_one(self, "top_layers", "bottleneck")
-        if self.adapter_share is not None and not 0 < self.adapter_share <= 1:
-            raise ValueError(f"adapter_share must lie in (0, 1], got {self.adapter_share}")
-        if self.bottleneck is not None and self.adapter_share is not None:
-            raise ValueError(
-                f"bottleneck {self.bottleneck} and adapter_share {self.adapter_share} both say how "
-                "wide an adapter is: give one"
-            )
 
 
 def unread(

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from minprefix.methods.adapters import DESIGNS, Adapter, bottleneck_for, count
+from minprefix.methods.adapters import Adapter, bottleneck_for, count
+from minprefix.methods.config import DESIGNS
 from minprefix.methods.top_layers import TopLayers
 from minprefix.models.config import OFFICIAL, BARTConfig, GPT2Config
 from minprefix.models.weights import shapes_of

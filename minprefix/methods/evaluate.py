@@ -8,16 +8,14 @@ from tqdm import tqdm
 from minprefix.checks import check_choice
 from minprefix.data.batches import encode_prompt
 from minprefix.data.examples import Example
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.generation.texts import frame_of, generate
 from minprefix.methods.hard_prompt import HardPrompt, TokenPrompt, answer
-from minprefix.metrics.official import SUITES, official_scores, suite_of
+from minprefix.metrics.official import METRICS, official_scores, suite_of
 from minprefix.metrics.quick import score
 from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.prefix import Prefix
-
-METRICS = ("quick", *SUITES, "auto")
 
 
 def measure(

@@ -16,15 +16,9 @@ from minprefix.data.batches import Encoded, encode_prompt
 from minprefix.data.examples import LINEARISATIONS, Example
 from minprefix.files import read_json
 from minprefix.generation.texts import generate
+from minprefix.methods.config import TEMPLATES
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import check_base
-
-# Ways to ask for a text, tried in this order; `{table}` stands for the linearised table.
-TEMPLATES = (
-    "{table}\n\nDescription:",
-    "{table}\n\nSummary:",
-    "Restaurant: {table}\nReview:",
-)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ SUITES = {
     "dart": ("BLEU", "MET", "TER"),
     "xsum": ("R-1", "R-2", "R-L"),
 }
+METRICS = ("quick", *SUITES, "auto")  # what `methods.evaluate.measure` knows
 # WebNLG 2017: categories of the training set, and those that only the test set has.
 MAX_REFERENCES = 3  # of WebNLG and DART: the scripts take the first three
 

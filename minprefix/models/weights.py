@@ -21,22 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minprefix.files import atomic_write, load_tensors, read_json, save_tensors
+from minprefix.files import atomic_write, read_json
 from minprefix.models import hub, weights_bart, weights_gpt2
 from minprefix.models.bart import BART
 from minprefix.models.base import LanguageModel
-from minprefix.models.config import OFFICIAL, BARTConfig, GPT2Config
+from minprefix.models.config import EMBEDDED, BARTConfig, GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.tokenizer import Tokenizer
+from minprefix.tensors import load_tensors, save_tensors
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-
-EMBEDDED = ("mini", "mini-bart")
-
-# names with their numbers of parameters, the tied head counted once
-MODELS = {"mini": 17_538_816, "mini-bart": 14_462_720} | {
-    name: n for name, (_, n) in OFFICIAL.items()
-}
 
 FAMILIES = {family.CONFIG.family: family for family in (weights_gpt2, weights_bart)}
 

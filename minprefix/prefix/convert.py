@@ -13,6 +13,7 @@ from minprefix.models import weights
 from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.bart import BARTPrefix
+from minprefix.prefix.config import SYSTEMS
 from minprefix.prefix.files import load_prefix, save_prefix
 from minprefix.prefix.foreign import (
     AuthorsTokens,
@@ -22,8 +23,6 @@ from minprefix.prefix.foreign import (
 )
 from minprefix.prefix.peft import read_peft, write_peft
 from minprefix.prefix.prefix import Prefix
-
-TARGETS = ("minprefix", "peft")
 
 
 def system_of(source: Path) -> str:
@@ -99,7 +98,7 @@ def convert(
         model_name: base model to check the prefix with, and whose fingerprint it then carries.
         position_offset: token t stands at t + this; None = as the source's system has it.
     """
-    check_choice("to", to, TARGETS)
+    check_choice("to", to, SYSTEMS)
     if position_offset is not None and position_offset < 0:
         raise ValueError(f"position_offset must be >= 0, got {position_offset}")
     source, out = Path(source), Path(out)

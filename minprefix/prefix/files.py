@@ -14,11 +14,11 @@ import torch
 
 from minprefix.checks import check_choice
 from minprefix.data.examples import LINEARISATIONS
-from minprefix.files import load_tensors, save_tensors
 from minprefix.models.config import SITES
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.config import PLACES
 from minprefix.prefix.prefix import Prefix
+from minprefix.tensors import load_tensors, save_tensors
 
 FORMATS = {Prefix.family: "minprefix-prefix-1", BARTPrefix.family: "minprefix-bart-prefix-1"}
 

@@ -28,12 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minprefix.files import load_tensors, read_json
+from minprefix.files import read_json
 from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.weights import LISTED, read_config, read_pickle
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.parametrisations import computed_table
 from minprefix.prefix.prefix import Prefix
+from minprefix.tensors import load_tensors
 
 # what adapter-hub's config may say; another value means something that a Prefix is not
 ADAPTERS_ONLY = {"use_gating": (False, None), "leave_out": ([], None)}

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from minprefix.files import atomic_write, read_json, save_tensors
+from minprefix.files import atomic_write, read_json
 from minprefix.prefix.files import frame_metadata, read_frame
 from minprefix.prefix.foreign import (
     check_only,
@@ -22,6 +22,7 @@ from minprefix.prefix.foreign import (
     table_of_rows,
 )
 from minprefix.prefix.prefix import Prefix
+from minprefix.tensors import save_tensors
 
 # what adapter_config.json may say; another value means something that a Prefix is not
 ONLY = {

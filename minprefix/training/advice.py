@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from minprefix.data.batches import encode_prompt
 from minprefix.data.examples import Example
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 
 NOTABLE = 0.05  # share of a dev loss: a smaller change is not worth a word
 FALLING = 0.25  # share of a run, its last part, in which a falling loss says that it was too short

@@ -2,7 +2,8 @@
 
 Read `TrainConfig`, then `settle`: the number of steps, the batch size, the warm-up and the interval
 of evaluations follow from the number of training pairs. `make defaults` measures the rule against
-a grid of other settings; docs/defaults.md shows the result. Imports nothing of PyTorch.
+a grid of other settings; docs/defaults.md shows the result. `PretrainConfig` is that of a run of
+`pretrain.py`. Imports nothing of PyTorch.
 """
 
 import math
@@ -132,3 +133,76 @@ def settle(config: TrainConfig, n_pairs: int, lr: float, ranks: int = 1) -> Trai
         warmup_steps=warmup if config.warmup_steps is None else config.warmup_steps,
         eval_every=config.eval_every or every,
     )  # fmt: skip
+
+
+# pretraining --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A model and the run that makes it. Defaults: small enough for a CPU."""
+
+    vocab_size: int = 4096  # V, of a tokenizer that is trained on the text
+    n_positions: int = 256  # T, tokens of a window; no text can be longer for this model
+    n_embd: int = 192  # C
+    n_layer: int = 4  # L
+    n_head: int = 3  # H
+    steps: int = 1000  # optimiser steps
+    batch_tokens: int = 8192  # tokens per optimiser step
+    micro_tokens: int | None = None  # tokens per forward pass, to save memory; None = batch_tokens
+    muon_lr: float = 0.02  # Muon, peak: matrices in the layers
+    weight_decay: float = 0.02  # Muon, per step and lr
+    adamw_lr: float = 2e-3  # AdamW, peak: embeddings, biases, layer norms; no weight decay
+    warmup_steps: int = 100  # steps of linear warm-up
+    hold: float = 0.3  # share of the run at the peak, then linear decay
+    lr_end: float = 0.03  # share of the peak that is left at the end
+    clip: float = 1.0  # largest norm of the whole gradient
+    dropout: float = 0.0  # probability, on embeddings and residuals; 0 suits few epochs
+    time: str | None = None  # wall time such as 10m or 2h by which the run and its schedule end
+    precision: str = "auto"  # "fp32", "bf16" (autocast), or "auto" = bf16 on CUDA, fp32 on a CPU
+    compile: bool = False  # torch.compile each layer: slow first steps, then fewer memory passes
+    seed: int = 0  # first weights, order of windows, dropout
+    val_share: float = 0.02  # share of the text that is held out where no file is named val*
+    eval_tokens: int = 131072  # held-out tokens per evaluation, at most; evenly spread
+    eval_every: int = 100  # steps between evaluations, and between saved states
+    log_every: int = 10  # steps per line of the log
+
+    def __post_init__(self):
+        check_choice("precision", self.precision, PRECISIONS)
+        check_at_least_one(
+            self, "n_positions", "n_embd", "n_layer", "n_head", "steps", "eval_tokens",
+            "eval_every", "log_every",
+        )  # fmt: skip
+        check_positive(self, "muon_lr", "adamw_lr", "clip")
+        check_not_negative(self, "warmup_steps", "weight_decay", "seed")
+        for name in ("hold", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.lr_end <= 1 or not 0 < self.val_share < 1:
+            given = f"{self.lr_end} and {self.val_share}"
+            raise ValueError(f"lr_end must lie in [0, 1], val_share in (0, 1), got {given}")
+        for name in ("batch_tokens", "micro_tokens"):
+            value = getattr(self, name)
+            if value is not None and (value < 1 or value % self.n_positions):
+                n = self.n_positions
+                raise ValueError(f"{name} must be a multiple of n_positions {n}, got {value}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+        assert self.seconds is None or self.seconds > 0  # a time that cannot be read is an error
+
+    @property
+    def seconds(self) -> float | None:
+        """The wall time that the run may take; None where steps decide."""
+        return None if self.time is None else seconds_of(self.time)
+
+
+# `mini` is the recipe of the embedded model: assets/mini/MODEL_CARD.md
+PRESETS = {
+    "small": PretrainConfig(),
+    "mini": PretrainConfig(
+        vocab_size=8192, n_positions=512, n_embd=384, n_layer=8, n_head=6,
+        steps=7789, batch_tokens=256 * 512, micro_tokens=128 * 512,
+        muon_lr=0.02, weight_decay=0.02, adamw_lr=2e-3, warmup_steps=100, hold=0.3, lr_end=0.03,
+        eval_tokens=2**21, eval_every=500, log_every=50,
+    ),
+}  # fmt: skip

@@ -15,11 +15,13 @@ import torch
 
 from minprefix.cli import evaluate as evaluate_command
 from minprefix.cli import generate as generate_command
-from minprefix.files import load_tensors
 from minprefix.generation.texts import generate
+from minprefix.methods.config import TEMPLATES
+from minprefix.models.config import MODELS
 from minprefix.models.hub import constants
-from minprefix.models.weights import MODELS, load
+from minprefix.models.weights import load
 from minprefix.prefix.prefix import Prefix
+from minprefix.tensors import load_tensors
 from minprefix.training.run_folder import read_state
 from minprefix.training.trainer import Trainer
 
@@ -142,7 +144,11 @@ def test_finetuning_leaves_a_model_that_the_other_commands_take(cli, tiny_folder
     assert not torch.equal(before.wte.weight, after.wte.weight)
     assert after.config.linearisation == "paper"  # its frame: no option has to say it again
     few = ("--data", tables, "--max-new-tokens", 4, "--json")
-    assert only_json(cli("evaluate", "--model", folder, *few)[0])["tables"] == 3
+    result = only_json(cli("evaluate", "--model", folder, *few)[0])
+    assert result["tables"] == 3
+    assert only_json(cli("evaluate", "--model", tmp_path / "run", *few)[0]) == result
+    train(cli, tmp_path / "run", tables, tmp_path / "next")
+    assert json.loads((tmp_path / "next" / "config.json").read_text())["model"] == str(folder)
 
 
 def test_resume_of_a_finished_run_changes_nothing(cli, run):
@@ -280,7 +286,7 @@ def test_evaluate_asks_in_words_with_and_without_examples(cli, tiny_folder, tabl
     cli(*few, "--hard-prompt")
     cli(*few, "--hard-prompt", "{table} in short:", "--shots", 2)
     assert seen[0] is None
-    assert seen[1].template == evaluate_command.TEMPLATES[0] and seen[1].shown == ()
+    assert seen[1].template == TEMPLATES[0] and seen[1].shown == ()
     assert seen[2].template == "{table} in short:" and len(seen[2].shown) == 2
     trained = {
         (f"boat : Gull {n} | colour : green", f"Gull {n} is a green boat.") for n in range(8)

@@ -15,8 +15,10 @@ import pytest
 import torch
 from conftest import tiny_with_words
 
-from minprefix.files import load_tensors, save_tensors
+from minprefix.cli.options import KEPT, kept_in
+from minprefix.methods.by_name import TUNED
 from minprefix.prefix.prefix import Prefix
+from minprefix.tensors import load_tensors, save_tensors
 from minprefix.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,6 +107,38 @@ def test_unknown_devices_are_named(refused, tiny_folder, tables, tmp_path, comma
 
 
 # prefixes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", KEPT)
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_run_folder_gives_what_it_kept(tmp_path, option, kept):
+    (tmp_path / KEPT[kept]).mkdir()  # a file or a folder
+    if option == kept:
+        assert kept_in(option, tmp_path) == tmp_path / KEPT[kept]
+    else:
+        message = f"--{option} {tmp_path}: no {KEPT[option]} is in this folder, but {KEPT[kept]}: "
+        with pytest.raises(ValueError, match=re.escape(message + f"give --{kept} {tmp_path}")):
+            kept_in(option, tmp_path)
+
+
+def test_what_a_run_folder_keeps_is_what_the_methods_name():
+    assert {kind.kept for kind in TUNED.values()} == {*KEPT.values()} - {"prompt.json"}
+
+
+def test_a_folder_without_anything_trained_is_named(refused, tiny_folder, tmp_path):
+    message = refused("generate", "a boat", "--prefix", tmp_path)
+    assert f"--prefix {tmp_path}: no prefix.safetensors is in this folder" in message
+    assert "no adapter.safetensors" in refused("info", "--adapter", tmp_path)
+    assert f"{tmp_path / 'config.json'}: missing" in refused("info", "--model", tmp_path)
+    (tmp_path / "adapter_config.json").touch()
+    assert f"convert {tmp_path} --to minprefix" in refused("evaluate", "--prefix", tmp_path)
+    assert kept_in("model", str(tiny_folder)) == str(tiny_folder)
+    assert kept_in("model", "gpt2") == "gpt2"
+
+
+def test_a_prefix_for_another_model_names_the_model_of_its_run(refused, tiny_folder, run):
+    message = refused("generate", "a boat", "--prefix", run)  # with mini
+    assert "another model" in message and f"its run was of --model {tiny_folder}" in message
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"n_layer": 3}, {"n_embd": 32}])

@@ -9,19 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from minprefix.files import (
-    atomic_write,
-    load_tensors,
-    read_json,
-    read_text,
-    save_tensors,
-    write_text,
-)
+from minprefix.files import atomic_write, read_json, read_text, write_text
+from minprefix.tensors import load_tensors, save_tensors
 
 # the disk is full after 100 kB: RLIMIT_FSIZE ends a write in the middle, as ENOSPC does
 FULL_DISK = """
 import resource, signal, sys, torch
-from minprefix.files import save_tensors, write_text
+from minprefix.files import write_text
+from minprefix.tensors import save_tensors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 from tyro._docstrings import get_field_docstring
 
-from minprefix.cli.main import COMMANDS
+from minprefix.cli.commands import COMMANDS
 from minprefix.cli.options import Flat
-from minprefix.cli.parse import changed, parse
+from minprefix.cli.parse import ELSEWHERE, changed, options_of, parse
 from minprefix.generation.decoding import GenerationConfig
-from minprefix.methods.by_name import BaselineConfig
-from minprefix.methods.search.search import SearchConfig
+from minprefix.methods.config import BaselineConfig, SearchConfig
 from minprefix.prefix.config import PrefixConfig
-from minprefix.training.config import TrainConfig
-from minprefix.training.pretrain import PRESETS, PretrainConfig
+from minprefix.training.config import PRESETS, PretrainConfig
+from minprefix.training.trainer import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -147,9 +146,50 @@ def test_help_has_every_command(cli):
         assert cli(command, "--help")[0].startswith(f"usage: python -m minprefix {command}")
 
 
-def test_help_needs_no_torch():
-    """It takes a tenth of a second, not two."""
-    code = "import sys; from minprefix.cli.main import main; main(['--help'])"
-    code += "; print('torch' in sys.modules, file=sys.stderr)"
+def test_help_and_usage_errors_need_no_torch():
+    """They take a fifth of a second, not two."""
+    code = f"""
+import sys
+from minprefix.cli.main import main
+lines = [["--help"], *([name, "--help"] for name in {[*COMMANDS]})]
+for words in [*lines, ["train", "--learning-rate", "1"], ["export"], ["data", "e3e"], ["trian"]]:
+    try:
+        main(words)
+    except SystemExit:
+        pass
+    assert "torch" not in sys.modules, words
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "False\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    "argv, meant",
+    [
+        (("train", "--learning-rate", "1e-3"), "--lr"),
+        (("train", "--learning_rate=1e-3"), "--lr"),
+        (("train", "--num-virtual-tokens", "5", "--prefix_projection"),
+         "--prefix-len or --parametrisation mlp"),
+        (("generate", "x", "--max-length", "9"), "--max-new-tokens"),
+        (("generate", "x", "--num-beam", "2"), "--num-beams"),
+        (("evaluate", "--output", "x"), "--outputs"),
+        (("train", "--output", "x"), "--out"),
+        (("export", "x", "--output", "y"), "--out"),
+        (("info", "--per-device-train-batch-size", "2"), ""),
+        (("train", "--quack"), ""),
+    ],
+)  # fmt: skip
+def test_a_wrong_option_comes_with_the_one_that_is_meant(cli, argv, meant):
+    _, err = cli(*argv, code=2)
+    assert ("did you mean" in err) == bool(meant) and err.count("\n") == 1
+    assert f"did you mean {meant}?" in err or not meant
+
+
+@pytest.mark.parametrize("option", ELSEWHERE)
+def test_hints_are_options(option):
+    known = {name for cls in COMMANDS.values() for name in options_of(cls)}
+    assert option.split()[0] in known
+    assert not {f"--{name}" for name in ELSEWHERE[option].split()} & set(
+        options_of(COMMANDS["train"])
+    )

@@ -15,7 +15,8 @@ from minprefix.cli.report import (
     write_samples,
 )
 from minprefix.data.examples import Example
-from minprefix.models.weights import MODELS, load
+from minprefix.models.config import MODELS
+from minprefix.models.weights import load
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.run_folder import read_log
 

@@ -26,7 +26,7 @@ def test_the_command_searches_and_others_use_what_it_found(cli, tiny_folder, tab
     again, _ = cli("search", "--resume", around, "--json")
     assert json.loads(again) == found
     scored = ("evaluate", *common, "--max-new-tokens", 4, "--device", "cpu", "--json")
-    for given in (("--prefix", front / "prefix.safetensors"), ("--prompt", around / "prompt.json")):
+    for given in (("--prefix", front), ("--prompt", around)):
         assert json.loads(cli(*scored, *given)[0])["tables"] == 3
     cli("generate", "--model", tiny_folder, "--prefix", front / "prefix.safetensors",
         "--device", "cpu", "--max-new-tokens", 3, "boat : Gull")  # fmt: skip

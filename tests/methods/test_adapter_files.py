@@ -5,13 +5,13 @@ import torch
 from conftest import an_adapter, another_model, pairs, random_ids, small_model, tiny_gpt2, trainer
 from safetensors.torch import save_file
 
-from minprefix.files import load_tensors
-from minprefix.methods.adapters import DESIGNS, FORMAT, Adapter, TunedAdapter, count
-from minprefix.methods.by_name import BaselineConfig
+from minprefix.methods.adapters import FORMAT, Adapter, TunedAdapter, count
+from minprefix.methods.config import DESIGNS, BaselineConfig
 from minprefix.methods.top_layers import TopLayers, TunedTopLayers
 from minprefix.models.base import ATTACHED
 from minprefix.models.weights import fingerprint
 from minprefix.prefix.prefix import Prefix
+from minprefix.tensors import load_tensors
 from minprefix.training.blocks import unwrap_blocks, wrap_blocks
 from minprefix.training.config import TrainConfig
 from minprefix.training.trainer import Trainer

@@ -21,14 +21,8 @@ from minprefix.data.batches import collate
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.generation.fast import KEPT
 from minprefix.generation.texts import generate, generate_ids
-from minprefix.methods.adapters import (
-    DESIGNS,
-    Adapter,
-    TunedAdapter,
-    bottleneck_for,
-    count,
-    make_adapter,
-)
+from minprefix.methods.adapters import Adapter, TunedAdapter, bottleneck_for, count, make_adapter
+from minprefix.methods.config import DESIGNS
 from minprefix.models.base import ATTACHED, adapter_of
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import fingerprint, load, save_model

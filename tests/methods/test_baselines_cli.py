@@ -9,7 +9,8 @@ from conftest import tiny_with_words
 
 from minprefix.generation.texts import generate
 from minprefix.methods.adapters import Adapter, bottleneck_for, count
-from minprefix.methods.by_name import TUNED, BaselineConfig, unread
+from minprefix.methods.by_name import TUNED, unread
+from minprefix.methods.config import BaselineConfig
 from minprefix.models.tokenizer import Tokenizer
 from minprefix.models.weights import ASSETS, fingerprint, load, save_model
 from minprefix.prefix.config import PrefixConfig

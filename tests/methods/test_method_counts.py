@@ -7,8 +7,8 @@ from conftest import tiny_gpt2
 from minprefix.methods.adapters import Adapter, count
 from minprefix.methods.counts import method_rows
 from minprefix.methods.top_layers import TopLayers
-from minprefix.models.config import OFFICIAL, GPT2Config
-from minprefix.models.weights import MODELS, shapes_of
+from minprefix.models.config import MODELS, OFFICIAL, GPT2Config
+from minprefix.models.weights import shapes_of
 from minprefix.prefix.prefix import Prefix
 
 

@@ -13,10 +13,11 @@ from torch.nn.functional import cross_entropy
 from minprefix.data.batches import encode_examples, encode_prompt
 from minprefix.data.examples import Example
 from minprefix.generation.texts import generate
+from minprefix.methods.config import SearchConfig
 from minprefix.methods.hard_prompt import HardPrompt, TokenPrompt, answer
 from minprefix.methods.search.moves import race, starting_prompts
 from minprefix.methods.search.scores import prompt_nats, target_tokens
-from minprefix.methods.search.search import PromptSearch, SearchConfig
+from minprefix.methods.search.search import PromptSearch
 from minprefix.models.weights import fingerprint
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.run_folder import read_state, state_path

@@ -5,8 +5,9 @@ from conftest import tiny_with_words
 
 from minprefix.data.examples import Example
 from minprefix.generation.decoding import GenerationConfig
+from minprefix.methods.config import TEMPLATES
 from minprefix.methods.evaluate import evaluate_method
-from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, answer, show_examples
+from minprefix.methods.hard_prompt import HardPrompt, answer, show_examples
 from minprefix.metrics.quick import score
 from minprefix.models.tokenizer import Tokenizer
 from minprefix.models.weights import ASSETS

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from minprefix.cli.commands import COMMANDS
 from minprefix.data.examples import Example
 from minprefix.data.load import load_examples
 from minprefix.data.triples import read_dart, read_xml
@@ -197,7 +198,7 @@ def test_the_command_score(cli, tmp_path, no_java):
     references = write(
         tmp_path / "ref.txt", "Zed is a bar", "A bar", "", "", "Bo", "", "Ada is old", ""
     )
-    out, err = cli("score", outputs, references, "--json")
+    out, err = cli("score", outputs, references, "--metrics", "e2e", "--json")
     texts = (
         ["zed is a bar", "", "ada is old"],
         [["Zed is a bar", "A bar"], ["Bo"], ["Ada is old"]],
@@ -207,13 +208,17 @@ def test_the_command_score(cli, tmp_path, no_java):
     groups = write(tmp_path / "groups.txt", *GROUPS)
     out, _ = cli("score", outputs, references, "--metrics", "webnlg", "--groups", groups, "--json")
     assert json.loads(out)["TER U"] == 1
-    out, _ = cli("score", outputs, references, "--metrics", "quick", "--json")
+    out, _ = cli("score", outputs, references, "--json")
     assert json.loads(out) == {"outputs": 3} | {
         name: value
         for name, value in score(texts[0], [Example("", tuple(r)) for r in texts[1]]).items()
     }
     out, _ = cli("score", outputs, references, "--metrics", "xsum")
     assert "R-1" in out and "100" not in out.split()[0]
+
+
+def test_score_and_evaluate_have_the_same_default():
+    assert {cls.metrics for cls in (COMMANDS["score"], COMMANDS["evaluate"])} == {"quick"}
 
 
 def test_references_without_blank_lines_are_one_for_each(cli, tmp_path, quiet):
@@ -228,8 +233,8 @@ def test_references_without_blank_lines_are_one_for_each(cli, tmp_path, quiet):
     [
         ("a\nb\n", "a\n\nb\n\nc\n", (), "has 2 outputs .* references of 3"),
         ("\n", "a\n", (), "out.txt: the file is empty"),
-        ("a\n", "a\n", ("--metrics", "quick", "--groups"), "--groups go with --metrics webnlg"),
-        ("a\n", "a\n", ("--groups",), "groups belong to the suite webnlg"),
+        ("a\n", "a\n", ("--groups",), "--groups go with --metrics webnlg"),
+        ("a\n", "a\n", ("--metrics", "e2e", "--groups"), "groups belong to the suite webnlg"),
     ],
 )
 def test_wrong_files(cli, tmp_path, quiet, outputs, references, options, message):

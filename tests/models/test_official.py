@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
-from minprefix.models.weights import MODELS, find, load
+from minprefix.models.config import MODELS
+from minprefix.models.weights import find, load
 
 pytestmark = pytest.mark.official
 

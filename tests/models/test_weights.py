@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from transformers import GPT2Config as TheirConfig
 from transformers import GPT2LMHeadModel
 
-from minprefix.models.config import GPT2Config
+from minprefix.models.config import MODELS, GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.tokenizer import Tokenizer
-from minprefix.models.weights import ASSETS, MODELS, find, load, read_config, save_model
+from minprefix.models.weights import ASSETS, find, load, read_config, save_model
 
 TINY = dict(vocab_size=8192, n_positions=32, n_embd=16, n_layer=2, n_head=2)
 LAYOUTS = ("safetensors", "safetensors shards", "bin", "old bin", "bin shards")
@@ -336,7 +336,7 @@ def test_a_failed_save_changes_nothing(folder, model, tokenizer, monkeypatch):
     def full_disk(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("minprefix.files.save_file", full_disk)
+    monkeypatch.setattr("minprefix.tensors.save_file", full_disk)
     with pytest.raises(OSError, match="model.safetensors: cannot be written .No space left"):
         save_model(tiny_gpt2(seed=2, **TINY), tokenizer, folder)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -7,7 +7,6 @@ import torch
 from conftest import assert_close, hf_bart_twin, random_ids, tiny_bart, tiny_gpt2
 from torch import nn
 
-from minprefix.files import load_tensors, save_tensors
 from minprefix.methods.adapters import count
 from minprefix.methods.counts import method_rows
 from minprefix.models.config import OFFICIAL, SITES
@@ -19,6 +18,7 @@ from minprefix.prefix.files import load_prefix
 from minprefix.prefix.foreign import read_authors
 from minprefix.prefix.make import make_prefix
 from minprefix.prefix.prefix import Prefix
+from minprefix.tensors import load_tensors, save_tensors
 
 IDS = [7, 30, 12]
 

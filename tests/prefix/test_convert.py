@@ -8,10 +8,10 @@ import torch
 from conftest import assert_close, random_ids, tiny_with_words
 from safetensors.torch import load_file
 
-from minprefix.files import load_tensors
 from minprefix.models.weights import find, fingerprint, load
 from minprefix.prefix.foreign import AuthorsTokens, run_virtual_tokens
 from minprefix.prefix.prefix import Prefix
+from minprefix.tensors import load_tensors
 
 P = 5
 MODEL = tiny_with_words()

@@ -19,16 +19,9 @@ from conftest import tiny_gpt2
 
 import minprefix
 from minprefix.models.weights import ASSETS, read_config
+from minprefix.training.config import PRESETS, PretrainConfig
 from minprefix.training.corpus import load_corpus
-from minprefix.training.pretrain import (
-    BETAS,
-    MOMENTUM,
-    PRESETS,
-    PretrainConfig,
-    Pretrainer,
-    make_optimizers,
-    schedule,
-)
+from minprefix.training.pretrain import BETAS, MOMENTUM, Pretrainer, make_optimizers, schedule
 from minprefix.training.run_folder import read_log, read_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")

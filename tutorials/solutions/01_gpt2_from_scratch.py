@@ -8,9 +8,8 @@ import torch
 import minprefix
 from minprefix.models.activations import Visible
 from minprefix.models.cache import KVCache
-from minprefix.models.config import GPT2Config
+from minprefix.models.config import MODELS, GPT2Config
 from minprefix.models.gpt2 import GPT2
-from minprefix.models.weights import MODELS
 
 torch.set_grad_enabled(False)
 model, tokenizer = minprefix.load("mini", dtype=torch.float64)

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from minprefix.data.batches import Encoded
-from minprefix.methods.hard_prompt import TEMPLATES
+from minprefix.methods.config import TEMPLATES
 from minprefix.methods.search.scores import target_tokens
 from minprefix.models.tokenizer import Tokenizer
 

@@ -41,18 +41,18 @@ Effort is counted in row-evaluations: one row read after one prompt, forward (`G
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from minprefix.checks import check_at_least_one, check_choice, check_not_negative
 from minprefix.data.batches import Encoded, encode_examples, spread
 from minprefix.data.examples import Example
 from minprefix.files import read_json, write_text
-from minprefix.methods.hard_prompt import TEMPLATES, HardPrompt, template_rows
+from minprefix.methods.config import TEMPLATES, SearchConfig
+from minprefix.methods.hard_prompt import HardPrompt, template_rows
 from minprefix.methods.search.moves import PromptForm, neighbours, race, replaced, starting_prompts
 from minprefix.methods.search.scores import (
     GRADIENT_COST,
@@ -64,56 +64,12 @@ from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import fingerprint, need_gpt2
 from minprefix.prefix.prefix import Prefix, token_activations
-from minprefix.training.config import PRECISIONS
 from minprefix.training.loop import Loop
 from minprefix.training.precision import in_bf16, uses_bf16
 from minprefix.training.run_folder import checked_state, cut_log, state_path
 
 FINALISTS = 8  # prompts that reach the end of a race
 MOST_LEVELS = 3  # the minibatch is doubled so often at most
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """One search."""
-
-    prompt_len: int = 10  # P, tokens
-    after: int = 0  # A, how many of them stand after the source, in the place of the bos
-    steps: int = 100  # rounds of gradient, race and judgement
-    budget: int | None = None  # row-evaluations, beside steps: no step begins after so many
-    candidates: int = 64  # prompts in a race
-    top_k: int = 64  # tokens per place that candidates are drawn from, by their gradient
-    batch_size: int = 64  # training pairs of a step: gradient, and last round of the race
-    judge_rows: int = 256  # training pairs that accept or refuse, always the same
-    chains: int = 2  # prompts improved side by side; halved after each quarter of the steps
-    starts: int = 128  # prompts that race to be a chain's start
-    start: tuple[str, ...] = ()  # a text to start from, beside the built-in ones
-    patience: int = 4  # steps without an accepted prompt before the minibatch is doubled
-    printable: bool = False  # only prompts whose text, tokenised again, gives the same tokens
-    precision: str = "auto"  # "fp32", "bf16", or "auto" = bf16 on CUDA and fp32 on a CPU
-    seed: int = 0  # of all draws
-    eval_every: int = 10  # steps between evaluations on the dev set
-    eval_pairs: int = 1000  # dev pairs in an evaluation, at most; evenly spread
-
-    def __post_init__(self):
-        check_choice("precision", self.precision, PRECISIONS)
-        check_at_least_one(
-            self, "prompt_len", "steps", "budget", "candidates", "top_k", "batch_size",
-            "judge_rows", "chains", "starts", "patience", "eval_every", "eval_pairs",
-        )  # fmt: skip
-        check_not_negative(self, "seed")
-        if not 0 <= self.after <= self.prompt_len:
-            raise ValueError(f"after must lie in [0, {self.prompt_len}], got {self.after}")
-        if not all(text.strip() for text in self.start):
-            raise ValueError("start must be a text, got an empty one")
-        if self.chains > self.starts:
-            raise ValueError(f"chains {self.chains} must not be more than starts {self.starts}")
-
-
-def saved_config(saved: dict) -> SearchConfig:
-    """The config from `asdict` of it, as config.json holds it; older versions say "behind"."""
-    saved = {"after" if name == "behind" else name: value for name, value in saved.items()}
-    return SearchConfig(**saved | {"start": tuple(saved["start"])})
 
 
 # the attributes that are the state of a search, beside those of `Loop`

@@ -1,0 +1,37 @@
+"""What --prefix and --adapter name, loaded."""
+
+from pathlib import Path
+
+from minprefix.cli.options import WithTrained
+from minprefix.files import read_json
+from minprefix.methods.adapters import Adapter
+from minprefix.prefix.prefix import Prefix
+
+
+def load_trained(options: WithTrained, model) -> Prefix | None:
+    """The prefix that --prefix names, on the model's device and checked to be made for it.
+
+    An adapter that --adapter names is attached to the model instead.
+    """
+    if options.adapter and options.prefix:
+        raise ValueError("--prefix and --adapter are different methods: choose one")
+    if options.adapter:
+        adapter = Adapter.load(options.adapter).to(options.where)
+        check_base(adapter, model, options.adapter)
+        adapter.attach(model)
+    if not options.prefix:
+        return None
+    prefix = Prefix.load(options.prefix).to(options.where)
+    check_base(prefix, model, options.prefix)
+    return prefix
+
+
+def check_base(trained: Prefix | Adapter, model, path: Path) -> None:
+    """`trained.check_base`; the message also says which model the run beside the file was of."""
+    try:
+        trained.check_base(model)
+    except ValueError as error:
+        settings = path.parent / "config.json"
+        base = read_json(settings).get("model") if settings.is_file() else None
+        advice = f"; its run was of --model {base}" if base else ""
+        raise ValueError(f"{error}{advice}") from error
