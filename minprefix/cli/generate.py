@@ -6,7 +6,7 @@ from typing import Any
 from minprefix.cli.commands import GenerateOptions
 from minprefix.cli.trained import load_trained
 from minprefix.data.batches import encode_prompt, for_bart
-from minprefix.generation.texts import frame_of, generate, stream
+from minprefix.generation.texts import frame_of, generate, stream, stripped
 from minprefix.models import weights
 
 
@@ -18,7 +18,7 @@ def run(options: GenerateOptions) -> dict | None:
     model, tokenizer = weights.load(options.model, device=options.where)
     prefix = load_trained(options, model)
     frame, cut = frame_of(model, prefix)
-    frame = options.frame or frame or "none"
+    frame = options.frame or frame or model.config.default_frame or "none"
     if frame == "none" and not for_bart(tokenizer):
         prompts = [tokenizer.encode(prompt) for prompt in prompts]
     else:
@@ -26,10 +26,8 @@ def run(options: GenerateOptions) -> dict | None:
         prompts = [encode_prompt(tokenizer, prompt, style, cut) for prompt in prompts]
     how: Any = {"prefix": prefix, "config": options.generation}
     if len(prompts) == 1 and options.generation.num_beams == 1 and not options.json:
-        pieces, begun = stream(model, tokenizer, prompts[0], **how), frame == "none"
-        for piece in pieces:
-            piece = piece if begun else piece.lstrip()  # a framed text begins with a blank
-            begun = begun or piece != ""
+        pieces = stream(model, tokenizer, prompts[0], **how)
+        for piece in pieces if frame == "none" else stripped(pieces):
             print(piece, end="", flush=True)
         print()
         return None
@@ -43,7 +41,7 @@ def run(options: GenerateOptions) -> dict | None:
 
 
 def read_prompts() -> list[str]:
-    """The lines of standard input."""
+    """The lines of standard input that are not blank."""
     if sys.stdin.isatty():
         print("one prompt per line, Ctrl-D ends:", file=sys.stderr)
     prompts = []
@@ -52,8 +50,7 @@ def read_prompts() -> list[str]:
             prompts.append(line.rstrip(b"\r\n").decode())
         except UnicodeDecodeError as error:
             raise ValueError(f"standard input:{number}: invalid UTF-8") from error
-        if not prompts[-1]:
-            raise ValueError(f"standard input:{number}: empty, but each line is a prompt")
+    prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ValueError("no prompt: give one as an argument, or lines on standard input")
     return prompts

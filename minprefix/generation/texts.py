@@ -6,8 +6,9 @@ tokens, or `decoding.py`, the plain loops that define them;
 `generate`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,18 +59,29 @@ def rows_of_prefix(prefix, prefix_index, n_prompts: int) -> tuple[list[int] | No
     return index, [0 if n < 0 else prefix.prefixes[n].position_offset for n in index]
 
 
+class Prompts(NamedTuple):
+    """Prompts as the model reads them; a list entry for each."""
+
+    ids: list[list[int]]
+    framed: list[bool]  # whether it is a text that was put into a frame
+    prefix_index: list[int] | None  # into the bank
+    offsets: list[int]  # position offsets
+
+
 def prepare(
     model: LanguageModel, tokenizer, prompts, prefix, prefix_index, config: GenerationConfig
-) -> tuple[list[list[int]], list[int] | None, list[int]]:
-    """Token ids, index into the bank and position offset of each prompt; ValueError if unfit."""
+) -> Prompts:
+    """The prompts made ready; ValueError if one is unfit."""
     index, offsets = rows_of_prefix(prefix, prefix_index, len(prompts))
-    ids = []
+    ids, framed = [], []
     for b, prompt in enumerate(prompts):
         own = prefix if index is None else prefix.prefixes[index[b]] if index[b] >= 0 else None
         frame, cut = frame_of(model, own)
+        frame = frame or model.config.default_frame
+        framed.append(isinstance(prompt, str) and frame != "")
         if not isinstance(prompt, str):
             ids.append(list(prompt))
-        elif frame := frame or model.config.default_frame:
+        elif frame:
             ids.append(encode_prompt(tokenizer, prompt, frame, cut))
         else:
             ids.append(tokenizer.encode(prompt))
@@ -78,7 +90,18 @@ def prepare(
         model.config.check_room(len(tokens), config.max_new_tokens, offset)
     if prefix is not None:
         prefix.check_base(model)
-    return ids, index, offsets
+    return Prompts(ids, framed, index, offsets)
+
+
+def stripped(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text without the white space at its ends, which a frame adds."""
+    blank, begun = "", False
+    for piece in pieces:
+        text = (blank + piece) if begun else piece.lstrip()
+        kept = text.rstrip()
+        blank, begun = text[len(kept) :], begun or kept != ""
+        if kept:
+            yield kept
 
 
 def activations_for(
@@ -169,7 +192,9 @@ def stream(
     if config.num_beams > 1:
         raise ValueError(f"beam search cannot stream, got num_beams={config.num_beams}")
     prefix_index = None if prefix_index is None else [prefix_index]
-    ids, index, offsets = prepare(model, tokenizer, [prompt], prefix, prefix_index, config)
+    ids, (framed,), index, offsets = prepare(
+        model, tokenizer, [prompt], prefix, prefix_index, config
+    )
     bad_words_ids = [tokenizer.encode(word) for word in config.bad_words]
 
     @torch.inference_mode()  # of a generator: while it runs, not between its tokens
@@ -181,7 +206,8 @@ def stream(
             for chosen in loops.greedy_or_sampled(*args):
                 yield chosen[0]
 
-    return tokenizer.decode_stream(new_tokens())
+    pieces = tokenizer.decode_stream(new_tokens())
+    return stripped(pieces) if framed else pieces
 
 
 def generate(
@@ -196,8 +222,8 @@ def generate(
 
     Args:
         prompts: a list of token ids is taken as it is. A text is encoded in the frame that its
-            prefix, adapter or fine-tuned model was trained in (`frame_of`), as it is
-            without.
+            prefix, adapter or fine-tuned model was trained in (`frame_of`), and what comes back is
+            without the white space at its ends. Without a frame, the text is continued as it is.
             For a BART it is the source, which always has its <s> and </s>.
         prefix: for all prompts, or a bank.
         prefix_index: with a bank, one int per prompt: which prefix it uses, -1 = none. None = as
@@ -215,7 +241,7 @@ def generate(
         raise ValueError(f"prompts must be a list of texts, got one text: {prompts!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    ids, index, offsets = prepare(model, tokenizer, prompts, prefix, prefix_index, config)
+    ids, framed, index, offsets = prepare(model, tokenizer, prompts, prefix, prefix_index, config)
     bad_words_ids = [tokenizer.encode(word) for word in config.bad_words]
     texts: dict[int, str] = {}
     room = model.config.room_for_prompt(config.max_new_tokens)
@@ -228,4 +254,4 @@ def generate(
         texts |= {b: tokenizer.decode(tokens) for b, tokens in zip(batch, new, strict=True)}
         if progress is not None:
             progress(len(texts), len(ids))
-    return [texts[b] for b in range(len(ids))]
+    return [texts[b].strip() if framed[b] else texts[b] for b in range(len(ids))]

@@ -15,7 +15,8 @@ import torch
 
 from minprefix.cli import evaluate as evaluate_command
 from minprefix.cli import generate as generate_command
-from minprefix.generation.texts import generate
+from minprefix.data.batches import encode_prompt
+from minprefix.generation.texts import generate, stream, stripped
 from minprefix.methods.config import TEMPLATES
 from minprefix.models.config import MODELS
 from minprefix.models.hub import constants
@@ -203,7 +204,7 @@ def test_generate_streams_lists_and_reads_stdin(cli, tiny_folder, monkeypatch):
     texts = generate(model, tokenizer, prompts, max_new_tokens=5)
     assert cli("generate", prompts[0], *few) == (texts[0] + "\n", "")
     assert cli("generate", *prompts, *few) == ("\n".join(texts) + "\n", "")
-    for end in ("\n", "\r\n"):
+    for end in ("\n", "\r\n", "\n\n \n"):  # blank lines are no prompts
         data = end.join(prompts).encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         assert only_json(cli("generate", "--json", *few)[0]) == {"texts": texts}
@@ -224,6 +225,41 @@ def test_generate_takes_every_way_to_choose_tokens(cli, tiny_folder):
     argv = ("--do-sample", "--temperature", 0.9, "--top-k", 50, "--seed", 3)
     sampled = generate(model, tokenizer, ["a boat"], max_new_tokens=5, **options)
     assert cli("generate", "a boat", *few, *argv)[0] == sampled[0] + "\n"
+
+
+@pytest.mark.parametrize("frame", ["paper", "original-code", None])
+def test_python_and_the_commands_give_the_same_texts(cli, tiny_folder, tables, tmp_path, frame):
+    """A framed text, and only that, has lost the blank that the frame puts before it."""
+    model, tokenizer = load(tiny_folder)
+    prefix, path = Prefix.random(model.config, 3, 0), tmp_path / "p.safetensors"
+    prefix.linearisation = frame or ""
+    prefix.bind(model)
+    prefix.save(path)
+    prompts = ["boat : Gull 11 | colour : green", "boat : Gull 12 | colour : green"]
+    how = {"prefix": prefix, "max_new_tokens": 12, "do_sample": True, "seed": 5}
+    texts = generate(model, tokenizer, prompts, **how)
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    if frame:
+        ids = [encode_prompt(tokenizer, prompt, frame) for prompt in prompts]
+    whole = generate(model, tokenizer, ids, **how)  # of token ids: nothing is taken away
+    assert texts == ([text.strip() for text in whole] if frame else whole)
+    assert "".join(stream(model, tokenizer, prompts[0], **how)) == texts[0]
+    argv = ("--model", tiny_folder, "--prefix", path, "--device", "cpu", "--max-new-tokens", 12)
+    argv += ("--do-sample", "--seed", 5)
+    assert cli("generate", prompts[0], *argv)[0] == texts[0] + "\n"  # streamed
+    assert cli("generate", *prompts, *argv)[0] == "\n".join(texts) + "\n"
+    assert only_json(cli("generate", *prompts, *argv, "--json")[0])["texts"] == texts
+    if frame:
+        rows = tmp_path / "rows.jsonl"
+        cli("evaluate", *argv, "--data", tables, "--limit", 2, "--outputs", rows)
+        found = [json.loads(line) for line in rows.read_text().splitlines()]
+        again = generate(model, tokenizer, [row["source"] for row in found], **how)
+        assert [row["text"] for row in found] == again
+
+
+def test_pieces_of_a_stripped_text_are_the_stripped_text():
+    for pieces in (["", " ", "a", " ", "\n", "b c", "  ", ""], [" ", "\n"], [], ["a b "], [" a"]):
+        assert "".join(stripped(pieces)) == "".join(pieces).strip()
 
 
 def test_with_a_prefix_a_prompt_is_framed_as_in_training(cli, tiny_folder, run):

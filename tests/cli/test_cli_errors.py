@@ -315,7 +315,7 @@ def test_a_prompt_too_long_beside_the_prefix(refused, tiny_folder, run):
     "data, expected",
     [
         (b"", "no prompt"),
-        (b"a boat\n\nanother\n", "standard input:2: empty, but each line is a prompt"),
+        (b"\n \n", "no prompt"),
         (b"a boat\nb\xff\n", "standard input:2: invalid UTF-8"),
     ],
 )
