@@ -6,6 +6,7 @@ OUT ?= runs/demo
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
 KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,attention decode append operator bench_tiles)
+TUTORIALS = $(wildcard tutorials/$(or $(NAME),[0-9])*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo lint test test-kernels check format test-official
@@ -94,9 +95,10 @@ bench-pretrain: .venv/.user ## on a GPU: mini's recipe in ten minutes (CORPUS=fo
 paper: .venv/.user ## every table and figure of the paper with mini (DATA=folder, JOBS=4 on a GPU)
 	benchmarks/paper.sh
 
-notebooks: .venv/.dev ## run every tutorial as a notebook, into runs/notebooks
+notebooks: .venv/.dev ## run every tutorial as a notebook, into runs/notebooks (NAME=02: only that one)
+	@test -n "$(TUTORIALS)" || { echo "no tutorial begins with $(NAME): they are" tutorials/[0-9]*.py; exit 1; }
 	mkdir -p runs/notebooks
-	for path in tutorials/[0-9]*.py; do name=$$(basename $$path .py); \
+	for path in $(TUTORIALS); do name=$$(basename $$path .py); \
 		PYTHONPATH=$(CURDIR) PYTHONWARNINGS="ignore:IProgress" $(BIN)/python -m jupytext --quiet --to ipynb --set-kernel python3 --execute \
 		--run-path tutorials --output runs/notebooks/$$name.ipynb $$path || exit 1; done
 

@@ -12,6 +12,7 @@ data` fetched. Read `run`, then `run_experiment`.
 import itertools
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Literal
 from tyro.conf import FlagCreatePairsOff, Positional
 
 from benchmarks.paper.claims import judge
-from benchmarks.paper.estimate import seconds_of
+from benchmarks.paper.estimate import seconds_left, seconds_of
 from benchmarks.paper.experiments import EXPERIMENTS, NOT_HERE, Cell, restaurants_for, sweep
 from benchmarks.paper.figures import draw
 from benchmarks.paper.pool import free_gpus, problem_of, run_all
@@ -196,7 +197,7 @@ def run_experiment(
 
     keep_old(path, before, write())
     if todo:
-        go(todo, runs, options, gpus, write)
+        go(name, todo, runs, options, gpus, write)
     rows = write()
     tell(name, rows, path, sys.stderr if options.json else sys.stdout)
     return path, [problem_of(run, options.runs) for run in runs]
@@ -255,26 +256,30 @@ def keep_old(path: Path, before: list[dict], rows: list[dict]) -> None:
         say(f"{len(lost)} rows of {path} are of other settings: it is kept as {old.name}")
 
 
-def go(todo: list[Run], runs: list[Run], options: Options, gpus: list[str], write) -> None:
-    """Run `todo`, with an estimate before and a line after each."""
+def go(
+    name: str, todo: list[Run], runs: list[Run], options: Options, gpus: list[str], write
+) -> None:
+    """Run `todo` of a table or figure, with an estimate before and a line after each."""
     count = min(options.jobs, len(todo))
     seconds = seconds_of(runs, options.runs, options.data_dir, options.device)
     known = [seconds[run.id] for run in todo if seconds[run.id] is not None]
     total, unknown = sum(known) / count, len(todo) - len(known)
     beside = f", beside {unknown} searches of unknown time" if unknown else ""
     say(f"{len(todo)} runs to go, about {duration(total)} with {count} at a time{beside}")
-    done = []
+    done, began = [], time.perf_counter()
+    of = f" of {name}" if options.what == "all" else ""
 
     def after(run: Run) -> None:
-        done.append(run)
+        done.append(run.id)
         record = record_of(options.runs / run.id)
         said = problem_of(run, options.runs)
         if record is not None:
             bleu = quality({name: str(v) for name, v in record["scores"].items()})
             said = f"BLEU {bleu:.2f}, {record['train_seconds'] + record['decode_seconds']:.0f} s"
         write()
-        left = max(0.0, total - sum(seconds[r.id] or 0 for r in done) / count)
-        say(f"[{len(done)}/{len(todo)}] {run.id}: {said}; about {duration(left)} left")
+        elapsed = time.perf_counter() - began
+        left = seconds_left(seconds, [run.id for run in todo], done, elapsed)
+        say(f"[{len(done)}/{len(todo)}] {run.id}: {said}; about {duration(left)} left{of}")
 
     try:
         run_all(todo, options.runs, options.data_dir, options.device, count, gpus, after)

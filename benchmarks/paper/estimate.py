@@ -1,7 +1,8 @@
 """How long the runs will take: from finished runs like them, else from a few timed steps.
 
-Read `seconds_of`. It is an estimate: dev evaluations and loading are not in it, texts are timed as
-long as they may get, and what part of an interrupted run is done is not looked at.
+Read `seconds_of`, the estimate before the first run, and `seconds_left`, which corrects it by the
+time that runs have taken since. Dev evaluations are not in the first, texts are timed as long as
+they may get, and what part of an interrupted run is done is not looked at.
 """
 
 import math
@@ -19,6 +20,7 @@ from minprefix.files import read_json
 
 STEPS = 3  # timed, after one that is not
 TABLES = 8  # decoded, to time it
+SHORT = 10 * (STEPS + 1)  # steps of a run that is not worth a timing of its own
 
 
 class Speed(NamedTuple):
@@ -26,6 +28,7 @@ class Speed(NamedTuple):
 
     step: float  # s per optimiser step
     table: float  # s per text
+    start: float = 0.0  # s to load model and data
 
 
 def kind(run: Run) -> tuple:
@@ -37,7 +40,9 @@ def kind(run: Run) -> tuple:
 def measured(run: Run, data_dir: Path | None, device: str) -> Speed:
     """From a few steps in a folder that is then deleted."""
     with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
         training = make_training(run, data_dir, Path(folder), device)
+        start = time.perf_counter() - began
         training.step()
         began = time.perf_counter()
         for _ in range(STEPS):
@@ -48,7 +53,7 @@ def measured(run: Run, data_dir: Path | None, device: str) -> Speed:
         began = time.perf_counter()
         prefix = training.prefix if run.method == "prefix" else None
         write_texts(run, training.model, training.tokenizer, prefix, examples)
-    return Speed(per_step, (time.perf_counter() - began) / len(examples))
+    return Speed(per_step, (time.perf_counter() - began) / len(examples), start)
 
 
 def steps_of(run: Run, pairs: int) -> int:
@@ -65,7 +70,8 @@ def seconds_of(
     """Seconds that each run takes from its start, on one process; by the run's id.
 
     A search for a prompt has no steps of equal cost: where no like one has been finished, its
-    seconds are None.
+    seconds are None. Runs of so few steps that timing takes a good part of them (--quick) are taken
+    to be as fast as the first kind that was timed.
     """
     speeds: dict[tuple, list[Speed]] = {}
     wanted = {kind(run) for run in runs}
@@ -77,11 +83,19 @@ def seconds_of(
             speed = Speed(step, record["decode_seconds"] / max(1, record["tables"]))
             speeds.setdefault(kind(run), []).append(speed)
     first = {kind(run): run for run in reversed(runs)}
+    quick: Speed | None = None
     for name in sorted(wanted - set(speeds)):
-        if first[name].train is not None:
-            speeds[name] = [Speed(0, 0)]
-            with suppress(Exception):  # the run itself will say what is wrong
-                speeds[name] = [measured(first[name], data_dir, device)]
+        train = first[name].train
+        if train is None:
+            continue
+        short = train.steps is not None and train.steps <= SHORT
+        if short and quick is not None:
+            speeds[name] = [quick]
+            continue
+        speeds[name] = [Speed(0, 0)]
+        with suppress(Exception):  # the run itself will say what is wrong
+            speeds[name] = [measured(first[name], data_dir, device)]
+            quick = speeds[name][0]
     sizes: dict[tuple[str, str], int] = {}
     seconds = {}
     for run in runs:
@@ -93,7 +107,25 @@ def seconds_of(
         if kind(run) not in speeds:
             seconds[run.id] = None
             continue
-        step, table = (statistics.median(speed[i] for speed in speeds[kind(run)]) for i in range(2))
+        step, table, start = map(statistics.median, zip(*speeds[kind(run)], strict=True))
         tables = min(run.tables or math.inf, sizes[run.data, run.split])
-        seconds[run.id] = step * steps_of(run, sizes[run.data, "train"]) + table * tables
+        seconds[run.id] = start + step * steps_of(run, sizes[run.data, "train"]) + table * tables
     return seconds
+
+
+def seconds_left(
+    seconds: dict[str, float | None], todo: Sequence[str], done: Sequence[str], elapsed: float
+) -> float:
+    """How long the rest of some runs will take, by the time that the first of them took.
+
+    Args:
+        seconds: what `seconds_of` said; a run of unknown time is taken for one of average time.
+        todo, done: ids of all runs and of those that are done, at least one.
+        elapsed: s since the first began.
+    """
+    known = [s for name in todo if (s := seconds[name]) is not None]
+    usual = statistics.fmean(known) if known else 1.0
+    weights = {name: seconds[name] if seconds[name] is not None else usual for name in todo}
+    weights = {name: max(weight, 1e-9) for name, weight in weights.items()}  # s; 0 = not timed
+    finished = sum(weights[name] for name in done)
+    return elapsed * (sum(weights.values()) - finished) / finished

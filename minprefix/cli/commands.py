@@ -129,8 +129,8 @@ class ExportOptions(Common):
 class ConvertOptions(Common):
     """Convert a prefix from PEFT, the paper's code or adapter-hub, or to PEFT."""
 
-    # prefix file of ours, folder of PEFT or adapter-hub, folder or state dict of the authors' code
-    # (GPT-2, BART)
+    # prefix file or run folder of ours, folder of PEFT or adapter-hub, folder or state dict of the
+    # authors' code (GPT-2, BART)
     source: Positional[Path]
     to: Literal[*SYSTEMS]  # prefix file, or PEFT folder
     out: Path  # file or folder to write

@@ -137,15 +137,21 @@ def load_examples(
     check_choice("linearisation", linearisation, LINEARISATIONS)
     if split is not None and split not in SPLIT_FILES:
         raise ValueError(f"split must be one of {', '.join(SPLIT_FILES)}, got {split!r}")
-    if path in DATA_SETS:
-        name, path = path, data_folder(path)
+    name = str(path) if path in DATA_SETS else ""
+    todo = f"run `python -m minprefix data {name}`, or give a folder"
+    if name:
+        path = data_folder(name)
         if not path.is_dir():
-            todo = f"python -m minprefix data {name}"
-            raise FileNotFoundError(f"{name} is not in {path}: run `{todo}`, or give a folder")
+            raise FileNotFoundError(f"{name} is not in {path}: {todo}")
     path = ASSETS / path if str(path) in EMBEDDED else Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    files = _find_files(path, split) if path.is_dir() else [path]
+    try:
+        files = _find_files(path, split) if path.is_dir() else [path]
+    except MissingSplit as error:
+        if name:  # the command `data` has not fetched all of it
+            raise MissingSplit(f"no {split} split of {name} is in {path}: {todo}") from error
+        raise
     examples = [example for file in files for example in _read_file(file, split, linearisation)]
     if not examples:
         raise ValueError(f"{path}: no example in it")
@@ -167,4 +173,6 @@ def load_train_and_dev(
     try:
         return train, load_examples(data, "dev", linearisation=linearisation)
     except MissingSplit:
+        if data in DATA_SETS:  # fetched in part
+            raise
         return train, []

@@ -87,6 +87,17 @@ def read_any(source: Path, model: GPT2 | BART | None = None) -> Prefix | BARTPre
     return prefix
 
 
+def told_to_peft(prefix: Prefix | BARTPrefix) -> str:
+    """What a user of PEFT has to do, since PEFT puts no text into the frame that was trained."""
+    source = '" " + source + " "' if prefix.linearisation == "original-code" else "source"
+    cut = "" if prefix.max_source is None else f"[:{prefix.max_source}]"
+    return (
+        f"this prefix was trained on ids that PEFT does not make by itself: tokenizer({source})"
+        f'["input_ids"]{cut} + [tokenizer.eos_token_id]; the text that follows begins with a blank '
+        "(docs/recipes.md has the lines)"
+    )
+
+
 def convert(
     source: str | Path, to: str, out: str | Path, model_name: str | None = None,
     position_offset: int | None = None,
@@ -120,10 +131,7 @@ def convert(
         base = str(weights.find("mini")) if model_name == "mini" else model_name
         write_peft(out, prefix, base)
         if prefix.linearisation:
-            notes.append(
-                f"PEFT knows no frames: give it tables as --linearisation {prefix.linearisation} "
-                "writes them"
-            )
+            notes.append(told_to_peft(prefix))
     else:
         save_prefix(out, prefix)
     for note in notes:

@@ -232,6 +232,33 @@ def test_estimate_from_finished_runs(tmp_path):
     assert seconds[runs[3].id] is None  # a search: not known
 
 
+def test_runs_too_short_for_a_timing_take_that_of_another(tmp_path, monkeypatch):
+    write_e2e(tmp_path / "data" / "e2e")
+    timed = []
+
+    def look(run, data_dir, device):
+        timed.append(run.method)
+        return estimate.Speed(step=2, table=5, start=1)
+
+    monkeypatch.setattr(estimate, "measured", look)
+    few = {"steps": estimate.SHORT, "batch_size": 10}
+    runs = [Run("e2e", "mini", TrainConfig(method="finetune", **few), tables=4)]
+    runs.append(Run("e2e", "mini", TrainConfig(**few), tables=4))
+    runs.append(Run("e2e", "mini", TrainConfig(**few | {"batch_size": 8, "steps": 99}), tables=4))
+    seconds = estimate.seconds_of(runs, tmp_path, tmp_path / "data", "cpu")
+    assert len(timed) == 2 and seconds[runs[0].id] == seconds[runs[1].id] == 1 + 2 * 40 + 4 * 5
+    assert seconds[runs[2].id] == 1 + 2 * 99 + 4 * 5
+
+
+def test_time_left_follows_the_time_that_runs_took():
+    seconds = {"a": 10.0, "b": 30.0, "search": None}
+    assert estimate.seconds_left(seconds, ["a", "b"], ["a"], elapsed=20) == 60  # twice as slow
+    assert estimate.seconds_left(seconds, ["a", "b", "search"], ["a"], 20) == 20 / 10 * (30 + 20)
+    assert estimate.seconds_left(seconds, [*seconds], [*seconds], 99) == 0
+    assert estimate.seconds_left({"s": None, "t": None}, ["s", "t"], ["s"], 7) == 7
+    assert estimate.seconds_left({"s": 0.0, "t": 0.0}, ["s", "t"], ["s"], 7) == 7  # not timed
+
+
 # statistics --------------------------------------------------------------------------------------
 
 

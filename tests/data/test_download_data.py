@@ -263,7 +263,13 @@ def test_names_before_their_download_name_the_command(cli, tmp_path, monkeypatch
         ("dart", "search", "--out", tmp_path / "found"),
     ):
         _, err = cli(*words, "--data", name, code=1)
-        assert f"run `python -m minprefix data {name}`" in err.splitlines()[-1]
+        assert f"{name} is not in {data_folder(name)}: run `python -m minprefix data {name}`" in err
+        data_folder(name).mkdir(parents=True)  # what a download without a network leaves
+        (data_folder(name) / ".lock").touch()
+        _, err = cli(*words, "--data", name, code=1)
+        split = "test" if words[0] == "evaluate" else "train"
+        assert f"no {split} split of {name} is in {data_folder(name)}: run `python -m" in err
+        assert f" data {name}`" in err and err.count("\n") == 1
 
 
 def test_known_sums_name_official_files():

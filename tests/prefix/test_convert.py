@@ -1,6 +1,7 @@
 """The command convert: from and to each system, exact round trips, refusals that write nothing."""
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -53,8 +54,14 @@ def test_to_peft_and_back(cli, ours, tmp_path):
         "n_layer": 2, "n_head": 2, "head_dim": 8, "base": fingerprint(MODEL),
     }  # fmt: skip
     assert err == (
-        "note: PEFT knows no frames: give it tables as --linearisation paper writes them\n"
+        "note: this prefix was trained on ids that PEFT does not make by itself: "
+        'tokenizer(source)["input_ids"] + [tokenizer.eos_token_id]; the text that follows begins '
+        "with a blank (docs/recipes.md has the lines)\n"
     )
+    (tmp_path / "run").mkdir()
+    shutil.copy(ours, tmp_path / "run" / "prefix.safetensors")
+    again = cli("convert", tmp_path / "run", "--to", "peft", "--out", tmp_path / "too", "--json")
+    assert json.loads(again[0])["prefix_len"] == P  # a run folder
     _, err = cli("convert", tmp_path / "peft", "--to", "minprefix", "--out", tmp_path / "back")
     (tensors, metadata), again = load_tensors(ours), load_tensors(tmp_path / "back")
     assert list(again[0]) == list(tensors) == ["prefix_table"] and err == ""
