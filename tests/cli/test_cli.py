@@ -368,6 +368,50 @@ def test_a_process_ends_with_the_exit_code(tmp_path):
     assert done.stderr == f"minprefix: error: {tmp_path / 'none'}: no such folder\n"
 
 
+def in_a_process(argv, **streams) -> subprocess.CompletedProcess:
+    argv = [sys.executable, "-m", "minprefix", *map(str, argv)]
+    return subprocess.run(argv, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=100, **streams)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "argv, closed",
+    [
+        (("--help",), "stdout"),
+        (("train", "--help"), "stdout"),
+        (("train", "--help"), "both"),
+        (("nope",), "stderr"),
+        (("train", "--learning-rate", 1), "both"),
+        pytest.param(("generate", "a boat", "--model", "TINY"), "stdout", marks=SLOW),
+        pytest.param(("train", "--model", "TINY", "--data", "TABLES", "--out", "OUT", "--mid-dim",
+                      8, "--steps", 4, "--log-every", 1), "both", marks=SLOW),
+    ],
+)  # fmt: skip
+def test_a_closed_pipe_is_no_error(argv, closed, tiny_folder, tables, tmp_path):
+    """As with `| head -1` and `2>&1 | head -1`."""
+    places = {"TINY": tiny_folder, "TABLES": tables, "OUT": tmp_path / "run"}
+    end, start = os.pipe()
+    os.close(end)
+    streams = {name: start if closed in (name, "both") else subprocess.PIPE
+               for name in ("stdout", "stderr")}  # fmt: skip
+    done = in_a_process([places.get(word, word) for word in argv], **streams)
+    os.close(start)
+    assert done.returncode == 0 and not done.stdout and not done.stderr
+
+
+def test_without_stderr_stdout_is_the_result_alone(tmp_path):
+    """Python prints what is for a closed stderr to stdout."""
+    (tmp_path / "texts").write_text("a b\n")
+    code = "import os, sys; os.close(2); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    argv = ["-m", "minprefix", "score", tmp_path / "texts", tmp_path / "none"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert (done.returncode, done.stdout) == (1, b"")
+
+
 def test_ctrl_c_outside_of_training(cli, tiny_folder, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -152,7 +152,7 @@ def test_help_and_usage_errors_need_no_torch():
 import sys
 from minprefix.cli.main import main
 lines = [["--help"], *([name, "--help"] for name in {[*COMMANDS]})]
-for words in [*lines, ["train", "--learning-rate", "1"], ["export"], ["data", "e3e"], ["trian"]]:
+for words in [*lines, ["train", "--learning-rate", "1"], ["export"], ["data", "e3e"], ["tune"]]:
     try:
         main(words)
     except SystemExit:
