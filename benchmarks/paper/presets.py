@@ -80,7 +80,7 @@ SWEPT = "e2e"  # whose choices a data set takes that was not swept itself
 SWEPT_SIZE = {50: 100, 100: 100, 200: 100, 500: 500}  # low data: size -> the size it was swept at
 SWEEP_SUBSET = 100  # a subset of its own, none of those that are reported
 
-QUICK = {"steps": 15, "batch_size": 8, "eval_every": 15, "eval_pairs": 16}
+QUICK = {"steps": 12, "batch_size": 8, "eval_every": 12, "eval_pairs": 16}
 QUICK_TABLES = 16
 
 
