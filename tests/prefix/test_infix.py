@@ -190,7 +190,13 @@ def test_start_from_words_and_files(tmp_path):
     """The activations of the words alone; an MLP is fitted to them; a file remembers the place."""
     model, words = tiny_gpt2(), "some words of a task"
     table = token_activations(model, Words().encode(words))
-    options = {"init": "words", "init_text": words, "place": "infix", "mid_dim": 16, "prefix_len": 5}
+    options = {
+        "init": "words",
+        "init_text": words,
+        "place": "infix",
+        "mid_dim": 16,
+        "prefix_len": 5,
+    }
     for parametrisation in ("table", "mlp"):
         config = PrefixConfig(parametrisation=parametrisation, **options)
         infix = make_prefix(model, Words(), config, seed=0)
