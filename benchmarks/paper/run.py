@@ -211,7 +211,7 @@ def execute(run: Run, folder: Path, data_dir: Path | None = None, device: str = 
     result = training.run(progress=False)
     n_trained = 0 if search else sum(p.numel() for p in training.trained.parameters())
     rows, dev_rows = len(training.rows), len(training.dev_rows)
-    lr = None if search else training.lr
+    lr = None if search else training.config.lr
     del training
     model, tokenizer, extra = trained(run, folder, device)
     n_kept = n_trained

@@ -60,13 +60,15 @@ def run_demo(out: Path) -> tuple[dict, list[dict]]:
     A finished or interrupted training in `out` is gone on with.
 
     Raises:
-        Interrupted: Ctrl-C; says how to go on.
+        Interrupted: a signal; says how to go on.
     """
     go_on = f"the same command goes on ({out} keeps what is done)"
     try:
         return tune_write_measure(out)
     except Interrupted as stop:
-        raise Interrupted(f"{stop}; {out / 'prefix.safetensors'} can be used; {go_on}") from None
+        raise Interrupted(
+            f"{stop}; {out / 'prefix.safetensors'} can be used; {go_on}", stop.number
+        ) from None
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {go_on}") from None
 

@@ -12,6 +12,7 @@ from minprefix.generation.texts import frame_of
 from minprefix.methods.evaluate import evaluate_method
 from minprefix.methods.hard_prompt import HardPrompt, TokenPrompt, show_examples
 from minprefix.models import weights
+from minprefix.training.run_folder import append_scores
 
 
 def run(options: EvaluateOptions) -> dict:
@@ -43,7 +44,12 @@ def run(options: EvaluateOptions) -> dict:
     if options.outputs:
         rows = ({"source": e.source, "text": t} for e, t in zip(examples, texts, strict=True))
         write_text(options.outputs, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    return {"tables": len(examples)} | scores
+    result = {"tables": len(examples)} | scores
+    for given in (options.prefix, options.adapter, options.prompt, Path(options.model)):
+        if given is not None:  # a file of a run folder, perhaps
+            what = {"data": str(options.data), "split": options.split}
+            append_scores(given.parent, what | result)
+    return result
 
 
 def check(options: EvaluateOptions) -> None:

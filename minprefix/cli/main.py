@@ -5,13 +5,15 @@
 usage errors need no PyTorch.
 
 Exit codes: 0 done; 1 an error, reported in one line (the traceback comes with --debug); 2 wrong
-usage; 130 Ctrl-C. Results go to stdout, as one JSON object with --json; progress goes to stderr.
+usage; 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP. Results go to stdout, as one JSON object with --json;
+progress goes to stderr.
 """
 
 import importlib
 import inspect
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,7 +80,7 @@ def execute(
         result = run(options)
     except KeyboardInterrupt as stop:
         print(f"minprefix: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return 130
+        return 128 + getattr(stop, "number", signal.SIGINT)
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -63,13 +63,14 @@ def remove(folder: Path, whole: bool) -> dict[str, str]:
 
 
 def rows_of(runs: dict[Path, tuple[dict[str, Any], list[dict]]]) -> list[dict]:
-    """For each run: steps, its best dev loss, scores, time, size; and what differs."""
+    """For each run: steps, its best dev loss, time, size, last scores; and what differs."""
     settings = [config for config, _ in runs.values()]
     names = differing(settings)
     rows = []
     for folder, (config, log) in runs.items():
         dev = [(entry["dev_loss"], entry["step"]) for entry in log if "dev_loss" in entry]
         best, at = min(dev, default=(None, None))
+        scores = read_log(folder, "scores.jsonl")[-1:]
         row = {
             "run": str(folder),
             "steps": max((entry["step"] for entry in log), default=0),
@@ -78,8 +79,12 @@ def rows_of(runs: dict[Path, tuple[dict[str, Any], list[dict]]]) -> list[dict]:
             "seconds": max((entry.get("seconds", 0) for entry in log), default=0),
             "size": size_of(folder),
         }
+        for entry in scores:  # of the last evaluation
+            what = f"{Path(entry['data']).name} {entry['split']}"
+            row |= {f"{what} {k}": v for k, v in entry.items() if isinstance(v, float)}
         rows.append(row | {name: str(config.get(name, "-")) for name in names})
-    return rows
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name, "-") for name in columns} for row in rows]
 
 
 def differing(settings: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,7 +1,8 @@
 """The loop of everything that trains step by step: `Trainer`, `Pretrainer` and `PromptSearch`.
 
 A `Loop` counts steps, shows its progress, writes log lines, evaluates and saves its state at
-intervals, and finishes the running step when Ctrl-C is pressed. A subclass says what a step is.
+intervals, and finishes the running step when Ctrl-C is pressed or the process is asked to end
+(SIGTERM, or SIGHUP of a terminal that is closed). A subclass says what a step is.
 Read `Loop.run`, then `Loop.load_state`, the one way to resume: a run that was killed goes on from
 its last saved state, if its settings are the same. `run_folder.py` says what is in the folder.
 """
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,7 +35,15 @@ def duration(seconds: float) -> str:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C: the running step was finished and the state saved."""
+    """Ctrl-C, SIGTERM or SIGHUP: the running step was finished and the state saved.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, message: str = "", number: int = signal.SIGINT):
+        super().__init__(message)
+        self.number = number
 
 
 class Loop:
@@ -162,7 +171,7 @@ class Loop:
         """Go on to the last step; returns `result`. `progress` draws a bar on stderr.
 
         Raises:
-            Interrupted: Ctrl-C; the running step was finished and the state saved.
+            Interrupted: a signal; the running step was finished and the state saved.
             FloatingPointError: a loss is no longer finite; the last saved state stays.
             ValueError: the folder holds a run and `load_state` was not called.
         """
@@ -190,7 +199,7 @@ class Loop:
         self.end()
         return self.result()
 
-    def _go(self, bar: tqdm, interrupted: Callable[[], bool]) -> None:
+    def _go(self, bar: tqdm, interrupted: Callable[[], int]) -> None:
         window, clock, before = [], time.perf_counter(), self.step_done
         while not self.finished():
             window.append(self.step())
@@ -200,7 +209,8 @@ class Loop:
             evaluate = self.finished() or self.step_done % self.eval_every == 0
             log = evaluate or self.step_done % self.log_every == 0
             # several ranks must stop at the same step: they ask one another when they log
-            stop = (log or self.ranks.count == 1) and self.ranks.any(interrupted(), self.device)
+            number = interrupted()
+            stop = (log or self.ranks.count == 1) and self.ranks.any(number > 0, self.device)
             save = evaluate or stop or self.saves_each_step
             if log or stop:
                 entry = self.summary(window, time.perf_counter() - clock)
@@ -218,7 +228,7 @@ class Loop:
                 if self.ranks.first and not self.measured:
                     self.keep()
                 at = f"step {self.step_done} of {self.steps}"
-                raise Interrupted(f"stopped after {at}; state saved")
+                raise Interrupted(f"stopped after {at}; state saved", number or signal.SIGINT)
 
     def estimate(self, seconds: float) -> str:
         """How long the run will take, from the seconds of a step."""
@@ -324,34 +334,44 @@ def tells_how_to_go_on(command: str) -> Iterator[None]:
     try:
         yield
     except Interrupted as stop:
-        raise Interrupted(f"{stop}. {go_on}") from None
+        raise Interrupted(f"{stop}. {go_on}", stop.number) from None
     except KeyboardInterrupt:  # before the first step, or the second Ctrl-C: the last saved state
         raise Interrupted(f"interrupted. {go_on}") from None
 
 
+# SIGTERM: what schedulers and containers send; SIGHUP: a closed terminal (not on Windows)
+ENDING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within the block the first Ctrl-C only sets a flag, so that a step is finished; yields the
-    flag's reader.
+def deferred_interrupt() -> Iterator[Callable[[], int]]:
+    """Within the block the first Ctrl-C, SIGTERM or SIGHUP only sets a flag, so that a step is
+    finished; yields the flag's reader: the number of the signal, 0 before one.
 
     A second Ctrl-C interrupts at once. Outside the main thread nothing changes.
     """
-    seen = []
+    seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
-    previous = signal.getsignal(signal.SIGINT)
+    previous = {number: signal.getsignal(number) for number in ENDING}
+    previous = {n: old for n, old in previous.items() if old != signal.SIG_IGN}  # as nohup does
 
     def note(number, frame):
-        if seen:
-            signal.signal(signal.SIGINT, previous)
+        if seen and number == signal.SIGINT:
+            signal.signal(number, previous[number])
             raise KeyboardInterrupt
         seen.append(number)
-        message = "\nFinishing this step; press Ctrl-C again to stop now."
-        print(message, file=sys.stderr, flush=True)
+        again = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
+        with suppress(OSError):  # a terminal that is gone
+            print(f"\nFinishing this step{again}.", file=sys.stderr, flush=True)
 
-    signal.signal(signal.SIGINT, note)
+    for number in previous:
+        signal.signal(number, note)
     try:
-        yield lambda: bool(seen)
+        yield lambda: seen[0] if seen else 0
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

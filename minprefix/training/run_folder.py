@@ -3,6 +3,7 @@
     log.jsonl           one line per logging interval and per evaluation
     state/state.pt      trained weights, optimiser, step: what resuming needs
     prefix.safetensors  the best prefix on the dev set so far (or what the method keeps instead)
+    scores.jsonl        what `evaluate` measured of it, if it was asked
 
 `loop.Loop` writes it. A run can be killed at any moment: the state is replaced in one step, and
 what the log holds of steps after it is cut when the run goes on.
@@ -75,9 +76,16 @@ def append_log(folder: Path, entry: dict) -> None:
         log.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def read_log(folder: Path) -> list[dict]:
+def append_scores(folder: Path, entry: dict) -> None:
+    """One more line of scores.jsonl, if the folder is a run's and can be written to."""
+    if (folder / "config.json").is_file() and (folder / "log.jsonl").is_file():
+        with suppress(OSError), open(folder / "scores.jsonl", "a", encoding="utf-8") as scores:
+            scores.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def read_log(folder: Path, name: str = "log.jsonl") -> list[dict]:
     """The entries of log.jsonl, without a line that a kill has cut; none if there is no log."""
-    log, entries = folder / "log.jsonl", []
+    log, entries = folder / name, []
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
         try:
             entries.append(json.loads(line))

@@ -451,7 +451,10 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_run_that_can_be_used_and_resumed(cli, tiny_folder, tables, tmp_path):
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_leaves_a_run_that_can_be_used_and_resumed(
+    cli, tiny_folder, tables, tmp_path, name, code
+):
     out = tmp_path / "my run"
     argv = ["train", "--model", tiny_folder, "--data", tables, "--out", out, *QUICK]
     argv += ["--mid-dim", 8]
@@ -466,9 +469,9 @@ def test_ctrl_c_leaves_a_run_that_can_be_used_and_resumed(cli, tiny_folder, tabl
     while not (log.exists() and log.stat().st_size):
         assert process.poll() is None and time.monotonic() < limit, process.communicate()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    assert process.returncode == code, stderr
     last = stderr.splitlines()[-1]
     assert stdout == "" and "Traceback" not in stderr
     found = re.fullmatch(

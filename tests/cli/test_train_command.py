@@ -87,6 +87,13 @@ def test_runs_are_compared_slimmed_and_deleted(cli, tiny_folder, tables, run, tm
     assert rows[0]["best dev loss"] == f"{best:.3f}"
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
+    assert not any("bleu" in name for name in rows[0])
+    cli("evaluate", "--model", tiny_folder, "--data", tables, "--prefix", first, "--split", "dev",
+        "--max-new-tokens", 4)  # fmt: skip
+    rows = only_json(cli("runs", first, second, "--json")[0])["runs"]
+    (name,) = [name for name in rows[0] if "dev bleu" in name]
+    assert rows[0][name] >= 0 and rows[1][name] == "-"
+
     cli("runs", first, "--slim")
     assert (first / "prefix.safetensors").exists()
     with pytest.raises(ValueError, match="no saved state"):
