@@ -1,9 +1,10 @@
-"""Attention over [prefix; sequence]: one operator, with its checks.
+"""Attention over [prefix; sequence], and what else of a model has a kernel, with their checks.
 
 `prefix_attention` is what the models call, `prefix_attention_qkv` is self-attention while training.
 On a GPU they run the Triton kernels of `attention.py`, `backward.py` and `decode.py`; on a CPU, and
 for what the kernels lack (fp64, other head sizes), `reference.py`, plain PyTorch, which is also the
-definition of correct. Importing this package imports torch and nothing else.
+definition of correct. In the same way `cross_entropy_` and `add_norm` run `cross_entropy.py` and
+`layer_norm.py`. Importing this package imports torch and nothing else.
 """
 
 import importlib.util
@@ -15,9 +16,17 @@ import torch
 from torch import Tensor
 
 from kernels.inputs import Inputs, check, check_append, heads
-from kernels.reference import prefix_attention_eager, prefix_attention_lean
+from kernels.reference import (
+    add_norm_plain,
+    cross_entropy_plain_,
+    prefix_attention_eager,
+    prefix_attention_lean,
+)
 
 __all__ = [
+    "add_norm",
+    "cross_entropy_",
+    "fuses",
     "prefix_attention",
     "prefix_attention_eager",
     "prefix_attention_lean",
@@ -108,6 +117,65 @@ def prefix_attention_qkv(  # noqa: PLR0913
     return (o, lse) if return_lse else o
 
 
+def cross_entropy_(
+    logits: Tensor, labels: Tensor, bias: Tensor | None = None, vocab_size: int | None = None,
+    gradient: bool = True,
+) -> Tensor:  # fmt: skip
+    """-log softmax(logits + bias) at each label, in nats; the logits are overwritten.
+
+    Args:
+        logits: (n, V') of V' >= V columns, of which those from V on are not looked at, contiguous
+            in the last dimension. Overwritten by their gradient, softmax(logits + bias) less 1 at
+            the label, and 0 from column V on; without `gradient` by anything.
+        labels: (n,) int64 in [0, V).
+        bias: (V,) or longer; None = zero.
+        vocab_size: V; None = V'.
+        gradient: whether it is wanted.
+    Returns:
+        (n,), fp32 (fp64 from fp64).
+    Raises:
+        ValueError: shapes that disagree; a V that the columns or the bias do not reach.
+    """
+    V = logits.shape[-1] if vocab_size is None else vocab_size
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or not 1 <= V <= logits.shape[1]:
+        found = f"{tuple(logits.shape)}, labels {tuple(labels.shape)}, a vocabulary of {V}"
+        raise ValueError(f"logits (n, V' >= V) and labels (n,) do not fit: {found}")
+    if bias is not None and (bias.dim() != 1 or len(bias) < V):
+        raise ValueError(f"a bias {tuple(bias.shape)} does not reach a vocabulary of {V}")
+    if fuses(logits) and logits.stride(1) == 1:
+        from kernels import cross_entropy
+
+        return cross_entropy.cross_entropy_(logits, labels.contiguous(), bias, V, gradient)
+    return cross_entropy_plain_(logits, labels, bias, V, gradient)
+
+
+def add_norm(
+    x: Tensor, y: Tensor | None, gain: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """s = x + y and its layer norm: a layer's residual add with the norm that follows it.
+
+        n = (s - mean(s)) / sqrt(var(s) + eps) * gain + shift, over the last dimension
+
+    Args:
+        x: (..., C). y: likewise, in x's dtype; None = zero: s is x.
+        gain, shift: (C,).
+        eps: added to the variance, no unit.
+    Returns:
+        s, n: (..., C). Differentiable in x and y; in gain and shift, too, which takes PyTorch's own
+        kernels.
+    Raises:
+        ValueError: shapes that disagree.
+    """
+    if (y is not None and y.shape != x.shape) or not gain.shape == shift.shape == x.shape[-1:]:
+        shapes = [None if a is None else tuple(a.shape) for a in (x, y, gain, shift)]
+        raise ValueError(f"x, y (..., C), gain and shift (C,) do not fit: {shapes}")
+    if fuses(x) and not (gain.requires_grad or shift.requires_grad):
+        from kernels.layer_norm import AddNorm
+
+        return AddNorm.apply(x, y, gain, shift, eps)
+    return add_norm_plain(x, y, gain, shift, eps)
+
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests of the kernels
 MOST_NEW = 16  # T that the kernel appends, its tile of queries
 HEAD_DIMS = (16, 32, 64, 80, 128)  # D that the kernels have
@@ -115,13 +183,27 @@ HAVE_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def on_triton(q: Tensor) -> bool:
-    """Whether the kernels take these queries; reference.py takes all others.
+    """Whether the kernels of attention take these queries; reference.py takes all others.
 
     The interpreter gives wrong products in bf16.
     """
-    dtypes = (torch.float16, torch.float32, *(() if INTERPRETED else (torch.bfloat16,)))
-    device = INTERPRETED or (q.is_cuda and not why_not(q.device.index or 0))
-    return device and HAVE_TRITON and q.dtype in dtypes and q.shape[-1] in HEAD_DIMS
+    wrong = INTERPRETED and q.dtype == torch.bfloat16
+    return takes(q) and q.shape[-1] in HEAD_DIMS and not wrong
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether the kernels beside attention take x; MINPREFIX_FUSED=0 turns them off.
+
+    What torch.compile sees of a layer it fuses itself.
+    """
+    off = os.environ.get("MINPREFIX_FUSED") == "0" or torch.compiler.is_compiling()
+    return not off and takes(x)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether Triton runs where x is, and knows its dtype."""
+    device = INTERPRETED or (x.is_cuda and not why_not(x.device.index or 0))
+    return device and HAVE_TRITON and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
 def why_not(index: int) -> str:

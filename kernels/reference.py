@@ -1,6 +1,7 @@
-"""Attention over [prefix; sequence] in plain PyTorch: the definition of correct, and the CPU path.
+"""What the kernels compute, in plain PyTorch: the definition of correct, and the CPU path.
 
-Query i of a row attends to the whole prefix and to the visible part of the sequence [1, eq. (3)]:
+Attention over [prefix; sequence]: query i of a row attends to the whole prefix and to the visible
+part of the sequence [1, eq. (3)],
 
     s_ij = scale <q_i, k_j>,   lse_i = log sum_j exp(s_ij),   o_i = sum_j exp(s_ij - lse_i) v_j
 
@@ -16,7 +17,8 @@ columns q_offset + i (`write_new`). No query sees later columns; `seen` may hide
 `prefix_attention_lean` gives the same through PyTorch's fused attention and builds a mask only
 where one is needed: it is what runs on a CPU. Neither checks its arguments:
 `kernels.prefix_attention`, whose docstring has all shapes, does that. Shapes use the letters of
-the README's table.
+the README's table. `cross_entropy_plain_` and `add_norm_plain`, at the end, are those of
+`cross_entropy.py` and `layer_norm.py`, whose headers have the equations.
 
 [1] Li & Liang 2021, https://arxiv.org/abs/2101.00190
 """
@@ -262,3 +264,29 @@ def lean_mask(
 def merged_order(o: Tensor) -> Tensor:
     """o (B, H, T, D) in the memory order (B, T, H, D): merging the heads is then a view."""
     return o.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def cross_entropy_plain_(
+    logits: Tensor, labels: Tensor, bias: Tensor | None, vocab_size: int, gradient: bool
+) -> Tensor:
+    """See `kernels.cross_entropy_`; any floating dtype, sums in fp32 (fp64 for fp64)."""
+    scores, y = logits[:, :vocab_size], labels[:, None]  # (n, V), a view; (n, 1)
+    s = scores.to(torch.promote_types(logits.dtype, torch.float32))
+    if bias is not None:
+        s += bias[:vocab_size]
+    lse = s.logsumexp(-1, keepdim=True)
+    losses = (lse - s.gather(-1, y))[:, 0]
+    if gradient:
+        p = s.sub_(lse).exp_()  # softmax(s), in the place of s
+        p.scatter_add_(-1, y, p.new_full(y.shape, -1.0))
+        scores.copy_(p)  # nothing to do where p is in their place
+        logits[:, vocab_size:] = 0
+    return losses
+
+
+def add_norm_plain(
+    x: Tensor, y: Tensor | None, gain: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.add_norm`."""
+    s = x if y is None else x + y
+    return s, F.layer_norm(s, s.shape[-1:], gain, shift, eps)

@@ -29,6 +29,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kernels import fuses
 from minprefix.generation import caches
 from minprefix.generation.caches import BeamCache, RowCache
 from minprefix.generation.choice import Beams, Choice, Forbidden, Tokens
@@ -201,6 +202,8 @@ def take_batch(
     `KEPT` has it back afterwards. While it is taken, another generation with the same model makes
     its own. `config` has gone through `for_model`.
     """
+    if fuses(model.wte.weight):
+        model.pad_head()
     like, K, acts = model.wte.weight, config.num_beams, acts.passed()
     static = uses_graphs(like.device) and model.captures and not beginning.must_end
     rows, prompt_len = len(beginning.texts), max(map(len, beginning.texts))

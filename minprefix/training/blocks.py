@@ -1,6 +1,7 @@
-"""How the blocks of a model run while it trains: compiled, or computed again in the backward pass.
+"""How the blocks of a model run while it trains: fused, compiled, or computed again in the backward
+pass.
 
-The models know of neither. `wrap_blocks` puts a `Wrapped` in the place of each block's `forward`,
+The models know of none of it. `wrap_blocks` puts a `Wrapped` in the place of each block's `forward`,
 `unwrap_blocks` takes it away; weights, their names and hooks stay as they are.
 """
 
@@ -13,7 +14,50 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels import add_norm
+from minprefix.models.bart import DecoderBlock, EncoderBlock
 from minprefix.models.base import LanguageModel
+from minprefix.models.gpt2 import Block
+
+
+def normed(x: Tensor, y: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    """x + y (x alone without y), and its layer norm, in one kernel; each (..., C)."""
+    return add_norm(x, y, norm.weight, norm.bias, norm.eps)
+
+
+# `forward` of each kind of block without dropout, with each sum and the norm after it in one kernel
+
+
+def gpt2_block(self: Any, x, prefix, visible, attend=None, at=None) -> Tensor:
+    """As `Block.forward`. The norm's gradient and that of the stream are one kernel, too."""
+    x, n = normed(x, None, self.ln_1)
+    y = self.attn(n, prefix, visible, attend)
+    if at is not None:
+        x, y = (x + y).flatten(0, 1).index_select(0, at), None  # (n, C)
+    x, n = normed(x, y, self.ln_2)
+    return x + self.mlp(n)
+
+
+def encoder_block(self: Any, x, prefix, visible, attend=None) -> Tensor:
+    """As `EncoderBlock.forward`."""
+    _, x = normed(x, self.attn(x, prefix, visible, attend), self.ln_1)
+    return normed(x, self.mlp(x), self.ln_2)[1]
+
+
+def decoder_block(self: Any, x, prefix, visible, attend, at, cross) -> Tensor:
+    """As `DecoderBlock.forward`."""
+    _, x = normed(x, self.attn(x, prefix, visible, attend), self.ln_1)
+    states, kv, *read = cross
+    kv = self.cross.keys_and_values(states) if kv is None else kv
+    _, x = normed(x, self.cross(x, kv, *read), self.ln_2)
+    if at is not None:
+        x = x.flatten(0, 1).index_select(0, at)  # (n, C)
+    return normed(x, self.mlp(x), self.ln_3)[1]
+
+
+FUSED: dict[type[nn.Module], Callable[..., Tensor]] = {
+    Block: gpt2_block, EncoderBlock: encoder_block, DecoderBlock: decoder_block,
+}  # fmt: skip
 
 
 @functools.cache
@@ -30,14 +74,16 @@ class Wrapped:
     Args:
         compiled: by torch.compile, where there is no cache (`attend` is None).
         recomputed: activations are not kept, but computed again in the backward pass.
+        fused: with the kernels of `kernels.add_norm`, in eval mode; compiled layers have their own.
     """
 
-    def __init__(self, block: nn.Module, compiled: bool, recomputed: bool):
-        self.block, self.compiled, self.recomputed = block, compiled, recomputed
+    def __init__(self, block: nn.Module, compiled: bool, recomputed: bool, fused: bool):
+        self.block, self.compiled, self.recomputed, self.fused = block, compiled, recomputed, fused
 
     def __call__(self, x, prefix, visible, attend=None, *rest) -> Tensor:
         kind: Any = type(self.block)
-        run = compiled_forward(kind) if self.compiled and attend is None else kind.forward
+        run = FUSED[kind] if self.fused and not self.block.training else kind.forward
+        run = compiled_forward(kind) if self.compiled and attend is None else run
         run, args = partial(run, self.block), (x, prefix, visible, attend, *rest)
         if self.recomputed and torch.is_grad_enabled():
             random = self.block.training  # dropout
@@ -45,12 +91,14 @@ class Wrapped:
         return run(*args)
 
 
-def wrap_blocks(model: LanguageModel, *, compiled: bool = False, recomputed: bool = False) -> None:
-    """From now on the blocks run as `Wrapped` says; without either they run as they are."""
+def wrap_blocks(
+    model: LanguageModel, *, compiled: bool = False, recomputed: bool = False, fused: bool = False
+) -> None:
+    """From now on the blocks run as `Wrapped` says; with none of the three they run as they are."""
     unwrap_blocks(model)
-    if compiled or recomputed:
+    if compiled or recomputed or fused:
         for block in model.blocks():
-            block.forward = Wrapped(block, compiled, recomputed)
+            block.forward = Wrapped(block, compiled, recomputed, fused)
 
 
 def unwrap_blocks(model: LanguageModel) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kernels import fuses
 from minprefix.data.batches import (
     Batch,
     BatchOrder,
@@ -85,7 +86,12 @@ class Trainer(Loop):
         self.bf16 = uses_bf16(config.precision, device)
         self.model = model = in_bf16(model) if self.bf16 and tuned.frozen else model
         model.requires_grad_(False).eval()
-        wrap_blocks(model, compiled=config.compile, recomputed=config.activation_checkpointing)
+        fused = tuned.frozen and fuses(model.wte.weight)
+        if fused:
+            model.pad_head()
+        wrap_blocks(
+            model, compiled=config.compile, recomputed=config.activation_checkpointing, fused=fused
+        )
         self.bound = tuned.bind(model, linearisation, config.max_source)
         self.trained = tuned.weights
         self.passes: PlainPasses | GraphedPasses | None = None  # made in the first step

@@ -1,0 +1,92 @@
+"""The head's cross entropy in Triton: each row of logits is replaced by its gradient.
+
+For a position with logits s_v over a vocabulary of V, b_v an optional bias and y its label,
+
+    loss = log sum_v exp(s_v + b_v) - (s_y + b_y)
+    d loss / d s_v = exp(s_v + b_v) / sum_w exp(s_w + b_w) - [v = y].
+
+The gradient needs the logits once and its own sum, so nothing else is ever in memory: one program
+takes a row, finds the largest score m and z = sum_v exp(s_v + b_v - m) tile by tile in a first pass
+(the running softmax of attention.py, with numbers in the place of vectors), and writes
+exp(s_v + b_v - m) / z - [v = y] over the logits in a second one. A row of GPT-2's vocabulary in
+bf16 is 100 KB, so the second pass finds it in the L2 cache. All arithmetic is fp32 on scores less
+m: subtracting before multiplying by log2(e) keeps a small loss exact beside scores of 1e4.
+
+Rows may have columns past V, which make the products on both sides of this kernel faster: cuBLAS
+has no good kernel for an odd V. They take no part in the sums, and their gradient is written as 0.
+
+    bytes   read the logits (again from L2), write the gradient: 2 n V e (e = bytes of an element)
+
+It is called between the two products of `minprefix/models/losses.py`, which holds the autograd
+function; nothing that torch.compile sees calls it, so it is no registered operator. The definition
+is `reference.cross_entropy_plain_`. One write to each place, no atomics: results repeat bit for
+bit.
+
+Source: Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867 (the sum in one pass); in place
+of the logits as in Liger Kernel, https://arxiv.org/abs/2410.10989.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.assembler import assembled
+from kernels.launch import Tile, launch
+from kernels.tiles import LN2, LOG2E
+
+TILE = Tile(1, 4096, 8, 1)  # columns of a step of both loops; 16 of them a thread
+
+
+@triton.jit
+def load_scores(logits_ptr, bias_ptr, offs, vocab_size):
+    """Scores with their bias in fp32: [BLOCK_N], -inf past the vocabulary."""
+    s = tl.load(logits_ptr + offs, mask=offs < vocab_size, other=float("-inf")).to(tl.float32)
+    if bias_ptr is not None:
+        s += tl.load(bias_ptr + offs, mask=offs < vocab_size, other=0.0).to(tl.float32)
+    return s
+
+
+@assembled
+@triton.jit
+def _cross_entropy_kernel(
+    logits_ptr, bias_ptr, labels_ptr, losses_ptr, stride_n, vocab_size, columns,
+    GRADIENT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The loss of one row, and its gradient in the place of the logits."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride_n
+    y = tl.load(labels_ptr + row)
+    s_y = load_scores(logits_ptr, bias_ptr, y, vocab_size)
+    m = float("-inf")
+    z = tl.zeros([BLOCK_N], tl.float32)
+    for v0 in range(0, vocab_size, BLOCK_N):
+        s = load_scores(logits_ptr, bias_ptr, v0 + tl.arange(0, BLOCK_N), vocab_size)
+        # m <- max(m, max_v s_v); what was summed under the old maximum shrinks
+        m_new = tl.maximum(m, tl.max(s, 0))
+        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing but -inf so far
+        z = z * tl.exp2((m - m_finite) * LOG2E) + tl.exp2((s - m_finite) * LOG2E)
+        m = m_new
+    total = tl.sum(z, 0)
+    tl.store(losses_ptr + row, tl.log2(total) * LN2 + (m - s_y))
+    if GRADIENT:
+        for v0 in range(0, columns, BLOCK_N):
+            offs = v0 + tl.arange(0, BLOCK_N)
+            s = load_scores(logits_ptr, bias_ptr, offs, vocab_size)
+            p = tl.exp2((s - m) * LOG2E) / total
+            p = tl.where(offs == y, p - 1.0, p)
+            tl.store(logits_ptr + offs, p.to(logits_ptr.dtype.element_ty), mask=offs < columns)
+
+
+def cross_entropy_(
+    logits: Tensor, labels: Tensor, bias: Tensor | None, vocab_size: int, gradient: bool,
+    tile: Tile = TILE,
+) -> Tensor:  # fmt: skip
+    """The losses of `kernels.cross_entropy_`, from arguments that were checked already."""
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    launch(
+        _cross_entropy_kernel, len(logits), tile, logits_ptr=logits, bias_ptr=bias,
+        labels_ptr=labels, losses_ptr=losses, stride_n=logits.stride(0), vocab_size=vocab_size,
+        columns=logits.shape[1], GRADIENT=gradient,
+    )  # fmt: skip
+    return losses
