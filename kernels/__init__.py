@@ -128,20 +128,20 @@ def cross_entropy_(
             in the last dimension. Overwritten by their gradient, softmax(logits + bias) less 1 at
             the label, and 0 from column V on; without `gradient` by anything.
         labels: (n,) int64 in [0, V).
-        bias: (V,) or longer; None = zero.
+        bias: (V',), of which entries from V on are not looked at; None = zero.
         vocab_size: V; None = V'.
         gradient: whether it is wanted.
     Returns:
         (n,), fp32 (fp64 from fp64).
     Raises:
-        ValueError: shapes that disagree; a V that the columns or the bias do not reach.
+        ValueError: shapes that disagree, or a V that the columns do not reach.
     """
     V = logits.shape[-1] if vocab_size is None else vocab_size
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or not 1 <= V <= logits.shape[1]:
         found = f"{tuple(logits.shape)}, labels {tuple(labels.shape)}, a vocabulary of {V}"
         raise ValueError(f"logits (n, V' >= V) and labels (n,) do not fit: {found}")
-    if bias is not None and (bias.dim() != 1 or len(bias) < V):
-        raise ValueError(f"a bias {tuple(bias.shape)} does not reach a vocabulary of {V}")
+    if bias is not None and bias.shape != logits.shape[1:]:
+        raise ValueError(f"a bias {tuple(bias.shape)} does not fit logits {tuple(logits.shape)}")
     if fuses(logits) and logits.stride(1) == 1:
         from kernels import cross_entropy
 

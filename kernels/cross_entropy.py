@@ -39,12 +39,16 @@ TILE = Tile(1, 4096, 8, 1)  # columns of a step of both loops; 16 of them a thre
 
 
 @triton.jit
-def load_scores(logits_ptr, bias_ptr, offs, vocab_size):
-    """Scores with their bias in fp32: [BLOCK_N], -inf past the vocabulary."""
-    s = tl.load(logits_ptr + offs, mask=offs < vocab_size, other=float("-inf")).to(tl.float32)
+def load_scores(logits_ptr, bias_ptr, offs, vocab_size, columns):
+    """Scores with their bias in fp32: [BLOCK_N], -inf past the vocabulary.
+
+    The loads end with the columns: 16 divides their number, not that of the vocabulary, and a mask
+    that may change within 16 bytes would make them loads of a number each.
+    """
+    s = tl.load(logits_ptr + offs, mask=offs < columns, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        s += tl.load(bias_ptr + offs, mask=offs < vocab_size, other=0.0).to(tl.float32)
-    return s
+        s += tl.load(bias_ptr + offs, mask=offs < columns, other=0.0).to(tl.float32)
+    return tl.where(offs < vocab_size, s, float("-inf"))
 
 
 @assembled
@@ -57,11 +61,12 @@ def _cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_n
     y = tl.load(labels_ptr + row)
-    s_y = load_scores(logits_ptr, bias_ptr, y, vocab_size)
+    s_y = load_scores(logits_ptr, bias_ptr, y, vocab_size, columns)
     m = float("-inf")
     z = tl.zeros([BLOCK_N], tl.float32)
     for v0 in range(0, vocab_size, BLOCK_N):
-        s = load_scores(logits_ptr, bias_ptr, v0 + tl.arange(0, BLOCK_N), vocab_size)
+        offs = v0 + tl.arange(0, BLOCK_N)
+        s = load_scores(logits_ptr, bias_ptr, offs, vocab_size, columns)
         # m <- max(m, max_v s_v); what was summed under the old maximum shrinks
         m_new = tl.maximum(m, tl.max(s, 0))
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing but -inf so far
@@ -72,7 +77,7 @@ def _cross_entropy_kernel(
     if GRADIENT:
         for v0 in range(0, columns, BLOCK_N):
             offs = v0 + tl.arange(0, BLOCK_N)
-            s = load_scores(logits_ptr, bias_ptr, offs, vocab_size)
+            s = load_scores(logits_ptr, bias_ptr, offs, vocab_size, columns)
             p = tl.exp2((s - m) * LOG2E) / total
             p = tl.where(offs == y, p - 1.0, p)
             tl.store(logits_ptr + offs, p.to(logits_ptr.dtype.element_ty), mask=offs < columns)

@@ -54,6 +54,8 @@ def _add_norm_kernel(
     start = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, BLOCK_N)
     mask = columns < width
+    gain = tl.load(gain_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(x_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
     if y_ptr is not None:
         s += tl.load(y_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
@@ -61,8 +63,6 @@ def _add_norm_kernel(
         tl.store(s_ptr + start + columns, rounded, mask=mask)
         s = rounded.to(tl.float32)
     xhat, _ = normalised(s, mask, width, eps)
-    gain = tl.load(gain_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     n = xhat * gain + shift
     tl.store(n_ptr + start + columns, n.to(n_ptr.dtype.element_ty), mask=mask)
 
@@ -72,17 +72,19 @@ def _add_norm_kernel(
 def _norm_grad_kernel(
     s_ptr, gain_ptr, ds_ptr, dn_ptr, dx_ptr, width, eps, BLOCK_N: tl.constexpr
 ):
-    """dx of one row; ds may be missing: zero."""
+    """dx of one row; ds may be missing, which is zero."""
     start = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, BLOCK_N)
     mask = columns < width
+    # all loads come first: the sums below wait for a whole row
     s = tl.load(s_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
-    xhat, rstd = normalised(s, mask, width, eps)
     g = tl.load(dn_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
     g *= tl.load(gain_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    dx = rstd * (g - tl.sum(g, 0) / width - xhat * (tl.sum(g * xhat, 0) / width))
+    ds = tl.zeros([BLOCK_N], tl.float32)
     if ds_ptr is not None:
-        dx += tl.load(ds_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
+        ds = tl.load(ds_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
+    xhat, rstd = normalised(s, mask, width, eps)
+    dx = ds + rstd * (g - tl.sum(g, 0) / width - xhat * (tl.sum(g * xhat, 0) / width))
     tl.store(dx_ptr + start + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 

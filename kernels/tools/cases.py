@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from triton.backends.compiler import GPUTarget
 
-from kernels import HEAD_DIMS, attention
+from kernels import HEAD_DIMS, attention, cross_entropy, layer_norm
 from kernels.decode import decode
 from kernels.inputs import Append, Inputs
 from kernels.launch import Launch, recorded
@@ -28,7 +28,7 @@ GPU_TARGETS = {  # architecture, threads of a warp
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMENSIONS: dict[str, tuple] = {
     "target": tuple(GPU_TARGETS),
-    "op": ("forward", "backward", "decode"),
+    "op": ("forward", "backward", "decode", "cross_entropy", "add_norm"),
     "dtype": tuple(DTYPES),
     "head_dim": HEAD_DIMS,
     "batch_size": (2, 1, 1000),  # decode cuts them differently; the last is past 2 GB of q
@@ -45,6 +45,7 @@ DIMENSIONS: dict[str, tuple] = {
     "dlse": (False, True),  # whether it gets one
     "append": ("no", "rows", "slots"),  # of decode: the kernel writes the cache; slots: of beams
 }
+BESIDE = ("cross_entropy", "add_norm")  # not of attention: `call_beside` says what a case is to them
 QUERIES = {50: 1, 128: 2, 1000: 5}  # of decode, on 1000 keys; any other seq_len: 1 on that many
 # The calls that people make: every length with every prefix, and one thing more at a time.
 CALLS: dict[str, tuple] = {
@@ -122,6 +123,11 @@ def calls(**chosen: tuple) -> Iterator[Case]:
     usual |= {name: values for name, values in chosen.items() if name not in more}
     for values in product(*usual.values()):
         case = Case(*values)
+        if case.op in BESIDE:
+            few = case.seq_len == usual["seq_len"][0] and case.prefix_len == usual["prefix_len"][0]
+            if few:
+                yield from (case, case._replace(need="q", q_offset=True))
+            continue
         for change in ONE_MORE:
             if not case.prefix_len and change.keys() & {"prefix_index", "prefix_dtype", "need"}:
                 continue  # of no prefix
@@ -144,6 +150,9 @@ def call(case: Case) -> None:
 
     q, k, v and their gradients are views of one projection, as in training.
     """
+    if case.op in BESIDE:
+        call_beside(case)
+        return
     B, H, T, P, D = case.batch_size, case.n_head, case.seq_len, case.prefix_len, case.head_dim
     dtype = DTYPES[case.dtype]
     prefix_dtype = torch.float32 if case.prefix_dtype == "fp32" else dtype
@@ -175,3 +184,23 @@ def call(case: Case) -> None:
         dprefix = (None, None) if no_prefix else (torch.empty_like(prefix_k) for _ in range(2))
         to = Gradients(dq, dk, dv, *dprefix)
         backward(inputs, o, lse, o, dlse if case.dlse else None, to)
+
+
+def call_beside(case: Case) -> None:
+    """Launch a kernel that is not of attention, for rows as wide as all heads together.
+
+    With `q_offset` there is a bias, or no y; `need` "all" makes the gradient, the head is padded
+    where `causal`.
+    """
+    n, C, V = case.batch_size * case.seq_len, case.n_head * case.head_dim, 50257
+    empty = partial(torch.empty, device="meta", dtype=DTYPES[case.dtype])
+    if case.op == "cross_entropy":
+        columns = 50304 if case.causal else V
+        logits, labels = empty(n, columns), empty(n, dtype=torch.int64)
+        bias = empty(columns) if case.q_offset else None
+        cross_entropy.cross_entropy_(logits, labels, bias, V, gradient=case.need == "all")
+        return
+    x, y, gain, shift = empty(n, C), None if case.q_offset else empty(n, C), empty(C), empty(C)
+    s, dn = layer_norm.forward(x, y, gain, shift, 1e-5)
+    if case.need == "all":
+        layer_norm.backward(s, gain, None if case.q_offset else x, dn, 1e-5)

@@ -99,10 +99,12 @@ class PrefixActivations(Activations):
         shape = (config.n_layer, 2, config.n_head, 0, config.head_dim)
         return cls(like.new_empty(shape), position_offset=0, max_offset=0)
 
-    def of_layer(self, layer: int) -> LayerPrefix:
-        """What the layer reads."""
-        k, v = self.table[layer]
-        return LayerPrefix(k, v, None if self.gate is None else self.gate[layer])
+    def layers(self) -> list[LayerPrefix]:
+        """What each layer reads. All are taken at once, and so their gradients become one table at
+        once: taken one by one, each would be a table of its own, of zeros elsewhere."""
+        parts = self.table.flatten(0, 1).unbind()  # k and v of layer 0, k and v of layer 1, ..
+        gates = [None] * len(self.table) if self.gate is None else self.gate.unbind()
+        return [LayerPrefix(*x) for x in zip(parts[::2], parts[1::2], gates, strict=True)]
 
     def visible(self, **keys) -> Visible:
         """Which prefix each row sees, and which keys (fields of `Visible`)."""

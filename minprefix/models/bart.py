@@ -226,9 +226,9 @@ class BART(LanguageModel):
             source_lens = None if source_lens is None else source_lens + P
         x = self.encoder.embed(self._scaled(embd), positions)
         visible = acts.visible(kv_lens=source_lens, causal=False)
-        for layer, block in enumerate(self.encoder.h):
+        for layer, (block, read) in enumerate(zip(self.encoder.h, acts.layers(), strict=True)):
             attend = None if recorder is None else partial(recorder.attend, layer)
-            x = block(x, acts.of_layer(layer), visible, attend)
+            x = block(x, read, visible, attend)
         return EncodedSource(x, source_lens)
 
     def with_keys(self, source: EncodedSource) -> EncodedSource:
@@ -268,12 +268,15 @@ class BART(LanguageModel):
 
         visible = own.visible(kv_lens=kv_lens if cache is None else None)
         cross_visible = cross.visible(kv_lens=source.lens, causal=False)
-        for layer, block in enumerate(self.decoder.h):
+        prefixes = zip(own.layers(), cross.layers(), strict=True)
+        for layer, (block, (self_prefix, cross_prefix)) in enumerate(
+            zip(self.decoder.h, prefixes, strict=True)
+        ):
             attend = None if cache is None else partial(cache.attend, layer)
             here = at if layer == self.config.n_layer - 1 else None
             kv = None if source.kv is None else source.kv[layer]
-            read = (source.states, kv, cross.of_layer(layer), cross_visible)
-            x = block(x, own.of_layer(layer), visible, attend, here, read)
+            read = (source.states, kv, cross_prefix, cross_visible)
+            x = block(x, self_prefix, visible, attend, here, read)
         if cache is not None:
             cache.advance(kv_lens, T)
         return x

@@ -163,10 +163,10 @@ class GPT2(LanguageModel):
         x = self.drop(embd + self.wpe(positions))  # (B, T, C)
 
         visible = acts.visible(kv_lens=kv_lens if cache is None else None, after=after)
-        for layer, block in enumerate(self.h):
+        for layer, (block, own) in enumerate(zip(self.h, acts.layers(), strict=True)):
             attend = None if cache is None else partial(cache.attend, layer)
             here = at if layer == self.config.n_layer - 1 else None
-            x = block(x, acts.of_layer(layer), visible, attend, here)
+            x = block(x, own, visible, attend, here)
         if cache is not None:
             cache.advance(kv_lens, T)
         return self.ln_f(x)

@@ -27,7 +27,7 @@ MULTIPLE = 64  # rows of a padded head
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """hidden (n, C), weight (V', C), bias (V,) or None, labels (n,), V <= V' -> losses (n,), in
+    """hidden (n, C), weight (V', C), bias (V',) or None, labels (n,), V <= V' -> losses (n,), in
     nats, fp32 (fp64 from fp64)."""
 
     @staticmethod
@@ -63,17 +63,18 @@ def frozen_head_loss(
         weight: (V', C), the head; it gets no gradient. Rows from V on are not looked at.
         labels: (n,) int64 in [0, V).
         chunk: positions whose logits exist at once; None = `CHUNK`, on a GPU `GPU_CHUNK`.
-        bias: (V,) or longer, the head's; it gets no gradient.
+        bias: (V',), the head's; it gets no gradient.
         vocab_size: V; None = V'.
     """
     V = len(weight) if vocab_size is None else vocab_size
     if chunk is None:
-        chunk = GPU_CHUNK if hidden.is_cuda else CHUNK
+        chunk = CHUNK if hidden.device.type == "cpu" else GPU_CHUNK
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return FrozenHeadLoss.apply(hidden, weight, bias, labels, V, chunk)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return FrozenHeadLoss.apply(hidden, weight, bias, labels, V, chunk)
+    return FrozenHeadLoss.apply(hidden, weight, bias, labels, V, chunk)
 
 
 def with_padding(x: Tensor) -> Tensor:

@@ -28,14 +28,16 @@ def normed(x: Tensor, y: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
 # `forward` of each kind of block without dropout, with each sum and the norm after it in one kernel
 
 
-def gpt2_block(self: Any, x, prefix, visible, attend=None, at=None) -> Tensor:
-    """As `Block.forward`. The norm's gradient and that of the stream are one kernel, too."""
-    x, n = normed(x, None, self.ln_1)
+def gpt2_block(self: Any, x, prefix, visible, attend=None, at=None, following=None) -> Any:
+    """As `Block.forward`. With the block that follows, the pair of what that reads, x, and its first
+    norm of it, which it then takes in the place of x."""
+    x, n = x if isinstance(x, tuple) else normed(x, None, self.ln_1)
     y = self.attn(n, prefix, visible, attend)
     if at is not None:
         x, y = (x + y).flatten(0, 1).index_select(0, at), None  # (n, C)
     x, n = normed(x, y, self.ln_2)
-    return x + self.mlp(n)
+    y = self.mlp(n)
+    return x + y if following is None else normed(x, y, following.ln_1)
 
 
 def encoder_block(self: Any, x, prefix, visible, attend=None) -> Tensor:
@@ -74,16 +76,26 @@ class Wrapped:
     Args:
         compiled: by torch.compile, where there is no cache (`attend` is None).
         recomputed: activations are not kept, but computed again in the backward pass.
-        fused: with the kernels of `kernels.add_norm`, in eval mode; compiled layers have their own.
+        fused: with `kernels.add_norm`, in eval mode; what is compiled has kernels of its own.
+        following: the block that a fused one makes the first norm of; None = it does so itself.
     """
 
-    def __init__(self, block: nn.Module, compiled: bool, recomputed: bool, fused: bool):
-        self.block, self.compiled, self.recomputed, self.fused = block, compiled, recomputed, fused
+    def __init__(
+        self, block: nn.Module, compiled: bool, recomputed: bool, fused: bool,
+        following: nn.Module | None = None,
+    ):  # fmt: skip
+        self.block, self.compiled, self.recomputed = block, compiled, recomputed
+        self.fused, self.following = fused, following
 
     def __call__(self, x, prefix, visible, attend=None, *rest) -> Tensor:
         kind: Any = type(self.block)
-        run = FUSED[kind] if self.fused and not self.block.training else kind.forward
-        run = compiled_forward(kind) if self.compiled and attend is None else run
+        run = kind.forward
+        if self.compiled and attend is None:
+            run = compiled_forward(kind)
+        elif self.fused and not self.block.training:
+            run = FUSED[kind]
+            if self.following is not None and not self.block._forward_hooks:  # of an adapter
+                run = partial(run, following=self.following)
         run, args = partial(run, self.block), (x, prefix, visible, attend, *rest)
         if self.recomputed and torch.is_grad_enabled():
             random = self.block.training  # dropout
@@ -96,9 +108,12 @@ def wrap_blocks(
 ) -> None:
     """From now on the blocks run as `Wrapped` says; with none of the three they run as they are."""
     unwrap_blocks(model)
-    if compiled or recomputed or fused:
-        for block in model.blocks():
-            block.forward = Wrapped(block, compiled, recomputed, fused)
+    if not (compiled or recomputed or fused):
+        return
+    blocks = model.blocks()
+    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+        linked = fused and isinstance(block, Block) and not (compiled or recomputed)
+        block.forward = Wrapped(block, compiled, recomputed, fused, after if linked else None)
 
 
 def unwrap_blocks(model: LanguageModel) -> None:
