@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh tests       all kernel tests in parallel processes, then compute-sanitizer
 #   benchmarks/gpu.sh attention   the attention kernels beside PyTorch's own; all tiles, sweeps
 #   benchmarks/gpu.sh decode      the same for one step of decoding
-#   benchmarks/gpu.sh steps       whole training steps beside transformers + PEFT
+#   benchmarks/gpu.sh steps       whole training steps beside transformers + PEFT, and the kernels
+#                                 beside attention that they call
 #   benchmarks/gpu.sh generate    generation likewise, with and without CUDA graphs
 #
 # Several parts run one after the other; none given: all five. Needs the checkout and a Python with
@@ -83,6 +84,7 @@ bench() {
 }
 
 part_steps() {
+    step kernels 30 "$PYTHON" -m benchmarks.kernels.fused --out "$OUT" --seconds 20
     bench graphs 75 train --batch-size 10 --peers peft --profile
     MINPREFIX_CUDA_GRAPHS=0 bench eager 40 train --batch-size 10 --peers none
     bench graphs 60 train --batch-size 64 --peers peft

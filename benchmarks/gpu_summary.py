@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.kernels import attention as bench_attention
 from benchmarks.kernels import decode as bench_decode
+from benchmarks.kernels import fused as bench_fused
 from benchmarks.kernels.clock import device_name, rows_of_this_commit
 from benchmarks.kernels.tiles import table
 from benchmarks.machine import add_row, read_rows
@@ -68,7 +69,8 @@ def steps(out: Path, work: Path) -> list[str]:
         shutil.copy(found, out / found.name.replace("random", device_name()))
     for found in (work / "graphs").glob("profile.csv"):
         shutil.copy(found, out / f"profile-{device_name()}.csv")
-    return lines
+    rows = rows_of_this_commit(out / f"fused-{device_name()}.csv")
+    return [*lines, "", *bench_fused.verdicts(rows)]
 
 
 def verdicts(rows: list[dict[str, str]]) -> list[str]:

@@ -30,7 +30,7 @@ FILES = [
     for name in (
         "training/test_fast_training", "generation/test_fast_generation", "kernels/test_attention",
         "kernels/test_decode", "kernels/test_append", "kernels/test_operator",
-        "kernels/test_bench_tiles",
+        "kernels/test_bench_tiles", "kernels/test_cross_entropy", "kernels/test_layer_norm",
     )
 ]  # fmt: skip
 RESULTS = "MINPREFIX_TEST_RESULTS"  # environment: where the plugin writes

@@ -8,17 +8,17 @@ Forward, for a row of C numbers of the residual stream x and what a layer adds t
 where mean and var are those of the row. s is rounded to its dtype before it is normalised, as it is
 where two kernels do this. All arithmetic is fp32.
 
-Backward. Of n alone, with g = dn * gain, d xhat_j / d s_i = rstd ([i = j] - 1/C - xhat_i xhat_j / C)
-gives ds = rstd (g - mean(g) - xhat mean(g xhat)). The stream goes on past the norm, so the gradient
-ds' that arrives at s is added, and since s = x + y the sum is the gradient of x and that of y:
+Backward. Since d xhat_j / d s_i = rstd ([i = j] - 1/C - xhat_i xhat_j / C), what comes through n is
+rstd (g - mean(g) - xhat mean(g xhat)) with g = dn * gain. The stream goes on past the norm, so the
+gradient ds that arrives at s is added, and as s = x + y the sum is the gradient of x and that of y:
 
-    dx = dy = ds' + rstd (g - mean(g) - xhat mean(g xhat))
+    dx = dy = ds + rstd (g - mean(g) - xhat mean(g xhat))
 
 One tensor serves both. mean and rstd are computed again from s, which costs nothing where a program
 holds a whole row: s is all that is kept. Gain and shift are frozen and get no gradient.
 
-    bytes   forward: read x, y, write s, n: 4 n C e (without y: 2); backward: read s, dn, ds', write
-            dx: 4 n C e. Apart, PyTorch moves 5 and 6.
+    bytes   of N rows, forward: read x, y, write s, n: 4 N C e (without y: 2); backward: read s, dn,
+            ds, write dx: 4 N C e. PyTorch, whose sums are kernels of their own, moves 5 and 6.
 
 One program per row, no atomics: results repeat bit for bit. `torch.compile` fuses the plain form by
 itself and never meets these kernels, so they are no registered operators.
@@ -69,9 +69,7 @@ def _add_norm_kernel(
 
 @assembled
 @triton.jit
-def _norm_grad_kernel(
-    s_ptr, gain_ptr, ds_ptr, dn_ptr, dx_ptr, width, eps, BLOCK_N: tl.constexpr
-):
+def _norm_grad_kernel(s_ptr, gain_ptr, ds_ptr, dn_ptr, dx_ptr, width, eps, BLOCK_N: tl.constexpr):
     """dx of one row; ds may be missing, which is zero."""
     start = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, BLOCK_N)

@@ -45,11 +45,11 @@ DIMENSIONS: dict[str, tuple] = {
     "dlse": (False, True),  # whether it gets one
     "append": ("no", "rows", "slots"),  # of decode: the kernel writes the cache; slots: of beams
 }
-BESIDE = ("cross_entropy", "add_norm")  # not of attention: `call_beside` says what a case is to them
+BESIDE = ("cross_entropy", "add_norm")  # not attention; `call_beside` has what a case means there
 QUERIES = {50: 1, 128: 2, 1000: 5}  # of decode, on 1000 keys; any other seq_len: 1 on that many
 # The calls that people make: every length with every prefix, and one thing more at a time.
 CALLS: dict[str, tuple] = {
-    "op": DIMENSIONS["op"],
+    "op": DIMENSIONS["op"][:3],
     "head_dim": HEAD_DIMS,
     "n_head": DIMENSIONS["n_head"],
     "seq_len": (16, 50, 64, 100, 128, 200, 256, 512, 1000),
@@ -121,13 +121,9 @@ def calls(**chosen: tuple) -> Iterator[Case]:
     usual |= {"target": ("sm_90",), "dtype": ("bf16",)} | CALLS
     more = {name for change in ONE_MORE for name in change}
     usual |= {name: values for name, values in chosen.items() if name not in more}
+    usual |= {"op": tuple(op for op in usual["op"] if op not in BESIDE)}
     for values in product(*usual.values()):
         case = Case(*values)
-        if case.op in BESIDE:
-            few = case.seq_len == usual["seq_len"][0] and case.prefix_len == usual["prefix_len"][0]
-            if few:
-                yield from (case, case._replace(need="q", q_offset=True))
-            continue
         for change in ONE_MORE:
             if not case.prefix_len and change.keys() & {"prefix_index", "prefix_dtype", "need"}:
                 continue  # of no prefix
@@ -135,6 +131,13 @@ def calls(**chosen: tuple) -> Iterator[Case]:
             wanted = all(getattr(one, name) in values for name, values in chosen.items())
             of_op = {"need": "backward", "append": "decode"}
             if wanted and all(case.op == op for name, op in of_op.items() if name in change):
+                yield one
+    usual |= {"op": tuple(op for op in chosen.get("op", BESIDE) if op in BESIDE)}
+    usual |= {name: usual[name][:1] for name in ("seq_len", "prefix_len")}
+    for values in product(*usual.values()):
+        for change in ({}, {"need": "q", "q_offset": True}):
+            one = Case(*values)._replace(**change)
+            if all(getattr(one, name) in values for name, values in chosen.items()):
                 yield one
 
 
@@ -189,8 +192,8 @@ def call(case: Case) -> None:
 def call_beside(case: Case) -> None:
     """Launch a kernel that is not of attention, for rows as wide as all heads together.
 
-    With `q_offset` there is a bias, or no y; `need` "all" makes the gradient, the head is padded
-    where `causal`.
+    With `q_offset` there is a bias, or no y; with `need` "q" no gradient is made; where `causal`
+    the head is padded.
     """
     n, C, V = case.batch_size * case.seq_len, case.n_head * case.head_dim, 50257
     empty = partial(torch.empty, device="meta", dtype=DTYPES[case.dtype])
@@ -198,9 +201,9 @@ def call_beside(case: Case) -> None:
         columns = 50304 if case.causal else V
         logits, labels = empty(n, columns), empty(n, dtype=torch.int64)
         bias = empty(columns) if case.q_offset else None
-        cross_entropy.cross_entropy_(logits, labels, bias, V, gradient=case.need == "all")
+        cross_entropy.cross_entropy_(logits, labels, bias, V, gradient=case.need != "q")
         return
     x, y, gain, shift = empty(n, C), None if case.q_offset else empty(n, C), empty(C), empty(C)
     s, dn = layer_norm.forward(x, y, gain, shift, 1e-5)
-    if case.need == "all":
+    if case.need != "q":
         layer_norm.backward(s, gain, None if case.q_offset else x, dn, 1e-5)

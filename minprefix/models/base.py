@@ -63,7 +63,7 @@ class LanguageModel(nn.Module):
         padded = PADDED.get(self, own)
         # `.to(...)` or loading gave the model other tensors: these are not its own any more
         same = all(
-            x is y or (x.data_ptr(), x.dtype) == (y.data_ptr(), y.dtype)
+            x is y or (x is not None and y is not None and x.data_ptr() == y.data_ptr())
             for x, y in zip(own, padded, strict=True)
         )
         if not same:

@@ -1,8 +1,8 @@
 """How the blocks of a model run while it trains: fused, compiled, or computed again in the backward
 pass.
 
-The models know of none of it. `wrap_blocks` puts a `Wrapped` in the place of each block's `forward`,
-`unwrap_blocks` takes it away; weights, their names and hooks stay as they are.
+The models know of none of it. `wrap_blocks` puts a `Wrapped` in the place of each block's
+`forward`, `unwrap_blocks` takes it away; weights, their names and hooks stay as they are.
 """
 
 import functools
@@ -29,8 +29,8 @@ def normed(x: Tensor, y: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def gpt2_block(self: Any, x, prefix, visible, attend=None, at=None, following=None) -> Any:
-    """As `Block.forward`. With the block that follows, the pair of what that reads, x, and its first
-    norm of it, which it then takes in the place of x."""
+    """As `Block.forward`. Given the block that follows, it returns a pair, which that block takes
+    in the place of x: x, and the first norm of it."""
     x, n = x if isinstance(x, tuple) else normed(x, None, self.ln_1)
     y = self.attn(n, prefix, visible, attend)
     if at is not None:

@@ -76,6 +76,14 @@ def test_a_row_far_from_zero(dtype):
     check([x + 100, y, gain, shift, ds, dn])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_normalised_is_what_is_stored(dtype):
+    """The backward pass reads s, so n is that of the rounded s: bit for bit."""
+    x, y, gain, shift, *_ = (a.to(DEVICE) for a in inputs(256, dtype))
+    s, n = add_norm(x, y, gain, shift, EPS)
+    assert torch.equal(n, add_norm(s, None, gain, shift, EPS)[1])
+
+
 def test_views_and_no_rows():
     x, y, gain, shift, ds, dn = inputs(64, torch.float32, (4, 6))
     check([x.transpose(0, 1), y.transpose(0, 1), gain, shift, ds.transpose(0, 1),

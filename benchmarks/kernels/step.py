@@ -11,8 +11,11 @@ are known without a count (`UPDATE`).
 Bytes are those of each tensor that a kernel reads or writes, once. The time is what follows from
 them where nothing else does: the larger of bytes / 4.8 TB/s (an H200's memory) and FLOPs / 700
 TFLOP/s (bf16 products there), and 2 us for each launch. It is a floor that ignores caches, not a
-measurement. Then the memory: what the backward pass keeps, and what stays. Two forms: with the kernels of `cross_entropy.py` and `layer_norm.py`, and without
-(MINPREFIX_FUSED=0).
+measurement. Then the memory: what the backward pass keeps, and what stays.
+
+Two forms: with the kernels of `cross_entropy.py` and `layer_norm.py`, and without
+(MINPREFIX_FUSED=0). The rows `before` of the committed CSV were counted by this file at ba81a61,
+the last commit without them.
 """
 
 import argparse
@@ -40,14 +43,15 @@ from minprefix.training import graphs
 from minprefix.training.blocks import wrap_blocks
 
 BYTES_A_SECOND, FLOPS_A_SECOND, LAUNCH_US = 4.8e12, 700e12, 2.0
+SMALL_US = 10.0  # kernels that take less together are not told apart
 GATHERS = {"embedding", "index_select", "index", "gather"}  # read what they write, not the table
 OVERWRITES = {"zero_", "fill_", "copy_"}  # do not read what they write
 NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
            "_unsafe_view", "detach", "alias"}  # launch nothing, as views  # fmt: skip
 
 
-# norm (2, and 5 of single numbers), clipping (2), step numbers (1), AdamW (2); for each parameter in
-# fp32: its gradient read, read and written, and read with it and two moments, which are written
+# norm (2, and 5 of single numbers), clipping (2), step numbers (1), AdamW (2). In fp32 the gradient
+# is read, is read and written, and is read with weight and moments, which are written
 UPDATE = {"launches": 12, "bytes": 4 * (1 + 2 + 4 + 3)}
 OWN = {"attention": attention.forward, "attention_backward": attention.attention_backward}
 
@@ -163,6 +167,11 @@ def microseconds(launches: float, n_bytes: float, flops: float) -> float:
     return 1e6 * work + LAUNCH_US * launches
 
 
+def summed(name: str, rows: list[tuple]) -> tuple:
+    """One row of the sums of several."""
+    return name, *(sum(row[i] for row in rows) for i in range(1, 5))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Count the launches of a training step.")
     parser.add_argument("--out", type=Path, help="also put the rows into this CSV")
@@ -175,7 +184,9 @@ def main() -> None:
         count, memory = training_step(config, args.batch_size, args.seq_len, form == "fused")
         rows = [(name, *found, microseconds(*found)) for name, found in count.found.items()]
         rows.sort(key=lambda row: -row[-1])
-        rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
+        small = [row for row in rows if row[-1] < SMALL_US]
+        rows = [row for row in rows if row not in small]
+        rows += [summed("others", small), summed("all", rows + small)]
         print(f"{form}: B {args.batch_size}, T {args.seq_len}")
         for name, launches, n_bytes, flops, us in rows:
             print(f"  {name:32} {launches:5.0f} launches {n_bytes / 1e6:9.1f} MB "
