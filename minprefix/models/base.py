@@ -54,7 +54,8 @@ class LanguageModel(nn.Module):
         weight, bias = self.wte.weight, self.head_bias
         if not (torch.is_grad_enabled() and weight.requires_grad):
             weight, bias = self.head_weights()
-        return F.linear(hidden, weight, bias)[..., : self.config.vocab_size]
+        logits, V = F.linear(hidden, weight, bias), self.config.vocab_size
+        return logits if len(weight) == V else logits[..., :V]
 
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the head, (V', C) and (V',), without gradients: after `pad_head` of
@@ -70,6 +71,7 @@ class LanguageModel(nn.Module):
             PADDED.pop(self)
         return padded if same else own
 
+    @torch.inference_mode(False)  # whatever generation is in: the weights may be trained with later
     @torch.no_grad()
     def pad_head(self) -> None:
         """Let rows of zeros follow those of the head in memory, which makes its products faster on

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import add_norm
-from minprefix.models.bart import DecoderBlock, EncoderBlock
 from minprefix.models.base import LanguageModel
 from minprefix.models.gpt2 import Block
 
@@ -25,11 +24,9 @@ def normed(x: Tensor, y: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
     return add_norm(x, y, norm.weight, norm.bias, norm.eps)
 
 
-# `forward` of each kind of block without dropout, with each sum and the norm after it in one kernel
-
-
-def gpt2_block(self: Any, x, prefix, visible, attend=None, at=None, following=None) -> Any:
-    """As `Block.forward`. Given the block that follows, it returns a pair, which that block takes
+def fused_forward(self: Any, x, prefix, visible, attend=None, at=None, following=None) -> Any:
+    """`Block.forward` without dropout, with each sum and the norm after it in one kernel, and so
+    their gradients. Given the block that follows, it returns a pair, which that block takes
     in the place of x: x, and the first norm of it."""
     x, n = x if isinstance(x, tuple) else normed(x, None, self.ln_1)
     y = self.attn(n, prefix, visible, attend)
@@ -38,28 +35,6 @@ def gpt2_block(self: Any, x, prefix, visible, attend=None, at=None, following=No
     x, n = normed(x, y, self.ln_2)
     y = self.mlp(n)
     return x + y if following is None else normed(x, y, following.ln_1)
-
-
-def encoder_block(self: Any, x, prefix, visible, attend=None) -> Tensor:
-    """As `EncoderBlock.forward`."""
-    _, x = normed(x, self.attn(x, prefix, visible, attend), self.ln_1)
-    return normed(x, self.mlp(x), self.ln_2)[1]
-
-
-def decoder_block(self: Any, x, prefix, visible, attend, at, cross) -> Tensor:
-    """As `DecoderBlock.forward`."""
-    _, x = normed(x, self.attn(x, prefix, visible, attend), self.ln_1)
-    states, kv, *read = cross
-    kv = self.cross.keys_and_values(states) if kv is None else kv
-    _, x = normed(x, self.cross(x, kv, *read), self.ln_2)
-    if at is not None:
-        x = x.flatten(0, 1).index_select(0, at)  # (n, C)
-    return normed(x, self.mlp(x), self.ln_3)[1]
-
-
-FUSED: dict[type[nn.Module], Callable[..., Tensor]] = {
-    Block: gpt2_block, EncoderBlock: encoder_block, DecoderBlock: decoder_block,
-}  # fmt: skip
 
 
 @functools.cache
@@ -76,8 +51,8 @@ class Wrapped:
     Args:
         compiled: by torch.compile, where there is no cache (`attend` is None).
         recomputed: activations are not kept, but computed again in the backward pass.
-        fused: with `kernels.add_norm`, in eval mode; what is compiled has kernels of its own.
-        following: the block that a fused one makes the first norm of; None = it does so itself.
+        fused: of GPT-2 in eval mode, by `fused_forward`; what is compiled has kernels of its own.
+        following: the block whose first norm a fused one makes; None = that block does so itself.
     """
 
     def __init__(
@@ -93,9 +68,10 @@ class Wrapped:
         if self.compiled and attend is None:
             run = compiled_forward(kind)
         elif self.fused and not self.block.training:
-            run = FUSED[kind]
-            if self.following is not None and not self.block._forward_hooks:  # of an adapter
-                run = partial(run, following=self.following)
+            run, after = fused_forward, self.following
+            # an adapter's hook takes a tensor
+            if after is not None and not (after.training or self.block._forward_hooks):
+                run = partial(run, following=after)
         run, args = partial(run, self.block), (x, prefix, visible, attend, *rest)
         if self.recomputed and torch.is_grad_enabled():
             random = self.block.training  # dropout
@@ -112,8 +88,9 @@ def wrap_blocks(
         return
     blocks = model.blocks()
     for block, after in zip(blocks, [*blocks[1:], None], strict=True):
-        linked = fused and isinstance(block, Block) and not (compiled or recomputed)
-        block.forward = Wrapped(block, compiled, recomputed, fused, after if linked else None)
+        here = fused and isinstance(block, Block)
+        linked = here and not (compiled or recomputed)
+        block.forward = Wrapped(block, compiled, recomputed, here, after if linked else None)
 
 
 def unwrap_blocks(model: LanguageModel) -> None:

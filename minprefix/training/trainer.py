@@ -89,9 +89,12 @@ class Trainer(Loop):
         fused = tuned.frozen and fuses(model.wte.weight)
         if fused:
             model.pad_head()
+        # as graphs, where a launch costs the host nothing; one by one ours cost it more
+        self.replayed = self.prefix is not None and model.captures and uses_graphs(device)
         wrap_blocks(
-            model, compiled=config.compile, recomputed=config.activation_checkpointing, fused=fused
-        )
+            model, compiled=config.compile, recomputed=config.activation_checkpointing,
+            fused=fused and self.replayed,
+        )  # fmt: skip
         self.bound = tuned.bind(model, linearisation, config.max_source)
         self.trained = tuned.weights
         self.passes: PlainPasses | GraphedPasses | None = None  # made in the first step
@@ -187,7 +190,7 @@ class Trainer(Loop):
         }
 
     def _passes(self, acts: Any) -> PlainPasses | GraphedPasses:
-        if acts is None or not (self.model.captures and uses_graphs(self.device)):
+        if not self.replayed:
             return PlainPasses(self.losses)
         return GraphedPasses(self.losses, acts, self.model.config.n_positions - acts.max_offset)
 

@@ -73,6 +73,23 @@ def test_padding_fills_the_bucket_and_weighs_nothing(tokenizer):
     assert padded(batch, T).input_ids.shape == (B, T)  # no longer than the model's positions
 
 
+def test_a_trainer_fuses_what_it_replays(tokenizer, tmp_path, monkeypatch, recordings):
+    """The same steps with the switch on; fine-tuning stays plain; the end gives the blocks back."""
+    monkeypatch.setattr(training, "fuses", lambda x: True)
+    on = trainer(tokenizer, tmp_path / "on", prefix_options=FORMS["mlp"])
+    assert all(block.forward.fused for block in on.model.blocks())
+    for method in ("finetune", "adapter"):
+        other = trainer(tokenizer, tmp_path / method, method=method)
+        assert not any(hasattr(block.forward, "fused") for block in other.model.blocks())
+    monkeypatch.setattr(training, "fuses", lambda x: False)
+    off = trainer(tokenizer, tmp_path / "off", prefix_options=FORMS["mlp"])
+    nats = [[float(run.step()["nats"]) for _ in range(3)] for run in (on, off)]
+    assert nats[0] == pytest.approx(nats[1], rel=1e-5)  # fp32, sums in another order
+    assert recordings
+    on.end()
+    assert not any("forward" in vars(block) for block in on.model.blocks())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
