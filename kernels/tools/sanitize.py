@@ -3,10 +3,11 @@
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     compute-sanitizer --tool memcheck python -m kernels.tools.sanitize
 
-Forward and backward for tiles cut by T, S, P and D, with each option, and decoding. Nothing is
-compared with the definition here, the tests do that; but each call is made twice and must repeat
-bit for bit. Without PyTorch's memory cache each tensor is an allocation of its own, so that reading
-past one is seen. On a CPU the same calls run through the CPU path.
+Forward and backward for tiles cut by T, S, P and D, with each option, and decoding; then the
+kernels beside attention. Nothing is compared with the definition here, the tests do that; but each
+call is made twice and must repeat bit for bit. Without PyTorch's memory cache each tensor is an
+allocation of its own, so that reading past one is seen. On a CPU the same calls run through the CPU
+path.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import MOST_NEW, prefix_attention
+from kernels import MOST_NEW, add_norm, cross_entropy_, prefix_attention
 
 H = 3
 CASES = [  # B, T, S, P, D, dtype, options
@@ -76,10 +77,34 @@ def call(B: int, T: int, S: int, P: int, D: int, dtype: torch.dtype, options: st
     return results
 
 
+BESIDE = [  # n, C, V, columns, dtype: a padded vocabulary, and a width and one that are odd
+    (5, 96, 5003, 5056, torch.bfloat16),
+    (3, 101, 77, 77, torch.float32),
+]
+
+
+def call_beside(n: int, C: int, V: int, columns: int, dtype: torch.dtype, device: str):
+    """Losses, their gradient, sums and norms of one case with their gradients."""
+    random = torch.Generator().manual_seed(n)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=random).to(device, dtype)
+
+    logits, bias = normal(n, columns), normal(columns)
+    labels = torch.randint(V, (n,), generator=random).to(device)
+    losses = cross_entropy_(logits, labels, bias, V)
+    x, y = normal(n, C).requires_grad_(), normal(n, C).requires_grad_()
+    s, norm = add_norm(x, y, normal(C), normal(C), 1e-5)
+    s, again = add_norm(s, None, normal(C), normal(C), 1e-5)
+    grads = torch.autograd.grad((s, norm, again), (x, y), [normal(n, C) for _ in range(3)])
+    return [losses, logits, s, norm, again, *grads]
+
+
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for case in CASES:
-        first, second = call(*case, device), call(*case, device)
+    calls: list[Any] = [(call, case) for case in CASES] + [(call_beside, case) for case in BESIDE]
+    for run, case in calls:
+        first, second = run(*case, device), run(*case, device)
         for x, y in zip(first, second, strict=True):
             assert torch.isfinite(x).all(), f"{case}: not finite"
             assert torch.equal(x, y), f"{case}: does not repeat"
