@@ -69,8 +69,12 @@ def steps(out: Path, work: Path) -> list[str]:
         shutil.copy(found, out / found.name.replace("random", device_name()))
     for found in (work / "graphs").glob("profile.csv"):
         shutil.copy(found, out / f"profile-{device_name()}.csv")
-    rows = rows_of_this_commit(out / f"fused-{device_name()}.csv")
-    return [*lines, "", *bench_fused.verdicts(rows)]
+    return lines
+
+
+def fused(out: Path) -> list[str]:
+    """The kernels beside attention."""
+    return bench_fused.verdicts(rows_of_this_commit(out / f"fused-{device_name()}.csv"))
 
 
 def verdicts(rows: list[dict[str, str]]) -> list[str]:
@@ -102,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         "tests": lambda: tests(args.log.read_text(encoding="utf-8", errors="replace")),
         "attention": lambda: attention(args.out),
         "decode": lambda: decode(args.out),
-        "steps": lambda: steps(args.out, args.work),
+        "steps": lambda: [*steps(args.out, args.work), "", *fused(args.out)],
         "generate": lambda: steps(args.out, args.work),
     }[args.part]()
     print("\n".join(lines))

@@ -146,9 +146,10 @@ def test_steps_are_gathered_in_one_csv(tmp_path: Path, capsys):
     assert found == [("minprefix", "1", "9.0"), ("peft", "1", "36.0"), ("minprefix", "0", "20.0"),
                      ("compiled", "1", "8.7")]  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
-    assert lines[len(rows) + 1] == "" and len(lines) == len(rows) + 4
-    assert lines[-2].endswith("ours / PEFT   14.0 >= 15 (35)  MISSED")
-    assert lines[-1].endswith("without graphs / with   1.80 >= 1  ok")
+    assert lines[len(rows) + 1] == "" and len(lines) == len(rows) + 6
+    assert lines[-4].endswith("ours / PEFT   14.0 >= 15 (35)  MISSED")
+    assert lines[-3].endswith("without graphs / with   1.80 >= 1  ok")
+    assert lines[-2:] == ["", "the kernels beside attention: not measured"]
     assert len(list(tmp_path.glob("profile-*-medium-bf16.png"))) == 1
 
 
