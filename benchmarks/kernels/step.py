@@ -1,6 +1,6 @@
 """The launches of one training step, counted without a GPU: kernels, bytes, and a time from them.
 
-    python -m benchmarks.launches [--out FILE.csv] [--batch-size 10] [--seq-len 128]
+    python -m benchmarks.kernels.step [--out FILE.csv] [--batch-size 10] [--seq-len 128]
 
 The step is that of `Trainer` with graphs: GPT-2 medium in bf16 and a prefix of 10 out of an MLP,
 loss at every position, on the "meta" device, which has shapes and no memory. Our kernels are

@@ -5,8 +5,8 @@ import csv
 import pytest
 import torch
 
-from benchmarks import launches
 from benchmarks.kernels import fused
+from benchmarks.kernels import step as launches
 from kernels import INTERPRETED
 from minprefix.models.config import GPT2Config
 
@@ -44,7 +44,7 @@ FORMS = ("plain", "fused")
 
 @pytest.mark.skipif(INTERPRETED, reason="counts what would be launched on a GPU")
 def test_the_committed_count_is_of_all_forms():
-    with open("benchmarks/gpu/launches.csv", encoding="utf-8") as file:
+    with open("benchmarks/step_launches.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["kernel"] == "all"]
     by_form = {row["form"]: int(row["launches"]) for row in rows if row["B"] == "10"}
     assert by_form["fused"] < by_form["plain"] < by_form["before"]
