@@ -50,6 +50,9 @@ from minprefix.training.trainer import Trainer
 SUITES = {"restaurants": "e2e"}  # official scores of a data set whose name is no suite
 
 
+LATER = {"time": None, "patience": 0}  # newer fields of TrainConfig: what runs did before them
+
+
 @dataclass(frozen=True)
 class Run:
     """What is trained on what, and how it is scored."""
@@ -80,8 +83,15 @@ class Run:
     def id(self) -> str:
         """A name for people, then a digest of all fields."""
         definition = asdict(self)
-        if self.search is not None:  # the field's name when the committed results were made
+        # as the fields were when the committed results were made
+        if self.search is not None:
             definition["search"]["behind"] = definition["search"].pop("after")
+        if self.train is not None:
+            trained = definition["train"]
+            trained["epochs"] = trained["epochs"] or 5.0
+            for name, value in LATER.items():
+                if trained[name] == value:
+                    del trained[name]
         text = json.dumps(definition, sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         length = "" if self.prefix is None else f"{self.prefix.prefix_len or ''}"

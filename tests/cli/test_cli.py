@@ -42,7 +42,8 @@ def train(cli, model, data, out, *options, code: int = 0) -> tuple[str, str]:
 @pytest.fixture
 def run(cli, tiny_folder, tables, tmp_path) -> Path:
     """The folder of a short, finished run."""
-    train(cli, tiny_folder, tables, tmp_path / "run", "--init", "random")
+    fixed = ("--init", "random", "--warmup-steps", 0, "--precision", "fp32")
+    train(cli, tiny_folder, tables, tmp_path / "run", *fixed)
     return tmp_path / "run"
 
 

@@ -37,7 +37,7 @@ def test_a_finished_run_goes_on_to_more_steps(cli, run):
     before = read_log(folder)
     out, said = cli("train", "--resume", folder, "--steps", 8, "--json")
     assert only_json(out)["steps"] == 8
-    assert "going on after step 4 until step 8: the learning rate is 0.005 there" in said
+    assert "going on after step 4 until step 8: the learning rate is 0.0057 there" in said
     assert read_log(folder)[: len(before)] == before
     assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 8
     out, _ = cli("train", "--resume", folder, "--json")  # its settings are the new ones
@@ -49,10 +49,11 @@ def test_a_finished_run_goes_on_to_more_steps(cli, run):
 def test_without_dev_data_a_part_is_held_out(cli, tiny_folder, tmp_path):
     data = tmp_path / "mine.jsonl"
     rows = [{"source": e.source, "target": e.targets[0]} for e in pairs(20)]
+    # ten different sources, two texts each
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, said = train(cli, tiny_folder, data, tmp_path / "run")
-    assert "no dev data: 2 of 20 examples are held out" in said
-    assert "18 training pairs" in said and "2 dev pairs" in said
+    assert "no dev data: 2 of 10 examples are held out" in said
+    assert "16 training pairs" in said and "4 dev pairs" in said
     data.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     _, said = train(cli, tiny_folder, data, tmp_path / "few")
     assert "3 examples are too few to hold any out: the last step is kept" in said
