@@ -58,7 +58,7 @@ class Loop:
         log_every, eval_every: steps between log lines, and between evaluations, after which the
             state is saved.
         patience: the run ends after so many evaluations in a row without a better dev loss, but
-            not in its first third; 0 = never.
+            not in its first half, nor in the first half of what a longer run adds; 0 = never.
 
     Attributes:
         step_done: how many steps were made.
@@ -263,7 +263,8 @@ class Loop:
 
     def gives_up(self) -> bool:
         """Whether the last `patience` evaluations brought no better dev loss."""
-        if not self.patience or not self.measured or self.done() < 1 / 3:
+        before = self.counted_from / self.steps  # the share that was done when the length changed
+        if not self.patience or not self.measured or self.done() < (1 + before) / 2:
             return False
         since = max(self.best_step or 0, self.counted_from)
         return sum(step > since for step, _ in self.measured) >= self.patience

@@ -57,13 +57,13 @@ def test_a_time_ends_the_run_at_rate_zero(tokenizer, tmp_path):
     assert run.lr_at(result["steps"]) == 0
 
 
-def test_a_run_stops_early_after_its_first_third(tokenizer, tmp_path):
-    """Learned, then driven up the gradient: patience 2 ends the run, but not before step 10."""
+def test_a_run_stops_early_after_its_first_half(tokenizer, tmp_path):
+    """Learned, then driven up the gradient: patience 2 ends the run, but not before step 15."""
     settings = {"steps": 30, "eval_every": 2, "patience": 2}
     run = trainer(tokenizer, tmp_path, **settings)
     run.lr_at = lambda step: 0.3 if step < 4 else -5.0
     run.run(progress=False)
-    assert run.stopped and run.step_done == 10 and run.best_step < 8
+    assert run.stopped and run.step_done == 16 and run.best_step < 8
     again = trainer(tokenizer, tmp_path, **settings)
     again.load_state()
     assert again.finished() and again.measured == run.measured
@@ -77,6 +77,7 @@ def test_a_finished_run_is_extended(tokenizer, tmp_path):
     longer.load_state()
     assert not longer.finished() and longer.counted_from == 6
     assert longer.lr_at(6) == pytest.approx(longer.config.lr * 4 / 10)
+    assert not longer.gives_up()
     longer.run(progress=False)
     assert [step for step, _ in longer.measured] == [0, 3, 6, 9, 10]
     assert longer.measured[:3] == first.measured
