@@ -5,8 +5,8 @@ OUT ?= runs/demo
 # tests in a process per core; one by one: make test WORKERS=0
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
-KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,attention decode append operator bench_tiles \
-	cross_entropy layer_norm)
+KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,attention decode append hidden operator \
+	bench_tiles cross_entropy layer_norm)
 TUTORIALS = $(wildcard tutorials/$(or $(NAME),[0-9])*.py)
 
 .DEFAULT_GOAL := help

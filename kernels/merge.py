@@ -26,6 +26,8 @@ def merge_gated(a: Partial, b: Partial, gate: Tensor, seen: Tensor | None = None
         seen: bool, broadcast to (B, H, T): queries to which b counts; None = all.
     """
     (o_a, lse_a), (o_b, lse_b) = a, b
+    if seen is not None:  # what is not seen may be NaN, which no factor of 0 removes
+        lse_b, o_b = lse_b.where(seen, 0.0), o_b.where(seen[..., None], 0.0)
     share = gate / (gate + (lse_a - lse_b).clamp(-FAR, FAR).exp())
     share = share if seen is None else share * seen
     # in the dtype of lse: a gate's gradient is the sum of many small terms

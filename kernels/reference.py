@@ -13,6 +13,9 @@ with j over the columns [prefix; sequence] of which query i sees
 With `append` the keys and values of the queries' own tokens are first written into k and v, to the
 columns q_offset + i (`write_new`). No query sees later columns; `seen` may hide earlier ones.
 
+Columns that no query of a row sees are zeros before anything is multiplied (`hide`): a mask over
+the scores alone would let them in where they hold inf or NaN, as 0 x inf is NaN.
+
 `prefix_attention_eager` writes this down literally, in any floating dtype up to fp64.
 `prefix_attention_lean` gives the same through PyTorch's fused attention and builds a mask only
 where one is needed: it is what runs on a CPU. Neither checks its arguments:
@@ -34,15 +37,25 @@ FEW_QUERIES = 8  # T, up to
 MANY_KEYS = 2**18  # elements of k, from: fewer are copied in less time than four products start
 
 
-def prefix_rows(prefix: Tensor, prefix_index: Tensor | None, q: Tensor) -> Tensor:
+def hide(x: Tensor, shown: Tensor | None) -> Tensor:
+    """x (B, H, S, D) with zeros in the columns that are not shown (B or 1, S); None = x itself."""
+    return x if shown is None else x.masked_fill(~shown[:, None, :, None], 0)
+
+
+def prefix_rows(
+    prefix: Tensor, prefix_index: Tensor | None, q: Tensor, row_lens: Tensor | None = None
+) -> Tensor:
     """The prefix that each row of the batch sees, in q's dtype: (B, H, P, D).
 
-    The cast comes last, so that autograd sums the rows' gradients in the prefix's own dtype.
+    Columns from row_lens on (see `prefix_row_lens`) are zeros. The cast comes last, so that
+    autograd sums the rows' gradients in the prefix's own dtype.
     """
     if prefix.dim() == 3 or prefix_index is None:  # (H, P, D), (1, H, P, D) or (B, H, P, D)
         rows = prefix.expand(q.shape[0], -1, -1, -1)
-    else:  # -1 = no prefix: any one is read, and hidden by the mask
+    else:  # -1 = no prefix: any one is read, and all of it hidden
         rows = prefix[prefix_index.clamp(min=0).long()]
+    if row_lens is not None:
+        rows = hide(rows, torch.arange(rows.shape[2], device=q.device) < row_lens[:, None])
     return rows.to(q.dtype)
 
 
@@ -79,6 +92,21 @@ def write_new(
     return q_offset + T
 
 
+def seen_columns(
+    k: Tensor, T: int, causal: bool, kv_lens: Tensor | None, q_offset: Tensor | None,
+    seen: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """The sequence columns that some query of each row sees: (B, S) bool; None = all."""
+    reach = kv_lens
+    if causal and q_offset is not None:
+        reach = q_offset + T if reach is None else torch.minimum(q_offset + T, reach)
+    shown = None if seen is None else seen.any(1)
+    if reach is None:
+        return shown
+    inside = torch.arange(k.shape[2], device=k.device) < reach[:, None]
+    return inside if shown is None else inside & shown
+
+
 def prefix_attention_eager(  # noqa: PLR0913
     q, k, v, prefix_k, prefix_v, *, causal=True, scale=None, prefix_index=None, prefix_lens=None,
     kv_lens=None, q_offset=None, return_lse=False, append=None, seen=None,
@@ -92,11 +120,14 @@ def prefix_attention_eager(  # noqa: PLR0913
     if append is not None:
         kv_lens = write_new(k, v, append, q_offset)
     scale = D**-0.5 if scale is None else scale
-    keys = torch.cat([prefix_rows(prefix_k, prefix_index, q), k], dim=2)  # (B, H, P + S, D)
-    values = torch.cat([prefix_rows(prefix_v, prefix_index, q), v], dim=2)  # (B, H, P + S, D)
+    row_lens = prefix_row_lens(prefix_k, prefix_index, prefix_lens)
+    shown = seen_columns(k, T, causal, kv_lens, q_offset, seen)
+    keys, values = (
+        torch.cat([prefix_rows(prefix, prefix_index, q, row_lens), hide(x, shown)], dim=2)
+        for prefix, x in ((prefix_k, k), (prefix_v, v))
+    )  # (B, H, P + S, D)
 
     visible = torch.ones(B, T, P + S, dtype=torch.bool, device=device)
-    row_lens = prefix_row_lens(prefix_k, prefix_index, prefix_lens)
     if row_lens is not None:
         visible[:, :, :P] &= torch.arange(P, device=device) < row_lens[:, None, None]
     j = torch.arange(S, device=device)
@@ -137,18 +168,22 @@ def prefix_attention_lean(  # noqa: PLR0913
         columns = write_new(k, v, append, q_offset)
         kv_lens = None if causal else columns  # causality says it already
     mask = lean_mask(T, S, P, q.device, causal, row_lens, kv_lens, q_offset, seen)
+    shown = seen_columns(k, T, causal, kv_lens, q_offset, seen)
     training = torch.is_grad_enabled() and any(
         x.requires_grad for x in (q, k, v, prefix_k, prefix_v)
     )
     few = T <= FEW_QUERIES or append is not None
     if few and k.numel() >= MANY_KEYS and not training:
-        return scores_side_by_side(
-            q, k, v, prefix_k, prefix_v, prefix_index, mask, scale, return_lse
-        )
-    keys, values = k, v
+        prefix = prefix_k, prefix_v
+        if prefix_k.dim() == 4 or row_lens is not None:
+            prefix = tuple(prefix_rows(x, prefix_index, q, row_lens) for x in prefix)
+        return scores_side_by_side(q, k, v, *prefix, mask, shown, scale, return_lse)
+    keys, values = hide(k, shown), hide(v, shown)
     if P > 0:
-        keys = torch.cat([prefix_rows(prefix_k, prefix_index, q), k], dim=2)  # (B, H, P + S, D)
-        values = torch.cat([prefix_rows(prefix_v, prefix_index, q), v], dim=2)
+        keys, values = (
+            torch.cat([prefix_rows(prefix, prefix_index, q, row_lens), x], dim=2)
+            for prefix, x in ((prefix_k, keys), (prefix_v, values))
+        )  # (B, H, P + S, D)
     if training and q.dtype == torch.bfloat16 and q.device.type == "cpu":
         o = masked_products(q, keys, values, mask, scale)
     else:
@@ -168,17 +203,21 @@ def prefix_attention_lean(  # noqa: PLR0913
 
 def scores_side_by_side(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor,
-    prefix_index: Tensor | None, mask: Tensor | None, scale: float, return_lse: bool,
+    mask: Tensor | None, shown: Tensor | None, scale: float, return_lse: bool,
 ):  # fmt: skip
     """o (and lse) of few queries without gradients: scores are concatenated, keys are not.
 
     Scores are T / D of the size of the keys; copying those, the whole cache in each layer of each
-    step, takes longer than the attention itself (measured: 3x at B = 64).
+    step, takes longer than the attention itself (measured: 3x at B = 64). So hidden columns stay
+    as they are: the mask replaces the scores of hidden keys, and hidden values are zeroed only
+    where they spoil the result.
+
+    Args:
+        prefix_k, prefix_v: (H, P, D), or (B, H, P, D) from `prefix_rows`.
+        mask, shown: from `lean_mask` and `seen_columns`.
     """
     P = prefix_k.shape[-2]
-    if prefix_k.dim() == 4:
-        prefix_k, prefix_v = (prefix_rows(x, prefix_index, q) for x in (prefix_k, prefix_v))
-    prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)  # (H, P, D) or (B, H, P, D)
+    prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
     s = torch.cat([product(q, prefix_k.mT), query_key_products(q, k)], dim=-1)  # (B, H, T, P + S)
     s = scale * s.to(torch.promote_types(q.dtype, torch.float32))
     blind = None
@@ -187,6 +226,10 @@ def scores_side_by_side(
         s.masked_fill_(~(mask | blind), float("-inf"))
     p = s.softmax(-1).to(q.dtype)
     o = p[..., P:] @ v + product(p[..., :P], prefix_v)
+    # a GPU is not waited for, and a tracer takes no branch by value: there they always go
+    always = q.is_cuda or torch.compiler.is_compiling()
+    if shown is not None and (always or not o.isfinite().all()):
+        o = p[..., P:] @ hide(v, shown) + product(p[..., :P], prefix_v)
     o = merged_order(o if blind is None else o.masked_fill(blind, 0.0))
     if not return_lse:
         return o

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels import prefix_attention, prefix_attention_qkv
 from kernels.merge import Partial, merge_gated
+from kernels.reference import prefix_row_lens
 from minprefix.models.config import BARTConfig, GPT2Config
 
 
@@ -274,9 +275,9 @@ def with_gated_prefix(
         prefix_k, prefix_v = (x.expand(q.shape[0], -1, -1, -1) for x in (prefix_k, prefix_v))
         gate = gate[None]  # (1, H)
     elif index is not None:
+        lens = prefix_row_lens(prefix_k, index, lens)
         row = index.clamp(min=0)
         prefix_k, prefix_v = prefix_k[row], prefix_v[row]  # (B, H, P, D)
-        lens = None if lens is None else lens[row]
         gate = torch.where((index >= 0)[:, None], gate[row], 0)  # (B, H)
     prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
     none = q.new_empty(q.shape[1], 0, q.shape[3])

@@ -24,4 +24,4 @@ def test_merged_parts_are_one_softmax(gate):
     o = merge_gated(one, two, g)
     assert (o - exact).abs().max() < 1e-14  # fp64: about 50 eps for outputs of order 1
     assert torch.autograd.grad(o.sum(), g)[0].isfinite()
-    assert torch.equal(merge_gated(one, two, g, torch.zeros(2, 1, 4)), one[0])
+    assert torch.equal(merge_gated(one, two, g, torch.zeros(2, 1, 4, dtype=torch.bool)), one[0])
