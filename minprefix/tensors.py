@@ -44,3 +44,18 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or no safetensors file ({error})") from error
+
+
+LARGEST = 65504.0  # of what was learned: the largest fp16. Keys and values of `mini` stay below 20
+
+
+def check_values(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """ValueError that names a tensor with anything but finite numbers up to `LARGEST` in it."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds values that are not finite numbers")
+        if (largest := tensor.abs().max().item() if tensor.numel() else 0.0) > LARGEST:
+            raise ValueError(
+                f"{path}: {name} holds {largest:.3g}; values of more than {LARGEST:.0f}, the "
+                "largest of fp16, make attention overflow and are refused"
+            )

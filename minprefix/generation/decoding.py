@@ -123,10 +123,11 @@ def sampling_probabilities(logits: Tensor, config: GenerationConfig) -> Tensor:
 def draw(probabilities: Tensor, u: Tensor) -> Tensor:
     """One token per row, (B, V) -> (B,): the first at which the cumulated probability exceeds u.
 
-    u: (B,), fp64, uniform in [0, 1).
+    u: (B,), fp64, uniform in [0, 1). A row of NaN gets the last token and so ends no other row.
     """
     cumulated = probabilities.cumsum(-1)  # (B, V)
-    return torch.searchsorted(cumulated, u[:, None] * cumulated[:, -1:], right=True)[:, 0]
+    drawn = torch.searchsorted(cumulated, u[:, None] * cumulated[:, -1:], right=True)[:, 0]
+    return drawn.clamp(max=probabilities.shape[-1] - 1)
 
 
 def sample(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:

@@ -48,8 +48,8 @@ from minprefix.models.base import ATTACHED, adapter_of, check_free
 from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import check_base, fingerprint, need_gpt2
-from minprefix.prefix.files import check_finite, frame_metadata, read_frame
-from minprefix.tensors import load_tensors, save_tensors
+from minprefix.prefix.files import frame_metadata, read_frame
+from minprefix.tensors import check_values, load_tensors, save_tensors
 from minprefix.training.blocks import is_compiled
 from minprefix.training.tuned import Tuned, bind_added
 
@@ -253,7 +253,7 @@ def load_adapter(path: str | Path) -> Adapter:
         if found.get(name) != wanted.get(name):
             shapes = f"is {found.get(name)}, must be {wanted.get(name)}"
             raise ValueError(f"{path}: {name} {shapes} in {n_layer} layers of design {design}")
-    check_finite(path, tensors)
+    check_values(path, tensors)
     adapter.load_state_dict({name: x.float() for name, x in tensors.items()}, assign=True)
     adapter.base = metadata.get("base", "")
     adapter.linearisation, adapter.max_source = read_frame(path, metadata)

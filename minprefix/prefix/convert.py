@@ -23,6 +23,7 @@ from minprefix.prefix.foreign import (
 )
 from minprefix.prefix.peft import read_peft, write_peft
 from minprefix.prefix.prefix import Prefix
+from minprefix.tensors import check_values
 
 
 def system_of(source: Path) -> str:
@@ -80,6 +81,7 @@ def read_any(source: Path, model: GPT2 | BART | None = None) -> Prefix | BARTPre
             prefix = run_virtual_tokens(model, prefix)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
+    check_values(source, prefix.tensors())  # an MLP may have computed them
     if model is not None:
         check_fit(source, prefix, model)
         prefix.check_base(model)

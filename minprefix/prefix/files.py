@@ -18,7 +18,7 @@ from minprefix.models.config import SITES
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.config import PLACES
 from minprefix.prefix.prefix import Prefix
-from minprefix.tensors import load_tensors, save_tensors
+from minprefix.tensors import check_values, load_tensors, save_tensors
 
 FORMATS = {Prefix.family: "minprefix-prefix-1", BARTPrefix.family: "minprefix-bart-prefix-1"}
 
@@ -44,13 +44,13 @@ def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
     """Read a prefix file, of GPT-2 or of BART.
 
     Raises:
-        ValueError: not such a file, damaged, or tensors of impossible shapes.
+        ValueError: not such a file, damaged, or tensors of impossible shapes or values.
         OSError: it cannot be read.
     """
     tensors, metadata = load_tensors(path)
     if metadata.get("format") not in FORMATS.values():
         raise ValueError(f"{path}: not a prefix file (format {metadata.get('format')!r})")
-    check_finite(path, tensors)
+    check_values(path, tensors)
     offset = metadata.get("position_offset", "")
     if not offset.isdecimal():
         raise ValueError(f"{path}: position_offset must be a number >= 0, got {offset!r}")
@@ -109,13 +109,6 @@ def bart_prefix_of(
         raise ValueError(f"{path}: tables and gates do not fit one model: {shapes}, {[*gates]}")
     tables = {site: table for site, (table, _) in parts.items()}
     return BARTPrefix.from_tables(tables, position_offset, gates)
-
-
-def check_finite(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
-    """ValueError that names a tensor with anything but finite numbers in it."""
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {name} holds values that are not finite numbers")
 
 
 def frame_metadata(learned) -> dict[str, str]:

@@ -34,7 +34,7 @@ from minprefix.models.weights import LISTED, read_config, read_pickle
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.parametrisations import computed_table
 from minprefix.prefix.prefix import Prefix
-from minprefix.tensors import load_tensors
+from minprefix.tensors import check_values, load_tensors
 
 # what adapter-hub's config may say; another value means something that a Prefix is not
 ADAPTERS_ONLY = {"use_gating": (False, None), "leave_out": ([], None)}
@@ -80,15 +80,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by name, in fp32 or wider, and the metadata; pickles have none.
 
     Raises:
-        ValueError: damaged, a pickle of anything but tensors, values that are not finite.
+        ValueError: damaged, a pickle of anything but tensors, or `check_values`.
     """
     if path.suffix == ".safetensors":
         tensors, metadata = load_tensors(path)
     else:
         tensors, metadata = read_pickle(path), {}
+    check_values(path, tensors)
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {name} holds values that are not finite numbers")
         tensors[name] = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
     return tensors, metadata
 
