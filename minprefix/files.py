@@ -2,16 +2,23 @@
 
 Read `atomic_write`, on which everything that minprefix saves rests (`tensors.py` too). A write goes
 to a temporary name in the same folder, is flushed to the disk and then renamed: after a full disk,
-a Ctrl-C or a power cut the earlier file is still there.
+a Ctrl-C or a power cut the earlier file is still there. Shares, FUSE mounts and Windows refuse some
+of these calls. Where the file is whole without one (a folder's flush, permissions) that is no error.
 """
 
+import errno
 import json
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+LACKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # "I have no such call"
+WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)  # s, for whoever holds a file open: a virus scanner, a share
 
 
 @contextmanager
@@ -28,8 +35,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         flush(temporary)
-        os.replace(temporary, target)
-        flush(target.parent)  # the new name too must survive a power cut
+        rename(temporary, target)
+        flush_folder(target.parent)
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
@@ -37,13 +44,51 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def rename(source: Path, target: Path) -> None:
+    """`os.replace`, which waits for whoever has `target` open on Windows or a share.
+
+    A file system that cannot rename (some FUSE mounts) gets a copy, which a crash may cut.
+    """
+    for wait in (*WAITS, None):
+        try:
+            os.replace(source, target)
+            return
+        except OSError as error:
+            if error.errno in LACKS:
+                shutil.copyfile(source, target)
+                with suppress(OSError):
+                    source.unlink()
+                return
+            held = error.errno in (errno.EACCES, errno.EPERM, errno.EBUSY) and source.exists()
+            if wait is None or not held:
+                raise
+            time.sleep(wait)
+
+
 def flush(path: Path) -> None:
-    """Wait until the file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until the file is on the disk, where the file system can say so."""
+    # Windows flushes only what is open for writing
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in LACKS:
+            raise
     finally:
         os.close(handle)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make a new name in it survive a power cut, too, where that can be asked for.
+
+    The file is whole under its name already, so a refusal is no failure.
+    """
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -3,6 +3,7 @@ file. Apart from `files.py`, as this needs PyTorch.
 [1] https://github.com/huggingface/safetensors
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -26,7 +27,8 @@ def save_tensors(
         mode = temporary.stat().st_mode  # as the umask has it; safetensors makes its file 0600
         try:
             save_file(tensors, temporary, metadata)
-            temporary.chmod(mode)
+            with suppress(OSError):  # shares without permissions refuse
+                temporary.chmod(mode)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
 

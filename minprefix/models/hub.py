@@ -28,7 +28,7 @@ from huggingface_hub.file_download import try_to_load_from_cache as find_cached
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, validate_repo_id
 from tqdm.auto import tqdm
 
-from minprefix.files import flush, read_json, write_text
+from minprefix.files import flush, read_json, rename, write_text
 
 # the forms that a checkpoint's weights may have, best first
 WEIGHT_FILES = (
@@ -148,7 +148,7 @@ class _Repo:
                     flush(partial)
                     self._verify(partial, filename, meta.etag)
                     blob.parent.mkdir(exist_ok=True)
-                    os.replace(partial, blob)
+                    rename(partial, blob)
                     if not SHA256.fullmatch(meta.etag) and filename.endswith(BINARY):
                         log.warning(UNVERIFIED, self.name, filename)
             with _asking(self.name, f"asking for {filename}"):
@@ -250,8 +250,11 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
     # what is read when offline: until here, the version before
     main = repo.folder / "refs" / "main"
     if not main.is_file() or main.read_text() != repo.commit:
-        main.parent.mkdir(exist_ok=True)
-        write_text(main, repo.commit)
+        try:
+            main.parent.mkdir(exist_ok=True)
+            write_text(main, repo.commit)
+        except OSError:
+            log.info("%s: the cache is read-only: offline, the version before is read", name)
     return folder
 
 

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and errors are one line that names the file."""
 
+import errno
 import os
 import stat
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minprefix import files
 from minprefix.files import atomic_write, read_json, read_text, write_text
 from minprefix.tensors import load_tensors, save_tensors
 
@@ -105,6 +107,63 @@ def test_files_have_the_usual_permissions(tmp_path):
     write_text(tmp_path / "text", "a")
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert len(modes) == 1
+
+
+def refusing(monkeypatch, module, name: str, number: int, times: int = 10**6, when=None) -> None:
+    """Let a call fail with this errno, so often, where when(path or handle) says so."""
+    call, left = getattr(module, name), [times]
+
+    def refuse(first, *args, **kwargs):
+        if left[0] and (when is None or when(first)):
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return call(first, *args, **kwargs)
+
+    monkeypatch.setattr(module, name, refuse)
+
+
+def is_folder(of) -> bool:
+    return stat.S_ISDIR(os.fstat(of).st_mode) if isinstance(of, int) else os.path.isdir(of)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "options"),
+    [
+        ("fsync", errno.EINVAL, {"when": is_folder}),  # CIFS, FUSE
+        ("fsync", errno.EIO, {"when": is_folder}),
+        ("open", errno.EACCES, {"when": is_folder}),  # Windows
+        ("fsync", errno.EINVAL, {}),
+        ("fsync", errno.ENOTSUP, {}),
+        ("replace", errno.EACCES, {"times": 3}),  # somebody has the file open for a moment
+        ("replace", errno.EBUSY, {"times": 3}),
+        ("replace", errno.ENOSYS, {}),
+        ("chmod", errno.EPERM, {}),
+        ("chmod", errno.ENOTSUP, {}),
+    ],
+)
+def test_what_a_file_system_lacks_is_no_failure(tmp_path, monkeypatch, name, number, options):
+    monkeypatch.setattr(files, "WAITS", (0, 0, 0))
+    text, tensors = tmp_path / "text", tmp_path / "tensors"
+    text.write_text("old")
+    refusing(monkeypatch, os, name, number, **options)
+    write_text(text, "new")
+    save_tensors(tensors, {"a": torch.ones(3)})
+    assert text.read_text() == "new" and load_tensors(tensors)[0]["a"].sum() == 3
+    assert sorted(os.listdir(tmp_path)) == ["tensors", "text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("fsync", errno.EIO), ("fsync", errno.ENOSPC), ("replace", errno.EACCES),
+     ("replace", errno.EIO)],
+)  # fmt: skip
+def test_what_was_not_written_is_a_failure(tmp_path, monkeypatch, name, number):
+    monkeypatch.setattr(files, "WAITS", (0, 0, 0))
+    (tmp_path / "text").write_text("old")
+    refusing(monkeypatch, os, name, number)
+    with pytest.raises(OSError, match=f"text: cannot be written .{os.strerror(number)}"):
+        write_text(tmp_path / "text", "new")
+    assert (tmp_path / "text").read_text() == "old" and os.listdir(tmp_path) == ["text"]
 
 
 @pytest.mark.parametrize("keep", [0, 4, 20, -1])

@@ -241,6 +241,8 @@ def test_a_whole_cache_may_be_read_only(serve, tmp_path, monkeypatch):
     folder = fetch(NAME)
     for record in cached(tmp_path, ".minprefix/*.verified"):
         record.unlink()
+    (main,) = cached(tmp_path, "refs/main")
+    main.write_text("an older version")
 
     def refuse(path, text):
         raise OSError("Read-only file system")
