@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from minprefix.cli.options import Common, Flat, WithData, WithDevice, WithRun, WithTrained
+from minprefix.cli.options import DATA, Common, Flat, WithData, WithDevice, WithRun, WithTrained
 from minprefix.cli.parse import parse, parse_known
 from minprefix.data.load import DATA_SETS, LINEARISATIONS
 from minprefix.generation.config import GenerationConfig
@@ -57,11 +57,14 @@ class SearchOptions(WithRun):
 class GenerateOptions(WithTrained):
     """Write texts; the text of a single prompt is streamed."""
 
-    # without any, prompts are read from standard input, one per line
+    # without any, and without --data, prompts are read from standard input, one per line
     prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...")] = ()
     # read a prompt as a table, as training with this --linearisation does, or (none) as a text to
     # be continued; None = as the prefix was trained, and none without a prefix
     frame: Literal[*LINEARISATIONS, "none"] | None = None
+    # write a text for each input of this data, which needs no texts of its own
+    data: Annotated[str | None, arg(help=DATA)] = None
+    split: Literal["train", "dev", "test"] = "test"  # of --data
     generation: Flat[GenerationConfig] = GenerationConfig()
 
 
@@ -110,8 +113,9 @@ class ScoreOptions(Common):
     """Compute the scores of a file of texts, without a model."""
 
     outputs_file: Annotated[Positional[Path], arg(metavar="OUTPUTS")]  # one text a line
-    # one text a line, a blank line between those of different outputs
-    references_file: Annotated[Positional[Path], arg(metavar="REFERENCES")]
+    # one text a line, a blank line between those of different outputs; or reference0,
+    # reference1, ..., each with a line for each output; or a folder with these
+    references_files: Annotated[Positional[tuple[Path, ...]], arg(metavar="REFERENCES ...")]
     # quick (BLEU, rouge-score's ROUGE-L), or the scores of one data set's official script
     metrics: Literal["quick", *SUITES] = "quick"
     groups: Path | None = None  # WebNLG's category of each output, one a line: adds seen, unseen

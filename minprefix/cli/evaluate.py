@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from minprefix.cli.commands import EvaluateOptions
 from minprefix.cli.trained import load_trained
@@ -23,7 +24,8 @@ def run(options: EvaluateOptions) -> dict:
     prompt = TokenPrompt.load(options.prompt, tokenizer) if options.prompt else None
     learned, cut = (prompt.linearisation, None) if prompt else frame_of(model, prefix)
     linearisation = check_frame(options, learned, cut)
-    examples = load_examples(options.data, options.split, linearisation=linearisation)
+    how: Any = {"linearisation": linearisation, "language": options.language}
+    examples = load_examples(options.data, options.split, **how)
     examples = choose(examples, options.topics, options.split)[: options.limit]
     asks = options.hard_prompt is not None
     if not (prefix or asks or learned or options.linearisation):
@@ -34,7 +36,7 @@ def run(options: EvaluateOptions) -> dict:
     if options.hard_prompt is not None:
         prompt = HardPrompt(options.hard_prompt)
         if options.shots:
-            train = load_examples(options.data, "train", linearisation=linearisation)
+            train = load_examples(options.data, "train", **how)
             prompt = show_examples(options.hard_prompt, train, options.shots)
     scores, texts = evaluate_method(
         model, tokenizer, examples, prefix=prefix, prompt=prompt, config=options.generation,

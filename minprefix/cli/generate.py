@@ -6,26 +6,33 @@ from typing import Any
 from minprefix.cli.commands import GenerateOptions
 from minprefix.cli.trained import load_trained
 from minprefix.data.batches import encode_prompt, for_bart
+from minprefix.data.load import load_examples
 from minprefix.generation.texts import frame_of, generate, stream, stripped
 from minprefix.models import weights
 
 
 def run(options: GenerateOptions) -> dict | None:
     """Write texts; one is streamed to stdout."""
-    prompts = list(options.prompts) or read_prompts()
+    if options.data and options.prompts:
+        raise ValueError("--data has the prompts, so none can be given beside it")
+    prompts = list(options.prompts) or ([] if options.data else read_prompts())
     if "" in prompts:
         raise ValueError(f"prompt {prompts.index('') + 1} is empty")
     model, tokenizer = weights.load(options.model, device=options.where)
     prefix = load_trained(options, model)
     frame, cut = frame_of(model, prefix)
     frame = options.frame or frame or model.config.default_frame or "none"
+    style = "paper" if frame == "none" else frame
+    if options.data:
+        data: Any = {"linearisation": style, "references": False}
+        prompts = [e.source for e in load_examples(options.data, options.split, **data)]
     if frame == "none" and not for_bart(tokenizer):
         prompts = [tokenizer.encode(prompt) for prompt in prompts]
     else:
-        style = "paper" if frame == "none" else frame
         prompts = [encode_prompt(tokenizer, prompt, style, cut) for prompt in prompts]
     how: Any = {"prefix": prefix, "config": options.generation}
-    if len(prompts) == 1 and options.generation.num_beams == 1 and not options.json:
+    streams = options.generation.num_beams == 1 and not (options.json or options.data)
+    if len(prompts) == 1 and streams:
         pieces = stream(model, tokenizer, prompts[0], **how)
         for piece in pieces if frame == "none" else stripped(pieces):
             print(piece, end="", flush=True)
@@ -34,6 +41,8 @@ def run(options: GenerateOptions) -> dict | None:
     texts = generate(model, tokenizer, prompts, **how)
     if frame != "none":
         texts = [text.strip() for text in texts]
+    if options.data:  # one a line, as `score` reads them
+        texts = [" ".join(text.splitlines()) for text in texts]
     if options.json:
         return {"texts": texts}
     print("\n".join(texts))

@@ -119,8 +119,8 @@ class WithTrained(WithModel):
 
 DATA = (
     f"restaurants or notes (embedded), {', '.join(DATA_SETS)} (see the command data), a folder "
-    "(their files, src1_*.txt, *.jsonl) or a file (.csv, .xml, .json, .parquet, .txt with "
-    "src||tgt, .jsonl)"
+    "(their files, src1_*.txt, *.source, *.jsonl) or a file (.jsonl, .json, .csv, .parquet, .xml, "
+    ".txt with src||tgt, .source beside .target)"
 )
 
 
@@ -134,6 +134,7 @@ class WithData(WithModel):
     # how a table becomes text: as the paper prints it, or as its code does; None = as the prefix or
     # the fine-tuned model was trained, and paper for a new run
     linearisation: Literal[*LINEARISATIONS] | None = None
+    language: str | None = None  # of data with texts in several languages: this one, such as ru
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +179,7 @@ class WithRun(WithData):
             "model": self.model, "device": self.where, "data": self.data, "dev": self.dev,
             "linearisation": self.linearisation or "paper", "topics": self.topics,
             "subset": self.subset, "subset_seed": self.subset_seed, "hold_out": True,
+            "language": self.language,
         }  # fmt: skip
 
 
@@ -188,7 +190,10 @@ def examples_of(settings: dict[str, Any]) -> tuple[list, list, str]:
         the examples, and what to tell the user if there is no dev data, else "".
     """
     note = ""
-    train, dev = load_train_and_dev(settings["data"], settings["dev"], settings["linearisation"])
+    train, dev = load_train_and_dev(
+        settings["data"], settings["dev"], settings["linearisation"],
+        settings.get("language"),  # older runs have none
+    )  # fmt: skip
     if not dev and settings.get("hold_out"):  # older runs did not
         total = len(train)
         train, dev = hold_out(train)

@@ -1,10 +1,18 @@
-"""The command `score`: official scores of two text files, without a model.
+"""The command `score`: official scores of text files, without a model.
 
-Files as the official E2E scorer takes them [1]: one output a line; references one a line, a blank
-line between those of different outputs. Where there is no blank line each output has one reference.
+One output a line. References in one of two forms:
+
+    one file        as the official E2E scorer takes it [1]: one a line, a blank line between those
+                    of different outputs. Without a blank line, one for each output, or, where there
+                    is a single output, all for that.
+    several files   as WebNLG [2] and DART have them: reference0, reference1, ..., each with a line
+                    for each output, blank where an output has fewer; or a folder with these.
+
 [1] https://github.com/tuetschek/e2e-metrics
+[2] https://gitlab.com/webnlg/webnlg-automatic-evaluation
 """
 
+import re
 from pathlib import Path
 
 from minprefix.cli.commands import ScoreOptions
@@ -21,26 +29,65 @@ def _lines(path: Path) -> list[str]:
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
-def read_references(path: Path) -> list[list[str]]:
-    """The references of each output, in order."""
-    groups: list[list[str]] = [[]]
+def read_groups(path: Path, outputs: list[str], outputs_file: Path) -> list[list[str]]:
+    """The references of each output from one file; ValueError if they do not fit the outputs."""
     lines = _lines(path)
+    groups: list[list[str]] = [[]]
     for line in lines:
         if line.strip():
             groups[-1].append(line)
         elif groups[-1]:
             groups.append([])
     groups = [group for group in groups if group]
-    return groups if all(len(g) < len(lines) for g in groups) else [[line] for line in lines]
+    if len(groups) == len(outputs):
+        return groups
+    if len(groups) == 1 and len(groups[0]) == len(outputs):
+        return [[line] for line in groups[0]]
+    raise ValueError(
+        f"{outputs_file} has {len(outputs)} outputs (lines), {path} has {len(lines)} lines in "
+        f"{len(groups)} groups (between blank lines): neither fits"
+    )
+
+
+def _number(path: Path) -> int:
+    """k of a file named referenceK, for which 10 comes after 9; -1 for other names."""
+    named = re.fullmatch(r"reference(\d+)(?:\.\w+)?", path.name)
+    return int(named[1]) if named else -1
+
+
+def read_columns(paths: list[Path], outputs: list[str], outputs_file: Path) -> list[list[str]]:
+    """The references of each output from several files, a line of each for each output."""
+    columns = []
+    for path in sorted(paths, key=_number):
+        lines = read_text(path).removeprefix("\ufeff").replace("\r\n", "\n")
+        columns.append(lines.removesuffix("\n").split("\n") if lines else [""] * len(outputs))
+        if len(columns[-1]) != len(outputs):
+            raise ValueError(
+                f"{outputs_file} has {len(outputs)} outputs (lines), {path} has {len(columns[-1])}"
+            )
+    references = [[text for text in texts if text.strip()] for texts in zip(*columns, strict=True)]
+    if [] in references:
+        raise ValueError(f"output {references.index([]) + 1} has no reference in any file")
+    return references
+
+
+def read_references(paths: list[Path], outputs: list[str], outputs_file: Path) -> list[list[str]]:
+    """The references of each output, in order."""
+    if len(paths) == 1 and paths[0].is_dir():
+        found = [path for path in paths[0].iterdir() if _number(path) >= 0]
+        if not found:
+            raise ValueError(f"{paths[0]}: no files reference0, reference1, ... in this folder")
+        return read_columns(found, outputs, outputs_file)
+    if len(paths) > 1:
+        return read_columns(paths, outputs, outputs_file)
+    return read_groups(paths[0], outputs, outputs_file)
 
 
 def run(options: ScoreOptions) -> dict:
-    outputs, references = _lines(options.outputs_file), read_references(options.references_file)
-    if len(outputs) != len(references):
-        raise ValueError(
-            f"{options.outputs_file} has {len(outputs)} outputs (lines), "
-            f"{options.references_file} references of {len(references)} (between blank lines)"
-        )
+    outputs = _lines(options.outputs_file)
+    if not options.references_files:
+        raise ValueError(f"give the references of {options.outputs_file}: a file, files, a folder")
+    references = read_references([*options.references_files], outputs, options.outputs_file)
     groups = [line.strip() for line in _lines(options.groups)] if options.groups else None
     if options.metrics == "quick":
         if groups:

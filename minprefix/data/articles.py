@@ -1,8 +1,8 @@
 """Articles and summaries: XSum [1] as the hub has it and as its authors published it -> examples.
 
-Read `article` (one row), `read_parquet` (the hub's files [2]: columns document, summary, id), then
-`convert_xsum` (the authors' archive: one small text file per article, with its URL). Only the
-archive's rows have a URL, and so a topic (`bbc_topic`), which the splits for extrapolation need.
+Read `article` (one row), then `convert_xsum` (the authors' archive: one small text file per
+article, with its URL). Only the archive's rows have a URL, and so a topic (`bbc_topic`), which the
+splits for extrapolation need; those of the hub [2] have none.
 
 An article is one example with one summary. It is never cut here, as 512 BPE tokens are a matter of
 a tokeniser: `batches.encode_prompt` does it, on request, with max_source.
@@ -14,15 +14,11 @@ import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minprefix.data.examples import Example, checked_text, clean
+from minprefix.data.examples import Example, clean, text_of
 from minprefix.files import atomic_write, read_json
-
-ARTICLE = ("document", "summary")  # the keys of a row
-OPTIONAL = ("id", "url", "topic")
 
 # What pages of the BBC say beside the text; lines that the hub's version leaves out, too.
 PAGE_LINES = {
@@ -54,45 +50,19 @@ def bbc_topic(url: str) -> str:
     return f"{section}/{family[0] if family else topic}".removesuffix("/")
 
 
-def article(row: dict, linearisation: str, where: str) -> Example:
-    """The example of a row {"document": ..., "summary": ...}, with what it has of OPTIONAL.
+def article(
+    document: object, summaries: tuple[str, ...], row: dict, linearisation: str, where: str,
+    language: str = "",
+) -> Example:  # fmt: skip
+    """The example of a row with an article, from its columns url, topic and id where it has them.
 
-    The topic is the row's, or else its URL's. A document may be empty (some articles are a
-    picture); a summary may not.
+    The topic is the row's, or else its URL's. A document may be empty: some articles are a picture.
     """
-    document = row["document"]
-    if not isinstance(document, str) or document.strip():
-        checked_text(document, "document", where)
-    summary = checked_text(row["summary"], "summary", where)
-    number, url = row.get("id") or where, row.get("url") or ""
-    topic = row.get("topic") or ""
-    for name, value in (("url", url), ("topic", topic)):
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: {name} must be a string, got {value!r}")
-    source, target = clean(document, linearisation), clean(summary, linearisation)
-    return Example(source, (target,), None, where, topic or bbc_topic(url), str(number))
-
-
-def read_parquet(path: Path, linearisation: str) -> Iterator[Example]:
-    """The hub's format; pyarrow is needed for this alone."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        todo = "pip install pyarrow, or give JSON lines"
-        raise ValueError(f"{path}: reading parquet needs the package pyarrow ({todo})") from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if not set(ARTICLE) <= set(names):
-                raise ValueError(f"{path}: needs the columns document and summary; has {names}")
-            columns, number = [*ARTICLE, *(set(OPTIONAL) & set(names))], 0
-            for batch in file.iter_batches(columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield article(row, linearisation, f"{path}:{number}")
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: no readable parquet file ({error})") from None
+    text = text_of(document, "the document", where) or ""
+    url, topic = (text_of(row.get(name), name, where) or "" for name in ("url", "topic"))
+    number = str(row.get("id") or where)
+    source = clean(text, linearisation)
+    return Example(source, summaries, None, where, topic or bbc_topic(url), number, language)
 
 
 def _parse_summary(text: str, where: str) -> dict[str, str]:

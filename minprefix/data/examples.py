@@ -1,15 +1,20 @@
 """Example: what every data set becomes, and how a text of any of them is checked and cleaned.
 
+`LeftOut` counts what of the data cannot be used; every reader says it there, `load_examples` names
+it once.
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
 
+import logging
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minprefix import files
 
 LINEARISATIONS = ("paper", "original-code")  # as [1] prints a table, or as the code of [2] has it
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,28 @@ class Example:
     where: str = ""  # file and line (XML: entry) of the first row, for messages
     group: str = ""  # WebNLG's category, an article's topic: see `splits.py`
     id: str = ""  # of an article: the BBC's number; "" for tables
+    language: str = field(default="", compare=False)  # of the targets, where the data says it: "en"
+
+
+class LeftOut:
+    """What cannot be used: how much of each kind, and where the first of it stands."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, tuple[int, str]] = {}
+
+    def add(self, what: str, where: str) -> None:
+        """One more of `what`, a plural such as "empty cells"."""
+        count, first = self.found.get(what, (0, where))
+        self.found[what] = count + 1, first
+
+    def __str__(self) -> str:
+        kinds = self.found.items()
+        return "; ".join(f"{what}: {n} (the first: {first})" for what, (n, first) in kinds)
+
+    def report(self, path: str | Path) -> None:
+        """Name all of it in one warning."""
+        if self.found:
+            log.warning("%s: left out: %s", path, self)
 
 
 def checked_text(value: object, name: str, where: str) -> str:
@@ -35,11 +62,62 @@ def checked_text(value: object, name: str, where: str) -> str:
     return value
 
 
+def text_of(value: object, name: str, where: str) -> str | None:
+    """A cell as text: a number as it is written, a truth value as JSON has it.
+
+    None where there is none: null, NaN (a null of pandas), or blanks only.
+    """
+    if isinstance(value, bool):
+        value = "true" if value else "false"
+    elif isinstance(value, int | float):
+        value = str(value) if value == value else None
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    return checked_text(value, name, where)
+
+
+def texts_of(
+    value: object, name: str, linearisation: str, where: str, left: LeftOut
+) -> tuple[str, ...]:
+    """The texts of a cell that holds one or a list of several; empty ones are left out."""
+    texts = []
+    for one in value if isinstance(value, list) else [value]:
+        if (text := text_of(one, name, where)) is None:
+            left.add("empty texts", where)
+        else:
+            texts.append(clean(text, linearisation))
+    return tuple(texts)
+
+
 def clean(text: str, linearisation: str) -> str:
     """White space of a target or a table's value: see `load_examples`."""
     if linearisation == "paper":
         return " ".join(text.split())
     return re.sub(r"\r\n|\r|\n", " ", text)
+
+
+def in_language(
+    examples: Iterable[Example], language: str | None, path: str | Path, left: LeftOut
+) -> list[Example]:
+    """The examples whose texts are in `language`, and inputs without any; None = in the only one.
+
+    Raises:
+        ValueError: several languages to choose from, or none of them is this one.
+    """
+    examples = list(examples)
+    found = sorted({example.language for example in examples if example.targets})
+    if language is None and len(found) > 1:
+        names = ", ".join(name or "one that is not named" for name in found)
+        raise ValueError(f"{path}: texts in {names}: say which, such as --language {found[-1]}")
+    if language is not None and found and language not in found:
+        raise ValueError(f"{path}: no texts in {language!r}; there are {', '.join(found)!r}")
+    kept = []
+    for example in examples:
+        if language is None or not example.targets or example.language == language:
+            kept.append(example)
+        else:
+            left.add(f"examples in {example.language or 'no named language'}", example.where)
+    return kept
 
 
 def read_text(path: Path) -> str:

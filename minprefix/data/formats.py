@@ -1,32 +1,24 @@
-"""Formats of tables and texts: E2E's CSV, text lines, JSON lines -> examples.
+"""Files of rows -> the rows' examples: CSV, JSON and JSON lines, parquet, pairs of text files.
 
-`triples.py` and `articles.py` have the others; `load.py` chooses among them and says what
-the two linearisations are.
-[2] https://github.com/XiangLi1999/PrefixTuning   [3] https://github.com/tuetschek/e2e-dataset
+What a row becomes is in `rows.py`. `triples.py` has WebNLG's files; `load.py` chooses among the
+readers and says what the two linearisations are. Each reader takes the path, the linearisation and
+what counts the rows that cannot be used.
+[2] https://github.com/XiangLi1999/PrefixTuning
 """
 
 import csv
-import dataclasses
 import io
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-from minprefix.data.articles import ARTICLE, article
-from minprefix.data.examples import Example, checked_text, clean, read_text
+from minprefix.data.examples import Example, LeftOut, clean, read_text, texts_of
+from minprefix.data.rows import OPTIONAL, columns_of, example_of
+from minprefix.data.triples import is_webnlg, read_webnlg_json
 
-# Official field name [3] -> the name, and the order, that the paper and the text files of [2] use.
-E2E_FIELDS = {
-    "name": "name",
-    "eatType": "type",  # "Type" in [2]
-    "food": "food",
-    "priceRange": "price",
-    "customer rating": "customer rating",
-    "area": "area",
-    "familyFriendly": "family friendly",
-    "near": "near",
-}
+LONGEST_CELL = 2**24  # characters of a CSV's cell; the csv module's own limit is 2**17
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -36,64 +28,65 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line.removesuffix("\r")
 
 
-def _from_table(table: Sequence[tuple[str, str]], targets, where: str) -> Example:
-    source = " | ".join(f"{field} : {value}" for field, value in table)
-    return Example(source, tuple(targets), tuple(table), where)
-
-
-def _parse_mr(mr: str, where: str) -> dict[str, str]:
-    """E2E's meaning representation, "name[The Eagle], eatType[pub]" -> official field: value."""
-    fields = {}
-    for part in re.split(r",\s*(?=[^\[\],]+\[)", mr):
-        match = re.fullmatch(r"\s*([^\[\]]+)\[([^\[\]]*)\]\s*", part)
-        if match is None or not match[2].strip():
-            raise ValueError(f"{where}: expected field[value], field[value], ..., got {mr!r}")
-        if match[1] not in E2E_FIELDS or match[1] in fields:
-            problem = "twice the" if match[1] in fields else "the unknown"
-            raise ValueError(
-                f"{where}: {problem} field {match[1]!r} in {mr!r}; E2E has {', '.join(E2E_FIELDS)}"
-            )
-        fields[match[1]] = match[2]
-    return fields
-
-
-def read_csv(path: Path, linearisation: str) -> Iterator[Example]:
-    """E2E's CSV, columns mr and ref; a text in quotes may contain line breaks."""
-    names = E2E_FIELDS | ({"eatType": "Type"} if linearisation == "original-code" else {})
+def read_csv(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
+    """CSV with a header, E2E's among them; a text in quotes may contain line breaks."""
+    csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 1  # of the file, where the row begins
     try:
-        header = next(reader)
-        if not {"mr", "ref"} <= set(header):
-            raise ValueError(f"{path}:1: E2E's CSV has the columns mr and ref, got {header}")
+        header = [name.strip().lower() for name in next(reader)]  # E2E's inputs alone: MR
+        columns_of(header, f"{path}:1")
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}:1: a column stands twice: {header}")
         line = reader.line_num + 1
-        for row in reader:
+        for cells in reader:
             where, line = f"{path}:{line}", reader.line_num + 1
-            if not row:
+            if not cells:
                 continue
-            if len(row) != len(header):
-                raise ValueError(f"{where}: {len(header)} columns expected, got {len(row)}: {row}")
-            fields = _parse_mr(row[header.index("mr")], where)
-            table = [(names[f], clean(fields[f], linearisation)) for f in names if f in fields]
-            target = checked_text(row[header.index("ref")], "ref", where)
-            yield _from_table(table, [clean(target, linearisation)], where)
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{where}: {len(header)} columns expected, got {len(cells)}: {cells}"
+                )
+            row = dict(zip(header, cells, strict=True))
+            if (found := example_of(row, linearisation, where, left)) is not None:
+                yield found
     except csv.Error as error:
         raise ValueError(f"{path}:{line}: broken CSV: {error}") from None
 
 
-def read_txt(path: Path, linearisation: str) -> Iterator[Example]:
-    """The text files of [2]: one `source||target` a line."""
-    for where, line in _lines(path):
+def read_txt(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
+    """The text files of [2], one `source||target` a line; or an input alone in each line."""
+    lines = list(_lines(path))
+    pairs = any("||" in line for _, line in lines)
+    for where, line in lines:
         source, *targets = line.split("||")
-        if len(targets) != 1:
+        if len(targets) != pairs:
             raise ValueError(
                 f"{where}: expected source||target, got {len(targets)} '||': {line[:80]!r}"
             )
-        checked_text(source, "the source", where)
-        target = clean(checked_text(targets[0], "the target", where), linearisation)
+        if not source.strip():
+            left.add("rows without an input", where)
+            continue
         if linearisation == "paper":
             source = source.strip()
-        yield Example(source, (target,), None, where)
+        texts = texts_of(targets, "the target", linearisation, where, left)
+        yield Example(source, texts, None, where)
+
+
+def read_line_pairs(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
+    """NAME.source with NAME.target beside it, a row in each line: XSum as [2] has it.
+
+    Rows with equal inputs stay apart, as articles do. Without NAME.target there are inputs alone.
+    """
+    beside = path.with_suffix(".target")
+    files = [path, beside] if beside.is_file() else [path]
+    lines = [read_text(file).replace("\r\n", "\n").removesuffix("\n").split("\n") for file in files]
+    if len({len(part) for part in lines}) > 1:
+        raise ValueError(f"{path} has {len(lines[0])} lines, {beside} {len(lines[1])}")
+    for number, (source, *targets) in enumerate(zip_longest(*lines), 1):
+        where = f"{path}:{number}"
+        texts = texts_of(targets, "the target", linearisation, where, left)
+        yield Example(clean(source, linearisation), texts, None, where, id=where)
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -104,56 +97,84 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
-def read_jsonl(path: Path, linearisation: str) -> Iterator[Example]:
-    """One object a line: {"table": {...}, "text": ...}, {"source": ..., "target": ...}, an article.
+def parse_json(text: str) -> Any:
+    """JSON in which numbers stay as they are written, "4.50", and NaN, as pandas has it, is null.
 
-    A text may be a list of several. An article has the keys document and summary, see `article`.
+    Raises:
+        ValueError: also for equal keys, and brackets thousands deep.
     """
+    constants = {"NaN": None}
+    try:
+        return json.loads(
+            text, object_pairs_hook=_unique_keys, parse_int=str, parse_float=str,
+            parse_constant=lambda name: constants.get(name, name),
+        )  # fmt: skip
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
+def read_jsonl(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
+    """A row's object in each line."""
     for where, line in _lines(path):
         try:
-            row = json.loads(line, object_pairs_hook=_unique_keys)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: JSON, column {error.colno}: {error.msg}") from None
-        except (ValueError, RecursionError) as error:  # equal keys; brackets thousands deep
+        except ValueError as error:
             raise ValueError(f"{where}: JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected a JSON object, got {line[:80]!r}")
-        if set(ARTICLE) <= set(row):
-            yield article(row, linearisation, where)
-            continue
-        has_table = {"table", "text"} <= set(row)
-        if not has_table and not {"source", "target"} <= set(row):
-            raise ValueError(
-                f"{where}: needs the keys table and text, or source and target, or document and "
-                f"summary; has {list(row)}"
-            )
-        name = "text" if has_table else "target"
-        texts = row[name] if isinstance(row[name], list) else [row[name]]
-        if not texts:
-            raise ValueError(f"{where}: {name} is an empty list")
-        targets = [clean(checked_text(text, name, where), linearisation) for text in texts]
-        if has_table:
-            if not isinstance(row["table"], dict) or not row["table"]:
-                raise ValueError(f"{where}: table must be an object with fields, got {line[:80]!r}")
-            cells = [(checked_text(f, "a field's name", where), v) for f, v in row["table"].items()]
-            table = [
-                (f, clean(checked_text(v, f"table[{f!r}]", where), linearisation)) for f, v in cells
-            ]
-            yield _from_table(table, targets, where)
-        else:
-            source = checked_text(row["source"], "source", where)
-            source = source.strip() if linearisation == "paper" else source
-            yield Example(source, tuple(targets), None, where)
+        yield from _object(row, linearisation, where, left)
 
 
-def merge_equal_sources(rows: Iterator[Example]) -> list[Example]:
-    """One example per distinct input, with the targets of all its rows, in order of appearance.
+def _object(row: Any, linearisation: str, where: str, left: LeftOut) -> Iterator[Example]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {str(row)[:80]!r}")
+    if (found := example_of(row, linearisation, where, left)) is not None:
+        yield found
 
-    Articles stay apart: two with the same text are two rows, as in all that is reported on XSum.
+
+def read_json(path: Path, linearisation: str, left: LeftOut, only_good: bool) -> Iterator[Example]:
+    """JSON: a list of rows (DART's among them), {"entries": ...} as WebNLG has it, or JSON lines.
+
+    Args:
+        only_good: as in `triples.read_xml`.
     """
-    first, targets = {}, {}
-    for row in rows:
-        key = (row.source, row.table, row.id)
-        first.setdefault(key, row)
-        targets.setdefault(key, []).extend(row.targets)
-    return [dataclasses.replace(row, targets=tuple(targets[key])) for key, row in first.items()]
+    try:
+        content = parse_json(read_text(path))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # after a first whole value
+            yield from read_jsonl(path, linearisation, left)
+            return
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: JSON: {error}") from None
+    if is_webnlg(content):
+        yield from read_webnlg_json(path, content["entries"], linearisation, left, only_good)
+        return
+    if isinstance(content, dict):  # JSON lines of one line
+        columns_of(content, str(path))
+        content = [content]
+    if not isinstance(content, list):
+        raise ValueError(f"{path}: expected a list of rows, got {type(content).__name__}")
+    for number, row in enumerate(content, 1):
+        yield from _object(row, linearisation, f"{path}:row {number}", left)
+
+
+def read_parquet(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
+    """The hub's format; pyarrow is needed for this alone."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        todo = "pip install pyarrow, or give JSON lines"
+        raise ValueError(f"{path}: reading parquet needs the package pyarrow ({todo})") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            read = {*columns_of(names, str(path)), *OPTIONAL}
+            number = 0
+            for batch in file.iter_batches(columns=[name for name in names if name in read]):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield from _object(row, linearisation, f"{path}:{number}", left)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: no readable parquet file ({error})") from None

@@ -4,44 +4,61 @@ Read `load_examples` (which files, which quirks). Two linearisations: "paper" wr
 appendix A.1 of [1] prints it; "original-code" keeps the spaces, bars and names that the code of [2]
 feeds its model, for comparison with its results. Differs from [2]: nothing is dropped in silence.
 
-The readers are in `formats.py` (tables, texts), `triples.py` (WebNLG, DART) and
-`articles.py` (XSum); `splits.py` makes topic splits and small subsets of what they read;
-`download.py` fetches the official files.
+The readers are in `formats.py` (files of rows; what a row becomes is in `rows.py`) and `triples.py`
+(WebNLG, DART); `articles.py` has XSum's archive; `splits.py` makes topic splits and small subsets
+of what they read; `download.py` fetches the official files.
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 [3] https://github.com/tuetschek/e2e-dataset   [4] https://gitlab.com/shimorina/webnlg-dataset
 [5] https://github.com/Yale-LILY/dart   [6] https://huggingface.co/datasets/EdinburghNLP/xsum
+[7] https://github.com/tuetschek/e2e-cleaning
 """
 
 import os
 from pathlib import Path
+from typing import Any
 
 from minprefix.checks import check_choice
-from minprefix.data.articles import read_parquet
-from minprefix.data.examples import LINEARISATIONS, Example
-from minprefix.data.formats import merge_equal_sources, read_csv, read_jsonl, read_txt
-from minprefix.data.triples import read_dart, read_xml
+from minprefix.data.examples import LINEARISATIONS, Example, LeftOut, in_language
+from minprefix.data.formats import (
+    read_csv,
+    read_json,
+    read_jsonl,
+    read_line_pairs,
+    read_parquet,
+    read_txt,
+)
+from minprefix.data.rows import merge_equal_sources
+from minprefix.data.triples import read_xml
 
-# What a folder may hold: E2E [3], WebNLG 2017 [4], the text files of [2], DART [5], parquet as the
-# hub lays it out [6], JSONL. Of patterns joined by "or" the first that matches is taken.
+# What a folder may hold: E2E [3] and its cleaned form [7], WebNLG 2017 and 2020 [4], the text files
+# of [2], DART [5], parquet as the hub lays it out [6], JSON lines, JSON, CSV. Of patterns joined by
+# "or" the first that matches is taken: one with texts before one with inputs alone.
 SPLIT_FILES = {
     "train": (
-        "trainset.csv", "train/*triples/*.xml", "src1_train.txt",
+        "trainset.csv", "train-fixed.no-ol.csv or train-fixed.csv", "train/*triples/*.xml",
+        "*webnlg*_train.json", "src1_train.txt", "train.source",
         "dart-*-train.json or dart-*-train.xml",
         "default/train/*.parquet or train/*.parquet or data/train-*.parquet or train-*.parquet",
-        "train.jsonl",
+        "train.jsonl or train.json or train.csv",
     ),
     "dev": (
-        "devset.csv", "dev/*triples/*.xml", "src1_valid.txt",
+        "devset.csv", "devel-fixed.no-ol.csv or devel-fixed.csv", "dev/*triples/*.xml",
+        "*webnlg*_dev.json", "src1_valid.txt", "val.source",
         "dart-*-dev.json or dart-*-dev.xml",
         "default/validation/*.parquet or validation/*.parquet or data/validation-*.parquet "
         "or validation-*.parquet",
-        "dev.jsonl or validation.jsonl",
+        "dev.jsonl or validation.jsonl or dev.json or validation.json or val.json or dev.csv "
+        "or validation.csv or val.csv",
     ),
     "test": (
-        "testset_w_refs.csv", "test/testdata_with_lex.xml", "src1_test.txt",
+        "testset_w_refs.csv or testset.csv", "test-fixed.csv",
+        "test/testdata_with_lex.xml or test/rdf-to-text-generation-test-data-with-refs-*.xml "
+        "or test/*triples/*.xml or test/testdata_no_lex.xml "
+        "or test/rdf-to-text-generation-test-data-without-refs-*.xml",
+        "*webnlg*_test.json", "src1_test.txt", "test.source",
         "dart-*-test.json or dart-*-test.xml",
         "default/test/*.parquet or test/*.parquet or data/test-*.parquet or test-*.parquet",
-        "test.jsonl",
+        "test.jsonl or test.json or test.csv",
     ),
 }  # fmt: skip
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -56,25 +73,24 @@ def data_folder(name: str) -> Path:
     return Path(cache) / "minprefix" / "data" / name
 
 
-def _read_file(path: Path, split: str | None, linearisation: str) -> list[Example]:
+ROWS = {".csv": read_csv, ".txt": read_txt, ".source": read_line_pairs, ".jsonl": read_jsonl,
+        ".parquet": read_parquet}  # fmt: skip
+
+
+def _read_file(path: Path, split: str | None, linearisation: str, left: LeftOut) -> list[Example]:
     suffix = path.suffix.lower()
+    # [2] trains on texts marked good only, and decodes every entry
+    only_good = linearisation == "original-code" and split == "train"
     if suffix == ".xml":
-        # [2] trains on texts marked good only, and decodes every entry.
-        only_good = linearisation == "original-code" and split == "train"
-        return list(read_xml(path, linearisation, only_good))
+        return list(read_xml(path, linearisation, left, only_good))
     if suffix == ".json":
-        return list(read_dart(path, linearisation))
-    if suffix == ".parquet":
-        return list(read_parquet(path, linearisation))
-    if suffix == ".csv":
-        return merge_equal_sources(read_csv(path, linearisation))
-    if suffix == ".txt":
-        return merge_equal_sources(read_txt(path, linearisation))
-    if suffix == ".jsonl":
-        return merge_equal_sources(read_jsonl(path, linearisation))
+        return merge_equal_sources(read_json(path, linearisation, left, only_good))
+    if suffix in ROWS:
+        return merge_equal_sources(ROWS[suffix](path, linearisation, left))
     raise ValueError(
-        f"{path}: unknown kind of file; accepted are .jsonl, .csv (E2E), .xml (WebNLG, DART), "
-        ".json (DART), .parquet (XSum) and .txt (source||target)"
+        f"{path}: unknown kind of file; accepted are .jsonl, .json, .csv and .parquet (rows with "
+        "named columns), .xml and .json (WebNLG, DART), .txt (source||target) and .source (with "
+        ".target beside it)"
     )
 
 
@@ -103,12 +119,14 @@ def _find_files(folder: Path, split: str | None) -> list[Path]:
 
 
 def load_examples(
-    path: str | Path, split: str | None = None, *, linearisation: str = "paper"
-) -> list[Example]:
-    """The examples of a data set, of a file or of one split of a folder; no row is dropped.
+    path: str | Path, split: str | None = None, *, linearisation: str = "paper",
+    references: bool = True, language: str | None = None,
+) -> list[Example]:  # fmt: skip
+    """The examples of a data set, of a file or of one split of a folder.
 
     Rows with the same input become one example with several targets, in order of appearance;
-    WebNLG and DART have one example per set of triples, XSum one per article.
+    WebNLG and DART have one example per set of triples, XSum one per article. What cannot be used
+    (rows without an input or a text, empty cells) is left out, and counted in one warning.
 
         linearisation   table (E2E, JSONL)      triples (WebNLG; DART)
         "paper"         name : X | type : pub   Spain : capital : Madrid | Madrid : MAYOR : ...
@@ -125,13 +143,16 @@ def load_examples(
 
     Args:
         path: one of DATA_SETS if `python -m minprefix data` has fetched it, one of EMBEDDED, a
-            file (.jsonl, .csv, .xml, .json, .parquet, .txt) or a folder with the
+            file (.jsonl, .json, .csv, .parquet, .xml, .txt, .source) or a folder with the
             files that SPLIT_FILES lists. (A folder of such a name: ./e2e.)
         split: "train", "dev" or "test". A folder needs it; of a single file it says what the file
             is, which matters only for the selection above.
         linearisation: one of LINEARISATIONS.
+        references: leave out inputs without a text; False keeps them, to write texts for them.
+        language: keep the texts in this one, such as "ru"; None = the data has only one.
     Raises:
-        ValueError: an unknown kind of file or folder, or a broken row, named as file:line.
+        ValueError: an unknown kind of file or folder, or a broken row, named as file:line; nothing
+            that can be used; texts in several languages.
         FileNotFoundError: `path` does not exist, or a data set was not downloaded.
     """
     check_choice("linearisation", linearisation, LINEARISATIONS)
@@ -152,26 +173,49 @@ def load_examples(
         if name:  # the command `data` has not fetched all of it
             raise MissingSplit(f"no {split} split of {name} is in {path}: {todo}") from error
         raise
-    examples = [example for file in files for example in _read_file(file, split, linearisation)]
+    left = LeftOut()
+    read = (example for file in files for example in _read_file(file, split, linearisation, left))
+    if references:
+        examples = _with_texts(in_language(read, language, path, left), path, left)
+    else:  # each input once, whatever the languages of its texts
+        examples = list({example.where: example for example in read}.values())
     if not examples:
-        raise ValueError(f"{path}: no example in it")
+        raise ValueError(
+            f"{path}: no example in it" + (f"; left out: {left}" if left.found else "")
+        )
+    left.report(path)
     return examples
 
 
+def _with_texts(examples: list[Example], path: Path, left: LeftOut) -> list[Example]:
+    """The examples with a text; ValueError if the data has inputs alone."""
+    found = [example for example in examples if example.targets]
+    if examples and not found:
+        raise ValueError(
+            f"{path}: {len(examples)} inputs without a text (a reference): training and evaluation "
+            "need texts; `generate --data` writes one for each input"
+        )
+    for example in examples:
+        if not example.targets:
+            left.add("inputs without a text", example.where)
+    return found
+
+
 def load_train_and_dev(
-    data: str, dev: str | None, linearisation: str = "paper"
+    data: str, dev: str | None, linearisation: str = "paper", language: str | None = None
 ) -> tuple[list[Example], list[Example]]:
     """Both splits of a folder; or a train file and, if there is one, a dev file.
 
     The dev examples are [] where there are none.
     """
-    train = load_examples(data, "train", linearisation=linearisation)
+    how: Any = {"linearisation": linearisation, "language": language}
+    train = load_examples(data, "train", **how)
     if Path(data).is_file():
-        return train, load_examples(dev, "dev", linearisation=linearisation) if dev else []
+        return train, load_examples(dev, "dev", **how) if dev else []
     if dev:
         raise ValueError(f"--dev goes with a file as --data; {data} has its own dev split")
     try:
-        return train, load_examples(data, "dev", linearisation=linearisation)
+        return train, load_examples(data, "dev", **how)
     except MissingSplit:
         if data in DATA_SETS:  # fetched in part
             raise

@@ -1,6 +1,6 @@
-"""Sets of triples: WebNLG's XML [4], DART's JSON and XML [5] -> examples, one per set.
+"""Sets of triples: WebNLG's XML and JSON [4], DART's rows and XML [5] -> examples, one per set.
 
-Read `read_xml`, then `read_dart`. What the code of [2] feeds its model differs between the two:
+Read `read_xml`, then `dart_example`. What the code of [2] feeds its model differs between the two:
 
     WebNLG   " | s : relation : o | s : relation : o"   a bar before every triple
     DART     "s : relation : o | s : relation : o"      relations in lower case
@@ -9,16 +9,24 @@ Read `read_xml`, then `read_dart`. What the code of [2] feeds its model differs 
 [5] https://github.com/Yale-LILY/dart
 """
 
-import json
-import logging
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from minprefix.data.examples import Example, checked_text, clean, read_text
+from minprefix.data.examples import Example, LeftOut, checked_text, clean, text_of, texts_of
 
 DART_CATEGORY = "MISC"  # of every entry of DART's XML, which has WebNLG's schema, and of none there
-log = logging.getLogger(__name__)
+WEBNLG_LANGUAGE = "en"  # of texts that do not say theirs, and of DART's
+
+
+class Text(NamedTuple):
+    """A text of a WebNLG entry."""
+
+    text: str
+    comment: str | None  # "good", or what is wrong with it
+    language: str
 
 
 def _linearise(triples: Sequence[Sequence[str]], linearisation: str, dart: bool) -> str:
@@ -42,10 +50,11 @@ def _parse_triple(text: str | None, where: str) -> list[str]:
     return parts
 
 
-def read_xml(path: Path, linearisation: str, only_good: bool) -> Iterator[Example]:
-    """WebNLG's XML: one example per <entry>, from its modified triples; an empty <lex> is no text.
+def read_xml(path: Path, linearisation: str, left: LeftOut, only_good: bool) -> Iterator[Example]:
+    """WebNLG's XML: one example per <entry> and language, from its modified triples.
 
-    DART's entries are known by their category, and get DART's linearisation.
+    Its texts stand in <lex>, or in <lex><text> in the enriched WebNLG. DART's entries are known by
+    their category, and get DART's linearisation.
 
     Args:
         only_good: leave out WebNLG's texts that are not marked good, and entries which then have
@@ -60,71 +69,107 @@ def read_xml(path: Path, linearisation: str, only_good: bool) -> Iterator[Exampl
         # Not all have a position: an unknown encoding is a LookupError or ValueError of line 1.
         line = error.position[0] if isinstance(error, ET.ParseError) else 1
         raise ValueError(f"{path}:{line}: broken XML: {error}") from None
+    named = re.search(r"[.-]([a-z]{2})\.xml$", path.name)  # Airport.de.xml, ...-with-refs-ru.xml
+    usual = named[1] if named else WEBNLG_LANGUAGE
     for number, entry in enumerate(root.iter("entry"), 1):
         where = f"{path}:{entry.get('eid', number)}"
-        triples = [_parse_triple(m.text, where) for m in entry.iter("mtriple")]
-        texts = [lex for lex in entry.iter("lex") if (lex.text or "").strip()]
-        if not triples or not texts:
-            raise ValueError(f"{where}: the entry has no {'text' if triples else 'mtriple'}")
+        chosen = entry.find("modifiedtripleset")
+        found = list(entry.iter("mtriple")) if chosen is None else list(chosen)
+        triples = [_parse_triple(triple.text, where) for triple in found]
+        texts = [
+            Text(lex.findtext("text", lex.text or ""), lex.get("comment"), lex.get("lang") or usual)
+            for lex in entry.iter("lex")
+        ]
         group = entry.get("category", "")
-        dart = group == DART_CATEGORY
-        if only_good and not dart:
-            texts = [lex for lex in texts if lex.get("comment") == "good"]
-        if texts:
-            targets = tuple(clean(lex.text or "", linearisation) for lex in texts)
-            source = _linearise(triples, linearisation, dart)
-            yield Example(source, targets, None, where, group)
+        yield from _entry(triples, texts, group, linearisation, where, left, only_good)
 
 
-def _is_blank(value: object) -> bool:
-    return isinstance(value, str) and not value.strip()
+def is_webnlg(content: Any) -> bool:
+    """Whether this is WebNLG's JSON, {"entries": [...]}."""
+    return isinstance(content, dict) and isinstance(content.get("entries"), list)
 
 
-def _checked_set(item: object, where: str) -> tuple[list, list[str]]:
-    """Triples and texts of one object of DART's JSON."""
-    if not isinstance(item, dict) or not {"tripleset", "annotations"} <= set(item):
-        has = list(item) if isinstance(item, dict) else repr(item)[:80]
-        raise ValueError(f"{where}: expected an object with tripleset and annotations, got {has}")
-    triples, notes = item["tripleset"], item["annotations"]
+def read_webnlg_json(
+    path: Path, entries: list, linearisation: str, left: LeftOut, only_good: bool
+) -> Iterator[Example]:
+    """The entries of WebNLG's JSON, {"1": {"modifiedtripleset": ..., "lexicalisations": ...}}."""
+    for number, entry in enumerate(entries, 1):
+        where = f"{path}:entry {number}"
+        if isinstance(entry, dict) and len(entry) == 1:  # under its number
+            (entry,) = entry.values()
+        try:
+            triples = [
+                [
+                    checked_text(triple[part], part, where)
+                    for part in ("subject", "property", "object")
+                ]
+                for triple in entry["modifiedtripleset"]
+            ]
+            texts = [
+                Text(
+                    text_of(lex["lex"], "lex", where) or "",
+                    lex.get("comment"),
+                    lex.get("lang") or WEBNLG_LANGUAGE,
+                )
+                for lex in entry.get("lexicalisations", [])
+            ]
+            group = text_of(entry.get("category"), "category", where) or ""
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"{where}: expected an object with modifiedtripleset (subject, property, object) "
+                f"and lexicalisations (lex), got {str(entry)[:80]!r}"
+            ) from None
+        yield from _entry(triples, texts, group, linearisation, where, left, only_good)
+
+
+def _entry(
+    triples: list, texts: list[Text], group: str, linearisation: str, where: str, left: LeftOut,
+    only_good: bool,
+) -> Iterator[Example]:  # fmt: skip
+    """An example for each language of an entry's texts; one without texts if there are none."""
+    if not triples:
+        left.add("rows without an input", where)
+        return
+    dart = group == DART_CATEGORY
+    source = _linearise(triples, linearisation, dart)
+    by_language: dict[str, list[str]] = {}
+    for text in texts:
+        if not text.text.strip():
+            left.add("empty texts", where)
+        elif dart or not only_good or text.comment == "good":
+            by_language.setdefault(text.language, []).append(clean(text.text, linearisation))
+    for language, targets in by_language.items():
+        yield Example(source, tuple(targets), None, where, group, language=language)
+    if not by_language and not (only_good and texts):
+        yield Example(source, (), None, where, group)
+
+
+def dart_example(
+    triples: object, notes: object, linearisation: str, where: str, left: LeftOut
+) -> Example:
+    """Of a row of DART: [[s, relation, o], ...] and [{"text": ...}, ...], as the hub has it
+    {"text": [...]}; None = no texts. The group is the category that DART's XML has.
+
+    Raises:
+        ValueError: values of other types.
+    """
     if not isinstance(triples, list) or not triples:
         raise ValueError(f"{where}: tripleset must be a list of triples, got {triples!r}")
+    parts = []
     for triple in triples:
         if not isinstance(triple, list) or len(triple) != 3:
             raise ValueError(f"{where}: expected [subject, relation, object], got {triple!r}")
-        for part in triple:
-            if not _is_blank(part):  # a table's cell may be empty
-                checked_text(part, f"a part of the triple {triple!r}", where)
-    if not isinstance(notes, list) or not all(isinstance(note, dict) for note in notes):
+        name = f"a part of the triple {triple!r}"
+        # a table's cell may be empty
+        parts.append([text_of(part, name, where) or "" for part in triple])
+    if isinstance(notes, dict):
+        found = notes.get("text")
+    elif notes is None:
+        found = []
+    elif isinstance(notes, list) and all(isinstance(note, dict) for note in notes):
+        found = [note.get("text") for note in notes]
+    else:
         raise ValueError(f"{where}: annotations must be a list of objects, got {notes!r}")
-    texts = [note.get("text") for note in notes]
-    texts = [text for text in texts if not _is_blank(text)]
-    for text in texts:
-        checked_text(text, "an annotation's text", where)
-    return triples, texts
-
-
-def read_dart(path: Path, linearisation: str) -> Iterator[Example]:
-    """DART's JSON: a list of {"tripleset": [[s, relation, o], ...], "annotations": [...]}.
-
-    A text is annotations[i]["text"]; an empty one is no text. The group is the category that DART's
-    XML has. Sets without any text are left out and counted in a warning.
-    """
-    try:
-        items = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
-    except RecursionError as error:  # brackets thousands deep
-        raise ValueError(f"{path}: JSON: {error}") from None
-    if not isinstance(items, list):
-        raise ValueError(f"{path}: expected a list of triple sets, got {type(items).__name__}")
-    without = 0
-    for number, item in enumerate(items, 1):
-        where = f"{path}:set {number}"
-        triples, texts = _checked_set(item, where)
-        without += not texts
-        if texts:
-            targets = tuple(clean(text, linearisation) for text in texts)
-            source = _linearise(triples, linearisation, dart=True)
-            yield Example(source, targets, None, where, DART_CATEGORY)
-    if without:
-        log.warning("%s: %d triple sets without a text are left out", path, without)
+    texts = texts_of(found, "an annotation's text", linearisation, where, left)
+    source = _linearise(parts, linearisation, dart=True)
+    return Example(source, texts, None, where, DART_CATEGORY, language=WEBNLG_LANGUAGE)

@@ -30,8 +30,8 @@ from collections.abc import Callable, Sequence
 
 from minprefix.checks import check_choice
 from minprefix.data.examples import Example
-from minprefix.data.formats import E2E_FIELDS
-from minprefix.data.splits import SEEN, UNSEEN
+from minprefix.data.rows import E2E_FIELDS
+from minprefix.data.splits import CATEGORIES, seen_categories
 from minprefix.data.triples import DART_CATEGORY
 from minprefix.metrics.e2e import cider, nist, rouge_l_max
 from minprefix.metrics.meteor import meteor, why_not
@@ -50,7 +50,6 @@ SUITES = {
     "xsum": ("R-1", "R-2", "R-L"),
 }
 METRICS = ("quick", *SUITES, "auto")  # what `methods.evaluate.measure` knows
-# WebNLG 2017: categories of the training set, and those that only the test set has.
 MAX_REFERENCES = 3  # of WebNLG and DART: the scripts take the first three
 
 
@@ -134,9 +133,10 @@ def _webnlg(
     parts = {"A": list(range(len(outputs)))}
     if groups is not None:
         for number, group in enumerate(groups):
-            check_choice(f"group {number}", group, (*SEEN, *UNSEEN))
-        seen = [i for i, group in enumerate(groups) if group in SEEN]
-        unseen = [i for i, group in enumerate(groups) if group in UNSEEN]
+            check_choice(f"group {number}", group, CATEGORIES)
+        known = seen_categories(groups)
+        seen = [i for i, group in enumerate(groups) if group in known]
+        unseen = [i for i, group in enumerate(groups) if group not in known]
         parts = {name: p for name, p in (("S", seen), ("U", unseen)) if p} | parts
     outputs = [_webnlg_output(text) for text in outputs]
     references = [[_webnlg_reference(t) for t in r[:MAX_REFERENCES]] for r in references]
@@ -168,7 +168,7 @@ def suite_of(examples: Sequence[Example]) -> str:
     if all(e.table and {f.lower() for f, _ in e.table} <= _E2E_NAMES for e in examples):
         return "e2e"
     groups = {example.group for example in examples}
-    if groups <= {*SEEN, *UNSEEN}:
+    if groups <= {*CATEGORIES}:
         return "webnlg"
     return "dart" if groups == {DART_CATEGORY} else "quick"
 

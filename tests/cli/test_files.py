@@ -127,7 +127,7 @@ def is_folder(of) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "number", "options"),
+    "name, number, options",
     [
         ("fsync", errno.EINVAL, {"when": is_folder}),  # CIFS, FUSE
         ("fsync", errno.EIO, {"when": is_folder}),
@@ -153,7 +153,7 @@ def test_what_a_file_system_lacks_is_no_failure(tmp_path, monkeypatch, name, num
 
 
 @pytest.mark.parametrize(
-    ("name", "number"),
+    "name, number",
     [("fsync", errno.EIO), ("fsync", errno.ENOSPC), ("replace", errno.EACCES),
      ("replace", errno.EIO)],
 )  # fmt: skip

@@ -8,13 +8,14 @@ from conftest import SHARED
 from minprefix.data.examples import Example
 from minprefix.data.load import load_examples
 from minprefix.data.splits import (
+    CATEGORIES,
     LOW_DATA_SEEDS,
     LOW_DATA_SIZES,
     LOW_DATA_SUBSETS,
     SEEN,
+    UNSEEN_2020,
     choose,
     low_data,
-    seen,
     subset,
 )
 
@@ -35,16 +36,23 @@ def pairs(examples) -> list[tuple[str, str]]:
 
 def test_webnlg_parts_by_category():
     city, artist = example("City"), example("Artist")
-    assert seen(city) and not seen(artist)
     assert choose([city, artist], "seen", "test") == [city]
     assert choose([city, artist], "unseen", "test") == [artist]
     assert choose([city, artist], None, "test") == [city, artist]
     with pytest.raises(ValueError, match="the split train has no examples for the topics unseen"):
         choose([city], "unseen", "train")
-    with pytest.raises(ValueError, match="f:1: no category"):
-        seen(example(""))
-    with pytest.raises(ValueError, match="f:1: no category"):
-        seen(example("MISC"))  # DART's
+    for none in ("", "MISC"):  # DART's
+        with pytest.raises(ValueError, match="f:1: no category"):
+            choose([city, example(none)], "seen", "test")
+
+
+def test_webnlg_2020_has_categories_of_its_own():
+    """What 2017 had not seen, 2020 trains on; each of its splits has one that 2017 lacks."""
+    examples = [example(name) for name in CATEGORIES]
+    assert groups(choose(examples, "unseen", "test")) == list(UNSEEN_2020)
+    assert groups(choose(examples, "seen", "test")) == [*CATEGORIES[: -len(UNSEEN_2020)]]
+    train = [example("Artist"), example("Company")]
+    assert choose(train, "seen", "train") == train
 
 
 def test_xsum_parts_by_topic():

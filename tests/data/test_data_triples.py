@@ -32,7 +32,7 @@ def test_dart_json_and_xml_are_one_set_of_examples(tmp_path):
     table, wren = load_examples(write(tmp_path, "dart.json", json.dumps(DART)))
     paper = "Blue Heron : BUILT_In : Köln | [TABLECONTEXT] : [TITLE] : Ships"
     targets = ("Built in Köln.", "A ship of Köln.")  # the blank text is no text
-    assert table == Example(paper, targets, None, f"{tmp_path}/dart.json:set 1", "MISC")
+    assert table == Example(paper, targets, None, f"{tmp_path}/dart.json:row 1", "MISC")
     assert wren.source == "Wren : MASS : "
     (same,) = load_examples(write(tmp_path, "a.xml", DART_XML), "train")
     assert same == Example(paper, targets, None, f"{tmp_path}/a.xml:Id1", "MISC")
@@ -50,8 +50,9 @@ def test_dart_original_code_has_lower_case_relations_and_no_leading_bar(tmp_path
 def test_dart_sets_without_a_text_are_counted_in_a_warning(tmp_path, caplog):
     without = [{**DART[0], "annotations": []}, {**DART[1], "annotations": [{"text": ""}]}, DART[1]]
     path = write(tmp_path, "dart.json", json.dumps(without))
-    assert [example.where for example in load_examples(path)] == [f"{path}:set 3"]
-    assert f"{path}: 2 triple sets without a text are left out" in caplog.text
+    assert [example.where for example in load_examples(path)] == [f"{path}:row 3"]
+    told = f"empty texts: 1 (the first: {path}:row 2); inputs without a text: 2 "
+    assert f"{path}: left out: {told}(the first: {path}:row 1)" in caplog.text
 
 
 @needs_shared

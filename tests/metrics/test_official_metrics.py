@@ -8,7 +8,6 @@ import pytest
 from minprefix.cli.commands import COMMANDS
 from minprefix.data.examples import Example
 from minprefix.data.load import load_examples
-from minprefix.data.triples import read_dart, read_xml
 from minprefix.methods.evaluate import measure
 from minprefix.metrics import official as official_metrics
 from minprefix.metrics.meteor import meteor, why_not
@@ -153,8 +152,7 @@ def read_triples(folder) -> list[Example]:
         '| a bar</mtriple></modifiedtripleset><lex comment="e2e" lid="Id1">Zed is a bar.</lex>'
         "</entry></entries></benchmark>"
     )
-    found = read_dart(folder / "dart.json", "paper")
-    return [*found, *read_xml(folder / "dart.xml", "paper", only_good=True)]
+    return [example for n in ("json", "xml") for example in load_examples(folder / f"dart.{n}")]
 
 
 def test_auto_takes_the_suite_of_the_data(quiet, tmp_path):
@@ -228,10 +226,45 @@ def test_references_without_blank_lines_are_one_for_each(cli, tmp_path, quiet):
     assert json.loads(out) == {"outputs": 2, "BLEU": pytest.approx(100), "TER": 0}
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n"])
+def test_one_output_with_several_references(cli, tmp_path, quiet, end):
+    """Without a blank line the number of outputs says what the lines are."""
+    outputs = write(tmp_path / "out.txt", "ada is old now")
+    (tmp_path / "ref.txt").write_bytes(("ada\nada is old now\nbo" + end).encode())
+    out, _ = cli("score", outputs, tmp_path / "ref.txt", "--metrics", "quick", "--json")
+    assert json.loads(out) == {"outputs": 1, "bleu": pytest.approx(100), "rouge_l": 100}
+
+
+def test_a_file_for_each_reference(cli, tmp_path, quiet):
+    """reference0 ... referenceK as WebNLG has them: a blank line where an output has fewer."""
+    outputs = write(tmp_path / "out.txt", "a b c d", "e f g h")
+    folder = tmp_path / "refs"
+    folder.mkdir()
+    for n in range(11):
+        line = "a b c d" if n == 2 else "x y z"
+        write(folder / f"reference{n}", line, "e f g h" if n == 0 else "")
+    (folder / "notes.txt").write_text("not a reference")
+    (folder / "reference11").write_text("")  # nothing for any output
+    out, _ = cli("score", outputs, folder, "--metrics", "webnlg", "--json")
+    assert json.loads(out)["BLEU A"] == pytest.approx(100)  # number 2 is among the first three
+    files = sorted(folder.glob("reference*"), reverse=True)  # their numbers decide
+    assert cli("score", outputs, *files, "--metrics", "webnlg", "--json")[0] == out
+    short = write(tmp_path / "reference1", "only one line")
+    _, err = cli("score", outputs, folder / "reference0", short, code=1)
+    assert re.search("out.txt has 2 outputs .*, .*reference1 has 1", err)
+    (folder / "reference0").write_text("x\n\n")
+    _, err = cli("score", outputs, folder, code=1)
+    assert "output 2 has no reference" in err
+    (tmp_path / "empty").mkdir()
+    _, err = cli("score", outputs, tmp_path / "empty", code=1)
+    assert "empty: no files reference0, reference1, ... in this folder" in err
+
+
 @pytest.mark.parametrize(
     "outputs,references,options,message",
     [
-        ("a\nb\n", "a\n\nb\n\nc\n", (), "has 2 outputs .* references of 3"),
+        ("a\nb\n", "a\n\nb\n\nc\n", (), "has 2 outputs .* has 5 lines in 3 groups"),
+        ("a\nb\n", "a\nb\nc\n", (), "has 2 outputs .* has 3 lines in 1 groups"),
         ("\n", "a\n", (), "out.txt: the file is empty"),
         ("a\n", "a\n", ("--groups",), "--groups go with --metrics webnlg"),
         ("a\n", "a\n", ("--metrics", "e2e", "--groups"), "groups belong to the suite webnlg"),

@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import random_ids, tiny_gpt2
 
-from minprefix.files import save_tensors
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.generation.texts import generate_ids
 from minprefix.models.activations import PrefixActivations
@@ -27,7 +26,7 @@ def poisoned(prefix: Prefix, value: float) -> Prefix:
 
 
 def random_bank(rng: random.Random, model) -> PrefixBank:
-    """Two or three prefixes of any length and offset, with and without gates, some of them infix."""
+    """Two or three prefixes of any length and offset, with and without gates, some infix."""
     gates, infixes = rng.random() < 0.5, rng.random() < 0.3
     prefixes = []
     for seed in range(rng.randint(2, 3)):
@@ -140,7 +139,7 @@ def test_beams_take_nothing_of_an_earlier_batch(value):
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    "value, told",
     [
         (float("nan"), "holds values that are not finite numbers"),
         (float("inf"), "holds values that are not finite numbers"),

@@ -1,0 +1,138 @@
+"""Rows with named columns -> examples, whichever kind of file they stand in.
+
+    columns of the input and of the text(s)           the input
+    mr, ref                                           E2E's meaning representation [1]
+    meaning_representation, human_reference           the same under the hub's names
+    table, text                                       an object: field -> value or values
+    source, target                                    a text
+    document, summary                                 an article (XSum's columns)
+    article, highlights; dialogue, summary            the same under other sets' names
+    tripleset, annotations                            a set of triples (DART's)
+
+Read `example_of`. A row needs the column of its input; without the other it is an input alone. The
+language of a row's texts is in a column language or lang, if there is one.
+[1] https://github.com/tuetschek/e2e-dataset
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from minprefix.data.articles import article
+from minprefix.data.examples import Example, LeftOut, checked_text, clean, text_of, texts_of
+from minprefix.data.triples import dart_example
+
+ARTICLES = (("document", "summary"), ("article", "highlights"), ("dialogue", "summary"))
+MEANINGS = (("mr", "ref"), ("meaning_representation", "human_reference"))
+TABLE, SOURCE, TRIPLES = ("table", "text"), ("source", "target"), ("tripleset", "annotations")
+COLUMNS = (*MEANINGS, TABLE, SOURCE, *ARTICLES, TRIPLES)
+OPTIONAL = ("id", "url", "topic", "language", "lang")  # what else of a row is read
+
+# Official field name [1] -> the name, and the order, that the paper and its authors' text files use
+E2E_FIELDS = {
+    "name": "name",
+    "eatType": "type",  # "Type" in the authors' files
+    "food": "food",
+    "priceRange": "price",
+    "customer rating": "customer rating",
+    "area": "area",
+    "familyFriendly": "family friendly",
+    "near": "near",
+}
+
+
+def columns_of(names: Iterable[str], where: str) -> tuple[str, str]:
+    """The columns of a row's input and texts; ValueError unless exactly one pair fits."""
+    names = list(names)
+    whole = [pair for pair in COLUMNS if set(pair) <= set(names)]
+    found = whole or [pair for pair in COLUMNS if pair[0] in names]
+    if len(found) == 1:
+        return found[0]
+    pairs = "; ".join(", ".join(pair) for pair in found or COLUMNS)
+    problem = "has more than one of" if found else "needs the columns of one of"
+    raise ValueError(f"{where}: {problem}: {pairs}; has {names}")
+
+
+def example_of(
+    row: dict[str, Any], linearisation: str, where: str, left: LeftOut
+) -> Example | None:
+    """The example of a row; None for one without an input, which is counted in `left`.
+
+    Raises:
+        ValueError: columns that do not say what the row is, or values of other types.
+    """
+    source, target = pair = columns_of(row, where)
+    if pair == TRIPLES:
+        return dart_example(row[source], row.get(target), linearisation, where, left)
+    texts = texts_of(row[target], target, linearisation, where, left) if target in row else ()
+    language = text_of(row.get("language") or row.get("lang"), "language", where) or ""
+    if pair in ARTICLES:
+        return article(row[source], texts, row, linearisation, where, language)
+    if pair == SOURCE:
+        text = text_of(row[source], source, where)
+        if text is not None:
+            text = text.strip() if linearisation == "paper" else text
+            return Example(text, texts, None, where, language=language)
+    else:
+        make = _meanings if pair in MEANINGS else _cells
+        if table := make(row[source], linearisation, where, left):
+            text = " | ".join(f"{name} : {value}" for name, value in table)
+            return Example(text, texts, tuple(table), where, language=language)
+    left.add("rows without an input", where)
+    return None
+
+
+def _cells(table: object, linearisation: str, where: str, left: LeftOut) -> list[tuple[str, str]]:
+    """(field, value) pairs of an object, in its order; a field with a list has several values."""
+    if table is None:
+        return []
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"{where}: table must be an object with fields, got {str(table)[:80]!r}")
+    found = []
+    for name, value in table.items():
+        checked_text(name, "a field's name", where)
+        for one in value if isinstance(value, list) else [value]:
+            if (text := text_of(one, f"table[{name!r}]", where)) is None:
+                left.add("empty cells", where)
+            else:
+                found.append((name, clean(text, linearisation)))
+    return found
+
+
+def _meanings(mr: object, linearisation: str, where: str, left: LeftOut) -> list[tuple[str, str]]:
+    """The pairs of "name[The Eagle], eatType[pub]", under our names and in our order.
+
+    A field may occur twice, as in the cleaned E2E: it then has two values, in their order.
+    """
+    if (text := text_of(mr, "the meaning representation", where)) is None:
+        return []
+    values: dict[str, list[str]] = {name: [] for name in E2E_FIELDS}
+    for part in re.split(r",\s*(?=[^\[\],]+\[)", text):
+        match = re.fullmatch(r"\s*([^\[\]]+)\[([^\[\]]*)\]\s*", part)
+        if match is None:
+            raise ValueError(f"{where}: expected field[value], field[value], ..., got {text!r}")
+        if match[1] not in E2E_FIELDS:
+            known = f"E2E has {', '.join(E2E_FIELDS)}"
+            raise ValueError(f"{where}: the unknown field {match[1]!r} in {text!r}; {known}")
+        if match[2].strip():
+            values[match[1]].append(clean(match[2], linearisation))
+        else:
+            left.add("empty cells", where)
+    names = E2E_FIELDS | ({"eatType": "Type"} if linearisation == "original-code" else {})
+    return [(names[field], value) for field in names for value in values[field]]
+
+
+def merge_equal_sources(rows: Iterable[Example]) -> list[Example]:
+    """One example per distinct input, with the targets of all its rows, in order of appearance.
+
+    Articles and sets of triples stay apart: two with the same text are two rows, as in all that is
+    reported on XSum, WebNLG and DART.
+    """
+    first: dict[tuple, Example] = {}
+    targets: dict[tuple, list[str]] = {}
+    for row in rows:
+        key = (row.source, row.table, row.where if row.group else row.id, row.language)
+        first.setdefault(key, row)
+        targets.setdefault(key, []).extend(row.targets)
+    return [replace(row, targets=tuple(targets[key])) for key, row in first.items()]
