@@ -3,7 +3,8 @@
 Read `atomic_write`, on which everything that minprefix saves rests (`tensors.py` too). A write goes
 to a temporary name in the same folder, is flushed to the disk and then renamed: after a full disk,
 a Ctrl-C or a power cut the earlier file is still there. Shares, FUSE mounts and Windows refuse some
-of these calls. Where the file is whole without one (a folder's flush, permissions) that is no error.
+of these calls. Where the file is whole without one (a folder's flush, permissions), that is no
+error.
 """
 
 import errno

@@ -18,6 +18,7 @@ from minprefix.data.load import DATA_SETS, LINEARISATIONS
 from minprefix.generation.config import GenerationConfig
 from minprefix.methods.config import TEMPLATES, BaselineConfig, SearchConfig
 from minprefix.metrics.official import METRICS, SUITES
+from minprefix.metrics.quick import TOKENIZERS
 from minprefix.prefix.config import SYSTEMS, PrefixConfig
 from minprefix.training.config import PRESETS, PretrainConfig, TrainConfig
 
@@ -101,6 +102,9 @@ class EvaluateOptions(WithTrained, WithData):
     outputs: Path | None = None  # write sources and texts to this file, as JSON lines
     # quick (BLEU, ROUGE-L, slots), a data set's official scores, or auto: by the form of the data
     metrics: Literal[*METRICS] = "quick"
+    # how the quick scores split texts: 13a (Latin letters), intl (any script with blanks), zh
+    # (Chinese) or char (any other script without blanks)
+    score_tokenizer: Literal[*TOKENIZERS] = "13a"
     generation: Flat[GenerationConfig] = GenerationConfig()
 
     def __post_init__(self):
@@ -118,6 +122,9 @@ class ScoreOptions(Common):
     references_files: Annotated[Positional[tuple[Path, ...]], arg(metavar="REFERENCES ...")]
     # quick (BLEU, rouge-score's ROUGE-L), or the scores of one data set's official script
     metrics: Literal["quick", *SUITES] = "quick"
+    # how the quick scores split texts: 13a (Latin letters), intl (any script with blanks), zh
+    # (Chinese) or char (any other script without blanks)
+    score_tokenizer: Literal[*TOKENIZERS] = "13a"
     groups: Path | None = None  # WebNLG's category of each output, one a line: adds seen, unseen
 
 

@@ -12,6 +12,7 @@ from minprefix.files import write_text
 from minprefix.generation.texts import frame_of
 from minprefix.methods.evaluate import evaluate_method
 from minprefix.methods.hard_prompt import HardPrompt, TokenPrompt, show_examples
+from minprefix.metrics.quick import check_tokenizer
 from minprefix.models import weights
 from minprefix.training.run_folder import append_scores
 
@@ -41,7 +42,7 @@ def run(options: EvaluateOptions) -> dict:
     scores, texts = evaluate_method(
         model, tokenizer, examples, prefix=prefix, prompt=prompt, config=options.generation,
         linearisation=linearisation, max_source=options.max_source, batch_size=options.batch_size,
-        progress=True, metrics=options.metrics,
+        progress=True, metrics=options.metrics, score_tokenizer=options.score_tokenizer,
     )  # fmt: skip
     if options.outputs:
         rows = ({"source": e.source, "text": t} for e, t in zip(examples, texts, strict=True))
@@ -64,6 +65,8 @@ def check(options: EvaluateOptions) -> None:
         raise ValueError("--shots needs --hard-prompt")
     if options.shots and Path(options.data).is_file():
         raise ValueError(f"--shots takes examples from the train split; {options.data} is one file")
+    if options.metrics != "auto":
+        check_tokenizer(options.metrics, options.score_tokenizer)
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {options.limit}")
     if options.outputs and not options.outputs.parent.is_dir():

@@ -13,12 +13,13 @@ One output a line. References in one of two forms:
 """
 
 import re
+import sys
 from pathlib import Path
 
 from minprefix.cli.commands import ScoreOptions
 from minprefix.files import read_text
 from minprefix.metrics.official import official_scores
-from minprefix.metrics.quick import corpus_bleu, rouge_l
+from minprefix.metrics.quick import check_tokenizer, corpus_bleu, rouge_l, script_note
 
 
 def _lines(path: Path) -> list[str]:
@@ -88,11 +89,17 @@ def run(options: ScoreOptions) -> dict:
     if not options.references_files:
         raise ValueError(f"give the references of {options.outputs_file}: a file, files, a folder")
     references = read_references([*options.references_files], outputs, options.outputs_file)
+    tokenizer = options.score_tokenizer
+    check_tokenizer(options.metrics, tokenizer)
+    texts = (text for group in references for text in group)
+    if note := script_note(texts, options.metrics, tokenizer):
+        print(note, file=sys.stderr)
     groups = [line.strip() for line in _lines(options.groups)] if options.groups else None
     if options.metrics == "quick":
         if groups:
             raise ValueError("--groups go with --metrics webnlg, not with quick")
-        scores = {"bleu": corpus_bleu(outputs, references), "rouge_l": rouge_l(outputs, references)}
+        both = outputs, references, tokenizer
+        scores = {"bleu": corpus_bleu(*both), "rouge_l": rouge_l(*both)}
     else:
         scores = official_scores(outputs, references, options.metrics, groups)
     return {"outputs": len(outputs)} | scores

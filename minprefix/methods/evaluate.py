@@ -1,5 +1,6 @@
 """Evaluation: write a text for every table of a data set with one method, then score the texts."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,25 +13,31 @@ from minprefix.generation.config import GenerationConfig
 from minprefix.generation.texts import frame_of, generate
 from minprefix.methods.hard_prompt import HardPrompt, TokenPrompt, answer
 from minprefix.metrics.official import METRICS, official_scores, suite_of
-from minprefix.metrics.quick import score
+from minprefix.metrics.quick import check_tokenizer, score, script_note
 from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.prefix import Prefix
 
 
 def measure(
-    texts: Sequence[str], examples: Sequence[Example], metrics: str = "quick"
-) -> dict[str, float]:
+    texts: Sequence[str], examples: Sequence[Example], metrics: str = "quick",
+    score_tokenizer: str = "13a",
+) -> dict[str, float]:  # fmt: skip
     """Scores of the texts: `quick.score`, or a suite of `official.official_scores`.
 
     Args:
         metrics: one of METRICS; "auto" takes the suite that fits the form of the examples
             (`official.suite_of`), else "quick".
+        score_tokenizer: of the quick scores, one of `quick.TOKENIZERS`.
     """
     check_choice("metrics", metrics, METRICS)
     suite = suite_of(examples) if metrics == "auto" else metrics
+    check_tokenizer(suite, score_tokenizer)
+    references = (text for example in examples for text in example.targets)
+    if note := script_note(references, suite, score_tokenizer):
+        print(note, file=sys.stderr)
     if suite == "quick":
-        return score(texts, examples)
+        return score(texts, examples, score_tokenizer)
     grouped = suite == "webnlg" and all(example.group for example in examples)
     groups = [example.group for example in examples] if grouped else None
     return official_scores(texts, [example.targets for example in examples], suite, groups)
@@ -40,7 +47,7 @@ def evaluate_method(  # noqa: PLR0913
     model: GPT2 | BART, tokenizer, examples: list[Example], *, prefix: Prefix | None = None,
     prompt: HardPrompt | TokenPrompt | None = None, config: GenerationConfig | None = None,
     linearisation: str = "paper", max_source: int | None = None, batch_size: int = 64,
-    progress: bool = False, metrics: str = "quick",
+    progress: bool = False, metrics: str = "quick", score_tokenizer: str = "13a",
 ) -> tuple[dict[str, float], list[str]]:  # fmt: skip
     """Scores (see `measure`) and texts, in the order of the examples.
 
@@ -69,4 +76,4 @@ def evaluate_method(  # noqa: PLR0913
             prompts = [encode_prompt(tokenizer, source, *frame) for source in sources]
             texts = generate(model, tokenizer, prompts, prefix=prefix, **options)
     texts = [text.strip() for text in texts]
-    return measure(texts, examples, metrics), texts
+    return measure(texts, examples, metrics, score_tokenizer), texts

@@ -2,18 +2,21 @@
 
 Read `score`, then `slot_coverage`: quick scores for every day. BLEU is sacrebleu's [1], and the
 official E2E scorer's figure [3]; ROUGE-L is the package rouge-score's [2], which is not (other
-tokens, another F). What the paper prints is in `official.py`.
+tokens, another F). What the paper prints is in `official.py`. All of these are made for texts in
+Latin letters: TOKENIZERS has others, and `script_note` says when one of them is needed.
 [1] https://github.com/mjpost/sacrebleu   [2] https://github.com/google-research/google-research/tree/master/rouge
 [3] https://github.com/tuetschek/e2e-metrics
 Both packages are imported when a score is asked for: all other commands run without them.
 """
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
+from minprefix.checks import check_choice
 from minprefix.data.examples import Example
 
 # What a text says about a yes/no field: {field: (yes, no)}; a yes counts only outside of every no.
@@ -33,6 +36,12 @@ YES_NO_PHRASES = {
 }
 
 _LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
+
+# How a text is split, by sacrebleu's names. 13a: for Latin letters; ROUGE-L then has rouge-score's
+# own tokens. intl: any script with blanks between its words. zh: Chinese characters one by one, the
+# rest as 13a. char: all characters one by one, as for Japanese or Thai.
+TOKENIZERS = ("13a", "intl", "zh", "char")
+LAST_LATIN = "\u024f"  # letters up to here are Latin (and a few signs that count as letters)
 
 
 def _check_lengths(outputs: Sequence[str], others: Sequence, name: str) -> None:
@@ -66,29 +75,78 @@ def streams(references: Sequence[Sequence[str]]) -> list[list[Any]]:
     return [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
 
 
-def corpus_bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """BLEU-4 of the corpus in percent: sacrebleu, lower-cased, 13a tokens, the closest length.
+def check_tokenizer(metrics: str, tokenizer: str) -> None:
+    """ValueError for an unknown tokenizer, or one beside official scores, which have their own."""
+    check_choice("the tokenizer of scores", tokenizer, TOKENIZERS)
+    if metrics != "quick" and tokenizer != "13a":
+        raise ValueError(f"{metrics} has tokens of its own: {tokenizer} goes with --metrics quick")
+
+
+def script_note(texts: Iterable[str], metrics: str, tokenizer: str = "13a") -> str | None:
+    """One line where scores of these texts would be 0, or nearly, for their script's sake."""
+    letters = [c for text in texts for c in text if c.isalpha()]
+    if tokenizer != "13a" or 2 * sum(c > LAST_LATIN for c in letters) <= len(letters):
+        return None
+    why = (
+        "ROUGE-L counts a-z and 0-9 only, and BLEU finds words between blanks"
+        if metrics == "quick"
+        else f"the official scores of {metrics} are for English, and some of them 0 here"
+    )
+    todo = "--metrics quick --score-tokenizer intl (zh or char for a script without blanks)"
+    return f"most letters of these texts are not Latin: {why}; {todo} scores them"
+
+
+def corpus_bleu(
+    outputs: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "13a"
+) -> float:
+    """BLEU-4 of the corpus in percent: sacrebleu, lower-cased, the closest length.
 
     Each output may have its own number of references, at least one.
+
+    Args:
+        tokenizer: one of TOKENIZERS.
     """
     from sacrebleu.metrics import BLEU
 
     check_references(outputs, references)
-    outputs = [lower_ascii(output) for output in outputs]
-    references = [[lower_ascii(text) for text in texts] for texts in references]
+    check_tokenizer("quick", tokenizer)
+    lower = lower_ascii if tokenizer == "13a" else str.lower
+    outputs = [lower(output) for output in outputs]
+    references = [[lower(text) for text in texts] for texts in references]
     # force: do not warn about tokenised texts, such as the E2E files of the paper's code.
-    return BLEU(tokenize="13a", force=True).corpus_score(outputs, streams(references)).score
+    return BLEU(tokenize=tokenizer, force=True).corpus_score(outputs, streams(references)).score
 
 
-def rouge_l(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+class _Words:
+    """What rouge-score takes as a tokenizer: sacrebleu's tokens that are not punctuation alone."""
+
+    def __init__(self, tokenizer: str):
+        from sacrebleu.metrics import BLEU
+
+        self.split = BLEU(tokenize=tokenizer, force=True).tokenizer
+
+    def tokenize(self, text: str) -> list[str]:
+        """Tokens with a letter, a mark or a digit of any script."""
+        tokens = self.split(text.lower()).split()
+        return [t for t in tokens if any(unicodedata.category(c)[0] in "LMN" for c in t)]
+
+
+def rouge_l(
+    outputs: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "13a"
+) -> float:
     """ROUGE-L in percent: F1 of the longest common subsequence with the best reference, mean.
 
-    Without stemming, as the official E2E scorer. Tokens are runs of a-z and 0-9 only.
+    Without stemming, as the official E2E scorer.
+
+    Args:
+        tokenizer: one of TOKENIZERS; under "13a" tokens are runs of a-z and 0-9 only.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     check_references(outputs, references)
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    check_tokenizer("quick", tokenizer)
+    words = None if tokenizer == "13a" else _Words(tokenizer)
+    scorer = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=words)
     scores = [
         scorer.score_multi(texts, output)["rougeL"].fmeasure
         for output, texts in zip(outputs, references, strict=True)
@@ -101,10 +159,12 @@ def _plain(text: str) -> str:
     return re.sub(r"[\s-]+", " ", text.casefold()).strip()
 
 
-def _says(text: str, field: str, value: str) -> bool | None:
+def _says(text: str, field: str, value: str, blanks: bool = True) -> bool | None:
     """Whether the `_plain` text states a field's value; None if that cannot be told."""
     field, value = _plain(field), _plain(value)
     if value not in ("yes", "no"):
+        if not blanks:
+            return value in text
         return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) is not None
     if field not in YES_NO_PHRASES:
         return None
@@ -114,7 +174,9 @@ def _says(text: str, field: str, value: str) -> bool | None:
     return re.search(yes, re.sub(no, "", text)) is not None
 
 
-def slot_coverage(outputs: Sequence[str], tables: Sequence[Sequence[tuple[str, str]]]) -> float:
+def slot_coverage(
+    outputs: Sequence[str], tables: Sequence[Sequence[tuple[str, str]]], tokenizer: str = "13a"
+) -> float:
     """The share of the tables' values, in percent, that the outputs state; over all values.
 
     A value counts as stated where it occurs as whole words, in any case, with hyphens and white
@@ -124,12 +186,15 @@ def slot_coverage(outputs: Sequence[str], tables: Sequence[Sequence[tuple[str, s
 
     Args:
         tables: one for each output, as `Example.table`: (field, value) pairs.
+        tokenizer: one of TOKENIZERS; zh and char are for scripts without blanks, in which a value
+            may stand anywhere.
     Raises:
         ValueError: other lengths, or no value that can be told.
     """
     _check_lengths(outputs, tables, "tables")
+    blanks = tokenizer in ("13a", "intl")
     stated = [
-        _says(_plain(output), field, value)
+        _says(_plain(output), field, value, blanks)
         for output, table in zip(outputs, tables, strict=True)
         for field, value in table
     ]
@@ -182,15 +247,17 @@ def facts(text: str, table: Sequence[tuple[str, str]], known: dict[str, tuple[st
     return Facts(missing, tuple(wrong))
 
 
-def score(outputs: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+def score(
+    outputs: Sequence[str], examples: Sequence[Example], tokenizer: str = "13a"
+) -> dict[str, float]:
     """bleu and rouge_l against the examples' targets; slot_coverage if all examples have tables."""
     _check_lengths(outputs, examples, "examples")
     references = [example.targets for example in examples]
     scores = {
-        "bleu": corpus_bleu(outputs, references),
-        "rouge_l": rouge_l(outputs, references),
+        "bleu": corpus_bleu(outputs, references, tokenizer),
+        "rouge_l": rouge_l(outputs, references, tokenizer),
     }
     tables = [example.table for example in examples if example.table is not None]
     if len(tables) == len(examples):
-        scores["slot_coverage"] = slot_coverage(outputs, tables)
+        scores["slot_coverage"] = slot_coverage(outputs, tables, tokenizer)
     return scores
