@@ -39,7 +39,7 @@ SPLIT_FILES = {
         "*webnlg*_train.json", "src1_train.txt", "train.source",
         "dart-*-train.json or dart-*-train.xml",
         "default/train/*.parquet or train/*.parquet or data/train-*.parquet or train-*.parquet",
-        "train.jsonl or train.json or train.csv",
+        "train.jsonl", "train.json", "train.csv",
     ),
     "dev": (
         "devset.csv", "devel-fixed.no-ol.csv or devel-fixed.csv", "dev/*triples/*.xml",
@@ -47,8 +47,8 @@ SPLIT_FILES = {
         "dart-*-dev.json or dart-*-dev.xml",
         "default/validation/*.parquet or validation/*.parquet or data/validation-*.parquet "
         "or validation-*.parquet",
-        "dev.jsonl or validation.jsonl or dev.json or validation.json or val.json or dev.csv "
-        "or validation.csv or val.csv",
+        "dev.jsonl or validation.jsonl", "dev.json or validation.json or val.json",
+        "dev.csv or validation.csv or val.csv",
     ),
     "test": (
         "testset_w_refs.csv or testset.csv", "test-fixed.csv",
@@ -58,7 +58,7 @@ SPLIT_FILES = {
         "*webnlg*_test.json", "src1_test.txt", "test.source",
         "dart-*-test.json or dart-*-test.xml",
         "default/test/*.parquet or test/*.parquet or data/test-*.parquet or test-*.parquet",
-        "test.jsonl or test.json or test.csv",
+        "test.jsonl", "test.json", "test.csv",
     ),
 }  # fmt: skip
 ASSETS = Path(__file__).parents[1] / "assets"

@@ -148,10 +148,10 @@ def test_the_language_of_a_text_is_never_ignored(tmp_path, caplog):
     ]
 
     write(tmp_path, "dev/1triples/Food.xml", benchmark(entry("Id1", ">It is.")))
-    write(tmp_path, "dev/1triples/Food.de.xml", benchmark(entry("Id1", ">Es ist.")))
+    write(tmp_path, "dev/1triples/Food.de.xml", benchmark(entry("Id1", ">Ja.")))
     with pytest.raises(ValueError, match="texts in de, en: say which"):
         load_examples(tmp_path, "dev")
-    assert load_examples(tmp_path, "dev", language="de")[0].targets == ("Es ist.",)
+    assert load_examples(tmp_path, "dev", language="de")[0].targets == ("Ja.",)
 
     rows = [{"source": "a", "target": t, "lang": lang} for t, lang in (("x", "fr"), ("y", "it"))]
     path = write(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, rows)))
@@ -284,6 +284,14 @@ def test_test_sets_with_inputs_alone_are_found(tmp_path):
             load_examples(tmp_path / folder, "test")
     write(tmp_path, "e2e/testset_w_refs.csv", "mr,ref\nname[V],v\n")  # is taken before it
     assert [e.source for e in load_examples(tmp_path / "e2e", "test")] == ["name : V"]
+
+
+def test_one_split_in_two_forms_is_not_guessed(tmp_path):
+    write(tmp_path, "val.json", '[{"source": "a", "target": "b"}]')
+    assert load_examples(tmp_path, "dev")[0].targets == ("b",)
+    write(tmp_path, "val.csv", "source,target\na,c\n")
+    with pytest.raises(ValueError, match=r"more than one of them: val.json, val.csv"):
+        load_examples(tmp_path, "dev")
 
 
 @needs_shared

@@ -12,6 +12,7 @@ from minprefix.generation.decoding import Beginning, GenerationConfig
 from minprefix.generation.fast import order_without
 from minprefix.generation.graphs import uses_graphs
 from minprefix.generation.texts import generate, generate_ids, stream
+from minprefix.models.cache import KVCache
 from minprefix.models.weights import load
 from minprefix.prefix.bank import PrefixBank
 from minprefix.prefix.prefix import Prefix
@@ -98,6 +99,31 @@ def assert_equals_plain(model, prompts, bad_words_ids=(), kinds=None, **options)
             assert fast == plain, kind
             texts += plain
     return texts
+
+
+def fill_new_caches(monkeypatch, value: float) -> None:
+    """The memory of caches then holds this before it is written."""
+    for kind in (KVCache, BeamCache):
+
+        def allocate(self, *args, make=kind.__init__, **options):
+            make(self, *args, **options)
+            self.k.fill_(value)
+            self.v.fill_(value)
+
+        monkeypatch.setattr(kind, "__init__", allocate)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_cache_held_before_cannot_matter(method, static, request, monkeypatch):
+    model, prompts = prefer(tiny_gpt2(), [EOS], 0.3), random_prompts(10)
+    options, kinds = {"max_new_tokens": 8, **METHODS[method]}, ["none", "bank", "mixed bank"]
+    texts = assert_equals_plain(model, prompts, kinds=kinds, **options)
+    if static:
+        request.getfixturevalue("captured")
+    for value in (float("nan"), float("inf"), 3e38):
+        fill_new_caches(monkeypatch, value)
+        assert assert_equals_plain(model, prompts, kinds=kinds, **options) == texts
 
 
 @pytest.mark.parametrize("method", OPTIONS)
