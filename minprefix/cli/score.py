@@ -51,8 +51,8 @@ def read_groups(path: Path, outputs: list[str], outputs_file: Path) -> list[list
 
 
 def _number(path: Path) -> int:
-    """k of a file named referenceK, for which 10 comes after 9; -1 for other names."""
-    named = re.fullmatch(r"reference(\d+)(?:\.\w+)?", path.name)
+    """k of a file named ...referenceK, so that 10 comes after 9; -1 for other names."""
+    named = re.search(r"reference(\d+)(?:\.\w+)?$", path.name)
     return int(named[1]) if named else -1
 
 
@@ -75,7 +75,7 @@ def read_columns(paths: list[Path], outputs: list[str], outputs_file: Path) -> l
 def read_references(paths: list[Path], outputs: list[str], outputs_file: Path) -> list[list[str]]:
     """The references of each output, in order."""
     if len(paths) == 1 and paths[0].is_dir():
-        found = [path for path in paths[0].iterdir() if _number(path) >= 0]
+        found = [path for path in paths[0].glob("reference*") if _number(path) >= 0]
         if not found:
             raise ValueError(f"{paths[0]}: no files reference0, reference1, ... in this folder")
         return read_columns(found, outputs, outputs_file)

@@ -106,11 +106,11 @@ def in_language(
     """
     examples = list(examples)
     found = sorted({example.language for example in examples if example.targets})
+    names = ", ".join(name or "a language that is not named" for name in found)
     if language is None and len(found) > 1:
-        names = ", ".join(name or "one that is not named" for name in found)
         raise ValueError(f"{path}: texts in {names}: say which, such as --language {found[-1]}")
     if language is not None and found and language not in found:
-        raise ValueError(f"{path}: no texts in {language!r}; there are {', '.join(found)!r}")
+        raise ValueError(f"{path}: no texts in {language!r}: they are in {names}")
     kept = []
     for example in examples:
         if language is None or not example.targets or example.language == language:

@@ -140,7 +140,7 @@ def test_the_language_of_a_text_is_never_ignored(tmp_path, caplog):
     assert russian.targets == ("Это так.", "Да.")
     assert "examples in en: 2 (the first: " in caplog.text
     assert [e.targets for e in load_examples(path, language="en")] == [("It is.",), ("No.",)]
-    with pytest.raises(ValueError, match="a.xml: no texts in 'de'; there are 'en, ru'"):
+    with pytest.raises(ValueError, match="a.xml: no texts in 'de': they are in en, ru"):
         load_examples(path, language="de")
     assert [e.source for e in load_examples(path, references=False)] == [
         "A : b : Id1",
@@ -158,6 +158,9 @@ def test_the_language_of_a_text_is_never_ignored(tmp_path, caplog):
     with pytest.raises(ValueError, match="rows.jsonl: texts in fr, it"):
         load_examples(path)
     assert load_examples(path, language="fr")[0].targets == ("x",)
+    path = write(tmp_path, "none.jsonl", '{"source": "a", "target": "b"}')
+    with pytest.raises(ValueError, match="no texts in 'ru': they are in a language that is not n"):
+        load_examples(path, language="ru")
 
 
 def test_webnlg_2020_by_its_names_and_categories(tmp_path):

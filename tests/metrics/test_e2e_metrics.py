@@ -28,8 +28,9 @@ def official(shared):
 
 
 def scores_of(expected: dict) -> dict[str, float]:
-    references = read_references(CHECK / expected["refs_file"])
-    return official_scores(_lines(CHECK / expected["output_file"]), references, "e2e")
+    path = CHECK / expected["output_file"]
+    references = read_references([CHECK / expected["refs_file"]], _lines(path), path)
+    return official_scores(_lines(path), references, "e2e")
 
 
 @pytest.mark.parametrize("name", SETS)
