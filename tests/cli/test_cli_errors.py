@@ -184,8 +184,9 @@ def test_damaged_prefix_files_are_named(refused, tiny_folder, tmp_path):
 
 FILES = {
     "broken line": ("d.jsonl", [PAIR, b'{"source": "a", '], "d.jsonl:2: JSON, column 17"),
-    "no target": ("d.jsonl", [PAIR, {"source": "a"}], "d.jsonl:2: needs the keys"),
-    "empty target": ("d.jsonl", [PAIR, PAIR | {"target": " "}], "d.jsonl:2: target is empty"),
+    "no input": ("d.jsonl", [PAIR, {"target": "a"}], "d.jsonl:2: needs the columns of one of"),
+    "no text": ("d.jsonl", [PAIR | {"target": " "}], "d.jsonl: 1 inputs without a text"),
+    "a list": ("d.jsonl", [PAIR, PAIR | {"target": {}}], "d.jsonl:2: target must be a string"),
     "empty file": ("d.jsonl", [], "d.jsonl: the file is empty"),
     "invalid UTF-8": ("d.jsonl", [PAIR, b"\xff"], "d.jsonl:2: invalid UTF-8 (byte 0xff)"),
     "unknown kind": ("d.dat", [PAIR], "d.dat: unknown kind of file"),
