@@ -8,7 +8,6 @@ from conftest import random_ids, tiny_gpt2
 
 from minprefix.generation.decoding import GenerationConfig
 from minprefix.generation.texts import generate_ids
-from minprefix.models.activations import PrefixActivations
 from minprefix.prefix.bank import PrefixBank
 from minprefix.prefix.prefix import Prefix
 
@@ -113,29 +112,6 @@ def test_a_poisoned_prefix_reaches_no_other_row(models):
 @pytest.mark.usefixtures("one_thread")
 def test_a_poisoned_prefix_reaches_no_other_row_in_1000_batches(models):
     check_batches(models, range(60, 1060))
-
-
-@pytest.mark.parametrize("value", HOSTILE)
-@torch.no_grad()
-def test_beams_take_nothing_of_an_earlier_batch(value):
-    """The caches of beams stay, and are filled again: by then they hold what others left there."""
-    from minprefix.generation.caches import BeamCache, RowCache
-
-    model = tiny_gpt2()
-    prompts, acts = [[5, 6, 7], [8, 9]], PrefixActivations.empty(model.config, model.wte.weight)
-    found = []
-    for left in (0.0, value):
-        rows = RowCache(model.config, 2, 8, model.wte.weight, static=True)
-        cache = BeamCache(rows, 2, 4)
-        for x in (rows.k, rows.v, cache.k, cache.v):
-            x.fill_(left)
-        cache.fill(prompts)
-        ids, lengths = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([3, 2])
-        model.hidden_states(ids, prefix=acts, kv_lens=lengths, cache=cache)
-        cache.follow(torch.zeros(2, 2, dtype=torch.long))
-        steps = torch.tensor([[1, 2], [3, 4]])
-        found.append(model.hidden_states(steps, prefix=acts, cache=cache))
-    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(
