@@ -105,12 +105,12 @@ def test_kernels_read_nothing_hidden(name, value, monkeypatch):
     case = case_of(name, D=16).to(torch.float32)
     assert_untouched(kernels, case, value)
     if case.tensors[0].shape[2] <= 8:  # few queries: several splits, merged
-        from kernels import decode
+        from kernels import cut
 
-        monkeypatch.setattr(decode, "programs_wanted", lambda q: 16)
-        monkeypatch.setattr(decode, "SPLIT_FROM", 1)
+        monkeypatch.setattr(cut, "programs_wanted", lambda q: 16)
+        monkeypatch.setattr(cut, "SPLIT_BYTES", -1)
         assert_untouched(kernels, case, value)
-        monkeypatch.setattr(decode, "STACK_BYTES", -(2**40))  # a shared prefix is stacked
+        monkeypatch.setattr(cut, "STACK_BYTES", -(2**40))  # a shared prefix is stacked
         assert_untouched(kernels, case, value)
 
 
