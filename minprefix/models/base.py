@@ -92,7 +92,7 @@ class LanguageModel(nn.Module):
         """Let rows of zeros follow those of the head in memory, which makes its products faster on
         a GPU.
 
-        The head's weight and `head_bias` move into larger tensors, whose first V rows they then are:
+        Its weight and `head_bias` move into larger tensors, whose first V rows they then are:
         their shapes, names and values stay, and nothing is kept twice. What is saved is without the
         padding. A CUDA graph that was recorded before has the old addresses.
         """
