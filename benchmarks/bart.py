@@ -60,7 +60,7 @@ def transformers_bart(model: BART, attention: str):
     """transformers' BART with the same weights, in their dtype; attention "eager" or "sdpa"."""
     from transformers import BartConfig, BartForConditionalGeneration
 
-    values = weights_bart.in_their_names(model.config.__dict__)
+    values = weights_bart.in_their_names(model.config.of_model())
     twin = BartForConditionalGeneration(BartConfig(**values, attn_implementation=attention))
     tensors = weights_bart.to_checkpoint(model.state_dict())
     names = {n if n == "final_logits_bias" else f"model.{n}": x for n, x in tensors.items()}

@@ -170,9 +170,9 @@ def hf_twin(model: GPT2):
     from transformers import GPT2Config as HFConfig
     from transformers import GPT2LMHeadModel
 
-    twin = GPT2LMHeadModel(HFConfig(**model.config.__dict__, attn_implementation="eager"))
+    twin = GPT2LMHeadModel(HFConfig(**model.config.of_model(), attn_implementation="eager"))
     weights = {f"transformer.{name}": weight for name, weight in model.state_dict().items()}
-    twin.load_state_dict(weights | {"lm_head.weight": model.wte.weight})
+    twin.load_state_dict(weights | {"lm_head.weight": model.head_weight})
     return twin.to(model.wte.weight.dtype).eval()
 
 
@@ -268,6 +268,12 @@ def another_model(**changes) -> GPT2:
 def byte_tokenizer() -> Tokenizer:
     """One token per byte, and the end of text: 257."""
     return Tokenizer({c: i for i, c in enumerate([*BYTE_CHARS, ENDOFTEXT])}, [])
+
+
+def bart_bytes() -> Tokenizer:
+    """One token per byte, and BART's special ones before them: 260."""
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *BYTE_CHARS]
+    return Tokenizer({token: n for n, token in enumerate(tokens)}, [], "bart")
 
 
 def byte_model() -> GPT2:

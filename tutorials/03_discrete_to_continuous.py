@@ -30,7 +30,7 @@ import minprefix
 from minprefix.cli.demo import BF16
 from minprefix.data.batches import collate, encode_examples, encode_prompt
 from minprefix.data.load import load_examples
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.methods.config import SearchConfig
 from minprefix.methods.evaluate import evaluate_method
 from minprefix.methods.search.scores import GRADIENT_COST

@@ -30,7 +30,7 @@ from minprefix.cli.demo import BF16
 from minprefix.cli.report import format_rows
 from minprefix.data.batches import collate, encode_examples
 from minprefix.data.load import load_examples
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.methods.evaluate import evaluate_method, measure
 from minprefix.metrics.quick import slot_coverage
 from minprefix.prefix.config import PrefixConfig

@@ -34,7 +34,7 @@ from minprefix.cli.report import format_rows
 from minprefix.data.batches import collate, encode_examples
 from minprefix.data.load import load_examples
 from minprefix.data.splits import DEV_PART, low_data, subset
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.methods.evaluate import evaluate_method
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.config import TrainConfig

@@ -36,7 +36,7 @@ from minprefix.cli.demo import BF16
 from minprefix.cli.report import format_rows
 from minprefix.data.batches import encode_examples, encode_prompt
 from minprefix.data.load import load_examples
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.methods.counts import method_rows
 from minprefix.methods.evaluate import evaluate_method
 from minprefix.models.config import OFFICIAL, SITES

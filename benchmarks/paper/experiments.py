@@ -186,7 +186,7 @@ def sweep(plan: Plan) -> list[Cell]:
     dev set, greedily.
     """
     plan = replace(plan, sweep=None)
-    greedy = GenerationConfig(max_new_tokens=plan.decoding().max_new_tokens)
+    greedy = GenerationConfig(max_new_tokens=plan.decoding().max_new_tokens, num_beams=1)
     judged = {"split": "dev", "tables": SWEEP_TABLES, "decoding": greedy}
     if plan.quick:
         judged["tables"] = 8

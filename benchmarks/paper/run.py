@@ -40,7 +40,7 @@ from minprefix.methods.search.search import PromptSearch
 from minprefix.metrics.official import official_scores
 from minprefix.metrics.quick import slot_coverage
 from minprefix.models import weights
-from minprefix.models.weights import fingerprint
+from minprefix.models.weights import fingerprint, same_model
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.config import TrainConfig
@@ -92,6 +92,17 @@ class Run:
             for name, value in LATER.items():
                 if trained[name] == value:
                     del trained[name]
+        decoding = definition["decoding"]
+        usual = {"max_new_tokens": 100, "min_new_tokens": 0, "num_beams": 1}
+        usual |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        decoding |= {name: value for name, value in usual.items() if decoding[name] is None}
+        for name, value in (
+            ("repetition_penalty", None),
+            ("num_return_sequences", 1),
+            ("stop", ()),
+        ):
+            if decoding[name] == value:
+                del decoding[name]
         text = json.dumps(definition, sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         length = "" if self.prefix is None else f"{self.prefix.prefix_len or ''}"
@@ -147,7 +158,7 @@ def data_digest(data: str, data_dir: Path | None) -> str:
 def check_origin(folder: Path, record: dict, origin: dict[str, str]) -> None:
     """ValueError if a finished run is of other weights or data; older records do not say."""
     for name, now in origin.items():
-        if record.get("origin", {}).get(name, now) != now:
+        if not same_model(record.get("origin", {}).get(name, now), now):
             raise ValueError(
                 f"{folder} is a finished run of other {name}: give another --runs, or remove it"
             )

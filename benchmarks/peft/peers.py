@@ -159,7 +159,7 @@ def peft_model(task: Task, prefix: Prefix):
 
     transformers.logging.set_verbosity_error()
     config = task.model.config
-    sizes = transformers.GPT2Config(**config.__dict__, attn_implementation="sdpa")
+    sizes = transformers.GPT2Config(**config.of_model(), attn_implementation="sdpa")
     twin = transformers.GPT2LMHeadModel(sizes).to(task.torch_dtype)
     weights = {f"transformer.{name}": weight for name, weight in task.model.state_dict().items()}
     twin.load_state_dict(weights | {"lm_head.weight": task.model.wte.weight})

@@ -58,7 +58,8 @@ class SearchOptions(WithRun):
 class GenerateOptions(WithTrained):
     """Write texts; the text of a single prompt is streamed."""
 
-    # without any, and without --data, prompts are read from standard input, one per line
+    # without any, and without --data, prompts are read from standard input, one per line; "" starts
+    # from nothing
     prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...")] = ()
     # read a prompt as a table, as training with this --linearisation does, or (none) as a text to
     # be continued; None = as the prefix was trained, and none without a prefix
@@ -133,7 +134,8 @@ class ExportOptions(Common):
     """Write a run's latest prefix, without its MLP."""
 
     run_folder: Annotated[Positional[Path], arg(metavar="RUN")]  # run folder of the command train
-    out: Path  # prefix file to write
+    # folder to make, with the prefix file and a README.md for the hub; or a file .safetensors alone
+    out: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +143,9 @@ class ConvertOptions(Common):
     """Convert a prefix from PEFT, the paper's code or adapter-hub, or to PEFT."""
 
     # prefix file or run folder of ours, folder of PEFT or adapter-hub, folder or state dict of the
-    # authors' code (GPT-2, BART)
+    # authors' code (GPT-2, BART), or the name of such a folder on the hub
     source: Positional[Path]
-    to: Literal[*SYSTEMS]  # prefix file, or PEFT folder
+    to: Literal[*SYSTEMS]  # prefix file, or PEFT folder: prefix-tuning or CARTRIDGE
     out: Path  # file or folder to write
     # base model, a name or a folder: the prefix is checked with it and bound to it (adapter-hub's
     # files and virtual tokens cannot be read without)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minprefix.cli.commands import EvaluateOptions
-from minprefix.cli.trained import load_trained
+from minprefix.cli.trained import load_model, load_trained
 from minprefix.data.load import load_examples
 from minprefix.data.splits import choose
 from minprefix.files import write_text
@@ -13,14 +13,13 @@ from minprefix.generation.texts import frame_of
 from minprefix.methods.evaluate import evaluate_method
 from minprefix.methods.hard_prompt import HardPrompt, TokenPrompt, show_examples
 from minprefix.metrics.quick import check_tokenizer
-from minprefix.models import weights
 from minprefix.training.run_folder import append_scores
 
 
 def run(options: EvaluateOptions) -> dict:
     """Write a text for every table of a split and score them."""
     check(options)
-    model, tokenizer = weights.load(options.model, device=options.where)
+    model, tokenizer = load_model(options)
     prefix = load_trained(options, model)
     prompt = TokenPrompt.load(options.prompt, tokenizer) if options.prompt else None
     learned, cut = (prompt.linearisation, None) if prompt else frame_of(model, prefix)

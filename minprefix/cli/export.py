@@ -1,9 +1,14 @@
-"""The command `export`: the latest prefix of a run, as the table alone."""
+"""The command `export`: the latest prefix of a run, as the table alone; a folder with a model card,
+or the file."""
+
+import math
+import sys
 
 from minprefix.cli.commands import ExportOptions
 from minprefix.cli.train import read_settings
 from minprefix.methods.by_name import TUNED
 from minprefix.models import weights
+from minprefix.prefix.card import PREFIX_FILE, write_card
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
 from minprefix.tensors import load_tensors
@@ -24,7 +29,7 @@ def run(options: ExportOptions) -> dict:
     state = read_state(options.run_folder)
     model, tokenizer = weights.load(settings["model"])
     prefix = make_prefix(model, tokenizer, PrefixConfig(**settings["prefix"]), config.seed)
-    if state["settings"].get("base model") != prefix.base:
+    if not weights.same_model(state["settings"].get("base model") or "", prefix.base):
         raise ValueError(f"{options.run_folder}: {settings['model']} is not the model of this run")
     if state["settings"].get("bf16", False):  # virtual tokens were read by the model in bf16
         prefix.bind(in_bf16(model))
@@ -35,12 +40,20 @@ def run(options: ExportOptions) -> dict:
             f"{options.run_folder}: the state is of another model or prefix"
         ) from error
     prefix.linearisation, prefix.max_source = settings["linearisation"], config.max_source
-    prefix.save(options.out)
-    tensors, _ = load_tensors(options.out)
+    file, metrics = options.out, {}
+    if file.suffix != ".safetensors":
+        file.mkdir(parents=True, exist_ok=True)
+        if state["best"] is not None and math.isfinite(state["best"]):
+            metrics["best loss on the dev set, nats per token"] = round(state["best"], 4)
+        if not write_card(file, prefix, settings["model"], metrics=metrics):
+            print(f"note: {file} has a README.md, which is left as it is", file=sys.stderr)
+        file /= PREFIX_FILE
+    prefix.save(file)
+    tensors, _ = load_tensors(file)
     return {
-        "file": str(options.out),
+        "file": str(file),
         "step": state["step"],
         "trained_parameters": sum(p.numel() for p in prefix.parameters()),
         "kept_parameters": sum(t.numel() for t in tensors.values()),
-        "bytes": options.out.stat().st_size,
+        "bytes": file.stat().st_size,
     }

@@ -4,11 +4,10 @@ import sys
 from typing import Any
 
 from minprefix.cli.commands import GenerateOptions
-from minprefix.cli.trained import load_trained
+from minprefix.cli.trained import load_model, load_trained
 from minprefix.data.batches import encode_prompt, for_bart
 from minprefix.data.load import load_examples
-from minprefix.generation.texts import frame_of, generate, stream, stripped
-from minprefix.models import weights
+from minprefix.generation.texts import bos_prompt, frame_of, generate, stream, stripped
 
 
 def run(options: GenerateOptions) -> dict | None:
@@ -16,9 +15,7 @@ def run(options: GenerateOptions) -> dict | None:
     if options.data and options.prompts:
         raise ValueError("--data has the prompts, so none can be given beside it")
     prompts = list(options.prompts) or ([] if options.data else read_prompts())
-    if "" in prompts:
-        raise ValueError(f"prompt {prompts.index('') + 1} is empty")
-    model, tokenizer = weights.load(options.model, device=options.where)
+    model, tokenizer = load_model(options)
     prefix = load_trained(options, model)
     frame, cut = frame_of(model, prefix)
     frame = options.frame or frame or model.config.default_frame or "none"
@@ -27,12 +24,13 @@ def run(options: GenerateOptions) -> dict | None:
         data: Any = {"linearisation": style, "references": False}
         prompts = [e.source for e in load_examples(options.data, options.split, **data)]
     if frame == "none" and not for_bart(tokenizer):
-        prompts = [tokenizer.encode(prompt) for prompt in prompts]
+        prompts = [tokenizer.encode(prompt) or bos_prompt(model, tokenizer) for prompt in prompts]
     else:
         prompts = [encode_prompt(tokenizer, prompt, style, cut) for prompt in prompts]
-    how: Any = {"prefix": prefix, "config": options.generation}
-    streams = options.generation.num_beams == 1 and not (options.json or options.data)
-    if len(prompts) == 1 and streams:
+    config = options.generation.for_model(model)
+    how: Any = {"prefix": prefix, "config": config}
+    single = len(prompts) == config.num_beams == config.num_return_sequences == 1
+    if single and not (options.json or options.data):
         pieces = stream(model, tokenizer, prompts[0], **how)
         for piece in pieces if frame == "none" else stripped(pieces):
             print(piece, end="", flush=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from kernels.assembler import report
 from minprefix.cli.commands import InfoOptions
 from minprefix.cli.report import format_rows, parameter_rows
-from minprefix.cli.trained import load_trained
+from minprefix.cli.trained import load_model, load_trained
 from minprefix.methods.counts import method_rows
 from minprefix.models import weights
 from minprefix.models.config import OFFICIAL
@@ -23,7 +23,7 @@ def run(options: InfoOptions) -> dict | None:
     ):
         model = weights.shapes_of(OFFICIAL[options.model][0])  # no need to download the weights
     else:
-        model, _ = weights.load(options.model, device=options.where)
+        model, _ = load_model(options)
     rows = parameter_rows(model, load_trained(options, model))
     methods = method_rows(model.config)
     if options.json:

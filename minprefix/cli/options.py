@@ -111,6 +111,8 @@ class WithTrained(WithModel):
 
     prefix: Path | None = None  # prefix file, or the run folder of its training
     adapter: Path | None = None  # adapter file, or the run folder of its training
+    # of the model's weights; the short ones halve its memory
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self):
         super().__post_init__()

@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
+import torch
+
 from minprefix.cli.options import WithTrained
 from minprefix.files import read_json
 from minprefix.methods.adapters import Adapter
+from minprefix.models import weights
 from minprefix.prefix.prefix import Prefix
+
+
+def load_model(options: WithTrained) -> tuple:
+    """The model, in the dtype that --dtype names on the device, and its tokenizer."""
+    return weights.load(options.model, dtype=getattr(torch, options.dtype), device=options.where)
 
 
 def load_trained(options: WithTrained, model) -> Prefix | None:
@@ -16,7 +24,7 @@ def load_trained(options: WithTrained, model) -> Prefix | None:
     if options.adapter and options.prefix:
         raise ValueError("--prefix and --adapter are different methods: choose one")
     if options.adapter:
-        adapter = Adapter.load(options.adapter).to(options.where)
+        adapter = Adapter.load(options.adapter).to(model.wte.weight)
         check_base(adapter, model, options.adapter)
         adapter.attach(model)
     if not options.prefix:

@@ -72,14 +72,15 @@ def encode_pair(
 ) -> Encoded:  # fmt: skip
     """The prompt, then enc(" " + target) + [eos]; "original-code" has a blank before eos, too.
 
-    For BART the prompt is the source, and the decoder reads [eos, bos] + enc(target): the labels,
-    bos included, moved by one, with eos as its start token [2].
+    For BART the prompt is the source, and the decoder reads [start, bos] + enc(target): the labels,
+    bos included, moved by one, after its start token, which is eos [2] unless its config differs.
     """
     checked_text(target, "the target", where)
     prompt = encode_prompt(tokenizer, source, linearisation, max_source)
     if for_bart(tokenizer):
-        bos, eos = tokenizer.bos_id, tokenizer.eos_id
-        return Encoded([eos, bos] + tokenizer.encode(target) + [eos], 1, where, prompt)
+        begin = [tokenizer.start_id, tokenizer.bos_id]
+        ids = begin + tokenizer.encode(target) + [tokenizer.eos_id]
+        return Encoded(ids, 1, where, prompt)
     text = f" {target}" if linearisation == "paper" else f" {target} "
     return Encoded(prompt + tokenizer.encode(text) + [tokenizer.eos_id], len(prompt), where)
 

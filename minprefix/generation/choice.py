@@ -14,51 +14,66 @@ import torch
 from torch import Tensor
 
 from minprefix.generation.caches import BeamCache
-from minprefix.generation.config import GenerationConfig
-from minprefix.generation.decoding import Beginning, draw, sampling_probabilities
+from minprefix.generation.config import Decided
+from minprefix.generation.decoding import (
+    Beginning,
+    allowed,
+    draw,
+    n_candidates,
+    penalise,
+    sampling_probabilities,
+    widest,
+)
 
 
 class Forbidden:
     """Forbidden tokens, as `decoding.forbid` has them, found on the device.
 
     Args:
-        config: `GenerationConfig.for_model`.
         bad_words_ids: words that never come.
-        must_end: the last of max_new_tokens can only be the end of text.
         max_len: tokens of the longest text, with its prompt.
     """
 
     def __init__(
-        self, config: GenerationConfig, bad_words_ids: list[list[int]], eos_id: int,
-        must_end: bool, max_len: int, device: torch.device,
+        self, config: Decided, bad_words_ids: list[list[int]], eos_ids: tuple[int, ...],
+        beginning: Beginning, max_len: int, device: torch.device,
     ):  # fmt: skip
-        self.min_new, self.eos_id = config.min_new_tokens, eos_id
-        self.last = config.max_new_tokens - 1 if must_end else None
-        self.no_repeat = config.no_repeat_ngram_size or 0
+        self.min_new, self.eos_ids = config.min_new_tokens, eos_ids
+        self.given, self.never, self.never_first = (
+            beginning.given, beginning.never, beginning.never_first
+        )  # fmt: skip
+        self.last, self.must_end = config.max_new_tokens - 1, beginning.must_end
+        self.no_repeat, self.penalty = config.no_repeat_ngram_size, config.repetition_penalty
         self.words = [(torch.tensor(word[:-1], device=device, dtype=torch.long), word[-1])
                       for word in bad_words_ids]  # fmt: skip
         # tokens of a text that are looked at: those before the last of a bad word, or all
         self.window = max((len(word) - 1 for word in bad_words_ids), default=0)
-        if self.no_repeat:
+        if self.no_repeat or self.penalty != 1:
             self.window = max(self.window, max_len)
 
     def forbid(self, scores: Tensor, recent: Tensor, n_new: Tensor) -> None:
-        """Set the scores (rows, V) of tokens that may not come next to -inf, in place.
+        """`decoding.forbid` of scores (rows, V), in place.
 
         Args:
             recent: (rows, window), the last tokens of each row, -1 before its first.
             n_new: (), how many new tokens each has.
         """
-        if self.min_new:
-            scores[:, self.eos_id].masked_fill_(n_new < self.min_new, float("-inf"))
+        if self.penalty != 1:
+            penalise(scores, recent, self.penalty)
+        for token in self.never:
+            scores[:, token] = float("-inf")
+        for token in self.never_first:
+            scores[:, token].masked_fill_(n_new == self.given, float("-inf"))
+        for token in self.eos_ids if self.min_new else ():
+            scores[:, token].masked_fill_(n_new < self.min_new, float("-inf"))
         if self.no_repeat:
             self._forbid_repeats(scores, recent)
         for beginning, last in self.words:
             hit = (recent[:, recent.shape[1] - len(beginning) :] == beginning).all(1)
             scores[:, last].masked_fill_(hit, float("-inf"))
-        if self.last is not None:
+        if self.must_end is not None:
             scores.masked_fill_(n_new == self.last, float("-inf"))
-            scores[:, self.eos_id].masked_fill_(n_new == self.last, 0.0)
+            scores[:, self.must_end].masked_fill_(n_new == self.last, 0.0)
 
     def _forbid_repeats(self, scores: Tensor, recent: Tensor) -> None:
         n = self.no_repeat
@@ -77,7 +92,7 @@ class Forbidden:
 class Choice:
     """What lasts from step to step; `choose` makes the next of it."""
 
-    def __init__(self, words: Forbidden, config: GenerationConfig, rows: int, device: torch.device):
+    def __init__(self, words: Forbidden, config: Decided, rows: int, device: torch.device):
         self.words, self.config, K = words, config, config.num_beams
         self.ids = torch.zeros(rows, K, dtype=torch.long, device=device)  # what the next step reads
         self.recent = self.ids.new_full((rows, K, words.window), -1)  # as `Forbidden` wants them
@@ -123,10 +138,12 @@ class Choice:
 class Tokens(Choice):
     """The likeliest token of each row, or one that is drawn."""
 
-    def __init__(self, words: Forbidden, config: GenerationConfig, rows: int, device: torch.device):
+    def __init__(self, words: Forbidden, config: Decided, rows: int, device: torch.device):
         super().__init__(words, config, rows, device)
         n = config.max_new_tokens if config.do_sample else 0
-        self.u = torch.zeros(rows, n, dtype=torch.float64, device=device)  # by number of new tokens
+        # by number of new tokens
+        self.u = torch.zeros(rows, n, dtype=widest(device), device=device)
+        self.chosen = self.ids.new_zeros(rows)
 
     def fill(self, beginning: Beginning, seeds: Sequence[int]) -> None:
         """All draws at once, each row's from its own generator on the CPU, as in `sample`."""
@@ -135,7 +152,8 @@ class Tokens(Choice):
             n = self.u.shape[1] - beginning.given
             u = [torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
                  for seed in seeds]  # fmt: skip
-            self.u[: len(u), beginning.given :] = torch.stack(u).to(self.u.device)
+            drawn = torch.stack(u).to(self.u.dtype)
+            self.u[: len(u), beginning.given :] = drawn.to(self.u.device)
 
     def choose(self, logits: Tensor) -> Tensor:
         scores, R = logits[:, 0], len(logits)
@@ -145,8 +163,9 @@ class Tokens(Choice):
             tokens = draw(sampling_probabilities(scores, self.config), u)
         else:
             tokens = scores.argmax(-1)
-        self.keep(tokens[:, None])
-        return self.ids[:R, 0]
+        self.chosen[:R] = allowed(tokens, scores)
+        self.keep(self.chosen[:R, None].clamp(min=0))  # something is read after an end, too
+        return self.chosen[:R]
 
     def per_row(self) -> list[Tensor]:
         return [*super().per_row(), self.u]
@@ -156,27 +175,29 @@ class Beams(Choice):
     """The K beams that run on; `BeamSearch` follows on the host and says when a prompt is done."""
 
     def __init__(
-        self, words: Forbidden, config: GenerationConfig, rows: int, cache: BeamCache,
-        dtype: torch.dtype,
+        self, words: Forbidden, config: Decided, rows: int, cache: BeamCache,
+        dtype: torch.dtype, vocab_size: int,
     ):  # fmt: skip
         super().__init__(words, config, rows, cache.k.device)
         self.cache, K = cache, config.num_beams
         self.scores = self.ids.new_zeros(rows, K, dtype=dtype)  # sum of log p, nats
-        self.best = self.ids.new_zeros(rows, 2, 2 * K, dtype=torch.float64)
+        self.ends = torch.tensor(words.eos_ids, dtype=torch.long, device=self.ids.device)
+        self.n_best = n_candidates(config, words.eos_ids, vocab_size)
+        self.best = self.ids.new_zeros(rows, 2, self.n_best, dtype=widest(self.ids.device))
 
     def fill(self, beginning: Beginning, seeds: Sequence[int]) -> None:
         super().fill(beginning, seeds)
         self.scores.zero_()
 
     def choose(self, logits: Tensor) -> Tensor:
-        """Returns (rows, 2, 2K): the scores of the 2K best continuations, and beam * V + token."""
+        """Returns (rows, 2, n): the scores of the n best continuations, and beam * V + token."""
         (R, width, V), K = logits.shape, self.config.num_beams
         log_p = logits.log_softmax(-1)
         recent = self.recent[:R, :width]
         self.words.forbid(log_p.flatten(0, 1), recent.flatten(0, 1), self.n_new)
-        best: Any = (log_p + self.scores[:R, :width, None]).flatten(1).topk(2 * K)
+        best: Any = (log_p + self.scores[:R, :width, None]).flatten(1).topk(self.n_best)
         # those that run on: the first K that are no end
-        ends = (best.indices % V == self.words.eos_id).int()
+        ends = (best.indices[..., None] % V == self.ends).any(-1).int()
         running = ends.argsort(dim=1, stable=True)[:, :K]
         indices = best.indices.gather(1, running)
         tokens, parents = indices % V, indices // V  # (rows, K)

@@ -1,63 +1,119 @@
-"""How texts are written: the settings of `generate`. Imports nothing of PyTorch."""
+"""How tokens are chosen: what the caller of `generate` says, and the model where that is silent.
+
+Imports nothing of PyTorch.
+"""
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minprefix.models.base import LanguageModel
 
+LONGEST = 100  # new tokens where neither says anything
+# what a model's checkpoint may say (`models/settings.py`) by the names of the fields below
+SAID = (
+    "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "early_stopping",
+    "no_repeat_ngram_size", "repetition_penalty", "temperature", "top_k", "top_p",
+)  # fmt: skip
+AT_LEAST = {
+    "max_new_tokens": 1, "min_new_tokens": 0, "num_beams": 1, "top_k": 0,
+    "no_repeat_ngram_size": 0, "num_return_sequences": 1,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How the next token is chosen. Without `num_beams` or `do_sample`: always the likeliest."""
+    """How the next token is chosen; None = as the model's checkpoint says, or else as in brackets.
+    Without `num_beams` or `do_sample`: always the likeliest."""
 
-    max_new_tokens: int = 100  # a text ends here at the latest
-    min_new_tokens: int = 0  # the end-of-text token is forbidden before
-    num_beams: int = 1  # K of beam search; 1 = off (the paper: 5 for tables)
-    # of the next three, None = as the model's config.json says; GPT-2: 1, off, 0
-    length_penalty: float | None = None  # beams: score = sum of log p / (tokens with end) ** this
+    max_new_tokens: int | None = None  # a text ends here at the latest (100)
+    min_new_tokens: int | None = None  # the end-of-text token is forbidden before (0)
+    num_beams: int | None = None  # K of beam search; 1 = off (1; the paper: 5 for tables)
+    length_penalty: float | None = None  # beams: score = sum of log p / (tokens, end too) ** this
     early_stopping: bool | None = None  # beams: end when K have ended, whatever might still come
-    no_repeat_ngram_size: int | None = None  # no n tokens in a row come twice in a text; 0 = off
+    no_repeat_ngram_size: int | None = None  # no n tokens in a row come twice; 0 = off (0)
+    # scores of tokens that prompt or text have are divided by it, negative ones multiplied (1)
+    repetition_penalty: float | None = None
     do_sample: bool = False  # draw tokens at random
-    temperature: float = 1.0  # sampling: logits are divided by it
-    top_k: int = 0  # sampling: only the k likeliest tokens; 0 = off
-    top_p: float = 1.0  # sampling: only the likeliest tokens that together reach this; 1 = off
-    seed: int = 0  # sampling: prompt b draws with seed + b
-    bad_words: tuple[str, ...] = ()  # texts whose tokens are never generated in a row, like "\n"
+    temperature: float | None = None  # sampling: logits are divided by it (1)
+    top_k: int | None = None  # sampling: only the k likeliest tokens; 0 = off (0)
+    top_p: float | None = None  # sampling: only the likeliest that together reach this; 1 = off (1)
+    seed: int = 0  # sampling: text n draws with seed + n
+    num_return_sequences: int = 1  # texts for each prompt: samples, or the best of the beams
+    stop: tuple[str, ...] = ()  # a text ends before the first of these; none = as the model says
+    # words that are never written, " cat" with "cat"; texts like "\n", too
+    bad_words: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name, low in (("max_new_tokens", 1), ("num_beams", 1), ("top_k", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+        for name, low in AT_LEAST.items():
+            if (value := getattr(self, name)) is not None and value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        if (self.min_new_tokens or 0) > (self.max_new_tokens or math.inf):
             raise ValueError(
                 f"min_new_tokens must lie in [0, max_new_tokens], got {self.min_new_tokens} of "
                 f"{self.max_new_tokens}"
             )
-        if (self.no_repeat_ngram_size or 0) < 0:
-            raise ValueError(f"no_repeat_ngram_size must be >= 0, got {self.no_repeat_ngram_size}")
         if self.length_penalty is not None and not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty must be finite, got {self.length_penalty}")
-        if not 0 < self.temperature < math.inf:
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"temperature must be > 0, got {self.temperature}; greedy (do_sample=False) "
                 "takes the likeliest token"
             )
-        if not 0 < self.top_p <= 1:
+        if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.do_sample and self.num_beams > 1:
-            raise ValueError(f"do_sample=True and num_beams={self.num_beams} exclude each other")
-        if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
-            raise ValueError(
-                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p} have no "
-                "effect without do_sample=True"
-            )
-        if isinstance(self.bad_words, str) or "" in self.bad_words:
-            raise ValueError(f"bad_words must be a tuple of texts, got {self.bad_words!r}")
+        self._check_together()
+        for name in ("bad_words", "stop"):
+            if isinstance(texts := getattr(self, name), str) or "" in texts:
+                raise ValueError(f"{name} must be a tuple of texts, got {texts!r}")
 
-    def for_model(self, model: "LanguageModel") -> "GenerationConfig":
+    def _check_together(self) -> None:
+        """ValueError for what has no meaning together."""
+        if self.do_sample and (self.num_beams or 1) > 1:
+            raise ValueError(f"do_sample=True and num_beams={self.num_beams} exclude each other")
+        sampling = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
+        usual = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        if not self.do_sample and any(x not in (None, usual[n]) for n, x in sampling.items()):
+            told = ", ".join(f"{n} {usual[n] if x is None else x}" for n, x in sampling.items())
+            raise ValueError(f"{told} have no effect without do_sample=True")
+        n = self.num_return_sequences
+        if not self.do_sample and self.num_beams is not None and n > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences {n} needs do_sample=True or as many beams, got num_beams "
+                f"{self.num_beams}: all texts would be the same"
+            )
+
+    def for_model(self, model: "LanguageModel") -> "Decided":
         """With the model's own values where nothing is said."""
-        names = ("length_penalty", "early_stopping", "no_repeat_ngram_size")
-        silent = [name for name in names if getattr(self, name) is None]
-        return replace(self, **{name: getattr(model.config, name) for name in silent})
+        theirs = model.config
+        values: dict[str, Any] = {
+            name: getattr(theirs, name) for name in SAID if getattr(self, name) is None
+        }
+        if self.do_sample:
+            values |= {"num_beams": 1}
+        else:
+            values |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        longest = values.setdefault("max_new_tokens", self.max_new_tokens) or LONGEST
+        values["max_new_tokens"] = longest
+        if "min_new_tokens" in values:  # the model's own, which may be meant for longer texts
+            values["min_new_tokens"] = min(values["min_new_tokens"], longest)
+        return Decided(**vars(self) | values | {"stop": self.stop or theirs.stop_strings})
+
+
+@dataclass(frozen=True)
+class Decided(GenerationConfig):
+    """A `GenerationConfig` for one model, in which nothing is left open."""
+
+    max_new_tokens: int = LONGEST
+    min_new_tokens: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: Any = False  # or "never"
+    no_repeat_ngram_size: int = 0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0

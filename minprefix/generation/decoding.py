@@ -4,30 +4,37 @@ A batch of prompts is read in one call; after that each call reads one token per
 made into activations once per batch and then only read (eq. (3) of Li & Liang 2021 [1]): it is no
 part of the cache, so beams and finished rows rearrange the cache without touching it.
 
-Read `forbid`, `sampling_probabilities` and `sample` (logits to token), `begin` (what is read first:
-a BART encodes its prompts once), `Rows`, then the two loops, `greedy_or_sampled` and
-`beam_search`. Shapes use the letters of the README's table; b counts
-prompts, K beams.
+Read `GenerationConfig` and `Decided` in `config.py`, then `forbid`, `sampling_probabilities` and
+`sample` (logits to token), `begin` (what is read first: a BART encodes its prompts once), `Rows`,
+then the two loops, `greedy_or_sampled` and `beam_search`. Shapes use the letters of the README's
+table; b counts prompts, K beams.
 
-Beam search, forbidden words, top-k and top-p follow `generate` of transformers 5 [2] to the token,
-with one difference: [2] rounds logits to fp32 and adds log p in fp32, here an fp64 model is
-searched in fp64.
+A text ends where the model chooses one of its end tokens (`eos_ids`, any number of them), where its
+last token is the last of max_new_tokens, where a stop string appears (`stopping.py`), and where
+every token is forbidden (`ENDED`): a forbidden token is never written.
+
+Beam search, forbidden words, the repetition penalty, top-k and top-p follow `generate` of
+transformers 5 [2] to the token, with one difference: [2] rounds logits to fp32 and adds log p in
+fp32, here an fp64 model is searched in fp64.
 
 [1] https://arxiv.org/abs/2101.00190
 [2] https://github.com/huggingface/transformers/tree/v5.23.0
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minprefix.generation.config import GenerationConfig
+from minprefix.generation.config import Decided
+from minprefix.generation.stopping import known_ids
 from minprefix.models.activations import Activations
 from minprefix.models.base import LanguageModel
 from minprefix.models.cache import KVCache, right_padded
+
+ENDED = -1  # in the place of a token: every token is forbidden, so the text ends
 
 
 class Beginning(NamedTuple):
@@ -36,11 +43,13 @@ class Beginning(NamedTuple):
     texts: list[list[int]]  # by prompt: GPT-2 reads the prompt, a BART's decoder its first tokens
     options: dict[str, Any] = {}  # of `hidden_states`: a BART's encoded sources  # noqa: RUF012
     given: int = 0  # new tokens among the texts: a first one that is forced
-    must_end: bool = False  # the last of max_new_tokens can only be the end of text
+    must_end: int | None = None  # what the last of max_new_tokens can only be
+    never: tuple[int, ...] = ()  # tokens that the model's checkpoint forbids
+    never_first: tuple[int, ...] = ()
 
 
 def begin(
-    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, acts: Activations
+    model: LanguageModel, prompts: list[list[int]], config: Decided, acts: Activations
 ) -> Beginning:
     """What the model reads of the prompts, whose first new token may be forced."""
     given = int(model.config.forced_bos_token_id is not None)
@@ -49,8 +58,10 @@ def begin(
             f"max_new_tokens must be at least {given + 1}, as the first token is forced; got "
             f"{config.max_new_tokens}"
         )
-    must_end = model.config.forced_eos_token_id is not None
-    return Beginning(*model.begin(prompts, acts), given, must_end)
+    said = model.config
+    never = (said.suppress_tokens, said.begin_suppress_tokens)
+    never = [known_ids(ids, said.vocab_size) for ids in never]
+    return Beginning(*model.begin(prompts, acts), given, said.forced_eos_token_id, *never)
 
 
 class Bans(NamedTuple):
@@ -58,20 +69,41 @@ class Bans(NamedTuple):
 
     bad_words_ids: list[list[int]]
     no_repeat: int = 0  # n: no n tokens in a row twice
-    too_early: int | None = None  # the end of text, where it may not come yet
+    tokens: tuple[int, ...] = ()  # the end of text where it may not come yet, and suppressed ones
     must_end: int | None = None  # the end of text, where nothing else may come
+    repetition_penalty: float = 1.0  # a score s of a token that was there: s / this, or s * this
 
 
 def bans_after(
-    n_new: int, config: GenerationConfig, beginning: Beginning, bad_words_ids: list[list[int]],
-    eos_id: int,
+    n_new: int, config: Decided, beginning: Beginning, bad_words_ids: list[list[int]],
+    eos_ids: tuple[int, ...],
 ) -> Bans:  # fmt: skip
-    """For the token that comes after `n_new` others; `config` has gone through `for_model`."""
-    last = beginning.must_end and n_new + 1 == config.max_new_tokens
+    """For the token that comes after `n_new` others."""
+    tokens = beginning.never
+    if n_new == beginning.given:
+        tokens += beginning.never_first
+    if n_new < config.min_new_tokens:
+        tokens += eos_ids
+    last = n_new + 1 == config.max_new_tokens
     return Bans(
-        bad_words_ids, config.no_repeat_ngram_size or 0,
-        eos_id if n_new < config.min_new_tokens else None, eos_id if last else None,
+        bad_words_ids, config.no_repeat_ngram_size, tokens,
+        beginning.must_end if last else None, config.repetition_penalty,
     )  # fmt: skip
+
+
+def penalise(scores: Tensor, seen: Tensor, penalty: float) -> None:
+    """Make tokens that were there less likely, in place: their scores s become s / penalty, or
+    s * penalty where s < 0.
+
+    Args:
+        scores: (B, V). seen: (B, n) int, tokens of each row; -1 = none.
+    Source: Keskar et al. 2019 (arXiv:1909.05858), section 4.1.
+    """
+    V = scores.shape[-1]
+    there = torch.zeros(len(scores), V + 1, dtype=torch.bool, device=scores.device)
+    there = there.scatter_(1, seen.where(seen >= 0, V), True)[:, :V]
+    lower = torch.where(scores < 0, scores * penalty, scores / penalty)
+    scores.copy_(torch.where(there, lower, scores))
 
 
 def repeated(tokens: list[int], n: int) -> list[int]:
@@ -82,7 +114,8 @@ def repeated(tokens: list[int], n: int) -> list[int]:
 
 
 def forbid(scores: Tensor, sequences: list[list[int]], bans: Bans) -> None:
-    """Set the scores of tokens that may not come next to -inf, in place.
+    """Lower the scores of tokens that were there and set those of tokens that may not come next to
+    -inf, in place.
 
     Args:
         scores: (B, V), logits or log-probabilities.
@@ -90,8 +123,12 @@ def forbid(scores: Tensor, sequences: list[list[int]], bans: Bans) -> None:
         bans: where a sequence ends in all but the last token of one of its bad words, that last
             token is forbidden; one of a single token is forbidden everywhere.
     """
-    if bans.too_early is not None:
-        scores[:, bans.too_early] = -math.inf
+    if bans.repetition_penalty != 1:
+        longest = max(map(len, sequences))
+        seen = [tokens + [-1] * (longest - len(tokens)) for tokens in sequences]
+        penalise(scores, torch.tensor(seen, device=scores.device), bans.repetition_penalty)
+    for token in bans.tokens:
+        scores[:, token] = -math.inf
     if bans.no_repeat:
         for row, tokens in enumerate(sequences):
             scores[row, repeated(tokens, bans.no_repeat)] = -math.inf
@@ -104,9 +141,20 @@ def forbid(scores: Tensor, sequences: list[list[int]], bans: Bans) -> None:
         scores[:, bans.must_end] = 0.0
 
 
-def sampling_probabilities(logits: Tensor, config: GenerationConfig) -> Tensor:
-    """softmax(logits / temperature), then the top k, then the top p of it: (B, V), fp64."""
-    scores = logits.double()
+def widest(device: torch.device) -> torch.dtype:
+    """The longest floating-point type that a device has: Apple's GPUs have no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def allowed(tokens: Tensor, scores: Tensor) -> Tensor:
+    """The chosen tokens (B,), or ENDED where all scores (B, V) are those of forbidden ones."""
+    return tokens.masked_fill(scores.amax(-1) == -math.inf, ENDED)
+
+
+def sampling_probabilities(logits: Tensor, config: Decided) -> Tensor:
+    """softmax(logits / temperature), then the top k, then the top p of it: (B, V), fp64 or the
+    device's `widest`; NaN in a row where every token is forbidden."""
+    scores = logits.to(widest(logits.device))
     # the largest is 0 before the division, so that a tiny temperature gives no inf - inf
     scores = (scores - scores.amax(-1, keepdim=True)) / config.temperature
     if config.top_k:
@@ -123,7 +171,8 @@ def sampling_probabilities(logits: Tensor, config: GenerationConfig) -> Tensor:
 def draw(probabilities: Tensor, u: Tensor) -> Tensor:
     """One token per row, (B, V) -> (B,): the first at which the cumulated probability exceeds u.
 
-    u: (B,), fp64, uniform in [0, 1). A row of NaN gets the last token and so ends no other row.
+    u: (B,), in the type of the probabilities, uniform in [0, 1). A row of NaN gets the last token
+        and so ends no other row.
     """
     cumulated = probabilities.cumsum(-1)  # (B, V)
     drawn = torch.searchsorted(cumulated, u[:, None] * cumulated[:, -1:], right=True)[:, 0]
@@ -137,7 +186,7 @@ def sample(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
     nor on the device.
     """
     u = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
-    return draw(probabilities, torch.cat(u).to(probabilities.device))
+    return draw(probabilities, torch.cat(u).to(probabilities.dtype).to(probabilities.device))
 
 
 class Rows:
@@ -174,11 +223,15 @@ class Rows:
 
 
 def greedy_or_sampled(
-    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, eos_id: int,
-    acts: Activations, bad_words_ids: list[list[int]], seeds: Sequence[int],
+    model: LanguageModel, prompts: list[list[int]], config: Decided,
+    eos_ids: tuple[int, ...], acts: Activations, bad_words_ids: list[list[int]],
+    seeds: Sequence[int], stopped: Container[int] = (),
 ) -> Iterator[dict[int, int]]:  # fmt: skip
-    """At each step the next token of every prompt that has not ended: {b: token}, without eos."""
-    config = config.for_model(model)
+    """At each step the next token of every prompt that has not ended: {b: token}, without ends.
+
+    Args:
+        stopped: the b that end after the token just given; the caller changes it between steps.
+    """
     beginning = begin(model, prompts, config, acts)
     batch = Rows(model, beginning, acts, config.max_new_tokens)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -186,18 +239,21 @@ def greedy_or_sampled(
     rows, unread = list(range(len(prompts))), beginning.texts  # the b in each row of the batch
     for n_new in range(beginning.given, config.max_new_tokens):
         logits = batch.read(unread)  # (rows, V)
-        now = bans_after(n_new, config, beginning, bad_words_ids, eos_id)
+        now = bans_after(n_new, config, beginning, bad_words_ids, eos_ids)
         forbid(logits, [sequences[b] for b in rows], now)
         if config.do_sample:
             probabilities = sampling_probabilities(logits, config)
-            tokens = sample(probabilities, [generators[b] for b in rows]).tolist()
+            tokens = sample(probabilities, [generators[b] for b in rows])
         else:
-            tokens = logits.argmax(-1).tolist()
+            tokens = logits.argmax(-1)
 
-        chosen = {b: token for b, token in zip(rows, tokens, strict=True) if token != eos_id}
+        pairs = zip(rows, allowed(tokens, logits).tolist(), strict=True)
+        chosen = {b: token for b, token in pairs if token not in (ENDED, *eos_ids)}
+        if chosen:
+            yield chosen
+        chosen = {b: token for b, token in chosen.items() if b not in stopped}
         if not chosen:
             return
-        yield chosen
         if len(chosen) < len(rows):
             batch.select([row for row, b in enumerate(rows) if b in chosen])
         for b, token in chosen.items():
@@ -216,72 +272,100 @@ class Beam(NamedTuple):
 class BeamSearch:
     """The beams of one prompt: K running ones and the K best that have ended, both best first.
 
+    A continuation by a forbidden token has the score -inf. It may run on, so that there are K, but
+    all that comes of it has this score, too, and none of it counts.
+
     Args:
         prompt: what the model (a BART's decoder) reads first.
-        config: `GenerationConfig.for_model`.
+        ends: whether the new tokens of a text end it.
     """
 
-    def __init__(self, prompt: list[int], config: GenerationConfig, eos_id: int):
-        self.config, self.eos_id, self.prompt_len = config, eos_id, len(prompt)
+    def __init__(self, prompt: list[int], config: Decided, ends: Callable[[list[int]], bool]):
+        self.config, self.ends, self.prompt_len = config, ends, len(prompt)
         self.running = [Beam(0.0, prompt, parent=0)]  # one at first
         self.ended: list[Beam] = []
         self.done = False
 
     def extend(self, candidates: list[Beam], n_new: int) -> None:
-        """Go on with the 2K best continuations, which have `n_new` new tokens; best first.
+        """Go on with the best continuations (`n_candidates`), which have `n_new` new tokens.
 
-        At most K of them are ends (one eos per beam), so K remain to run on. An end counts only if
-        it is among the first K. The search is done when K have ended and the best running beam,
-        judged at its present length, does not beat the worst of them (early_stopping: whatever runs
-        on); or at max_new_tokens, where every beam ends.
+        So few of them are ends that K remain to run on. An end counts only if it is among the first
+        K. The search is done when K have ended and the best running beam, judged at its present
+        length, does not beat the worst of them (early_stopping: whatever runs on; "never": judged
+        at max_new_tokens, where a longer text costs less); at max_new_tokens, where every beam
+        ends; or where every token is forbidden to every beam: they end there as they are.
         """
-        assert self.config.length_penalty is not None  # as `for_model` left it
-        K, penalty = self.config.num_beams, n_new**self.config.length_penalty
-        ends = [beam.tokens[-1] == self.eos_id for beam in candidates]
+        K, power = self.config.num_beams, self.config.length_penalty
+        ends = [self.ends(beam.tokens[self.prompt_len :]) for beam in candidates]
         at_limit = n_new == self.config.max_new_tokens
-        for beam, end in zip(candidates[:K], ends, strict=False):
-            if end or at_limit:
-                self.ended.append(beam._replace(score=beam.score / penalty))
-        self.ended = sorted(self.ended, key=lambda beam: -beam.score)[:K]
+        ended = [
+            beam._replace(score=beam.score / n_new**power)
+            for beam, end in zip(candidates[:K], ends, strict=False)
+            if (end or at_limit) and beam.score > -math.inf
+        ]
+        if all(beam.score == -math.inf for beam in candidates):
+            length = max(n_new - 1, 1)
+            ended = [beam._replace(score=beam.score / length**power) for beam in self.running]
+            ended = [beam for beam in ended if beam.score > -math.inf]
+        self.ended = sorted(self.ended + ended, key=lambda beam: -beam.score)[:K]
         self.running = [beam for beam, end in zip(candidates, ends, strict=True) if not end][:K]
-        hope = self.running[0].score / penalty
-        settled = self.config.early_stopping or (self.ended and hope <= self.ended[-1].score)
-        self.done = at_limit or bool(len(self.ended) == K and settled)
+        # more may end by stop strings: K rows go on in any case
+        short = K - len(self.running)
+        self.running += [beam._replace(score=-math.inf) for beam in candidates[:short]]
+        never = self.config.early_stopping == "never" and power > 0
+        hope = self.running[0].score / (self.config.max_new_tokens if never else n_new) ** power
+        stops = self.config.early_stopping is True
+        settled = stops or (self.ended and hope <= self.ended[-1].score)
+        dead = self.running[0].score == -math.inf
+        self.done = at_limit or dead or bool(len(self.ended) == K and settled)
 
-    def best(self) -> list[int]:
-        """New tokens of the best that has ended, without eos."""
-        new = self.ended[0].tokens[self.prompt_len :]
-        return new[:-1] if new[-1] == self.eos_id else new
+    def best(self) -> list[list[int]]:
+        """New tokens, ends included, of the best that have ended, num_return_sequences of them; of
+        the best one more than once where fewer have."""
+        n = self.config.num_return_sequences
+        texts = [beam.tokens[self.prompt_len :] for beam in self.ended[:n]]
+        return texts + texts[:1] * (n - len(texts))
 
 
-def check_beams(config: GenerationConfig, vocab_size: int) -> None:
-    """ValueError where there are fewer tokens than candidates."""
-    K = config.num_beams
-    if vocab_size < 2 * K:
+def n_candidates(config: Decided, eos_ids: tuple[int, ...], vocab_size: int) -> int:
+    """How many continuations of a prompt's beams are looked at: so many that K do not end.
+
+    Raises:
+        ValueError: there are fewer tokens.
+    """
+    n = max(2, 1 + len(eos_ids)) * config.num_beams
+    if vocab_size < n:
         raise ValueError(
-            f"num_beams {K} needs a vocabulary of {2 * K} tokens, the model has {vocab_size}"
+            f"num_beams {config.num_beams} needs a vocabulary of {n} tokens, the model has "
+            f"{vocab_size}"
         )
+    return n
 
 
 def beam_search(
-    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, eos_id: int,
-    acts: Activations, bad_words_ids: list[list[int]],
+    model: LanguageModel, prompts: list[list[int]], config: Decided,
+    eos_ids: tuple[int, ...], acts: Activations, bad_words_ids: list[list[int]],
+    ends: Callable[[list[int]], bool],
 ) -> list[list[int]]:  # fmt: skip
-    """The best that `BeamSearch` finds for each prompt: its new tokens, without eos."""
-    K, V = config.num_beams, model.config.vocab_size
-    check_beams(config, V)
-    config = config.for_model(model)
+    """The best that `BeamSearch` finds: new tokens, ends included, num_return_sequences texts of
+    the first prompt, then of the second, ...
+
+    Args:
+        ends: whether the new tokens of a text end it: one of eos_ids, or a stop string.
+    """
+    V = model.config.vocab_size
+    n_best = n_candidates(config, eos_ids, V)
     beginning = begin(model, prompts, config, acts)
     batch = Rows(model, beginning, acts, config.max_new_tokens)
-    searches = [BeamSearch(tokens, config, eos_id) for tokens in beginning.texts]
+    searches = [BeamSearch(tokens, config, ends) for tokens in beginning.texts]
     active, unread, n_new = searches, beginning.texts, beginning.given
     while active:
         beams = [beam for search in active for beam in search.running]  # one per row of the batch
         log_p = batch.read(unread).log_softmax(-1)  # (rows, V)
-        now = bans_after(n_new, config, beginning, bad_words_ids, eos_id)
+        now = bans_after(n_new, config, beginning, bad_words_ids, eos_ids)
         forbid(log_p, [beam.tokens for beam in beams], now)
         scores = log_p + log_p.new_tensor([beam.score for beam in beams])[:, None]
-        best = scores.view(len(active), -1).topk(2 * K)  # of a prompt's beams * V continuations
+        best = scores.view(len(active), -1).topk(n_best)  # of a prompt's beams * V continuations
 
         n_new += 1
         width = len(beams) // len(active)  # beams per prompt: 1 at first, then K
@@ -298,4 +382,4 @@ def beam_search(
             beams = [beam for search in active for beam in search.running]
             batch.select([beam.parent for beam in beams])
             unread = [beam.tokens[-1:] for beam in beams]
-    return [search.best() for search in searches]
+    return [text for search in searches for text in search.best()]

@@ -21,7 +21,7 @@ prompts, K beams.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,12 +33,12 @@ from kernels import fuses
 from minprefix.generation import caches
 from minprefix.generation.caches import BeamCache, RowCache
 from minprefix.generation.choice import Beams, Choice, Forbidden, Tokens
-from minprefix.generation.config import GenerationConfig
-from minprefix.generation.decoding import Beam, BeamSearch, Beginning, begin, check_beams
+from minprefix.generation.config import Decided
+from minprefix.generation.decoding import ENDED, Beam, BeamSearch, Beginning, begin, n_candidates
 from minprefix.generation.graphs import capture, round_up, uses_graphs
 from minprefix.models.activations import Activations
 from minprefix.models.base import LanguageModel
-from minprefix.models.cache import right_padded
+from minprefix.models.cache import computed_dtype, right_padded
 
 AHEAD = 4  # steps on a GPU whose tokens the host has not looked at: it may be late by as many
 
@@ -194,18 +194,18 @@ KEPT: WeakKeyDictionary[LanguageModel, Decoding] = (
 
 
 def take_batch(
-    model: LanguageModel, beginning: Beginning, config: GenerationConfig, eos_id: int, acts: Any,
-    bad_words_ids: list[list[int]],
+    model: LanguageModel, beginning: Beginning, config: Decided, eos_ids: tuple[int, ...],
+    acts: Any, bad_words_ids: list[list[int]],
 ) -> Decoding:  # fmt: skip
     """A batch with room for what is read first; the kept one if it fits.
 
     `KEPT` has it back afterwards. While it is taken, another generation with the same model makes
-    its own. `config` has gone through `for_model`.
+    its own.
     """
     if fuses(model.wte.weight):
         model.pad_head()
     like, K, acts = model.wte.weight, config.num_beams, acts.passed()
-    static = uses_graphs(like.device) and model.captures and not beginning.must_end
+    static = uses_graphs(like.device) and model.captures and beginning.must_end is None
     rows, prompt_len = len(beginning.texts), max(map(len, beginning.texts))
     n_new, key = config.max_new_tokens, ()
     if static:  # what graphs depend on: sizes, the choice, and the addresses of the weights
@@ -214,25 +214,23 @@ def take_batch(
             round_up(prompt_len, caches.COLUMNS),
             round_up(n_new, caches.COLUMNS // 4),
         )
-        config = replace(config, max_new_tokens=n_new, seed=0, bad_words=())
+        config = replace(config, max_new_tokens=n_new, seed=0, bad_words=(), stop=())
         sizes = tuple((name, x.shape, x.dtype) for name, x in acts.tensors().items())
         offset = None if acts.index is not None else acts.position_offset
         weights = tuple((x.data_ptr(), x.dtype) for x in model.parameters())
-        chosen = (config, eos_id, tuple(map(tuple, bad_words_ids)))
-        key = (rows, prompt_len, chosen, sizes, offset, weights)
+        chosen = (config, eos_ids, tuple(map(tuple, bad_words_ids)), beginning[2:])
+        key = (rows, prompt_len, chosen, sizes, offset, weights, computed_dtype(like))
         kept = KEPT.pop(model, None)
         if kept is not None and kept.key == key:
             return kept
         del kept
-    words = Forbidden(
-        config, bad_words_ids, eos_id, beginning.must_end, prompt_len + n_new, like.device
-    )
+    words = Forbidden(config, bad_words_ids, eos_ids, beginning, prompt_len + n_new, like.device)
     if K == 1:
         cache = RowCache(model.config, rows, prompt_len + n_new, like, static)
         return Decoding(key, cache, Tokens(words, config, rows, like.device), acts)
     cache = BeamCache(model.config, rows, prompt_len, K, n_new, like, static)
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return Decoding(key, cache, Beams(words, config, rows, cache, dtype), acts)
+    dtype, V = torch.promote_types(like.dtype, torch.float32), model.config.vocab_size
+    return Decoding(key, cache, Beams(words, config, rows, cache, dtype, V), acts)
 
 
 def give_back(model: LanguageModel, batch: Decoding) -> None:
@@ -241,40 +239,45 @@ def give_back(model: LanguageModel, batch: Decoding) -> None:
 
 
 def greedy_or_sampled(
-    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, eos_id: int,
-    acts: Activations, bad_words_ids: list[list[int]], seeds: Sequence[int],
+    model: LanguageModel, prompts: list[list[int]], config: Decided,
+    eos_ids: tuple[int, ...], acts: Activations, bad_words_ids: list[list[int]],
+    seeds: Sequence[int], stopped: Container[int] = (),
 ) -> Iterator[dict[int, int]]:  # fmt: skip
-    """At each step the next token of every prompt that has not ended: {b: token}, without eos."""
-    config = config.for_model(model)
+    """At each step the next token of every prompt that has not ended: {b: token}, without ends."""
     beginning = begin(model, prompts, config, acts)
-    batch = take_batch(model, beginning, config, eos_id, acts, bad_words_ids)
-    rows, ended = list(range(len(prompts))), set()
+    batch = take_batch(model, beginning, config, eos_ids, acts, bad_words_ids)
+    rows, ends = list(range(len(prompts))), (ENDED, *eos_ids)
+    ended: set[int] = set()
+
+    def done(b: int) -> bool:
+        return b in ended or b in stopped
+
     n = config.max_new_tokens - beginning.given
     try:
         chosen = batch.read(model, beginning, acts, seeds)
-        for pairs in batch.run(model, chosen, rows, n, ended.__contains__):
-            ended |= {b for b, token in pairs if token == eos_id}
-            if len(ended) < len(prompts):
-                yield {b: token for b, token in pairs if b not in ended}
+        for pairs in batch.run(model, chosen, rows, n, done):
+            ended.update(b for b, token in pairs if token in ends)
+            if new := {b: token for b, token in pairs if b not in ended}:
+                yield new
     finally:
         give_back(model, batch)
 
 
 def beam_search(
-    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, eos_id: int,
-    acts: Activations, bad_words_ids: list[list[int]],
+    model: LanguageModel, prompts: list[list[int]], config: Decided,
+    eos_ids: tuple[int, ...], acts: Activations, bad_words_ids: list[list[int]],
+    ends: Callable[[list[int]], bool],
 ) -> list[list[int]]:  # fmt: skip
-    """The best that `BeamSearch` finds for each prompt: its new tokens, without eos.
+    """As in `decoding.py`; texts end by `eos_ids` alone.
 
     The beams that run on are chosen on the device; `BeamSearch` follows on the host and says when a
     prompt is done.
     """
     V = model.config.vocab_size
-    check_beams(config, V)
-    config = config.for_model(model)
+    n_candidates(config, eos_ids, V)  # an error before any work
     beginning = begin(model, prompts, config, acts)
-    batch = take_batch(model, beginning, config, eos_id, acts, bad_words_ids)
-    searches = [BeamSearch(tokens, config, eos_id) for tokens in beginning.texts]
+    batch = take_batch(model, beginning, config, eos_ids, acts, bad_words_ids)
+    searches = [BeamSearch(tokens, config, ends) for tokens in beginning.texts]
     n = config.max_new_tokens - beginning.given
     try:
         best = batch.read(model, beginning, acts, ())
@@ -288,4 +291,4 @@ def beam_search(
                 )  # fmt: skip
     finally:
         give_back(model, batch)
-    return [search.best() for search in searches]
+    return [text for search in searches for text in search.best()]

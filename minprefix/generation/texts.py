@@ -16,7 +16,8 @@ from torch import Tensor
 from minprefix.data.batches import encode_prompt
 from minprefix.generation import decoding
 from minprefix.generation import fast as fast_generation
-from minprefix.generation.config import GenerationConfig
+from minprefix.generation.config import Decided, GenerationConfig
+from minprefix.generation.stopping import Stopping, end_ids, known_ids, word_ids
 from minprefix.models.activations import Activations
 from minprefix.models.base import LanguageModel, evaluating
 from minprefix.prefix.bank import PrefixBank
@@ -32,16 +33,29 @@ def check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
         if not tokens:
             raise ValueError(
                 f"prompt {b} has no tokens, so nothing predicts the first one (a prefix is only "
-                "read by tokens): give [tokenizer.bos_id] to start from nothing"
+                'read by tokens): give "" or [tokenizer.bos_id] to start from nothing'
             )
         if min(tokens) < 0 or max(tokens) >= vocab_size:
             raise ValueError(f"prompt {b} has ids outside [0, {vocab_size - 1}]: {tokens}")
+
+
+def bos_prompt(model: LanguageModel, tokenizer) -> list[int]:
+    """What a text from nothing begins with."""
+    bos = model.config.bos_token_id
+    return [tokenizer.bos_id if bos is None else bos]
 
 
 def frame_of(model: LanguageModel, prefix=None) -> tuple[str, int | None]:
     """The frame that was trained, (linearisation, max_source): the prefix's, or else the model's;
     ("", None) = none."""
     return model.frame if prefix is None else (prefix.linearisation, prefix.max_source)
+
+
+def is_framed(model: LanguageModel, prefix) -> bool:
+    """Whether texts of a trained frame may be among those to write."""
+    if isinstance(prefix, PrefixBank):
+        return any(one.linearisation for one in prefix.prefixes) or bool(model.frame[0])
+    return bool(frame_of(model, prefix)[0])
 
 
 def rows_of_prefix(prefix, prefix_index, n_prompts: int) -> tuple[list[int] | None, list[int]]:
@@ -69,7 +83,7 @@ class Prompts(NamedTuple):
 
 
 def prepare(
-    model: LanguageModel, tokenizer, prompts, prefix, prefix_index, config: GenerationConfig
+    model: LanguageModel, tokenizer, prompts, prefix, prefix_index, config: Decided
 ) -> Prompts:
     """The prompts made ready; ValueError if one is unfit."""
     index, offsets = rows_of_prefix(prefix, prefix_index, len(prompts))
@@ -84,7 +98,7 @@ def prepare(
         elif frame:
             ids.append(encode_prompt(tokenizer, prompt, frame, cut))
         else:
-            ids.append(tokenizer.encode(prompt))
+            ids.append(tokenizer.encode(prompt) or bos_prompt(model, tokenizer))
     check_tokens(ids, model.config.vocab_size)
     for tokens, offset in zip(ids, offsets, strict=True):
         model.config.check_room(len(tokens), config.max_new_tokens, offset)
@@ -117,12 +131,14 @@ def activations_for(
 
 @torch.inference_mode()
 def generate_ids(
-    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, eos_id: int, *,
+    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig,
+    eos_id: int | Sequence[int] | Stopping, *,
     prefix: AnyPrefix | None = None, prefix_index: Sequence[int] | Tensor | None = None,
     bad_words_ids: Sequence[Sequence[int]] = (), seeds: Sequence[int] | None = None,
     fast: bool = True,
 ) -> list[list[int]]:  # fmt: skip
-    """Continue one batch of prompts, at least one: the new tokens of each, without eos.
+    """Continue one batch of prompts, at least one: the new tokens of each, without eos; with beams
+    num_return_sequences texts of the first, then of the second, ...
 
     A BART's prompts are sources, with their <s> and </s>; what is new is the target, without the
     first token where that is forced.
@@ -130,8 +146,9 @@ def generate_ids(
     Args:
         prompts: token ids, of any lengths. They are padded to the longest, so the longest must fit
             beside the largest position offset (`generate` makes batches that do).
-        config: its bad_words are texts and not read here.
-        eos_id: the token that ends a text.
+        config: its bad_words and stop are texts and not read here.
+        eos_id: the token that ends a text, or several of them, or none: (); or a `Stopping`, whose
+            strings end texts with the last of their tokens.
         prefix, prefix_index: as in `generate`; `prefix.check_base` is left to the caller.
         bad_words_ids: token sequences that are never completed. A lone eos_id among them is
             ignored, as in [2]; min_new_tokens is for that.
@@ -140,25 +157,43 @@ def generate_ids(
     Raises:
         ValueError: a prompt that is empty or too long, an index that does not fit.
     """
+    config = config.for_model(model)
+    ids = (eos_id,) if isinstance(eos_id, int) else eos_id
+    stopping = ids if isinstance(ids, Stopping) else Stopping(ids)
+    eos_ids = known_ids(stopping.eos_ids, model.config.vocab_size)
     index, offsets = rows_of_prefix(prefix, prefix_index, len(prompts))
     check_tokens(prompts, model.config.vocab_size)
     longest = max(map(len, prompts))
     model.config.check_room(longest, config.max_new_tokens, max(offsets))
-    bad_words_ids = [list(word) for word in bad_words_ids if list(word) != [eos_id]]
+    bad_words_ids = checked_words(model, bad_words_ids, eos_ids)
     if seeds is None:
         seeds = [config.seed + b for b in range(len(prompts))]
 
     with evaluating(model):
         acts = activations_for(model, prefix, index, offsets)
-        args = (model, prompts, config, eos_id, acts, bad_words_ids)
-        loops = fast_generation if fast else decoding
+        args = (model, prompts, config, eos_ids, acts, bad_words_ids)
+        # the fast beams are chosen on the device, where no text is read
+        plain = not fast or (stopping.strings and config.num_beams > 1)
+        loops = decoding if plain else fast_generation
         if config.num_beams > 1:
-            return loops.beam_search(*args)
-        new = [[] for _ in prompts]
-        for tokens in loops.greedy_or_sampled(*args, seeds):
+            texts = loops.beam_search(*args, lambda new: new[-1] in eos_ids or stopping.found(new))
+            return [new[:-1] if new and new[-1] in eos_ids else new for new in texts]
+        texts = [[] for _ in prompts]
+        for tokens in loops.greedy_or_sampled(*args, seeds, stopping.stopped):
             for b, token in tokens.items():
-                new[b].append(token)
-        return new
+                texts[b].append(token)
+                stopping.read(b, token)
+        return texts
+
+
+def checked_words(
+    model: LanguageModel, bad_words_ids: Sequence[Sequence[int]], eos_ids: tuple[int, ...]
+) -> list[list[int]]:
+    """These words and those of the model's checkpoint, without lone ends of text and without those
+    that the model's tokens cannot write."""
+    words = dict.fromkeys(tuple(word) for word in (*bad_words_ids, *model.config.bad_words_ids))
+    V, ends = model.config.vocab_size, {(eos_id,) for eos_id in eos_ids}
+    return [list(word) for word in words if word not in ends and 0 <= min(word) <= max(word) < V]
 
 
 def batches(lengths: list[int], offsets: list[int], batch_size: int, room: int) -> list[list[int]]:
@@ -188,25 +223,32 @@ def stream(
     the iterator ends or is dropped. Beam search knows its text only at the end, so num_beams > 1 is
     a ValueError; other arguments and errors are those of `generate`.
     """
-    config = replace(config or GenerationConfig(), **options)
-    if config.num_beams > 1:
-        raise ValueError(f"beam search cannot stream, got num_beams={config.num_beams}")
+    given = replace(config or GenerationConfig(), **options)
+    if (given.num_beams or 1) > 1:
+        raise ValueError(f"beam search cannot stream, got num_beams={given.num_beams}")
+    config = replace(given, num_beams=1).for_model(model)
+    if config.num_return_sequences > 1:
+        n = config.num_return_sequences
+        raise ValueError(f"one text can be streamed, got num_return_sequences={n}")
     prefix_index = None if prefix_index is None else [prefix_index]
     ids, (framed,), index, offsets = prepare(
         model, tokenizer, [prompt], prefix, prefix_index, config
     )
-    bad_words_ids = [tokenizer.encode(word) for word in config.bad_words]
+    eos_ids = end_ids(model, tokenizer, is_framed(model, prefix))
+    bad_words_ids = checked_words(model, word_ids(tokenizer, config.bad_words), eos_ids)
+    stopping = Stopping(eos_ids, tokenizer, config.stop)
 
     @torch.inference_mode()  # of a generator: while it runs, not between its tokens
     def new_tokens() -> Iterator[int]:
         with evaluating(model):
             acts = activations_for(model, prefix, index, offsets)
-            args = (model, ids, config, tokenizer.eos_id, acts, bad_words_ids, [config.seed])
+            args = (model, ids, config, eos_ids, acts, bad_words_ids, [config.seed])
             loops = fast_generation if fast else decoding
-            for chosen in loops.greedy_or_sampled(*args):
+            for chosen in loops.greedy_or_sampled(*args, stopping.stopped):
+                stopping.read(0, chosen[0])
                 yield chosen[0]
 
-    pieces = tokenizer.decode_stream(new_tokens())
+    pieces = stopping.cut_pieces(tokenizer.decode_stream(new_tokens()))
     return stripped(pieces) if framed else pieces
 
 
@@ -216,14 +258,16 @@ def generate(
     batch_size: int = 64, config: GenerationConfig | None = None,
     progress: Callable[[int, int], None] | None = None, fast: bool = True, **options,
 ) -> list[str]:  # fmt: skip
-    """Continue prompts, or answer them with a BART: the new text of each, in their order.
+    """Continue prompts, or answer them with a BART: the new text of each, in their order; or with
+    num_return_sequences = n the n texts of the first, then of the second, ...
 
         generate(model, tokenizer, ["name : The Eagle"], prefix=prefix, num_beams=5)
 
     Args:
         prompts: a list of token ids is taken as it is. A text is encoded in the frame that its
             prefix, adapter or fine-tuned model was trained in (`frame_of`), and what comes back is
-            without the white space at its ends. Without a frame, the text is continued as it is.
+            without the white space at its ends. Without a frame, the text is continued as it is;
+            "" starts from nothing, the bos.
             For a BART it is the source, which always has its <s> and </s>.
         prefix: for all prompts, or a bank.
         prefix_index: with a bank, one int per prompt: which prefix it uses, -1 = none. None = as
@@ -241,17 +285,31 @@ def generate(
         raise ValueError(f"prompts must be a list of texts, got one text: {prompts!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    config = config.for_model(model)
     ids, framed, index, offsets = prepare(model, tokenizer, prompts, prefix, prefix_index, config)
-    bad_words_ids = [tokenizer.encode(word) for word in config.bad_words]
-    texts: dict[int, str] = {}
+    copies = config.num_return_sequences if config.do_sample else 1
+    ids, framed, offsets = (many(x, copies) for x in (ids, framed, offsets))
+    index = None if index is None else many(index, copies)
+    eos_ids = end_ids(model, tokenizer, is_framed(model, prefix))
+    bad_words_ids = word_ids(tokenizer, config.bad_words)
+    texts: dict[int, list[str]] = {}
     room = model.config.room_for_prompt(config.max_new_tokens)
     for batch in batches([len(tokens) for tokens in ids], offsets, batch_size, room):
+        stopping = Stopping(eos_ids, tokenizer, config.stop)
         new = generate_ids(
-            model, [ids[b] for b in batch], config, tokenizer.eos_id,
+            model, [ids[b] for b in batch], config, stopping,
             prefix=prefix, prefix_index=None if index is None else [index[b] for b in batch],
             bad_words_ids=bad_words_ids, seeds=[config.seed + b for b in batch], fast=fast,
         )  # fmt: skip
-        texts |= {b: tokenizer.decode(tokens) for b, tokens in zip(batch, new, strict=True)}
+        written, n = [stopping.cut(tokenizer.decode(tokens)) for tokens in new], len(new)
+        each = n // len(batch)
+        texts |= {b: written[at * each : (at + 1) * each] for at, b in enumerate(batch)}
         if progress is not None:
-            progress(len(texts), len(ids))
-    return [texts[b].strip() if framed[b] else texts[b] for b in range(len(ids))]
+            progress(len(texts) // copies, len(prompts))
+    written = [text.strip() if framed[b] else text for b in range(len(ids)) for text in texts[b]]
+    return written
+
+
+def many(entries: list, times: int) -> list:
+    """Each entry so many times."""
+    return [entry for entry in entries for _ in range(times)]

@@ -25,11 +25,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprefix.models.activations import BARTActivations, LayerPrefix, Visible, gated_attention
-from minprefix.models.base import LanguageModel
+from minprefix.models.base import FUNCTIONS, LanguageModel
 from minprefix.models.cache import KVCache, right_padded
 from minprefix.models.config import BARTConfig
 from minprefix.models.gpt2 import Attention
@@ -97,15 +96,16 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with the exact GELU between them."""
+    """Two layers with a nonlinear function between them: the exact GELU, or config's."""
 
     def __init__(self, config: BARTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, config.n_inner)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd)
+        self.act = FUNCTIONS[config.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        return self.c_proj(self.act(self.c_fc(x)))
 
 
 class EncoderBlock(nn.Module):

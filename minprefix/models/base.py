@@ -1,4 +1,4 @@
-"""What GPT-2 and BART have in common: the tied head, the loss, random weights.
+"""What GPT-2 and BART have in common: the head, the loss, random weights.
 
 A model also says here what the rest of the program must know of it, so that nothing else asks
 which of the two it is.
@@ -6,6 +6,7 @@ which of the two it is.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
 
@@ -17,14 +18,23 @@ from minprefix.models.activations import BARTActivations, PrefixActivations
 from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.losses import IGNORE, MULTIPLE, frozen_head_loss, with_padding
 
+tanh_gelu = partial(F.gelu, approximate="tanh")
+# what may stand inside an MLP, by the names of config.json
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": tanh_gelu, "gelu_pytorch_tanh": tanh_gelu, "gelu": F.gelu, "relu": F.relu,
+    "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
+}  # fmt: skip
+
 
 class LanguageModel(nn.Module):
-    """The head is the token embedding `wte` (tied); `hidden_states` makes what it reads."""
+    """The head is the token embedding `wte` (tied) or a matrix of its own; `hidden_states` makes
+    what it reads."""
 
     reads: ClassVar[type[PrefixActivations] | type[BARTActivations]]  # what it reads of a prefix
     reads_name: ClassVar[str]  # the class of such a prefix
     captures: ClassVar[bool]  # CUDA graphs can repeat a step: equal shapes, equal kernels
     head_bias: Tensor | None
+    origin: str = ""  # the fingerprint of the checkpoint that it was loaded from
     config: GPT2Config | BARTConfig
     wte: nn.Embedding
     begin: Callable[..., tuple[list, dict]]
@@ -50,8 +60,13 @@ class LanguageModel(nn.Module):
             nn.init.zeros_(self.head_bias)
         return self
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix that the head multiplies with: (V, C)."""
+        return self.wte.weight
+
     def head(self, hidden: Tensor) -> Tensor:  # (..., C) -> (..., V)
-        weight, bias = self.wte.weight, self.head_bias
+        weight, bias = self.head_weight, self.head_bias
         if not (torch.is_grad_enabled() and weight.requires_grad):
             weight, bias = self.head_weights()
         logits, V = F.linear(hidden, weight, bias), self.config.vocab_size
@@ -59,8 +74,8 @@ class LanguageModel(nn.Module):
 
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the head, (V', C) and (V',), without gradients: after `pad_head` of
-        V' > V rows, whose logits nobody may see; else wte and head_bias themselves."""
-        own: tuple[Tensor, Tensor | None] = self.wte.weight.detach(), self.head_bias
+        V' > V rows, whose logits nobody may see; else the model's own."""
+        own: tuple[Tensor, Tensor | None] = self.head_weight.detach(), self.head_bias
         padded = PADDED.get(self, own)
         # `.to(...)` or loading gave the model other tensors: these are not its own any more
         same = all(
@@ -77,15 +92,15 @@ class LanguageModel(nn.Module):
         """Let rows of zeros follow those of the head in memory, which makes its products faster on
         a GPU.
 
-        `wte.weight` and `head_bias` move into larger tensors, whose first V rows they then are:
+        Its weight and `head_bias` move into larger tensors, whose first V rows they then are:
         their shapes, names and values stay, and nothing is kept twice. What is saved is without the
         padding. A CUDA graph that was recorded before has the old addresses.
         """
         if self.head_weights()[0].shape[0] % MULTIPLE == 0:
             return
-        weight, bias = with_padding(self.wte.weight), self.head_bias
+        weight, bias = with_padding(self.head_weight), self.head_bias
         V = self.config.vocab_size
-        self.wte.weight.data = weight[:V]
+        self.head_weight.data = weight[:V]
         if bias is not None:
             bias = with_padding(bias)
             self.head_bias = bias[:V]
@@ -106,7 +121,7 @@ class LanguageModel(nn.Module):
         if at is None:
             at = (labels != IGNORE).flatten().nonzero()[:, 0]
         hidden, labels = self.hidden_states(input_ids, at=at, **kwargs), labels.flatten()[at]
-        if not self.wte.weight.requires_grad:
+        if not self.head_weight.requires_grad:
             weight, bias = self.head_weights()
             V = self.config.vocab_size
             return frozen_head_loss(hidden, weight, labels, bias=bias, vocab_size=V)

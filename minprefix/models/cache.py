@@ -16,6 +16,13 @@ def right_padded(texts: list[list[int]], device: torch.device) -> tuple[Tensor, 
     return ids.to(device), torch.tensor([len(tokens) for tokens in texts], device=device)
 
 
+def computed_dtype(like: Tensor) -> torch.dtype:
+    """The type of what a model computes whose weights are as `like`: autocast's within it."""
+    kind = like.device.type
+    short = torch.is_autocast_enabled(kind) and like.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if short else like.dtype
+
+
 class KVCache:
     """Keys and values of the tokens so far, row by row, without the prefix: h_<i of eq. (1).
 
@@ -27,7 +34,9 @@ class KVCache:
         self, config: GPT2Config | BARTConfig, batch_size: int, max_len: int, like: Tensor
     ):
         shape = (config.n_layer, batch_size, config.n_head, max_len, config.head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # (L, B, H, S, D)
+        kind = computed_dtype(like)
+        self.k = like.new_zeros(shape, dtype=kind)  # (L, B, H, S, D)
+        self.v = torch.zeros_like(self.k)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)  # (B,)
         self.longest = 0  # no row is longer: known without asking the GPU
 

@@ -8,6 +8,8 @@ the decoder reads first. Imports nothing of PyTorch.
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from minprefix.models.settings import GenerationSettings
+
 SITES = ("encoder", "decoder", "cross")  # the attentions of a BART, each of which may have a prefix
 
 
@@ -18,7 +20,7 @@ def check_heads(config: "GPT2Config | BARTConfig") -> None:
 
 
 @dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(GenerationSettings):
     """Sizes of a GPT-2; the defaults are those of the smallest official model."""
 
     vocab_size: int = 50257  # V
@@ -28,8 +30,13 @@ class GPT2Config:
     n_head: int = 12  # H
     n_inner: int | None = None  # width inside the MLP; None = 4 C
     layer_norm_epsilon: float = 1e-5
-    bos_token_id: int = 50256
-    eos_token_id: int = 50256
+    activation_function: str = "gelu_new"  # inside the MLP, a key of `base.FUNCTIONS`
+    scale_attn_weights: bool = True  # scores are multiplied by 1 / sqrt(D)
+    scale_attn_by_inverse_layer_idx: bool = False  # and by 1 / l in layer l = 1 ... L
+    reorder_and_upcast_attn: bool = False  # kept for the file; scores are fp32 here in any case
+    tie_word_embeddings: bool = True  # the head is the token embedding
+    bos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
     embd_pdrop: float = 0.1  # probability, on embeddings; dropout acts while fine-tuning only
     resid_pdrop: float = 0.1  # probability, on what each layer adds
     attn_pdrop: float = 0.1  # kept for the file; no dropout inside attention here
@@ -38,12 +45,6 @@ class GPT2Config:
 
     family: ClassVar[str] = "GPT-2"
     default_frame: ClassVar[str] = ""  # of a text, where no frame was learned: it goes in as it is
-    # generation, as in BARTConfig: nothing is forced, and the plain settings
-    forced_bos_token_id: ClassVar[int | None] = None
-    forced_eos_token_id: ClassVar[int | None] = None
-    no_repeat_ngram_size: ClassVar[int] = 0
-    early_stopping: ClassVar[bool] = False
-    length_penalty: ClassVar[float] = 1.0
 
     def __post_init__(self):
         check_heads(self)
@@ -51,6 +52,11 @@ class GPT2Config:
     @property
     def head_dim(self) -> int:  # D
         return self.n_embd // self.n_head
+
+    def query_factor(self, layer: int) -> float:
+        """What the queries of a layer (0 ... L - 1) are multiplied by, beside 1 / sqrt(D)."""
+        factor = 1.0 if self.scale_attn_weights else self.head_dim**0.5
+        return factor / (layer + 1) if self.scale_attn_by_inverse_layer_idx else factor
 
     def room_for_prompt(self, n_new: int) -> int:
         """How many positions a prompt may take before `n_new` new tokens."""
@@ -70,7 +76,7 @@ class GPT2Config:
 
 
 @dataclass(frozen=True)
-class BARTConfig:
+class BARTConfig(GenerationSettings):
     """Sizes of a BART and its special tokens; the defaults are those of facebook/bart-large."""
 
     vocab_size: int = 50265  # V
@@ -81,15 +87,12 @@ class BARTConfig:
     n_head: int = 16  # H
     n_inner: int = 4096  # width inside the MLPs
     scale_embedding: bool = False  # multiply token embeddings by sqrt(C)
-    bos_token_id: int = 0  # <s>, before a source and before a target
-    pad_token_id: int = 1
-    eos_token_id: int = 2  # </s>, after both
+    activation_function: str = "gelu"  # inside the MLPs, a key of `base.FUNCTIONS`
+    bos_token_id: int | None = 0  # <s>, before a source and before a target
+    pad_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2  # </s>, after both
     decoder_start_token_id: int = 2  # what the decoder reads first
-    forced_bos_token_id: int | None = None  # generation: the first token; None = any
-    forced_eos_token_id: int | None = 2  # generation: the last of max_new_tokens; None = any
-    no_repeat_ngram_size: int = 0  # generation, where nothing is said: this and the next two
-    early_stopping: bool = False
-    length_penalty: float = 1.0
+    forced_eos_token_id: int | None = 2
     dropout: float = 0.1  # probability, on embeddings and sums; it acts while fine-tuning only
     attention_dropout: float = 0.0  # kept for the file; no dropout inside attention here
     activation_dropout: float = 0.0  # kept for the file; no dropout inside the MLPs here

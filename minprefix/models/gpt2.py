@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprefix.models.activations import LayerPrefix, PrefixActivations, Visible, self_attention
-from minprefix.models.base import LanguageModel
+from minprefix.models.base import FUNCTIONS, LanguageModel
 from minprefix.models.cache import KVCache
 from minprefix.models.config import BARTConfig, GPT2Config
 
@@ -43,9 +43,9 @@ class Attention(nn.Module):
 
     linear: type[nn.Module] = Conv1D  # how weights are stored
 
-    def __init__(self, config: GPT2Config | BARTConfig):
+    def __init__(self, config: GPT2Config | BARTConfig, query_factor: float = 1.0):
         super().__init__()
-        self.n_head = config.n_head
+        self.n_head, self.query_factor = config.n_head, query_factor
         self.c_attn = self.linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
         self.c_proj = self.linear(config.n_embd, config.n_embd)
 
@@ -57,6 +57,8 @@ class Attention(nn.Module):
         """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        if self.query_factor != 1:  # of some relatives of GPT-2
+            qkv = torch.cat([qkv[:, :, :1] * self.query_factor, qkv[:, :, 1:]], dim=2)
         if attend is None:
             o = self_attention(qkv, prefix, visible)  # (B, H, T, D)
         else:
@@ -66,25 +68,26 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with GPT-2's tanh form of GELU between them."""
+    """Two layers with a nonlinear function between them: GPT-2's is the tanh form of GELU."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = Conv1D(config.n_embd, n_inner)
         self.c_proj = Conv1D(n_inner, config.n_embd)
+        self.act = FUNCTIONS[config.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(self.act(self.c_fc(x)))
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config: GPT2Config, layer: int = 0):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config)
+        self.attn = Attention(config, config.query_factor(layer))
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.resid_pdrop)
@@ -98,7 +101,8 @@ class Block(nn.Module):
 
 
 class GPT2(LanguageModel):
-    """The decoder: token ids to next-token logits. The head is the token embedding (tied)."""
+    """The decoder: token ids to next-token logits. The head is the token embedding (tied), or in
+    some relatives of GPT-2 a matrix of its own."""
 
     reads, reads_name, captures = PrefixActivations, "Prefix", True
     head_bias = None  # BART has one
@@ -109,8 +113,14 @@ class GPT2(LanguageModel):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def blocks(self) -> list[nn.Module]:
         return list(self.h)

@@ -30,14 +30,27 @@ from tqdm.auto import tqdm
 
 from minprefix.files import flush, read_json, rename, write_text
 
+NANOGPT = "ckpt.pt"  # weights and sizes, of nanoGPT
 # the forms that a checkpoint's weights may have, best first
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    NANOGPT,
 )
-TEXT_FILES = ("config.json", "vocab.json", "merges.txt")
+# the two forms of a tokenizer, and what may stand beside
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+OPTIONAL_FILES = (
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
+
+# what a prefix's folder may hold, of PEFT, adapter-hub, the authors' code or ours
+PREFIX_FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapter.safetensors",
+    "pytorch_adapter.bin", "prefix.safetensors", "config.json", "pytorch_model.bin",
+)  # fmt: skip
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 BINARY = (".safetensors", ".bin")
@@ -240,9 +253,12 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
         return folder
 
     folder = repo.need("config.json").parent
+    for filename in OPTIONAL_FILES:
+        repo.get(filename)
     check(folder)
-    repo.need("vocab.json")
-    repo.need("merges.txt")
+    if not repo.get("tokenizer.json"):
+        for filename in TOKENIZER_FILES[-1]:
+            repo.need(filename)
     if not any(repo.get(filename) for filename in WEIGHT_FILES):
         raise ValueError(f"{name}: {constants.ENDPOINT} has no {' nor '.join(WEIGHT_FILES)} of it")
     for path in weight_paths(folder):
@@ -258,6 +274,35 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
     return folder
 
 
+def download_prefix(name: str, *, progress: bool = True) -> Path:
+    """The folder, in the cache, of the newest version of a prefix on the hub; of it those files
+    that a prefix may have. Offline the version in the cache is taken.
+
+    Raises:
+        OSError: the hub or the disk failed; says what to do.
+        ValueError: nothing of this name, or no prefix is in it.
+    """
+    try:
+        validate_repo_id(name)
+    except hub_errors.HFValidationError as error:
+        raise ValueError(f"{name!r}: neither a file here nor a name for a hub") from error
+    repo = _Repo(name, "main", progress)
+    for filename in ("adapter_config.json", "prefix.safetensors", "config.json"):
+        try:
+            newest: Any = repo.head(filename, "no file or folder of this name, and asking for")
+        except hub_errors.EntryNotFoundError:
+            continue
+        except (OSError, ValueError):
+            cached = find_cached(name, filename)
+            if isinstance(cached, str):
+                return Path(cached).parent
+            raise
+        repo = replace(repo, commit=newest.commit_hash)
+        paths = [path for name in PREFIX_FILES if (path := repo.get(name)) is not None]
+        return paths[0].parent
+    raise ValueError(f"{name}: {constants.ENDPOINT} has no {' nor '.join(PREFIX_FILES)} of it")
+
+
 def _whole_in_cache(repo: _Repo) -> Path | None:
     """The folder of the version that the cache has, if all of its files are there."""
     config = find_cached(repo.name, "config.json")
@@ -265,9 +310,12 @@ def _whole_in_cache(repo: _Repo) -> Path | None:
         return None
     folder = Path(config).parent
     weights = weight_paths(folder)
-    paths = [folder / name for name in TEXT_FILES] + weights
-    if not weights or not all(path.is_file() for path in paths):
+    forms = [[folder / name for name in names] for names in TOKENIZER_FILES]
+    texts = next((form for form in forms if all(path.is_file() for path in form)), [])
+    paths = [folder / "config.json", *texts, *weights]
+    if not weights or not texts or not all(path.is_file() for path in paths):
         return None
+    paths += [path for name in OPTIONAL_FILES if (path := folder / name).is_file()]
     for path in paths:
         repo.check(path)
     return folder

@@ -1,12 +1,13 @@
-"""The byte-level BPE tokenizer of GPT-2 and BART, from a checkpoint's vocab.json and merges.txt.
+"""The byte-level BPE tokenizer of GPT-2 and BART, from tokens, ids and merges.
 
 Text is cut into words by a regular expression, each word becomes UTF-8 bytes, and neighbouring
 tokens are merged, always the pair that stands first in merges.txt, until none of its pairs is left
 [1]. tiktoken [2] does that fast, but numbers tokens by merge priority ("rank"), so its ranks go
-through a table to the ids of vocab.json: in GPT-2 the two are equal, in BART they are not.
+through a table to the ids of the vocabulary: in GPT-2 the two are equal, in BART they are not.
 
-Read `Tokenizer`. In both files a byte is written as one printable character (`BYTE_CHARS`), and a
-token that neither is a byte nor comes from a merge is special: text never turns into it.
+Read `Tokenizer`; `vocabulary.py` reads a checkpoint's files. In them a byte is written as one
+printable character (`BYTE_CHARS`), and a token that neither is a byte nor comes from a merge is
+special, text never turns into it, or was added by somebody (`Added`) and stands in text as a whole.
 `Tokenizer.train` finds the merges in texts (Sennrich et al. 2016 [3]); the library [4] does it.
 [1] https://github.com/openai/gpt-2/blob/master/src/encoder.py   [2] https://github.com/openai/tiktoken
 [3] https://arxiv.org/abs/1508.07909   [4] https://github.com/huggingface/tokenizers
@@ -14,14 +15,20 @@ token that neither is a byte nor comes from a merge is special: text never turns
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tiktoken
 
-from minprefix.files import read_json, read_text, write_text
+from minprefix.files import write_text
 
 ENDOFTEXT = "<|endoftext|>"
+# what tokenizer_config.json calls special tokens, the first three as in SPECIAL
+ROLES = (
+    "bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token",
+)  # fmt: skip
 # by family: the special tokens that stand before a text, after it, and in padding
 SPECIAL = {"gpt2": (ENDOFTEXT, ENDOFTEXT, ENDOFTEXT), "bart": ("<s>", "</s>", "<pad>")}
 
@@ -42,50 +49,101 @@ BYTE_CHARS = _byte_chars()
 BYTE_OF = {char: byte for byte, char in enumerate(BYTE_CHARS)}
 
 
+@dataclass(frozen=True)
+class Added:
+    """A token that somebody added to a vocabulary: where its text stands, it is one token."""
+
+    content: str
+    special: bool = False  # left out of decoded text
+    lstrip: bool = False  # blanks before it belong to it
+    rstrip: bool = False  # blanks after it
+    single_word: bool = False  # not within a word
+    control: bool = False  # begins, ends or pads texts: not found in text, and not decoded
+
+    def pattern(self) -> str:
+        text = re.escape(self.content)
+        text = rf"(?<!\w){text}(?!\w)" if self.single_word else text
+        return rf"\s*{text}" * self.lstrip + text * (not self.lstrip) + r"\s*" * self.rstrip
+
+
 class Tokenizer:
     """Text to token ids and back.
 
     Attributes:
-        vocab_size: number of tokens, special ones included; ids are 0 ... vocab_size - 1.
+        vocab_size: one more than the largest id, special and added tokens included.
         family: "gpt2" or "bart".
-        bos_id, eos_id, pad_id: in GPT-2 all are <|endoftext|>, which stands between documents; in
-            BART they are <s>, </s> and <pad>.
-        text_ids: ids of text are below it; special tokens may lie beyond.
+        bos_id, eos_id, pad_id: in GPT-2 all are <|endoftext|>, which stands between documents,
+            unless its files name others; in BART they are <s>, </s> and <pad>.
+        start_id: what a BART's decoder reads first; mostly its eos.
+        text_ids: ids of text are below it; special and added tokens may lie beyond.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], family: str = "gpt2"):
+    def __init__(
+        self, vocab: dict[str, int], merges: list[tuple[str, str]], family: str = "gpt2",
+        special: Sequence[str] | None = None, added: Sequence[Added] = (),
+    ):  # fmt: skip
         """
         Args:
             vocab: the id of each token; every byte and the result of every merge has one.
             merges: pairs of tokens in order of priority. `from_folder` checks both.
+            special: the tokens before a text, after it and in padding; None = the family's.
+            added: tokens of `vocab` that are found in text as a whole.
         """
-        self._vocab, self._merges = vocab, merges
-        self.vocab_size, self.family = len(vocab), family
-        self.bos_id, self.eos_id, self.pad_id = (vocab[token] for token in SPECIAL[family])
+        self._vocab, self._merges, self._special = vocab, merges, special
+        self.vocab_size, self.family = max(vocab.values()) + 1, family
+        self.bos_id, self.eos_id, self.pad_id = (vocab[t] for t in special or SPECIAL[family])
+        self.start_id = self.eos_id
         # dicts keep the first place of a token: its rank is its best merge's
         by_id = sorted(BYTE_CHARS, key=vocab.__getitem__)
         ranked = list(dict.fromkeys([*by_id, *(a + b for a, b in merges)]))
         as_bytes = [bytes(BYTE_OF[char] for char in token) for token in ranked]
         self._id_of_rank = [vocab[token] for token in ranked]
         self.text_ids = max(self._id_of_rank) + 1
-        self._bytes_of_id = [b""] * len(vocab)  # special tokens have none
+        self._bytes_of_id = [b""] * self.vocab_size  # special tokens have none
         for token_id, token_bytes in zip(self._id_of_rank, as_bytes, strict=True):
             self._bytes_of_id[token_id] = token_bytes
+        for token in added:
+            if not (token.special or token.control):
+                self._bytes_of_id[vocab[token.content]] = token.content.encode()
+        self._added = tuple(added)
+        self._find(self._added)
         ranks = {token: rank for rank, token in enumerate(as_bytes)}
         self._encoding = tiktoken.Encoding(
             "minprefix", pat_str=WORD, mergeable_ranks=ranks, special_tokens={}
         )
 
-    @classmethod
-    def from_folder(cls, folder: str | Path, family: str = "gpt2") -> "Tokenizer":
-        """Read vocab.json and merges.txt.
+    def _find(self, added: Sequence[Added]) -> None:
+        """From now on these tokens are found in text, the longest first."""
+        found = [token for token in added if not token.control]
+        by_length = sorted(found, key=lambda token: -len(token.content))
+        patterns = "|".join(f"({token.pattern()})" for token in by_length)
+        self._added_pattern = re.compile(patterns) if patterns else None
+        self._added_ids = [self._vocab[token.content] for token in by_length]
 
+    def fit(self, vocab_size: int) -> list[str]:
+        """For a model of so many tokens: those beyond it are no longer found in text, and are
+        returned; ids that only the model has decode to nothing."""
+        lost = [token for token in self._added if self._vocab[token.content] >= vocab_size]
+        self._find([token for token in self._added if token not in lost])
+        self._bytes_of_id += [b""] * (vocab_size - len(self._bytes_of_id))
+        return [token.content for token in lost if not token.control]
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | Path, family: str = "gpt2",
+        ids: Sequence[int | None] = (None, None, None),
+    ) -> "Tokenizer":  # fmt: skip
+        """Read tokenizer.json, or vocab.json and merges.txt; see `vocabulary.read`.
+
+        Args:
+            ids: of the special tokens, where the files name tokens that they do not have.
         Raises:
-            FileNotFoundError: one of them is missing.
-            ValueError: malformed, or the two disagree; names the file and the line or token.
+            FileNotFoundError: there is neither.
+            ValueError: malformed, or parts disagree; names the file and the line or token.
         """
-        vocab = _read_vocab(Path(folder) / "vocab.json", SPECIAL[family])
-        return cls(vocab, _read_merges(Path(folder) / "merges.txt", vocab), family)
+        from minprefix.models.vocabulary import read  # it makes a Tokenizer
+
+        return read(Path(folder), family, ids)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -119,7 +177,8 @@ class Tokenizer:
         return cls({token: token_id for token_id, token in enumerate(tokens)}, merges)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ordinary text: "<|endoftext|>" inside it is text like any other.
+        """Token ids of ordinary text: "<|endoftext|>" inside it is text like any other; an added
+        token is one token.
 
         Raises:
             ValueError: a lone surrogate, which no UTF-8 text holds (tiktoken would replace it).
@@ -129,6 +188,16 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             bad = f"U+{ord(text[error.start]):04X} at character {error.start}"
             raise ValueError(f"text is not valid Unicode: lone surrogate {bad}") from error
+        if self._added_pattern is None:
+            return self._encode_plain(text)
+        ids, end = [], 0
+        for match in self._added_pattern.finditer(text):
+            ids += self._encode_plain(text[end : match.start()])
+            ids.append(self._added_ids[(match.lastindex or 1) - 1])
+            end = match.end()
+        return ids + self._encode_plain(text[end:])
+
+    def _encode_plain(self, text: str) -> list[int]:
         return [self._id_of_rank[rank] for rank in self._encoding.encode_ordinary(text)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -139,8 +208,9 @@ class Tokenizer:
         """
         ids = [int(token_id) for token_id in ids]
         for token_id in ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"token id {token_id} is not in 0 ... {self.vocab_size - 1}")
+            if not 0 <= token_id < len(self._bytes_of_id):
+                last = len(self._bytes_of_id) - 1
+                raise ValueError(f"token id {token_id} is not in 0 ... {last}")
         return b"".join(self._bytes_of_id[token_id] for token_id in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -159,49 +229,26 @@ class Tokenizer:
     def files(self) -> dict[str, str]:
         """What `save` writes: the text of each file by name."""
         merges = "".join(f"{a} {b}\n" for a, b in self._merges)
-        return {
-            "vocab.json": json.dumps(self._vocab, ensure_ascii=False),
+        found = {token.content: token for token in self._added}
+        vocab = {token: token_id for token, token_id in self._vocab.items() if token not in found}
+        files = {
+            "vocab.json": json.dumps(vocab, ensure_ascii=False),
             "merges.txt": "#version: 0.2\n" + merges,
         }
+        if found or self._special:
+            named = zip(ROLES, self._special or SPECIAL[self.family], strict=False)
+            added = {self._vocab[text]: asdict(token) for text, token in found.items()}
+            for token in added.values():
+                token["special"] |= token.pop("control")
+            kind = "GPT2Tokenizer" if self.family == "gpt2" else "BartTokenizer"
+            config = {"tokenizer_class": kind, **dict(named), "added_tokens_decoder": added}
+            files["tokenizer_config.json"] = json.dumps(config, indent=1) + "\n"
+            ids = {token: self._vocab[token] for token in found}
+            files["added_tokens.json"] = json.dumps(ids, ensure_ascii=False)
+        return files
 
     def save(self, folder: str | Path) -> None:
-        """Write vocab.json and merges.txt, which `transformers` also loads."""
+        """Write vocab.json and merges.txt (and what names added tokens), as `transformers` has
+        them."""
         for name, text in self.files().items():
             write_text(Path(folder) / name, text)
-
-
-def _read_vocab(path: Path, special: tuple[str, ...]) -> dict[str, int]:
-    """The id of each token; ids are 0 ... len - 1 in any order."""
-    vocab = read_json(path)
-    owner = {}
-    for token, token_id in vocab.items():
-        if type(token_id) is not int or not 0 <= token_id < len(vocab):
-            size = f"the file has {len(vocab)} tokens"
-            raise ValueError(f"{path}: token {token!r} has id {token_id!r}, but {size}")
-        if token_id in owner:
-            raise ValueError(f"{path}: {owner[token_id]!r} and {token!r} share the id {token_id}")
-        owner[token_id] = token
-    for token in (*BYTE_CHARS, *special):
-        if token not in vocab:
-            raise ValueError(f"{path}: no token {token!r}")
-    return vocab
-
-
-def _read_merges(path: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """The pairs in order; a pair may use bytes and the results of earlier lines."""
-    merges, known = [], set(BYTE_CHARS)
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        pair = tuple(line.removesuffix("\r").split(" "))
-        if pair == ("",) or (number == 1 and line.startswith("#version")):
-            continue
-        if len(pair) != 2 or not all(pair):
-            raise ValueError(f"{path}:{number}: expected two tokens and a space, found {line!r}")
-        for part in pair:
-            if part not in known:
-                raise ValueError(f"{path}:{number}: {part!r} is no byte and from no earlier line")
-        token = pair[0] + pair[1]
-        if token not in vocab:
-            raise ValueError(f"{path}:{number}: {token!r} is not in vocab.json")
-        known.add(token)
-        merges.append(pair)
-    return merges

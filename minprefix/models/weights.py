@@ -3,18 +3,20 @@
 Read `load`, the public entry: `find` says which folder a name means, `read_config` and
 `read_weights` take it apart, and every tensor is compared with the model by name and shape before
 one is used. `save_model` writes a folder that `transformers` [1] loads. A checkpoint is
-config.json, model.safetensors (or pytorch_model.bin; either may be in shards), vocab.json and
-merges.txt.
+config.json, model.safetensors (or pytorch_model.bin; either may be in shards), tokenizer.json, or
+vocab.json and merges.txt, and perhaps generation_config.json. Names may begin as DataParallel and
+torch.compile leave them; a folder of nanoGPT [2] has its sizes in ckpt.pt.
 
 What differs between the two families is in `weights_gpt2.py` and `weights_bart.py`, which have the
 same functions.
-[1] https://github.com/huggingface/transformers
+[1] https://github.com/huggingface/transformers   [2] https://github.com/karpathy/nanoGPT
 """
 
 import hashlib
 import json
+import logging
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,24 @@ from torch import Tensor
 from minprefix.files import atomic_write, read_json
 from minprefix.models import hub, weights_bart, weights_gpt2
 from minprefix.models.bart import BART
-from minprefix.models.base import LanguageModel
+from minprefix.models.base import FUNCTIONS, LanguageModel
 from minprefix.models.config import EMBEDDED, BARTConfig, GPT2Config
 from minprefix.models.gpt2 import GPT2
+from minprefix.models.settings import (
+    NAMES,
+    GenerationSettings,
+    read_settings,
+    warn_not_followed,
+)
+from minprefix.models.tensor_files import read_weights, unpickle, unwrapped
 from minprefix.models.tokenizer import Tokenizer
-from minprefix.tensors import load_tensors, save_tensors
+from minprefix.tensors import save_tensors
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 FAMILIES = {family.CONFIG.family: family for family in (weights_gpt2, weights_bart)}
 
-ZERO = ("no_repeat_ngram_size",)  # numbers of a config that may be 0
+log = logging.getLogger(__name__)
 LISTED = 5  # names of tensors, at most, per kind of error
 
 
@@ -79,14 +88,24 @@ def read_config(folder: Path) -> GPT2Config | BARTConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / hub.NANOGPT).is_file():
+            return weights_gpt2.nanogpt_config(folder / hub.NANOGPT, unpickle)
         raise FileNotFoundError(f"{path}: missing, so {folder} is no (complete) checkpoint")
     raw = read_json(path)
     for family in FAMILIES.values():
         if raw.get("model_type") in family.ONLY["model_type"]:
-            check_only(path, raw, family.ONLY)
-            return make_config(family.CONFIG, family.in_our_names(raw, path), path)
+            check_only(path, raw, family.ONLY | {"activation_function": activations(family)})
+            settings = dict.fromkeys(family.SILENT)  # what nothing says is none
+            settings |= read_settings(folder, family.CONFIG.family, family.SILENT)
+            return make_config(family.CONFIG, family.in_our_names(raw, path), path, settings)
     kind = raw.get("model_type")
     raise ValueError(f"{path}: model_type is {kind!r}; supported: 'gpt2' or 'bart'")
+
+
+def activations(family) -> tuple[str, ...]:
+    """What config.json may call the function inside the MLPs; its default first."""
+    usual = family.CONFIG.activation_function
+    return (usual, *(name for name in FUNCTIONS if name != usual))
 
 
 def check_only(path: Path, raw: dict, only: dict[str, tuple]) -> None:
@@ -98,13 +117,15 @@ def check_only(path: Path, raw: dict, only: dict[str, tuple]) -> None:
             raise ValueError(f"{path}: {key} is {value!r}; supported: {supported}")
 
 
-def make_config(kind: type, raw: dict, path: Path):
+def make_config(kind: type, raw: dict, path: Path, settings: dict):
     """A config dataclass of the values by its fields; ValueError for one of the wrong type."""
-    values = {}
+    values = dict(settings)
     for field in fields(kind):
+        if field.name in NAMES:
+            continue
         value = values[field.name] = raw.get(field.name, field.default)
         types: Any = int | float if field.type is float else field.type
-        least = 0 if field.type is float or field.name.endswith("_id") or field.name in ZERO else 1
+        least = 0 if field.type is float or field.name.endswith("_id") else 1
         fits = isinstance(value, types) and (field.type is bool) == isinstance(value, bool)
         if not fits or (
             isinstance(value, int | float) and field.type is not bool and value < least
@@ -114,39 +135,6 @@ def make_config(kind: type, raw: dict, path: Path):
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, on the CPU, under the names and in the dtypes of its files.
-
-    Raises:
-        FileNotFoundError: no weights, or a shard is missing.
-        ValueError: a file is truncated or holds anything but tensors; names it.
-    """
-    paths = hub.weight_paths(folder)
-    if not paths:
-        raise FileNotFoundError(f"{folder}: no weights ({', '.join(hub.WEIGHT_FILES)})")
-    tensors = {}
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing, though the index beside it names it")
-        tensors |= load_tensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
-    return tensors
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote; code in it is refused, not run."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling a damaged file raises almost anything
-        if isinstance(error, OSError) and error.filename is not None:  # it cannot be opened
-            raise
-        raise ValueError(f"{path}: damaged, or holds something other than tensors") from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
-    ):
-        raise ValueError(f"{path}: holds something other than tensors by name")
-    return tensors
 
 
 def _check_fit(tensors: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
@@ -182,10 +170,18 @@ def check_device(device: str) -> None:
 
 def read_tokenizer(folder: Path, config: GPT2Config | BARTConfig) -> Tokenizer:
     """The tokenizer of a checkpoint; ValueError if its ids are not those of the model."""
-    tokenizer, size = FAMILIES[config.family].read_tokenizer(folder, config)
-    if size > config.vocab_size:
-        sizes = f"{size} tokens, the model {config.vocab_size}"
+    tokenizer = FAMILIES[config.family].read_tokenizer(folder, config)
+    if tokenizer.text_ids > config.vocab_size:
+        sizes = f"{tokenizer.text_ids} tokens, the model {config.vocab_size}"
         raise ValueError(f"{folder}: vocab.json has {sizes}")
+    for name in ("bos_id", "eos_id"):
+        if (token_id := getattr(tokenizer, name)) >= config.vocab_size:
+            told = f"the model has {config.vocab_size} tokens"
+            raise ValueError(f"{folder}: {name} of the tokenizer is {token_id}, but {told}")
+    if lost := tokenizer.fit(config.vocab_size):
+        told = f"{len(lost)} tokens of the tokenizer are beyond the model's {config.vocab_size}"
+        some = ", ".join(map(repr, lost[:LISTED])) + (", ..." if len(lost) > LISTED else "")
+        log.warning("%s: %s, and are read as plain text: %s", folder, told, some)
     return tokenizer
 
 
@@ -215,13 +211,16 @@ def load(
     folder = find(name_or_path)
     config = read_config(folder)
     tokenizer = read_tokenizer(folder, config)
-    tensors = read_weights(folder)
-    model, family = shapes_of(config), FAMILIES[config.family]
-    tensors = family.clean(tensors, config, folder)
+    tensors = unwrapped(read_weights(folder), folder)
+    family = FAMILIES[config.family]
+    tensors, config = family.clean(tensors, config, folder)
+    model = shapes_of(config)
     _check_fit(tensors, family.to_checkpoint(model.state_dict()), folder)
     tensors = family.from_checkpoint(tensors, list(model.state_dict()))
+    model.origin = digests(config, {name: tensors[name] for name in model.state_dict()})
     tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
+    warn_not_followed(folder, config.family)
     return model.eval(), tokenizer
 
 
@@ -236,36 +235,63 @@ def save_model(model: GPT2 | BART, tokenizer: Tokenizer, folder: str | Path) -> 
     family = FAMILIES[model.config.family]
     state = family.to_checkpoint(model.state_dict())
     state = {family.file_name(name): x for name, x in state.items()}
+    settings = {name: getattr(model.config, name) for name in NAMES}
     config = {
         **{key: allowed[0] for key, allowed in family.ONLY.items()},
         "architectures": [family.THEIR_MODEL],
-        **family.in_their_names(asdict(model.config)),
-        "tie_word_embeddings": True,
+        **family.in_their_names(model.config.of_model()),
         "torch_dtype": str(model.wte.weight.dtype).removeprefix("torch."),
     }
     texts = {"config.json": json.dumps(config, indent=1) + "\n", **tokenizer.files()}
+    said = {name: x for name, x in settings.items() if x != getattr(GenerationSettings, name)}
+    ids = ("bos_token_id", "eos_token_id", "decoder_start_token_id")
+    if said.keys() - ids:  # else config.json says it all
+        said = {name: getattr(model.config, name, None) for name in ids} | said
+        texts["generation_config.json"] = json.dumps(said, indent=1) + "\n"
     with ExitStack() as stack:  # ends, and so renames, in reverse order
         for name, text in texts.items():
             stack.enter_context(atomic_write(folder / name)).write_bytes(text.encode())
         save_tensors(folder / "model.safetensors", state, {"format": "pt"})
 
 
-@torch.no_grad()
-def fingerprint(model: GPT2 | BART) -> str:
-    """64 hexadecimal digits that name a model by content.
+HALF = 32  # digits of a fingerprint for each of the two roundings
 
-    sha256 over the fields that shape it and 64 fixed elements of each tensor, rounded to bf16: an
-    fp32 and a bf16 copy, a .bin and a safetensors file of the same weights have the same one.
-    """
-    names = FAMILIES[model.config.family].ARCHITECTURE
-    fields = {name: getattr(model.config, name) for name in names}
-    fields["n_inner"] = fields["n_inner"] or 4 * model.config.n_embd
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for name, weight in model.state_dict().items():
+
+@torch.no_grad()
+def digests(config: GPT2Config | BARTConfig, state: dict[str, Tensor]) -> str:
+    """The fingerprint of these tensors: 32 digits from their bf16 rounding, 32 from fp16's."""
+    family = FAMILIES[config.family]
+    fields = {name: getattr(config, name) for name in family.ARCHITECTURE}
+    fields["n_inner"] = fields["n_inner"] or 4 * config.n_embd
+    for name in family.RELATIVES:  # said only where it differs, as older fingerprints say nothing
+        if (value := getattr(config, name)) != getattr(type(config), name):
+            fields[name] = value
+    begin = json.dumps(fields, sort_keys=True).encode()
+    both = {dtype: hashlib.sha256(begin) for dtype in (torch.bfloat16, torch.float16)}
+    for name, weight in state.items():
         at = torch.arange(64, device=weight.device) * weight.numel() // 64
-        some = weight.flatten()[at].to(torch.bfloat16).view(torch.int16).cpu()
-        digest.update(name.encode() + some.numpy().tobytes())
-    return digest.hexdigest()
+        some = weight.flatten()[at]
+        for dtype, digest in both.items():
+            rounded = some.to(dtype).view(torch.int16).cpu()
+            digest.update(name.encode() + rounded.numpy().tobytes())
+    return "".join(digest.hexdigest()[:HALF] for digest in both.values())
+
+
+def fingerprint(model: GPT2 | BART) -> str:
+    """64 hexadecimal digits that name a model by content; compare with `same_model`.
+
+    sha256 over the fields that shape it and 64 fixed elements of each tensor. Copies in fp32 and
+    bf16 agree in the half that is made of bf16 roundings, copies in fp32 and fp16 in the other. A
+    model that was loaded in a shorter dtype than its file, or shortened since, and not changed
+    otherwise has the file's.
+    """
+    own, origin = digests(model.config, model.state_dict()), getattr(model, "origin", "")
+    return origin if origin and same_model(origin, own) else own
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two fingerprints may name copies of one model; older ones are 64 digits of bf16."""
+    return bool(one) and (one[:HALF] == other[:HALF] or one[HALF:] == other[HALF:] != "")
 
 
 def need_gpt2(model: LanguageModel, what: str) -> None:
@@ -276,8 +302,8 @@ def need_gpt2(model: LanguageModel, what: str) -> None:
 
 def check_base(base: str, model: GPT2 | BART, what: str) -> None:
     """ValueError if `what` names a base model, by its fingerprint, and it is not `model`."""
-    if base and base != fingerprint(model):
+    if base and not same_model(base, own := fingerprint(model)):
         raise ValueError(
             f"this {what} was made for another model: it names base {base[:12]}, "
-            f"the loaded model is {fingerprint(model)[:12]}"
+            f"the loaded model is {own[:12]}"
         )

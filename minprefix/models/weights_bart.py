@@ -14,6 +14,7 @@ from torch import Tensor
 from minprefix.files import read_json
 from minprefix.models.bart import BART
 from minprefix.models.config import BARTConfig
+from minprefix.models.settings import file_of
 from minprefix.models.tokenizer import Tokenizer
 
 CONFIG, MODEL, THEIR_MODEL = BARTConfig, BART, "BartForConditionalGeneration"
@@ -33,7 +34,6 @@ FIELDS = {
 ONLY = {
     "model_type": ("bart",),
     "is_encoder_decoder": (True,),
-    "activation_function": ("gelu",),
     "normalize_before": (False,),
     "normalize_embedding": (True,),
     "add_final_layer_norm": (False,),
@@ -43,17 +43,16 @@ ONLY = {
     "tie_word_embeddings": (True,),
 }
 
-# fields that generation_config.json decides where there is one, and their values if it is silent
-GENERATION = {
-    "forced_bos_token_id": None, "forced_eos_token_id": None, "no_repeat_ngram_size": 0,
-    "early_stopping": False, "length_penalty": 1.0,
-}  # fmt: skip
+SILENT = {
+    name: getattr(CONFIG, name) for name in ("bos_token_id", "eos_token_id", "forced_eos_token_id")
+}
 
 # what a fingerprint says of the architecture
 ARCHITECTURE = (
     "vocab_size", "n_positions", "n_embd", "n_encoder_layer", "n_layer", "n_head", "n_inner",
     "scale_embedding",
 )  # fmt: skip
+RELATIVES = ("activation_function",)
 
 TOP = {"wte": "shared", "head_bias": "final_logits_bias"}
 STACK = {"wpe": "embed_positions", "ln_embd": "layernorm_embedding"}
@@ -93,13 +92,12 @@ def in_our_names(raw: dict, path: Path) -> dict:
             told = ", ".join(f"{n} {v!r}" for n, v in zip(names, given, strict=True))
             raise ValueError(f"{path}: {told}: supported are equal ones")
         values[field] = given[0]
-    if raw.get("forced_bos_token_id") is None and raw.get("force_bos_token_to_be_generated"):
-        values["forced_bos_token_id"] = values.get("bos_token_id", BARTConfig.bos_token_id)
-    beside = path.with_name("generation_config.json")
-    if beside.is_file():
-        generation = read_json(beside)
-        given = {name: value for name, value in generation.items() if value is not None}
-        values |= {name: given.get(name, silent) for name, silent in GENERATION.items()}
+    generation = read_json(file_of(path.parent))
+    starts = [generation.get(name) for name in ("decoder_start_token_id", "bos_token_id")]
+    values["decoder_start_token_id"] = next(
+        (start for start in [*starts, raw.get("decoder_start_token_id")] if start is not None),
+        BARTConfig.decoder_start_token_id,
+    )
     return values
 
 
@@ -111,19 +109,12 @@ def in_their_names(values: dict) -> dict:
     return theirs
 
 
-def read_tokenizer(folder: Path, config: BARTConfig) -> tuple[Tokenizer, int]:
-    """The tokenizer, and how many tokens the model must know: bart-large-cnn lacks <mask>, the
-    last. ValueError if its special tokens are not those of the model."""
-    tokenizer = Tokenizer.from_folder(folder, "bart")
-    ours = (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id, tokenizer.eos_id)
-    names = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
-    for name, token_id in zip(names, ours, strict=True):
-        if getattr(config, name) != token_id:
-            raise ValueError(
-                f"{folder}: {name} is {getattr(config, name)}; supported: {token_id}, the id "
-                "in vocab.json"
-            )
-    return tokenizer, tokenizer.text_ids
+def read_tokenizer(folder: Path, config: BARTConfig) -> Tokenizer:
+    """The tokenizer, which begins a target as the model does."""
+    ids = (config.bos_token_id, next(iter(config.eos_ids), None), config.pad_token_id)
+    tokenizer = Tokenizer.from_folder(folder, "bart", ids)
+    tokenizer.start_id = config.decoder_start_token_id
+    return tokenizer
 
 
 def their_names(name: str) -> list[str]:
@@ -161,8 +152,10 @@ def file_name(name: str) -> str:
     return name if name == "final_logits_bias" else f"model.{name}"
 
 
-def clean(raw: dict[str, Tensor], config: BARTConfig, folder: Path) -> dict[str, Tensor]:
-    """The tensors of a file, with or without `model.`, each once.
+def clean(
+    raw: dict[str, Tensor], config: BARTConfig, folder: Path
+) -> tuple[dict[str, Tensor], BARTConfig]:
+    """The tensors of a file, with or without `model.`, each once; and the config.
 
     Raises:
         ValueError: a tensor is there under two names, or a copy of the embedding is none.
@@ -182,4 +175,4 @@ def clean(raw: dict[str, Tensor], config: BARTConfig, folder: Path) -> dict[str,
     tensors.setdefault(
         "final_logits_bias", torch.zeros(1, config.vocab_size)
     )  # older files have none
-    return tensors
+    return tensors, config

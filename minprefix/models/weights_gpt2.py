@@ -1,11 +1,15 @@
 """GPT-2's official checkpoints: what they may say, and their tensors.
 
-Modules have the checkpoint's names, so there is no map, only what `clean` drops. `weights.py` uses
-this file and `weights_bart.py` through the same functions.
+Modules have the checkpoint's names, so there is no map, only what `clean` drops and, of nanoGPT's
+[1], turns. `weights.py` uses this file and `weights_bart.py` through the same functions.
+[1] https://github.com/karpathy/nanoGPT
 """
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,21 +23,27 @@ CONFIG, MODEL, THEIR_MODEL = GPT2Config, GPT2, "GPT2LMHeadModel"
 # what config.json may say of parts that a model has here in one form only; the first is the default
 ONLY = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the same function
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
+SILENT = {"bos_token_id": CONFIG.bos_token_id, "eos_token_id": CONFIG.eos_token_id}
 
 # what a fingerprint says of the architecture
 ARCHITECTURE = (
     "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon",
 )  # fmt: skip
+RELATIVES = (
+    "activation_function", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
+    "tie_word_embeddings",
+)  # fmt: skip
+# what nanoGPT stores as `nn.Linear` has it, (out, in)
+TURNED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 
 
 def in_our_names(raw: dict, path: Path) -> dict:
-    """config.json at `path` by the fields of GPT2Config: as it is."""
-    return raw
+    """config.json at `path` by the fields of GPT2Config: as it is; one name for one function."""
+    same = {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
+    name = raw.get("activation_function", CONFIG.activation_function)
+    return raw | {"activation_function": same.get(name, name)}
 
 
 def in_their_names(values: dict) -> dict:
@@ -41,17 +51,33 @@ def in_their_names(values: dict) -> dict:
     return values
 
 
-def read_tokenizer(folder: Path, config: GPT2Config) -> tuple[Tokenizer, int]:
-    """The tokenizer, and how many tokens the model must know."""
-    tokenizer = Tokenizer.from_folder(folder)
-    return tokenizer, tokenizer.vocab_size
+def nanogpt_config(path: Path, unpickle: Callable[[Path], Any]) -> GPT2Config:
+    """The sizes that nanoGPT keeps beside its weights; its GELU is the exact one."""
+    raw = unpickle(path)
+    sizes = raw.get("model_args") if isinstance(raw, dict) else None
+    names = {"block_size": "n_positions", "dropout": "resid_pdrop"}
+    names |= {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    if not isinstance(sizes, dict) or not names.keys() <= sizes.keys():
+        raise ValueError(f"{path}: no model_args with {', '.join(names)}, so no nanoGPT checkpoint")
+    values = {ours: sizes[theirs] for theirs, ours in names.items()}
+    last = min(CONFIG.eos_token_id, values["vocab_size"] - 1)
+    return GPT2Config(**values, activation_function="gelu", bos_token_id=last, eos_token_id=last)
 
 
-def clean(raw: dict[str, Tensor], config: GPT2Config, folder: Path) -> dict[str, Tensor]:
-    """The tensors without `transformer.`, the buffers of the causal mask and a copy of the head.
+def read_tokenizer(folder: Path, config: GPT2Config) -> Tokenizer:
+    """The tokenizer; the model says which tokens begin and end a text if its files do not."""
+    ids = (config.bos_token_id, next(iter(config.eos_ids), None), None)
+    return Tokenizer.from_folder(folder, ids=ids)
+
+
+def clean(
+    raw: dict[str, Tensor], config: GPT2Config, folder: Path
+) -> tuple[dict[str, Tensor], GPT2Config]:
+    """The tensors without `transformer.`, the buffers of the causal mask and a copy of the head;
+    and the config, which a head of its own unties, as in transformers.
 
     Raises:
-        ValueError: a tensor is there under two names, or the head is no copy of the embedding.
+        ValueError: a tensor is there under two names.
     """
     tensors = {}
     for key, tensor in raw.items():
@@ -61,12 +87,29 @@ def clean(raw: dict[str, Tensor], config: GPT2Config, folder: Path) -> dict[str,
         if name in tensors:
             raise ValueError(f"{folder}: {name} is there twice, once as transformer.{name}")
         tensors[name] = tensor
-    head = tensors.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
-        raise ValueError(
-            f"{folder}: lm_head.weight differs from wte.weight; only a tied head works"
-        )
-    return tensors
+    head = tensors.get("lm_head.weight")
+    if config.tie_word_embeddings and head is not None:
+        if torch.equal(head, tensors.get("wte.weight", head)):
+            del tensors["lm_head.weight"]
+        else:
+            config = replace(config, tie_word_embeddings=False)
+    turn_nanogpt(tensors, config)
+    return tensors, config
+
+
+def turn_nanogpt(tensors: dict[str, Tensor], config: GPT2Config) -> None:
+    """Turn the matrices of a nanoGPT, which c_attn's shape gives away; biases that it was trained
+    without are 0."""
+    shape = (3 * config.n_embd, config.n_embd)
+    if tuple(getattr(tensors.get("h.0.attn.c_attn.weight"), "shape", ())) != shape:
+        return
+    for name in [name for name in tensors if TURNED.fullmatch(name)]:
+        tensors[name] = tensors[name].T
+    if not any(name.endswith(".bias") for name in tensors):
+        wide = {"c_attn": 3 * config.n_embd, "c_fc": config.n_inner or 4 * config.n_embd}
+        for name in [name for name in tensors if not name.startswith(("wte", "wpe", "lm_head"))]:
+            *_, part, _ = name.split(".")
+            tensors[name.replace("weight", "bias")] = torch.zeros(wide.get(part, config.n_embd))
 
 
 def to_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:

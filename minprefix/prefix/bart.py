@@ -49,6 +49,8 @@ class BARTPrefix(nn.Module):
     Attributes:
         sites: by site that has a prefix, a `Prefix` (table or MLP, gate).
         virtual: `VirtualTokens`, for embedding-only; there are then no sites.
+        source_offset: token t of a source without a prefix of its own stands at t + this; None =
+            position_offset. PEFT's prefixes leave it at 0 and move the target by P.
         prefix_len, position_offset, base, linearisation, max_source, init_residual,
             parametrisation, n_trained: as in `Prefix`.
     """
@@ -81,6 +83,7 @@ class BARTPrefix(nn.Module):
                 f"[{prefix_len * tokens}, {config.n_positions}), the positions of the model"
             )
         self.prefix_len, self._offset = prefix_len, position_offset
+        self.source_offset: int | None = None
         self.base, self.linearisation = "", ""
         self.max_source: int | None = None
         self.init_residual = 0.0
@@ -201,7 +204,8 @@ class BARTPrefix(nn.Module):
             raise ValueError("prefix_index needs a bank, and there is none of BART prefixes")
         sites = {site: part.activations() for site, part in self.sites.items()}
         virtual = None if self.virtual is None else self.virtual.embeddings()
-        return BARTActivations(sites, self.position_offset, virtual)
+        offset = self.position_offset if self.source_offset is None else self.source_offset
+        return BARTActivations(sites, offset, virtual)
 
     def tensors(self) -> dict[str, Tensor]:
         """What its file holds, by name."""
@@ -236,6 +240,7 @@ class BARTPrefix(nn.Module):
         """A copy that holds the tables, or the embeddings, alone."""
         virtual = None if self.virtual is None else self.virtual.embeddings()
         copy = BARTPrefix.from_tables(self.tables(), self.position_offset, self.gates(), virtual)
+        copy.source_offset = self.source_offset
         copy.base, copy.linearisation = self.base, self.linearisation
         copy.max_source = self.max_source
         copy.parametrisation, copy.n_trained = self.parametrisation, self.n_trained

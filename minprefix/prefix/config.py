@@ -7,7 +7,7 @@ from minprefix.checks import check_choice
 PARAMETRISATIONS = ("table", "mlp", "embedding", "embedding-mlp")
 PLACES = ("prefix", "infix")
 INITS = ("random", "words", "prompt")
-SYSTEMS = ("minprefix", "peft")  # whose files `convert.convert` writes
+SYSTEMS = ("minprefix", "peft", "cartridge")  # whose files `convert.convert` writes
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,18 @@
 Read `convert`: which system a file is of is seen from its content, not asked.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from minprefix.checks import check_choice
 from minprefix.files import read_json
-from minprefix.models import weights
+from minprefix.models import hub, weights
 from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.bart import BARTPrefix
+from minprefix.prefix.card import PREFIX_FILE, write_card
 from minprefix.prefix.config import SYSTEMS
 from minprefix.prefix.files import load_prefix, save_prefix
 from minprefix.prefix.foreign import (
@@ -21,9 +23,11 @@ from minprefix.prefix.foreign import (
     read_authors,
     run_virtual_tokens,
 )
-from minprefix.prefix.peft import read_peft, write_peft
+from minprefix.prefix.peft import KINDS, read_peft, write_peft
 from minprefix.prefix.prefix import Prefix
 from minprefix.tensors import check_values
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def system_of(source: Path) -> str:
@@ -40,6 +44,8 @@ def system_of(source: Path) -> str:
     if not source.is_dir() or (source / "pytorch_model.bin").is_file():
         return "authors"
     path = source / "adapter_config.json"
+    if not path.is_file() and (source / PREFIX_FILE).is_file():
+        return "minprefix"
     if not path.is_file():
         raise ValueError(
             f"{source}: neither adapter_config.json (PEFT, adapter-hub) nor pytorch_model.bin "
@@ -68,7 +74,7 @@ def read_any(source: Path, model: GPT2 | BART | None = None) -> Prefix | BARTPre
     elif system == "adapters":
         prefix = read_adapters(source, config)
     elif system == "minprefix":
-        prefix = load_prefix(source)
+        prefix = load_prefix(source / PREFIX_FILE if source.is_dir() else source)
     else:
         prefix = read_authors(source, config)
     if isinstance(prefix, AuthorsTokens):
@@ -100,6 +106,20 @@ def told_to_peft(prefix: Prefix | BARTPrefix) -> str:
     )
 
 
+def find_source(source: str | Path) -> Path:
+    """The file or folder of this name here, or one of the hub, in its cache.
+
+    Raises:
+        OSError, ValueError: as `hub.download_prefix`.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or path.is_absolute() or not HUB_NAME.fullmatch(str(source)):
+        return path
+    if path.suffix in (".safetensors", ".bin", ".pt"):  # a file that is missing
+        return path
+    return hub.download_prefix(str(source))
+
+
 def convert(
     source: str | Path, to: str, out: str | Path, model_name: str | None = None,
     position_offset: int | None = None,
@@ -107,14 +127,15 @@ def convert(
     """Read a prefix of any system and write it in the form `to`; says what was written.
 
     Args:
-        to: "minprefix" (a prefix file) or "peft" (a folder).
+        source: a file, a folder, or the name of a model on the hub that is one of these folders.
+        to: "minprefix" (a prefix file), "peft" or "cartridge" (PEFT's folders).
         model_name: base model to check the prefix with, and whose fingerprint it then carries.
         position_offset: token t stands at t + this; None = as the source's system has it.
     """
     check_choice("to", to, SYSTEMS)
     if position_offset is not None and position_offset < 0:
         raise ValueError(f"position_offset must be >= 0, got {position_offset}")
-    source, out = Path(source), Path(out)
+    source, out = find_source(source), Path(out)
     model = None if model_name is None else weights.load(model_name)[0]
     prefix = read_any(source, model)
     notes = []
@@ -128,10 +149,12 @@ def convert(
             check_fit(source, prefix, model)
     if not prefix.base:
         notes.append("without --model the prefix names no base model: loading it checks sizes only")
-    if to == "peft":
+    if to in KINDS:
         # PEFT knows no model of the name mini, but its folder
         base = str(weights.find("mini")) if model_name == "mini" else model_name
-        write_peft(out, prefix, base)
+        write_peft(out, prefix, base, KINDS[to])
+        if not write_card(out, prefix, model_name, KINDS[to]):
+            notes.append(f"{out} has a README.md, which is left as it is")
         if prefix.linearisation:
             notes.append(told_to_peft(prefix))
     else:

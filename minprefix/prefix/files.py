@@ -37,6 +37,8 @@ def save_prefix(path: str | Path, prefix: Prefix | BARTPrefix) -> None:
         "parametrisation": prefix.parametrisation,
         "trained_parameters": str(prefix.n_trained),
     }
+    if getattr(prefix, "source_offset", None) is not None:
+        metadata["source_offset"] = str(prefix.source_offset)
     save_tensors(path, tensors, metadata)
 
 
@@ -64,6 +66,10 @@ def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
         prefix = Prefix.from_table(table, int(offset), gate, place)
     else:
         prefix = bart_prefix_of(path, tensors, int(offset))
+        if (source := metadata.get("source_offset")) is not None:
+            if not source.isdecimal():
+                raise ValueError(f"{path}: source_offset must be a number >= 0, got {source!r}")
+            prefix.source_offset = int(source)
     prefix.parametrisation = metadata.get("parametrisation", "")
     prefix.n_trained = int(n_trained)
     prefix.base = metadata.get("base", "")

@@ -8,7 +8,7 @@ where token t of the text stands, which is part of what a prefix means:
 |---|---|---|
 | PEFT [1], see `peft.py` | adapter_config.json, adapter_model.safetensors | P + t |
 | the authors' code [2] | config.json, pytorch_model.bin | P + t; BART's: t |
-| adapter-hub [3] | adapter_config.json, pytorch_adapter.bin | t |
+| adapter-hub [3] | adapter_config.json, adapter.safetensors or pytorch_adapter.bin | t |
 
 An MLP is computed and dropped: what is used of it is its table (section 4.3 of Li & Liang 2021).
 Read `read_authors`, then `read_adapters`. Pickles are read as tensors only: code in them is
@@ -30,7 +30,8 @@ from torch import Tensor
 
 from minprefix.files import read_json
 from minprefix.models.config import BARTConfig, GPT2Config
-from minprefix.models.weights import LISTED, read_config, read_pickle
+from minprefix.models.tensor_files import read_pickle
+from minprefix.models.weights import LISTED, read_config
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.parametrisations import computed_table
 from minprefix.prefix.prefix import Prefix
@@ -98,6 +99,14 @@ def check_only(path: Path, raw: dict, only: dict[str, tuple]) -> None:
         if raw.get(key) not in allowed:
             choices = " or ".join(repr(value) for value in allowed if value is not None)
             raise ValueError(f"{path}: {key} is {raw.get(key)!r}; supported: {choices}")
+
+
+def first_of(folder: Path, *names: str) -> Path:
+    """The first of these files that the folder has."""
+    found = [folder / name for name in names if (folder / name).exists()]
+    if not found:
+        raise FileNotFoundError(f"{folder}: {' (or '.join(names)}) is missing")
+    return found[0]
 
 
 def size(path: Path, raw: dict, key: str) -> int:
@@ -293,7 +302,7 @@ def read_adapters(folder: str | Path, config: GPT2Config | None) -> Prefix:
         raise ValueError(
             f"{path}: does not say how many heads there are: needs the base model (--model)"
         )
-    file = path.with_name("pytorch_adapter.bin")
+    file = first_of(path.parent, "adapter.safetensors", "pytorch_adapter.bin")
     tensors = once(file, read_tensors(file)[0])
     if set(tensors) == DIRECT_KEYS:
         rows = tensors["control_trans"]  # (P 2 L C,)

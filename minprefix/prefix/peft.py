@@ -1,20 +1,30 @@
-"""PEFT's prefix-tuning folders [1]: read, and written so that PEFT computes the same.
+"""PEFT's folders of prefix-tuning [1] and CARTRIDGE [2]: read, and written so that PEFT computes
+the same.
 
 adapter_config.json says the sizes, adapter_model.safetensors (or .bin) holds one tensor,
-prompt_embeddings (P, 2 L C): rows as in `foreign.py`. Token t stands at P + t, always. Read
-`read_peft`, then `write_peft`.
+prompt_embeddings (P, 2 L C): rows as in `foreign.py`. Token t stands at P + t, always. A CARTRIDGE
+is the same table, of which PEFT trains all but the first positions. For a BART (SEQ_2_SEQ_LM) the
+table is that of the decoder's self-attention; see `decoder_table`. Read `read_peft`, then
+`write_peft`.
 [1] https://github.com/huggingface/peft/tree/main/src/peft/tuners/prefix_tuning
+[2] https://github.com/huggingface/peft/tree/main/src/peft/tuners/cartridge
 """
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from minprefix.files import atomic_write, read_json
+from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.files import frame_metadata, read_frame
 from minprefix.prefix.foreign import (
     check_only,
+    first_of,
     read_tensors,
     rows_of_table,
     size,
@@ -26,16 +36,35 @@ from minprefix.tensors import save_tensors
 
 # what adapter_config.json may say; another value means something that a Prefix is not
 ONLY = {
-    "peft_type": ("PREFIX_TUNING",),
-    "task_type": ("CAUSAL_LM",),
-    "num_transformer_submodules": (1, None),
+    "peft_type": ("PREFIX_TUNING", "CARTRIDGE"),
+    "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM"),
     "modules_to_save": (None, []),
+}
+SUBMODULES = {"CAUSAL_LM": (1, None), "SEQ_2_SEQ_LM": (2, None)}
+KINDS = {"peft": "PREFIX_TUNING", "cartridge": "CARTRIDGE"}  # what is written
+# the keys of one kind alone, of width C
+OWN: dict[str, Callable[[int], dict]] = {
+    "PREFIX_TUNING": lambda width: {"encoder_hidden_size": width, "prefix_projection": False},
+    "CARTRIDGE": lambda width: {"num_frozen_tokens": 1},
 }
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there
 
 
-def read_peft(folder: str | Path) -> Prefix:
-    """The prefix of a PEFT folder; one that was trained with prefix_projection too.
+def decoder_table(rows: Tensor, n_layer: int, n_head: int) -> Tensor:
+    """P_theta of a BART's decoder, of rows (P, 2 L C): (L, 2, H, P, D).
+
+    PEFT 0.21 puts the rows' 2 L keys and values twice in a row and gives layer l the fourth part
+    that begins at 4 l, of which the decoder reads two, key 4 l and value 4 l + 1, both modulo 2 L;
+    the others, meant for cross attention, are dropped.
+    """
+    every = rows.reshape(rows.shape[0], 2 * n_layer, n_head, -1).permute(1, 2, 0, 3)
+    first = 4 * torch.arange(n_layer) % (2 * n_layer)
+    return torch.stack([every[first], every[first + 1]], dim=1)
+
+
+def read_peft(folder: str | Path) -> Any:
+    """The prefix of a PEFT folder, a `Prefix` or a `BARTPrefix`; one that was trained with
+    prefix_projection too.
 
     PEFT saves the MLP's output, never the MLP. Token t stands at P + t in its forward pass, and at
     P + (real tokens before it) in `generate` of version 0.21: the same, unless the left is padded.
@@ -47,14 +76,12 @@ def read_peft(folder: str | Path) -> Prefix:
     path = Path(folder) / "adapter_config.json"
     raw = read_json(path)
     check_only(path, raw, ONLY)
+    check_only(path, raw, {"num_transformer_submodules": SUBMODULES[raw["task_type"]]})
     L, H, C = (size(path, raw, key) for key in ("num_layers", "num_attention_heads", "token_dim"))
     P = size(path, raw, "num_virtual_tokens")
     if C % H:
         raise ValueError(f"{path}: token_dim {C} is no multiple of num_attention_heads {H}")
-    found = [p for name in WEIGHTS if (p := path.with_name(name)).exists()]
-    if not found:
-        raise FileNotFoundError(f"{folder}: {' (or '.join(WEIGHTS)}) is missing")
-    path = found[0]
+    path = first_of(path.parent, *WEIGHTS)
     tensors, metadata = read_tensors(path)
     rows = tensors.get("prompt_embeddings")
     if rows is None:
@@ -66,27 +93,35 @@ def read_peft(folder: str | Path) -> Prefix:
             f"{path}: prompt_embeddings is {tuple(rows.shape)}, but adapter_config.json says "
             f"({P}, 2 x {L} layers x {C}) = ({P}, {2 * L * C})"
         )
-    prefix = Prefix.from_table(table_of_rows(rows, L, H), position_offset=P)
+    prefix: Any
+    if raw["task_type"] == "SEQ_2_SEQ_LM":
+        prefix = BARTPrefix.from_tables({"decoder": decoder_table(rows, L, H)}, position_offset=P)
+        prefix.source_offset = 0
+    else:
+        prefix = Prefix.from_table(table_of_rows(rows, L, H), position_offset=P)
     # PEFT does not write these, `write_peft` does
     prefix.base = metadata.get("base", "")
     prefix.linearisation, prefix.max_source = read_frame(path, metadata)
     return prefix
 
 
-def write_peft(folder: str | Path, prefix: Any, base_model: str | None = None) -> None:
+def write_peft(
+    folder: str | Path, prefix: Any, base_model: str | None = None, kind: str = "PREFIX_TUNING"
+) -> None:
     """Write a folder that PEFT loads for GPT-2, fp32, all of it or nothing.
 
     Args:
         base_model: its name or folder, which PEFT's `AutoPeftModelForCausalLM` needs; None = not
             said, enough for `PeftModel.from_pretrained(model, folder)`.
+        kind: "PREFIX_TUNING" or "CARTRIDGE", whose first position PEFT keeps as it is in training.
     Raises:
         ValueError: PEFT cannot compute what this prefix means.
         OSError: it cannot be written.
     """
     if not isinstance(prefix, Prefix):
         raise ValueError(
-            "a BART's prefix cannot become PEFT's, which has none for the encoder and none for "
-            "cross attention"
+            "a BART's prefix cannot become PEFT's, which has none for the encoder, none for cross "
+            "attention, and for the decoder half of the layers share the rows of others"
         )
     P, folder = prefix.prefix_len, Path(folder)
     if prefix.place != "prefix":
@@ -109,17 +144,15 @@ def write_peft(folder: str | Path, prefix: Any, base_model: str | None = None) -
     L, _, H, _, D = prefix.table().shape
     config = {
         "base_model_name_or_path": base_model,
-        "encoder_hidden_size": H * D,
         "inference_mode": True,
         "num_attention_heads": H,
         "num_layers": L,
         "num_transformer_submodules": 1,
         "num_virtual_tokens": P,
-        "peft_type": "PREFIX_TUNING",
-        "prefix_projection": False,
+        "peft_type": kind,
         "task_type": "CAUSAL_LM",
         "token_dim": H * D,
-    }  # no keys of newer versions: older ones refuse what they do not know
+    } | OWN[kind](H * D)  # no keys of newer versions: older ones refuse what they do not know
     metadata = {"format": "pt", "base": prefix.base} | frame_metadata(prefix)
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

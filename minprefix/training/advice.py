@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from minprefix.data.batches import encode_prompt
 from minprefix.data.examples import Example
-from minprefix.generation.config import GenerationConfig
+from minprefix.generation.config import LONGEST
 
 NOTABLE = 0.05  # share of a dev loss: a smaller change is not worth a word
 FALLING = 0.25  # share of a run, its last part, in which a falling loss says that it was too short
@@ -40,7 +40,7 @@ def data_warnings(
             f"{both} of {dev_pairs.total()} dev pairs are also training pairs: "
             "the dev loss looks better than it is"
         )
-    most = GenerationConfig().max_new_tokens
+    most = LONGEST  # unless the checkpoint says otherwise
     if longest_target > most:
         found.append(
             f"the longest target has {longest_target} tokens, and texts end after {most} by "

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from minprefix.models.weights import same_model
 from minprefix.training.ranks import Ranks
 from minprefix.training.run_folder import append_log, cut_log, read_state, state_path, write_state
 
@@ -307,6 +308,9 @@ class Loop:
         """
         state, path = self.read_state(), state_path(self.out)
         ours, theirs = self.settings(), self.older_settings() | state["settings"]
+        base = "base model"  # in the words of an older version, perhaps
+        if same_model(theirs.get(base) or "", ours.get(base) or ""):
+            theirs[base] = ours[base]
         changed = sorted(name for name in ours if theirs.get(name) != ours[name])
         if refused := [name for name in changed if name not in self.extends]:
             raise ValueError(f"{path}: the saved run has another {', '.join(refused)}")

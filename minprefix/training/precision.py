@@ -6,6 +6,7 @@ import torch
 
 from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
+from minprefix.models.weights import fingerprint
 
 
 def cpu_has_bf16() -> bool:
@@ -26,4 +27,5 @@ def in_bf16(model: GPT2 | BART) -> Any:
         copy = make(model.config)
     weights = {name: x.to(torch.bfloat16) for name, x in model.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
+    copy.origin = fingerprint(model)
     return copy.train(model.training)

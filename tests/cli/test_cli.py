@@ -211,6 +211,66 @@ def test_generate_streams_lists_and_reads_stdin(cli, tiny_folder, monkeypatch):
         assert only_json(cli("generate", "--json", *few)[0]) == {"texts": texts}
 
 
+def test_generate_from_nothing_several_texts_stop_strings_and_short_dtypes(cli, tiny_folder):
+    few = ("--model", tiny_folder, "--max-new-tokens", 5, "--device", "cpu")
+    model, tokenizer = load(tiny_folder)
+    options = {"max_new_tokens": 5}
+    (text,) = generate(model, tokenizer, [[tokenizer.bos_id]], **options)
+    assert cli("generate", "", *few)[0] == text + "\n"
+    sampled = generate(
+        model, tokenizer, ["a boat"], do_sample=True, num_return_sequences=3, **options
+    )
+    argv = ("--do-sample", "--num-return-sequences", 3, "--json")
+    assert only_json(cli("generate", "a boat", *few, *argv)[0]) == {"texts": sampled}
+    assert len(set(sampled)) == 3
+    stop = text[len(text) // 2 :][:2]
+    out, _ = cli("generate", "", *few, "--stop", stop, "--stop", "never", "--json")
+    assert only_json(out) == {"texts": [text.split(stop)[0]]}
+    loud = ("--repetition-penalty", 1.5)
+    (text,) = generate(model, tokenizer, ["a boat"], repetition_penalty=1.5, **options)
+    assert cli("generate", "a boat", *few, *loud)[0] == text + "\n"
+    for dtype in ("bfloat16", "float16"):
+        short, _ = load(tiny_folder, dtype=getattr(torch, dtype))
+        (text,) = generate(short, tokenizer, ["a boat"], **options)
+        assert cli("generate", "a boat", *few, "--dtype", dtype)[0] == text + "\n"
+
+
+def test_export_to_a_folder_has_a_model_card(cli, run, tmp_path):
+    """Ready for the hub: the prefix file and README.md, with front matter that the hub reads."""
+    from huggingface_hub import ModelCard
+
+    out, _ = cli("export", run, "--out", tmp_path / "mine", "--json")
+    file = tmp_path / "mine" / "prefix.safetensors"
+    assert only_json(out)["file"] == str(file)
+    prefix = Prefix.load(file)
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert card.data.tags == ["prefix-tuning", "minprefix"]
+    assert card.data.library_name == "minprefix" and card.data.metrics
+    assert prefix.base in card.text and "Prefix.load" in card.text
+    best = read_state(run)["best"]
+    assert f"| {best:.4f}".rstrip("0") in card.text
+    (tmp_path / "mine" / "README.md").write_text("my own words")
+    _, told = cli("export", run, "--out", tmp_path / "mine")
+    assert "has a README.md, which is left as it is" in told
+    assert (tmp_path / "mine" / "README.md").read_text() == "my own words"
+    cli("convert", tmp_path / "mine", "--to", "minprefix", "--out", tmp_path / "b.safetensors")
+    assert Prefix.load(tmp_path / "b.safetensors").base == prefix.base
+
+
+def test_a_short_dtype_takes_prefixes_and_adapters(cli, tiny_folder, run, tmp_path):
+    """What was trained for the model in fp32 goes with its copies."""
+    from conftest import an_adapter
+
+    an_adapter(load(tiny_folder)[0]).save(tmp_path / "a.safetensors")
+    few = ("--model", tiny_folder, "--max-new-tokens", 3, "--device", "cpu")
+    for dtype in ("bfloat16", "float16"):
+        for trained in (
+            ("--prefix", run / "prefix.safetensors"),
+            ("--adapter", tmp_path / "a.safetensors"),
+        ):
+            cli("generate", "a boat", *few, "--dtype", dtype, *trained)
+
+
 def test_generate_takes_every_way_to_choose_tokens(cli, tiny_folder):
     few = ("--model", tiny_folder, "--max-new-tokens", 5, "--device", "cpu")
     model, tokenizer = load(tiny_folder)

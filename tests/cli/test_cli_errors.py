@@ -325,12 +325,6 @@ def test_bad_standard_input_is_named(refused, tiny_folder, monkeypatch, data, ex
     assert expected in refused("generate", "--model", tiny_folder)
 
 
-def test_an_empty_prompt_is_refused(refused, tiny_folder, run):
-    prefix = ("--prefix", run / "prefix.safetensors")
-    assert "prompt 1 is empty" in refused("generate", "", "--model", tiny_folder)
-    assert "prompt 2 is empty" in refused("generate", "a", "", "--model", tiny_folder, *prefix)
-
-
 def test_impossible_evaluations_are_named(refused, tiny_folder, tables, run, tmp_path):
     common = ("evaluate", "--model", tiny_folder, "--data", tables, "--device", "cpu")
     prefix = ("--prefix", run / "prefix.safetensors")

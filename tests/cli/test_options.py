@@ -12,7 +12,7 @@ from tyro._docstrings import get_field_docstring
 from minprefix.cli.commands import COMMANDS
 from minprefix.cli.options import Flat
 from minprefix.cli.parse import ELSEWHERE, changed, options_of, parse
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.methods.config import BaselineConfig, SearchConfig
 from minprefix.prefix.config import PrefixConfig
 from minprefix.training.config import PRESETS, PretrainConfig

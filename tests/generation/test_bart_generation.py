@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import hf_bart_twin, tiny_bart
 
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.generation.texts import generate, generate_ids
 from minprefix.models.weights import load
 from minprefix.prefix.bart import BARTPrefix
@@ -140,7 +140,7 @@ def test_what_cannot_be_generated_is_named():
     assert "49 source tokens + position offset 0 > 48" in error([[5] * 49], max_new_tokens=5)
     assert "49 start and new tokens" in error(max_new_tokens=48)
     assert "no tokens" in error([[]])
-    with pytest.raises(ValueError, match="no_repeat_ngram_size must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="no_repeat_ngram_size must be at least 0, got -1"):
         GenerationConfig(no_repeat_ngram_size=-1)
 
 

@@ -8,7 +8,8 @@ from test_generation import BAD_WORDS, EOS, METHODS, TEXTS, prefer, ragged_bank,
 from minprefix.generation import caches
 from minprefix.generation import fast as fast_generation
 from minprefix.generation.caches import RowCache
-from minprefix.generation.decoding import Beginning, GenerationConfig
+from minprefix.generation.config import GenerationConfig
+from minprefix.generation.decoding import Beginning
 from minprefix.generation.fast import order_without
 from minprefix.generation.graphs import uses_graphs
 from minprefix.generation.texts import generate, generate_ids, stream
@@ -276,7 +277,7 @@ def taken(model, prompts, config, acts):
     """A batch that has read the prompts."""
     beginning = Beginning(prompts)
     batch = fast_generation.take_batch(
-        model, beginning, config.for_model(model), EOS, acts, bad_words_ids=[]
+        model, beginning, config.for_model(model), (EOS,), acts, bad_words_ids=[]
     )
     batch.read(model, beginning, acts, seeds=[0] * len(prompts))
     return batch

@@ -7,7 +7,8 @@ import torch
 from conftest import hf_twin, tiny_gpt2
 
 from minprefix.data.batches import encode_prompt
-from minprefix.generation.decoding import GenerationConfig, sample, sampling_probabilities
+from minprefix.generation.config import Decided, GenerationConfig
+from minprefix.generation.decoding import sample, sampling_probabilities
 from minprefix.generation.texts import generate, generate_ids, stream
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.bank import PrefixBank
@@ -260,7 +261,7 @@ def test_sampling_frequencies(options):
     """The probabilities are those of transformers' processors; draws follow them (chi square)."""
     from transformers.generation import logits_process as hf
 
-    config = GenerationConfig(do_sample=True, **options)
+    config = Decided(do_sample=True, **options)
     logits = 2 * torch.randn(5, 97, generator=torch.Generator().manual_seed(1)).double()
     scores = hf.TemperatureLogitsWarper(config.temperature)(None, logits)
     if config.top_k:
@@ -362,7 +363,7 @@ def test_bad_prompts_and_prefixes():
             call(model, tokenizer, prompts, max_new_tokens=8, **options)
 
     check("prompts must be a list of texts", "one text")
-    check("prompt 1 has no tokens.*bos_id", ["a", ""], prefix=bank.prefixes[0])
+    check("prompt 1 has no tokens.*bos_id", ["a", []], prefix=bank.prefixes[0])
     check(r"prompt 0 has ids outside \[0, 96\]: \[97\]", [[97]])
     check("3 prompt tokens .* offset 54 .* 8 > 64 pos", [[1, 2, 3]],
           prefix=Prefix.random(model.config, 1, seed=0, position_offset=54))  # fmt: skip

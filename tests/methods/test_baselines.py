@@ -18,7 +18,7 @@ from conftest import (
 )
 
 from minprefix.data.batches import collate
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.generation.fast import KEPT
 from minprefix.generation.texts import generate, generate_ids
 from minprefix.methods.adapters import Adapter, TunedAdapter, bottleneck_for, count, make_adapter

@@ -4,7 +4,7 @@ import pytest
 from conftest import tiny_with_words
 
 from minprefix.data.examples import Example
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.methods.config import TEMPLATES
 from minprefix.methods.evaluate import evaluate_method
 from minprefix.methods.hard_prompt import HardPrompt, answer, show_examples

@@ -9,11 +9,10 @@ from test_tokenizer import texts
 from test_weights import write_weights
 
 from minprefix.models.bart import BART
-from minprefix.models.config import OFFICIAL
+from minprefix.models.config import MODELS, OFFICIAL
 from minprefix.models.tokenizer import BYTE_CHARS, Tokenizer
 from minprefix.models.weights import (
     ASSETS,
-    MODELS,
     fingerprint,
     load,
     read_config,
@@ -135,21 +134,34 @@ def test_a_mask_beyond_the_model_is_no_error(folder, model):
         ({"normalize_before": True}, "normalize_before is True; supported: False"),
         ({"add_final_layer_norm": True}, "add_final_layer_norm"),
         ({"static_position_embeddings": True}, "static_position_embeddings"),
-        ({"activation_function": "relu"}, "activation_function is 'relu'; supported: 'gelu'"),
+        ({"activation_function": "mish"}, "activation_function is 'mish'; supported: 'gelu'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"encoder_attention_heads": 2}, "encoder_attention_heads 2, decoder_attention_heads 4"),
         ({"encoder_ffn_dim": 7, "decoder_ffn_dim": 8}, "supported are equal ones"),
         ({"d_model": 33}, "n_embd 33 is no multiple of n_head 4"),
         ({"scale_embedding": 1}, "scale_embedding is 1"),
-        ({"early_stopping": "never"}, "early_stopping is 'never'"),
-        ({"decoder_start_token_id": 0}, "decoder_start_token_id is 0; supported: 2"),
-        ({"pad_token_id": 5}, "pad_token_id is 5; supported: 1"),
         ({"decoder_layers": 4}, "26 missing (decoder.layers.3."),
         ({"d_model": 64}, "of another shape (shared.weight (261, 32) for (261, 64)"),
     ],
 )
 def test_other_models_are_refused(folder, change, message):
     set_config(folder, **change)
+    with pytest.raises(ValueError) as caught:
+        load(folder)
+    assert message in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "said, message",
+    [
+        ({"early_stopping": "soon"}, "generation_config.json: early_stopping is 'soon'"),
+        ({"decoder_start_token_id": -1}, "decoder_start_token_id is -1"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+        ({"max_length": "long", "max_new_tokens": 0}, "max_new_tokens is 0"),
+    ],
+)
+def test_wrong_settings_of_generation_are_refused(folder, said, message):
+    (folder / "generation_config.json").write_text(json.dumps(said))
     with pytest.raises(ValueError) as caught:
         load(folder)
     assert message in str(caught.value) and str(folder) in str(caught.value)

@@ -187,6 +187,49 @@ def test_every_layout_is_downloaded_and_loaded(folder, model, serve, tmp_path, l
     assert not [seen for seen in hub.seen if seen[0] == "GET"]
 
 
+def test_all_forms_of_a_tokenizer_and_the_settings_are_downloaded(folder, serve, tmp_path):
+    """tokenizer.json in the place of vocab.json and merges.txt; generation_config.json, too."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "new")
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tmp_path / "new" / name).read_bytes())
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    hub = serve()
+    loaded, tokenizer = load(NAME)
+    assert loaded.config.eos_ids == (5, 6) and tokenizer.vocab_size == 8192
+    stop(hub)
+    assert load(NAME)[0].config == loaded.config  # from the cache, which is whole
+
+
+def test_a_prefix_of_the_hub_is_converted(folder, model, serve, tmp_path, capsys):
+    """SOURCE of the command convert: a folder of PEFT, or ours, by its name there."""
+    from minprefix.prefix.convert import convert
+    from minprefix.prefix.peft import write_peft
+    from minprefix.prefix.prefix import Prefix
+
+    for path in list(folder.iterdir()):
+        path.unlink()
+    prefix = Prefix.random(model.config, 4, 0)
+    write_peft(folder, prefix)
+    hub = serve()
+    convert(NAME, "minprefix", tmp_path / "a.safetensors")
+    again = Prefix.load(tmp_path / "a.safetensors")
+    assert torch.equal(again.prefix_table, prefix.prefix_table)
+    hub.files = {"prefix.safetensors": (tmp_path / "a.safetensors").read_bytes()}
+    hub.commit = COMMIT[::-1]
+    convert(NAME, "minprefix", tmp_path / "b.safetensors")
+    again = Prefix.load(tmp_path / "b.safetensors")
+    assert torch.equal(again.prefix_table, prefix.prefix_table)
+    hub.files = {"README.md": b"no prefix"}
+    with pytest.raises(ValueError, match="has no adapter_config.json nor"):
+        convert(NAME, "minprefix", tmp_path / "c.safetensors")
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        convert("no/such.safetensors", "minprefix", tmp_path / "c.safetensors")
+
+
 def test_safetensors_go_before_bin(folder, model, serve):
     write_weights(folder, model.state_dict(), "bin")
     hub = serve()

@@ -1,5 +1,6 @@
 """Prefix files: what is written comes back, and what cannot be used is refused in one line."""
 
+import copy
 import resource
 from contextlib import contextmanager
 
@@ -10,10 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minprefix.models.gpt2 import GPT2
-from minprefix.models.weights import fingerprint
+from minprefix.models.weights import fingerprint, same_model
 from minprefix.prefix.bank import PrefixBank
 from minprefix.prefix.files import FORMATS, load_prefix, save_prefix
 from minprefix.prefix.prefix import Prefix
+from minprefix.training.precision import in_bf16
 
 FORMAT = FORMATS["GPT-2"]
 
@@ -82,11 +84,45 @@ def test_fingerprint_is_that_of_the_content():
     assert len(names) == 1 + len(list(model.parameters())) and fingerprint(model) == name
 
 
-def test_fingerprint_of_fp32_equals_that_of_its_bf16_copy():
-    """Weights that bf16 rounds: both are rounded the same way."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_prefix_belongs_to_copies_of_its_model_in_any_dtype(dtype):
+    """Weights that a copy rounds: both are rounded the same way. Another model stays another."""
     model = tiny_gpt2(dtype=torch.float32)
-    name = fingerprint(model)
-    assert fingerprint(model.to(torch.bfloat16)) == name
+    prefix = a_prefix(model)
+    other = tiny_gpt2(seed=5)
+    other_prefix = a_prefix(other)
+    short = copy.deepcopy(model).to(dtype)
+    prefix.check_base(short)
+    assert same_model(fingerprint(short), fingerprint(model))
+    a_prefix(short).check_base(model)
+    for one, wrong in ((prefix, other.to(dtype)), (other_prefix, short), (other_prefix, model)):
+        with pytest.raises(ValueError, match="another model"):
+            one.check_base(wrong)
+    # a file of an older version: 64 digits of the bf16 roundings
+    prefix.base = fingerprint(model)[:32] + "0" * 32
+    prefix.check_base(model)
+    prefix.check_base(copy.deepcopy(model).to(torch.bfloat16))
+
+
+def test_a_loaded_model_keeps_its_name_in_every_dtype_until_it_changes(tmp_path):
+    """Of a checkpoint in fp32: what bf16 and fp16 lose of each other, `load` remembers."""
+    from minprefix.models.weights import load, save_model
+
+    model = tiny_gpt2(dtype=torch.float32, vocab_size=8192)
+    save_model(model, load("mini")[1], tmp_path)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    loaded = [load(tmp_path, dtype=dtype)[0] for dtype in dtypes]
+    assert {fingerprint(x) for x in loaded} == {fingerprint(model)}
+    old = a_prefix(model)
+    old.base = fingerprint(model)[:32] + "0" * 32
+    old.check_base(loaded[2])
+    assert fingerprint(loaded[0].half()) == fingerprint(model)
+    assert fingerprint(in_bf16(model)) == fingerprint(model)
+    with torch.no_grad():
+        loaded[2].h[0].mlp.c_fc.weight += 0.1
+    assert not same_model(fingerprint(loaded[2]), fingerprint(model))
+    with pytest.raises(ValueError, match="another model"):
+        old.check_base(loaded[2])
 
 
 def test_fingerprint_sees_the_architecture():

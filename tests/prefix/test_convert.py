@@ -33,7 +33,7 @@ def ours(tmp_path):
 def authors(folder, state, config=CONFIG):
     folder.mkdir()
     torch.save(state, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **config.__dict__}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **config.of_model()}))
     return folder
 
 

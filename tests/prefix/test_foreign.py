@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import assert_close, hf_twin, random_ids, tiny_gpt2
+from safetensors.torch import save_file
 from torch import nn
 
 from minprefix.models.config import GPT2Config
@@ -56,7 +57,7 @@ def authors(tmp_path):
 
     def write(state) -> str:
         torch.save(state, tmp_path / "pytorch_model.bin")
-        raw = {"model_type": "gpt2", **CONFIG.__dict__, "preseqlen": 10, "use_infix": False}
+        raw = {"model_type": "gpt2", **CONFIG.of_model(), "preseqlen": 10, "use_infix": False}
         (tmp_path / "config.json").write_text(json.dumps(raw))
         return tmp_path
 
@@ -194,7 +195,7 @@ WRONG = {  # what the file holds, and what is said of it
     "nan": (mlp_state(bias=torch.full((192,), torch.nan)), "control_trans.2.bias .* not finite"),
     "integers": ({"wte.weight": torch.ones(P, C).int()}, "wte.weight .* not finite numbers"),
     "no dict": ([torch.ones(3)], "something other than tensors"),
-    "nested": ({"state_dict": mlp_state()}, "something other than tensors"),
+    "nested": ({"weights": mlp_state()}, "something other than tensors"),
     "numbers": ({1: torch.ones(3)}, "something other than tensors"),
 }
 
@@ -249,7 +250,8 @@ def hub(tmp_path):
         tensors = {
             f"{w}.prefix_tunings.{name}.{place}.{key}": x for w in where for key, x in state.items()
         }
-        torch.save(tensors | (more or {}), tmp_path / "pytorch_adapter.bin")
+        tensors |= more or {}
+        torch.save(tensors, tmp_path / "pytorch_adapter.bin")
         inner = {
             "architecture": "prefix_tuning", "bottleneck_size": MID, "cross_prefix": True,
             "dropout": 0.0, "encoder_prefix": True, "flat": False, "leave_out": [],
@@ -275,6 +277,16 @@ def test_adapter_hub(hub):
     prefix = read_adapters(hub(state_of(control_trans, wte)), CONFIG)
     assert prefix.position_offset == 0
     assert_holds(prefix, control_trans(wte(torch.arange(P)[None]))[0])
+
+
+def test_adapter_hub_in_safetensors(hub):
+    """adapter.safetensors in the place of pytorch_adapter.bin, as newer versions save it."""
+    flat = torch.randn(P * L * 2 * C)
+    folder = hub({"control_trans": flat}, flat=True)
+    tensors = torch.load(folder / "pytorch_adapter.bin")
+    save_file({key: x.clone() for key, x in tensors.items()}, folder / "adapter.safetensors")
+    (folder / "pytorch_adapter.bin").unlink()
+    assert_holds(read_adapters(folder, CONFIG), flat)
 
 
 FLAT = {"control_trans": torch.ones(P * L * 2 * C)}

@@ -11,7 +11,8 @@ from test_prefix import Words, literal_logits
 
 from minprefix.data.batches import collate, encode_examples, encode_prompt
 from minprefix.data.examples import Example
-from minprefix.generation.decoding import Beginning, GenerationConfig, Rows
+from minprefix.generation.config import GenerationConfig
+from minprefix.generation.decoding import Beginning, Rows
 from minprefix.generation.texts import generate_ids
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.bank import PrefixBank

@@ -5,15 +5,16 @@ import warnings
 
 import pytest
 import torch
-from conftest import assert_close, hf_twin, random_ids, tiny_gpt2
+from conftest import assert_close, hf_bart_twin, hf_twin, random_ids, tiny_bart, tiny_gpt2
 from safetensors.torch import load_file, save_file
 from test_checkpoint import files_up_to
 from test_generation import EOS, hf_generate
 
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.generation.texts import generate_ids
 from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
+from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.peft import read_peft, write_peft
 from minprefix.prefix.prefix import Prefix
 
@@ -107,6 +108,55 @@ def test_round_trips_are_exact(tmp_path):
     assert raw["base_model_name_or_path"] == "some/model"
 
 
+@pytest.mark.parametrize("frozen", [0, 1, P])
+def test_cartridges_are_read(tmp_path, frozen):
+    """The same table, of which PEFT trains all but the first positions."""
+    from peft import CartridgeConfig, get_peft_model
+
+    model = tiny_gpt2()
+    config = CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, num_frozen_tokens=frozen)
+    torch.manual_seed(3)
+    with warnings.catch_warnings(action="ignore"):
+        get_peft_model(hf_twin(model), config).save_pretrained(tmp_path)
+    assert_same_function(model, read_peft(tmp_path), peft_loaded(model, tmp_path))
+
+
+def test_cartridges_are_written(tmp_path):
+    model = tiny_gpt2()
+    prefix = Prefix.random(model.config, P, seed=1)
+    write_peft(tmp_path / "a", prefix, kind="CARTRIDGE")
+    peft = peft_loaded(model, tmp_path / "a")
+    assert peft.peft_config["default"].num_frozen_tokens == 1
+    assert_same_function(model, prefix, peft)
+    assert torch.equal(read_peft(tmp_path / "a").prefix_table, prefix.prefix_table)
+
+
+@pytest.mark.parametrize("n_layer", [2, 3])
+def test_prefixes_of_bart_are_read(tmp_path, n_layer):
+    """PEFT's SEQ_2_SEQ_LM: the decoder alone has a prefix, of rows in an order of its own; its
+    text begins at P, the source at 0."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = tiny_bart(n_encoder_layer=n_layer, n_layer=n_layer)
+    torch.manual_seed(3)
+    config = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
+    with warnings.catch_warnings(action="ignore"):
+        peft = get_peft_model(hf_bart_twin(model), config).double().eval()
+        peft.save_pretrained(tmp_path)
+    prefix = read_peft(tmp_path)
+    prefix.save(tmp_path / "own.safetensors")
+    for one in (prefix, BARTPrefix.load(tmp_path / "own.safetensors"), prefix.export()):
+        assert [*one.sites] == ["decoder"] and (one.position_offset, one.source_offset) == (P, 0)
+        source, target = random_ids(model, 2, 9), random_ids(model, 2, 6, seed=1)
+        with torch.no_grad():
+            real = torch.ones_like(source)
+            exact = peft(source, attention_mask=real, decoder_input_ids=target).logits
+            assert_close(model(source, target, prefix=one), exact, TOLERANCE)
+            assert (exact - model(source, target)).abs().max() > 0.1
+    with pytest.raises(ValueError, match="a BART's prefix cannot become PEFT's"):
+        write_peft(tmp_path / "b", prefix)
+
+
 def test_what_peft_cannot_compute_is_refused(tmp_path):
     config = tiny_gpt2().config
     for options, message in (
@@ -123,7 +173,8 @@ def test_what_peft_cannot_compute_is_refused(tmp_path):
 ROWS = torch.randn(P, 192, generator=torch.Generator().manual_seed(0))
 WRONG_CONFIGS = {
     "another method": ({"peft_type": "LORA"}, "peft_type is 'LORA'; supported: 'PREFIX_TUNING'"),
-    "an encoder-decoder": ({"task_type": "SEQ_2_SEQ_LM"}, "task_type is 'SEQ_2_SEQ_LM'"),
+    "another task": ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
+    "one submodule": ({"task_type": "SEQ_2_SEQ_LM"}, "num_transformer_submodules is 1"),
     "two submodules": ({"num_transformer_submodules": 2}, "num_transformer_submodules is 2"),
     "a trained head": ({"modules_to_save": ["lm_head"]}, "modules_to_save is .'lm_head'."),
     "no size": ({"num_layers": None}, "num_layers must be a number >= 1, got None"),

@@ -1,0 +1,73 @@
+"""The tensors of a checkpoint's files, in all forms that the hub and training programs write.
+
+Read `read_weights`, then `unwrapped`. Pickles are read as tensors only: code in them is refused.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minprefix.models import hub
+from minprefix.tensors import load_tensors
+
+# what wrappers of a model put before its names, and training programs around its tensors
+WRAPPERS = ("module.", "_orig_mod.", "model.transformer.")
+INSIDE = ("model", "state_dict", "model_state_dict")
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, on the CPU, under the names and in the dtypes of its files.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard is missing.
+        ValueError: a file is truncated or holds anything but tensors; names it.
+    """
+    paths = hub.weight_paths(folder)
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no weights ({', '.join(hub.WEIGHT_FILES)})")
+    tensors = {}
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing, though the index beside it names it")
+        tensors |= load_tensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+    return tensors
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote, or those that a training program put `INSIDE`
+    something larger."""
+    tensors = unpickle(path)
+    if isinstance(tensors, dict):
+        parts = [tensors[name] for name in INSIDE if isinstance(tensors.get(name), dict)]
+        tensors = parts[0] if parts else tensors
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
+    ):
+        raise ValueError(f"{path}: holds something other than tensors by name")
+    return tensors
+
+
+def unpickle(path: Path) -> Any:
+    """What a file of torch.save holds; code in it is refused, not run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling a damaged file raises almost anything
+        if isinstance(error, OSError) and error.filename is not None:  # it cannot be opened
+            raise
+        raise ValueError(f"{path}: damaged, or holds something other than tensors") from error
+
+
+def unwrapped(raw: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The tensors under their own names, without what DataParallel and torch.compile put before
+    all of them; ValueError for a tensor that is there under two names."""
+    tensors = {}
+    for key, tensor in raw.items():
+        name = key
+        while wrapper := next((w for w in WRAPPERS if name.startswith(w)), None):
+            name = name.removeprefix(wrapper)
+        if name in tensors:
+            raise ValueError(f"{folder}: {name} is there twice, once as {key}")
+        tensors[name] = tensor
+    return tensors
