@@ -1,8 +1,8 @@
 """The settings of a training run, and the rule that fills in what the user leaves open.
 
 Read `TrainConfig`, then `settle`: the number of steps, the batch size, the warm-up and the interval
-of evaluations follow from the number of training pairs. `make defaults` measures the rule against
-a grid of other settings; docs/defaults.md shows the result. `PretrainConfig` is that of a run of
+of evaluations follow from the number of training pairs. benchmarks/defaults.py measures the rule
+against a grid of other settings; docs/guides/your_data.md shows the result. `PretrainConfig` is that of a run of
 `pretrain.py`. Imports nothing of PyTorch.
 """
 
