@@ -73,7 +73,7 @@ def rows_of(runs: dict[Path, tuple[dict[str, Any], list[dict]]]) -> list[dict]:
         scores = read_log(folder, "scores.jsonl")[-1:]
         row = {
             "run": str(folder),
-            "steps": max((entry["step"] for entry in log), default=0),
+            "steps done": max((entry["step"] for entry in log), default=0),
             "best dev loss": "-" if best is None else f"{best:.3f}",
             "at step": "-" if at is None else str(at),
             "seconds": max((entry.get("seconds", 0) for entry in log), default=0),

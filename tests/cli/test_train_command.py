@@ -83,6 +83,7 @@ def test_runs_are_compared_slimmed_and_deleted(cli, tiny_folder, tables, run, tm
     out, _ = cli("runs", first, second, "--figure", tmp_path / "curves.png", "--json")
     rows = only_json(out)["runs"]
     assert [row["lr"] for row in rows] == ["0.01", "0.02"]
+    assert [row["steps done"] for row in rows] == [4, 4]
     assert "seed" not in rows[0] and "clip" not in rows[0]  # the same in both
     best = min(e["dev_loss"] for e in read_log(first) if "dev_loss" in e)
     assert rows[0]["best dev loss"] == f"{best:.3f}"
