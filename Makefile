@@ -5,6 +5,8 @@ OUT ?= runs/demo
 # tests in a process per core; one by one: make test WORKERS=0
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
+# threads of PyTorch that wait for one another sleep: a spinning one takes another process's core
+export OMP_WAIT_POLICY ?= PASSIVE
 KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,attention decode append hidden operator \
 	bench_tiles cross_entropy layer_norm)
 TUTORIALS = $(wildcard tutorials/$(or $(NAME),[0-9])*.py)
