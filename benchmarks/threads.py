@@ -2,9 +2,9 @@
 
     python -m benchmarks.threads [--busy]
 
-Steps of `mini` on batches of 16 restaurants. Each row of benchmarks/threads.csv is a process of its
-own, as the policy counts at the import of PyTorch. `--busy` runs another training step beside it, on
-one thread. Run it on a machine with nothing else to do.
+Steps of `mini` on batches of 16 restaurants. Each row of benchmarks/threads.csv is a process of
+its own, as the policy counts at the import of PyTorch. `--busy` runs another training step beside
+it, on one thread. Run it on a machine with nothing else to do.
 """
 
 import argparse
