@@ -2,8 +2,8 @@
 
 Read `TrainConfig`, then `settle`: the number of steps, the batch size, the warm-up and the interval
 of evaluations follow from the number of training pairs. benchmarks/defaults.py measures the rule
-against a grid of other settings; docs/guides/your_data.md shows the result. `PretrainConfig` is that
-of a run of `pretrain.py`. Imports nothing of PyTorch.
+against a grid of other settings; docs/guides/your_data.md shows the result. `PretrainConfig` is
+that of a run of `pretrain.py`. Imports nothing of PyTorch.
 """
 
 import math
