@@ -262,7 +262,7 @@ def tune(name: str, parametrisation: str, lr: float) -> tuple[Prefix, list[tuple
         precision="bf16" if BF16 else "fp32",
     )  # fmt: skip
     Trainer(model, tokenizer, config, train, dev, folder / name, prefix).run(progress=False)
-    log = [entry for entry in read_log(folder / name) if "dev_loss" in entry]
+    log = [entry for entry in read_log(folder / name) if "dev_loss" in entry and entry["step"]]
     cost = GRADIENT_COST * ROWS
     return prefix, [(0, begin_loss), *((cost * e["step"], e["dev_loss"]) for e in log)]
 

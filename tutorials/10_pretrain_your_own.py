@@ -310,9 +310,7 @@ prefix = minprefix.Prefix.random(model.config, 5, SEED, parametrisation="mlp", m
 settings = TrainConfig(steps=40, batch_size=12, lr=5e-3, eval_every=20, eval_pairs=60, seed=SEED,
                        log_every=20, samples=1)  # fmt: skip
 run_folder = Path(folder.name) / "run"
-run_folder.mkdir()
 trainer = Trainer(model, tokenizer, settings, train_set, dev_set, run_folder, prefix)
-trainer.evaluate()
 trainer.run(progress=False)
 tuned = [entry for entry in read_log(run_folder) if "dev_loss" in entry]
 for entry in tuned:

@@ -323,7 +323,8 @@ class BeamSearch:
         """New tokens, ends included, of the best that have ended, num_return_sequences of them; of
         the best one more than once where fewer have."""
         n = self.config.num_return_sequences
-        texts = [beam.tokens[self.prompt_len :] for beam in self.ended[:n]]
+        found = self.ended[:n] or self.running[:1]  # none has ended where all scores are NaN
+        texts = [beam.tokens[self.prompt_len :] for beam in found]
         return texts + texts[:1] * (n - len(texts))
 
 

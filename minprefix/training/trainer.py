@@ -82,7 +82,8 @@ class Trainer(Loop):
         self.tuned, self.prefix = tuned, tuned.prefix
         device = model.wte.weight.device
         if config.precision == "auto" and device.type == "cpu":
-            config = replace(config, precision="bf16" if cpu_has_bf16() else "fp32")
+            fast = cpu_has_bf16() and model.wte.weight.dtype == torch.float32
+            config = replace(config, precision="bf16" if fast else "fp32")
         self.bf16 = uses_bf16(config.precision, device)
         self.model = model = in_bf16(model) if self.bf16 and tuned.frozen else model
         model.requires_grad_(False).eval()

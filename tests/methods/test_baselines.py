@@ -157,7 +157,9 @@ def test_gradients_of_a_step_equal_those_written_out(tokenizer, tmp_path, design
     """Through the trainer, in fp64; every tensor has one."""
     model = small_model(torch.float64)
     adapter = an_adapter(model, design)
-    config = TrainConfig(method="adapter", steps=3, batch_size=3, clip=1e9)
+    config = TrainConfig(
+        method="adapter", steps=3, batch_size=3, clip=1e9, warmup_steps=0, precision="fp32"
+    )
     run = Trainer(model, tokenizer, config, pairs(6), [], tmp_path, TunedAdapter(adapter))
     total, targets = 0.0, 0
     for row in [run.rows[i] for i in run.order.batch(0)]:

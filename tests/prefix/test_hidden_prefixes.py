@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import random_ids, tiny_gpt2
 
-from minprefix.generation.decoding import GenerationConfig
+from minprefix.generation.config import GenerationConfig
 from minprefix.generation.texts import generate_ids
 from minprefix.prefix.bank import PrefixBank
 from minprefix.prefix.prefix import Prefix

@@ -289,9 +289,12 @@ class PromptSearch(Loop):
             if prompt == self.best_prompt:
                 continue
             loss = float(self.losses([prompt], self.dev_rows)[0])
-            if loss < self.best:
+            better = loss < self.best
+            self.measured.append((self.step_done, loss))
+            self.log({"step": self.step_done, "dev_loss": loss, "tokens": prompt})
+            if better:
                 self.best_prompt = prompt
-            self.note_loss(loss, tokens=prompt)
+                self.keep()
 
     # files ---------------------------------------------------------------------------------------
 
