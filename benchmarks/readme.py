@@ -128,8 +128,11 @@ def shown_in_short(row: dict[str, str]) -> bool:
     """Of `mini`: batches of 10 random rows in training, one greedy text, and many beams."""
     if row["work"] == "generate":
         return row["model"] == "mini" and (row["B"], row["beams"]) in (("1", "1"), ("16", "5"))
-    return row["model"] == "mini" and row["B"] == "10" and row["labels"] == "all" and (
-        row["data"] == "random"
+    return (
+        row["model"] == "mini"
+        and row["B"] == "10"
+        and row["labels"] == "all"
+        and (row["data"] == "random")
     )
 
 

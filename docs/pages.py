@@ -281,7 +281,9 @@ def site_links(text: str, folder: str, page: str | None = None) -> str:
         path = os.path.normpath(Path(folder) / match[1])
         if not (ROOT / path).exists():  # Python, such as `x[i](y)`
             return match[0]
-        return f"]({os.path.relpath(target(path), page)}{match[2] or ''})"
+        there = target(path)
+        offered = "path:" if there.startswith("../") and there.endswith((".py", ".md")) else ""
+        return f"]({offered}{os.path.relpath(there, page)}{match[2] or ''})"
 
     return re.sub(r"\]\((?!https?:)([^)\s#]+)(#[^)\s]*)?\)", link, text)
 
@@ -289,7 +291,7 @@ def site_links(text: str, folder: str, page: str | None = None) -> str:
 def target(path: str) -> str:
     """The page of the site, from `docs/`, for a file of the checkout, from its root.
 
-    A file that has no page is offered as it is.
+    A file that has no page is offered as it is ("path:" says so to MyST, for what could be a page).
     """
     module = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     if module in modules():
