@@ -161,7 +161,7 @@ KNOWN = {  # what a CSV holds, for those that have no table of their own below
 WIDE = {"cpu/bench.csv"}  # too wide to be read as a table: the file only
 RESULTS = """# Results
 
-Every table and figure of this site is made from a CSV file of the repository. Each file names the
+The tables and figures of these pages are made from CSV files of the repository. Each file names the
 machine, the versions and the commit of its numbers.
 
 | question | page |
