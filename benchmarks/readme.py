@@ -1,5 +1,9 @@
-"""The README's pictures and tables, from the committed CSVs: python -m benchmarks.readme"""
+"""Tables and pictures of the README and the guides, from the CSVs: python -m benchmarks.readme
 
+`PAGES` says which table stands in which page. The README has the short ones.
+"""
+
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,7 @@ from minprefix.files import atomic_write, write_text
 
 HERE = Path(__file__).parent
 GPU = HERE / "gpu"
-README = HERE.parent / "README.md"
+README, GUIDES = HERE.parent / "README.md", HERE.parent / "docs" / "guides"
 END = "<!-- end of table -->"
 ORDER = ("hard prompt", "examples in context", "prefix", "finetune")
 NAMES = {
@@ -57,10 +61,11 @@ def e2e_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def bart_table() -> str:
+def bart_table(short: bool = False) -> str:
     """mini-bart on tables and on notes: the test rows, parts of the notes as summaries among them.
 
-    Of a method with several seeds the mean, with the standard deviation and their number.
+    Of a method with several seeds the mean, with the standard deviation and their number. The short
+    table has only beam search, and of the parts of the notes only the first sentence.
     """
     columns = ("bleu", "slot_coverage", "R-1", "R-2", "R-L")
     lines = [
@@ -69,7 +74,8 @@ def bart_table() -> str:
     ]
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in read_rows(HERE / "bart_tasks.csv"):
-        if row["split"] == "test" and row["method"] in BART_METHODS:
+        left_out = short and (row["decoding"] == "greedy" or "oracle" in row["method"])
+        if row["split"] == "test" and row["method"] in BART_METHODS and not left_out:
             key = (row["task"], row["method"], row["decoding"])
             groups.setdefault(key, []).append(row)
     order = {name: n for n, name in enumerate(BART_METHODS)}
@@ -88,8 +94,8 @@ def bart_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def speed_table() -> str:
-    """Ours beside PEFT on a CPU, P = 10."""
+def speed_table(short: bool = False) -> str:
+    """Ours beside PEFT on a CPU, P = 10. The short table has only `mini`, in a few cases."""
     lines = [
         "| work | dtype | tokens/s | PEFT | ratio |",
         "|---|---|---|---|---|",
@@ -97,6 +103,8 @@ def speed_table() -> str:
     rows = [row for row in read_rows(HERE / "cpu" / "bench.csv") if row["P"] == "10"]
     ours = [row for row in rows if row["method"] == "minprefix" and shown(row)]
     for row in sorted(ours, key=lambda r: (r["work"] != "train", r["model"] != "mini")):
+        if short and not shown_in_short(row):
+            continue
         (peft,) = (r for r in rows if r["method"] == "peft" and case(r) == case(row))
         if not peft["ms"]:  # its results were refused, see its note
             continue
@@ -114,6 +122,18 @@ def shown(row: dict[str, str]) -> bool:
     if row["work"] == "generate":
         return row["B"] in ("1", "16")
     return row["B"] in ("10", "32") and (row["T"] == "128" or row["data"] != "random")
+
+
+def shown_in_short(row: dict[str, str]) -> bool:
+    """Of `mini`: batches of 10 random rows in training, one greedy text, and many beams."""
+    if row["work"] == "generate":
+        return row["model"] == "mini" and (row["B"], row["beams"]) in (("1", "1"), ("16", "5"))
+    return (
+        row["model"] == "mini"
+        and row["B"] == "10"
+        and row["labels"] == "all"
+        and (row["data"] == "random")
+    )
 
 
 def case(row: dict[str, str]) -> tuple[str, ...]:
@@ -195,19 +215,28 @@ def gpu_steps_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {
-    "benchmarks/e2e.csv": e2e_table,
-    "benchmarks/bart_tasks.csv": bart_table,
-    "benchmarks/cpu/bench.csv": speed_table,
-    "benchmarks/gpu/steps-h200.csv": gpu_steps_table,
-    "benchmarks/gpu/attention-h200.csv": gpu_attention_table,
-    "benchmarks/gpu/decode-h200.csv": gpu_decode_table,
+PAGES = {  # page: {the CSV in the mark before a table: what makes the table}
+    README: {
+        "benchmarks/e2e.csv": e2e_table,
+        "benchmarks/bart_tasks.csv": partial(bart_table, short=True),
+        "benchmarks/cpu/bench.csv": partial(speed_table, short=True),
+        "benchmarks/gpu/steps-h200.csv": gpu_steps_table,
+    },
+    GUIDES / "e2e.md": {"benchmarks/e2e.csv": e2e_table},
+    GUIDES / "bart.md": {"benchmarks/bart_tasks.csv": bart_table},
+    GUIDES / "speed_cpu.md": {"benchmarks/cpu/bench.csv": speed_table},
+    GUIDES / "speed_gpu.md": {
+        "benchmarks/gpu/steps-h200.csv": gpu_steps_table,
+        "benchmarks/gpu/attention-h200.csv": gpu_attention_table,
+        "benchmarks/gpu/decode-h200.csv": gpu_decode_table,
+    },
 }
 
 
-def with_tables(text: str) -> str:
-    """The README's text with each table between its two marks."""
-    for name, table in TABLES.items():
+def with_tables(page: Path) -> str:
+    """The page's text with each of its tables between the table's two marks."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in PAGES[page].items():
         begin = f"<!-- table: {name} -->\n"
         before, rest = text.split(begin)
         text = before + begin + table() + END + rest.split(END, 1)[1]
@@ -257,9 +286,9 @@ def main() -> None:
     for name, bench in (("attention", attention), ("decode", decode)):
         path = GPU / f"{name}-h200.csv"
         bench.draw(read_rows(path), path.with_suffix(".png"))
-    write_text(README, with_tables(README.read_text(encoding="utf-8")))
-    for table in TABLES.values():
-        print(table())
+    for page in PAGES:
+        write_text(page, with_tables(page))
+        print(page)
 
 
 if __name__ == "__main__":

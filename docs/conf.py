@@ -32,7 +32,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 include_patterns = [
-    "index.md", "guides/*.md", "recipes.md", "tutorials/[0-9]*.py", "solutions/*.md",
+    "index.md", "guides/*.md", "recipes.md", "log.md", "tutorials/[0-9]*.py", "solutions/*.md",
     "results/*.md", "api/*.md",
 ]  # fmt: skip
 suppress_warnings = ["ref.python"]  # `load` in a docstring is one of several: no link then
@@ -74,6 +74,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 def setup(app):
     pages.write_all()
+    app.connect("source-read", pages.link_guides)
     app.connect("autodoc-process-docstring", docstrings.to_rest, priority=100)  # before napoleon
     app.connect("doctree-read", pages.name_pictures)
     app.connect("build-finished", pages.copy_extras)

@@ -1,28 +1,21 @@
 """Pages of the site that are made from files, and the tutorials as the site shows them.
 
 Before Sphinx reads, `write_all` makes `docs/api/` (a page per module), `docs/results/` (from the
-committed CSVs), `docs/solutions/` and `docs/tutorials/`, copies in which links that hold in a
-checkout are links of the site and whose end says how to run the script. Git ignores all four.
+committed CSVs), `docs/solutions/` and `docs/tutorials/`, copies whose end says how to run the
+script. Git ignores all four. Links of tutorials and guides hold in a checkout; `site_links` makes
+them links of the site.
 """
 
 import ast
 import csv
 import hashlib
+import os
 import re
 import shutil
 from importlib.resources import files
 from pathlib import Path
 
 import jupytext
-
-from benchmarks.readme import (
-    bart_table,
-    e2e_table,
-    gpu_attention_table,
-    gpu_decode_table,
-    gpu_steps_table,
-    speed_table,
-)
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -106,7 +99,7 @@ def api_pages() -> dict[str, str]:
     lines = [
         "# API reference",
         "",
-        "Made from the docstrings. Shapes use the letters of this table:",
+        "Made from the docstrings. Shapes use these letters:",
     ]
     lines += ["", "```{include} ../../README.md", ":start-after: '## Letters'"]
     lines += [":end-before: '## Layout'", "```", ""]
@@ -166,68 +159,49 @@ KNOWN = {  # what a CSV holds, for those that have no table of their own below
     "step_launches.csv": "No run: the launches of a training step, and a time from their bytes",
 }
 WIDE = {"cpu/bench.csv"}  # too wide to be read as a table: the file only
+RESULTS = """# Results
+
+The tables and figures of these pages are made from CSV files of the repository. Each file names the
+machine, the versions and the commit of its numbers.
+
+| question | page |
+|---|---|
+| What does a frozen small GPT-2 learn, and how near is it to fine-tuning? | [E2E with `mini`](../guides/e2e.md) |
+| And an encoder-decoder? | [BART](../guides/bart.md) |
+| Do the paper's claims hold here? | [The paper, run here](paper.md) |
+| How fast is it on a CPU, beside PEFT? | [Speed on a CPU](../guides/speed_cpu.md) |
+| And on a GPU, the kernels included? | [Results on a GPU](../guides/speed_gpu.md), [all that was found there](gpu.md) |
+| What was verified? | [What was verified, and what was not](../guides/verification.md) |
+| What did not work? | [The log](../log.md) |
+
+```{toctree}
+:hidden:
+
+paper
+gpu
+```
+
+## All files
+"""  # noqa: E501
 
 
 def result_pages() -> dict[str, str]:
-    """The results' page, that of the GPU, and with results of the paper's experiments theirs."""
-    lines = ["# Results", ""]
-    lines += [
-        "Every table here is made from a CSV file of the repository when this site is built; "
-    ]
-    lines += ["each file names the machine, the versions and the commit of its numbers.", ""]
-    lines += ["## E2E with the embedded model", "", note("e2e"), "", e2e_table()]
-    lines += [picture("readme.png", "Left: which keys each query sees. Right: BLEU on E2E."), ""]
-    lines += ["## An encoder-decoder: `mini-bart`", "", note("bart"), "", bart_table()]
-    lines += ["## Speed on a CPU, beside PEFT", "", note("speed"), "", speed_table()]
-    lines += [picture(str(path), title) for path, title in speed_pictures()]
-    lines += ["## Speed on a GPU", "", note("steps"), "", gpu_steps_table()]
-    lines += [note("attention"), "", gpu_attention_table()]
-    lines += [picture("gpu/attention-h200.png", "Attention on an H200: times, ratios, roofline.")]
-    lines += [note("decode"), "", gpu_decode_table()]
-    lines += [picture("gpu/decode-h200.png", "One step of decoding on an H200.")]
-    lines += ["## All files", ""]
+    """The results' page, that of the GPU, and that of the paper's experiments."""
+    lines = [RESULTS]
     for path in sorted(BENCHMARKS.rglob("*.csv")):
         name = str(path.relative_to(BENCHMARKS))
         if not name.startswith("paper/"):
             lines += csv_section(path, KNOWN.get(name, ""))
-    pages, report = {}, BENCHMARKS / "paper" / "RESULTS.md"
-    if report.exists():
-        text = "```{include} ../../benchmarks/paper/RESULTS.md\n:relative-images:\n```\n"
-        pictures = [p for p in sorted(report.parent.glob("*.png")) if p.name not in text]
-        text += "".join(picture(f"paper/{p.name}", p.stem) + "\n" for p in pictures)
-        lines += ["```{toctree}", ":hidden:", "", "paper", "```", ""]
-        pages["results/paper.md"] = text
-    text = (BENCHMARKS / "gpu" / "README.md").read_text(encoding="utf-8")
-    pages["results/gpu.md"] = re.sub(r"\]\((?!http)([^)]+)\)", r"](../../benchmarks/gpu/\1)", text)
-    lines += ["```{toctree}", ":hidden:", "", "gpu", "```", ""]
-    return pages | {"results/index.md": "\n".join(lines)}
-
-
-def note(name: str) -> str:
-    """What the README says above its table of this kind; one source for both."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    heading, mark = {
-        "e2e": ("## What a frozen model can do with it", "<!-- table: benchmarks/e2e.csv"),
-        "bart": ("What `mini-bart`", "<!-- table: benchmarks/bart_tasks.csv"),
-        "speed": ("## How fast", "<!-- table: benchmarks/cpu/bench.csv"),
-        "steps": ("### On a GPU", "<!-- table: benchmarks/gpu/steps-h200.csv"),
-        "attention": ("On the H200, bf16", "<!-- table: benchmarks/gpu/attention-h200.csv"),
-        "decode": ("One step of decoding", "<!-- table: benchmarks/gpu/decode-h200.csv"),
-    }[name]
-    text = text.split(heading, 1)[1].split(mark, 1)[0].strip()
-    glue = "" if text.startswith(",") else " "
-    text = text if heading.startswith("#") else heading + glue + text
-    text = text.replace("](benchmarks/gpu/README.md)", "](./gpu.md)")
-    return re.sub(r"\]\((?!http|\./)([^)]+)\)", r"](../../\1)", text)
-
-
-def speed_pictures() -> list[tuple[Path, str]]:
-    titles = {"bench": "Throughput", "profile": "Where the time of a training step goes"}
-    found = sorted((BENCHMARKS / "cpu").glob("*.png"))
-    return [
-        (p.relative_to(BENCHMARKS), f"{titles.get(p.stem.split('-')[0], '')}: {p.stem}")
-        for p in found
-    ]
+    report = BENCHMARKS / "paper" / "RESULTS.md"
+    text = "```{include} ../../benchmarks/paper/RESULTS.md\n:relative-images:\n```\n"
+    pictures = [p for p in sorted(report.parent.glob("*.png")) if p.name not in text]
+    text += "".join(picture(f"paper/{p.name}", p.stem) + "\n" for p in pictures)
+    gpu = (BENCHMARKS / "gpu" / "README.md").read_text(encoding="utf-8")
+    return {
+        "results/index.md": "\n".join(lines),
+        "results/paper.md": text,
+        "results/gpu.md": site_links(gpu, "benchmarks/gpu", "results"),
+    }
 
 
 def picture(name: str, title: str) -> str:
@@ -279,7 +253,7 @@ def solution_pages() -> dict[str, str]:
 def tutorial_pages() -> dict[str, str]:
     """The tutorials as they are run and shown."""
     return {
-        f"tutorials/{path.name}": site_links(path.read_text(encoding="utf-8"))
+        f"tutorials/{path.name}": site_links(path.read_text(encoding="utf-8"), "tutorials")
         + last_cell(path.stem)
         for path in tutorials()
     }
@@ -294,21 +268,51 @@ def read_tutorial(text: str):
     return notebook
 
 
-def site_links(text: str) -> str:
-    """Markdown links (of comment lines) to files of the checkout, as links of the site."""
+def site_links(text: str, folder: str, page: str | None = None) -> str:
+    """Markdown links to files of the checkout, as links of the site.
 
-    names = modules()
+    Args:
+        folder: where the text lies, from the root of the checkout.
+        page: folder of its page, from `docs/`; None = `folder`.
+    """
+    page = folder if page is None else page
 
-    def target(match: re.Match) -> str:
-        path = match[1]
-        if path.startswith("solutions/"):
-            return f"](../{path.removesuffix('.py')}.md)"
-        module = path.removeprefix("../").removesuffix(".py").replace("/", ".")
-        if module.removesuffix(".__init__") in names:
-            return f"](../api/{module.removesuffix('.__init__')}.md)"
-        return f"](../{path})"  # docs/ lies in between
+    def link(match: re.Match) -> str:
+        path = os.path.normpath(Path(folder) / match[1])
+        if not (ROOT / path).exists():  # Python, such as `x[i](y)`
+            return match[0]
+        there = target(path)
+        offered = "path:" if there.startswith("../") and there.endswith((".py", ".md")) else ""
+        return f"]({offered}{os.path.relpath(there, page)}{match[2] or ''})"
 
-    return re.sub(r"\]\(((?:\.\./|solutions/)[^)\s#]+)\)", target, text)
+    return re.sub(r"\]\((?!https?:)([^)\s#]+)(#[^)\s]*)?\)", link, text)
+
+
+def target(path: str) -> str:
+    """The page of the site, from `docs/`, for a file of the checkout, from its root.
+
+    A file that has no page is offered as it is ("path:" says so to MyST, for what could be a page).
+    """
+    module = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+    if module in modules():
+        return f"api/{module}.md"
+    if path.startswith("tutorials/solutions/"):
+        return path.removeprefix("tutorials/").replace(".py", ".md")
+    if path.startswith("tutorials/"):
+        return path
+    pages = {
+        "README.md": "index.md",
+        "benchmarks/gpu/README.md": "results/gpu.md",
+        "benchmarks/paper/RESULTS.md": "results/paper.md",
+    }
+    return pages.get(path, os.path.relpath(path, "docs"))
+
+
+def link_guides(app, name: str, source: list[str]) -> None:
+    """Sphinx's event `source-read`: links of the pages that are written by hand."""
+    folder = os.path.dirname(name)
+    if folder not in MADE:
+        source[0] = site_links(source[0], os.path.join("docs", folder), folder)
 
 
 def last_cell(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed CSVs."""
+"""The figures of the README and the guides are those of the committed CSVs."""
 
 from pathlib import Path
 
@@ -12,15 +12,21 @@ from benchmarks.kernels import peers as bench_peers
 from benchmarks.kernels.attention import ISSUE, PASSES, SMALL
 from benchmarks.kernels.peers import Shape, Truth, make_sample
 from benchmarks.machine import add_row, machine, read_rows
-from benchmarks.readme import HERE, README, draw, final_rows, with_tables
+from benchmarks.readme import HERE, PAGES, README, draw, final_rows, with_tables
 from kernels import assembler
 from kernels.tools import sanitize
 
 
-def test_readme_table_is_made_from_the_csv():
-    text = README.read_text(encoding="utf-8")
-    assert with_tables(text) == text, "run: python -m benchmarks.readme"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_made_from_the_csvs(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert with_tables(page) == text, "run: python -m benchmarks.readme"
+    assert text.count("<!-- table: ") == len(PAGES[page])
     assert len(final_rows()) >= 4
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
 
 
 def test_selection_was_on_the_dev_set_and_the_final_runs_follow_it():

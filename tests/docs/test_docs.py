@@ -1,6 +1,7 @@
 """The site without building it: what its pages are made of, and the interactive page's numbers."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,22 +34,51 @@ def test_every_public_module_is_in_the_reference_once():
 
 
 def test_links_of_the_checkout_become_links_of_the_site():
-    text = "# [a](../minprefix/models/gpt2.py), [b](solutions/02_x.py), [c](02_x.py), "
-    text += "[d](../README.md)"
+    text = "# [a](../minprefix/models/gpt2.py), [b](solutions/02_equation_3.py), [c](04_x.py), "
+    text += "[d](../README.md), [e](../benchmarks/e2e.py), [f](../benchmarks/gpu/README.md#what)"
     wanted = (
-        "# [a](../api/minprefix.models.gpt2.md), [b](../solutions/02_x.md), [c](02_x.py), "
-        "[d](../../README.md)"
+        "# [a](../api/minprefix.models.gpt2.md), [b](../solutions/02_equation_3.md), [c](04_x.py), "
+        "[d](../index.md), [e](path:../../benchmarks/e2e.py), [f](../results/gpu.md#what)"
     )
-    assert pages.site_links(text) == wanted
-    assert pages.site_links("[k](../kernels/__init__.py)") == "[k](../api/kernels.md)"
-    assert pages.site_links("[w](https://a.b/c.py)") == "[w](https://a.b/c.py)"
+    assert pages.site_links(text, "tutorials") == wanted
+    assert pages.site_links("[k](../kernels/__init__.py)", "tutorials") == "[k](../api/kernels.md)"
+    assert pages.site_links("[w](https://a.b/c.py)", "tutorials") == "[w](https://a.b/c.py)"
+    guide = "![p](../../benchmarks/readme.png) [t](../../tutorials/09_speed.py) [r](../recipes.md)"
+    wanted = "![p](../../benchmarks/readme.png) [t](../tutorials/09_speed.py) [r](../recipes.md)"
+    assert pages.site_links(guide, "docs/guides", "guides") == wanted
+
+
+def written() -> list[Path]:
+    """The README and the pages of the site that are written by hand."""
+    return [CHECKOUT / "README.md", *pages.DOCS.glob("*.md"), *pages.DOCS.glob("guides/*.md")]
+
+
+@pytest.mark.parametrize("path", written(), ids=lambda path: path.name)
+def test_links_hold_in_a_checkout(path: Path):
+    """Links of index.md to pages that are made hold on the site only."""
+    targets = re.findall(r"\]\((?!https?:)([^)\s#]+)(?:#[^)\s]*)?\)", path.read_text("utf-8"))
+    for target in targets:
+        made = path.name == "index.md" and target.split("/")[0] in pages.MADE
+        assert made or (path.parent / target).exists(), target
+
+
+def test_the_layout_names_files_that_are_there():
+    layout = (CHECKOUT / "README.md").read_text("utf-8").split("## Layout")[1].split("```")[1]
+    known = {path.name for folder in ("minprefix", "kernels", "docs", "tutorials")
+             for path in (CHECKOUT / folder).rglob("*")}  # fmt: skip
+    names = set(re.findall(r"[\w.-]+\.(?:py|md)\b", layout))
+    assert len(names) > 15
+    assert names <= known, names - known
+
+
+def test_every_guide_is_in_the_menu():
+    index = (pages.DOCS / "index.md").read_text("utf-8")
+    for path in pages.DOCS.glob("guides/*.md"):
+        assert f"\nguides/{path.stem}\n" in index
 
 
 def test_results_show_the_rows_of_the_files():
     page = pages.result_pages()["results/index.md"]
-    assert pages.e2e_table() in page and pages.speed_table() in page
-    assert pages.gpu_steps_table() in page and pages.gpu_attention_table() in page
-    assert "On the H200, bf16, D 64." in page and "One step of decoding, cache" in page
     names = {str(p.relative_to(pages.BENCHMARKS)) for p in pages.BENCHMARKS.rglob("*.csv")}
     for name in names:
         assert name.startswith("paper/") or f"(../../benchmarks/{name})" in page
