@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from benchmarks import defaults
 from benchmarks.kernels import attention, decode
 from benchmarks.machine import read_rows
 from benchmarks.peft.run import KEY
@@ -215,6 +216,36 @@ def gpu_steps_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def defaults_table() -> str:
+    """The rule for open settings against the best of a grid around it."""
+    lines = [
+        "| model | data | pairs | dev loss by the rule, seed 0 | best of the grid | above it | "
+        "runs of the grid | rule, largest minus smallest over seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in defaults.summary():
+        spread = f"{row['spread']:.3f} ({row['seeds']})" if row["seeds"] > 1 else "one seed"
+        lines.append(
+            f"| {row['model']} | {row['data']} | {row['pairs']:,} | {row['seed 0']:.3f} "
+            f"| {row['best of grid']:.3f} | {row['excess']:.1f} % | {row['grid']} | {spread} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def copying_table() -> str:
+    """What each choice buys in facts."""
+    lines = [
+        "| choice | decoding | steps | BLEU | slot values | missing per text | wrong per text |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in read_rows(HERE / "copying.csv"):
+        lines.append(
+            f"| {row['choice']} | {row['decoding']} | {row['steps']} | {row['bleu']} "
+            f"| {row['slot_coverage']} % | {row['missing_per_text']} | {row['wrong_per_text']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 PAGES = {  # page: {the CSV in the mark before a table: what makes the table}
     README: {
         "benchmarks/e2e.csv": e2e_table,
@@ -224,6 +255,10 @@ PAGES = {  # page: {the CSV in the mark before a table: what makes the table}
     },
     GUIDES / "e2e.md": {"benchmarks/e2e.csv": e2e_table},
     GUIDES / "bart.md": {"benchmarks/bart_tasks.csv": bart_table},
+    GUIDES / "your_data.md": {
+        "benchmarks/defaults.csv": defaults_table,
+        "benchmarks/copying.csv": copying_table,
+    },
     GUIDES / "speed_cpu.md": {"benchmarks/cpu/bench.csv": speed_table},
     GUIDES / "speed_gpu.md": {
         "benchmarks/gpu/steps-h200.csv": gpu_steps_table,
