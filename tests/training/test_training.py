@@ -20,7 +20,7 @@ from minprefix.models.weights import fingerprint, load, save_model
 from minprefix.prefix.parametrisations import token_activations
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.config import METHOD_NAMES, TrainConfig
-from minprefix.training.loop import Interrupted
+from minprefix.training.interrupts import Interrupted
 from minprefix.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
