@@ -35,11 +35,6 @@ def run(options: SearchOptions) -> dict | None:
             write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
         with tells_how_to_go_on(f"python -m minprefix search --resume {shlex.quote(str(out))}"):
             result = search.run()
-    if result["dev_loss"] >= result["dev_loss_without_prompt"]:
-        raise ValueError(
-            f"the best prompt has a dev loss of {result['dev_loss']:.3f}, and no prompt has "
-            f"{result['dev_loss_without_prompt']:.3f}: search longer, or with more --starts"
-        )
     result["kept"] = str(out / ("prompt.json" if search.config.after else "prefix.safetensors"))
     if options.json:
         return result

@@ -1,6 +1,5 @@
 """`python -m benchmarks.paper` from its runs to CSV, figure and claims, on a tiny model."""
 
-import errno
 import json
 import os
 import shutil
@@ -289,16 +288,6 @@ def test_a_run_that_another_process_has_is_waited_for(monkeypatch, tmp_path):
         (tmp_path / run.id / "scores.json").write_text("{}")
     worker.join(timeout=10)
     assert not worker.is_alive() and not (tmp_path / run.id / "failure.json").exists()
-
-
-def test_a_file_system_without_locks_is_told_of(monkeypatch, tmp_path, capsys):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(pool.fcntl, "flock", refuse)
-    with pool.locked(tmp_path / "run", wait=False) as mine:
-        assert mine
-    assert "run: cannot be locked here: start one process only" in capsys.readouterr().err
 
 
 def test_a_process_that_dies_before_its_first_run_is_named(monkeypatch, tmp_path):

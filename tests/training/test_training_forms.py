@@ -187,7 +187,7 @@ def test_commands(cli, tiny_folder, tables, tmp_path, options, form, place):
     run, file = tmp_path / "run", tmp_path / "a.safetensors"
     common = ("--model", tiny_folder, "--device", "cpu", "--json")
     cli("train", *common, "--data", tables, "--out", run, "--steps", 2, "--batch-size", 4,
-        "--mid-dim", 8, "--prefix-len", 3, *options)  # fmt: skip
+        "--lr", 0.05, "--mid-dim", 8, "--prefix-len", 3, *options)  # fmt: skip
     exported = json.loads(cli("export", run, "--out", file, "--json")[0])
     rows = json.loads(cli("info", *common, "--prefix", file)[0])["parameters"]
     numbers = {row["part"]: row["parameters"] for row in rows}
@@ -207,7 +207,7 @@ def test_commands(cli, tiny_folder, tables, tmp_path, options, form, place):
 def test_a_run_in_bf16_is_exported_as_it_was_computed(cli, tiny_folder, tables, tmp_path, form):
     run, files = tmp_path / "run", [tmp_path / name for name in ("bf16", "fp32")]
     cli("train", "--model", tiny_folder, "--device", "cpu", "--data", tables, "--out", run,
-        "--steps", 2, "--batch-size", 4, "--mid-dim", 8, "--prefix-len", 3,
+        "--steps", 2, "--batch-size", 4, "--mid-dim", 8, "--prefix-len", 3, "--lr", 0.05,
         "--parametrisation", form, "--precision", "bf16")  # fmt: skip
     kept = Prefix.load(run / "prefix.safetensors").prefix_table
     for file in files:
