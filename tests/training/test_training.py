@@ -294,8 +294,8 @@ def test_resuming_something_else_is_refused(tokenizer, tmp_path):
         other.load_state()
     with pytest.raises(ValueError, match="no saved state"):
         trainer(tokenizer, tmp_path / "elsewhere").load_state()
-    state = tmp_path / "state" / "state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
+    for state in (tmp_path / "state").iterdir():
+        state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"state\.pt: damaged"):
         trainer(tokenizer, tmp_path).load_state()
 
