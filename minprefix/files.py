@@ -8,8 +8,10 @@ error.
 """
 
 import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,6 +22,11 @@ from uuid import uuid4
 
 LACKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # "I have no such call"
 WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)  # s, for whoever holds a file open: a virus scanner, a share
+TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp(\.\w+)?")  # the names that `atomic_write` writes to
+
+
+class FileNote(UserWarning):
+    """A file is used, and the user should know something about it."""
 
 
 @contextmanager
@@ -31,7 +38,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             Whatever error ends the block, the temporary file is gone and an earlier `path` intact.
     """
     path = Path(path)
-    target = Path(os.path.realpath(path))  # a link stays a link
+    target = target_of(path)
     temporary = target.with_name(f".{uuid4().hex}.tmp{target.suffix}")
     try:
         yield temporary
@@ -66,6 +73,28 @@ def rename(source: Path, target: Path) -> None:
             time.sleep(wait)
 
 
+def target_of(path: Path) -> Path:
+    """The file that a write to `path` replaces.
+
+    A symbolic link stays a link to its target, unless the target lies outside of the link's folder:
+    then the link itself is replaced.
+    """
+    target, folder = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
+    return target if target.is_relative_to(folder) else folder / path.name
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in `folder` and in its subfolders.
+
+    Only for a folder in which no other process writes.
+    """
+    inner = [place for place in folder.iterdir() if place.is_dir() and not place.is_symlink()]
+    for place in (folder, *inner):
+        for path in place.glob(".*.tmp*"):
+            if TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+
 def flush(path: Path) -> None:
     """Wait until the file is on the disk, where the file system can say so."""
     # Windows flushes only what is open for writing
@@ -90,6 +119,32 @@ def flush_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def sha256_around(path: Path, start: int) -> str:
+    """The sha256 of a file without the 64 bytes at `start`, which are for its digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(min(2**20, start - file.tell())):
+            digest.update(piece)
+        file.seek(start + 64)
+        hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
+def seal(path: Path, start: int) -> None:
+    """Write the digits of `sha256_around` at `start`."""
+    digits = sha256_around(path, start).encode()
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(digits)
+
+
+def is_sealed(path: Path, start: int) -> bool:
+    """Whether the digits at `start` are those of `sha256_around`."""
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(64) == sha256_around(path, start).encode()
 
 
 def write_text(path: str | Path, text: str) -> None:

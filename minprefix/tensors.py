@@ -1,8 +1,15 @@
 """Tensors in safetensors files [1]: written whole or not at all, read with an error that names the
 file. Apart from `files.py`, as this needs PyTorch.
+
+Equal contents give equal bytes. A sealed file has a checksum among its metadata: the sha256 of all
+bytes but its own digits. Its name and its value both say what it is, so that one damaged byte
+cannot make the file look like one without a checksum.
 [1] https://github.com/huggingface/safetensors
 """
 
+import json
+import re
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,17 +17,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minprefix.files import atomic_write
+from minprefix.files import FileNote, atomic_write, is_sealed, seal
+
+SEAL = "checksum"  # the name among the metadata
+UNSEALED = "sha256:" + 64 * "0"
+SEALED = re.compile(rb'"checksum":"sha256:([0-9a-f]{64})"')
 
 
 def save_tensors(
-    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None,
+    *, sealed: bool = False,
+) -> None:  # fmt: skip
     """Write a safetensors file, atomically.
 
     Args:
         tensors: on any device, with any strides; no two of the same memory.
+        sealed: with a checksum, for `check_seal`.
     """
+    if sealed:
+        metadata = (metadata or {}) | {SEAL: UNSEALED}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:
         temporary.touch()
@@ -31,10 +46,56 @@ def save_tensors(
                 temporary.chmod(mode)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
+        sort_header(temporary)
+        if sealed:
+            place = place_of_seal(temporary)
+            assert place
+            seal(temporary, place)
+
+
+def sort_header(path: Path) -> None:
+    """Sort the header of a safetensors file, whose metadata the library writes in any order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        assert len(text.encode()) <= size  # the library writes JSON without blanks, too
+        file.seek(8)
+        file.write(text.encode().ljust(size))
+
+
+def place_of_seal(path: Path) -> int | None:
+    """Where the digits of the checksum are; None in a file without one.
+
+    ValueError if there is a checksum that cannot be read.
+    """
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    found = SEALED.search(header)
+    if found is None and (f'"{SEAL}"'.encode() in header or b"sha256:" in header):
+        raise ValueError(f"{path}: damaged, its checksum cannot be read")
+    return found and 8 + found.start(1)
+
+
+def check_seal(path: str | Path) -> None:
+    """Compare the checksum of a sealed safetensors file with its contents.
+
+    A file of an older version has none: a `FileNote` says so.
+
+    Raises:
+        ValueError: the file has changed since it was written.
+    """
+    path = Path(path)
+    place = place_of_seal(path)
+    if place is None:
+        note = "it has no checksum, as files of older versions, and damage to it cannot be seen"
+        warnings.warn(f"{path}: {note}", FileNote, stacklevel=3)
+    elif not is_sealed(path, place):
+        raise ValueError(f"{path}: damaged, its contents do not match its checksum")
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, on the CPU, and its metadata.
+    """The tensors of a safetensors file, on the CPU, and its metadata, without the checksum.
 
     Raises:
         ValueError: truncated, empty or no safetensors file; names it.
@@ -43,7 +104,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+            metadata = {k: v for k, v in (file.metadata() or {}).items() if k != SEAL}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no dict)
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or no safetensors file ({error})") from error
 

@@ -35,7 +35,7 @@ from minprefix.cli.report import say
 from minprefix.metrics.meteor import why_not
 from minprefix.models import weights
 from minprefix.training.config import PRECISIONS
-from minprefix.training.loop import Interrupted
+from minprefix.training.interrupts import Interrupted
 
 DATA = ("e2e", "webnlg", "dart")  # in the order of the CSVs
 WHAT = (*EXPERIMENTS, "all", "sweep", "report")

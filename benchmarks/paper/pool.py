@@ -1,13 +1,11 @@
 """Many runs on several processes: each worker takes the next run that nobody has.
 
-Read `locked`, `work` (what a worker does) and `run_all`. A run is taken with a lock on a file of
-its folder, which the system releases when a process ends however it ends: nothing is left behind by
+Read `work` (what a worker does) and `run_all`. A run is taken with the lock on its folder, which
+the system releases when a process ends however it ends: nothing is left behind by
 a kill, and two commands on the same folder share the work. A run that fails leaves its reason and
 the others go on; the next command tries it again.
 """
 
-import errno
-import fcntl
 import gc
 import json
 import multiprocessing
@@ -17,32 +15,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from benchmarks.paper.run import Run, execute, failure_of, record_of
-from minprefix.files import LACKS, write_text
-from minprefix.training.loop import Interrupted
-
-
-@contextmanager
-def locked(folder: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process has the folder for itself, within the block; `wait` until it has."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:  # a file system without locks: two processes may do a run twice
-            if error.errno not in {*LACKS, errno.ENOLCK}:
-                raise
-            print(f"{folder}: cannot be locked here: start one process only", file=sys.stderr)
-        yield True
+from minprefix.files import write_text
+from minprefix.training.interrupts import Interrupted
+from minprefix.training.lock import FolderInUse, alone_in
 
 
 def settled(folder: Path) -> bool:
@@ -76,8 +58,8 @@ def work(
             folder = root / run.id
             if settled(folder):
                 continue
-            with locked(folder, wait) as mine:
-                if mine and not settled(folder):
+            with suppress(FolderInUse), alone_in(folder, wait):
+                if not settled(folder):
                     attempt(run, folder, data_dir, device)
                     done(run)
 

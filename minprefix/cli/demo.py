@@ -28,7 +28,8 @@ from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.config import TrainConfig
-from minprefix.training.loop import Interrupted
+from minprefix.training.interrupts import Interrupted
+from minprefix.training.lock import alone_in
 from minprefix.training.precision import cpu_has_bf16
 from minprefix.training.run_folder import read_log
 from minprefix.training.trainer import Trainer
@@ -64,7 +65,8 @@ def run_demo(out: Path) -> tuple[dict, list[dict]]:
     """
     go_on = f"the same command goes on ({out} keeps what is done)"
     try:
-        return tune_write_measure(out)
+        with alone_in(out):
+            return tune_write_measure(out)
     except Interrupted as stop:
         raise Interrupted(
             f"{stop}; {out / 'prefix.safetensors'} can be used; {go_on}", stop.number
@@ -126,7 +128,9 @@ def tune(trainer: Trainer, out: Path) -> dict:
     """Train to the end, from the last state in `out` if there is one."""
     if trainer.resume():
         say(f"{out} holds a run: going on after step {trainer.step_done} (delete it to start anew)")
-    return trainer.run()
+    result = trainer.run()
+    trainer.check_result()
+    return result
 
 
 def row(name: str, scores: dict[str, float], n_trained: int, n_kept: int, model) -> dict:

@@ -15,12 +15,15 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from minprefix.cli.commands import COMMANDS
 from minprefix.cli.options import Common
+from minprefix.files import FileNote
 
 PROG = "python -m minprefix"
 
@@ -64,6 +67,14 @@ def quiet_pipes() -> Iterator[None]:
         raise SystemExit(0) from None
 
 
+def show_note(otherwise: Callable, message, category, *where) -> None:
+    """Show a note about a file in one line, and other warnings as Python does."""
+    if issubclass(category, FileNote):
+        print(f"minprefix: note: {message}", file=sys.stderr)
+    else:
+        otherwise(message, category, *where)
+
+
 @quiet_pipes()
 def execute(
     cls: type[Common], run: Callable[[Any], dict | None], words: Sequence[str], prog: str
@@ -75,6 +86,8 @@ def execute(
         run: prints the result or returns it.
     """
     options = None
+    show = warnings.showwarning
+    warnings.showwarning = partial(show_note, show)
     try:
         options = cls.parse(tuple(words), prog, inspect.getdoc(cls) or "")
         result = run(options)
@@ -88,6 +101,8 @@ def execute(
             raise
         print(f"minprefix: error: {describe(error)}", file=sys.stderr)
         return 1
+    finally:
+        warnings.showwarning = show
     if result is not None:
         from minprefix.cli.report import format_rows  # not before: it needs PyTorch
 

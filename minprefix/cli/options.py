@@ -5,6 +5,7 @@ The options of each command (`commands.py`) inherit from one of these: `Common` 
 folder). No option needs PyTorch to be known, so that --help comes at once.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
 
 from minprefix.cli.parse import changed, parse
 from minprefix.data.load import DATA_SETS, LINEARISATIONS, load_train_and_dev
+from minprefix.data.load import EMBEDDED as EMBEDDED_DATA
 from minprefix.data.splits import TOPICS, choose, hold_out, low_data
 from minprefix.models.config import EMBEDDED, MODELS
 
@@ -150,12 +152,12 @@ class WithRun(WithData):
     resume: Path | None = None  # run folder to go on with; a run keeps its settings
 
     def check_folder(
-        self, state_path: Callable[[Path], Path], may_change: tuple[str, ...] = ()
+        self, has_state: Callable[[Path], bool], may_change: tuple[str, ...] = ()
     ) -> None:
         """ValueError if the options do not name one folder, a new one or one to go on with.
 
         Args:
-            state_path: where a run folder has its saved state.
+            has_state: whether a run folder has a saved state.
             may_change: options that may be given with --resume, too.
         """
         if (self.out is None) == (self.resume is None):
@@ -170,7 +172,7 @@ class WithRun(WithData):
                 raise ValueError(
                     f"{self.resume}: a run keeps its settings, {option} cannot go with --resume"
                 )
-        elif self.out and ((self.out / "config.json").exists() or state_path(self.out).exists()):
+        elif self.out and ((self.out / "config.json").exists() or has_state(self.out)):
             raise ValueError(
                 f"{self.out} holds a run: go on with --resume {self.out}, or choose another"
             )
@@ -181,8 +183,22 @@ class WithRun(WithData):
             "model": self.model, "device": self.where, "data": self.data, "dev": self.dev,
             "linearisation": self.linearisation or "paper", "topics": self.topics,
             "subset": self.subset, "subset_seed": self.subset_seed, "hold_out": True,
-            "language": self.language,
+            "language": self.language, "from": os.getcwd(),
         }  # fmt: skip
+
+
+def found_again(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, whose relative paths are read from the folder in which it began.
+
+    Where there is no such file (the run was moved, or an older version has written the settings),
+    they are read from the working directory.
+    """
+    begun, names = settings.get("from"), {*EMBEDDED, *DATA_SETS, *EMBEDDED_DATA}
+    if not isinstance(begun, str) or begun == os.getcwd():
+        return settings
+    paths = {name: settings[name] for name in ("model", "data", "dev") if settings[name]}
+    paths = {name: Path(begun, path) for name, path in paths.items() if path not in names}
+    return settings | {name: str(path) for name, path in paths.items() if path.exists()}
 
 
 def examples_of(settings: dict[str, Any]) -> tuple[list, list, str]:

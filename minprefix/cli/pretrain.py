@@ -23,9 +23,10 @@ from minprefix.models import weights
 from minprefix.models.tokenizer import Tokenizer
 from minprefix.training.config import PRESETS, PretrainConfig
 from minprefix.training.corpus import load_corpus
-from minprefix.training.loop import tells_how_to_go_on
+from minprefix.training.interrupts import tells_how_to_go_on
+from minprefix.training.lock import alone_in
 from minprefix.training.pretrain import Pretrainer
-from minprefix.training.run_folder import read_log, state_path
+from minprefix.training.run_folder import has_state, read_log
 
 NOTE = "pretrain.json"  # a folder with it is one of this command's
 SAMPLE_TOKENS = 60
@@ -44,7 +45,7 @@ def run(options: PretrainOptions) -> dict | None:
     weights.check_device(options.where)
     if (out / "config.json").exists() and not (out / NOTE).exists():
         raise ValueError(f"{out} holds a model that pretrain did not make: choose another --out")
-    going_on = state_path(out).exists()
+    going_on = has_state(out)
     tokenizer = None
     if going_on:
         tokenizer = Tokenizer.from_folder(out)
@@ -54,24 +55,33 @@ def run(options: PretrainOptions) -> dict | None:
         corpus = load_corpus(options.text, tokenizer, config.vocab_size, config.val_share)
         trainer = Pretrainer(corpus, config, out, options.where)
         say(describe(trainer))
-        note = {"text": str(options.text), "tokenizer": options.tokenizer, **asdict(config)}
-        if going_on:
-            trainer.load_state()
-            say(f"{out} holds this run: going on after step {trainer.step_done}")
-        else:
-            out.mkdir(parents=True, exist_ok=True)
-            write_text(out / NOTE, json.dumps(note, indent=1) + "\n")
-            corpus.tokenizer.save(out)
-        result = trainer.run()
-    entropy = {"unigram entropy": result["unigram_entropy"]}
-    plot_loss(read_log(out), out / "loss.png", f"Pretraining, {options.text.name}", entropy)
-    write_text(out / NOTE, json.dumps(note | {"result": result}, indent=1) + "\n")
+        with alone_in(out):
+            result = pretrain(options, trainer, going_on)
     texts = samples(out, options.samples, options.where)
     result |= {"kept": str(out)}
     if options.json:
         return result | {"samples": texts}
     print(format_rows([result]), *(f"\n[{n}] {text}" for n, text in enumerate(texts, 1)), sep="\n")
     return None
+
+
+def pretrain(options: PretrainOptions, trainer: Pretrainer, going_on: bool) -> dict:
+    """Train, with the run folder for itself; what was reached."""
+    out, corpus = trainer.out, trainer.corpus
+    if has_state(out) != going_on:  # what was read before the lock was taken
+        raise ValueError(f"another process has worked in {out}: start this command again")
+    note = {"text": str(options.text), "tokenizer": options.tokenizer, **asdict(trainer.config)}
+    if going_on:
+        trainer.load_state()
+        say(f"{out} holds this run: going on after step {trainer.step_done}")
+    else:
+        write_text(out / NOTE, json.dumps(note, indent=1) + "\n")
+        corpus.tokenizer.save(out)
+    result = trainer.run()
+    entropy = {"unigram entropy": result["unigram_entropy"]}
+    plot_loss(read_log(out), out / "loss.png", f"Pretraining, {options.text.name}", entropy)
+    write_text(out / NOTE, json.dumps(note | {"result": result}, indent=1) + "\n")
+    return result
 
 
 def describe(trainer: Pretrainer) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from minprefix.cli.report import say, size_of
 from minprefix.methods.adapters import count
 from minprefix.methods.by_name import describe
-from minprefix.training.advice import data_warnings, verdict
+from minprefix.training.advice import data_warnings, nothing_learned, verdict
 from minprefix.training.run_folder import state_path
 from minprefix.training.trainer import Trainer
 
@@ -64,11 +64,13 @@ def tell_end(trainer: Trainer, settings: dict) -> None:
     said, warnings = verdict(trainer.measured, trainer.stopped)
     for line in [*said, *(f"warning: {warning}" for warning in warnings)]:
         say(line)
-    out = trainer.out
+    if nothing_learned(trainer.measured):
+        return  # there is nothing to do next with it
+    out, state = trainer.out, state_path(trainer.out).parent
     for path, what in (
         (trainer.kept, "all that is needed to use it, with the model"),
         (out / "loss.png", "the losses"), (out / "log.jsonl", "the same as JSON lines"),
-        (state_path(out), f"only for --resume; python -m minprefix runs --slim {out} removes it"),
+        (state, f"only for --resume; python -m minprefix runs --slim {out} removes it"),
     ):  # fmt: skip
         if path.exists():
             say(f"  {path}  {size_of(path)}: {what}")

@@ -15,6 +15,7 @@ from typing import Any
 from minprefix.cli.commands import RunsOptions
 from minprefix.cli.report import format_rows, plot_curves, size_of
 from minprefix.files import read_json
+from minprefix.training.lock import alone_in
 from minprefix.training.run_folder import read_log, remove_state
 
 
@@ -55,10 +56,11 @@ def flat(settings: dict) -> Iterator[tuple[str, Any]]:
 def remove(folder: Path, whole: bool) -> dict[str, str]:
     """Remove a run, or what only resuming needs; its size before and after."""
     before = size_of(folder)
+    with alone_in(folder):  # ValueError if the run is in progress
+        if not whole:
+            remove_state(folder)
     if whole:
         shutil.rmtree(folder)
-    else:
-        remove_state(folder)
     return {"before": before, "after": size_of(folder) if folder.exists() else "deleted"}
 
 

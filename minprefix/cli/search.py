@@ -13,13 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minprefix.cli.commands import SearchOptions
-from minprefix.cli.options import examples_of
+from minprefix.cli.options import examples_of, found_again
 from minprefix.files import read_json, write_text
 from minprefix.methods.config import saved_config
 from minprefix.methods.search.search import PromptSearch
 from minprefix.models import weights
-from minprefix.training.loop import tells_how_to_go_on
-from minprefix.training.run_folder import state_path
+from minprefix.training.interrupts import tells_how_to_go_on
+from minprefix.training.lock import alone_in
+from minprefix.training.run_folder import has_state
 
 KEYS = ("model", "device", "data", "dev", "linearisation", "search")
 
@@ -28,11 +29,12 @@ def run(options: SearchOptions) -> dict | None:
     """Search; the prompt, its dev loss and that of no prompt and of the written templates."""
     out, settings = run_to_search(options)
     search = make_search(settings, out)
-    if not search.resume():
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
-    with tells_how_to_go_on(f"python -m minprefix search --resume {shlex.quote(str(out))}"):
-        result = search.run()
+    with alone_in(out):
+        options.check_folder(has_state)  # another process may have finished a search there
+        if not search.resume():
+            write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
+        with tells_how_to_go_on(f"python -m minprefix search --resume {shlex.quote(str(out))}"):
+            result = search.run()
     result["kept"] = str(out / ("prompt.json" if search.config.after else "prefix.safetensors"))
     if options.json:
         return result
@@ -43,7 +45,7 @@ def run(options: SearchOptions) -> dict | None:
 
 def run_to_search(options: SearchOptions) -> tuple[Path, dict]:
     """The run folder and the settings that the options name; ValueError if they do not fit."""
-    options.check_folder(state_path)
+    options.check_folder(has_state)
     if not options.resume:
         assert options.out is not None
         return options.out, options.settings() | {"search": asdict(options.search)}
@@ -53,6 +55,7 @@ def run_to_search(options: SearchOptions) -> tuple[Path, dict]:
     settings = read_json(path)
     if not set(KEYS) <= set(settings):
         raise ValueError(f"{path}: not the settings of a search")
+    settings = found_again(settings)
     return options.resume, settings | ({"device": options.device} if options.device else {})
 
 

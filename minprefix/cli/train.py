@@ -10,11 +10,12 @@ has what the command was started with, and what followed from the data.
 
 import json
 import shlex
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from minprefix.cli.commands import TrainOptions
-from minprefix.cli.options import examples_of
+from minprefix.cli.options import examples_of, found_again
 from minprefix.cli.parse import changed
 from minprefix.cli.report import plot_loss, tensorboard
 from minprefix.cli.run_report import tell_end, tell_start
@@ -25,9 +26,10 @@ from minprefix.methods.paper import paper_settings
 from minprefix.models import weights
 from minprefix.prefix.config import PrefixConfig
 from minprefix.training.config import TrainConfig
-from minprefix.training.loop import Interrupted, tells_how_to_go_on
+from minprefix.training.interrupts import Interrupted, tells_how_to_go_on
+from minprefix.training.lock import alone_in
 from minprefix.training.ranks import joined
-from minprefix.training.run_folder import read_log, remove_state, state_path
+from minprefix.training.run_folder import has_state, read_log, remove_state
 from minprefix.training.trainer import Trainer
 
 LENGTH = ("steps", "epochs", "time")  # of a run: one of them may be given
@@ -40,27 +42,36 @@ def run(options: TrainOptions) -> dict | None:
     with joined(settings["device"]) as ranks:
         ranks.wait()  # all have looked into `out` before one writes there
         trainer, note = make_trainer(settings, out)
-        resumed = options.resume is not None and trainer.resume()
-        if ranks.first:
-            out.mkdir(parents=True, exist_ok=True)
-            settings["train"] = asdict(trainer.config)
-            write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
-            tell_start(trainer, note, resumed)
-        if options.track and ranks.first:
-            trainer.watch = tensorboard(out / "tensorboard")
-        try:
-            with tells_how_to_go_on(f"python -m minprefix train --resume {shlex.quote(str(out))}"):
-                result = trainer.run()
-        except Interrupted:
-            if ranks.first:
-                draw(trainer)
-            raise
-    if not ranks.first:
+        with alone_in(out) if ranks.first else nullcontext():
+            return train(options, settings, trainer, note)
+
+
+def train(options: TrainOptions, settings: dict, trainer: Trainer, note: str) -> dict | None:
+    """The work of `run`, with the run folder for itself; `note` is about the dev data."""
+    out, first = trainer.out, trainer.ranks.first
+    if first:
+        options.check_folder(has_state, MAY_CHANGE)  # another process may have finished a run there
+    resumed = options.resume is not None and trainer.resume()
+    if first:
+        settings["train"] = asdict(trainer.config)
+        write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
+        tell_start(trainer, note, resumed)
+    if options.track and first:
+        trainer.watch = tensorboard(out / "tensorboard")
+    try:
+        with tells_how_to_go_on(f"python -m minprefix train --resume {shlex.quote(str(out))}"):
+            result = trainer.run()
+    except Interrupted:
+        if first:
+            draw(trainer)
+        raise
+    if not first:
         return None
     draw(trainer)
     if not options.keep_state:
         remove_state(out)
     tell_end(trainer, settings)
+    trainer.check_result()
     if not trainer.measured:
         result["best_dev_loss"] = None  # without dev data; JSON has no infinity
     return result | {"kept": str(trainer.kept)}
@@ -74,7 +85,7 @@ def draw(trainer: Trainer) -> None:
 
 def run_to_train(options: TrainOptions) -> tuple[Path, dict]:
     """The run folder and the settings that the options name; ValueError if they do not fit."""
-    options.check_folder(state_path, MAY_CHANGE)
+    options.check_folder(has_state, MAY_CHANGE)
     if options.resume:
         settings = read_settings(options.resume)
         given = asdict(options.train)
@@ -137,7 +148,7 @@ def read_settings(run_folder: Path) -> dict:
             raise KeyError(min(missing))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged, not the settings of a run ({error})") from error
-    return settings
+    return found_again(settings)
 
 
 def make_trainer(settings: dict, out: Path) -> tuple[Trainer, str]:

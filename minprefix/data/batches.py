@@ -7,6 +7,7 @@ the README's table. Differs from the authors' code [2]: nothing is cut in silenc
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -120,6 +121,22 @@ def encode_examples(
 def spread(rows: Sequence, most: int) -> list:
     """`most` of the rows, evenly spread; all of them if there are not more."""
     return [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), most))]
+
+
+def digest(rows: Sequence[Encoded]) -> str:
+    """64 hexadecimal digits that name the rows by their tokens."""
+    found = hashlib.sha256()
+    for row in rows:
+        ids = [row.prompt_len, *row.ids, *(row.source or ())]
+        found.update(np.array(ids, dtype=np.int64).tobytes())
+    return found.hexdigest()
+
+
+def named(rows: Sequence[Encoded], most: int = 4) -> str:
+    """Where the rows come from, such as "a.jsonl:7, a.jsonl:9 and 14 more"; "" if nobody knows."""
+    places = [row.where for row in rows if row.where]
+    more = f" and {len(rows) - most} more" if len(rows) > most else ""
+    return ", ".join(places[:most]) + more if places else ""
 
 
 @dataclass(frozen=True)

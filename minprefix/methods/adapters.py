@@ -21,7 +21,8 @@ Read `Bottleneck`, `Adapter`, then `TunedAdapter`. `gpt2.py` knows nothing of th
 in forward hooks. Shapes use the letters of the README's table; m is the width of a bottleneck.
 
 An adapter file holds the weights of `Adapter` in fp32 under their names, and as metadata the
-format, design, width and epsilon of its layer norms, the frame of the text and the base model.
+format, design, width and epsilon of its layer norms, the frame of the text, the base model and a
+checksum.
 
 [1] https://arxiv.org/abs/2101.00190
 [2] https://github.com/XiangLi1999/PrefixTuning: old_transformers/src/transformers/
@@ -49,7 +50,7 @@ from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import check_base, fingerprint, need_gpt2
 from minprefix.prefix.files import frame_metadata, read_frame
-from minprefix.tensors import check_values, load_tensors, save_tensors
+from minprefix.tensors import check_seal, check_values, load_tensors, save_tensors
 from minprefix.training.blocks import is_compiled
 from minprefix.training.tuned import Tuned, bind_added
 
@@ -220,7 +221,7 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
         "base": adapter.base,
         **frame_metadata(adapter),
     }
-    save_tensors(path, tensors, metadata)
+    save_tensors(path, tensors, metadata, sealed=True)
 
 
 def load_adapter(path: str | Path) -> Adapter:
@@ -233,6 +234,7 @@ def load_adapter(path: str | Path) -> Adapter:
     tensors, metadata = load_tensors(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: not an adapter file (format {metadata.get('format')!r})")
+    check_seal(path)
     design, width = metadata.get("design"), metadata.get("bottleneck", "")
     if design not in SUBLAYERS:
         raise ValueError(f"{path}: unknown design {design!r}")

@@ -2,10 +2,10 @@
 
 A prefix file holds `prefix_table` (L, 2, H, P, D) in fp32, an optional `gate` (L, H), and as
 metadata the format, the position offset, the place, the frame of the text, the fingerprint of the
-base model and how it was trained. The MLP is not in it (section 4.3 of Li & Liang 2021: it is
-dropped after training), nor are virtual tokens: what the model computes of them is. That of a BART
-has a table for each site, `encoder.prefix_table` and so on, or the embeddings of virtual tokens,
-`virtual_embd` (P, C): there the source after them decides what they become.
+base model, how it was trained and a checksum. The MLP is not in it (section 4.3 of Li & Liang 2021:
+it is dropped after training), nor are virtual tokens: what the model computes of them is. That of a
+BART has a table for each site, `encoder.prefix_table` and so on, or the embeddings of virtual
+tokens, `virtual_embd` (P, C): there the source after them decides what they become.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from minprefix.models.config import SITES
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.config import PLACES
 from minprefix.prefix.prefix import Prefix
-from minprefix.tensors import check_values, load_tensors, save_tensors
+from minprefix.tensors import check_seal, check_values, load_tensors, save_tensors
 
 FORMATS = {Prefix.family: "minprefix-prefix-1", BARTPrefix.family: "minprefix-bart-prefix-1"}
 
@@ -39,7 +39,7 @@ def save_prefix(path: str | Path, prefix: Prefix | BARTPrefix) -> None:
     }
     if getattr(prefix, "source_offset", None) is not None:
         metadata["source_offset"] = str(prefix.source_offset)
-    save_tensors(path, tensors, metadata)
+    save_tensors(path, tensors, metadata, sealed=True)
 
 
 def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
@@ -52,6 +52,7 @@ def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
     tensors, metadata = load_tensors(path)
     if metadata.get("format") not in FORMATS.values():
         raise ValueError(f"{path}: not a prefix file (format {metadata.get('format')!r})")
+    check_seal(path)
     check_values(path, tensors)
     offset = metadata.get("position_offset", "")
     if not offset.isdecimal():

@@ -53,6 +53,16 @@ def data_warnings(
     return found
 
 
+def nothing_learned(measured: Sequence[tuple[int, float]]) -> str:
+    """What is wrong if the start had the lowest dev loss; "" if another step had it."""
+    if len(measured) < 2 or min(measured, key=lambda pair: pair[1])[0] > 0:
+        return ""
+    return (
+        f"training never brought the dev loss below the {measured[0][1]:.3f} that it had at the "
+        "start: nothing was learned; try a smaller --lr, or look at the data"
+    )
+
+
 def verdict(measured: Sequence[tuple[int, float]], stopped: bool) -> tuple[list[str], list[str]]:
     """What was kept and why, and what to do about it: (statements, warnings).
 
@@ -63,15 +73,12 @@ def verdict(measured: Sequence[tuple[int, float]], stopped: bool) -> tuple[list[
     if not measured:
         return ["Kept: the weights of the last step, as there is no dev data."], []
     best_step, best = min(measured, key=lambda pair: pair[1])
-    (first_step, first), (last_step, last) = measured[0], measured[-1]
+    last_step, last = measured[-1]
     said = [f"Kept: step {best_step}, which has the lowest dev loss, {best:.3f} nats per token."]
     if stopped:
         said.append(f"Stopped at step {last_step}: the dev loss had not fallen since {best_step}.")
-    if first_step == 0 and best_step == 0 and len(measured) > 1:
-        return said, [
-            f"training never brought the dev loss below the {first:.3f} that it had at the start: "
-            "nothing was learned; try a smaller --lr, or look at the data"
-        ]
+    if nothing_learned(measured):
+        return said, []
     if last > (1 + NOTABLE) * best:
         rise = f"{100 * (last / best - 1):.0f} %"
         said.append(

@@ -10,10 +10,9 @@ its last saved state, if its settings are the same. `run_folder.py` says what is
 import math
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,8 +20,19 @@ import torch
 from tqdm import tqdm
 
 from minprefix.models.weights import same_model
+from minprefix.training.interrupts import Interrupted, deferred_interrupt
+from minprefix.training.lock import alone_in
 from minprefix.training.ranks import Ranks
-from minprefix.training.run_folder import append_log, cut_log, read_state, state_path, write_state
+from minprefix.training.run_folder import (
+    append_log,
+    cut_log,
+    has_state,
+    mend,
+    read_state,
+    state_path,
+    write_state,
+)
+from minprefix.training.state import check_progress
 
 UNBOUNDED = 10**9  # steps of a run that the clock ends
 FIRST_STEPS = 5  # after which the time that a run takes is estimated
@@ -33,18 +43,6 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP: the running step was finished and the state saved.
-
-    Attributes:
-        number: of the signal.
-    """
-
-    def __init__(self, message: str = "", number: int = signal.SIGINT):
-        super().__init__(message)
-        self.number = number
 
 
 class Loop:
@@ -96,9 +94,18 @@ class Loop:
         """Measure the dev loss, log it, and keep what is best so far (see `note_loss`)."""
         raise NotImplementedError
 
-    def keep(self) -> None:
-        """Write what a user takes from the run folder."""
+    @property
+    def kept(self) -> Path:
+        """What a user takes from the run folder: a file, or a folder with a model."""
         raise NotImplementedError
+
+    def keep(self) -> None:
+        """Write it."""
+        raise NotImplementedError
+
+    def can_keep(self) -> bool:
+        """Whether `keep` writes the best, also after `load_state`."""
+        return self.best_step in (None, self.step_done)
 
     def settings(self) -> dict:
         """What must be the same when a run goes on."""
@@ -109,7 +116,7 @@ class Loop:
         raise NotImplementedError
 
     def restore(self, state: dict) -> None:
-        """The opposite of `state`. RuntimeError if the state is of another model."""
+        """The opposite of `state`. ValueError, and nothing is changed, if it does not fit."""
         raise NotImplementedError
 
     def result(self) -> dict:
@@ -121,6 +128,10 @@ class Loop:
 
     def end(self) -> None:
         """Work after the last step."""
+
+    def rows_of(self, step: int) -> str:
+        """What step 0, 1, ... reads, as file:line; "" where that is not known."""
+        return ""
 
     def begun(self) -> bool:
         """Whether something was computed or loaded already."""
@@ -155,12 +166,13 @@ class Loop:
 
     def summary(self, window: list[dict], seconds: float) -> dict:
         """The log line of the steps in `window`: here means; waits for the GPU."""
+        self.check_finite(window)
         targets, last = sum(step["targets"] for step in window), window[-1]
         loss = float(sum(step["nats"] for step in window)) / targets
         return {
             "step": self.step_done,
-            "loss": self.finite(loss, "loss"),  # nats per target token
-            "grad_norm": self.finite(float(last["norm"]), "norm of the gradient"),
+            "loss": loss,  # nats per target token
+            "grad_norm": float(last["norm"]),
             **{name: last[name] for name in ("lr", "lr_share") if name in last},
             "seconds": round(self.seconds_so_far(), 2),
             "tokens_per_s": round(sum(step["tokens"] for step in window) / seconds),
@@ -174,14 +186,41 @@ class Loop:
         Raises:
             Interrupted: a signal; the running step was finished and the state saved.
             FloatingPointError: a loss is no longer finite; the last saved state stays.
-            ValueError: the folder holds a run and `load_state` was not called.
+            ValueError: the folder holds a run and `load_state` was not called; another process
+                works in it (`FolderInUse`); the run goes on and what it kept is gone.
         """
+        self.check_begun()
+        self.ranks.wait()
+        with alone_in(self.out) if self.ranks.first else nullcontext():
+            if self.ranks.first:
+                self.check_begun()  # another process may have been there before the lock
+                mend(self.out)
+                self.check_kept()
+                cut_log(self.out, self.step_done)
+            self._run(progress)
+            self.ranks.wait()
+            self.end()
+        return self.result()
+
+    def check_begun(self) -> None:
+        """ValueError if the folder holds a run that this one would overwrite."""
         if not self.begun() and self.has_state():
             raise ValueError(f"{self.out} holds a run: load_state() goes on with it")
-        self.ranks.wait()
-        if self.ranks.first:
-            self.out.mkdir(parents=True, exist_ok=True)
-            cut_log(self.out, self.step_done)
+
+    def check_kept(self) -> None:
+        """Write again what the run had kept if it is gone; ValueError if the run no longer can."""
+        kept = self.kept / "model.safetensors" if self.kept.is_dir() else self.kept
+        if self.step_done == 0 or kept.is_file():
+            return
+        if not self.can_keep():
+            raise ValueError(
+                f"{kept} is gone, and the run cannot write it again: it was of step "
+                f"{self.best_step}, the saved state is of step {self.step_done}; train anew"
+            )
+        self.keep()
+
+    def _run(self, progress: bool) -> None:
+        """`run` with the folder for itself."""
         self.started = time.perf_counter() - self.seconds
         # in a log file each update would be a line: one every 30 s
         every = 0.1 if sys.stderr.isatty() else 30  # s
@@ -196,9 +235,6 @@ class Loop:
                 self._go(self.bar, interrupted)
         finally:
             self.started = self.bar = None
-        self.ranks.wait()
-        self.end()
-        return self.result()
 
     def _go(self, bar: tqdm, interrupted: Callable[[], int]) -> None:
         window, clock, before = [], time.perf_counter(), self.step_done
@@ -270,6 +306,17 @@ class Loop:
         since = max(self.best_step or 0, self.counted_from)
         return sum(step > since for step, _ in self.measured) >= self.patience
 
+    def check_finite(self, window: list[dict]) -> None:
+        """FloatingPointError that names the first of these steps with a loss or a gradient that is
+        not finite, and its rows."""
+        for number, step in enumerate(window, self.step_done - len(window)):
+            for name, key in (("loss", "nats"), ("norm of the gradient", "norm")):
+                if not math.isfinite(value := float(step[key])):
+                    rows = f" (rows {places})" if (places := self.rows_of(number)) else ""
+                    raise FloatingPointError(
+                        f"the {name} is {value} in step {number + 1}{rows}: {self.advice}"
+                    )
+
     def finite(self, value: float, name: str) -> float:
         """The value; FloatingPointError if it is not finite."""
         if not math.isfinite(value):
@@ -281,7 +328,7 @@ class Loop:
 
     def has_state(self) -> bool:
         """Whether the folder holds a run to go on with."""
-        return state_path(self.out).exists()
+        return has_state(self.out)
 
     def save_state(self) -> None:
         """Write what resuming needs, all of it or nothing."""
@@ -307,17 +354,22 @@ class Loop:
             ValueError: no state, a damaged one, or one of other settings, data or model.
         """
         state, path = self.read_state(), state_path(self.out)
+        try:
+            check_progress(state, UNBOUNDED)
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged, {error}") from error
         ours, theirs = self.settings(), self.older_settings() | state["settings"]
         base = "base model"  # in the words of an older version, perhaps
-        if same_model(theirs.get(base) or "", ours.get(base) or ""):
+        if same_model(str(theirs.get(base) or ""), ours.get(base) or ""):
             theirs[base] = ours[base]
         changed = sorted(name for name in ours if theirs.get(name) != ours[name])
         if refused := [name for name in changed if name not in self.extends]:
             raise ValueError(f"{path}: the saved run has another {', '.join(refused)}")
         try:
             self.restore(state)
-        except RuntimeError as error:
-            raise ValueError(f"{path}: weights of another model, prefix or adapter") from error
+        except ValueError as error:
+            other = "of another model, prefix or adapter, or damaged"
+            raise ValueError(f"{path}: {error}; it is {other}") from error
         self.step_done, self.seconds = state["step"], state["seconds"]
         older = [(self.step_done, state["best"])] if math.isfinite(state["best"]) else []
         self.measured = [(step, loss) for step, loss in state.get("measured", older)]
@@ -330,53 +382,3 @@ class Loop:
         if found:
             self.load_state()
         return found
-
-
-@contextmanager
-def tells_how_to_go_on(command: str) -> Iterator[None]:
-    """Within the block, the message of an interrupted run ends with the command that resumes it."""
-    go_on = f"Go on with: {command}"
-    try:
-        yield
-    except Interrupted as stop:
-        raise Interrupted(f"{stop}. {go_on}", stop.number) from None
-    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C: the last saved state
-        raise Interrupted(f"interrupted. {go_on}") from None
-
-
-# SIGTERM: what schedulers and containers send; SIGHUP: a closed terminal (not on Windows)
-ENDING = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], int]]:
-    """Within the block the first Ctrl-C, SIGTERM or SIGHUP only sets a flag, so that a step is
-    finished; yields the flag's reader: the number of the signal, 0 before one.
-
-    A second Ctrl-C interrupts at once. Outside the main thread nothing changes.
-    """
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    previous = {number: signal.getsignal(number) for number in ENDING}
-    previous = {n: old for n, old in previous.items() if old != signal.SIG_IGN}  # as nohup does
-
-    def note(number, frame):
-        if seen and number == signal.SIGINT:
-            signal.signal(number, previous[number])
-            raise KeyboardInterrupt
-        seen.append(number)
-        again = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
-        with suppress(OSError):  # a terminal that is gone
-            print(f"\nFinishing this step{again}.", file=sys.stderr, flush=True)
-
-    for number in previous:
-        signal.signal(number, note)
-    try:
-        yield lambda: seen[0] if seen else 0
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -38,6 +38,7 @@ from minprefix.training.config import PretrainConfig
 from minprefix.training.corpus import Corpus, Windows, unigram_entropy, validation_windows
 from minprefix.training.loop import Loop
 from minprefix.training.precision import uses_bf16
+from minprefix.training.state import fitted_optimizer, fitted_weights
 
 MOMENTUM = 0.95  # Muon
 BETAS = (0.9, 0.95)  # AdamW
@@ -202,6 +203,10 @@ class Pretrainer(Loop):
 
     # files ---------------------------------------------------------------------------------------
 
+    @property
+    def kept(self) -> Path:
+        return self.out
+
     def keep(self) -> None:
         save_model(self.model, self.tokenizer, self.out)
 
@@ -210,9 +215,14 @@ class Pretrainer(Loop):
         return {"trained": self.model.state_dict(), "optimizer": optimizers}
 
     def restore(self, state: dict) -> None:
-        self.model.load_state_dict(state["trained"])
-        for optimizer, saved in zip(self.optimizers, state["optimizer"], strict=True):
-            optimizer.load_state_dict(saved)
+        weights, saved = fitted_weights(self.model, state["trained"]), state["optimizer"]
+        if not isinstance(saved, list) or len(saved) != len(self.optimizers):
+            raise ValueError(f"optimizer must be a list of {len(self.optimizers)}")
+        both = list(zip(self.optimizers, saved, strict=True))
+        checked = [fitted_optimizer(optimizer, one, state["step"]) for optimizer, one in both]
+        self.model.load_state_dict(weights)
+        for optimizer, one in zip(self.optimizers, checked, strict=True):
+            optimizer.load_state_dict(one)
 
     def settings(self) -> dict:
         """Settings and text."""

@@ -2,14 +2,19 @@
 
     log.jsonl           one line per logging interval and per evaluation
     state/state.pt      trained weights, optimiser, step: what resuming needs
+    state/before.pt     the state that was saved before it, used if it is damaged
     prefix.safetensors  the best prefix on the dev set so far (or what the method keeps instead)
     scores.jsonl        what `evaluate` measured of it, if it was asked
 
 `loop.Loop` writes it. A run can be killed at any moment: the state is replaced in one step, and
-what the log holds of steps after it is cut when the run goes on.
+what the log holds of steps after it is cut when the run goes on. A state is a zip archive of
+`torch.save`; its checksum is the comment at the end of the archive. `state.py` says what a state
+must be before anything of it is loaded.
 """
 
 import json
+import os
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,27 +22,61 @@ from typing import Any
 
 import torch
 
-from minprefix.files import atomic_write, write_text
+from minprefix.files import FileNote, atomic_write, flush, is_sealed, rename, seal, write_text
 
 COMMON = ("settings", "step", "best", "seconds")  # keys of every state
 TRAINED = ("trained", "optimizer")  # and of one with weights
+MARK = b"sha256:"  # then 64 digits
+LENGTH = (len(MARK) + 64).to_bytes(2, "little")  # of the comment, as a zip archive says it
 
 
 def state_path(folder: Path) -> Path:
     return folder / "state" / "state.pt"
 
 
+def earlier_path(folder: Path) -> Path:
+    return folder / "state" / "before.pt"
+
+
+def has_state(folder: Path) -> bool:
+    """Whether there is a saved state, whatever it is worth."""
+    return state_path(folder).exists() or earlier_path(folder).exists()
+
+
 def write_state(folder: Path, state: dict) -> None:
-    """Replace the state, all of it or nothing. OSError if it cannot be written."""
-    state_path(folder).parent.mkdir(parents=True, exist_ok=True)
-    # through an open file: a full disk is then an OSError, not an "iostream error"
-    with atomic_write(state_path(folder)) as temporary, temporary.open("wb") as file:
-        torch.save(state, file)
+    """Replace the state, all of it or nothing; the present one stays as the one before.
+
+    OSError if it cannot be written.
+    """
+    path = state_path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        # through an open file: a full disk is then an OSError, not an "iostream error"
+        with temporary.open("w+b") as file:
+            torch.save(state, file)
+            file.seek(-2, os.SEEK_END)  # where the archive says that it has no comment
+            file.write(LENGTH + MARK + 64 * b"0")
+        seal(temporary, temporary.stat().st_size - 64)
+        flush(temporary)
+        if path.exists():
+            rename(path, earlier_path(folder))
+
+
+def mend(folder: Path) -> None:
+    """Put the state before in the place of a damaged one: the next one to be saved would else keep
+    the damaged one as the one before."""
+    path, earlier = state_path(folder), earlier_path(folder)
+    if path.exists() and earlier.exists():
+        try:
+            check_whole(path)
+        except ValueError:
+            rename(earlier, path)
 
 
 def remove_state(folder: Path) -> None:
     """Remove what only resuming needs."""
-    state_path(folder).unlink(missing_ok=True)
+    for path in (state_path(folder), earlier_path(folder)):
+        path.unlink(missing_ok=True)
     with suppress(OSError):  # it is not empty
         state_path(folder).parent.rmdir()
 
@@ -45,21 +84,53 @@ def remove_state(folder: Path) -> None:
 def read_state(
     folder: Path, device: torch.device | str = "cpu", keys: Sequence[str] = TRAINED
 ) -> dict:
-    """What `write_state` wrote.
+    """What `write_state` wrote last; if that is damaged, what it wrote before, with a `FileNote`.
 
     Args:
         keys: what it must hold beside `COMMON`.
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is none, or none that is whole.
     """
-    path = state_path(folder)
-    if not path.is_file():
+    path, earlier = state_path(folder), earlier_path(folder)
+    found = [place for place in (path, earlier) if place.is_file()]
+    if not found:
         raise ValueError(f"{path}: no saved state in this run folder")
+    try:
+        return read_one_state(found[0], device, keys)
+    except ValueError as error:
+        if not found[1:]:
+            raise
+        try:
+            state = read_one_state(earlier, device, keys)
+        except ValueError:
+            raise error from None
+        note = f"{error}; the state that was saved before it, of step {state['step']}, is used"
+        warnings.warn(note, FileNote, stacklevel=2)
+        return state
+
+
+def read_one_state(path: Path, device: torch.device | str, keys: Sequence[str]) -> dict:
+    """What the file holds; ValueError if it is damaged."""
+    if not check_whole(path):
+        note = "it has no checksum, as states of older versions, and damage to it cannot be seen"
+        warnings.warn(f"{path}: {note}", FileNote, stacklevel=3)
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # unpickling a damaged file raises almost anything
         raise ValueError(f"{path}: damaged, or no training state") from error
     return checked_state(path, state, keys)
+
+
+def check_whole(path: Path) -> bool:
+    """Whether the state has a checksum; ValueError if it does not match the contents."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 64 - len(MARK) - 22))
+        end = file.read()  # the record that ends an archive has 22 bytes and a comment
+    if end[-22:-18] == b"PK\5\6" and end[-2:] == b"\0\0":
+        return False
+    if end[-64 - len(MARK) : -64] != MARK or not is_sealed(path, path.stat().st_size - 64):
+        raise ValueError(f"{path}: damaged, or no training state")
+    return True
 
 
 def checked_state(path: Path, state: Any, keys: Sequence[str]) -> dict:
@@ -78,8 +149,10 @@ def append_log(folder: Path, entry: dict) -> None:
 
 def append_scores(folder: Path, entry: dict) -> None:
     """One more line of scores.jsonl, if the folder is a run's and can be written to."""
-    if (folder / "config.json").is_file() and (folder / "log.jsonl").is_file():
-        with suppress(OSError), open(folder / "scores.jsonl", "a", encoding="utf-8") as scores:
+    path = folder / "scores.jsonl"
+    run = (folder / "config.json").is_file() and (folder / "log.jsonl").is_file()
+    if run and not path.is_symlink():
+        with suppress(OSError), open(path, "a", encoding="utf-8") as scores:
             scores.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 

@@ -12,12 +12,10 @@ from its last saved state to the very losses of an unbroken run.
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
 
-import hashlib
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from kernels import fuses
@@ -26,8 +24,10 @@ from minprefix.data.batches import (
     BatchOrder,
     Encoded,
     collate,
+    digest,
     encode_examples,
     encode_prompt,
+    named,
     spread,
 )
 from minprefix.data.examples import Example
@@ -35,12 +35,14 @@ from minprefix.generation.graphs import uses_graphs
 from minprefix.generation.texts import generate
 from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
+from minprefix.training.advice import nothing_learned
 from minprefix.training.blocks import unwrap_blocks, wrap_blocks
 from minprefix.training.config import TrainConfig, settle
 from minprefix.training.graphs import GraphedPasses, PlainPasses, dropped, leaves
 from minprefix.training.loop import UNBOUNDED, Loop, duration
 from minprefix.training.precision import cpu_has_bf16, in_bf16, uses_bf16
 from minprefix.training.ranks import Ranks
+from minprefix.training.state import fitted_optimizer, fitted_weights
 from minprefix.training.tuned import Trainable, tuned_from
 
 SHOWN = 300  # characters of a sample that are shown
@@ -164,9 +166,8 @@ class Trainer(Loop):
         # dropout: a function of seed, step and rank
         number = config.seed * self.steps + self.step_done
         torch.manual_seed(number * self.ranks.count + self.ranks.rank)
-        first = self.step_done * self.per_step
-        batches = [self.order.batch(number) for number in range(first, first + self.per_step)]
-        rows = [self.rows[i] for batch in batches for i in batch]  # of all ranks
+        batches = self.batches(self.step_done)
+        rows = [self.rows[i] for batch in batches for i in batch]
         targets = sum(len(row.ids) - row.prompt_len for row in rows)
         divisor = targets if config.loss == "token" else len(rows)
         acts: Any = None if self.prefix is None else self.prefix.activations()  # for all batches
@@ -189,6 +190,14 @@ class Trainer(Loop):
             "lr": lr,
             "tokens": sum(row.length - 1 for row in rows),
         }
+
+    def batches(self, step: int) -> list[list[int]]:
+        """The rows of step 0, 1, ..., of all its batches on all ranks."""
+        first = step * self.per_step
+        return [self.order.batch(number) for number in range(first, first + self.per_step)]
+
+    def rows_of(self, step: int) -> str:
+        return named([self.rows[i] for batch in self.batches(step) for i in batch])
 
     def _passes(self, acts: Any) -> PlainPasses | GraphedPasses:
         if not self.replayed:
@@ -264,6 +273,11 @@ class Trainer(Loop):
             "seconds": round(self.seconds, 1),
         }  # fmt: skip
 
+    def check_result(self) -> None:
+        """ValueError if a finished run has nothing to use: no step was better than the start."""
+        if reason := nothing_learned(self.measured):
+            raise ValueError(reason)
+
     extends = ("steps", "epochs", "time", "patience")
 
     # files ---------------------------------------------------------------------------------------
@@ -280,18 +294,18 @@ class Trainer(Loop):
         return {"trained": self.trained.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def restore(self, state: dict) -> None:
-        self.trained.load_state_dict(state["trained"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        trained = fitted_weights(self.trained, state["trained"])
+        optimizer = fitted_optimizer(self.optimizer, state["optimizer"], state["step"])
+        self.trained.load_state_dict(trained)
+        self.optimizer.load_state_dict(optimizer)
 
     def older_settings(self) -> dict:
-        return super().older_settings() | {"place": "prefix", "bf16": self.bf16}
+        older = {"place": "prefix", "bf16": self.bf16, "dev data": digest(self.dev_rows)}
+        return super().older_settings() | older
 
     def settings(self) -> dict:
-        """Settings, training rows, base model."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            ids = [row.prompt_len, *row.ids, *(row.source or ())]
-            digest.update(np.array(ids, dtype=np.int64).tobytes())
-        settings = asdict(self.config) | {"training data": digest.hexdigest()}
+        """Settings, training and dev rows, base model."""
+        data = {"training data": digest(self.rows), "dev data": digest(self.dev_rows)}
+        settings = asdict(self.config) | data
         del settings["precision"]  # "bf16" says what it comes to
         return settings | {"number of ranks": self.ranks.count, "bf16": self.bf16} | self.bound

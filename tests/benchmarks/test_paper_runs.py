@@ -1,6 +1,5 @@
 """`python -m benchmarks.paper` from its runs to CSV, figure and claims, on a tiny model."""
 
-import errno
 import json
 import os
 import shutil
@@ -32,6 +31,7 @@ from benchmarks.paper.results import read_rows
 from benchmarks.paper.run import Run, failure_of, record_of, why_missing
 from minprefix.models.weights import load, save_model
 from minprefix.training.config import TrainConfig
+from minprefix.training.lock import alone_in
 from tests.conftest import tiny_with_words
 from tests.paper_data import write_e2e, write_webnlg
 
@@ -247,9 +247,9 @@ def test_ctrl_c_stops_all_processes_which_save(options, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         raise
     assert process.returncode == 130 and "The same command goes on" in err
-    for lock in runs.glob("*/lock"):
-        with pool.locked(lock.parent, wait=False) as free:
-            assert free, "no process has it any more"
+    for lock in runs.glob("*/.lock"):
+        with alone_in(lock.parent):  # no process has it any more
+            pass
     assert len(list(runs.glob("*/state/state.pt"))) == 2 and not list(runs.glob("*/scores.json"))
 
 
@@ -280,8 +280,7 @@ def test_two_workers_never_take_the_same_run(monkeypatch, tmp_path):
 def test_a_run_that_another_process_has_is_waited_for(monkeypatch, tmp_path):
     (run,) = runs_of(1)
     monkeypatch.setattr(pool, "execute", lambda *_: pytest.fail("the other one has done it"))
-    with pool.locked(tmp_path / run.id, wait=False) as mine:
-        assert mine
+    with alone_in(tmp_path / run.id):
         worker = threading.Thread(target=pool.work, args=([run], tmp_path, None, "cpu"))
         worker.start()
         time.sleep(0.05)
@@ -289,16 +288,6 @@ def test_a_run_that_another_process_has_is_waited_for(monkeypatch, tmp_path):
         (tmp_path / run.id / "scores.json").write_text("{}")
     worker.join(timeout=10)
     assert not worker.is_alive() and not (tmp_path / run.id / "failure.json").exists()
-
-
-def test_a_file_system_without_locks_is_told_of(monkeypatch, tmp_path, capsys):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(pool.fcntl, "flock", refuse)
-    with pool.locked(tmp_path / "run", wait=False) as mine:
-        assert mine
-    assert "run: cannot be locked here: start one process only" in capsys.readouterr().err
 
 
 def test_a_process_that_dies_before_its_first_run_is_named(monkeypatch, tmp_path):

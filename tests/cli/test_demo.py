@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from minprefix.cli import demo
 from minprefix.prefix.prefix import Prefix
-from minprefix.training.loop import Interrupted
+from minprefix.training.interrupts import Interrupted
 
 FILES = {"prefix.safetensors", "metrics.json", "samples.txt", "loss.png", "comparison.png"}
 METHODS = ["hard prompt", "3 examples in context", "prefix", "fine-tuning"]

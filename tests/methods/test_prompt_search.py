@@ -20,7 +20,7 @@ from minprefix.methods.search.scores import prompt_nats, target_tokens
 from minprefix.methods.search.search import PromptSearch
 from minprefix.models.weights import fingerprint
 from minprefix.prefix.prefix import Prefix
-from minprefix.training.run_folder import read_state, state_path
+from minprefix.training.run_folder import earlier_path, read_state, state_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = {"candidates": 8, "batch_size": 4, "judge_rows": 4, "starts": 6, "eval_every": 2}
@@ -73,11 +73,10 @@ def state_of(folder) -> dict:
 
 
 def files_of(folder) -> dict:
-    """What a run keeps; safetensors writes its metadata in any order."""
-    kept = {name: (folder / name).read_bytes() for name in ("log.jsonl", "prompt.json")}
-    if (folder / "prefix.safetensors").exists():
-        kept["table"] = Prefix.load(folder / "prefix.safetensors").prefix_table.tolist()
-    return kept
+    """What a run keeps, without the time that it took."""
+    log = [{**entry, "seconds": 0} for entry in log_of(folder)]
+    names = [name for name in ("prompt.json", "prefix.safetensors") if (folder / name).exists()]
+    return {"log.jsonl": log} | {name: (folder / name).read_bytes() for name in names}
 
 
 @pytest.mark.parametrize("after", [0, 2])
@@ -347,7 +346,8 @@ def test_impossible_searches_are_named(tokenizer, tmp_path):
         made(tokenizer, tmp_path / "run", steps=1).run(progress=False)
     with pytest.raises(ValueError, match="the saved run has another data, steps"):
         made(tokenizer, tmp_path / "run", steps=2, dev=2).load_state()
-    state_path(tmp_path / "run").write_text('{"step_done": 1}')
+    for path in (state_path(tmp_path / "run"), earlier_path(tmp_path / "run")):
+        path.write_text('{"step_done": 1}')
     with pytest.raises(ValueError, match=r"state\.pt: damaged, or no training state"):
         made(tokenizer, tmp_path / "run", steps=1).load_state()
     (tmp_path / "run" / "prompt.json").write_text('{"before": [1], "after": "x"}')

@@ -111,7 +111,7 @@ def test_warnings_about_the_data(tokenizer):
     "measured, statement, warning",
     [
         ([(0, 3.0), (10, 1.0), (20, 1.4)], "rose by 40 % after it", ""),
-        ([(0, 3.0), (10, 4.0), (20, 3.5)], "Kept: step 0", "nothing was learned"),
+        ([(0, 3.0), (10, 4.0), (20, 3.5)], "Kept: step 0", ""),
         ([(0, 3.0), (10, 2.0), (20, 1.5)], "Kept: step 20", "still falling at the end, by 25 %"),
         ([(0, 3.0), (15, 1.51), (20, 1.5)], "Kept: step 20", ""),
         ([], "no dev data", ""),

@@ -20,7 +20,7 @@ from minprefix.models.weights import fingerprint, load, save_model
 from minprefix.prefix.parametrisations import token_activations
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.config import METHOD_NAMES, TrainConfig
-from minprefix.training.loop import Interrupted
+from minprefix.training.interrupts import Interrupted
 from minprefix.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -294,8 +294,8 @@ def test_resuming_something_else_is_refused(tokenizer, tmp_path):
         other.load_state()
     with pytest.raises(ValueError, match="no saved state"):
         trainer(tokenizer, tmp_path / "elsewhere").load_state()
-    state = tmp_path / "state" / "state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
+    for state in (tmp_path / "state").iterdir():
+        state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"state\.pt: damaged"):
         trainer(tokenizer, tmp_path).load_state()
 

@@ -38,7 +38,6 @@ Effort is counted in row-evaluations: one row read after one prompt, forward (`G
 [3] https://arxiv.org/abs/2010.15980   [4] https://arxiv.org/abs/2303.04381
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -48,12 +47,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from minprefix.data.batches import Encoded, encode_examples, spread
+from minprefix.data.batches import Encoded, digest, encode_examples, named, spread
 from minprefix.data.examples import Example
-from minprefix.files import read_json, write_text
+from minprefix.files import write_text
 from minprefix.methods.config import TEMPLATES, SearchConfig
 from minprefix.methods.hard_prompt import HardPrompt, template_rows
 from minprefix.methods.search.moves import PromptForm, neighbours, race, replaced, starting_prompts
+from minprefix.methods.search.saved import MOST_LEVELS, check_search, read_older
 from minprefix.methods.search.scores import (
     GRADIENT_COST,
     one_hot_gradient,
@@ -66,11 +66,9 @@ from minprefix.models.weights import fingerprint, need_gpt2
 from minprefix.prefix.prefix import Prefix, token_activations
 from minprefix.training.loop import Loop
 from minprefix.training.precision import in_bf16, uses_bf16
-from minprefix.training.run_folder import checked_state, cut_log, state_path
+from minprefix.training.run_folder import cut_log
 
 FINALISTS = 8  # prompts that reach the end of a race
-MOST_LEVELS = 3  # the minibatch is doubled so often at most
-
 
 # the attributes that are the state of a search, beside those of `Loop`
 STATE = ("spent", "level", "refused", "chains", "best_prompt", "before")
@@ -147,7 +145,9 @@ class PromptSearch(Loop):
         A = self.config.after if prompts[0] else 0  # no prompt, and rows of templates, are whole
         nats = prompt_nats(self.model, ids, rows, self.tokenizer.eos_id, A).cpu().numpy()
         if not np.isfinite(nats).all():
-            raise FloatingPointError(f"a loss is not finite in step {self.step_done + 1}")
+            of = f" of the rows {places}" if (places := named(rows)) else ""
+            step = self.step_done + 1
+            raise FloatingPointError(f"a loss{of} is not finite in step {step}: look at the data")
         return nats
 
     def losses(self, prompts: list[list[int]], rows: list[Encoded]) -> np.ndarray:
@@ -305,6 +305,13 @@ class PromptSearch(Loop):
         prefix.linearisation = self.linearisation
         return prefix
 
+    @property
+    def kept(self) -> Path:
+        return self.out / "prompt.json"
+
+    def can_keep(self) -> bool:
+        return True  # the best prompt is part of the state
+
     def keep(self) -> None:
         """prompt.json and prefix.safetensors."""
         before, after = self.form.parts(self.best_prompt)
@@ -324,6 +331,7 @@ class PromptSearch(Loop):
         return {name: getattr(self, name) for name in STATE}
 
     def restore(self, state: dict) -> None:
+        check_search(state, self.config, self.model.config.vocab_size)
         for name in STATE:
             setattr(self, name, state[name])
         self.chains = [(prompt, loss) for prompt, loss in self.chains]
@@ -332,13 +340,9 @@ class PromptSearch(Loop):
         return super().has_state() or self.older_state.exists()
 
     def read_state(self) -> dict:
-        if state_path(self.out).exists() or not self.older_state.exists():
+        if super().has_state() or not self.older_state.exists():
             return super().read_state()
-        state = read_json(self.older_state)
-        state["step"] = state.get("step_done", 0)
-        state = checked_state(self.older_state, state, STATE)
-        state["settings"]["after"] = state["settings"].pop("behind", 0)
-        return state
+        return read_older(self.older_state, STATE)
 
     @property
     def older_state(self) -> Path:
@@ -347,9 +351,7 @@ class PromptSearch(Loop):
 
     def settings(self) -> dict:
         """Settings, rows, base model."""
-        digest = hashlib.sha256()
-        for row in (*self.rows, *self.judge_rows, *self.dev_rows):
-            digest.update(np.array([row.prompt_len, *row.ids], dtype=np.int64).tobytes())
-        settings = asdict(self.config) | {"data": digest.hexdigest()}
+        rows = (*self.rows, *self.judge_rows, *self.dev_rows)
+        settings = asdict(self.config) | {"data": digest(rows)}
         settings["start"] = list(settings["start"])  # as config.json gives it back
         return settings | {"base model": fingerprint(self.exact)}

@@ -1,0 +1,72 @@
+"""Ctrl-C, SIGTERM and SIGHUP during a run: the running step is finished and the state saved.
+
+Read `deferred_interrupt`, which `loop.Loop.run` uses.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, SIGTERM or SIGHUP: the running step was finished and the state saved.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, message: str = "", number: int = signal.SIGINT):
+        super().__init__(message)
+        self.number = number
+
+
+@contextmanager
+def tells_how_to_go_on(command: str) -> Iterator[None]:
+    """Within the block, the message of an interrupted run ends with the command that resumes it."""
+    go_on = f"Go on with: {command}"
+    try:
+        yield
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}. {go_on}", stop.number) from None
+    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C: the last saved state
+        raise Interrupted(f"interrupted. {go_on}") from None
+
+
+# SIGTERM: what schedulers and containers send; SIGHUP: a closed terminal (not on Windows)
+ENDING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], int]]:
+    """Within the block the first Ctrl-C, SIGTERM or SIGHUP only sets a flag, so that a step is
+    finished; yields the flag's reader: the number of the signal, 0 before one.
+
+    A second Ctrl-C interrupts at once. Outside the main thread nothing changes.
+    """
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    previous = {number: signal.getsignal(number) for number in ENDING}
+    previous = {n: old for n, old in previous.items() if old != signal.SIG_IGN}  # as nohup does
+
+    def note(number, frame):
+        if seen and number == signal.SIGINT:
+            signal.signal(number, previous[number])
+            raise KeyboardInterrupt
+        seen.append(number)
+        again = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
+        with suppress(OSError):  # a terminal that is gone
+            print(f"\nFinishing this step{again}.", file=sys.stderr, flush=True)
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield lambda: seen[0] if seen else 0
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,87 @@
+"""One process a run folder: two of them would write the settings of one beside the weights of the
+other.
+
+The system holds the lock on the file `.lock` and releases it when the process ends, however it
+ends, so that a kill leaves nothing behind. The file says who holds it, for the error message.
+"""
+
+import json
+import os
+import socket
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import TextIO
+
+from filelock import lock_descriptor
+
+from minprefix.files import FileNote, sweep
+
+HELD: set[tuple[int, Path]] = set()  # by which thread, which may ask again
+
+
+class FolderInUse(ValueError):
+    """Another process works in the run folder."""
+
+
+@contextmanager
+def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Within the block, no other process can have the folder, which is made if there is none.
+
+    What a killed process left half written is removed. On a file system without locks, or in a
+    folder that cannot be written to, nothing is locked.
+
+    Args:
+        wait: until the other process is done.
+    Raises:
+        FolderInUse: another process has it; says which, on which machine and since when.
+        ValueError: the folder holds a symbolic link that leads out of it.
+        OSError: the folder cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder.resolve()
+    held = threading.get_ident(), place
+    if held in HELD:
+        yield
+        return
+    for entry in folder.iterdir():
+        if entry.is_symlink() and not entry.resolve().is_relative_to(place):
+            raise ValueError(f"{entry} is a symbolic link out of the run folder: remove it")
+    try:
+        number = os.open(place / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        yield
+        return
+    with os.fdopen(number, "r+", encoding="utf-8") as file:
+        try:
+            free = lock_descriptor(file.fileno(), blocking=wait)
+        except OSError:
+            warnings.warn(
+                f"{folder} cannot be locked: start one process only", FileNote, stacklevel=3
+            )
+            free = True
+        if not free:
+            raise FolderInUse(f"{folder} is in use{holder(file)}: wait for it, or choose another")
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        with suppress(OSError):
+            file.truncate()
+            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, file)
+            file.flush()
+            sweep(place)
+        HELD.add(held)
+        try:
+            yield
+        finally:
+            HELD.discard(held)
+
+
+def holder(file: TextIO) -> str:
+    """What the lock's file says of its holder; nothing where it cannot be read (Windows)."""
+    try:
+        who = json.load(file)
+        return f" by process {who['pid']:d} on {who['host'][:64]} since {who['since'][:25]}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
