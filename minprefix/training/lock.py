@@ -16,9 +16,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from filelock import lock_descriptor
-
 from minprefix.files import FileNote, sweep
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None  # type: ignore[assignment]
 
 HELD: set[tuple[int, Path]] = set()  # by which thread, which may ask again
 
@@ -57,7 +60,7 @@ def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
         return
     with os.fdopen(number, "r+", encoding="utf-8") as file:
         try:
-            free = lock_descriptor(file.fileno(), blocking=wait)
+            free = locked(file.fileno(), wait)
         except OSError:
             warnings.warn(
                 f"{folder} cannot be locked: start one process only", FileNote, stacklevel=3
@@ -76,6 +79,21 @@ def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
             yield
         finally:
             HELD.discard(held)
+
+
+def locked(number: int, wait: bool) -> bool:
+    """Lock an open file, by its descriptor; whether it was free.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def holder(file: TextIO) -> str:
