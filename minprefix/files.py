@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -145,6 +146,12 @@ def is_sealed(path: Path, start: int) -> bool:
     with path.open("rb") as file:
         file.seek(start)
         return file.read(64) == sha256_around(path, start).encode()
+
+
+def note_unsealed(path: Path) -> None:
+    """Tell the user that nothing can be said about damage to a file."""
+    note = "it has no checksum, as files of older versions, and damage to it cannot be seen"
+    warnings.warn(f"{path}: {note}", FileNote, stacklevel=4)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -9,7 +9,6 @@ cannot make the file look like one without a checksum.
 
 import json
 import re
-import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minprefix.files import FileNote, atomic_write, is_sealed, seal
+from minprefix.files import atomic_write, is_sealed, seal
 
 SEAL = "checksum"  # the name among the metadata
 UNSEALED = "sha256:" + 64 * "0"
@@ -77,21 +76,17 @@ def place_of_seal(path: Path) -> int | None:
     return found and 8 + found.start(1)
 
 
-def check_seal(path: str | Path) -> None:
-    """Compare the checksum of a sealed safetensors file with its contents.
-
-    A file of an older version has none: a `FileNote` says so.
+def check_seal(path: str | Path) -> bool:
+    """Whether a safetensors file has a checksum; those of older versions have none.
 
     Raises:
         ValueError: the file has changed since it was written.
     """
     path = Path(path)
     place = place_of_seal(path)
-    if place is None:
-        note = "it has no checksum, as files of older versions, and damage to it cannot be seen"
-        warnings.warn(f"{path}: {note}", FileNote, stacklevel=3)
-    elif not is_sealed(path, place):
+    if place is not None and not is_sealed(path, place):
         raise ValueError(f"{path}: damaged, its contents do not match its checksum")
+    return place is not None
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

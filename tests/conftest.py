@@ -119,6 +119,13 @@ def tables(tmp_path_factory) -> Path:
     return folder
 
 
+def few_tables(tables: Path, folder: Path) -> Path:
+    """Too few examples to hold any out, so that a run keeps its last step."""
+    few = folder / "few.jsonl"
+    few.write_text("".join((tables / "train.jsonl").read_text().splitlines(keepends=True)[:3]))
+    return few
+
+
 def in_process(capsys, main):
     """What runs a command line in this process: run("info", code=0) -> (stdout, stderr)."""
 

@@ -13,8 +13,10 @@ from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
 from minprefix.tensors import load_tensors
 from minprefix.training.config import TrainConfig
+from minprefix.training.loop import UNBOUNDED
 from minprefix.training.precision import in_bf16
-from minprefix.training.run_folder import read_state
+from minprefix.training.run_folder import read_state, state_path
+from minprefix.training.state import check_progress, fitted_weights
 
 
 def run(options: ExportOptions) -> dict:
@@ -27,6 +29,10 @@ def run(options: ExportOptions) -> dict:
             f"{options.run_folder / TUNED[config.method].kept} is all that it keeps"
         )
     state = read_state(options.run_folder)
+    try:
+        check_progress(state, UNBOUNDED)
+    except ValueError as error:
+        raise ValueError(f"{state_path(options.run_folder)}: damaged, {error}") from error
     model, tokenizer = weights.load(settings["model"])
     prefix = make_prefix(model, tokenizer, PrefixConfig(**settings["prefix"]), config.seed)
     if not weights.same_model(state["settings"].get("base model") or "", prefix.base):
@@ -34,11 +40,10 @@ def run(options: ExportOptions) -> dict:
     if state["settings"].get("bf16", False):  # virtual tokens were read by the model in bf16
         prefix.bind(in_bf16(model))
     try:
-        prefix.load_state_dict(state["trained"])
-    except RuntimeError as error:
-        raise ValueError(
-            f"{options.run_folder}: the state is of another model or prefix"
-        ) from error
+        prefix.load_state_dict(fitted_weights(prefix, state["trained"]))
+    except ValueError as error:
+        other = "it is of another model or prefix, or damaged"
+        raise ValueError(f"{state_path(options.run_folder)}: {error}; {other}") from error
     prefix.linearisation, prefix.max_source = settings["linearisation"], config.max_source
     file, metrics = options.out, {}
     if file.suffix != ".safetensors":

@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprefix.checks import check_choice
+from minprefix.files import note_unsealed
 from minprefix.generation.fast import KEPT
 from minprefix.methods.config import DESIGNS, SUBLAYERS
 from minprefix.models.base import ATTACHED, adapter_of, check_free
@@ -234,7 +235,7 @@ def load_adapter(path: str | Path) -> Adapter:
     tensors, metadata = load_tensors(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: not an adapter file (format {metadata.get('format')!r})")
-    check_seal(path)
+    sealed = check_seal(path)
     design, width = metadata.get("design"), metadata.get("bottleneck", "")
     if design not in SUBLAYERS:
         raise ValueError(f"{path}: unknown design {design!r}")
@@ -259,6 +260,8 @@ def load_adapter(path: str | Path) -> Adapter:
     adapter.load_state_dict({name: x.float() for name, x in tensors.items()}, assign=True)
     adapter.base = metadata.get("base", "")
     adapter.linearisation, adapter.max_source = read_frame(path, metadata)
+    if not sealed:
+        note_unsealed(Path(path))
     return adapter
 
 

@@ -14,6 +14,7 @@ import torch
 
 from minprefix.checks import check_choice
 from minprefix.data.examples import LINEARISATIONS
+from minprefix.files import note_unsealed
 from minprefix.models.config import SITES
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.config import PLACES
@@ -52,7 +53,7 @@ def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
     tensors, metadata = load_tensors(path)
     if metadata.get("format") not in FORMATS.values():
         raise ValueError(f"{path}: not a prefix file (format {metadata.get('format')!r})")
-    check_seal(path)
+    sealed = check_seal(path)
     check_values(path, tensors)
     offset = metadata.get("position_offset", "")
     if not offset.isdecimal():
@@ -75,6 +76,8 @@ def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
     prefix.n_trained = int(n_trained)
     prefix.base = metadata.get("base", "")
     prefix.linearisation, prefix.max_source = read_frame(path, metadata)
+    if not sealed:
+        note_unsealed(Path(path))
     return prefix
 
 

@@ -79,6 +79,8 @@ def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
             yield
         finally:
             HELD.discard(held)
+            with suppress(OSError):
+                file.truncate(0)  # nobody has it any more
 
 
 def locked(number: int, wait: bool) -> bool:

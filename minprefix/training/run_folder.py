@@ -22,7 +22,16 @@ from typing import Any
 
 import torch
 
-from minprefix.files import FileNote, atomic_write, flush, is_sealed, rename, seal, write_text
+from minprefix.files import (
+    FileNote,
+    atomic_write,
+    flush,
+    is_sealed,
+    note_unsealed,
+    rename,
+    seal,
+    write_text,
+)
 
 COMMON = ("settings", "step", "best", "seconds")  # keys of every state
 TRAINED = ("trained", "optimizer")  # and of one with weights
@@ -111,14 +120,15 @@ def read_state(
 
 def read_one_state(path: Path, device: torch.device | str, keys: Sequence[str]) -> dict:
     """What the file holds; ValueError if it is damaged."""
-    if not check_whole(path):
-        note = "it has no checksum, as states of older versions, and damage to it cannot be seen"
-        warnings.warn(f"{path}: {note}", FileNote, stacklevel=3)
+    sealed = check_whole(path)
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # unpickling a damaged file raises almost anything
         raise ValueError(f"{path}: damaged, or no training state") from error
-    return checked_state(path, state, keys)
+    checked_state(path, state, keys)
+    if not sealed:
+        note_unsealed(path)
+    return state
 
 
 def check_whole(path: Path) -> bool:

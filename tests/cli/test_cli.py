@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import an_adapter, few_tables
 
 from minprefix.cli import evaluate as evaluate_command
 from minprefix.cli import generate as generate_command
@@ -110,7 +111,7 @@ def test_train_reports_on_stdout_and_shows_progress_on_stderr(cli, tiny_folder, 
 
 def test_settings_of_a_run_are_those_given(cli, tiny_folder, tables, tmp_path):
     options = ("--weight-decay", 0.5, "--gate", "--prefix-len", 3, "--parametrisation", "table")
-    train(cli, tiny_folder, tables, tmp_path / "run", *options)
+    train(cli, tiny_folder, few_tables(tables, tmp_path), tmp_path / "run", *options)
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert settings["train"]["weight_decay"] == 0.5 and settings["train"]["lr"] == 1e-2
     prefix = Prefix.load(tmp_path / "run" / "prefix.safetensors")
@@ -125,8 +126,7 @@ def test_progress_in_a_log_file_is_a_few_lines(cli, tiny_folder, tables, tmp_pat
 
 
 def test_without_dev_data_the_result_is_still_json(cli, tiny_folder, tables, tmp_path):
-    few = tmp_path / "few.jsonl"  # too few to hold any out
-    few.write_text("".join((tables / "train.jsonl").read_text().splitlines(keepends=True)[:3]))
+    few = few_tables(tables, tmp_path)
     out, _ = train(cli, tiny_folder, few, tmp_path / "run", "--json")
     assert only_json(out)["best_dev_loss"] is None
     Prefix.load(tmp_path / "run" / "prefix.safetensors")
@@ -162,7 +162,8 @@ def test_resume_of_a_finished_run_changes_nothing(cli, run):
 
 @pytest.mark.parametrize("folder_is_left", [False, True])  # True: the disk was full at the save
 def test_resume_of_a_run_without_a_saved_state_starts_it(cli, run, folder_is_left):
-    (run / "state" / "state.pt").unlink()
+    for state in (run / "state").iterdir():
+        state.unlink()
     if not folder_is_left:
         (run / "state").rmdir()
     (run / "log.jsonl").unlink()
@@ -259,7 +260,6 @@ def test_export_to_a_folder_has_a_model_card(cli, run, tmp_path):
 
 def test_a_short_dtype_takes_prefixes_and_adapters(cli, tiny_folder, run, tmp_path):
     """What was trained for the model in fp32 goes with its copies."""
-    from conftest import an_adapter
 
     an_adapter(load(tiny_folder)[0]).save(tmp_path / "a.safetensors")
     few = ("--model", tiny_folder, "--max-new-tokens", 3, "--device", "cpu")

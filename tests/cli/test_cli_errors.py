@@ -19,6 +19,7 @@ from minprefix.cli.options import KEPT, kept_in
 from minprefix.methods.by_name import TUNED
 from minprefix.prefix.prefix import Prefix
 from minprefix.tensors import load_tensors, save_tensors
+from minprefix.training.run_folder import earlier_path, write_state
 from minprefix.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -404,9 +405,9 @@ def test_damaged_states_are_named(refused, run, tmp_path):
     state = torch.load(path)
     contents = [whole[: len(whole) // 2], whole[:10], b"", b"no state at all"]
     for other in ({"step": 3}, [1], state | {"trained": {}}):
-        file = io.BytesIO()
-        torch.save(other, file)
-        contents.append(file.getvalue())
+        write_state(run, other)
+        contents.append(path.read_bytes())
+    earlier_path(run).unlink()  # which would be used instead
     for content in contents:
         path.write_bytes(content)
         before = snapshot(run)

@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path, monkeypatch):
     run = run_of(folder, tmp_path, eval_every=2)
     nats = run.nats
     run.nats = lambda rows: nats(rows) * (math.nan if run.step_done == 3 else 1)
-    with pytest.raises(FloatingPointError, match="loss is nan after step 4: .* muon_lr 0.02"):
+    with pytest.raises(FloatingPointError, match="loss is nan in step 4: .* muon_lr 0.02"):
         run.run(progress=False)
     assert read_state(tmp_path)["step"] == 2
 

@@ -1,11 +1,10 @@
 """The trainer with every form of a prefix: what moves, what does not, resuming, dropout, bf16."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, small_model, trainer
+from conftest import assert_close, few_tables, small_model, trainer
 from test_training import log_of
 
 from minprefix.generation.texts import generate
@@ -170,13 +169,6 @@ def test_prefix_dropout_acts_in_training_only(tokenizer, tmp_path):
     dropped_grads = runs[1].optimizer.state[runs[1].prefix.prefix_table]["exp_avg"] == 0
     # entries that neither of two masks has kept: a quarter of 192; standard error 0.03
     assert 0.1 < dropped_grads.float().mean() < 0.4
-
-
-def few_tables(tables: Path, folder: Path) -> Path:
-    """Too few examples to hold any out, so that a run keeps its last step."""
-    few = folder / "few.jsonl"
-    few.write_text("".join((tables / "train.jsonl").read_text().splitlines(keepends=True)[:3]))
-    return few
 
 
 # the command line ----------------------------------------------------------------------------
