@@ -216,7 +216,7 @@ def test_killed_run_continues_to_the_same_losses(tmp_path, method):
     process = subprocess.Popen(script(broken, method, delay=0.2), env=env)
     log = broken / "log.jsonl"
     limit = time.monotonic() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) >= 9):
+    while not (log.exists() and len(log.read_text().splitlines()) >= 10):
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
