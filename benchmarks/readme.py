@@ -246,6 +246,15 @@ def copying_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def threads_table() -> str:
+    """Seconds of a training step by threads and by how they wait."""
+    lines = ["| precision | threads | OMP_WAIT_POLICY | seconds a step |", "|---|---|---|---|"]
+    for row in read_rows(HERE / "threads.csv"):
+        cells = (row["precision"], row["threads_set"], row["policy"], row["seconds"])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 PAGES = {  # page: {the CSV in the mark before a table: what makes the table}
     README: {
         "benchmarks/e2e.csv": e2e_table,
@@ -258,6 +267,7 @@ PAGES = {  # page: {the CSV in the mark before a table: what makes the table}
     GUIDES / "your_data.md": {
         "benchmarks/defaults.csv": defaults_table,
         "benchmarks/copying.csv": copying_table,
+        "benchmarks/threads.csv": threads_table,
     },
     GUIDES / "speed_cpu.md": {"benchmarks/cpu/bench.csv": speed_table},
     GUIDES / "speed_gpu.md": {

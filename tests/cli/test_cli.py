@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import an_adapter, few_tables
+from conftest import ASSETS, an_adapter, few_tables
 
 from minprefix.cli import evaluate as evaluate_command
 from minprefix.cli import generate as generate_command
@@ -70,7 +70,8 @@ def steps_in_log(folder: Path) -> list[int]:
 def test_every_command_on_mini(cli, tmp_path):
     run, files = tmp_path / "run", ("prefix.safetensors", "config.json", "log.jsonl")
     start = ("--init", "words", "--prefix-len", 4, "--eval-pairs", 4)
-    out, _ = train(cli, "mini", "restaurants", run, *start, "--json")
+    few = few_tables(ASSETS / "restaurants", tmp_path)
+    out, _ = train(cli, "mini", few, run, *start, "--json")
     assert only_json(out)["steps"] == 4
     assert [name for name in files if not (run / name).is_file()] == []
 

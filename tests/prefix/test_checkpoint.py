@@ -61,6 +61,7 @@ def test_the_file_holds_an_fp32_table_and_nothing_else(tmp_path, dtype):
         assert torch.equal(file.get_tensor("prefix_table"), prefix.table().detach().float())
         metadata = file.metadata()
     assert metadata.pop("base") == fingerprint(model)
+    assert metadata.pop("checksum").startswith("sha256:")
     expected = {"format": FORMAT, "position_offset": "4", "linearisation": "", "place": "prefix"}
     trained = sum(parameter.numel() for parameter in prefix.parameters())
     assert metadata == expected | {"parametrisation": "mlp", "trained_parameters": str(trained)}
