@@ -4,7 +4,7 @@
 #   CORPUS=folder OUT=benchmarks/pretrain benchmarks/pretrain.sh
 #
 # CORPUS holds token shards of the tokenizer TOKENIZER (default: mini), or text. The schedule ends by
-# TIME_LIMIT seconds of training or by the recipe's steps, whichever comes first: a slower GPU makes
+# TIME (such as 500s) of training or by the recipe's steps, whichever comes first: a slower GPU makes
 # fewer steps and still ends with its rates decayed. The model card says 455 s on an H100 for 2.737
 # nats per token. Stopped, the same command goes on.
 set -euo pipefail
