@@ -16,11 +16,10 @@ from pathlib import Path
 
 from minprefix.cli.commands import TrainOptions
 from minprefix.cli.options import examples_of, found_again
-from minprefix.cli.parse import changed
 from minprefix.cli.report import plot_loss, tensorboard
 from minprefix.cli.run_report import tell_end, tell_start
 from minprefix.files import read_json, write_text
-from minprefix.methods.by_name import TUNED, make_tuned
+from minprefix.methods.by_name import make_tuned, unread
 from minprefix.methods.config import BaselineConfig
 from minprefix.methods.paper import paper_settings
 from minprefix.models import weights
@@ -119,15 +118,8 @@ def with_preset(options: TrainOptions, data: str) -> TrainOptions:
 
 def check_read(options: TrainOptions) -> None:
     """ValueError if an option is given that the method, or the start of the prefix, ignores."""
-    method = options.train.method
-    for config in (options.prefix, options.baseline):
-        for option in changed(config, type(config)()):
-            name = option.removeprefix("--").replace("-", "_")
-            if name not in TUNED[method].reads:
-                readers = " or ".join(other for other in TUNED if name in TUNED[other].reads)
-                raise ValueError(f"{option} is for method {readers}, not for {method}")
-            if name == "init_text" and options.prefix.init == "random":
-                raise ValueError("--init-text is for --init words or prompt, not for random")
+    for name, why in unread(options.train, options.prefix, options.baseline):
+        raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 
 def read_settings(run_folder: Path) -> dict:

@@ -141,7 +141,7 @@ def test_errors_in_one_line(cli, tiny_folder, tables, run, tmp_path):
         ("finetune", ("--place=infix",), "--place is for method prefix, not for finetune"),
         ("adapter", ("--gate",), "--gate is for method prefix, not for adapter"),
         ("adapter", ("--top-layers", 1), "--top-layers is for method ft-top, not for adapter"),
-        ("prefix", ("--init=random", "--init-text=x"), "--init-text is for --init words or prompt"),
+        ("prefix", ("--init=random", "--init-text=x"), "--init-text is for init words or prompt"),
         ("prefix", ("--bottleneck", 4), "--bottleneck is for method adapter, not for prefix"),
         ("ft-top", ("--adapter-share=0.1",), "--adapter-share is for method adapter, not for ft-"),
     ],
