@@ -25,13 +25,14 @@ from minprefix.training.config import PRESETS, PretrainConfig, TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(WithRun):
-    """Tune a prefix, or a baseline of the paper."""
+    """Train a prefix, or one of the methods that the paper compares it with."""
 
-    # the paper's learning rate, epochs, batch size and prefix length for the method on a data set
+    # use the paper's learning rate, epochs, batch size and prefix length for this data set
     preset: Literal[*DATA_SETS] | None = None
-    track: FlagCreatePairsOff[bool] = False  # log to TensorBoard, too: files in the run folder
-    # False: at the end remove what only resuming needs (twice the size of what is trained)
+    track: FlagCreatePairsOff[bool] = False  # also write TensorBoard files to the run folder
+    # keep the files that only --resume needs, about twice the size of what is trained
     keep_state: bool = True
+
     train: Flat[TrainConfig] = TrainConfig()
     prefix: Flat[PrefixConfig] = PrefixConfig()
     baseline: Flat[BaselineConfig] = BaselineConfig()
@@ -39,34 +40,35 @@ class TrainOptions(WithRun):
 
 @dataclass(frozen=True, kw_only=True)
 class RunsOptions(Common):
-    """Compare runs of train; make them smaller, or delete them."""
+    """Compare training runs, make their folders smaller, or delete them."""
 
-    folders: Positional[tuple[Path, ...]]  # run folders
-    figure: Path | None = None  # draw the dev losses of the runs into this file, such as curves.png
-    slim: FlagCreatePairsOff[bool] = False  # remove what only resuming needs
-    delete: FlagCreatePairsOff[bool] = False  # remove the runs with all that is in their folders
+    folders: Positional[tuple[Path, ...]]  # run folders of the command train
+    figure: Path | None = None  # plot the dev losses of the runs to this file, such as curves.png
+    slim: FlagCreatePairsOff[bool] = False  # remove the files that only --resume needs
+    delete: FlagCreatePairsOff[bool] = False  # remove the run folders with everything in them
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(WithRun):
-    """Search the discrete prompt that lowers the loss most; the model is frozen."""
+    """Search for the discrete prompt with the lowest loss on the training pairs."""
 
     search: Flat[SearchConfig] = SearchConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(WithTrained):
-    """Write texts; the text of a single prompt is streamed."""
+    """Generate texts. The text of a single prompt is printed while it is written."""
 
-    # without any, and without --data, prompts are read from standard input, one per line; "" starts
-    # from nothing
+    # the prompts; without any, and without --data, they are read from standard input, one a line;
+    # "" starts a text from nothing
     prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...")] = ()
-    # read a prompt as a table, as training with this --linearisation does, or (none) as a text to
-    # be continued; None = as the prefix was trained, and none without a prefix
+    # how to read a prompt: as a table, in the form that training with this --linearisation uses,
+    # or "none", as a text to continue; None = as in training, or "none" without a prefix
     frame: Literal[*LINEARISATIONS, "none"] | None = None
-    # write a text for each input of this data, which needs no texts of its own
+    # generate a text for each input of this data; no reference texts are needed
     data: Annotated[str | None, arg(help=DATA)] = None
-    split: Literal["train", "dev", "test"] = "test"  # of --data
+    split: Literal["train", "dev", "test"] = "test"  # which part of --data
+
     generation: Flat[GenerationConfig] = GenerationConfig()
 
 
@@ -89,23 +91,27 @@ Template = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(WithTrained, WithData):
-    """Write texts for a data set and score them."""
+    """Generate texts for a data set and score them."""
 
-    split: Literal["train", "dev", "test"] = "test"  # which examples
-    # ask the frozen model in words, in which {table} stands for the table; without a TEMPLATE: in
-    # the first of its built-in ones
+    split: Literal["train", "dev", "test"] = "test"  # which part of the data
+    # use a prompt in words instead of a prefix; {table} in the TEMPLATE stands for the table;
+    # without a TEMPLATE the first built-in one is used
     hard_prompt: Template = None
-    prompt: Path | None = None  # prompt.json of the command search, or its run folder
-    shots: int = 0  # examples in context, from the training split
-    limit: int | None = None  # only the first tables
-    max_source: int | None = None  # cut sources to their first tokens; None = as in training
-    batch_size: int = 64  # tables at a time
-    outputs: Path | None = None  # write sources and texts to this file, as JSON lines
-    # quick (BLEU, ROUGE-L, slots), a data set's official scores, or auto: by the form of the data
+    prompt: Path | None = (
+        None  # use a prompt found by the command search: prompt.json or run folder
+    )
+    shots: int = 0  # training examples to put into the hard prompt
+    limit: int | None = None  # only the first so many tables
+    max_source: int | None = None  # cut sources to so many tokens; None = as in training
+    batch_size: int = 64  # tables per batch
+    outputs: Path | None = None  # write sources and texts to this file as JSON lines
+    # quick (BLEU, ROUGE-L, slot values), the official scores of a data set, or auto, which chooses
+    # them by the format of the data
     metrics: Literal[*METRICS] = "quick"
-    # how the quick scores split texts: 13a (Latin letters), intl (any script with blanks), zh
-    # (Chinese) or char (any other script without blanks)
+    # how the quick scores split texts into words: 13a (Latin script), intl (other scripts with
+    # spaces), zh (Chinese) or char (other scripts without spaces)
     score_tokenizer: Literal[*TOKENIZERS] = "13a"
+
     generation: Flat[GenerationConfig] = GenerationConfig()
 
     def __post_init__(self):
@@ -115,26 +121,26 @@ class EvaluateOptions(WithTrained, WithData):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(Common):
-    """Compute the scores of a file of texts, without a model."""
+    """Score a file of texts; no model is needed."""
 
     outputs_file: Annotated[Positional[Path], arg(metavar="OUTPUTS")]  # one text a line
-    # one text a line, a blank line between those of different outputs; or reference0,
-    # reference1, ..., each with a line for each output; or a folder with these
+    # a file with one reference a line and a blank line after those of each output; or files
+    # reference0, reference1, ... with one line for each output; or a folder of such files
     references_files: Annotated[Positional[tuple[Path, ...]], arg(metavar="REFERENCES ...")]
-    # quick (BLEU, rouge-score's ROUGE-L), or the scores of one data set's official script
+    # quick (BLEU, ROUGE-L as rouge-score computes it), or the official scores of a data set
     metrics: Literal["quick", *SUITES] = "quick"
-    # how the quick scores split texts: 13a (Latin letters), intl (any script with blanks), zh
-    # (Chinese) or char (any other script without blanks)
+    # how the quick scores split texts into words: 13a (Latin script), intl (other scripts with
+    # spaces), zh (Chinese) or char (other scripts without spaces)
     score_tokenizer: Literal[*TOKENIZERS] = "13a"
-    groups: Path | None = None  # WebNLG's category of each output, one a line: adds seen, unseen
+    groups: Path | None = None  # WebNLG category of each output, one a line; adds seen and unseen
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Common):
-    """Write a run's latest prefix, without its MLP."""
+    """Write the latest prefix of a run to a file of its own, without the MLP."""
 
     run_folder: Annotated[Positional[Path], arg(metavar="RUN")]  # run folder of the command train
-    # folder to make, with the prefix file and a README.md for the hub; or a file .safetensors alone
+    # a new folder for the prefix file and a README.md for the hub, or just a .safetensors file
     out: Path
 
 
@@ -142,36 +148,38 @@ class ExportOptions(Common):
 class ConvertOptions(Common):
     """Convert a prefix from PEFT, the paper's code or adapter-hub, or to PEFT."""
 
-    # prefix file or run folder of ours, folder of PEFT or adapter-hub, folder or state dict of the
-    # authors' code (GPT-2, BART), or the name of such a folder on the hub
+    # a prefix file or run folder of minprefix, a folder of PEFT or adapter-hub, a folder or state
+    # dict of the authors' code (GPT-2, BART), or the hub name of such a folder
     source: Positional[Path]
-    to: Literal[*SYSTEMS]  # prefix file, or PEFT folder: prefix-tuning or CARTRIDGE
-    out: Path  # file or folder to write
-    # base model, a name or a folder: the prefix is checked with it and bound to it (adapter-hub's
-    # files and virtual tokens cannot be read without)
+    to: Literal[*SYSTEMS]  # a prefix file, or a PEFT folder (prefix-tuning or CARTRIDGE)
+    out: Path  # the file or folder to write
+    # name or folder of the base model; the prefix is checked against it and bound to it; required
+    # for files of adapter-hub and for virtual tokens
     model: str | None = None
-    # token t stands at t + this; None = as it was trained: P with PEFT and the authors' code for
-    # GPT-2, 0 with adapter-hub and for BART
+    # token t is at position t + this; None = as the other system trains: P for PEFT's and the
+    # authors' GPT-2, 0 for adapter-hub and for BART
     position_offset: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    # sizes and settings where no other is given: small, for a CPU, or mini, the recipe of the
-    # embedded model, for a GPU; --preset mini --help shows that one's defaults
+    # defaults of the other options: small suits a CPU; mini is the recipe of the embedded model
+    # and needs a GPU (--preset mini --help shows its values)
     preset: Literal[*PRESETS] = "small"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(Preset, WithDevice):
-    """Train a GPT-2 from scratch on a folder of text, tokenizer included."""
+    """Train a GPT-2 and its tokenizer from scratch on a folder of text."""
 
-    # .txt, .txt.gz, .txt.xz; or token ids, .npy, .npy.xz; names that begin with val: held out
+    # folder of .txt, .txt.gz or .txt.xz files, or of token ids (.npy or .npy.xz); files whose
+    # names begin with val are held out
     text: Annotated[Positional[Path], arg(metavar="FOLDER")]
-    out: Path  # run folder and model to make
-    # mini, a hub id or a folder with vocab.json and merges.txt; None = one is trained on the text
+    out: Path  # new folder for the run and the model
+    # mini, a hub id or a folder with vocab.json and merges.txt; None = train one on the text
     tokenizer: str | None = None
-    samples: int = 3  # texts to write at the end
+    samples: int = 3  # texts to generate at the end
+
     pretrain: Flat[PretrainConfig] = PretrainConfig()
     words: Suppress[tuple[str, ...]] = ()  # the command line, which goes on with an interrupted run
 
@@ -186,32 +194,32 @@ class PretrainOptions(Preset, WithDevice):
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadOptions(Common):
-    """Fetch an official model into the hub's cache."""
+    """Download an official model into the cache of huggingface_hub."""
 
-    name: Positional[str]  # gpt2, gpt2-medium, ..., or the name of any model of the two families
+    name: Positional[str]  # gpt2, gpt2-medium, ..., or the hub name of any GPT-2 or BART
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Common):
-    """Fetch an official data set, or check a copy of it."""
+    """Download an official data set, or check a copy of it."""
 
     name: Positional[Literal[*DATA_SETS]]  # the data set
-    # check the files of this folder and fetch into it what is missing; None =
-    # $XDG_CACHE_HOME/minprefix/data/NAME, where --data NAME finds it
+    # check the files in this folder and download those that are missing; None =
+    # $XDG_CACHE_HOME/minprefix/data/NAME, where --data NAME looks for them
     data_dir: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions(WithTrained):
-    """Count the parameters of a model, of each method on it, of a prefix or an adapter."""
+    """Count the parameters of a model, a prefix, an adapter, and of each method."""
 
-    # print only the GPU, versions, the assembler, and whether attention runs through the kernels
+    # print only the GPU, the versions, the assembler, and whether the Triton kernels are used
     gpu: FlagCreatePairsOff[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(Common):
-    """Tune a prefix on the embedded data, write texts and measure them."""
+    """Train a prefix on the embedded data, generate texts and score them."""
 
     out: Path = Path("runs/demo")  # run folder
 

@@ -42,7 +42,7 @@ class Common:
 class WithDevice(Common):
     """Options of commands that compute."""
 
-    device: str | None = None  # such as cpu or cuda:1; None = cuda where there is one, else cpu
+    device: str | None = None  # such as cpu or cuda:1; None = cuda if available, else cpu
 
     @property
     def where(self) -> str:
@@ -80,14 +80,14 @@ def kept_in(option: str, given: Any) -> Any:
     elif (folder / FOREIGN_FILE).is_file():
         advice = (
             f"but {FOREIGN_FILE}: `python -m minprefix convert {folder} --to minprefix "
-            "--out prefix.safetensors` makes a prefix of PEFT or adapter-hub ours"
+            "--out prefix.safetensors` converts a prefix of PEFT or adapter-hub"
         )
     else:
-        advice = "and nothing else that was trained"
-    raise ValueError(f"--{option} {folder}: no {KEPT[option]} is in this folder, {advice}")
+        advice = "and no other result of training"
+    raise ValueError(f"--{option} {folder}: the folder has no {KEPT[option]}, {advice}")
 
 
-MODEL = f"{', '.join(MODELS)}, the name of a model on the hub, a folder, or a run of fine-tuning"
+MODEL = f"{', '.join(MODELS)}, the hub name of a model, a folder, or a run folder of fine-tuning"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class WithTrained(WithModel):
 
     prefix: Path | None = None  # prefix file, or the run folder of its training
     adapter: Path | None = None  # adapter file, or the run folder of its training
-    # of the model's weights; the short ones halve its memory
+    # dtype of the model's weights; the 16-bit types halve its memory
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self):
@@ -123,8 +123,8 @@ class WithTrained(WithModel):
 
 DATA = (
     f"restaurants or notes (embedded), {', '.join(DATA_SETS)} (see the command data), a folder "
-    "(their files, src1_*.txt, *.source, *.jsonl) or a file (.jsonl, .json, .csv, .parquet, .xml, "
-    ".txt with src||tgt, .source beside .target)"
+    "(with their files, src1_*.txt, *.source or *.jsonl) or a file (.jsonl, .json, .csv, .parquet, "
+    ".xml, .txt with lines src||tgt, .source with .target beside it)"
 )
 
 
@@ -133,23 +133,23 @@ class WithData(WithModel):
     """Options of commands with a model and data."""
 
     data: Annotated[str, arg(help=DATA)] = "restaurants"
-    # only these examples: seen or unseen (WebNLG), or a split of XSum for extrapolation
+    # use only these examples: seen or unseen (WebNLG), or one of the extrapolation splits of XSum
     topics: Literal[*TOPICS] | None = None
-    # how a table becomes text: as the paper prints it, or as its code does; None = as the prefix or
-    # the fine-tuned model was trained, and paper for a new run
+    # how a table becomes text: as printed in the paper, or as in its code; None = as the prefix or
+    # the fine-tuned model was trained, or "paper" for a new run
     linearisation: Literal[*LINEARISATIONS] | None = None
-    language: str | None = None  # of data with texts in several languages: this one, such as ru
+    language: str | None = None  # which texts to use of data in several languages, such as ru
 
 
 @dataclass(frozen=True, kw_only=True)
 class WithRun(WithData):
     """Options of commands that make a run folder, or go on with one."""
 
-    dev: str | None = None  # dev file, where --data is a file
-    subset: int | None = None  # low data: so many training pairs, and 30 % as many for dev
-    subset_seed: int = 0  # which pairs a subset takes
-    out: Path | None = None  # run folder to make
-    resume: Path | None = None  # run folder to go on with; a run keeps its settings
+    dev: str | None = None  # the dev file, if --data is a file
+    subset: int | None = None  # use so many training pairs, and 30 % as many dev pairs
+    subset_seed: int = 0  # which pairs --subset chooses
+    out: Path | None = None  # new run folder
+    resume: Path | None = None  # run folder to continue; a run keeps its settings
 
     def check_folder(
         self, has_state: Callable[[Path], bool], may_change: tuple[str, ...] = ()
@@ -162,7 +162,7 @@ class WithRun(WithData):
         """
         if (self.out is None) == (self.resume is None):
             raise ValueError(
-                "give either --out (a new run) or --resume (a run folder to go on with)"
+                "give either --out (a new run folder) or --resume (a run folder to continue)"
             )
         if self.resume:
             same = {name: getattr(self, name) for name in ("resume", "device", "json", "debug")}
@@ -170,11 +170,12 @@ class WithRun(WithData):
                 if option in may_change:
                     continue
                 raise ValueError(
-                    f"{self.resume}: a run keeps its settings, {option} cannot go with --resume"
+                    f"{self.resume}: a run keeps its settings, so --resume does not allow {option}"
                 )
         elif self.out and ((self.out / "config.json").exists() or has_state(self.out)):
             raise ValueError(
-                f"{self.out} holds a run: go on with --resume {self.out}, or choose another"
+                f"{self.out} already holds a run: continue it with --resume {self.out}, or choose "
+                "another folder"
             )
 
     def settings(self) -> dict[str, Any]:
@@ -216,9 +217,9 @@ def examples_of(settings: dict[str, Any]) -> tuple[list, list, str]:
         total = len(train)
         train, dev = hold_out(train)
         note = (
-            f"no dev data: {len(dev)} of {total} examples are held out to choose the best step "
-            "(--dev FILE gives others)" if dev else
-            f"{total} examples are too few to hold any out: the last step is kept"
+            f"no dev data was given: {len(dev)} of the {total} examples are held out to choose the "
+            "best step (use --dev FILE to give others)" if dev else
+            f"{total} examples are too few to hold any out, so the last step is kept"
         )  # fmt: skip
     topics, size = settings.get("topics"), settings.get("subset")  # older runs have neither
     train, dev = choose(train, topics, "train"), choose(dev, topics, "dev") if dev else dev

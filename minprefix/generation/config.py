@@ -24,25 +24,27 @@ AT_LEAST = {
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How the next token is chosen; None = as the model's checkpoint says, or else as in brackets.
-    Without `num_beams` or `do_sample`: always the likeliest."""
+    """How the next token is chosen: by default it is the most likely one. None = as the model's
+    checkpoint says, and the value in brackets if it says nothing."""
 
-    max_new_tokens: int | None = None  # a text ends here at the latest (100)
-    min_new_tokens: int | None = None  # the end-of-text token is forbidden before (0)
-    num_beams: int | None = None  # K of beam search; 1 = off (1; the paper: 5 for tables)
-    length_penalty: float | None = None  # beams: score = sum of log p / (tokens, end too) ** this
-    early_stopping: bool | None = None  # beams: end when K have ended, whatever might still come
-    no_repeat_ngram_size: int | None = None  # no n tokens in a row come twice; 0 = off (0)
-    # scores of tokens that prompt or text have are divided by it, negative ones multiplied (1)
+    max_new_tokens: int | None = None  # longest text (100)
+    min_new_tokens: int | None = None  # shortest text: the end token is forbidden before (0)
+    num_beams: int | None = None  # K of beam search; 1 = none (1; the paper has 5 for tables)
+    length_penalty: float | None = (
+        None  # of beams: sum of log p / (tokens and end token) ** this (1)
+    )
+    early_stopping: bool | None = None  # of beams: stop as soon as K of them have ended (False)
+    no_repeat_ngram_size: int | None = None  # no sequence of n tokens comes twice; 0 = off (0)
+    # logits of tokens that occurred already are divided by it, negative ones multiplied (1)
     repetition_penalty: float | None = None
-    do_sample: bool = False  # draw tokens at random
-    temperature: float | None = None  # sampling: logits are divided by it (1)
-    top_k: int | None = None  # sampling: only the k likeliest tokens; 0 = off (0)
-    top_p: float | None = None  # sampling: only the likeliest that together reach this; 1 = off (1)
-    seed: int = 0  # sampling: text n draws with seed + n
-    num_return_sequences: int = 1  # texts for each prompt: samples, or the best of the beams
-    stop: tuple[str, ...] = ()  # a text ends before the first of these; none = as the model says
-    # words that are never written, " cat" with "cat"; texts like "\n", too
+    do_sample: bool = False  # sample tokens at random
+    temperature: float | None = None  # of sampling: logits are divided by it (1)
+    top_k: int | None = None  # of sampling: only the k most likely tokens; 0 = off (0)
+    top_p: float | None = None  # of sampling: the most likely that reach it together; 1 = off (1)
+    seed: int = 0  # of sampling: text n uses seed + n
+    num_return_sequences: int = 1  # texts for each prompt: samples, or the best beams
+    stop: tuple[str, ...] = ()  # end a text before the first of these; none = as the model says
+    # words that are never generated: "cat" forbids " cat" as well; also texts such as "\n"
     bad_words: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -61,7 +63,7 @@ class GenerationConfig:
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"temperature must be > 0, got {self.temperature}; greedy (do_sample=False) "
-                "takes the likeliest token"
+                "takes the most likely token"
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")

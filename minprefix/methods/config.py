@@ -24,11 +24,11 @@ TEMPLATES = (
 class BaselineConfig:
     """What the methods "ft-top" and "adapter" train; `make_tuned` follows it."""
 
-    top_layers: int = 2  # ft-top: layers, from the top, beside the last layer norm; the paper's: 2
-    top_embedding: bool = False  # ft-top: the token embedding, too, which is the head
-    adapter_design: str = "lin"  # adapter: "lin" (one per layer) or "houlsby" (two per layer)
-    bottleneck: int | None = None  # adapter: its width m; None = by adapter_share
-    adapter_share: float | None = None  # adapter: its part of the model's parameters; None = 0.03
+    top_layers: int = 2  # of ft-top: how many layers from the top are trained (the paper: 2)
+    top_embedding: bool = False  # of ft-top: also train the token embedding, which is the head
+    adapter_design: str = "lin"  # of adapter: "lin" (one a layer) or "houlsby" (two a layer)
+    bottleneck: int | None = None  # of adapter: its width m; None = by adapter_share
+    adapter_share: float | None = None  # of adapter: share of the model's parameters; None = 0.03
 
     def __post_init__(self):
         check_choice("adapter_design", self.adapter_design, DESIGNS)
@@ -44,25 +44,25 @@ class BaselineConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """One search."""
+    """A search for a discrete prompt."""
 
     prompt_len: int = 10  # P, tokens
-    after: int = 0  # A, how many of them stand after the source, in the place of the bos
-    steps: int = 100  # rounds of gradient, race and judgement
-    budget: int | None = None  # row-evaluations, beside steps: no step begins after so many
+    after: int = 0  # A, how many of them come after the source, in place of the bos token
+    steps: int = 100  # rounds of gradient, race and decision
+    budget: int | None = None  # begin no step after so many evaluations of training pairs
     candidates: int = 64  # prompts in a race
-    top_k: int = 64  # tokens per place that candidates are drawn from, by their gradient
-    batch_size: int = 64  # training pairs of a step: gradient, and last round of the race
-    judge_rows: int = 256  # training pairs that accept or refuse, always the same
-    chains: int = 2  # prompts improved side by side; halved after each quarter of the steps
-    starts: int = 128  # prompts that race to be a chain's start
-    start: tuple[str, ...] = ()  # a text to start from, beside the built-in ones
+    top_k: int = 64  # tokens per position to draw candidates from, by their gradient
+    batch_size: int = 64  # training pairs for the gradient and for the last round of the race
+    judge_rows: int = 256  # training pairs that decide on a candidate, always the same
+    chains: int = 2  # prompts improved side by side; half of them remain after each quarter
+    starts: int = 128  # prompts that compete to be the start of a chain
+    start: tuple[str, ...] = ()  # texts to start from, in addition to the built-in ones
     patience: int = 4  # steps without an accepted prompt before the minibatch is doubled
-    printable: bool = False  # only prompts whose text, tokenised again, gives the same tokens
+    printable: bool = False  # only prompts whose text gives the same tokens again
     precision: str = "auto"  # "fp32", "bf16", or "auto" = bf16 on CUDA and fp32 on a CPU
-    seed: int = 0  # of all draws
+    seed: int = 0  # of all random choices
     eval_every: int = 10  # steps between evaluations on the dev set
-    eval_pairs: int = 1000  # dev pairs in an evaluation, at most; evenly spread
+    eval_pairs: int = 1000  # at most so many dev pairs in an evaluation, evenly spread
 
     def __post_init__(self):
         check_choice("precision", self.precision, PRECISIONS)

@@ -16,7 +16,7 @@ SITES = ("encoder", "decoder", "cross")  # the attentions of a BART, each of whi
 def check_heads(config: "GPT2Config | BARTConfig") -> None:
     """ValueError if the heads do not divide the width."""
     if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
+        raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ SYSTEMS = ("minprefix", "peft", "cartridge")  # whose files `convert.convert` wr
 class PrefixConfig:
     """How a prefix is made before training; `make_prefix` follows it."""
 
-    prefix_len: int | None = None  # P; None = 10, or with init "prompt" its number of tokens
-    parametrisation: str = "mlp"  # "table" (direct), "mlp", "embedding" (-only) or "embedding-mlp"
-    place: str = "prefix"  # "prefix", or "infix": between source and target
-    mid_dim: int = 512  # hidden width of the MLP; the paper's: 512 table-to-text, 800 summaries
-    init: str = "words"  # activations of words, or "random", or "prompt" (equal to a hard prompt)
+    prefix_len: int | None = None  # P; None = 10, or the tokens of the prompt with init "prompt"
+    parametrisation: str = "mlp"  # "table" (direct), "mlp", "embedding" (only) or "embedding-mlp"
+    place: str = "prefix"  # "prefix", or "infix" (between source and target)
+    mid_dim: int = 512  # hidden width of the MLP; in the paper 512 for tables, 800 for summaries
+    init: str = "words"  # from activations of "words", "random", or from a "prompt" (equal to it)
     init_text: str = "table-to-text:"  # the words or the prompt
-    gate: bool = False  # per layer and head, starts at 0: step 0 is the frozen model
-    position_offset: int | None = None  # token t stands at t + this; None = P; 0: gate, BART
-    sites: tuple[str, ...] = ()  # BART: "encoder", "decoder" or "cross" attention; none = all
+    gate: bool = False  # learn a weight per layer and head, from 0: step 0 is the frozen model
+    position_offset: int | None = None  # token t is at t + this; None = P, or 0 with gate or BART
+    sites: tuple[str, ...] = ()  # of BART: "encoder", "decoder" or "cross" attention; none = all
 
     def __post_init__(self):
         check_form(self.parametrisation, self.place)

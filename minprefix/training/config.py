@@ -19,37 +19,37 @@ LOSSES = ("token", "sentence")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. None means that `settle` chooses by the number of training pairs."""
+    """A training run. None = chosen by the number of training pairs."""
 
     method: str = "prefix"  # "prefix", "finetune" (all weights), "ft-top" (top layers), "adapter"
     epochs: float | None = None  # passes over the training pairs
-    steps: int | None = None  # optimiser steps, instead of epochs
+    steps: int | None = None  # optimizer steps, instead of epochs
     time: str | None = None  # wall time such as 90s, 10m or 2h, instead of steps or epochs
     batch_size: int | None = None  # pairs per forward pass
-    accumulation: int = 1  # forward passes per optimiser step, on each rank of torchrun
-    lr: float | None = None  # AdamW, peak, then linear to 0; None = by method and width
+    accumulation: int = 1  # forward passes per optimizer step, on each rank of torchrun
+    lr: float | None = None  # peak rate of AdamW, then linear to 0; None = by method and width
     warmup_steps: int | None = None  # steps of linear warm-up before the decay
-    patience: int = 5  # stop after so many evaluations without a better dev loss; 0 = never
-    weight_decay: float = 0.0  # AdamW, per step and lr
-    prefix_dropout: float = 0.0  # probability, on the entries of the prefix, anew in each step
-    clip: float = 1.0  # largest norm of the whole gradient
-    max_source: int | None = None  # cut sources to their first tokens (512 for XSum); None = never
-    loss: str = "token"  # mean per target "token", or sum per "sentence" as in the authors' code
-    precision: str = "auto"  # "fp32", "bf16", or "auto" = bf16 on CUDA and on CPUs made for it
-    activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory
-    compile: bool = False  # torch.compile each layer: slow first steps, then fewer memory passes
-    seed: int = 0  # order of batches, dropout, random start of the prefix
-    log_every: int = 10  # steps per line of the log
-    eval_every: int | None = None  # steps between evaluations on the dev set, and saved states
-    eval_pairs: int = 300  # dev pairs in an evaluation, at most; evenly spread
-    samples: int = 2  # dev tables to write a text for at each evaluation
+    patience: int = 5  # stop after so many evaluations without a lower dev loss; 0 = never
+    weight_decay: float = 0.0  # of AdamW, per step, times the learning rate
+    prefix_dropout: float = 0.0  # probability that an entry of the prefix is dropped in a step
+    clip: float = 1.0  # largest norm of the gradient of all weights together
+    max_source: int | None = None  # cut sources to so many tokens (XSum: 512); None = never
+    loss: str = "token"  # mean per target "token", or sum per "sentence" (the authors' code)
+    precision: str = "auto"  # "fp32", "bf16", or "auto": bf16 on CUDA and CPUs with bf16 units
+    activation_checkpointing: bool = False  # save memory: recompute blocks in the backward pass
+    compile: bool = False  # torch.compile each layer: the first steps are slow, the others faster
+    seed: int = 0  # of the order of batches, dropout and the random start of a prefix
+    log_every: int = 10  # steps between lines of the log
+    eval_every: int | None = None  # steps between dev evaluations and between saved states
+    eval_pairs: int = 300  # at most so many dev pairs in an evaluation, evenly spread
+    samples: int = 2  # texts to generate for dev inputs at each evaluation
 
     def __post_init__(self):
         check_choice("method", self.method, METHOD_NAMES)
         check_choice("loss", self.loss, LOSSES)
         check_choice("precision", self.precision, PRECISIONS)
         if self.compile and self.method == "adapter":
-            raise ValueError("compile does not go with method adapter: it compiles around adapters")
+            raise ValueError("compile does not work with method adapter: adapters are not compiled")
         check_at_least_one(
             self, "steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_pairs"
         )
@@ -63,7 +63,7 @@ class TrainConfig:
         if self.time is not None:
             seconds_of(self.time)
             if self.steps is not None or self.epochs is not None:
-                raise ValueError("time stands instead of steps and epochs: give one of them")
+                raise ValueError("time replaces steps and epochs: give only one of them")
 
     @property
     def seconds(self) -> float | None:
@@ -140,31 +140,31 @@ def settle(config: TrainConfig, n_pairs: int, lr: float, ranks: int = 1) -> Trai
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """A model and the run that makes it. Defaults: small enough for a CPU."""
+    """A model and the run that trains it; the defaults suit a CPU."""
 
-    vocab_size: int = 4096  # V, of a tokenizer that is trained on the text
-    n_positions: int = 256  # T, tokens of a window; no text can be longer for this model
+    vocab_size: int = 4096  # V, tokens of the tokenizer that is trained on the text
+    n_positions: int = 256  # T, tokens of a window; the model reads no longer texts
     n_embd: int = 192  # C
     n_layer: int = 4  # L
     n_head: int = 3  # H
-    steps: int = 1000  # optimiser steps
-    batch_tokens: int = 8192  # tokens per optimiser step
-    micro_tokens: int | None = None  # tokens per forward pass, to save memory; None = batch_tokens
-    muon_lr: float = 0.02  # Muon, peak: matrices in the layers
-    weight_decay: float = 0.02  # Muon, per step and lr
-    adamw_lr: float = 2e-3  # AdamW, peak: embeddings, biases, layer norms; no weight decay
+    steps: int = 1000  # optimizer steps
+    batch_tokens: int = 8192  # tokens per optimizer step
+    micro_tokens: int | None = None  # tokens per forward pass, fewer save memory; None = all
+    muon_lr: float = 0.02  # peak rate of Muon, which trains the matrices in the layers
+    weight_decay: float = 0.02  # of Muon, per step, times the learning rate
+    adamw_lr: float = 2e-3  # peak rate of AdamW: embeddings, biases, layer norms; no weight decay
     warmup_steps: int = 100  # steps of linear warm-up
-    hold: float = 0.3  # share of the run at the peak, then linear decay
-    lr_end: float = 0.03  # share of the peak that is left at the end
-    clip: float = 1.0  # largest norm of the whole gradient
-    dropout: float = 0.0  # probability, on embeddings and residuals; 0 suits few epochs
+    hold: float = 0.3  # share of the run at the peak rate; then it falls linearly
+    lr_end: float = 0.03  # rate at the end, as a share of the peak
+    clip: float = 1.0  # largest norm of the gradient of all weights together
+    dropout: float = 0.0  # probability, on embeddings and residuals; 0 suits runs of few epochs
     time: str | None = None  # wall time such as 10m or 2h by which the run and its schedule end
     precision: str = "auto"  # "fp32", "bf16" (autocast), or "auto" = bf16 on CUDA, fp32 on a CPU
     compile: bool = False  # torch.compile each layer: slow first steps, then fewer memory passes
-    seed: int = 0  # first weights, order of windows, dropout
-    val_share: float = 0.02  # share of the text that is held out where no file is named val*
-    eval_tokens: int = 131072  # held-out tokens per evaluation, at most; evenly spread
-    eval_every: int = 100  # steps between evaluations, and between saved states
+    seed: int = 0  # of the first weights, the order of windows and dropout
+    val_share: float = 0.02  # share of the text to hold out if no file is named val*
+    eval_tokens: int = 131072  # at most so many held-out tokens in an evaluation, evenly spread
+    eval_every: int = 100  # steps between evaluations and between saved states
     log_every: int = 10  # steps per line of the log
 
     def __post_init__(self):
@@ -187,7 +187,7 @@ class PretrainConfig:
                 n = self.n_positions
                 raise ValueError(f"{name} must be a multiple of n_positions {n}, got {value}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         assert self.seconds is None or self.seconds > 0  # a time that cannot be read is an error
 
     @property

@@ -117,7 +117,7 @@ def test_a_run_folder_gives_what_it_kept(tmp_path, option, kept):
     if option == kept:
         assert kept_in(option, tmp_path) == tmp_path / KEPT[kept]
     else:
-        message = f"--{option} {tmp_path}: no {KEPT[option]} is in this folder, but {KEPT[kept]}: "
+        message = f"--{option} {tmp_path}: the folder has no {KEPT[option]}, but {KEPT[kept]}: "
         with pytest.raises(ValueError, match=re.escape(message + f"give --{kept} {tmp_path}")):
             kept_in(option, tmp_path)
 
@@ -128,7 +128,7 @@ def test_what_a_run_folder_keeps_is_what_the_methods_name():
 
 def test_a_folder_without_anything_trained_is_named(refused, tiny_folder, tmp_path):
     message = refused("generate", "a boat", "--prefix", tmp_path)
-    assert f"--prefix {tmp_path}: no prefix.safetensors is in this folder" in message
+    assert f"--prefix {tmp_path}: the folder has no prefix.safetensors" in message
     assert "no adapter.safetensors" in refused("info", "--adapter", tmp_path)
     assert f"{tmp_path / 'config.json'}: missing" in refused("info", "--model", tmp_path)
     (tmp_path / "adapter_config.json").touch()
@@ -361,17 +361,17 @@ def test_examples_in_context_never_come_from_the_file_that_is_scored(refused, ti
 def test_a_folder_with_a_run_is_not_overwritten(refused, tiny_folder, tables, run):
     before = snapshot(run)
     argv = ("train", "--model", tiny_folder, "--data", tables, "--out", run)
-    assert f"{run} holds a run: go on with --resume {run}" in refused(*argv)
+    assert f"{run} already holds a run: continue it with --resume {run}" in refused(*argv)
     shutil.rmtree(run / "state")  # killed before its first saved state
-    assert f"{run} holds a run" in refused(*argv)
+    assert f"{run} already holds a run" in refused(*argv)
     assert {path: before[path] for path in snapshot(run)} == snapshot(run)
 
 
 def test_what_to_resume_must_be_clear(refused, tiny_folder, run, tmp_path):
     assert "either --out" in refused("train", "--model", tiny_folder)
     assert "either --out" in refused("train", "--resume", run, "--out", tmp_path / "new")
-    assert "--lr cannot go with --resume" in refused("train", "--resume", run, "--lr", 9)
-    assert "--data cannot go with --resume" in refused("train", "--resume", run, "--data", "x")
+    assert "--resume does not allow --lr" in refused("train", "--resume", run, "--lr", 9)
+    assert "--resume does not allow --data" in refused("train", "--resume", run, "--data", "x")
     for folder in (tmp_path, tmp_path / "none"):
         assert f"{folder}: no run" in refused("train", "--resume", folder)
         assert f"{folder}: no run" in refused("export", folder, "--out", tmp_path / "p")

@@ -65,7 +65,7 @@ def test_the_command_names_what_is_wrong(cli, tiny_folder, tables, tmp_path):
         ((), "give either --out"),
         (("--out", tmp_path / "a", "--after", 11), "after must lie in [0, 10], got 11"),
         (("--out", tmp_path / "a", "--start", " "), "start must be a text, got an empty one"),
-        (("--resume", tmp_path), "cannot go with --resume"),
+        (("--resume", tmp_path), "--resume does not allow"),
     ]
     for options, expected in cases:
         _, err = cli("search", *common, *options, code=1)
@@ -76,7 +76,7 @@ def test_the_command_names_what_is_wrong(cli, tiny_folder, tables, tmp_path):
     _, err = cli("search", "--resume", tmp_path, code=1)
     assert "not the settings of a search" in err
     _, err = cli("search", *common, "--out", tmp_path, code=1)
-    assert "holds a run: go on with --resume" in err
+    assert "already holds a run: continue it with --resume" in err
     assert not (tmp_path / "a").exists()
 
 

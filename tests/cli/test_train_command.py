@@ -43,7 +43,7 @@ def test_a_finished_run_goes_on_to_more_steps(cli, run):
     out, _ = cli("train", "--resume", folder, "--json")  # its settings are the new ones
     assert only_json(out)["steps"] == 8
     _, said = cli("train", "--resume", folder, "--lr", 1, code=1)
-    assert "a run keeps its settings, --lr cannot go with --resume" in said
+    assert "a run keeps its settings, so --resume does not allow --lr" in said
 
 
 def test_without_dev_data_a_part_is_held_out(cli, tiny_folder, tmp_path):
@@ -52,11 +52,11 @@ def test_without_dev_data_a_part_is_held_out(cli, tiny_folder, tmp_path):
     # ten different sources, two texts each
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, said = train(cli, tiny_folder, data, tmp_path / "run")
-    assert "no dev data: 2 of 10 examples are held out" in said
+    assert "no dev data was given: 2 of the 10 examples are held out" in said
     assert "16 training pairs" in said and "4 dev pairs" in said
     data.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     _, said = train(cli, tiny_folder, data, tmp_path / "few")
-    assert "3 examples are too few to hold any out: the last step is kept" in said
+    assert "3 examples are too few to hold any out, so the last step is kept" in said
 
 
 def test_a_preset_fills_in_what_is_not_given(cli, tiny_folder, tables, tmp_path):

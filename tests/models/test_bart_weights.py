@@ -138,7 +138,7 @@ def test_a_mask_beyond_the_model_is_no_error(folder, model):
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"encoder_attention_heads": 2}, "encoder_attention_heads 2, decoder_attention_heads 4"),
         ({"encoder_ffn_dim": 7, "decoder_ffn_dim": 8}, "supported are equal ones"),
-        ({"d_model": 33}, "n_embd 33 is no multiple of n_head 4"),
+        ({"d_model": 33}, "n_embd 33 is not a multiple of n_head 4"),
         ({"scale_embedding": 1}, "scale_embedding is 1"),
         ({"decoder_layers": 4}, "26 missing (decoder.layers.3."),
         ({"d_model": 64}, "of another shape (shared.weight (261, 32) for (261, 64)"),

@@ -229,7 +229,7 @@ BAD_CONFIGS = [
     ({"n_positions": 0}, "n_positions must be at least 1"),
     ({"batch_tokens": 100}, "batch_tokens must be a multiple of n_positions 16, got 100"),
     ({"micro_tokens": 8}, "micro_tokens must be a multiple"),
-    ({"n_head": 3}, "n_embd 32 is no multiple of n_head 3"),
+    ({"n_head": 3}, "n_embd 32 is not a multiple of n_head 3"),
     ({"muon_lr": math.inf}, "muon_lr must be positive and finite"),
     ({"hold": 1.0}, "hold must lie in"),
     ({"val_share": 0.0}, "val_share in"),

@@ -79,7 +79,7 @@ def test_a_folder_that_was_free_is_looked_at_again_under_the_lock(
 
     monkeypatch.setattr(train_command, "make_trainer", make_and_lose)
     _, err = train(cli, tiny_folder, tables, out, code=1)
-    assert f"{out} holds a run: go on with --resume" in err
+    assert f"{out} already holds a run: continue it with --resume" in err
     assert (out / "config.json").read_text() == "settings of the other"
 
 

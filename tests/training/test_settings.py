@@ -44,7 +44,7 @@ def test_times_are_read():
     for wrong in ("", "ten", "10 days", "0m", "-5s", "m"):
         with pytest.raises(ValueError, match="time must be such as"):
             TrainConfig(time=wrong)
-    with pytest.raises(ValueError, match="time stands instead of steps and epochs"):
+    with pytest.raises(ValueError, match="time replaces steps and epochs"):
         TrainConfig(time="1m", steps=3)
 
 
