@@ -1,9 +1,9 @@
-"""What a model reads of a prefix, eq. (3) of Li & Liang 2021 [1], and attention that reads it.
+"""The activations of a prefix, eq. (3) of Li & Liang 2021 [1], and the attention that reads them.
 
-`Prefix.activations` makes a `PrefixActivations` of a GPT-2's prefix once per step (or once per
-generated text); a layer reads its own keys and values of it, a `LayerPrefix`. A BART has one for
-each of its attentions (`BARTActivations`). `Visible` says which prefix and which keys each query
-sees. Read these, then `gated_attention`. Shapes use the letters of the README's table.
+`Prefix.activations` makes a `PrefixActivations` once per training step or generated text; each
+layer reads its own keys and values from it, a `LayerPrefix`. A BART has one for each kind of
+attention (`BARTActivations`). `Visible` says which prefix and which keys each query sees. Read
+these classes, then `gated_attention`. Shapes use the letters of `models/gpt2.py`.
 
 [1] https://arxiv.org/abs/2101.00190
 """
@@ -22,7 +22,7 @@ from minprefix.models.config import BARTConfig, GPT2Config
 
 
 class LayerPrefix(NamedTuple):
-    """A layer's keys and values of the prefix."""
+    """The keys and values of a prefix in one layer."""
 
     k: Tensor  # (H, P, D), one prefix; (N, H, P, D), a bank
     v: Tensor
@@ -36,50 +36,50 @@ class Visible:
     prefix_index: Tensor | None = None  # (B,) which prefix of the bank each row uses, -1 = none
     prefix_lens: Tensor | None = None  # (N,) lengths of a bank's prefixes; None = all P
     kv_lens: Tensor | None = None  # (B,) keys of each row that are real; None = all
-    q_offset: Tensor | None = None  # (B,) the place of each row's first query; None = S - T
+    q_offset: Tensor | None = None  # (B,) place of each row's first query; None = S - T
     causal: bool = True  # a query sees no key after its own place
     after: Tensor | None = None  # (B, T) bool, queries after an infix, which see it; None = all
-    seen: Tensor | None = None  # (B, T, S) bool, beams: the keys of each query, in a step
+    seen: Tensor | None = None  # (B, T, S) bool, with beams: the keys that each query sees
 
     def keys(self) -> dict:
-        """What the operator takes of the sequence."""
+        """The arguments of the operator that concern the sequence."""
         return {"kv_lens": self.kv_lens, "q_offset": self.q_offset, "causal": self.causal}
 
     def all(self) -> dict:
-        """What the operator takes of the sequence and of the prefix."""
+        """The arguments of the operator that concern the sequence and the prefix."""
         rows = {"prefix_index": self.prefix_index, "prefix_lens": self.prefix_lens}
         return rows | self.keys()
 
 
 class Activations:
-    """What a model reads of a prefix; here what needs no change for one that all rows share."""
+    """What a model reads of a prefix. The defaults here are for a prefix that all rows share."""
 
     infix: bool | Tensor = False
 
     def select(self, rows: Tensor) -> "Activations":
-        """For these rows of the batch, in this order and as often as they are named."""
+        """The activations for these rows of the batch, in this order, repeated as given."""
         return self
 
     def passed(self) -> "Activations":
-        """For tokens that all stand after an infix: to them it is a prefix."""
+        """The activations for tokens that all come after an infix, which is a prefix to them."""
         return self
 
     # for steps on static buffers (`generation/fast.py`)
 
     def with_room(self, rows: int) -> "Activations":
-        """The same tensors at addresses of their own; those with an entry per row have `rows`."""
+        """Copies at fixed addresses; tensors with an entry per row get room for `rows`."""
         return self
 
     def overwritten(self, other: Any) -> "Activations":
-        """With the values of `other`, at the same addresses."""
+        """The values of `other` at the addresses of this one."""
         return other
 
     def first(self, rows: int) -> "Activations":
-        """For the first rows."""
+        """The activations for the first `rows` rows."""
         return self
 
     def move(self, to: Tensor, source: Tensor) -> None:
-        """Rows `to` are overwritten by rows `source`, in place."""
+        """Copy the entries of rows `source` to rows `to`, in place."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ class PrefixActivations(Activations):
 
     table: Tensor  # (L, 2, H, P, D), one prefix; (L, 2, N, H, P, D), a bank
     position_offset: Any  # int or Tensor: token t stands at position t + offset; (B,) with a bank
-    max_offset: int  # the largest of them
+    max_offset: int  # the largest offset
     gate: Tensor | None = None  # (L, H) or (L, N, H): weight >= 0 on the prefix's softmax terms
     index: Tensor | None = None  # (B,) which prefix of the bank each row uses, -1 = none
     lens: Tensor | None = None  # (N,) lengths of ragged prefixes
-    infix: bool | Tensor = False  # it stands within the text, before token `starts`; (B,): a bank
+    infix: bool | Tensor = False  # the prefix stands before token `starts`; (B,) with a bank
 
     @classmethod
     def empty(cls, config: GPT2Config | BARTConfig, like: Tensor) -> "PrefixActivations":
@@ -101,8 +101,8 @@ class PrefixActivations(Activations):
         return cls(like.new_empty(shape), position_offset=0, max_offset=0)
 
     def layers(self) -> list[LayerPrefix]:
-        """What each layer reads. All are taken at once, and so their gradients become one table at
-        once: taken one by one, each would be a table of its own, of zeros elsewhere."""
+        """What each layer reads. One `unbind` for all layers gives one gradient table; slices
+        taken one by one would each give a table that is zero elsewhere."""
         parts = self.table.flatten(0, 1).unbind()  # k and v of layer 0, k and v of layer 1, ..
         gates = [None] * len(self.table) if self.gate is None else self.gate.unbind()
         return [LayerPrefix(*x) for x in zip(parts[::2], parts[1::2], gates, strict=True)]
@@ -112,12 +112,12 @@ class PrefixActivations(Activations):
         return Visible(self.index, self.lens, **keys)
 
     def positions(self, places: Tensor) -> Tensor:
-        """Where tokens at `places` (T,) or (B, T) of their text stand: place + offset."""
+        """The positions of the tokens at `places` (T,) or (B, T) of their text: place + offset."""
         offset = self.position_offset
         return places + (offset[:, None] if isinstance(offset, Tensor) else offset)
 
     def after(self, places: Tensor, starts: Tensor | None) -> Tensor | None:
-        """Which tokens, at `places` (T,) or (B, T), stand after an infix: (B, T); None = all."""
+        """Which tokens, at `places` (T,) or (B, T), come after an infix: (B, T); None = all."""
         if self.infix is False:
             return None
         if starts is None or starts.dim() != 1:
@@ -133,11 +133,11 @@ class PrefixActivations(Activations):
         return replace(self, table=change(self.table), gate=gate)
 
     def leaves(self) -> list[Tensor]:
-        """What has a gradient: the table, and the gate if there is one."""
+        """The tensors with a gradient: the table, and the gate if there is one."""
         return [x for x in (self.table, self.gate) if x is not None]
 
     def check_fit(self, config: GPT2Config | BARTConfig, batch_size: int, n_tokens: int) -> None:
-        """ValueError if a model of this config cannot read it, or not before so many tokens."""
+        """ValueError if a model of this config cannot read it together with so many tokens."""
         shape = tuple(self.table.shape)
         want = (config.n_layer, 2, config.n_head, config.head_dim)
         if (*shape[:2], shape[-3], shape[-1]) != want:
@@ -168,7 +168,7 @@ class PrefixActivations(Activations):
         return self.select(slice(rows))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that there are, by field."""
+        """The tensors among the fields, by name."""
         return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     def with_room(self, rows: int) -> "PrefixActivations":
@@ -194,15 +194,14 @@ PER_ROW = ("index", "position_offset")  # of a bank's activations: one entry per
 
 @dataclass(frozen=True)
 class BARTActivations(Activations):
-    """What a BART reads of a prefix: keys and values at each site that has one.
+    """What a BART reads of a prefix: keys and values at each site that has a prefix.
 
-    Embedding-only has no table: `virtual` are the embeddings of P tokens before the source, which
-    the encoder reads at positions 0 .. P-1 together with it, and the decoder through cross
-    attention.
+    Embedding-only has no table: `virtual` holds the embeddings of P tokens before the source. The
+    encoder reads them at positions 0 .. P-1, and the decoder reads them through cross attention.
     """
 
     sites: dict[str, PrefixActivations] = field(default_factory=dict)
-    position_offset: int = 0  # token t of source and target, beside virtual tokens of the source
+    position_offset: int = 0  # token t of source or target is at t + offset
     virtual: Tensor | None = None  # (P, C)
 
     @classmethod
@@ -211,7 +210,7 @@ class BARTActivations(Activations):
         return cls()
 
     def at(self, site: str, config: BARTConfig, like: Tensor) -> PrefixActivations:
-        """What the site reads; P = 0, in the dtype and on the device of `like`, if it has none."""
+        """What the site reads; without a prefix P = 0, in the dtype and on the device of `like`."""
         if site in self.sites:
             return self.sites[site]
         offset = 0 if self.virtual is not None and site != "encoder" else self.position_offset
@@ -225,7 +224,7 @@ class BARTActivations(Activations):
         return replace(self, sites=sites, virtual=virtual)
 
     def leaves(self) -> list[Tensor]:
-        """What may have a gradient."""
+        """The tensors that may have a gradient."""
         found = [leaf for acts in self.sites.values() for leaf in acts.leaves()]
         return found if self.virtual is None else [*found, self.virtual]
 
@@ -233,7 +232,7 @@ class BARTActivations(Activations):
 def self_attention(qkv: Tensor, prefix: LayerPrefix, visible: Visible) -> Tensor:
     """`gated_attention` of tokens to one another; qkv (B, T, 3, H, D) -> (B, H, T, D).
 
-    Without a gate its gradient is one tensor for the whole of qkv.
+    Without a gate the gradient of qkv is one tensor.
     """
     if prefix.gate is None and visible.after is None:
         return prefix_attention_qkv(qkv, prefix.k, prefix.v, **visible.all())
@@ -245,10 +244,10 @@ def gated_attention(
     q: Tensor, k: Tensor, v: Tensor, prefix: LayerPrefix, visible: Visible,
     append: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention in which the prefix's softmax terms weigh `prefix.gate` times their value.
+    """Attention in which the softmax terms of the prefix are multiplied by `prefix.gate`.
 
-    gate = 1 is plain prefix attention, gate = 0 exactly the frozen model (`kernels/merge.py` has
-    the equation). Without a gate it is one call of the operator.
+    gate = 1 is plain prefix attention, and gate = 0 is exactly the frozen model (`kernels/merge.py`
+    has the equation). Without a gate this is one call of the operator.
 
     Args:
         q: (B, H, T, D). k, v: (B, H, S, D).

@@ -1,14 +1,14 @@
 """GPT-2, from token ids to logits, with the prefix as an argument of the attention layer.
 
-Eq. (1) of Li & Liang 2021 [1], h_i = LM(z_i, h_<i): what a later position reads of position i are
-its keys and values in every layer. A prefix is P more of them per layer that no token has produced,
-eq. (3): the attention layer takes them as an argument; the cache never holds them. An infix
-(section 7.2) stands after some of the tokens: those before it do not see it.
+In eq. (1) of Li & Liang 2021 [1], h_i = LM(z_i, h_<i), later positions read position i through
+its keys and values in every layer. A prefix, eq. (3), adds P keys and values to each layer that no
+token has produced. The attention layer takes them as an argument; the cache never holds them. An
+infix (section 7.2) stands after some of the tokens, and the tokens before it do not see it.
 
-Read `GPT2Config` in `config.py`, then `Attention`, `Block`, `GPT2`; `activations.py` has what a
-layer reads of a prefix, `base.py` the head and the loss. Modules have the names of the official
-checkpoints [2], so weights load by equal keys. Shapes use the letters of the README's table: batch
-B, tokens T, keys S, prefix positions P, layers L, heads H, width C, head width D = C / H,
+Read `GPT2Config` in `config.py`, then `Attention`, `Block` and `GPT2` here. `activations.py` holds
+what a layer reads of a prefix; `base.py` has the head and the loss. Modules are named as in the
+official checkpoints [2], so the weights load by equal keys. Shapes use these letters: batch B,
+tokens T, keys S, prefix positions P, layers L, heads H, width C, head width D = C / H, and the
 vocabulary V.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://huggingface.co/openai-community/gpt2
@@ -53,11 +53,12 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C).
 
         Args:
-            attend: attention to cached tokens, too (`KVCache.attend`); None = to those in x only.
+            attend: attention to the cached tokens as well (`KVCache.attend`); None = only to the
+                tokens in x.
         """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        if self.query_factor != 1:  # of some relatives of GPT-2
+        if self.query_factor != 1:  # in some relatives of GPT-2
             qkv = torch.cat([qkv[:, :, :1] * self.query_factor, qkv[:, :, 1:]], dim=2)
         if attend is None:
             o = self_attention(qkv, prefix, visible)  # (B, H, T, D)
@@ -68,7 +69,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with a nonlinear function between them: GPT-2's is the tanh form of GELU."""
+    """Two linear layers with a nonlinear function between them, in GPT-2 the tanh form of GELU."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -93,7 +94,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x, prefix: LayerPrefix, visible: Visible, attend=None, at=None) -> Tensor:
-        """x (B, T, C) -> (B, T, C); with `at` (n,), places b T + t, the results there: (n, C)."""
+        """x (B, T, C) -> (B, T, C), or only the results at `at` (n,), places b T + t: (n, C)."""
         x = x + self.drop(self.attn(self.ln_1(x), prefix, visible, attend))
         if at is not None:
             x = x.flatten(0, 1).index_select(0, at)  # (n, C)
@@ -126,8 +127,7 @@ class GPT2(LanguageModel):
         return list(self.h)
 
     def init_std(self, name: str) -> float:
-        """As in GPT-2's training: 0.02; what is added to the residual stream has 1 / sqrt(2 L) of
-        it."""
+        """GPT-2's: 0.02, divided by sqrt(2 L) where a layer adds to the residual stream."""
         return 0.02 * (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 0.02
 
     def forward(self, input_ids: Tensor, **kwargs) -> Tensor:
@@ -135,7 +135,7 @@ class GPT2(LanguageModel):
         return self.head(self.hidden_states(input_ids, **kwargs))
 
     def begin(self, prompts: list[list[int]], acts: PrefixActivations) -> tuple[list, dict]:
-        """What generation reads first for each prompt, and what beside: the prompts, nothing."""
+        """What generation feeds to the model first, and further arguments: the prompts, none."""
         return prompts, {}
 
     def hidden_states(
@@ -143,19 +143,19 @@ class GPT2(LanguageModel):
         starts: Tensor | None = None, kv_lens: Tensor | None = None,
         cache: KVCache | None = None, at: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """What the head reads: (B, T) -> (B, T, C), or with `at` (n, C).
+        """The input of the head: (B, T) -> (B, T, C), or with `at` (n, C).
 
         Args:
-            input_ids: (B, T) int; with a cache, the tokens after those that it holds. Or their
-                embeddings (B, T, C), which need not be those of any token.
+            input_ids: (B, T) int; with a cache, the tokens after those that it holds. Embeddings
+                (B, T, C) are accepted as well; they need not belong to any token.
             prefix: a `Prefix`, a `PrefixBank` or ready `PrefixActivations`; None = plain GPT-2.
             prefix_index: (B,) int, with a bank: which prefix each row uses, -1 = none.
             starts: (B,) int, with an infix: the first token of each row after it (the bos, or any
-                other last token of a prompt). A prefix stands before all and does not read it.
+                other last token of a prompt). A prefix stands before all tokens and ignores it.
             kv_lens: (B,) int, how many of the T tokens of each row are real (right padding).
-            cache: keys and values of earlier tokens; extended by this call.
-            at: (n,) int, places b T + t: the results there alone. The last layer's MLP then runs
-                for them only: nothing reads what it adds to other positions.
+            cache: keys and values of earlier tokens; this call adds those of its tokens.
+            at: (n,) int, places b T + t: only the results there are returned. The MLP of the last
+                layer then runs for these places alone, since no other result is read.
         Raises:
             ValueError: positions past n_positions; a prefix of another shape than the model; an
                 infix without `starts`.

@@ -1,14 +1,14 @@
-"""What a prefix is computed from while it trains: an MLP (section 4.3) or virtual tokens (7.2).
+"""What computes a prefix while it trains: an MLP (section 4.3) or virtual tokens (section 7.2).
 
-A prefix is keys and values, P_theta of eq. (3) in Li & Liang 2021 [1]. They may be free parameters
-(`prefix.Prefix` holds those itself); the output of an MLP over P rows (`PrefixMLP`); or, in the
+A prefix is keys and values, P_theta of eq. (3) in Li & Liang 2021 [1]. They may be free parameters,
+which `prefix.Prefix` holds itself; the output of an MLP over P rows (`PrefixMLP`); or, in the
 ablation EMB-n ("embedding-only", section 7.2), what the frozen model computes from P free token
-embeddings (`VirtualTokens`). Virtual tokens stand at positions 0 .. P-1 before the text. By
-causality nothing they compute depends on the text, so their keys and values are a table as well:
-it is made once per step, and attention, caches, graphs and files know nothing of where it is from.
+embeddings (`VirtualTokens`). Virtual tokens are at positions 0 .. P-1, before the text. The model
+is causal, so their keys and values do not depend on the text and form a table as well. The table
+is computed once per step; attention, caches, graphs and files need not know where it came from.
 
-`token_activations` is the same for the embeddings of real words, with which a prefix may begin.
-Shapes use the letters of the README's table. Widths and the random start are those of the authors'
+`token_activations` does the same with the embeddings of real words, from which a prefix may start.
+Shapes use the letters of `models/gpt2.py`. Widths and the random start are those of the authors'
 code [2].
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
@@ -36,8 +36,8 @@ class RowMLP(nn.Module):
         self.linear_out = nn.Linear(mid_dim, n_out)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """As PyTorch does by default, and so the authors' code: N(0, 1) for the embedding,
-        U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for both linear layers, weights and biases."""
+        """PyTorch's defaults, which the authors' code uses: N(0, 1) for the embedding, and
+        U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of both linear layers."""
         nn.init.normal_(self.prefix_embd, generator=generator)
         for linear in (self.linear_in, self.linear_out):
             bound = linear.in_features**-0.5
@@ -53,14 +53,13 @@ class RowMLP(nn.Module):
 
     @torch.no_grad()
     def fit_rows(self, rows: Tensor) -> float:
-        """Change the last layer, as little as possible, so that the output is `rows` (P, n_out).
+        """Change the last layer as little as possible so that the output is `rows` (P, n_out).
 
-        Least squares in fp64. Returns the largest |difference| that remains: rounding only, as
-        long as P <= mid_dim.
+        Solves a least-squares problem in fp64. Returns the largest |difference| that remains, which
+        is only rounding as long as P <= mid_dim.
         """
-        hidden = F.pad(
-            self.hidden().double(), (0, 1), value=1.0
-        )  # (P, mid_dim + 1), the bias' column
+        # (P, mid_dim + 1): the last column is for the bias
+        hidden = F.pad(self.hidden().double(), (0, 1), value=1.0)
         layer = torch.cat([self.linear_out.weight, self.linear_out.bias[:, None]], 1).double().T
         layer += torch.linalg.pinv(hidden) @ (rows.double() - hidden @ layer)  # (mid_dim+1, n_out)
         self.linear_out.weight.copy_(layer[:-1].T)
@@ -84,7 +83,7 @@ class PrefixMLP(RowMLP):
 
 
 class Recorder:
-    """In the place of a cache: notes each layer's keys and values, gradients included."""
+    """Takes the place of a cache and records the keys and values of each layer, with gradients."""
 
     def __init__(self, device: torch.device):
         self.device, self.kv = device, {}  # by layer, (2, B, H, T, D)
@@ -96,7 +95,7 @@ class Recorder:
         return torch.arange(T, device=self.device)
 
     def attend(self, layer: int, q, k, v, prefix: LayerPrefix, visible: Visible) -> Tensor:
-        """As without a cache. Checkpointing calls it twice for a layer, with the same numbers."""
+        """Attention without a cache. Checkpointing calls this twice per layer with equal values."""
         self.kv[layer] = torch.stack([k, v])
         return gated_attention(q, k, v, prefix, visible)
 
@@ -104,17 +103,17 @@ class Recorder:
         pass
 
     def table(self) -> Tensor:
-        """What was noted of a single row: (L, 2, H, T, D)."""
+        """What was recorded of a single row: (L, 2, H, T, D)."""
         return torch.stack([self.kv[layer][:, 0] for layer in range(len(self.kv))])
 
 
 def computed_table(model: GPT2, inputs: Tensor) -> Tensor:
-    """Keys and values that the model computes of a text at positions 0, 1, ...: h_<P of eq. (1).
+    """The keys and values that the model computes for a text at positions 0, 1, ...: h_<P, eq. (1).
 
-    Without dropout, whatever mode the model is in.
+    There is no dropout, whatever mode the model is in.
 
     Args:
-        inputs: (P,) int, tokens; or embeddings (P, C), at which gradients arrive.
+        inputs: (P,) int, tokens; or embeddings (P, C), which receive gradients.
     Returns:
         (L, 2, H, P, D), fp32, or fp64 from an fp64 model.
     """
@@ -139,7 +138,7 @@ def word_ids(tokenizer, words: str, prefix_len: int | None) -> list[int]:
     """
     ids = tokenizer.encode(words)
     if not ids:
-        raise ValueError("no words to start the prefix from: the text is empty")
+        raise ValueError("the text has no words to start the prefix from")
     prefix_len = len(ids) if prefix_len is None else prefix_len
     if prefix_len < 1:
         raise ValueError(f"prefix_len must be at least 1, got {prefix_len}")
@@ -147,7 +146,7 @@ def word_ids(tokenizer, words: str, prefix_len: int | None) -> list[int]:
 
 
 class Borrowed:
-    """A model that a prefix reads and does not own: no submodule of it, and copies share it."""
+    """A model that a prefix uses but does not own: not a submodule, and shared by copies."""
 
     def __init__(self, model: Any = None):
         self.model = model
@@ -159,11 +158,11 @@ class Borrowed:
 class VirtualTokens(nn.Module):
     """EMB-n: P free embeddings, read by the frozen model as if they were those of tokens.
 
-    Their own parameters are fp32 beside a model in bf16, and cast where the model reads them.
+    Their parameters stay in fp32 beside a model in bf16; they are cast where the model reads them.
 
     Args:
-        mid_dim: the embeddings are the output of an MLP of this hidden width, as in the authors'
-            code by default; None = they are parameters themselves.
+        mid_dim: the embeddings are the output of an MLP of this hidden width, which is the default
+            of the authors' code; None = the embeddings are the parameters.
     """
 
     def __init__(self, config: GPT2Config | BARTConfig, prefix_len: int, mid_dim: int | None):
@@ -177,7 +176,7 @@ class VirtualTokens(nn.Module):
             self.virtual_embd = None
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """N(0, 1), PyTorch's default for an embedding and so the authors'; or `RowMLP`'s."""
+        """N(0, 1), the default of PyTorch's embedding, which the authors use; or `RowMLP`'s."""
         if self.mlp is None:
             nn.init.normal_(self.virtual_embd, generator=generator)
         else:
@@ -185,7 +184,7 @@ class VirtualTokens(nn.Module):
 
     @torch.no_grad()
     def fit(self, embd: Tensor) -> float:
-        """Begin with these embeddings (P, C); the largest |difference| that an MLP leaves."""
+        """Start from these embeddings (P, C); returns the largest |difference| that remains."""
         if self.mlp is not None:
             return self.mlp.fit_rows(embd)
         self.virtual_embd.copy_(embd)

@@ -1,23 +1,24 @@
 """The prefix: the only parameters that prefix-tuning trains.
 
-Eq. (3) of Li & Liang 2021 [1]: activations at the prefix positions are read from the table P_theta,
-all others come from the frozen model,
+In eq. (3) of Li & Liang 2021 [1], the activations at the prefix positions are read from the table
+P_theta; all others come from the frozen model,
 
     h_i = P_theta[i, :]  if i in P_idx,  else  LM(z_i, h_<i).
 
-h_i is one key and one value per layer and head, so the table has shape (L, 2, H, P, D). It is a
-parameter itself, or what an MLP or the model itself makes of fewer parameters
-(`parametrisations.py`); these train better or show what a table adds, and are dropped afterwards
-(`Prefix.export`). `make.py` makes one as the settings say; `bank.py` has many in one batch.
+h_i is one key and one value per layer and head, so the table has shape (L, 2, H, P, D). The table
+is a parameter itself, or it is computed from other parameters by an MLP or by the model
+(`parametrisations.py`). An MLP trains better; virtual tokens show what a table adds. Both are
+dropped after training (`Prefix.export`). `make.py` makes a prefix from settings; `bank.py` puts
+many into one batch.
 
-P_idx is the beginning of the sequence, or for an infix [x; INFIX; y] (section 7.2) the places
-between source and target: before the bos of the frame source, bos, target, eos, and in general
-before the last token of a prompt, whatever padding stands after the row. Tokens before it stand at
-t and do not see it, the others at t + offset and do. Its activations are free, as eq. (3) has
-them; those of the authors' code depend on the source (`foreign.AuthorsTokens`).
+P_idx is the beginning of the sequence. For an infix [x; INFIX; y] (section 7.2) it lies between
+source and target: before the bos of the frame source, bos, target, eos, and in general before the
+last token of a prompt, whatever padding follows. Token t before the infix is at position t and does
+not see it; token t after it is at t + offset and does. The activations of our infix are free, as in
+eq. (3); in the authors' code they depend on the source (`foreign.AuthorsTokens`).
 
-Shapes use the letters of the README's table. Order of rows, widths and the random start are those
-of the authors' code: flat feature ((2 l + kv) H + h) D + d, kv = 0 the key.
+Shapes use the letters of `models/gpt2.py`. The order of the rows, the widths and the random start
+are those of the authors' code: flat feature ((2 l + kv) H + h) D + d, with kv = 0 for the key.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
@@ -45,14 +46,15 @@ class Prefix(nn.Module):
             (`virtual`) compute it. Read `table()`.
         place: "prefix" or "infix".
         gate: (L, H) parameter >= 0 on the prefix's softmax terms, or None.
-        position_offset: token t stands at position t + offset, in training and in generation.
-        base: fingerprint of the model that it belongs to; "" = not known.
-        linearisation: the frame it was trained in (`batches.encode_prompt`), which `generate` then
-            puts around a text; "" = none, texts go in as they are.
-        max_source: to how many tokens its sources were cut, and are by `generate`; None = never.
-        init_residual: what initialisation from words left over in the MLP, largest |difference|.
-        parametrisation, n_trained: how it is or was trained, and the number of parameters that
-            took; "" and 0 = not known. `export` and files keep them.
+        position_offset: token t is at position t + offset, in training and in generation.
+        base: fingerprint of the model that the prefix belongs to; "" = unknown.
+        linearisation: the frame of the texts in training (`batches.encode_prompt`), which
+            `generate` then puts around a text; "" = none, texts are used as they are.
+        max_source: sources are cut to so many tokens, in training and by `generate`; None = never.
+        init_residual: largest |difference| between the activations of the words that the prefix
+            started from and what the MLP makes of them.
+        parametrisation, n_trained: how the prefix is or was trained, and with how many parameters;
+            "" and 0 = unknown. `export` and files keep both.
     """
 
     family = GPT2Config.family  # of the model that reads it
@@ -95,8 +97,8 @@ class Prefix(nn.Module):
 
     @classmethod
     def random(cls, config: GPT2Config, prefix_len: int, seed: int, **options) -> "Prefix":
-        """A table of N(0, 1), as in the authors' code and PEFT; else as `RowMLP.init_weights` and
-        `VirtualTokens.init_weights` say.
+        """A table of N(0, 1), as in the authors' code and PEFT. For an MLP and for virtual tokens
+        see `RowMLP.init_weights` and `VirtualTokens.init_weights`.
 
         Args:
             options: parametrisation ("table"), mid_dim, gate, position_offset, place.
@@ -117,12 +119,12 @@ class Prefix(nn.Module):
         cls, model: GPT2, tokenizer, words: str = "table-to-text:",
         prefix_len: int | None = None, seed: int = 0, **options,
     ) -> "Prefix":  # fmt: skip
-        """The activations that the model itself has on `words` (section 7.4).
+        """Start from the activations that the model itself has on `words` (section 7.4).
 
-        P is the number of their BPE tokens; with another prefix_len the tokens repeat or are cut.
+        P is the number of BPE tokens of the words; with another prefix_len they repeat or are cut.
         A table holds the activations exactly; an MLP is fitted to them (see `init_residual`);
-        virtual tokens begin as the words' embeddings. An infix, too, begins with the activations of
-        the words alone, at positions 0 .. P-1: those after a source are others for each source.
+        virtual tokens start as the embeddings of the words. An infix also starts from the words
+        alone, at positions 0 .. P-1, because after a source their activations depend on it.
         """
         ids = word_ids(tokenizer, words, prefix_len)
         table = token_activations(model, ids)
@@ -137,7 +139,7 @@ class Prefix(nn.Module):
 
     @torch.no_grad()
     def fit_table(self, table: Tensor) -> float:
-        """Begin with this table (L, 2, H, P, D); the largest |difference| that an MLP leaves."""
+        """Start from this table (L, 2, H, P, D); returns the largest |difference| that remains."""
         if self.mlp is not None:
             return self.mlp.fit_last_layer(table)
         self.prefix_table.copy_(table)
@@ -145,15 +147,15 @@ class Prefix(nn.Module):
 
     @classmethod
     def from_prompt(cls, model: GPT2, tokenizer, prompt: str, **options) -> "Prefix":
-        """A prefix that is exactly a hard prompt: the same logits as with `prompt` before the text.
+        """A prefix that equals a hard prompt: the logits are those with `prompt` before the text.
 
-        The prompt's tokens stand at 0 .. P-1 and the text after them, so P and the offset are
-        the number of tokens. An MLP holds the activations to rounding.
+        The tokens of the prompt are at 0 .. P-1 and the text follows, so P and the offset are the
+        number of tokens. An MLP holds the activations up to rounding.
         """
         if options.get("place", "prefix") != "prefix":
-            raise ValueError(f"a prompt stands before the text, got place {options['place']!r}")
+            raise ValueError(f"a prompt comes before the text, got place {options['place']!r}")
         if "prefix_len" in options:
-            raise ValueError(f"a prompt gives its own prefix_len, got {options['prefix_len']}")
+            raise ValueError(f"the prompt sets prefix_len, got {options['prefix_len']}")
         if "position_offset" not in options:
             options["position_offset"] = len(tokenizer.encode(prompt))
         return cls.from_words(model, tokenizer, prompt, **options)
@@ -193,7 +195,7 @@ class Prefix(nn.Module):
         return self.prefix_table if self.prefix_table is not None else (self.mlp or self.virtual)()
 
     def activations(self, prefix_index: Tensor | None = None) -> PrefixActivations:
-        """What the model reads."""
+        """The tensors that the model reads."""
         if prefix_index is not None:
             raise ValueError("prefix_index needs a PrefixBank; this is one prefix for all rows")
         offset = self.position_offset
@@ -201,17 +203,17 @@ class Prefix(nn.Module):
         return PrefixActivations(self.table(), offset, offset, gate=self.gate, infix=infix)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What its file holds, by name."""
+        """The tensors that its file holds, by name."""
         gate = {} if self.gate is None else {"gate": self.gate}
         return {"prefix_table": self.table()} | gate
 
     def sizes(self) -> dict[str, int]:
-        """Of the model that it is for, as far as its tensors say."""
+        """The sizes of its model that follow from the tensors."""
         L, _, H, _, D = self.table().shape
         return {"n_layer": L, "n_head": H, "head_dim": D}
 
     def settings(self) -> dict:
-        """What must be the same when its training goes on."""
+        """The settings that must be equal when its training continues."""
         return {"position_offset": self.position_offset, "place": self.place}
 
     def check_fit(self, config: GPT2Config | BARTConfig) -> None:
@@ -225,13 +227,11 @@ class Prefix(nn.Module):
             )
         if self.position_offset >= config.n_positions:
             places = f"the {config.n_positions} positions of the model"
-            raise ValueError(
-                f"position_offset {self.position_offset} leaves no place among {places}"
-            )
+            raise ValueError(f"position_offset {self.position_offset} leaves no room in {places}")
 
     @torch.no_grad()
     def export(self) -> "Prefix":
-        """A copy that holds the table alone: what is kept after training (section 4.3)."""
+        """A copy with the table alone, which is what is kept after training (section 4.3)."""
         gate = None if self.gate is None else self.gate.detach()
         copy = Prefix.from_table(self.table(), self.position_offset, gate, self.place)
         copy.base, copy.linearisation = self.base, self.linearisation
@@ -241,12 +241,12 @@ class Prefix(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Back to gate >= 0, after an optimiser step."""
+        """Set negative entries of the gate to 0, after an optimizer step."""
         if self.gate is not None:
             self.gate.clamp_(min=0)
 
     def bind(self, model: GPT2 | BART) -> None:
-        """Remember that this prefix belongs to `model`, which virtual tokens are then read by."""
+        """Bind this prefix to `model`, which is also the model that reads virtual tokens."""
         self.base = fingerprint(model)
         if self.virtual is not None:
             self.virtual.borrowed.model = model

@@ -164,7 +164,7 @@ def test_refusals_write_nothing(cli, ours, tiny_folder, tmp_path):
         (wide, "minprefix", model, f"{wide}: 2 layers with 4 heads of 8 do not fit"),
         (tmp_path / "other.safetensors", "peft", model, "made for another model"),
         (ours, "minprefix", ("--position-offset", -1), "position_offset must be >= 0, got -1"),
-        (ours, "minprefix", (*model, "--position-offset", 96), "leaves no place among the 96"),
+        (ours, "minprefix", (*model, "--position-offset", 96), "leaves no room in the 96"),
         (tmp_path / "none", "minprefix", (), "none: no such file or folder"),
         (tmp_path / "empty", "minprefix", (), "neither adapter_config.json"),
         (wide / "config.json", "minprefix", (), "config.json: damaged, or holds something"),

@@ -222,7 +222,7 @@ def test_what_makes_no_sense_is_refused():
             PrefixConfig(parametrisation=kind, place="infix")
         with pytest.raises(ValueError, match=f"'{kind}' needs place 'prefix'"):
             Prefix.random(model.config, 3, 0, parametrisation=kind, place="infix")
-    with pytest.raises(ValueError, match="a prompt stands before the text, got place 'infix'"):
+    with pytest.raises(ValueError, match="a prompt comes before the text, got place 'infix'"):
         Prefix.from_prompt(model, Words(), "some words", place="infix")
     with pytest.raises(ValueError, match="place must be one of prefix, infix, got 'suffix'"):
         Prefix.random(model.config, 3, 0, place="suffix")

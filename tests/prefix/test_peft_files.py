@@ -254,7 +254,7 @@ def test_another_base_model_is_named(tmp_path):
     ):
         prefix.check_fit(tiny_gpt2().config)
     prefix_config = GPT2Config(n_layer=3, n_head=2, n_embd=16, n_positions=5)
-    with pytest.raises(ValueError, match="position_offset 5 leaves no place among the 5 positions"):
+    with pytest.raises(ValueError, match="position_offset 5 leaves no room in the 5 positions"):
         prefix.check_fit(prefix_config)
 
 

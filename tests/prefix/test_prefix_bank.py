@@ -222,7 +222,7 @@ def test_prefix_errors():
     with pytest.raises(ValueError, match=r"position_offset 16 \(prefix length 16\)"):
         Prefix.random(config, 16, seed=0)
     for empty in (Prefix.from_words, Prefix.from_prompt):
-        with pytest.raises(ValueError, match="no words to start the prefix from"):
+        with pytest.raises(ValueError, match="the text has no words to start"):
             empty(model, Words(), " ")
     with pytest.raises(ValueError, match="offset 0 . 17 tokens > 16 positions"):
         Prefix.from_words(model, Words(), "word", prefix_len=17)
