@@ -19,9 +19,10 @@ the scores alone would let them in where they hold inf or NaN, as 0 x inf is NaN
 `prefix_attention_eager` writes this down literally, in any floating dtype up to fp64.
 `prefix_attention_lean` gives the same through PyTorch's fused attention and builds a mask only
 where one is needed: it is what runs on a CPU. Neither checks its arguments:
-`kernels.prefix_attention`, whose docstring has all shapes, does that. Shapes use the letters of
-the README's table. `cross_entropy_plain_` and `add_norm_plain`, at the end, are those of
-`cross_entropy.py` and `layer_norm.py`, whose headers have the equations.
+`kernels.prefix_attention`, whose docstring has all shapes, does that. Shapes use batch B,
+queries T, keys S, prefix positions P, heads H and head width D. `cross_entropy_plain_` and
+`add_norm_plain`, at the end, are those of `cross_entropy.py` and `layer_norm.py`, whose headers
+have the equations.
 
 [1] Li & Liang 2021, https://arxiv.org/abs/2101.00190
 """

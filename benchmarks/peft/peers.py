@@ -2,7 +2,7 @@
 
 All get one `Task`: the same weights, prefix and batches. Read `Task`, then `Ours`, `Peft` (training
 steps) and `OurTexts`, `PeftTexts` (generation); `PlainSteps` and `log_p_of_texts` are the plain
-model in fp64, which needs no kernel. Shapes use the letters of the README's table.
+model in fp64, which needs no kernel. Shapes use the letters of `minprefix/models/gpt2.py`.
 
 A peer is used as its users would and as it is fastest: SDPA, a fused AdamW, no dropout, no mask
 where nothing is padded, gradients clipped at 1 as `transformers.Trainer` does. Its loss is its own.

@@ -3,7 +3,7 @@
 Read `encode_pair` (the frame of one example: source, bos, target, eos; section 3 of [1] writes it
 [x; y], and for BART, [bos, source, eos] to the encoder and [eos, bos, target, eos] to the decoder),
 `collate` (what a step reads) and `BatchOrder` (which rows step s sees). Shapes use the letters of
-the README's table. Differs from the authors' code [2]: nothing is cut in silence.
+`models/gpt2.py`. Differs from the authors' code [2]: nothing is cut in silence.
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
 

@@ -3,8 +3,8 @@
 `RowCache` has one row per prompt. `BeamCache` has the K beams of a prompt as K queries of one row:
 the prompt's keys are there once, the beams' own tokens lie in slots after them, and a mask says
 whose they are. Both attend for the model, as `KVCache` does, and in a step the operator itself
-writes the new keys and values (`append`); the prefix is in neither. Shapes use the letters of the
-README's table; K counts beams.
+writes the new keys and values (`append`); the prefix is in neither. Shapes use the letters of
+`models/gpt2.py`; K counts beams.
 """
 
 from dataclasses import replace

@@ -4,7 +4,7 @@
 `fast.py`. All that lasts from step to step lies in tensors at fixed addresses: the ids that the
 next step reads, how many tokens are new, the draws, the beams' scores. So a CUDA graph can hold a
 whole step, from ids to ids, and nothing here waits for the device. Read `Forbidden`, `Choice`, then
-the two. Shapes use the letters of the README's table; K counts beams.
+the two. Shapes use the letters of `models/gpt2.py`; K counts beams.
 """
 
 from collections.abc import Sequence

@@ -6,8 +6,8 @@ part of the cache, so beams and finished rows rearrange the cache without touchi
 
 Read `GenerationConfig` and `Decided` in `config.py`, then `forbid`, `sampling_probabilities` and
 `sample` (logits to token), `begin` (what is read first: a BART encodes its prompts once), `Rows`,
-then the two loops, `greedy_or_sampled` and `beam_search`. Shapes use the letters of the README's
-table; b counts prompts, K beams.
+then the two loops, `greedy_or_sampled` and `beam_search`. Shapes use the letters of
+`models/gpt2.py`; b counts prompts, K beams.
 
 A text ends where the model chooses one of its end tokens (`eos_ids`, any number of them), where its
 last token is the last of max_new_tokens, where a stop string appears (`stopping.py`), and where

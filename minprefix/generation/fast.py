@@ -16,7 +16,7 @@
 
 The prefix stays an argument of attention and in no cache, as everywhere. Read `caches.py`,
 `choice.py`, `Decoding`, then `greedy_or_sampled` and `beam_search`, whose arguments and results are
-those of their namesakes in `decoding.py`. Shapes use the letters of the README's table; b counts
+those of their namesakes in `decoding.py`. Shapes use the letters of `models/gpt2.py`; b counts
 prompts, K beams.
 """
 

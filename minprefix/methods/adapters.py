@@ -18,7 +18,7 @@ is then exactly the frozen model. [2] draws W_up like W_down, the code of [4] dr
 truncated N(0, 0.001). The frozen model has no dropout here; [2] leaves it on for adapters.
 
 Read `Bottleneck`, `Adapter`, then `TunedAdapter`. `gpt2.py` knows nothing of them: an adapter sits
-in forward hooks. Shapes use the letters of the README's table; m is the width of a bottleneck.
+in forward hooks. Shapes use the letters of `models/gpt2.py`; m is the width of a bottleneck.
 
 An adapter file holds the weights of `Adapter` in fp32 under their names, and as metadata the
 format, design, width and epsilon of its layer norms, the frame of the text, the base model and a

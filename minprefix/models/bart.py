@@ -14,7 +14,7 @@ GPT-2: layer norms stand after each sum (post-LN), GELU is exact, positions begi
 table, a layer norm follows the embeddings, and the head has a bias. Read `EncoderBlock`,
 `DecoderBlock`, `BART`. `weights_bart.py` has the official checkpoints' names of all this [3].
 
-Shapes use the letters of the README's table; S counts source tokens, T target tokens.
+Shapes use the letters of `models/gpt2.py`; S counts source tokens, T target tokens.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 [3] Lewis et al. 2020, https://arxiv.org/abs/1910.13461; https://huggingface.co/facebook/bart-large

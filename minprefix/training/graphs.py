@@ -11,7 +11,7 @@ Shapes are rounded up to buckets, and what is added changes nothing: tokens afte
 hidden by causality, labels that are added weigh 0. Rows are not packed: batches of similar length
 (`batches.epoch_batches`) leave so little padding that the column `padding` of
 `benchmarks.peft train --data` is all that packing could win.
-Shapes use the letters of the README's table; n counts labels.
+Shapes use the letters of `models/gpt2.py`; n counts labels.
 """
 
 from collections.abc import Callable

@@ -16,7 +16,7 @@ by (`one_hot_gradient`).
 The last A of the P tokens may instead stand after the source, in the place of the bos (`opened`):
 prompt_1 ... prompt_{P-A}, source, prompt_{P-A+1} ... prompt_P, target, eos, the form of a written
 instruction. A = 0 is prefix-tuning's own frame, A > 0 holds it as the case of a single bos.
-Shapes use the letters of the README's table, and A.
+Shapes use the letters of `models/gpt2.py`, and A.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://arxiv.org/abs/1712.06751
 [3] https://arxiv.org/abs/2010.15980   [4] https://arxiv.org/abs/2307.15043
