@@ -2,11 +2,11 @@
 
     python -m docs.train_prefixes --e2e DIR [--only e2e-P10 notes-P10]
 
-The prefixes of E2E are trained on all pairs with as many steps as the README's (2,500 of 32 pairs).
+The prefixes of E2E are trained on all pairs, with as many steps as the README's: 2,500 of 32 pairs.
 The prefix of the embedded notes has the steps and the rate that the command line chooses. All other
-settings are defaults. DIR is the folder of the official CSVs, whose licence is CC BY-SA 4.0. A prefix
-that exists is not trained again. Each run adds a row to `docs/prefixes/prefixes.csv`, with the dev
-loss in nats per target token. The weights that every evaluation of e2e-P10 saw are kept in
+settings are defaults. DIR is the folder of the official CSVs, whose licence is CC BY-SA 4.0. A
+prefix that exists is not trained again. Each run adds a row to `docs/prefixes/prefixes.csv`, with
+the dev loss in nats per target token. The weights that every evaluation of e2e-P10 saw are kept in
 `runs/prefixes/e2e-P10/steps`.
 """
 
