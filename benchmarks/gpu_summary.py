@@ -16,7 +16,7 @@ from benchmarks.kernels import fused as bench_fused
 from benchmarks.kernels.clock import device_name, rows_of_this_commit
 from benchmarks.kernels.tiles import table
 from benchmarks.machine import add_row, read_rows
-from benchmarks.peft.run import KEY
+from benchmarks.peft.results import KEY
 
 PARTS = ("tests", "attention", "decode", "steps", "generate")
 STEP_KEY = (*KEY, "graphs")

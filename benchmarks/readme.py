@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks import defaults
 from benchmarks.kernels import attention, decode
 from benchmarks.machine import read_rows
-from benchmarks.peft.run import KEY
+from benchmarks.peft.results import KEY
 from minprefix.files import atomic_write, write_text
 
 HERE = Path(__file__).parent

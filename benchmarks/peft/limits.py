@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peft.pictures import wait
+from benchmarks.peft.traces import wait
 from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
 

@@ -11,9 +11,12 @@ where nothing is padded, gradients clipped at 1 as `transformers.Trainer` does. 
 """
 
 import copy
+import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -41,6 +44,7 @@ NORM_TOLERANCE = {"fp32": 1e-3, "bf16": 1e-1}
 # per token. Largest seen in bf16 0.08 (8 texts of 64 tokens); greedy texts are 0.19 below 5 beams
 BEAM_TOLERANCE = {"fp32": 0.05, "bf16": 0.15}
 LR, CLIP = 1e-3, 1.0  # AdamW's; the largest norm of the gradient
+SWITCHES = {"eager": "MINPREFIX_CUDA_GRAPHS", "unfused": "MINPREFIX_FUSED"}  # ours, one set to 0
 KNOWN = 50  # steps in a row without a new bucket: one that comes later is rare
 CHUNK = 4  # rows at a time of the plain model, which keeps all activations in fp64
 
@@ -91,10 +95,18 @@ class Task:
         return [self.encoded[i] for i in rng.integers(len(self.encoded), size=self.batch_size)]
 
 
-class Ours:
-    """`Trainer.step`, as `python -m minprefix train` runs it, with --compile or without."""
+def without(switch: str | None) -> AbstractContextManager:
+    """Inside, one of `SWITCHES` is off; None = all are as they were."""
+    return patch.dict(os.environ, {SWITCHES[switch]: "0"}) if switch else nullcontext()
 
-    def __init__(self, task: Task, folder, compiled: bool = False):
+
+class Ours:
+    """`Trainer.step`, as `python -m minprefix train` runs it, with --compile or without.
+
+    switch: what of `SWITCHES` is off while it is made and runs.
+    """
+
+    def __init__(self, task: Task, folder, compiled: bool = False, switch: str | None = None):
         model = copy.deepcopy(task.model).to(task.device)
         prefix = copy.deepcopy(task.prefix).to(task.device)
         # so many steps that the learning rate stays as it is
@@ -103,8 +115,10 @@ class Ours:
             warmup_steps=0,
             compile=compiled,
         )  # fmt: skip
-        self.task = task
-        self.trainer = Trainer(model, task.tokenizer, config, task.examples, [], folder, prefix)
+        self.task, self.switch = task, switch
+        data = task.examples, []
+        with without(switch):
+            self.trainer = Trainer(model, task.tokenizer, config, *data, folder, prefix)
 
     @property
     def done(self) -> int:
@@ -122,7 +136,8 @@ class Ours:
 
     def step(self) -> tuple[Tensor, Tensor]:
         """One step: loss, nats per target token, and norm of the gradient. Waits for no GPU."""
-        entry = self.trainer.step()
+        with without(self.switch):
+            entry = self.trainer.step()
         return entry["nats"] / entry["targets"], entry["norm"]
 
 
@@ -218,10 +233,12 @@ class Peft:
 
 
 class OurTexts:
-    """`minprefix.generate` with the exported prefix."""
+    """`minprefix.generate` with the exported prefix; `switch` as for `Ours`."""
 
-    def __init__(self, task: Task, num_beams: int, exact: bool = False):
-        self.task, self.num_beams = task, num_beams
+    def __init__(
+        self, task: Task, num_beams: int, exact: bool = False, switch: str | None = None
+    ):  # fmt: skip
+        self.task, self.num_beams, self.switch = task, num_beams, switch
         dtype = EXACT if exact else task.torch_dtype
         self.model = copy.deepcopy(task.model).to(task.device, dtype)
         self.prefix = task.prefix.export().to(task.device, EXACT if exact else torch.float32)
@@ -229,10 +246,11 @@ class OurTexts:
     def texts(self, prompts: list[list[int]], n: int) -> list[list[int]]:
         """The n new tokens of each prompt; no text ends before."""
         config = GenerationConfig(max_new_tokens=n, min_new_tokens=n, num_beams=self.num_beams)
-        texts = generate(
-            self.model, self.task.tokenizer, prompts, prefix=self.prefix, config=config,
-            batch_size=len(prompts),
-        )  # fmt: skip
+        with without(self.switch):
+            texts = generate(
+                self.model, self.task.tokenizer, prompts, prefix=self.prefix, config=config,
+                batch_size=len(prompts),
+            )  # fmt: skip
         return [self.task.tokenizer.encode(text) for text in texts]
 
 

@@ -1,15 +1,11 @@
-"""The benchmark's pictures: throughput against B, T and P, and where a training step's time goes.
+"""The benchmark's pictures: throughput against B, T and P, and the parts of a training step.
 
-Read `draw` and `profile_step`; `run.py` measures and calls them.
+`results.py` calls them.
 """
 
-import re
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
+from benchmarks.peft.traces import PARTS, REST
 from minprefix.files import atomic_write
 
 AXES = {"B": "batch size B (rows)", "T": "tokens per row T", "P": "prefix positions P"}
@@ -66,76 +62,6 @@ def draw(rows: list[dict[str, str]], path: Path, title: str) -> None:
     figure.suptitle(title)
     with atomic_write(path) as temporary:
         figure.savefig(temporary)
-
-
-def wait(device: str) -> None:
-    """Until the GPU has done all that it was given."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
-PARTS = {  # of a step: what is in the names of operators and kernels; the first that fits
-    "optimizer": "optimizer|adam|foreach|multi_tensor",
-    "head + loss": "log_softmax|nll_loss|cross_entropy|logsoftmax",
-    "attention": "attention|attn|fmha|flash|_fwd_kernel|_bwd_|bmm|softmax",
-    "matrix products": "gemm|addmm|aten::mm|linear|matmul|nvjet|cutlass|xmma|splitk",
-    "norms, GELU, sums, copies": "^(aten|void|triton|mem)|compiled|elementwise|layer_norm",
-}
-REST = "Python, autograd, waiting"
-
-
-def part_of(names: list[str], shapes: list, vocab_size: int) -> str:
-    """Which part of a step an event belongs to; names: its own, then those around it."""
-    text = " ".join(names).lower()
-    for part, pattern in PARTS.items():
-        of_head = any(vocab_size in s for s in shapes if isinstance(s, (list, tuple)))
-        if part == "head + loss" and of_head and "embedding" not in text:
-            return part
-        searched = names[0].lower() if part.startswith("norms") else text
-        if re.search(pattern, searched):
-            return part
-    return REST
-
-
-def profile_step(step: Callable[[], object], device: str, vocab_size: int, ms: float) -> dict:
-    """Milliseconds of each part of one step; they add up to the step.
-
-    On a GPU: of the kernels, and what is missing to the `ms` measured without a profiler is the
-    time in which the GPU waits. On a CPU: of the operators themselves, under the profiler.
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    cuda = device.startswith("cuda")
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    wait(device)
-    with profile(activities=kinds, record_shapes=True) as run:
-        began = time.perf_counter()
-        step()
-        wait(device)
-        total = ms if cuda else 1e3 * (time.perf_counter() - began)
-    parts = dict.fromkeys([*PARTS, REST], 0.0)
-    loose: dict[str, float] = {}  # kernels, such as those of a CUDA graph, that no operator names
-    for event in run.events():
-        if event.device_type != torch.autograd.DeviceType.CPU:
-            if event.is_user_annotation:  # a range of kernels, not one
-                continue
-            loose[event.name] = loose.get(event.name, 0.0) + event.device_time_total / 1e3
-            continue
-        names, around = [event.name], event.cpu_parent
-        while around is not None:
-            names.append(around.name)
-            around = around.cpu_parent
-        if not cuda:
-            part = part_of(names, event.input_shapes or [], vocab_size)
-            parts[part] += event.self_cpu_time_total / 1e3
-        for kernel in event.kernels:
-            part = part_of([kernel.name, *names], event.input_shapes or [], vocab_size)
-            parts[part] += kernel.duration / 1e3
-            loose[kernel.name] = loose.get(kernel.name, 0.0) - kernel.duration / 1e3
-    for name, left in loose.items():
-        parts[part_of([name], [], vocab_size)] += max(0.0, left)
-    parts[REST] += max(0.0, total - sum(parts.values()))
-    return {part: round(value, 3) for part, value in parts.items()}
 
 
 def draw_profile(rows: list[dict], path: Path, title: str) -> None:

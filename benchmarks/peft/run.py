@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -29,6 +30,7 @@ import torch
 from benchmarks.peft.limits import Peak, decode_limit, matmul_flops, read_speed, train_flops
 from benchmarks.peft.peers import (
     DTYPES,
+    SWITCHES,
     Numbers,
     Ours,
     OurTexts,
@@ -40,7 +42,8 @@ from benchmarks.peft.peers import (
     check_texts,
     first_steps,
 )
-from benchmarks.peft.pictures import draw, draw_profile, profile_step, wait
+from benchmarks.peft.results import Results
+from benchmarks.peft.traces import wait
 from minprefix.checks import check_choice
 from minprefix.data.batches import Encoded
 from minprefix.data.examples import Example
@@ -55,11 +58,9 @@ RANDOM = {  # random weights of official sizes: layers, heads, width
     "random-medium": (24, 16, 1024),
     "random-large": (36, 20, 1280),
 }
-KEY = ("work", "model", "device", "dtype", "data", "labels", "mlp", "B", "T", "P", "beams", "new",
-       "method")  # fmt: skip
-PEERS = ("none", "compiled", "peft", "peft-compiled", "peft-shuffled")
-SHOWN = ("B", "T", "P", "beams", "method", "ms", "tokens_per_s", "peak_mib", "percent", "ratio",
-         "note")  # fmt: skip
+OURS = ("compiled", *SWITCHES)  # this library in other ways
+PEERS = ("none", *OURS, "peft", "peft-compiled", "peft-shuffled")
+BOTH = {"none", "peft", *SWITCHES}  # for training and generation alike
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ class BenchConfig:
     warm_up: int = 2  # train: steps of each method before those that are timed
     steps: int = 3  # blocks of calls of each method, at least
     seconds: float = 5.0  # of each method in a measurement, at least
-    peers: str = "peft"  # "none"; "peft"; train: "compiled" (ours), others of PEERS; a list
-    profile: bool = False  # train: also where the time of one step goes, of the first combination
-    out: Path = Path("runs/bench")  # folder for bench.csv, profile.csv and their pictures
+    peers: str = "peft"  # "none", "peft", ours "eager" or "unfused"; train: all of PEERS; a list
+    profile: bool = False  # where the time of a step or a token goes, of the first combination
+    out: Path = Path("runs/bench")  # folder for bench.csv, its picture, and those of a profile
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, ("auto", "fp32", "bf16"))
@@ -117,26 +118,32 @@ def alternate(
 ) -> tuple[dict[str, list[float]], int]:
     """Seconds per call of each method, for each block of calls, and the calls of a block.
 
-    A block has one call on a CPU; on a GPU as many as fill a fifth of a second, with one wait at
-    the end as in training. The methods run in turn, and make the same calls.
+    A block has one call on a CPU. On a GPU it has as many as fill a fifth of a second, unless the
+    slowest method then takes more than one; it ends with one wait as in training. The methods run
+    in turn, and make the same calls.
     """
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    size, began = 1, time.perf_counter()
-    while True:
+
+    def turn(size: int) -> dict[str, float]:
+        seconds = {}
         for name, call in methods.items():
             wait(device)
             start = time.perf_counter()
             for _ in range(size):
                 call()
             wait(device)
-            times[name].append((time.perf_counter() - start) / size)
-        if size == 1 and device.startswith("cuda"):
-            size = max(2, math.ceil(0.2 / min(min(seen) for seen in times.values())))
-            times = {name: [] for name in methods}
-            continue
-        enough = time.perf_counter() - began >= config.seconds * len(methods)
-        if enough and len(times[name]) >= config.steps:
-            return times, size
+            seconds[name] = (time.perf_counter() - start) / size
+        return seconds
+
+    size = 1
+    if device.startswith("cuda"):
+        once = turn(1).values()
+        size = max(1, min(math.ceil(0.2 / min(once)), int(1 / max(once))))
+    turns, began = [], time.perf_counter()
+    while len(turns) < config.steps or (
+        time.perf_counter() - began < config.seconds * len(methods)
+    ):
+        turns.append(turn(size))
+    return {name: [seconds[name] for seconds in turns] for name in methods}, size
 
 
 def quantiles(times: list[float], mean: bool) -> dict:
@@ -202,13 +209,14 @@ def built(makers: dict[str, Callable], device: str, check: Callable) -> tuple[di
 
 
 def measure_train(task: Task, config: BenchConfig, peers: list[str], peak_flops: float) -> tuple:
-    """Rows by method of training steps, and the methods themselves."""
+    """Rows by method of training steps, and the methods; `calls` is how many steps were timed."""
     tasks = {name: task for name in ("minprefix", *peers)}
     if "peft-shuffled" in tasks:
         tasks["peft-shuffled"] = replace(task, shuffled=True)
     exact = {t.shuffled: first_steps(PlainSteps(t)) for t in tasks.values()}
     with tempfile.TemporaryDirectory() as folder:
         makers = {"minprefix": lambda: Ours(task, folder)}
+        makers |= {name: partial(Ours, task, folder, switch=name) for name in SWITCHES}
         makers |= {
             "compiled": lambda: Ours(task, folder, compiled=True),
             "peft": lambda: Peft(task),
@@ -225,7 +233,7 @@ def measure_train(task: Task, config: BenchConfig, peers: list[str], peak_flops:
         methods, rows = built(makers, task.device, check)
         times, size = alternate({name: m.step for name, m in methods.items()}, config, task.device)
     for name, seen in times.items():
-        rows[name] |= quantiles(seen, mean=config.data is not None)
+        rows[name] |= quantiles(seen, mean=config.data is not None) | {"calls": size * len(seen)}
         done = methods[name].done
         steps = [tasks[name].rows(step) for step in range(done - size * len(seen), done)]
         rows[name] |= throughput(tasks[name], steps, rows[name]["ms"], peak_flops)
@@ -253,26 +261,29 @@ def throughput(task: Task, steps: list[list[Encoded]], ms: float, peak_flops: fl
 
 
 def measure_texts(
-    task: Task, config: BenchConfig, peers: list[str], T: int, beams: int, limits: tuple
-) -> dict:
-    """Rows by method of generation: all tokens, and one only, which is the prompt's share."""
-    n, prompts = config.new_tokens, random_ids(task.model.config, task.batch_size, T)
+    task: Task, prompts: list[list[int]], config: BenchConfig, peers: list[str], beams: int,
+    limits: tuple,
+) -> tuple:  # fmt: skip
+    """Rows by method of generation, and the methods: all tokens, and one, the prompt's share."""
+    n = config.new_tokens
     reference = OurTexts(task, beams, exact=True).texts(prompts, n)
     makers = {"minprefix": lambda: OurTexts(task, beams)}
-    makers |= {name: lambda: PeftTexts(task, beams) for name in peers}
+    makers |= {name: partial(OurTexts, task, beams, switch=name) for name in SWITCHES}
+    makers |= {"peft": lambda: PeftTexts(task, beams)}
+    makers = {name: makers[name] for name in ("minprefix", *peers)}
     methods, rows = built(
         makers,
         task.device,
         lambda m: check_texts(task, prompts, m.texts(prompts, n), reference, beams),
     )
 
-    def timed(n_new: int) -> dict[str, list[float]]:
+    def timed(n_new: int) -> tuple[dict[str, list[float]], int]:
         calls = {name: (lambda m=m: m.texts(prompts, n_new)) for name, m in methods.items()}
-        return alternate(calls, config, task.device)[0]
+        return alternate(calls, config, task.device)
 
-    whole, first = timed(n), timed(1)
+    (whole, size), (first, _) = timed(n), timed(1)
     for name, seen in whole.items():
-        rows[name] |= quantiles(seen, mean=False)
+        rows[name] |= quantiles(seen, mean=False) | {"calls": size * len(seen)}
         ms, prefill = rows[name]["ms"], quantiles(first[name], mean=False)["ms"]
         rows[name] |= {"tokens_per_s": round(1e3 * task.batch_size * n / ms, 1)}
         rows[name] |= {"prefill_ms": prefill}
@@ -285,49 +296,7 @@ def measure_texts(
                 "read_gb_per_s": round(limits[0] / 1e9, 1),
                 "matmul_gflops": round(limits[1] / 1e9, 1),
             }
-    return rows
-
-
-# results ----------------------------------------------------------------------------------------
-
-
-class Results:
-    """bench.csv of a folder, and the rows of this run."""
-
-    def __init__(self, folder: Path, common: dict, versions: dict):
-        self.path, self.common, self.versions = folder / "bench.csv", common, versions
-        self.rows: list[dict] = []
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def picture(self, name: str) -> Path:
-        """One for each model and dtype."""
-        model = Path(self.common["model"]).name
-        return self.path.with_name(f"{name}-{model}-{self.common['dtype']}.png")
-
-    def add(self, sizes: dict, method: str, columns: dict) -> None:
-        """Write a row at once, and show it."""
-        from benchmarks.machine import add_row, machine
-
-        row = self.common | sizes | {"method": method, "ms": "", "note": ""} | columns
-        add_row(self.path, row | self.versions | machine(), KEY)
-        self.rows.append({name: row.get(name, "") for name in SHOWN})
-        cells = (f"{name} {value}" for name, value in self.rows[-1].items() if value != "")
-        print("  ".join(cells), file=sys.stderr, flush=True)
-
-
-def save_profile(results: Results, task: Task, sizes: dict, methods: dict, rows: dict) -> None:
-    """profile.csv and its picture: one training step of each method."""
-    from benchmarks.machine import add_row, machine
-
-    drawn = []
-    for name, method in methods.items():
-        ms = rows[name]["ms"]
-        parts = profile_step(method.step, task.device, task.model.config.vocab_size, ms)
-        drawn.append(results.common | sizes | {"method": name} | parts)
-        add_row(results.path.with_name("profile.csv"), drawn[-1] | machine(), KEY)
-    title = ", ".join(f"{name} {value}" for name, value in sizes.items())
-    title = f"{results.common['model']}, {task.dtype}, {task.device}: {title}"
-    draw_profile(drawn, results.picture("profile"), title)
+    return rows, methods
 
 
 # the command -----------------------------------------------------------------------------------
@@ -349,11 +318,12 @@ def peers_here(config: BenchConfig) -> list[str]:
     """The peers that are asked for and installed."""
     names = [name for name in dict.fromkeys(config.peers.split(",")) if name != "none"]
     missing = [m for m in ("transformers", "peft") if importlib.util.find_spec(m) is None]
-    if missing and set(names) - {"compiled"}:
+    theirs = set(names) - set(OURS)
+    if missing and theirs:
         print(f"{' and '.join(missing)} not installed (requirements-dev.txt): only ours is "
               "measured", file=sys.stderr)  # fmt: skip
-        return [name for name in names if name == "compiled"]
-    if set(names) - {"compiled"}:
+        return [name for name in names if name in OURS]
+    if theirs:
         importlib.import_module("peft")  # and transformers: not in the memory of the first peer
     return names
 
@@ -368,7 +338,7 @@ def measure(
     lists.append([1] if train else numbers("num_beams", config.num_beams, 1))
     if config.data is not None:
         lists[1] = [0]  # lengths are those of the data
-    profiled = not (train and config.profile)
+    profiled = not config.profile
     for B, T, P, beams in product(*lists):
         task = make_task(model, tokenizer, config, dtype, device, B, T, P)
         sizes = {"B": B, "T": T or mean_len(task), "P": P}
@@ -380,16 +350,20 @@ def measure(
             sizes |= {"labels": labels, "mlp": config.mlp}
         else:
             speed = max(speed, read_speed(device))
-            rows = measure_texts(task, config, peers, T, beams, (speed, flops))
+            prompts = random_ids(model.config, B, T)
+            rows, methods = measure_texts(task, prompts, config, peers, beams, (speed, flops))
             sizes |= {"beams": beams, "new": config.new_tokens}
         for method, columns in rows.items():
             if method != "minprefix" and "ms" in columns:
                 rate = "examples_per_s" if train else "tokens_per_s"
                 columns["ratio"] = round(rows["minprefix"][rate] / columns[rate], 2)
             results.add(sizes, method, columns)
-        if not profiled:
-            save_profile(results, task, sizes, methods, rows)
-            profiled = True
+        if not profiled and train:
+            results.profile_steps(task, sizes, methods, rows)
+        elif not profiled and config.new_tokens > 1:
+            ours = methods["minprefix"], prompts, rows["minprefix"]
+            results.profile_token(task, sizes, *ours)
+        profiled = True
 
 
 def run_bench(work: str, name: str, device: str, config: BenchConfig) -> list[dict]:
@@ -402,11 +376,9 @@ def run_bench(work: str, name: str, device: str, config: BenchConfig) -> list[di
         WrongResult: our own losses, gradients or tokens are not those of the plain model.
         ValueError: an option that makes no sense here.
     """
-    from benchmarks.machine import read_rows
-
     if config.data is not None and work != "train":
         raise ValueError(f"--data {config.data} goes with train; prompts are random tokens")
-    only_train = set(config.peers.split(",")) - {"none", "peft"}
+    only_train = set(config.peers.split(",")) - BOTH
     if only_train and work != "train":
         raise ValueError(f"--peers {min(only_train)} goes with train")
     if "peft-shuffled" in only_train and config.data is None:
@@ -415,14 +387,12 @@ def run_bench(work: str, name: str, device: str, config: BenchConfig) -> list[di
     dtype = auto if config.dtype == "auto" else config.dtype
     model, tokenizer = load_model(name, DTYPES[dtype], device)
     peers = peers_here(config)
-    installed = ("transformers", "peft") if set(peers) - {"compiled"} else ()
+    installed = ("transformers", "peft") if set(peers) - set(OURS) else ()
     versions = {name: importlib.metadata.version(name) for name in installed}
     common = {"work": work, "model": name, "device": device, "dtype": dtype}
     common |= {"data": Path(config.data or "random").name}
     common |= dict.fromkeys(("labels", "mlp", "B", "T", "P", "beams", "new"), "")
     results = Results(config.out, common, versions)
     measure(results, model, tokenizer, config, device, peers)
-    here = (name, dtype, device)
-    drawn = [r for r in read_rows(results.path) if (r["model"], r["dtype"], r["device"]) == here]
-    draw(drawn, results.picture("bench"), f"{name}, {dtype}, {device}")
+    results.draw()
     return results.rows

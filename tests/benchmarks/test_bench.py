@@ -1,5 +1,6 @@
 """The benchmark: end to end on tiny sizes, wrong results are refused, FLOPs, bad options."""
 
+import os
 from dataclasses import fields
 
 import pytest
@@ -12,8 +13,10 @@ from benchmarks.peft import peers as bench_peers
 from benchmarks.peft import run as bench
 from benchmarks.peft.__main__ import main
 from benchmarks.peft.limits import Peak, decode_limit, train_flops
-from benchmarks.peft.pictures import PARTS, REST, longest_series, part_of
-from benchmarks.peft.run import KEY, BenchConfig, make_task
+from benchmarks.peft.pictures import longest_series
+from benchmarks.peft.results import KEY
+from benchmarks.peft.run import BenchConfig, make_task
+from benchmarks.peft.traces import PARTS, REST, WAITING, kernel_rows, of_one, part_of
 from minprefix.models.gpt2 import GPT2Config
 from minprefix.training.trainer import Trainer
 
@@ -62,6 +65,13 @@ def test_training_beside_peft(run, tmp_path, dtype):
         flops = train_flops(tiny_with_words().config, [8] * int(row["B"]), tokens, 2)
         assert float(row["gflops"]) == pytest.approx(flops / ms / 1e6, abs=0.1)
         assert (row["ratio"] != "") == (row["method"] == "peft")
+        assert row["calls"] == "1"
+    table = read_rows(tmp_path / "kernels.csv")
+    assert {(row["work"], row["B"], row["method"]) for row in table} == {
+        ("train", "2", "minprefix")
+    }
+    assert table[-1]["kernel"] == WAITING and "aten::addmm" in {row["kernel"] for row in table}
+    assert sum(float(row["share"]) for row in table) == pytest.approx(100, abs=0.05 * len(table))
     parts = read_rows(tmp_path / "profile.csv")
     assert [row["method"] for row in parts] == ["minprefix", "peft"]
     for row in parts:
@@ -90,9 +100,9 @@ def test_labels_at_targets_are_the_second_half(tiny_folder):
         assert len(row.ids) - 1 == 9 and len(row.ids) - row.prompt_len == 5
 
 
-def test_generation_beside_peft(run):
+def test_generation_beside_peft(run, tmp_path):
     rows = run("generate", "--seq-len", 5, "--new-tokens", 4, "--batch-size", 2,
-               "--num-beams", "1,3", "--prefix-len", 3)  # fmt: skip
+               "--num-beams", "1,3", "--prefix-len", 3, "--profile")  # fmt: skip
     assert [(r["beams"], r["method"], r["note"], r["differ"]) for r in rows] == [
         ("1", "minprefix", "", "0"), ("1", "peft", "", "0"),
         ("3", "minprefix", "", "0"), ("3", "peft", "", "0"),
@@ -102,6 +112,56 @@ def test_generation_beside_peft(run):
         assert float(row["tokens_per_s"]) == pytest.approx(1e3 * 2 * 4 / ms, abs=0.1)
         assert float(row["prefill_ms"]) > 0
     assert [row["near_ties"] for row in rows] == ["0", "0", "", ""]
+    table = {row["kernel"]: row for row in read_rows(tmp_path / "kernels.csv")}
+    layers = tiny_with_words().config.n_layer
+    assert float(table["aten::gelu"]["count"]) == layers and table["aten::gelu"]["beams"] == "1"
+
+
+@pytest.mark.parametrize("work", ["train", "generate"])
+def test_ours_with_a_switch_off_is_a_method_of_its_own(run, monkeypatch, work):
+    """The variables are set while that method runs, and only then."""
+    seen = []
+    for kind, name in ((bench_peers.Trainer, "step"), (bench_peers, "generate")):
+        plain = getattr(kind, name)
+
+        def noted(*args, plain=plain, **kwargs):
+            seen.append(tuple(os.environ.get(name) for name in bench_peers.SWITCHES.values()))
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(kind, name, noted)
+    sizes = ("--batch-size", 2, "--seq-len", 8, "--prefix-len", 2, "--new-tokens", 2)
+    rows = run(work, *sizes, "--peers", "eager,unfused")
+    assert [row["method"] for row in rows] == ["minprefix", "eager", "unfused"]
+    assert set(seen) == {(None, None), ("0", None), (None, "0")}
+    assert all(row["peft"] == "" for row in rows if "peft" in row)
+
+
+def test_a_slow_peer_makes_blocks_short(monkeypatch):
+    """On a GPU a block is a fifth of a second of the fastest, and a second of the slowest."""
+    now = [0.0]
+    monkeypatch.setattr(bench, "wait", lambda device: None)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds):
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    config = BenchConfig(steps=3, seconds=0)
+    for fast, slow, size in ((0.01, 0.04, 20), (0.01, 0.25, 4), (0.05, 3.0, 1)):
+        times, found = bench.alternate({"a": takes(fast), "b": takes(slow)}, config, "cuda")
+        assert found == size and [len(seen) for seen in times.values()] == [3, 3]
+        assert times["a"] == pytest.approx([fast] * 3) and times["b"] == pytest.approx([slow] * 3)
+
+
+def test_table_of_kernels_by_hand():
+    """Two more tokens cost 2 calls of a, 6 us, and one of b; nothing runs in the rest of 10 us."""
+    each = of_one(
+        {"a": (5, 16.0), "b": (3, 4.0), "c": (1, 9.0)}, {"a": (3, 10.0), "c": (1, 8.0)}, 2
+    )
+    assert each == {"a": (1, 3.0), "b": (1.5, 2.0)}
+    assert [tuple(row.values()) for row in kernel_rows(each, 10.0)] == [
+        ("a", 1, 3.0, 30.0), ("b", 1.5, 2.0, 20.0), (WAITING, "", 5.0, 50.0),
+    ]  # fmt: skip
+    assert kernel_rows(each)[-1]["us"] == 0
 
 
 # what is wrong is not timed -------------------------------------------------------------------

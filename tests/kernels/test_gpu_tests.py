@@ -15,7 +15,7 @@ import pytest
 from benchmarks import gpu_summary, gpu_tests
 from benchmarks.kernels import clock
 from benchmarks.machine import add_row, machine, read_rows
-from benchmarks.peft.run import KEY
+from benchmarks.peft.results import KEY
 
 ROOT = Path(gpu_tests.__file__).parents[1]
 

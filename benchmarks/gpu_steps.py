@@ -1,0 +1,69 @@
+"""Whole steps of GPT-2's shapes on a GPU, one process for all, in the order of their worth.
+
+    python -m benchmarks.gpu_steps train --out FOLDER [--data FOLDER] [--seconds 150]
+
+`RUNS` are calls of `python -m benchmarks.peft` in bf16 with a prefix of 10 positions; one process
+loads and imports once. `train` and `generate` are the parts `steps` and `generate` of gpu.sh, which
+ends them where the time is over: a row is written as soon as it is measured. A run that fails is
+told and does not stop the others; the exit code is then 1. Compiling PEFT's step takes longest and
+comes last.
+"""
+
+import argparse
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from benchmarks.peft.run import BenchConfig, run_bench
+
+MEDIUM, LARGE = "random-medium", "random-large"
+TEXTS = {"data": "restaurants"}  # or --data: real rows, of which no two batches are alike
+RUNS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "train": [
+        (MEDIUM, {"batch_size": "10", "peers": "eager,unfused,peft", "profile": True}),
+        (MEDIUM, {"batch_size": "64", "peers": "eager,unfused,peft"}),
+        (MEDIUM, {"batch_size": "10", "peers": "eager,unfused,peft"} | TEXTS),
+        (LARGE, {"batch_size": "16", "seq_len": "256", "peers": "peft"}),
+        (MEDIUM, {"batch_size": "64", "peers": "peft-compiled"}),
+        (MEDIUM, {"batch_size": "10", "peers": "compiled,peft-compiled"}),
+    ],
+    "generate": [
+        (MEDIUM, {"batch_size": "1", "peers": "eager,unfused,peft", "profile": True}),
+        (MEDIUM, {"batch_size": "32", "peers": "eager,unfused,peft"}),
+        (MEDIUM, {"batch_size": "16", "num_beams": "5", "peers": "eager,unfused,peft"}),
+    ],
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Time whole steps beside transformers + PEFT.")
+    parser.add_argument("work", choices=RUNS)
+    parser.add_argument("--out", type=Path, required=True, help="folder for bench.csv and others")
+    parser.add_argument("--data", default=TEXTS["data"], help="real tables (restaurants)")
+    parser.add_argument("--seconds", type=float, default=150, help="begin nothing after so many")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args(arguments)
+    began, failed = time.monotonic(), 0
+    machine()  # the commit that runs, not the one at the end
+    for model, options in RUNS[args.work]:
+        spent = time.monotonic() - began
+        if spent > args.seconds:
+            print(f"the time is over after {spent:.0f} s: not measured: {model} {options}")
+            continue
+        print(f"after {spent:.0f} s: {model} {options}", flush=True)
+        if "data" in options:
+            options = options | {"data": args.data}
+        try:
+            config = BenchConfig(dtype="bf16", seconds=1.0, out=args.out, **options)
+            run_bench(args.work, model, args.device, config)
+        except Exception:
+            failed = 1
+            traceback.print_exc()
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
