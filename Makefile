@@ -89,7 +89,7 @@ bench: .venv/.dev ## time the attention operator: on a CPU its CPU path, on a GP
 bench-cpu: .venv/.dev ## training and generation beside PEFT on this CPU, into benchmarks/cpu
 	benchmarks/cpu.sh
 
-bench-gpu: ## on a GPU: PART=tests, attention, decode, steps, generate (all), four minutes each, into benchmarks/gpu
+bench-gpu: ## on a GPU: PART=tests, attention, decode, steps, generate, train (all), four minutes each
 	OUT=$(or $(GPU_OUT),benchmarks/gpu) benchmarks/gpu.sh $(PART)
 
 bench-pretrain: .venv/.user ## on a GPU: mini's recipe in ten minutes (CORPUS=folder), into benchmarks/pretrain

@@ -5,7 +5,8 @@
     python -m benchmarks.e2e finetune --data DIR
     python -m benchmarks.e2e hard-prompt --data DIR templates and examples chosen on the dev set
 
-DIR holds the official CSVs (https://github.com/tuetschek/e2e-dataset). Every stage can be stopped
+DIR holds the official CSVs (https://github.com/tuetschek/e2e-dataset). On a GPU --device cuda does
+the same, with the scores in the file --csv (`benchmarks/gpu.sh train`). Every stage can be stopped
 and started again with the same command: training goes on from its last state, and rows that the
 CSVs have are not made again. `select` writes benchmarks/e2e_select.csv, the others
 benchmarks/e2e.csv. Learning rates are compared after few steps, the numbers of steps below are what
@@ -74,18 +75,19 @@ def select(data: str, out: Path) -> None:
             print(row)
 
 
-def final(method: str, data: str, out: Path, seed: int) -> None:
-    """Train at full length, then score dev and test with both ways of decoding."""
+def final(method: str, data: str, out: Path, seed: int, device: str, path: Path) -> None:
+    """Train at full length, then score test and dev; rows of the CSV at `path`."""
     config = dataclasses.replace(TRAIN[method], seed=seed)
     folder = out / f"{method}-{seed}"
     sets = load_examples(data, "train"), load_examples(data, "dev")
-    run = train("mini", config, PREFIX, sets, folder)
-    model, tokenizer, prefix = best_of("mini", method, folder)
+    run = train("mini", config, PREFIX, sets, folder, device)
+    model, tokenizer, prefix = best_of("mini", method, folder, device)
     kept = sum(p.numel() for p in (prefix or model).parameters())
     settings = {"steps": config.steps, "lr": config.lr, "train_seconds": round(run.seconds)}
-    for split, name in (("dev", "greedy"), ("test", "greedy"), ("test", "beam 5")):
+    settings |= {"data": Path(data).name, "device": device}
+    for split, name in (("test", "greedy"), ("test", "beam 5"), ("dev", "greedy")):
         score_row(
-            model, tokenizer, load_examples(data, split), name,
+            path, model, tokenizer, load_examples(data, split), name,
             {"method": method, "seed": seed, "split": split}, kept, settings, prefix=prefix,
         )  # fmt: skip
 
@@ -114,17 +116,17 @@ def hard_prompts(data: str) -> None:
         method = "examples in context" if in_context else "hard prompt"
         settings = {"steps": 0, "lr": 0, "train_seconds": 0}
         score_row(
-            model, tokenizer, test, "greedy", {"method": method, "seed": 0, "split": "test"}, 0,
-            settings, prompt=prompt,
+            HERE / "e2e.csv", model, tokenizer, test, "greedy",
+            {"method": method, "seed": 0, "split": "test"}, 0, settings, prompt=prompt,
         )  # fmt: skip
 
 
 def score_row(
-    model, tokenizer, examples: list[Example], decoding: str, key: dict, kept: int,
+    path: Path, model, tokenizer, examples: list[Example], decoding: str, key: dict, kept: int,
     settings: dict, **method,
 ) -> None:  # fmt: skip
-    """Score one method on one split and put the row into e2e.csv."""
-    if rows_of(HERE / "e2e.csv", key | {"decoding": decoding}):
+    """Score one method on one split and put the row into the CSV at `path`."""
+    if rows_of(path, key | {"decoding": decoding}):
         return
     began = time.perf_counter()
     scores, texts = evaluate_method(model, tokenizer, examples, config=DECODING[decoding], **method)
@@ -132,7 +134,7 @@ def score_row(
     row |= {name: round(value, 2) for name, value in scores.items()}
     row |= {"parameters": kept} | settings
     row |= {"score_seconds": round(time.perf_counter() - began)} | machine()
-    add_row(HERE / "e2e.csv", row, ("method", "seed", "split", "decoding"))
+    add_row(path, row, ("method", "seed", "split", "decoding"))
     print(row, "\n ", texts[0], flush=True)
 
 
@@ -142,6 +144,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with the official CSVs")
     parser.add_argument("--out", type=Path, default=Path("runs/e2e"), help="run folders")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="where prefix and finetune train")
+    parser.add_argument("--csv", type=Path, default=HERE / "e2e.csv", help="their scores")
     args = parser.parse_args()
     machine()  # the commit that runs, not the one at the end
     try:
@@ -150,7 +154,7 @@ def main() -> None:
         elif args.stage == "hard-prompt":
             hard_prompts(args.data)
         else:
-            final(args.stage, args.data, args.out, args.seed)
+            final(args.stage, args.data, args.out, args.seed, args.device, args.csv)
     except KeyboardInterrupt as stop:
         sys.exit(f"{str(stop) or 'interrupted'}; the same command goes on")
 

@@ -4,18 +4,22 @@
 #   benchmarks/gpu.sh tests       all kernel tests in parallel processes, then compute-sanitizer
 #   benchmarks/gpu.sh attention   the attention kernels beside PyTorch's own; all tiles, sweeps
 #   benchmarks/gpu.sh decode      the same for one step of decoding
-#   benchmarks/gpu.sh steps       whole training steps beside transformers + PEFT, and the kernels
-#                                 beside attention that they call
-#   benchmarks/gpu.sh generate    generation likewise, with and without CUDA graphs
+#   benchmarks/gpu.sh steps       whole training steps beside transformers + PEFT, and ours without
+#                                 CUDA graphs and without the kernels beside attention
+#   benchmarks/gpu.sh generate    generation likewise
+#   benchmarks/gpu.sh train       the README's training run: mini, 2,500 steps, then its BLEU; and
+#                                 the kernels beside attention alone
 #
-# Several parts run one after the other; none given: all five. Needs the checkout and a Python with
-# torch, triton, transformers and peft (tests: pytest, hypothesis), no network and no other data. A
-# step that fails or takes too long does not stop the others. A part begins with what matters most
+# Several parts run one after the other; none given: all six. Needs the checkout and a Python with
+# torch, triton, transformers and peft (tests: pytest, hypothesis), and no network. DATA is a folder
+# with real tables, E2E's for instance; without it `steps` and `train` take the embedded restaurants.
+# A step that fails or takes too long does not stop the others. A part begins with what matters most
 # and ends in a table of verdicts; its exit code is 1 if a step failed. CSVs, pictures, log-PART.txt
 # and summary-PART.txt go to OUT (default: benchmarks/gpu), named by the GPU: attention-h200.csv.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/gpu}
+DATA=${DATA:-restaurants}
 PYTHON=${PYTHON:-$(test -x .venv/bin/python && echo .venv/bin/python || echo python3)}
 PATH=$PATH:/usr/local/cuda/bin
 unset TRITON_INTERPRET
@@ -75,27 +79,20 @@ part_decode() {
     step decode "$(left 2)" "$PYTHON" -m benchmarks.kernels.decode --out "$OUT" --seconds "$(left 17)"
 }
 
-# bench FOLDER SECONDS WORK OPTIONS...: `python -m benchmarks.peft`, of GPT-2 medium's shapes
-bench() {
-    local folder=$1 limit=$2 work=$3
-    shift 3
-    step "$work" "$limit" "$PYTHON" -m benchmarks.peft "$work" --model random-medium \
-        --device cuda --dtype bf16 --seconds 2 --out "$WORK/$folder" "$@"
+# whole_steps WORK: what benchmarks/gpu_steps.py measures; it begins nothing in the last minute
+whole_steps() {
+    step "$1" "$(left 2)" "$PYTHON" -m benchmarks.gpu_steps "$1" --data "$DATA" --out "$WORK" \
+        --seconds "$(left 60)"
 }
 
-part_steps() {
-    step kernels 30 "$PYTHON" -m benchmarks.kernels.fused --out "$OUT" --seconds 20
-    bench graphs 75 train --batch-size 10 --peers peft --profile
-    MINPREFIX_CUDA_GRAPHS=0 bench eager 40 train --batch-size 10 --peers none
-    bench graphs 60 train --batch-size 64 --peers peft
-    bench compiled 60 train --batch-size 10 --peers compiled
-}
+part_steps() { whole_steps train; }
 
-part_generate() {
-    bench graphs 80 generate --batch-size 1,32
-    bench graphs 60 generate --batch-size 16 --num-beams 5
-    MINPREFIX_CUDA_GRAPHS=0 bench eager 40 generate --batch-size 1,32 --peers none
-    MINPREFIX_CUDA_GRAPHS=0 bench eager 30 generate --batch-size 16 --num-beams 5 --peers none
+part_generate() { whole_steps generate; }
+
+part_train() {
+    step train "$(left 35)" "$PYTHON" -m benchmarks.e2e prefix --data "$DATA" --device cuda \
+        --csv "$WORK/e2e.csv" --out "$WORK/run"
+    step kernels "$(left 2)" "$PYTHON" -m benchmarks.kernels.fused --out "$OUT" --seconds 20
 }
 
 run_part() {
@@ -116,12 +113,12 @@ print("python", sys.version.split()[0], "cudnn", torch.backends.cudnn.version(),
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(tests attention decode steps generate)
+[ $# -gt 0 ] || parts=(tests attention decode steps generate train)
 for part in "${parts[@]}"; do
     case $part in
-    tests | attention | decode | steps | generate) ;;
+    tests | attention | decode | steps | generate | train) ;;
     *)
-        echo "gpu.sh: the parts are tests, attention, decode, steps, generate; got $part" >&2
+        echo "gpu.sh: the parts are tests, attention, decode, steps, generate, train; got $part" >&2
         exit 2
         ;;
     esac

@@ -1,14 +1,16 @@
 """The table at the end of a part of gpu.sh: `python -m benchmarks.gpu_summary PART OUT`.
 
 What was reached of what was aimed at, the tiles that are faster than the defaults, ratios to PEFT;
-from the rows that this commit measured. Of the part `steps` it also makes steps-DEVICE.csv out of
-the folders that `python -m benchmarks.peft` wrote.
+from the rows that this commit measured. Of what `benchmarks.gpu_steps` and `benchmarks.e2e` wrote
+it also makes the files in OUT: steps-DEVICE.csv, profile-, kernels- and train-DEVICE.csv, pictures.
 """
 
 import argparse
 import re
 import shutil
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.kernels import attention as bench_attention
 from benchmarks.kernels import decode as bench_decode
@@ -16,13 +18,40 @@ from benchmarks.kernels import fused as bench_fused
 from benchmarks.kernels.clock import device_name, rows_of_this_commit
 from benchmarks.kernels.tiles import table
 from benchmarks.machine import add_row, read_rows
-from benchmarks.peft.results import KEY
+from benchmarks.peft.results import KEY, LONGEST
 
-PARTS = ("tests", "attention", "decode", "steps", "generate")
-STEP_KEY = (*KEY, "graphs")
-# (work, B, beams): tokens a second of ours over those of PEFT, what is aimed at and what is hoped
-AIMS = {("generate", "1", "1"): (15, 35), ("generate", "32", "1"): (14, 25),
-        ("generate", "16", "5"): (10, 20)}  # fmt: skip
+PARTS = ("tests", "attention", "decode", "steps", "generate", "train")
+Row = dict[str, str]
+SHOWN = {"work": 8, "model": 13, "data": 11, "B": 3, "T": 4, "beams": 5, "method": 13, "ms": 9,
+         "calls": 5, "tokens_per_s": 12, "examples_per_s": 14, "peak_mib": 8,
+         "ratio": 6}  # columns of a printed row, and their widths  # fmt: skip
+
+
+class Aim(NamedTuple):
+    """Of one measurement of `benchmarks.gpu_steps`: ours over a peer, or a share of its memory."""
+
+    work: str
+    model: str
+    data: str  # "random", or "texts" for anything else
+    B: str
+    beams: str
+    peer: str
+    target: float
+    stretch: float
+    memory: bool = False  # the share of the peer's peak memory: at most so much
+
+
+MEDIUM = "random-medium"
+AIMS = (
+    Aim("train", MEDIUM, "random", "10", "", "peft", 7, 10),
+    Aim("train", MEDIUM, "random", "64", "", "peft", 3, 4),
+    Aim("train", MEDIUM, "random", "64", "", "peft-compiled", 1.3, 1.8),
+    Aim("train", MEDIUM, "random", "64", "", "peft", 0.4, 0.25, memory=True),
+    Aim("train", MEDIUM, "texts", "10", "", "peft", 6, 10),
+    Aim("generate", MEDIUM, "random", "1", "1", "peft", 15, 35),
+    Aim("generate", MEDIUM, "random", "32", "1", "peft", 14, 25),
+    Aim("generate", MEDIUM, "random", "16", "5", "peft", 10, 20),
+)
 
 
 def tests(log: str) -> list[str]:
@@ -47,52 +76,95 @@ def decode(out: Path) -> list[str]:
     return [*bench_decode.verdicts(bench_decode.Times(rows)), "", *tiles(out, "decode")]
 
 
-def steps(out: Path, work: Path) -> list[str]:
-    """Writes steps-DEVICE.csv and moves the pictures; a line per row."""
+def of_work(row: Row) -> tuple[str, ...]:
+    """What `Aim` calls a measurement; rows of one measurement have it in common."""
+    data = "random" if row["data"] == "random" else "texts"
+    return row["work"], row["model"], data, row["B"], row["beams"]
+
+
+def steps(out: Path, work: Path, kind: str) -> list[str]:
+    """Writes steps-DEVICE.csv and moves the other files; a line per row, verdicts, kernels."""
     path = out / f"steps-{device_name()}.csv"
-    lines = [f"{'work':9} {'B':>3} {'T':>4} {'beams':>5} {'graphs':6} {'method':14} {'ms':>9} "
-             f"{'tokens/s':>9} {'peak MiB':>9} {'ratio':>6}"]  # fmt: skip
-    for folder in ("graphs", "eager", "compiled"):
-        for row in read_rows(work / folder / "bench.csv"):
-            graphs = {"graphs": "0" if folder == "eager" else "1"}
-            if folder == "compiled" and row["method"] == "minprefix":
-                continue  # measured before
-            add_row(path, row | graphs, STEP_KEY)
-            numbers = [row.get(name) or "" for name in ("ms", "tokens_per_s", "peak_mib", "ratio")]
-            lines.append(
-                f"{row['work']:9} {row['B']:>3} {row['T']:>4} {row['beams']:>5} "
-                f"{graphs['graphs']:6} {row['method']:14} {numbers[0]:>9} {numbers[1]:>9} "
-                f"{numbers[2]:>9} {numbers[3]:>6} {row['note']}".rstrip()
-            )
-    lines += ["", *verdicts(rows_of_this_commit(path))]
-    for found in (work / "graphs").glob("*.png"):
-        shutil.copy(found, out / found.name.replace("random", device_name()))
-    for found in (work / "graphs").glob("profile.csv"):
-        shutil.copy(found, out / f"profile-{device_name()}.csv")
+    lines = [" ".join(f"{name:>{width}}" for name, width in SHOWN.items())]
+    for row in read_rows(work / "bench.csv"):
+        add_row(path, row, KEY)
+        cells = (f"{row.get(name) or '':>{width}}" for name, width in SHOWN.items())
+        lines.append(f"{' '.join(cells)} {row['note']}".rstrip())
+    lines += ["", *verdicts(rows_of_this_commit(path), kind), ""]
+    lines += kernel_lines(read_rows(work / "kernels.csv"))
+    for name in ("profile", "kernels"):
+        for found in work.glob(f"{name}.csv"):
+            shutil.copy(found, out / f"{name}-{kind}-{device_name()}.csv")
+        for found in work.glob(f"{name}-*.png"):
+            shutil.copy(found, out / found.name.replace("random", device_name()))
     return lines
 
 
-def fused(out: Path) -> list[str]:
-    """The kernels beside attention."""
-    return bench_fused.verdicts(rows_of_this_commit(out / f"fused-{device_name()}.csv"))
-
-
-def verdicts(rows: list[dict[str, str]]) -> list[str]:
-    """Generation beside PEFT, and with CUDA graphs beside without; a line each."""
+def kernel_lines(rows: list[Row]) -> list[str]:
+    """The kernels that take longest, of a training step or of a token."""
     lines = []
-    for sizes, (aim, hope) in AIMS.items():
-        mine = [row for row in rows if (row["work"], row["B"], row["beams"]) == sizes]
-        name = "{} B={} beams={}".format(*sizes)
-        for row in mine:
-            if row["method"] == "peft" and row.get("ratio"):
-                mark = "ok" if float(row["ratio"]) >= aim else "MISSED"
-                lines.append(f"{name:24} ours / PEFT {row['ratio']:>6} >= {aim} ({hope})  {mark}")
-        ms = {row["graphs"]: row["ms"] for row in mine if row["method"] == "minprefix"}
-        if ms.get("0") and ms.get("1"):
-            ratio = float(ms["0"]) / float(ms["1"])
-            mark = "ok" if ratio >= 1 else "MISSED"
-            lines.append(f"{name:24} without graphs / with {ratio:6.2f} >= 1  {mark}")
+    for work, found in groupby(rows, key=lambda row: row["work"]):
+        what = "a training step" if work == "train" else "a token"
+        ordered = sorted(found, key=lambda row: -float(row["us"]))
+        lines.append(f"the kernels of {what}, the {LONGEST} longest of {len(ordered)}:")
+        lines += [
+            f"{row['us']:>10} us {row['share']:>5} % {row['count']:>6} x {row['kernel']}"
+            for row in ordered[:LONGEST]
+        ]
     return lines
+
+
+def verdict(name: str, value: float | None, target: float, stretch: float, most: bool) -> str:
+    """One line: what was reached of a target, and whether the stretch was, too."""
+    sign = "<=" if most else ">="
+    aims = f"{sign} {target:g} (stretch {stretch:g})"
+    if value is None:
+        return f"{name:48} not measured {aims}"
+    reached = [value <= aim if most else value >= aim for aim in (target, stretch)]
+    mark = "stretch" if reached[1] else "ok" if reached[0] else "MISSED"
+    return f"{name:48} {value:6.2f} {aims}  {mark}"
+
+
+def verdicts(rows: list[Row], work: str) -> list[str]:
+    """A line for each aim, and for ours with a switch off beside ours as it is."""
+    lines = []
+    by_work: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        by_work.setdefault(of_work(row), {})[row["method"]] = row
+    for aim in AIMS:
+        if aim.work != work:
+            continue
+        found = by_work.get(aim[:5], {})
+        peer, ours = found.get(aim.peer, {}), found.get("minprefix", {})
+        what, value = "ours /", peer.get("ratio")
+        if aim.memory:
+            what = "peak memory, ours /"
+            peaks = [row.get("peak_mib") for row in (ours, peer)]
+            value = str(int(peaks[0]) / int(peaks[1])) if all(peaks) else None
+        beams = f" beams {aim.beams}" if aim.beams not in ("", "1") else ""
+        name = f"{work} {aim.data} B {aim.B}{beams}: {what} {aim.peer}"
+        lines.append(verdict(name, float(value) if value else None, *aim[6:8], aim.memory))
+    for sizes, found in by_work.items():
+        for method, switch in (("eager", "without graphs"), ("unfused", "without fused kernels")):
+            if sizes[0] == work and (ratio := found.get(method, {}).get("ratio")):
+                name = " ".join(word for word in sizes if word)
+                mark = "ok" if float(ratio) >= 1 else "MISSED"
+                lines.append(f"{name}: ours / {switch} {ratio} >= 1  {mark}")
+    return lines
+
+
+def train(out: Path, work: Path) -> list[str]:
+    """The README's training run, in train-DEVICE.csv, and the kernels beside attention."""
+    rows = read_rows(work / "e2e.csv")
+    lines = [] if rows else ["mini, 2,500 steps: not measured"]
+    for row in rows:
+        add_row(out / f"train-{device_name()}.csv", row, ("data", "seed", "split", "decoding"))
+        lines.append(
+            f"mini, {row['steps']} steps on {row['data']} in {row['train_seconds']} s: "
+            f"{row['split']}, {row['decoding']}: BLEU {row['bleu']} ({row['score_seconds']} s)"
+        )
+    fused = bench_fused.verdicts(rows_of_this_commit(out / f"fused-{device_name()}.csv"))
+    return [*lines, "", *fused]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,14 +172,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("out", type=Path, help="the folder with the CSVs")
     parser.add_argument("--log", type=Path, help="tests: what was printed")
-    parser.add_argument("--work", type=Path, help="steps: the folders of benchmarks.peft")
+    parser.add_argument(
+        "--work", type=Path, help="steps, generate, train: the folder with what they wrote"
+    )
     args = parser.parse_args(arguments)
     lines = {
         "tests": lambda: tests(args.log.read_text(encoding="utf-8", errors="replace")),
         "attention": lambda: attention(args.out),
         "decode": lambda: decode(args.out),
-        "steps": lambda: [*steps(args.out, args.work), "", *fused(args.out)],
-        "generate": lambda: steps(args.out, args.work),
+        "steps": lambda: steps(args.out, args.work, "train"),
+        "generate": lambda: steps(args.out, args.work, "generate"),
+        "train": lambda: train(args.out, args.work),
     }[args.part]()
     print("\n".join(lines))
 

@@ -196,18 +196,23 @@ def gpu_decode_table() -> str:
 
 
 def gpu_steps_table() -> str:
-    """Whole steps and texts beside PEFT, GPT-2 medium's shapes."""
+    """Whole steps and texts beside PEFT where that was measured, too."""
     rows = read_rows(GPU / "steps-h200.csv")
     lines = ["| work | ours, ms | PEFT, ms | ratio | peak memory |", "|---|---|---|---|---|"]
+    peers = {case(row): row for row in rows if row["method"] == "peft" and row["ratio"]}
     for row in rows:
-        if row["method"] != "minprefix":
+        peft = peers.get(case(row))
+        if row["method"] != "minprefix" or peft is None:
             continue
-        same = ("work", "B", "T", "beams", "new")
-        (peft,) = (r for r in rows if r["method"] == "peft" and all(r[n] == row[n] for n in same))
         work = f"train, B {row['B']}, T {row['T']}"
         if row["work"] == "generate":
-            work = f"write {row['new']} tokens, B {row['B']}"
+            beams = "" if row["beams"] == "1" else f", {row['beams']} beams"
+            work = f"write {row['new']} tokens, B {row['B']}{beams}"
             work += f" ({float(row['tokens_per_s']):,.0f} tokens/s)"
+        if row["data"] != "random":
+            work += f", {row['data']} ({float(row['examples_per_s']):,.0f} examples/s)"
+        if row["model"] != "random-medium":
+            work = f"{row['model'].replace('random-', 'GPT-2 ')}: {work}"
         peaks = [f"{int(r['peak_mib']):,}" for r in (row, peft) if r["peak_mib"]]
         memory = f"{peaks[0]} MiB, PEFT {peaks[1]} MiB" if len(peaks) == 2 else ""
         lines.append(

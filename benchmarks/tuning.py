@@ -14,11 +14,11 @@ from minprefix.training.trainer import Trainer
 
 def train(
     name: str, config: TrainConfig, prefix: PrefixConfig, data: tuple[list[Example], list[Example]],
-    out: Path,
+    out: Path, device: str = "cpu",
 ) -> Trainer:  # fmt: skip
     """Train model `name` on (train, dev) in `out`, from its last state if it has one; `out` then
     holds the best on dev. `prefix` is read by method "prefix" alone."""
-    model, tokenizer = load(name)
+    model, tokenizer = load(name, device=device)
     made = None
     if config.method == "prefix":
         made = make_prefix(model, tokenizer, prefix, config.seed)
@@ -28,10 +28,12 @@ def train(
     return run
 
 
-def best_of(name: str, method: str, out: Path):
+def best_of(name: str, method: str, out: Path, device: str = "cpu"):
     """Model, tokenizer and prefix (or None) that a training of model `name` kept in `out`."""
-    model, tokenizer = load(out / "model" if method == "finetune" else name)
-    prefix = load_prefix(out / "prefix.safetensors") if method == "prefix" else None
+    model, tokenizer = load(out / "model" if method == "finetune" else name, device=device)
+    prefix = None
+    if method == "prefix":
+        prefix = load_prefix(out / "prefix.safetensors").to(device)
     return model, tokenizer, prefix
 
 

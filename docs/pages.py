@@ -156,7 +156,7 @@ KNOWN = {  # what a CSV holds, for those that have no table of their own below
     "gpu/parts-h200.csv": "On an H200: where the time of a step and of a token goes, ms",
     "gpu/tiles-h200.csv": "On an H200: each kernel alone with several tiles, µs",
     "gpu/peers-h200.csv": "On an H200: the best peer's time over ours",
-    "step_launches.csv": "No run: the launches of a training step, and a time from their bytes",
+    "launches.csv": "No run: the launches of a training step and of a token, and a time from them",
 }
 WIDE = {"cpu/bench.csv"}  # too wide to be read as a table: the file only
 RESULTS = """# Results

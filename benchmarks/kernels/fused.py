@@ -13,7 +13,7 @@ bf16, at the shapes of GPT-2 medium: C = 1024, V = 50257, n positions. What is t
 
 Ours is first compared with `plain`. gbs is the bytes that the header of each kernel counts, over
 the median time. us, us_20, us_80 as in `decode.py`. The rows go to fused-DEVICE.csv; the summary of
-`benchmarks/gpu.sh steps` judges them (`verdicts`). On a CPU small shapes run once or twice, without
+`benchmarks/gpu.sh train` judges them (`verdicts`). On a CPU small shapes run once or twice, without
 the kernels: those times say nothing about a GPU.
 """
 

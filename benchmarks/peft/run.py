@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -302,16 +302,20 @@ def measure_texts(
 # the command -----------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=2)
+def random_model(name: str, dtype: torch.dtype) -> GPT2:
+    """A model of `RANDOM`. Kept, since another measurement may want it: all of them copy it."""
+    n_layer, n_head, n_embd = RANDOM[name]
+    config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    return GPT2(config).init_weights(0).to(dtype).eval()
+
+
 def load_model(name: str, dtype: torch.dtype, device: str) -> tuple[GPT2, object]:
     """A model, on the CPU, and a tokenizer: of `RANDOM` (then mini's), or as `weights.load`."""
     known = "mini" if name in RANDOM else name
     model, tokenizer = weights.load(known, dtype=dtype, device=device)  # names a wrong device
     weights.need_gpt2(model, "the benchmark")
-    if name in RANDOM:
-        n_layer, n_head, n_embd = RANDOM[name]
-        config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-        model = GPT2(config).init_weights(0).to(dtype).eval()
-    return model.cpu(), tokenizer
+    return random_model(name, dtype) if name in RANDOM else model.cpu(), tokenizer
 
 
 def peers_here(config: BenchConfig) -> list[str]:

@@ -67,9 +67,7 @@ def test_training_beside_peft(run, tmp_path, dtype):
         assert (row["ratio"] != "") == (row["method"] == "peft")
         assert row["calls"] == "1"
     table = read_rows(tmp_path / "kernels.csv")
-    assert {(row["work"], row["B"], row["method"]) for row in table} == {
-        ("train", "2", "minprefix")
-    }
+    assert {(r["work"], r["B"], r["method"]) for r in table} == {("train", "2", "minprefix")}
     assert table[-1]["kernel"] == WAITING and "aten::addmm" in {row["kernel"] for row in table}
     assert sum(float(row["share"]) for row in table) == pytest.approx(100, abs=0.05 * len(table))
     parts = read_rows(tmp_path / "profile.csv")
@@ -153,10 +151,9 @@ def test_a_slow_peer_makes_blocks_short(monkeypatch):
 
 
 def test_table_of_kernels_by_hand():
-    """Two more tokens cost 2 calls of a, 6 us, and one of b; nothing runs in the rest of 10 us."""
-    each = of_one(
-        {"a": (5, 16.0), "b": (3, 4.0), "c": (1, 9.0)}, {"a": (3, 10.0), "c": (1, 8.0)}, 2
-    )
+    """Two more tokens: 2 calls of a, 6 us, and 3 of b; nothing runs in the rest of 10 us."""
+    fewer = {"a": (3, 10.0), "c": (1, 8.0)}
+    each = of_one({"a": (5, 16.0), "b": (3, 4.0), "c": (1, 9.0)}, fewer, 2)
     assert each == {"a": (1, 3.0), "b": (1.5, 2.0)}
     assert [tuple(row.values()) for row in kernel_rows(each, 10.0)] == [
         ("a", 1, 3.0, 30.0), ("b", 1.5, 2.0, 20.0), (WAITING, "", 5.0, 50.0),
@@ -323,7 +320,7 @@ def test_a_panel_holds_the_series_with_most_points():
         ("generate", "--seq-len", "90", "96 positions"),
         ("train", "--dtype", "fp8", "dtype must be one of auto, fp32, bf16, got 'fp8'"),
         ("train", "--labels", "some", "labels must be one of all, targets"),
-        ("train", "--peers", "vllm", "peers must be one of none, compiled, peft,"),
+        ("train", "--peers", "vllm", "peers must be one of none, compiled, eager,"),
         ("train", "--steps", "0", "steps must be at least 1"),
         ("train", "--seconds", "-1", "seconds must be >= 0"),
         ("train", "--device", "nope", "device nope cannot be used"),

@@ -1,22 +1,86 @@
 """Launches of a step, counted without a GPU."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
-
-from benchmarks.kernels.launches import generate_row
+from benchmarks.machine import read_rows
+from kernels import INTERPRETED
 from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.prefix import Prefix
 
+pytest.importorskip("triton", reason="Triton is not installed")
 
+from benchmarks.kernels import launches
+
+ROOT = Path(launches.__file__).parents[2]
+COUNTED = read_rows(ROOT / "benchmarks" / "launches.csv")
+L, B, T, C, V = 3, 2, 16, 64, 101
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts what would be launched on a GPU")
+def test_launches_of_a_step_by_hand():
+    """Of L layers: two norms each and the last, one by PyTorch; the first layer's first norm has no
+    gradient. Sums left: embeddings, the last layer twice, the gradient at its places."""
+    config = GPT2Config(vocab_size=V, n_positions=64, n_embd=C, n_layer=L, n_head=1)
+    plain, plain_memory = launches.training_step(config, B, T, fused=False)
+    fast, fast_memory = launches.training_step(config, B, T, fused=True)
+
+    def count(of, *names):
+        return [of.found[name][0] if name in of.found else 0 for name in names]
+
+    own = "add_norm_kernel", "norm_grad_kernel", "cross_entropy_kernel", "fwd_kernel"
+    theirs = "native_layer_norm", "native_layer_norm_backward", "add", "logsumexp", "exp_"
+    assert count(fast, *own) == [2 * L, 2 * L - 1, 1, L]
+    assert count(fast, *theirs) == [1, 1, 4, 0, 0]
+    assert count(plain, *own) == [0, 0, 0, L]
+    assert count(plain, *theirs) == [2 * L + 1, 2 * L, 4 * L + 1, 1, 1]
+    assert count(plain, "select_backward", "stack") == [0, 1]  # one table of all layers' gradients
+    n_bytes = 2 * B * T * C  # of one tensor of the stream in bf16
+    assert fast.found["norm_grad_kernel"][1] == (2 * L - 1) * (4 * n_bytes + 2 * C)
+    assert fast.found["cross_entropy_kernel"][1] == 2 * B * T * 128 * 2 + 12 * B * T
+    kept = "kept for the backward pass"
+    assert fast_memory[kept] <= plain_memory[kept] and fast_memory["logits"] == B * T * 128 * 2
+    outside = fast.captured - plain.captured  # the same is launched around both graphs
+    row, other = (launches.columns(x, graphed=True) for x in (fast, plain))
+    assert row["launches"] - other["launches"] == outside and row["calls"] == other["calls"] < 50
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts what would be launched on a GPU")
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
 def test_a_token_is_one_launch_of_ours_for_each_layer(options):
     """No copies into the cache, no merging; the host makes a replay and asks for the tokens."""
     config = GPT2Config(n_layer=3, n_head=2, n_embd=32, n_inner=64, vocab_size=200)
     model, prefix = GPT2(config).init_weights(0).eval(), Prefix.random(config, 10, seed=0)
-    row = generate_row(model, prefix, 2, graphs=True, **options)
+    count = launches.token(model, prefix, 2, True, **options)
+    row = launches.columns(count, graphed=True)
     assert (row["triton"], row["waits"], row["calls"]) == (3, 0, 2)
-    assert "index" not in row["most"] and "addmm 12" in row["most"]
-    eager = generate_row(model, prefix, 2, graphs=False, **options)
+    assert "index" not in row["most"] and count.found["addmm"][0] == 12
+    eager = launches.columns(launches.token(model, prefix, 2, False, **options), graphed=False)
     assert eager["launches"] == eager["calls"] == row["launches"]
+
+
+def test_the_committed_count_is_of_all_forms():
+    n = {(row["form"], row["work"], row["B"], row["beams"]): float(row["launches"])
+         for row in COUNTED if row["graphs"] == "1" and row["sampling"] != "1"}  # fmt: skip
+    for B in ("10", "64"):
+        forms = [n[form, "train", B, ""] for form in ("fused", "plain", "before")]
+        assert forms == sorted(set(forms))
+    for sizes in (("1", "1"), ("32", "1"), ("16", "5")):
+        assert n["fused", "generate", *sizes] < n["before", "generate", *sizes]
+
+
+def test_the_count_names_commits_of_this_history():
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("no history here")
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() == "true":
+        pytest.skip("the history is cut off")
+    for commit in {row["commit"] for row in COUNTED}:
+        assert git("merge-base", "--is-ancestor", commit, "HEAD").returncode == 0, commit
+
+
+def git(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)

@@ -4,6 +4,8 @@ In the runner one test's broken process fails no other test.
 """
 
 import argparse
+import dataclasses
+import shutil
 import subprocess
 import sys
 import time
@@ -12,10 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_summary, gpu_tests
+from benchmarks import e2e, gpu_steps, gpu_summary, gpu_tests
 from benchmarks.kernels import clock
 from benchmarks.machine import add_row, machine, read_rows
+from benchmarks.peft import run as peft_run
 from benchmarks.peft.results import KEY
+from minprefix.data.load import load_examples
+from minprefix.generation.config import GenerationConfig
 
 ROOT = Path(gpu_tests.__file__).parents[1]
 
@@ -121,36 +126,130 @@ def test_gpu_sh_says_in_one_line_what_it_lacks():
     done = subprocess.run([script, "decode"], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "gpu.sh: no GPU\n")
     done = subprocess.run([script, "attention", "all"], env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.endswith("generate; got all\n")
+    assert done.returncode == 2 and done.stderr.endswith("train; got all\n")
+
+
+def write(path: Path, rows: list[dict], *more: str) -> None:
+    for row in rows:
+        add_row(path, dict.fromkeys(KEY, "") | {"note": ""} | machine() | row, (*KEY, *more))
+
+
+def measured(method: str, ms: float, ratio: object = "", **sizes: object) -> dict:
+    row = {"work": "train", "model": "random-medium", "data": "random", "B": 10, "T": 128}
+    return row | {"method": method, "ms": ms, "ratio": ratio} | sizes
 
 
 def test_steps_are_gathered_in_one_csv(tmp_path: Path, capsys):
-    common = dict.fromkeys(KEY, "") | {"work": "train", "B": 10, "T": 128} | machine()
-    for folder, method, ms in (("graphs", "minprefix", 9.0), ("graphs", "peft", 36.0),
-                               ("eager", "minprefix", 20.0), ("compiled", "minprefix", 9.1),
-                               ("compiled", "compiled", 8.7)):  # fmt: skip
-        row = common | {"method": method, "ms": ms, "tokens_per_s": 1, "peak_mib": 2, "ratio": ""}
-        path = tmp_path / "work" / folder / "bench.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        add_row(path, row | {"note": ""}, KEY)
-    for folder, method, ms, ratio in (
-        ("graphs", "minprefix", 50, ""), ("eager", "minprefix", 90, ""),
-        ("graphs", "peft", 700, "14.0"),
-    ):  # fmt: skip
-        row = common | {"work": "generate", "B": 1, "T": "", "beams": 1, "method": method, "ms": ms}
-        add_row(tmp_path / "work" / folder / "bench.csv", row | {"ratio": ratio, "note": ""}, KEY)
-    (tmp_path / "work" / "graphs" / "profile-random-medium-bf16.png").touch()
-    gpu_summary.main(["steps", str(tmp_path), "--work", str(tmp_path / "work")])
-    rows = read_rows(tmp_path / f"steps-{clock.device_name()}.csv")
-    found = [(row["method"], row["graphs"], row["ms"]) for row in rows if row["work"] == "train"]
-    assert found == [("minprefix", "1", "9.0"), ("peft", "1", "36.0"), ("minprefix", "0", "20.0"),
-                     ("compiled", "1", "8.7")]  # fmt: skip
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[len(rows) + 1] == "" and len(lines) == len(rows) + 6
-    assert lines[-4].endswith("ours / PEFT   14.0 >= 15 (35)  MISSED")
-    assert lines[-3].endswith("without graphs / with   1.80 >= 1  ok")
-    assert lines[-2:] == ["", "the kernels beside attention: not measured"]
+    """Beside the rows of another run that the committed file has; a verdict for each aim."""
+    work, path = tmp_path / "work", tmp_path / f"steps-{clock.device_name()}.csv"
+    work.mkdir()
+    shutil.copy(ROOT / "benchmarks" / "gpu" / "steps-h200.csv", path)
+    before = len(read_rows(path))
+    write(work / "bench.csv", [
+        measured("minprefix", 4.0), measured("eager", 12.0, "3.0"), measured("peft", 36.0, "9.0"),
+        measured("unfused", 3.0, "0.75"),
+        measured("minprefix", 20.0, B=64, peak_mib=3000),
+        measured("peft", 90.0, "4.5", B=64, peak_mib=10000),
+        measured("minprefix", 8.0, data="restaurants"),
+        measured("peft", 36.0, "4.5", data="restaurants"),
+    ])  # fmt: skip
+    kernel = {"share": "60.0", "count": 24, "us": 2400.0, "kernel": "_fwd_kernel"}
+    write(work / "kernels.csv", [measured("minprefix", 4.0) | kernel], "kernel")
+    (work / "profile-random-medium-bf16.png").touch()
+    gpu_summary.main(["steps", str(tmp_path), "--work", str(work)])
+    assert len(read_rows(path)) == before + 8
+    lines = [" ".join(x.split()) for x in capsys.readouterr().out.split("\n\n")[1].splitlines()]
+    assert lines[:5] == [
+        "train random B 10: ours / peft 9.00 >= 7 (stretch 10) ok",
+        "train random B 64: ours / peft 4.50 >= 3 (stretch 4) stretch",
+        "train random B 64: ours / peft-compiled not measured >= 1.3 (stretch 1.8)",
+        "train random B 64: peak memory, ours / peft 0.30 <= 0.4 (stretch 0.25) ok",
+        "train texts B 10: ours / peft 4.50 >= 6 (stretch 10) MISSED",
+    ]
+    assert lines[5].endswith("ours / without graphs 3.0 >= 1 ok")
+    assert lines[6].endswith("ours / without fused kernels 0.75 >= 1 MISSED") and len(lines) == 7
     assert len(list(tmp_path.glob("profile-*-medium-bf16.png"))) == 1
+    assert len(list(tmp_path.glob("kernels-train-*.csv"))) == 1
+
+
+def test_generation_has_verdicts_of_its_own(tmp_path: Path, capsys):
+    (tmp_path / "work").mkdir()
+    sizes = {"work": "generate", "B": 16, "beams": 5}
+    rows = [measured("minprefix", 50, **sizes), measured("peft", 700, "14.0", **sizes)]
+    write(tmp_path / "work" / "bench.csv", rows)
+    gpu_summary.main(["generate", str(tmp_path), "--work", str(tmp_path / "work")])
+    lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert sum("not measured" in line for line in lines) == 2
+    assert "generate random B 16 beams 5: ours / peft" in lines[2] and "  ok" in lines[2]
+
+
+def test_the_training_run_is_told_with_its_data(tmp_path: Path, capsys):
+    row = {"data": "restaurants", "steps": 2500, "train_seconds": 40, "bleu": 61.5, "seed": 0}
+    row |= {"split": "test", "decoding": "greedy", "score_seconds": 3}
+    (tmp_path / "work").mkdir()
+    add_row(tmp_path / "work" / "e2e.csv", row, ("split",))
+    gpu_summary.main(["train", str(tmp_path), "--work", str(tmp_path / "work")])
+    out = capsys.readouterr().out
+    assert "mini, 2500 steps on restaurants in 40 s: test, greedy: BLEU 61.5 (3 s)" in out
+    assert "the kernels beside attention: not measured" in out
+    assert read_rows(tmp_path / f"train-{clock.device_name()}.csv")[0]["bleu"] == "61.5"
+
+
+def test_whole_steps_go_on_after_a_failure_and_stop_in_time(tmp_path: Path, monkeypatch, capsys):
+    def run_bench(work, model, device, config):
+        done.append((work, model, device, config.batch_size, config.data, config.peers))
+        if config.batch_size == "64":
+            raise RuntimeError("out of memory")
+
+    done: list[tuple] = []
+    monkeypatch.setattr(gpu_steps, "run_bench", run_bench)
+    argv = ["train", "--out", str(tmp_path), "--data", "tables"]
+    assert gpu_steps.main(argv) == 1
+    assert len(done) == len(gpu_steps.RUNS["train"])
+    assert [run[3:5] for run in done if run[4]] == [("10", "tables")]
+    assert done[-1][5] == "compiled,peft-compiled" and "out of memory" in capsys.readouterr().err
+    done.clear()
+    assert gpu_steps.main([*argv, "--seconds", "-1"]) == 0 and not done
+    assert capsys.readouterr().out.count("not measured") == len(gpu_steps.RUNS["train"])
+
+
+def test_the_training_run_writes_where_it_is_told(tmp_path: Path, monkeypatch):
+    """With its settings but for the number of steps, on a few tables."""
+    short = dataclasses.replace(e2e.TRAIN["prefix"], steps=1, batch_size=2, eval_pairs=2)
+    monkeypatch.setitem(e2e.TRAIN, "prefix", short)
+    monkeypatch.setitem(e2e.DECODING, "greedy", GenerationConfig(max_new_tokens=4))
+    monkeypatch.setitem(e2e.DECODING, "beam 5", GenerationConfig(max_new_tokens=4, num_beams=5))
+    few = {s: load_examples("restaurants", s)[:3] for s in ("train", "dev", "test")}
+    monkeypatch.setattr(e2e, "load_examples", lambda data, split: few[split])
+    path = tmp_path / "e2e.csv"
+    argv = ["prefix", "--data", "restaurants", "--csv", str(path), "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["e2e", *argv, "--device", "cpu"])
+    committed = (ROOT / "benchmarks" / "e2e.csv").read_bytes()
+    e2e.main()
+    rows = [(row["split"], row["decoding"], row["data"], row["device"]) for row in read_rows(path)]
+    assert rows == [(split, decoding, "restaurants", "cpu") for split, decoding in
+                    (("test", "greedy"), ("test", "beam 5"), ("dev", "greedy"))]  # fmt: skip
+    assert (ROOT / "benchmarks" / "e2e.csv").read_bytes() == committed
+
+
+@pytest.mark.parametrize("work", ["train", "generate"])
+def test_whole_steps_run_on_a_cpu(tmp_path: Path, monkeypatch, tiny_folder, work):
+    """The first run of the list with small sizes, through the benchmark to the summary."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    small = {"batch_size": "2", "prefix_len": "2", "steps": 1, "warm_up": 0, "new_tokens": 2}
+    options = gpu_steps.RUNS[work][0][1] | small | {"seq_len": "8", "profile": True}
+    monkeypatch.setitem(gpu_steps.RUNS, work, [(str(tiny_folder), options)])
+    monkeypatch.setattr(
+        gpu_steps, "BenchConfig", lambda **o: peft_run.BenchConfig(**o | {"seconds": 0})
+    )
+    monkeypatch.setattr(peft_run, "matmul_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(peft_run, "read_speed", lambda device: 1e9)
+    assert gpu_steps.main([work, "--out", str(tmp_path / "work"), "--device", "cpu"]) == 0
+    part = "steps" if work == "train" else work
+    gpu_summary.main([part, str(tmp_path), "--work", str(tmp_path / "work")])
+    methods = {row["method"] for row in read_rows(tmp_path / f"steps-{clock.device_name()}.csv")}
+    assert methods == {"minprefix", "eager", "unfused", "peft"}
+    assert read_rows(tmp_path / f"kernels-{work}-{clock.device_name()}.csv")
 
 
 def test_summary_of_the_tests(tmp_path: Path, capsys):
