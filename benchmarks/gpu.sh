@@ -79,10 +79,10 @@ part_decode() {
     step decode "$(left 2)" "$PYTHON" -m benchmarks.kernels.decode --out "$OUT" --seconds "$(left 17)"
 }
 
-# whole_steps WORK: what benchmarks/gpu_steps.py measures; it begins nothing in the last minute
+# whole_steps WORK: what benchmarks/gpu_steps.py measures; it begins nothing in the last 45 s
 whole_steps() {
     step "$1" "$(left 2)" "$PYTHON" -m benchmarks.gpu_steps "$1" --data "$DATA" --out "$WORK" \
-        --seconds "$(left 60)"
+        --seconds "$(left 45)"
 }
 
 part_steps() { whole_steps train; }
