@@ -2,124 +2,140 @@
 # # 4. Attention over [prefix; sequence] in one kernel
 #
 # **What you will learn.** How attention over a prefix and a sequence becomes one GPU kernel that
-# copies nothing: softmax in tiles, what is kept for the backward pass, the backward pass itself,
-# how many bytes that saves and when bytes matter. At the end you read the Triton kernel of this
-# repository beside your own loops, and run it without a GPU.
+# copies nothing: softmax in tiles, a complete Triton kernel that you run here without a GPU, the
+# backward pass and what must be kept for it, and what a real GPU said about the kernels of this
+# repository, including a compiler that made them wrong.
 #
-# **What to know first.** Tutorial 2 (`02_equation_3`): a prefix is `prefix_k`, `prefix_v` (H, P, D)
-# in each layer. Letters: batch B, heads H, queries T, prefix positions P, width per head D.
+# **What to know first.** Tutorial 2 (`02_equation_3`): a layer's prefix is `prefix_k`, `prefix_v`
+# (H, P, D). Letters are those of [the table of letters in tutorial 01](01_gpt2_from_scratch.py); as
+# there, a *row* is one example of the batch.
 #
-# **Running time.** Well under a minute on a CPU; no GPU is needed.
+# **Running time.** About a minute on a CPU; no GPU is needed.
 #
-# **Sources.** Li & Liang 2021 [1]; online softmax [2]; FlashAttention-2 [3]; a prefix seen as an
-# adapter [4]; an H100's data sheet [5].
+# **Sources.** Li & Liang 2021 [1]; online softmax [2]; FlashAttention-2 [3]; Triton [4].
 
 # %%
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # kernels on the CPU; read when `kernels` is imported
+os.environ["TRITON_INTERPRET"] = "1"  # run kernels on the CPU; Triton reads it
 
-import csv
+import inspect
 import math
+import textwrap
 from collections import Counter
-from importlib.util import find_spec
-from pathlib import Path
 
+import pictures_attention as pictures
 import torch
-from figure import FAINT, OTHER, PREFIX, TEXT, new, show
-from matplotlib.patches import Rectangle
 
-import kernels
-from benchmarks.kernels.attention import Shape, work
-from kernels import prefix_attention, prefix_attention_eager
+from kernels import HAVE_TRITON, prefix_attention, prefix_attention_eager
 
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)
-B, H, T, P, D = 2, 3, 37, 5, 16  # odd lengths on purpose: no tile fits evenly
+B, H, T, P, D = 2, 3, 37, 5, 16  # odd lengths: no tile fits evenly
 scale = D**-0.5
-q, k, v, do = (torch.randn(B, H, T, D) for _ in range(4))  # do: the gradient that will come back
+q, k, v = (torch.randn(B, H, T, D) for _ in range(3))
+do = torch.randn(B, H, T, D)  # the gradient that will arrive at the output
 prefix_k, prefix_v = (torch.randn(H, P, D) for _ in range(2))
 
 
 def same(name: str, actual, exact, bound: float = 2e-14) -> None:
-    """Print and check the largest |difference|. Rounding of sums in fp64, worst seen: 2e-15."""
+    """Print and check the largest |difference|; fp64: worst seen 2e-15."""
     gap = (actual - exact).abs().max().item()
-    print(f"{name:44} largest |difference| {gap:.1e}")
+    print(f"{name:42} largest |difference| {gap:.1e}")
     assert gap < bound
 
 
 # %% [markdown]
+# The first two lines above matter. With `TRITON_INTERPRET=1` Triton does not compile a kernel but
+# runs it line by line in Python. It decides this when a function is decorated with `@triton.jit`,
+# and its own library is decorated while `triton` is imported. So the variable must be set *before*
+# the first import of Triton; setting it later gives a mixture that fails.
+#
 # ## 1. The formula, written down
-# Query $i$ sees every prefix position and the tokens up to itself:
+# Query $i$ sees every prefix position, and the tokens up to itself:
 #
 # $$ s_{ij} = \frac{\langle q_i, k_j \rangle}{\sqrt D}, \qquad
 # \mathrm{lse}_i = \log \sum_j e^{s_{ij}}, \qquad p_{ij} = e^{s_{ij} - \mathrm{lse}_i}, \qquad
 # o_i = \sum_j p_{ij} v_j $$
 #
-# with $j$ over the columns [prefix; sequence]. In PyTorch one copies the prefix for each row,
-# concatenates, and masks. That is right, and it is what libraries do that know no prefix.
+# where $j$ runs over the columns [prefix; sequence]. The direct way in PyTorch is to copy the
+# prefix for each row, concatenate, and mask. It is correct, and a library that does not know what a
+# prefix is has no other way.
 
 
 # %%
 def attend_concatenated(q, k, v, prefix_k, prefix_v):
     """o (B, H, T, D) of the formula, with everything in memory."""
-    T, P = q.shape[2], prefix_k.shape[-2]
-    keys = torch.cat([prefix_k.expand(len(q), -1, -1, -1), k], dim=2)  # (B, H, P + T, D)
-    values = torch.cat([prefix_v.expand(len(q), -1, -1, -1), v], dim=2)
-    visible = torch.ones(T, P + T, dtype=torch.bool).tril(P)  # query i: columns up to P + i
-    s = (scale * q @ keys.mT).masked_fill(~visible, float("-inf"))  # (B, H, T, P + T)
-    return s.softmax(-1) @ values
+    B, T, P = q.shape[0], q.shape[2], prefix_k.shape[-2]
+    keys = torch.cat([prefix_k.expand(B, -1, -1, -1), k], dim=2)
+    values = torch.cat([prefix_v.expand(B, -1, -1, -1), v], dim=2)
+    visible = torch.ones(T, P + T, dtype=torch.bool).tril(P)
+    s = (scale * q) @ keys.mT  # (B, H, T, P + T)
+    return s.masked_fill(~visible, -math.inf).softmax(-1) @ values
 
 
-o_exact = attend_concatenated(q, k, v, prefix_k, prefix_v)
-same("against this repository's definition", prefix_attention_eager(q, k, v, prefix_k, prefix_v),
-     o_exact)  # fmt: skip
+o_exact, lse_exact = prefix_attention_eager(
+    q, k, v, prefix_k, prefix_v, return_lse=True
+)  # fmt: skip
+o_concatenated = attend_concatenated(q, k, v, prefix_k, prefix_v)
+same("this repository's definition", o_concatenated, o_exact)
 
 # %% [markdown]
-# The intermediate `s` has T (P + T) numbers per row and head, far more than q, k, v and o. A GPU
-# multiplies faster than it reads memory, so writing and reading `s` takes most of the time. Can we
-# sum without ever holding a whole row of scores?
-#
-# ## 2. Softmax, number by number
-# Take one query and one component of v. Reading scores one after the other, keep three numbers: the
-# largest score so far $m$, and two sums under it, $z = \sum e^{s_j - m}$ and
-# $o = \sum e^{s_j - m} v_j$. When a larger score arrives, what was summed before is too large by
-# $e^{m_{new} - m}$, so both sums shrink by
-#
-# $$ \alpha = e^{m - m_{new}} . $$
+# **Predict, then run.** The scores `s` are T (P + T) numbers per row and head. Are they larger than
+# q, k, v and o together, which are 4 T D numbers? Guess for T = 128 and T = 1000, with P = 10 and D
+# = 64.
 
 # %%
-i = 20  # a query
-s = scale * torch.cat([prefix_k[0], k[0, 0, : i + 1]]) @ q[0, 0, i]  # (P + i + 1,) what it sees
-values = torch.cat([prefix_v[0], v[0, 0, : i + 1]])  # (P + i + 1, D)
+for t, p, d in ((T, P, D), (128, 10, 64), (1000, 10, 64)):
+    ratio = t * (p + t) / (4 * t * d)
+    print(f"T {t:4}, D {d}: the scores are {ratio:.2f} times q, k, v and o")
+assert 128 * 138 < 4 * 128 * 64 < 1000 * 1010
 
-m, z, o = -math.inf, 0.0, 0.0
+# %% [markdown]
+# At usual lengths they are smaller; they become larger where P + T > 4 D. They still cost more,
+# because they are handled more often: written, then read and written by the mask, read and written
+# by the softmax, and read by the last product. These are six passes over memory, where q, k, v and
+# o need one each. Concatenation adds another two passes over all keys and values. Can we sum over
+# the columns without ever writing a score to memory?
+#
+# ## 2. Softmax, one column at a time
+# Take one query and one component of v. Read the scores one after the other, and keep three
+# numbers: the largest score so far, $m$, and two sums under it, $z = \sum e^{s_j - m}$ and
+# $o = \sum e^{s_j - m} v_j$. When a larger score arrives, everything that was summed before is too
+# large by a factor $e^{m_{new} - m}$, so both sums are multiplied by $\alpha = e^{m - m_{new}}$.
+
+# %%
+i = 20  # a query of row 0 and head 0, and the columns that it sees
+seen = torch.cat([prefix_k[0], k[0, 0, : i + 1]])  # (P + i + 1, D)
+values = torch.cat([prefix_v[0], v[0, 0, : i + 1]])  # (P + i + 1, D)
+s = scale * seen @ q[0, 0, i]  # (P + i + 1,)
+
+m, z, total = -math.inf, 0.0, 0.0
 for s_j, v_j in zip(s.tolist(), values[:, 0].tolist(), strict=True):
     m_new = max(m, s_j)
     alpha = math.exp(m - m_new)
     z = z * alpha + math.exp(s_j - m_new)
-    o = o * alpha + math.exp(s_j - m_new) * v_j
+    total = total * alpha + math.exp(s_j - m_new) * v_j
     m = m_new
-same("one component of o, number by number", torch.tensor(o / z), o_exact[0, 0, i, 0])
-same("its log-sum-exp, m + log z", torch.tensor(m + math.log(z)), s.logsumexp(0))
+same("one component of o", torch.tensor(total / z), o_exact[0, 0, i, 0])
+same("lse = m + log z", torch.tensor(m + math.log(z)), s.logsumexp(0))
+print(f"why a maximum: exp(800) = {torch.tensor(800.0).exp()}")
 
 # %% [markdown]
-# Why the maximum at all? Without it a score of 800 overflows, even in fp64. With it every exponent
-# is at most 0. And the order of the columns plays no role, so the prefix may come first or last,
-# from wherever it lies.
-
-# %%
-print(f"exp(800) = {torch.tensor(800.0).exp()},  exp(800 - 800) = {math.exp(800 - 800)}")
-
-# %% [markdown]
-# ## 3. Rows, then tiles
-# The same with a tile of columns at a time, for M queries at once. Nothing changes but the shapes:
-# `m`, `z` are (M,), `o` is (M, D), and the products are matrix products.
+# Without the maximum a score of 800 overflows, even in fp64; with it no exponent is above 0. The
+# result does not depend on the order of the columns, so the prefix may come first or last, and it
+# may lie anywhere in memory.
+#
+# ## 3. The same, one tile at a time
+# A GPU is fast at products of matrices, so we read a *tile* of N columns at once, for M queries at
+# once. Only the shapes change: `m` and `z` are (M,), `o` is (M, D). The animation shows query 20
+# reading its columns in four tiles. Watch the bars that are already there when a larger maximum
+# arrives: that is alpha.
 
 
 # %%
 def softmax_step(o, z, m, s, v):
-    """One tile of scores s (M, N) and values v (N, D) into the running softmax of M queries."""
+    """Add a tile of scores s (M, N) and values v (N, D) to the running sums."""
     m_new = torch.maximum(m, s.amax(1))  # (M,)
     p = torch.exp(s - m_new[:, None])  # (M, N)
     alpha = torch.exp(m - m_new)  # (M,)
@@ -127,463 +143,446 @@ def softmax_step(o, z, m, s, v):
 
 
 def start(M: int, D: int):
-    """o, z, m before the first tile."""
+    """o, z and m before the first tile."""
     return torch.zeros(M, D), torch.zeros(M), torch.full((M,), -math.inf)
 
 
-o, z, m = start(1, D)
-for j in range(0, len(s), 8):  # the row of query i, eight columns at a time
-    o, z, m = softmax_step(o, z, m, s[None, j : j + 8], values[j : j + 8])
-same("a row of o, eight columns at a time", (o / z[:, None])[0], o_exact[0, 0, i])
+frames, (o_i, z_i, m_i) = [], start(1, D)
+for a, b in ((0, P), (P, P + 7), (P + 7, P + 14), (P + 14, P + 21)):
+    o_i, z_i, m_i = softmax_step(o_i, z_i, m_i, s[None, a:b], values[a:b])
+    frames.append((f"{a - P}..{b - P - 1}" if a else "prefix", s[a:b].tolist()))
+    print(f"after {frames[-1][0]:7} m {m_i.item():.3f}, z {z_i.item():.3f}")
+same("o of query 20, in four tiles", (o_i / z_i)[0], o_exact[0, 0, i])
+pictures.running_softmax(frames)
 
 # %% [markdown]
-# Now the tiles of a whole head. **Prefix tiles come first and need no mask**: every query sees all
-# of the prefix. Sequence tiles are of three kinds: those left of the diagonal are seen by all
-# queries of the tile, those on it need the mask $j \le i$, and those right of it are not visited
-# at all. No mask exists in memory; it is two ranges compared.
+# This query finds its largest score in its last tile, so there alpha is small and z shrinks. Now
+# all queries of a head. **The prefix's tiles come first and need no mask**, because every query
+# sees the whole prefix. Tiles of the sequence are of three kinds: those before the diagonal are
+# seen by all queries of the tile, those on the diagonal need the mask $j \le i$, and those after it
+# are not visited. The mask is a comparison of two ranges of numbers; nothing of size (T, P + T)
+# exists.
 
 # %%
-BLOCK_M, BLOCK_N, BLOCK_P = 8, 8, 4
+BLOCK = 8  # queries in a tile, and columns
 
 
-def hidden(rows: slice, cols: slice):
-    """(M, N) bool: which sequence columns these queries do not see, j > i."""
-    i, j = torch.arange(rows.start, rows.stop), torch.arange(cols.start, cols.stop)
-    return j > i[:, None]
+def tiles(end: int) -> list[slice]:
+    """0 .. end in pieces of BLOCK; the last one may be shorter."""
+    return [slice(a, min(a + BLOCK, end)) for a in range(0, end, BLOCK)]
 
 
-def tiles(start: int, end: int, size: int) -> list[slice]:
-    """start .. end in pieces; the last one may be short."""
-    return [slice(at, min(at + size, end)) for at in range(start, end, size)]
+def later(queries: slice, columns: slice):
+    """(M, N) bool: columns of the sequence that these queries do not see."""
+    i = torch.arange(queries.start, queries.stop)
+    return torch.arange(columns.start, columns.stop) > i[:, None]
 
 
-def forward_head(q, k, v, prefix_k, prefix_v):
-    """o (T, D), lse (T,) of one row and head, and what kinds of tiles were met."""
-    out, lse, met = torch.empty_like(q), q.new_empty(len(q)), {}
-    for rows in tiles(0, len(q), BLOCK_M):  # on a GPU: one program each
-        o, z, m = start(rows.stop - rows.start, q.shape[1])
-        for cols in tiles(0, len(prefix_k), BLOCK_P):
-            o, z, m = softmax_step(o, z, m, scale * q[rows] @ prefix_k[cols].T, prefix_v[cols])
-            met[rows.start, cols.start - len(prefix_k)] = cols, "prefix"
-        for cols in tiles(0, rows.stop, BLOCK_N):
-            s = scale * q[rows] @ k[cols].T  # (M, N)
-            masked = cols.stop > rows.start + 1  # the first query does not see all of them
-            if masked:
-                s = s.masked_fill(hidden(rows, cols), -math.inf)
-            o, z, m = softmax_step(o, z, m, s, v[cols])
-            met[rows.start, cols.start] = cols, "masked" if masked else "whole"
-        out[rows], lse[rows] = o / z[:, None], m + z.log()
-    return out, lse, met
-
-
-def forward(q, k, v, prefix_k, prefix_v):
-    """o (B, H, T, D), lse (B, H, T): each row and head on its own, the prefix shared by rows."""
-    heads = [[forward_head(q[b, h], k[b, h], v[b, h], prefix_k[h], prefix_v[h])[:2]
-              for h in range(q.shape[1])] for b in range(len(q))]  # fmt: skip
-    return tuple(torch.stack([torch.stack([h[n] for h in row]) for row in heads]) for n in (0, 1))
-
-
-o, lse = forward(q, k, v, prefix_k, prefix_v)
-_, lse_exact = prefix_attention_eager(q, k, v, prefix_k, prefix_v, return_lse=True)
-same("o, all tiles of all rows and heads", o, o_exact)
-same("lse", lse, lse_exact)
-met = forward_head(q[0, 0], k[0, 0], v[0, 0], prefix_k[0], prefix_v[0])[2]
-kinds = Counter(kind for _, kind in met.values())
-n_all = len(tiles(0, T, BLOCK_M)) * len(tiles(0, T, BLOCK_N)) + kinds["prefix"]
-print(f"tiles of a head: {dict(kinds)}, not visited: {n_all - sum(kinds.values())}")
-
-# %%
-figure, axes = new(width=6.6)
-colours = {"prefix": PREFIX, "whole": TEXT, "masked": OTHER}
-for (row, at), (cols, kind) in met.items():
-    size = cols.stop - cols.start, min(BLOCK_M, T - row)
-    axes.add_patch(Rectangle((at, row), *size, fc=colours[kind], ec="white", lw=1.2))
-for kind, label in (("prefix", "prefix: no mask"), ("whole", "seen by all queries: no mask"),
-                    ("masked", "on the diagonal: masked")):  # fmt: skip
-    axes.plot([], [], "s", color=colours[kind], label=label)
-axes.plot([], [], "s", color=FAINT, mfc="none", label="not visited")
-axes.plot([0, T], [0, T], color="black", lw=0.8)
-axes.set(xlim=(-P - 1, T), ylim=(T, 0), xlabel="column: prefix (< 0), sequence j (>= 0)",
-         ylabel="query i", title=f"Tiles of one head: T {T}, P {P}")  # fmt: skip
-axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-show(figure, "04_tiles")
+visited = []
+for queries in tiles(T):
+    visited += [(queries, columns, "prefix") for columns in tiles(P)]
+    for columns in tiles(queries.stop):  # none after the last query
+        kind = "diagonal" if later(queries, columns).any() else "whole"
+        visited.append((queries, columns, kind))
+print(Counter(kind for *_, kind in visited))
+pictures.tiles(visited, T, P)
 
 # %% [markdown]
-# ## 4. The backward pass
-# Let $do_i$ be the gradient that arrives at $o_i$. Four products of matrices follow from the chain
-# rule, if $p$ is known:
+# ## 4. A complete Triton kernel
+# A GPU has a large memory (141 GB on an H200), which is slow. Each of its many processors has a
+# small memory on the chip (some 200 KiB), which is fast. A *kernel* is a function that runs as many
+# **programs** at the same time, and a program is what we called a tile of queries: it loads its q
+# once, reads the columns tile by tile, keeps o, z and m on the chip, and writes o and lse once at
+# the end. The diagram compares what lies in memory, to scale.
+
+# %%
+pictures.memory(B=10, H=16, T=128, P=10, D=64)  # a layer of GPT-2 medium
+
+# %% [markdown]
+# Here is the whole kernel. Four things are new beside the loops above.
+# - **Grid.** `kernel[(a, b)](...)` starts a x b programs. Each asks `tl.program_id` which one it
+#   is, and derives from that which row, head and queries are its own.
+# - **Pointers.** A kernel gets the address of a tensor's first element and does its own indexing.
+#   Element (b, h, i, d) of a contiguous q lies at `((b * H + h) * T + i) * D + d`. The prefix has
+#   no b, so **all rows read the same addresses**: this is why it need not be copied.
+# - **Masks.** Tiles have fixed sizes, powers of two (16 or more for a product), so the last one
+#   reaches past the end. `tl.load(..., mask=, other=0.0)` reads zeros there, and `tl.store` with a
+#   mask writes nothing.
+# - **constexpr.** Sizes of tiles must be known to the compiler. T and P are ordinary numbers;
+#   otherwise every new length would be compiled anew.
+
+# %%
+if not HAVE_TRITON:
+    print("Triton is not installed: its cells are skipped (Linux has it)")
+else:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def read_tile(ptr, at, end, D: tl.constexpr):
+        """A tile [len(at), D] of a (end, D) matrix; zeros from `end` on."""
+        address = ptr + at[:, None] * D + tl.arange(0, D)[None, :]
+        return tl.load(address, mask=at[:, None] < end, other=0.0)
+
+    @triton.jit
+    def add_tile(o, z, m, q, k, v, visible, scale):
+        """softmax_step, with the product that makes the scores."""
+        s = scale * tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
+        s = tl.where(visible, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))  # [M]
+        p = tl.exp(s - m_new[:, None])  # [M, N]
+        alpha = tl.exp(m - m_new)  # [M]
+        o = o * alpha[:, None] + tl.dot(p, v, input_precision="ieee")
+        return o, z * alpha + tl.sum(p, 1), m_new
+
+    @triton.jit
+    def attend_kernel(  # noqa: PLR0913
+        q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, o_ptr, lse_ptr,
+        n_head, seq_len, prefix_len, scale,
+        D: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """o and lse of BLOCK queries of one row and head."""
+        # which program am I?
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # my queries
+        bh = tl.program_id(1)  # my row b and head h, as b * H + h
+        # where does my row and head begin?
+        start = bh * seq_len * D
+        prefix_start = (bh % n_head) * prefix_len * D  # no b in here
+        q = read_tile(q_ptr + start, i, seq_len, D)  # [BLOCK, D]
+        o = tl.zeros([BLOCK, D], tl.float32)
+        z = tl.zeros([BLOCK], tl.float32)
+        m = tl.full([BLOCK], float("-inf"), tl.float32)
+        # the prefix: every query sees all of it, and nothing past its end
+        for first in range(0, prefix_len, BLOCK):
+            j = first + tl.arange(0, BLOCK)
+            k = read_tile(prefix_k_ptr + prefix_start, j, prefix_len, D)
+            v = read_tile(prefix_v_ptr + prefix_start, j, prefix_len, D)
+            inside = (j < prefix_len)[None, :]
+            o, z, m = add_tile(o, z, m, q, k, v, inside, scale)
+        # the sequence, up to my last query
+        for first in range(0, (tl.program_id(0) + 1) * BLOCK, BLOCK):
+            j = first + tl.arange(0, BLOCK)
+            k = read_tile(k_ptr + start, j, seq_len, D)
+            v = read_tile(v_ptr + start, j, seq_len, D)
+            causal = j[None, :] <= i[:, None]
+            o, z, m = add_tile(o, z, m, q, k, v, causal, scale)
+        at = o_ptr + start + i[:, None] * D + tl.arange(0, D)[None, :]
+        tl.store(at, o / z[:, None], mask=i[:, None] < seq_len)
+        tl.store(lse_ptr + bh * seq_len + i, m + tl.log(z), mask=i < seq_len)
+
+    def attend_triton(q, k, v, prefix_k, prefix_v, BLOCK: int = 16):
+        """o (B, H, T, D) and lse (B, H, T) from contiguous fp32 tensors."""
+        B, H, T, D = q.shape
+        o, lse = torch.empty_like(q), q.new_empty(B, H, T)
+        grid = triton.cdiv(T, BLOCK), B * H
+        attend_kernel[grid](
+            q, k, v, prefix_k, prefix_v, o, lse, H, T, prefix_k.shape[1],
+            D**-0.5, D=D, BLOCK=BLOCK,
+        )  # fmt: skip
+        return o, lse
+
+    single = [x.float() for x in (q, k, v, prefix_k, prefix_v)]
+    o_triton, lse_triton = attend_triton(*single)
+    same("Triton, fp32: o", o_triton, o_exact, 1e-5)  # worst seen: 8e-7
+    same("Triton, fp32: lse", lse_triton, lse_exact, 1e-5)
+
+# %% [markdown]
+# **Predict, then run.** How many programs did that start? And what happens if the first loop leaves
+# out `inside`, so that the prefix's 5 columns become 16, the last 11 of them zeros? Padding the
+# prefix with zeros gives the same.
+
+# %%
+if HAVE_TRITON:
+    print(f"programs: {math.ceil(T / 16)} tiles of queries x {B * H} = "
+          f"{math.ceil(T / 16) * B * H}")  # fmt: skip
+    padded = [torch.nn.functional.pad(x, (0, 0, 0, 11)) for x in single[3:]]
+    o_padded, lse_padded = attend_triton(*single[:3], *padded)
+    gap = (o_padded - o_exact).abs().max().item()
+    print(f"zeros that are seen move o by up to {gap:.2f}")
+    same("each one adds e^0 to z", lse_padded.exp(), lse_exact.exp() + 11, 1e-3)
+    assert gap > 0.1
+
+# %% [markdown]
+# A column of zeros is not nothing. Its score is 0, so it gets the weight $e^0 = 1$ in the sum $z$,
+# and every other weight shrinks. The mask must give -inf, not 0. (For the same reason a prefix of
+# zeros changes the model, as tutorial 2 shows.)
 #
-# $$ dv_j = \sum_i p_{ij}\, do_i, \qquad dp_{ij} = \langle do_i, v_j \rangle, $$
-# $$ dq_i = \tfrac{1}{\sqrt D} \sum_j ds_{ij} k_j, \qquad
+# ## 5. The backward pass
+# Let $do_i$ be the gradient that arrives at $o_i$. If $p$ is known, the chain rule gives
+#
+# $$ dv_j = \sum_i p_{ij}\, do_i, \qquad dp_{ij} = \langle do_i, v_j \rangle, \qquad
+# dq_i = \tfrac{1}{\sqrt D} \sum_j ds_{ij} k_j, \qquad
 # dk_j = \tfrac{1}{\sqrt D} \sum_i ds_{ij} q_i . $$
 #
-# Between $dp$ and $ds$ stands the softmax: $\partial p_{ij} / \partial s_{il} = p_{ij} (1_{j=l} -
-# p_{il})$, so $ds_{ij} = p_{ij} (dp_{ij} - \sum_l p_{il}\, dp_{il})$. That sum runs over a whole
-# row of columns, which no tile has. But
+# The softmax stands between $dp$ and $ds$:
+# $\partial p_{ij} / \partial s_{il} = p_{ij} (1_{j=l} - p_{il})$, so
+# $ds_{ij} = p_{ij} (dp_{ij} - \sum_l p_{il}\, dp_{il})$. The sum runs over all columns of a query,
+# and no tile has them all. But it is equal to a product of two vectors of D numbers which we do
+# have:
 #
 # $$ \sum_l p_{il} \langle do_i, v_l \rangle = \langle do_i, \sum_l p_{il} v_l \rangle
-# = \langle do_i, o_i \rangle =: \delta_i : $$
+# = \langle do_i, o_i \rangle =: \delta_i . $$
 #
-# it is a product of two rows of D numbers that are there. And $p$ itself needs no memory: with
-# $\mathrm{lse}$ at hand, $p_{ij} = e^{s_{ij} - \mathrm{lse}_i}$ is made again, tile by tile, in
-# any order. **So besides its inputs the forward pass keeps o and lse, and nothing of size T x T.**
-# First as matrices, for one row and head:
+# And $p$ itself need not be kept: $p_{ij} = e^{s_{ij} - \mathrm{lse}_i}$ can be made again for any
+# tile, in any order. **So besides its inputs the forward pass keeps o and lse, and nothing of size
+# T x T.**
+
 
 # %%
+def backward_head(q, k, v, prefix_k, prefix_v, o, lse, do):
+    """dq, dk, dv of a row and head, and its part of the prefix's gradient."""
+    delta = (do * o).sum(1)  # (T,)
+    grads = [torch.zeros_like(x) for x in (q, k, v, prefix_k, prefix_v)]
+    dq, dk, dv, part_k, part_v = grads
+    for rs in tiles(len(q)):
+        pairs = [(prefix_k, prefix_v, part_k, part_v, cs, torch.tensor(False))
+                 for cs in tiles(len(prefix_k))]  # fmt: skip
+        pairs += [(k, v, dk, dv, cs, later(rs, cs)) for cs in tiles(rs.stop)]
+        for keys, values, dkeys, dvalues, cs, hidden in pairs:
+            s = scale * q[rs] @ keys[cs].T  # (M, N)
+            p = torch.exp(s - lse[rs, None]).masked_fill(hidden, 0.0)
+            ds = p * (do[rs] @ values[cs].T - delta[rs, None])
+            dq[rs] += scale * ds @ keys[cs]
+            dkeys[cs] += scale * ds.T @ q[rs]
+            dvalues[cs] += p.T @ do[rs]
+    return grads
+
+
+names_of_grads = "dq", "dk", "dv", "dprefix_k", "dprefix_v"
 inputs = [x.clone().requires_grad_() for x in (q, k, v, prefix_k, prefix_v)]
 exact = torch.autograd.grad(attend_concatenated(*inputs), inputs, do)
-names = ("dq", "dk", "dv", "dprefix_k", "dprefix_v")
-
-delta = (do * o).sum(-1)  # (B, H, T)
-visible = torch.ones(T, P + T).tril(P)
-keys, values = torch.cat([prefix_k[0], k[0, 0]]), torch.cat([prefix_v[0], v[0, 0]])
-p = torch.exp(scale * q[0, 0] @ keys.T - lse[0, 0, :, None]) * visible  # (T, P + T)
-ds = p * (do[0, 0] @ values.T - delta[0, 0, :, None])  # (T, P + T)
-same("dq of one head, as matrices", scale * ds @ keys, exact[0][0, 0])
-same("dk of one head, as matrices", (scale * ds.T @ q[0, 0])[P:], exact[1][0, 0])
-same("dv of one head, as matrices", (p.T @ do[0, 0])[P:], exact[2][0, 0])
-
-# %% [markdown]
-# Tile by tile there are two loops. One program per tile of *queries* owns its `dq`; one program per
-# tile of *keys* owns its `dk`, `dv` and visits the queries that see it. A single loop would have
-# many programs add to the same `dk` at the same time, which needs atomic additions.
-#
-# A prefix column is a key like any other, but **all B rows of the batch see it**, so its gradient
-# is a sum over the batch. Each row writes its own part, and a last step adds the parts in the order
-# of the rows.
-
-
-# %%
-def tile_grads(q, do, k, v, lse, delta, unseen):
-    """What one tile of queries and one of keys add to dq (M, D), dk and dv (N, D)."""
-    p = torch.exp(scale * q @ k.T - lse[:, None]).masked_fill(unseen, 0.0)  # (M, N)
-    ds = p * (do @ v.T - delta[:, None])
-    return scale * ds @ k, scale * ds.T @ q, p.T @ do
-
-
-def backward_head(q, k, v, prefix_k, prefix_v, o, lse, do):
-    """dq, dk, dv of one row and head, and this row's part of dprefix_k and dprefix_v."""
-    delta, every = (do * o).sum(1), torch.tensor(False)  # (T,); of prefix columns none is unseen
-    dq, dk, dv, part_k, part_v = (torch.zeros_like(x) for x in (q, k, v, prefix_k, prefix_v))
-
-    def grads(rows, k, v, unseen):
-        return tile_grads(q[rows], do[rows], k, v, lse[rows], delta[rows], unseen)
-
-    for rows in tiles(0, len(q), BLOCK_M):  # one program each: dq
-        for cols in tiles(0, len(prefix_k), BLOCK_P):
-            dq[rows] += grads(rows, prefix_k[cols], prefix_v[cols], every)[0]
-        for cols in tiles(0, rows.stop, BLOCK_N):
-            dq[rows] += grads(rows, k[cols], v[cols], hidden(rows, cols))[0]
-    for cols in tiles(0, len(k), BLOCK_N):  # one program each: dk, dv
-        for rows in tiles(cols.start // BLOCK_M * BLOCK_M, len(q), BLOCK_M):
-            _, dk_tile, dv_tile = grads(rows, k[cols], v[cols], hidden(rows, cols))
-            dk[cols], dv[cols] = dk[cols] + dk_tile, dv[cols] + dv_tile
-    for cols in tiles(0, len(prefix_k), BLOCK_P):  # one program each: a part of dprefix
-        for rows in tiles(0, len(q), BLOCK_M):
-            _, dk_tile, dv_tile = grads(rows, prefix_k[cols], prefix_v[cols], every)
-            part_k[cols], part_v[cols] = part_k[cols] + dk_tile, part_v[cols] + dv_tile
-    return dq, dk, dv, part_k, part_v
-
-
-found = [torch.stack([torch.stack([backward_head(
-    q[b, h], k[b, h], v[b, h], prefix_k[h], prefix_v[h], o[b, h], lse[b, h], do[b, h])[n]
-    for h in range(H)]) for b in range(B)]) for n in range(5)]  # fmt: skip
-tiled = [*found[:3], *(partials.sum(0) for partials in found[3:])]  # (H, P, D): over the rows
-for name, actual, wanted in zip(names, tiled, exact, strict=True):
+found = [torch.zeros_like(x) for x in inputs]
+for b in range(B):
+    for h in range(H):
+        args = q[b, h], k[b, h], v[b, h], prefix_k[h], prefix_v[h]
+        of_head = backward_head(*args, o_exact[b, h], lse_exact[b, h], do[b, h])
+        for n, part in enumerate(of_head):
+            at = (b, h) if n < 3 else (h,)  # the prefix's: summed over the rows
+            found[n][at] += part
+for name, actual, wanted in zip(names_of_grads, found, exact, strict=True):
     same(f"{name}, tile by tile", actual, wanted)
 
 # %% [markdown]
-# **Why no atomics, and why fp32 parts?** A sum of floating-point numbers depends on its order.
-# Atomic additions come in the order in which programs happen to finish, so two equal runs would
-# differ in their last bits; parts that are added in a fixed order repeat bit for bit. And in the 16
-# bits of q, k and v the rounding of each addition adds up over the rows of a batch, so the parts
-# and their sum are fp32 whatever the inputs are.
-
-# %%
-rows = 64
-parts = torch.randn(rows, H, P, D) + 0.1  # what 64 rows add to dprefix_k
-in_order = torch.stack(list(parts.float())).sum(0)
-shuffled = parts.float()[torch.randperm(rows)].sum(0)
-print(f"fp32, two orders: {(in_order != shuffled).float().mean():.0%} of the elements differ")
-assert not torch.equal(in_order, shuffled) and torch.equal(in_order, parts.float().sum(0))
-total = torch.zeros(H, P, D, dtype=torch.bfloat16)
-for part in parts.bfloat16():
-    total += part
-for name, x in (("fp32 parts", in_order), ("bf16 parts and sum", total)):
-    error = (x - parts.sum(0)).abs().max() / parts.sum(0).abs().max()
-    print(f"{name:20} largest error {error:.1e} of the largest gradient")
-
-# %% [markdown]
-# ## 5. Counting bytes
-# Let $e$ be the bytes of an element (2 for bf16), and S the number of keys: S = T in training, all
-# cached tokens while decoding, where T = 1. What must a forward pass move?
+# On a GPU one loop over pairs of tiles would have many programs add to the same `dk` at once. So
+# the pairs are visited twice: once by programs that own a tile of queries and write `dq`, once by
+# programs that own a tile of columns and write `dk` and `dv`. **All B rows see the prefix's
+# columns**: each row writes its own part of their gradient, and a last kernel adds the parts.
 #
-# | | bytes |
-# |---|---|
-# | fused: q, k, v in, o and lse (fp32) out, the prefix once | $2eBH(T + S)D + 2eHPD + 4BHT$ |
-# | concatenation first: k, v read, keys, values written | $2eBHSD + 2eBH(P + S)D$ |
-# | and then the prefix read with each row's keys | $2e(B - 1)HPD$ |
-# | written down as in section 1: scores of T x (P + S) | $6eBHT(P + S)$ |
+# **Why parts, in fp32?** The result of a floating-point sum depends on its order. Atomic additions
+# happen in the order in which programs finish, so two equal runs would differ in their last bits. A
+# sum whose order follows from the shapes alone repeats bit for bit. (This need not be the order of
+# the rows: PyTorch's `sum(0)` adds in another one, too.) And in 16 bits the rounding errors of the
+# additions grow with the batch.
+
+# %%
+parts = torch.randn(64, H, P, D) + 0.1  # what 64 rows add to dprefix_k
+
+
+def add_up(parts):
+    """The parts one after the other, in their own dtype."""
+    total = torch.zeros_like(parts[0])
+    for part in parts:
+        total += part
+    return total
+
+
+low, exact_sum = parts.float(), parts.sum(0)
+for name, other in (("sum(0)", low.sum(0)), ("reversed", add_up(low.flip(0)))):
+    share = (other != add_up(low)).double().mean()
+    print(f"{name:8} {share:.0%} of the elements differ from the rows' order")
+error = (add_up(low) - exact_sum).abs().max().item()
+error_bf16 = (add_up(parts.bfloat16()) - exact_sum).abs().max().item()
+print(f"error of the sum in fp32: {error:.1e}, in bf16: {error_bf16:.1e}")
+assert not torch.equal(add_up(low.flip(0)), add_up(low))
+assert error_bf16 > 1000 * error
+
+# %% [markdown]
+# ## 6. What is kept for the backward pass
+# PyTorch can tell: `saved_tensors_hooks` calls a function for each tensor that autograd keeps. We
+# count their bytes, without the inputs themselves, and compare with a formula for each way.
+
+
+# %%
+def kept(attend, inputs) -> int:
+    """Bytes that autograd keeps beside the inputs."""
+    sizes = {}
+
+    def note(x):
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        output = attend(*inputs)
+    for x in inputs:
+        sizes.pop(x.untyped_storage().data_ptr(), None)
+    del output  # it held what was kept
+    return sum(sizes.values())
+
+
+def formulas(B, H, T, P, D, e: int) -> tuple[int, int]:
+    """Bytes kept, written down and fused; e: bytes of an element."""
+    joined = 2 * (P + T) * D  # [prefix; k] and [prefix; v]
+    plain = e * B * H * (T * D + joined + T * (P + T)) + T * (P + T)
+    return plain, e * B * H * T * D + 4 * B * H * T  # o, and lse in fp32
+
+
+leaves = [x.float().requires_grad_() for x in (q, k, v, prefix_k, prefix_v)]
+plain, fused = formulas(B, H, T, P, D, 4)
+assert kept(attend_concatenated, leaves) == plain
+if HAVE_TRITON:  # the Triton kernels of this repository
+    assert kept(prefix_attention, leaves) == fused
+print(f"kept here: written down {plain:,} bytes, fused {fused:,}")
+for t in (128, 1000):
+    both = (24 * x / 2**20 for x in formulas(10, 16, t, 10, 64, 2))
+    print(f"GPT-2 medium, bf16, B 10, T {t:4}: "
+          + ", ".join(f"{x:,.0f} MiB" for x in both))  # fmt: skip
+
+# %% [markdown]
+# Written down, autograd keeps the scaled q, the joined keys and values, the weights p and a mask.
+# Fused, it keeps o and lse. The ratio grows with T, because p has T (P + T) numbers and o has T D.
 #
-# Each line comes on top of those above it. The scores are written, read and written by the mask,
-# read and written by the softmax, and read by the product. While decoding, concatenation copies the
-# whole cache for each new token. FLOPs are the same for all: a pair of a query and a column that it
-# sees takes $2D$ for its score and $2D$ for its value.
+# ## 7. What a real GPU said
+# How fast can this be at best? A GPU that makes $F$ FLOPs and moves $W$ bytes per second needs at
+# least $\max(\text{FLOPs} / F, \text{bytes} / W)$. The ratio of FLOPs to bytes is the **arithmetic
+# intensity**; below $F / W$ memory is the limit. A pair of a query and a column that it sees costs
+# 4 D FLOPs forward and 10 D backward; the bytes are those of inputs and outputs, once each. The
+# times below come from `benchmarks/gpu`, and so does the roof: $W$ is the speed of a large copy and
+# $F$ that of a large product in the same run.
 
 # %%
-e, d = 2, 64
-
-
-def bytes_of(B: int, T: int, H: int, P: int, S: int) -> tuple[int, int, int]:
-    """Bytes of a forward pass: fused, with concatenation, written down."""
-    fused = 2 * e * B * H * (T + S) * d + 2 * e * H * P * d + 4 * B * H * T
-    copy = 2 * e * B * H * S * d + 2 * e * B * H * (P + S) * d
-    joined = fused + copy + 2 * e * (B - 1) * H * P * d
-    return fused, joined, joined + 6 * e * B * H * T * (P + S)
-
-
-cases = {  # B, T, H, P, S: GPT-2 medium has 16 heads of 64
-    "training": (10, 128, 16, 10, 128),
-    "training, P 200": (10, 128, 16, 200, 128),
-    "prefill": (1, 512, 16, 10, 512),
-    "decoding": (16, 1, 16, 10, 512),
-}
-print(f"{'forward, one layer, bf16, MB':48} {'fused':>7} {'concat.':>8} {'written down':>13}")
-for name, sizes in cases.items():
-    fused, joined, literal = (x / 1e6 for x in bytes_of(*sizes))
-    at = ", ".join(f"{a} {b}" for a, b in zip("BTHPS", sizes, strict=True))
-    print(f"{name + ': ' + at:48} {fused:7.2f} {joined:8.2f} {literal:13.2f}")
-same_work = work(Shape(10, 128, 16, 10), "forward")  # FLOPs and bytes, as the benchmark counts
-assert bytes_of(*cases["training"])[0] == same_work[1]
+pictures.roofline()
 
 # %% [markdown]
-# ## 6. When bytes matter: the roofline
-# A machine that makes $F$ FLOPs and moves $W$ bytes per second needs at least
-# $\max(\text{FLOPs}/F, \text{bytes}/W)$. FLOPs per byte are the **arithmetic intensity**; below
-# $F/W$ a kernel is bound by memory. NVIDIA's data sheet of the H100 SXM [5] says 3.35 TB/s and, in
-# bf16, 1,979 TFLOP/s with sparsity, which is half of that for the dense products here.
+# **Decoding** makes about one FLOP per byte. Nothing but reading less makes it faster, and the
+# kernel reaches about four fifths of the speed of a copy. **Training** at T around 128 is limited
+# by memory, too, and reaches about half of the roof. Two likely reasons are that a short kernel
+# spends part of its time starting and ending, and that k and v are read once for each tile of
+# queries; their shares were not measured. **Long sequences** come near the flat part of the roof
+# and stay far below it. How does PyTorch's own attention do?
 
 # %%
-PEAK, BANDWIDTH = 1979e12 / 2, 3.35e12  # FLOP/s (dense bf16), bytes/s; published, not measured
-print(f"an H100 is bound by memory below {PEAK / BANDWIDTH:.0f} FLOPs per byte\n")
-decoding = 4 * d * 16 * 16 * (512 + 10)  # FLOPs: all columns are seen
-points = {  # FLOPs, bytes fused, bytes with concatenation
-    "training, forward + backward": (*work(Shape(10, 128, 16, 10), "forward+backward"), None),
-    "prefill": (work(Shape(1, 512, 16, 10), "forward")[0], *bytes_of(*cases["prefill"])[:2]),
-    "decoding": (decoding, *bytes_of(*cases["decoding"])[:2]),
-}
-print(f"{'fused':30} {'GFLOP':>7} {'MB':>7} {'FLOPs/byte':>11} {'at least, us':>13}  bound by")
-for name, (flops, moved, _) in points.items():
-    bound = "memory" if flops / moved < PEAK / BANDWIDTH else "products"
-    least = 1e6 * max(flops / PEAK, moved / BANDWIDTH)
-    print(f"{name:30} {flops / 1e9:7.3f} {moved / 1e6:7.2f} {flops / moved:11.1f} {least:13.2f}"
-          f"  {bound}")  # fmt: skip
-
-
-def roof(intensity: float) -> float:
-    """TFLOP/s, at most."""
-    return min(PEAK, BANDWIDTH * intensity) / 1e12
-
-
-figure, axes = new(width=6.0)
-x = [0.25, PEAK / BANDWIDTH, 2048]
-axes.plot(x, [roof(one) for one in x], color="black", label="H100, data sheet")
-for marker, (name, (flops, fused, joined)) in zip("osD", points.items(), strict=True):
-    axes.plot(flops / fused, roof(flops / fused), marker, color=PREFIX, label=f"{name}: fused")
-    if joined:
-        axes.plot(flops / joined, roof(flops / joined), marker, color=TEXT, mfc="none",
-                  label=f"{name}: concatenation")  # fmt: skip
-axes.set(xscale="log", yscale="log", xlabel="arithmetic intensity (FLOPs per byte)",
-         ylabel="at most (TFLOP/s)", title="Attention under the roof")  # fmt: skip
-axes.legend(frameon=False)
-show(figure, "04_roofline")
+pictures.times()
 
 # %% [markdown]
-# A decoding step does about one FLOP per byte: nothing but reading less makes it faster, and
-# concatenation makes it read and write several times as much. Training at T of a hundred or so is
-# bound by memory too; only long sequences come near the flat part of the roof. (Where a bound is a
-# few microseconds, launching the kernel costs as much again. No formula here knows of that.)
+# After a concatenation cuDNN is slower at both lengths where it was measured. The fairer question
+# is the first line: cuDNN without a prefix does less work, so its time is multiplied by
+# $1 + 2P / (T + 1)$, the ratio of visible pairs. Below 1 our kernels do the same work in less time.
+# They win at short lengths, where one backward kernel reads everything once, and lose from about T
+# = 512 on, where cuDNN has kernels that were written for this generation of GPUs. (The backward
+# pass has been changed since. The changed one has not been timed on a GPU.)
 #
-# ## 7. The kernel, side by side
-# `kernels/` holds the same steps in Triton. The next cell prints them from the files, so they are
-# the lines that run; above each excerpt stands what it is called in this tutorial.
-
+# ### The compiler that made them wrong
+# The kernels had passed their tests in the interpreter, against fp64. On their first real GPU most
+# tests failed. The lines of the record:
 
 # %%
-def quote(module: str, first: str, last: str) -> None:
-    """Print the lines of a module from the first one with `first` to the next one with `last`."""
-    path = Path(find_spec(module).origin)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    a = next(n for n, line in enumerate(lines) if first in line)
-    b = next(n for n in range(a, len(lines)) if last in lines[n])
-    for n in range(a, b + 1):
-        print(f"  {path.name}:{n + 1:<4} {lines[n]}")
-
-
-print("softmax_step: m_new, p, alpha, z, o. Powers of 2 instead of e: scale2 = scale log2(e)")
-quote("kernels.tiles", "m_new = tl.maximum(m, tl.max(s, 1)", "o = tl.dot(p.to(v.dtype)")
-print("\nthe prefix's first tile, before the sequence: `every` query sees all its columns")
-quote("kernels.attention", "every = tl.zeros", "o, z, m = attend_tile(o, z, m, q, pk, pv")
-print("\nforward_head: the sequence's tiles, up to the last column that a query of the tile sees")
-quote("kernels.attention", "for n0 in range(0, last, BLOCK_N)", "o, z, m = attend_tile")
-print("\nthe mask, on tiles that not every query sees whole (hidden)")
-quote("kernels.attention", "if n0 + BLOCK_N > whole:", "s = tl.where")
-print("\nout and lse: what is kept")
-quote("kernels.attention", "o = o / tl.where(z > 0.0", "lse = (m + tl.log2(z))")
-print("\ntile_grads: p, ds, then dv and dk (transposed), dq")
-quote("kernels.backward", "s = tl.dot(q, tl.trans(k)", "dq = tl.dot(ds, k, dq")
-print("\ndelta")
-quote("kernels.backward", "delta = tl.sum(do.to", "delta = tl.sum(do.to")
-print("\npartials.sum(0): the parts of dprefix in their order, fp32")
-quote("kernels.backward", "for g0 in range(start, end, BLOCK_M)", "dv += tl.sum(")
+record = pictures.GPU / "README.md"
+for line in record.read_text(encoding="utf-8").splitlines():
+    if line.startswith("| ptxas"):
+        name, found = (cell.strip() for cell in line.strip("| ").split("|"))
+        print(textwrap.fill(f"{name}: {found}", 80))
 
 # %% [markdown]
-# The kernel has more than the loops: strides, so that views of the fused qkv projection go in
-# without a copy; masked loads at the ends, where our slices are short; and a single backward kernel
-# where a row's queries, keys and prefix are one tile each, since nothing is then read twice.
-# Triton's interpreter runs it here, in fp32, on the same inputs.
+# It was found in four steps.
+# 1. **Where.** NVIDIA's compute-sanitizer watches every access to memory. It named one instruction:
+#    a matrix product in the backward kernel that reads shared memory at an address where nothing
+#    is.
+# 2. **Who.** Triton translates a kernel to PTX, and NVIDIA's assembler `ptxas` translates PTX to
+#    SASS, the machine code. The PTX was right. With another version of ptxas, and nothing else
+#    changed, the tests passed.
+# 3. **How.** On this GPU a product finds its matrix through a *descriptor* of 64 bits: the low word
+#    is the address / 16, the high word a constant of the layout. PTX adds the constant to the
+#    address, as one sum of 64 bits. SASS needs two 32-bit additions, and the second must start from
+#    zero (`URZ`) and add the carry `UP0`. Old versions of ptxas start from the address again.
+# 4. **Never again.** The wrong pair can be recognized without a GPU, by reading SASS:
 
 # %%
-if kernels.HAVE_TRITON:
-    single = [x.float().requires_grad_() for x in (q, k, v, prefix_k, prefix_v)]
-    assert kernels.on_triton(single[0])  # the Triton kernel runs, not the plain path
-    o_kernel, lse_kernel = prefix_attention(*single, return_lse=True)
-    kernel_grads = torch.autograd.grad(o_kernel, single, do.float())
-    # fp32 beside fp64; worst seen: 8e-7
-    same("Triton, o", o_kernel.detach(), o, 1e-5)
-    same("Triton, lse", lse_kernel, lse, 1e-5)
-    for name, actual, wanted in zip(names, kernel_grads, tiled, strict=True):
-        same(f"Triton, {name}", actual, wanted, 1e-5)
-    again = torch.autograd.grad(prefix_attention(*single), single, do.float())
-    assert all(torch.equal(a, b) for a, b in zip(kernel_grads, again, strict=True))
+RIGHT = """
+UIADD3   UR4, UP0, UR8, 0x20
+UIADD3.X UR5, URZ, 0xc0000010, UP0"""
+WRONG = RIGHT.replace("URZ", "UR8")
+
+
+def starts_twice(sass: str) -> bool:
+    """Whether a sum of two words has the same register in both."""
+    low, high = (x.replace(",", "").split() for x in sass.split("\n")[1:])
+    return low[3] == high[2]
+
+
+assert starts_twice(WRONG) and not starts_twice(RIGHT)
+address = 0x4000 >> 4
+meant = address + 0x20 + (0xC0000010 << 32)
+made = address + 0x20 + (0xC0000010 + address << 32)
+print(f"descriptor meant {meant:#x}\ndescriptor made  {made:#x}")
+assert meant & 0xFFFFFFFF == made & 0xFFFFFFFF and meant >> 32 != made >> 32
+
+# %% [markdown]
+# The real check follows every register through the code
+# ([`kernels/tools/sass.py`](../kernels/tools/sass.py), `make sass`), and
+# [`kernels/assembler.py`](../kernels/assembler.py) refuses an old ptxas and takes a newer one that
+# Triton brings along. The worst part of the story is that some gradients of the prefix were wrong
+# *without any error*. So compare with a plain version in fp64, on the hardware that you use, before
+# you look at a clock.
+#
+# ## 8. The kernels of this repository
+# [`attention.py`](../kernels/attention.py) and [`backward.py`](../kernels/backward.py) do what the
+# code above does, and more: powers of 2 instead of e; strides, so that views of the fused qkv
+# projection go in without a copy; a bank of prefixes; rows of different lengths. You can read them
+# now: these two functions are `add_tile` and the body of `backward_head`.
+
+# %%
+if HAVE_TRITON:
+    from kernels import backward
+    from kernels import tiles as shared
+
+    print(inspect.getsource(shared.softmax_step.fn))
+    print(inspect.getsource(backward.tile_grads.fn))
+    o_kernel = prefix_attention(*leaves)
+    grads = torch.autograd.grad(o_kernel, leaves, do.float())
+    again = torch.autograd.grad(prefix_attention(*leaves), leaves, do.float())
+    for name, actual, wanted in zip(names_of_grads, grads, exact, strict=True):
+        same(f"Triton, fp32: {name}", actual, wanted, 1e-5)  # worst seen: 8e-7
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
     print("a second run gives the same bits")
-else:
-    print("Triton is not installed here (it exists for Linux): the loops above are what it does")
 
 # %% [markdown]
-# ## 8. What a compiler and a clock say
-# The compiler needs no GPU (`make compile`). It says how many registers a thread takes, how much
-# shared memory a program, and how many bytes of registers had to be spilled to memory, which would
-# undo the savings. A multiprocessor of an H100 has 65,536 registers, room for 2,048 threads and 228
-# KiB of shared memory, of which each program takes 1 KiB more than it asks for [6]. `at once` is
-# the number of programs that fit: while one waits for memory, another can multiply.
-
-# %%
-BENCHMARKS = Path(find_spec("kernels").origin).parents[1] / "benchmarks"
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-print(f"{'H100, bf16, D 64':12} {'P':>5}  {'tile':29} {'registers':>9} {'KiB':>5} {'spilled':>8} "
-      f"{'at once':>8}")  # fmt: skip
-for row in table(BENCHMARKS / "compiled.csv"):
-    if (row["target"], row["prefix_len"], row["default"]) == ("sm_90", "10", "1"):
-        threads = 32 * int(row["tile"].split(",")[1].split()[0])
-        registers, shared = int(row["registers"]), int(row["shared_bytes"])
-        at_once = min(65536 // (8 * math.ceil(registers / 8) * threads), 2048 // threads,
-                      228 * 1024 // (shared + 1024))  # fmt: skip
-        print(f"{row['kernel']:16} {row['prefix_len']:>5}  {row['tile']:29} {registers:9} "
-              f"{shared / 1024:5.0f} {row['spilled_bytes']:>8} {at_once:8}")  # fmt: skip
-
-# %% [markdown]
-# A compiler can also be wrong. Triton hands its code to NVIDIA's assembler ptxas, and version
-# 12.8.93, which several releases of Triton bring along, puts a wrong address into some of these
-# kernels for an H100 or H200: illegal reads, and wrong gradients of the prefix without any error.
-# With a newer ptxas nothing else had to change. So the kernels refuse an old one (the module
-# `kernels.assembler`), and the comparison with fp64 comes before every clock.
+# ## Common mistakes
+# - **Padding P to a multiple of the tile with zeros** and letting the queries see them (section 4).
+# - **`is_causal=True` after concatenation.** PyTorch aligns that mask with the first column, so
+#   query i sees i + 1 columns of [prefix; sequence]: P too few. Version 1.3.0 of the library
+#   adapters did this to GPT-2 and Llama when we tried it.
+# - **A mask tensor "to be safe".** PyTorch's flash attention takes none, and a slower kernel is
+#   chosen without a message.
+# - **Forgetting the sum over the batch** in the prefix's gradient, or making it in 16 bits.
+# - **-inf minus -inf.** A query that has seen nothing yet has m = -inf, and $e^{m - m}$ is NaN.
+#   Here the first tile always has a visible column; with rows of different lengths, take care.
+# - **TRITON_INTERPRET=1 after the import**, or bf16 in the interpreter, whose products in bf16 come
+#   out wrong without an error.
 #
-# The clock. On a CPU no Triton runs: the same operator is PyTorch's fused attention over
-# concatenated keys, or two batched products, whichever `benchmarks/cpu_attention.csv` found faster.
-# On a GPU (`benchmarks/gpu`) the times are those of CUDA graphs. cuDNN without a prefix does less
-# work, by the factor $1 + 2P / (T + 1)$, the ratio of visible pairs. Its time multiplied by this
-# factor is the yardstick: below a ratio of 1, our kernels do the same work in less time than cuDNN
-# would; above it they need more.
-
-# %%
-rows = table(BENCHMARKS / "cpu_attention.csv")
-gpu = [r for r in table(BENCHMARKS / "gpu" / "attention-h200.csv") if r["us"]]
-where = gpu[0]
-print(f"{where['gpu']}, torch {where['torch']}, Triton {where['triton']}, {where['assembler']}, "
-      f"commit {where['commit']}")  # fmt: skip
-methods = {"ours_qkv": ("this kernel", PREFIX), "cudnn": ("cuDNN + concatenation", TEXT),
-           "bare_cudnn_leaves": ("cuDNN, no prefix", FAINT)}  # fmt: skip
-times = {method: {} for method in methods}  # {method: {T: us}}
-for r in gpu:
-    if (r["B"], r["H"], r["P"], r["pass"]) == ("16", "16", "10", "forward+backward"):
-        times.setdefault(r["method"], {})[int(r["T"])] = float(r["us"])
-print(f"{'B 16, H 16, P 10':18} {'ours, us':>9} {'no prefix':>10} {'work-adjusted ratio':>20}")
-for t, us in sorted(times["ours_qkv"].items()):
-    no_prefix = times["bare_cudnn_leaves"][t]
-    print(f"T {t:<16} {us:9.1f} {no_prefix:10.1f} {us / no_prefix / (1 + 2 * 10 / (t + 1)):20.2f}")
-
-figure, panels = new(3)
-for axes, dtype in zip(panels, ("float32", "bfloat16"), strict=False):
-    mine = [r for r in rows if r["dtype"] == dtype]
-    lengths = [int(r["T"]) for r in mine]
-    for column, label, colour in (("fused_ms", "fused attention", TEXT),
-                                  ("products_ms", "two batched products", PREFIX)):  # fmt: skip
-        axes.plot(lengths, [float(r[column]) for r in mine], "o-", color=colour, label=label)
-    axes.set(xlabel="sequence length T (tokens)", ylabel="forward + backward (ms)", ylim=(0, None))
-    axes.set_title(f"{mine[0]['cpu']}, {dtype}", fontsize=10)
-    axes.legend(frameon=False)
-for method, (label, colour) in methods.items():
-    panels[2].plot(
-        *zip(*sorted(times[method].items()), strict=True), "o-", color=colour, label=label
-    )
-panels[2].set(xlabel="sequence length T (tokens)", ylabel="forward + backward (µs)", ylim=(0, None))
-panels[2].set_title(f"{where['gpu']}, bf16, B 16, H 16, P 10", fontsize=10)
-panels[2].legend(frameon=False)
-show(figure, "04_times")
-
-# %% [markdown]
-# ## 9. Another view: a gated adapter
-# The sums of section 2 split into those over the prefix and those over the sequence. He et al. [4]
-# read the formula that way: with $\lambda = Z_P / (Z_P + Z_S)$, the share of the prefix,
-#
-# $$ o = (1 - \lambda)\, o_S + \lambda\, o_P, \qquad o_P = \mathrm{softmax}(x W_1)\, W_2, $$
-# $$ W_1 = \tfrac{1}{\sqrt D} W_q K_P^\top, \qquad W_2 = V_P . $$
-#
-# $o_P$ is a two-layer network of width P that runs *beside* attention on the same input $x$, an
-# adapter in parallel, with a gate that the softmax itself provides. lse gives the gate, as
-# $\lambda = \sigma(\mathrm{lse}_P - \mathrm{lse}_S)$.
-
-# %%
-none = prefix_k[:, :0]
-o_s, lse_s = prefix_attention(q, k, v, none, none, return_lse=True)
-o_p, lse_p = prefix_attention(q, k[:, :, :0], v[:, :, :0], prefix_k, prefix_v, return_lse=True)
-lam = torch.sigmoid(lse_p - lse_s)[..., None]  # (B, H, T, 1)
-same("o = (1 - lambda) o_S + lambda o_P", (1 - lam) * o_s + lam * o_p, o)
-
-x, w_q = torch.randn(T, 48), torch.randn(48, D) / 7  # an input and a query projection of one head
-adapter = (x @ (scale * w_q @ prefix_k[0].T)).softmax(-1) @ prefix_v[0]  # (T, D)
-one = prefix_attention(
-    (x @ w_q)[None, None], k[:1, :1, :0], v[:1, :1, :0], prefix_k[:1], prefix_v[:1]
-)
-same("o_P is a two-layer network of width P", adapter, one[0, 0])
-print(f"mean share of the prefix: query 0 {lam[:, :, 0].mean():.2f}, query {T - 1} "
-      f"{lam[:, :, -1].mean():.2f}: more text, less prefix")  # fmt: skip
-
-# %% [markdown]
 # ## Recap
-# - Softmax needs no whole row: $m$, $z$, $o$ are enough, and older sums shrink by $\alpha$.
-# - A tile of keys may come from anywhere, so prefix and sequence are never joined, and only tiles
-#   on the diagonal are masked.
-# - Kept for the backward pass: o and lse. $p$ is made again, and $\delta_i = \langle do_i, o_i
-#   \rangle$ replaces the sum over a row.
-# - The prefix's gradient is a sum over the batch: fp32 parts, added in a fixed order.
-# - Training at usual lengths and all decoding are bound by memory: bytes saved are time saved.
+# - Softmax never needs all scores of a query: m, z and o are enough, and earlier sums shrink by
+#   alpha when m grows.
+# - A tile of columns may come from anywhere, so prefix and sequence are never joined, and only
+#   tiles on the diagonal are masked.
+# - Kept for the backward pass: o and lse. p is made again, and delta, the product of do and o,
+#   replaces the sum over the columns.
+# - The prefix's gradient is a sum over the batch: parts in fp32, added in a fixed order.
+# - Decoding and short training steps are limited by memory: bytes saved are time saved.
 #
 # ## Exercises
-# 1. Visit the prefix *after* the sequence. What changes in o, lse and the number of masked tiles?
-# 2. Give each row its own prefix length (a bank with `prefix_lens`) in `forward_head`, and compare
-#    with `prefix_attention(..., prefix_index=, prefix_lens=)`.
-# 3. Let a gradient `dlse` arrive at lse, too. Which one line of `backward_head` changes?
-# 4. Decoding on a GPU cuts the columns of a row into splits that run at the same time. Merge their
-#    results by lse, and count the bytes that the merging adds.
-# 5. From which T on is the fused forward pass at P = 10 bound by products on an H100?
+# 1. *(easy)* Visit the prefix *after* the sequence. What changes in o, in lse, and in the number of
+#    masked tiles? Hint: section 2 says on what the result does not depend.
+# 2. *(medium)* Give each row its own prefix length, and compare with
+#    `prefix_attention(..., prefix_index=, prefix_lens=)`. Hint: only the end of the loop over
+#    prefix tiles changes.
+# 3. *(medium)* Let a gradient `dlse` arrive at lse, too. Which one line of `backward_head` changes?
+#    Hint: $\partial\, \mathrm{lse}_i / \partial s_{ij} = p_{ij}$; compare with $ds$.
+# 4. *(hard)* Decoding on a GPU cuts the columns of a row into parts that different programs read.
+#    Merge their results, and count the bytes that this adds. Hint: each part gives o and lse; its
+#    share of the whole is $e^{\mathrm{lse}_c - \mathrm{lse}}$.
+# 5. *(hard)* Show that a prefix acts like an adapter [5]: with $\lambda = Z_P / (Z_P + Z_S)$ as in
+#    tutorial 2, $o = (1 - \lambda)\, o_S + \lambda\, o_P$, and $o_P$ is a two-layer network of
+#    width P on the layer's input. Hint: its weights are $W_q K_P^\top / \sqrt D$ and $V_P$.
 #
 # Solutions: `tutorials/solutions/04_fused_attention.py`.
 #
@@ -591,7 +590,6 @@ print(f"mean share of the prefix: query 0 {lam[:, :, 0].mean():.2f}, query {T - 
 # 1. Li & Liang 2021, Prefix-Tuning, eq. (3): https://arxiv.org/abs/2101.00190
 # 2. Milakov & Gimelshein 2018, Online normalizer calculation: https://arxiv.org/abs/1805.02867
 # 3. Dao 2023, FlashAttention-2, algorithms 1 and 2: https://arxiv.org/abs/2307.08691
-# 4. He et al. 2022, Towards a Unified View of Parameter-Efficient Transfer Learning, section 3:
+# 4. Triton, tutorials: https://triton-lang.org/main/getting-started/tutorials/
+# 5. He et al. 2022, A Unified View of Parameter-Efficient Transfer Learning:
 #    https://arxiv.org/abs/2110.04366
-# 5. NVIDIA, H100 Tensor Core GPU: https://www.nvidia.com/en-us/data-center/h100/
-# 6. NVIDIA, Hopper tuning guide: https://docs.nvidia.com/cuda/hopper-tuning-guide/
