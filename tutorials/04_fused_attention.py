@@ -23,6 +23,7 @@ import inspect
 import math
 import textwrap
 from collections import Counter
+from functools import reduce
 
 import pictures_attention as pictures
 import torch
@@ -129,8 +130,8 @@ print(f"why a maximum: exp(800) = {torch.tensor(800.0).exp()}")
 # ## 3. The same, one tile at a time
 # A GPU is fast at products of matrices, so we read a *tile* of N columns at once, for M queries at
 # once. Only the shapes change: `m` and `z` are (M,), `o` is (M, D). The animation shows query 20
-# reading its columns in four tiles. Watch the bars that are already there when a larger maximum
-# arrives: that is alpha.
+# reading its columns in four tiles. When a larger maximum arrives, the bars that are already there
+# shrink: that is alpha.
 
 
 # %%
@@ -142,12 +143,8 @@ def softmax_step(o, z, m, s, v):
     return o * alpha[:, None] + p @ v, z * alpha + p.sum(1), m_new
 
 
-def start(M: int, D: int):
-    """o, z and m before the first tile."""
-    return torch.zeros(M, D), torch.zeros(M), torch.full((M,), -math.inf)
-
-
-frames, (o_i, z_i, m_i) = [], start(1, D)
+o_i, z_i, m_i = torch.zeros(1, D), torch.zeros(1), torch.tensor([-math.inf])
+frames = []
 for a, b in ((0, P), (P, P + 7), (P + 7, P + 14), (P + 14, P + 21)):
     o_i, z_i, m_i = softmax_step(o_i, z_i, m_i, s[None, a:b], values[a:b])
     frames.append((f"{a - P}..{b - P - 1}" if a else "prefix", s[a:b].tolist()))
@@ -190,10 +187,10 @@ pictures.tiles(visited, T, P)
 # %% [markdown]
 # ## 4. A complete Triton kernel
 # A GPU has a large memory (141 GB on an H200), which is slow. Each of its many processors has a
-# small memory on the chip (some 200 KiB), which is fast. A *kernel* is a function that runs as many
-# **programs** at the same time, and a program is what we called a tile of queries: it loads its q
-# once, reads the columns tile by tile, keeps o, z and m on the chip, and writes o and lse once at
-# the end. The diagram compares what lies in memory, to scale.
+# memory of its own on the chip (some 200 KiB), which is fast. A *kernel* is a function that runs as
+# many **programs** at the same time, and a program is what we called a tile of queries: it loads
+# its q once, reads the columns tile by tile, keeps o, z and m on the chip, and writes o and lse
+# once at the end. The diagram compares what lies in memory, to scale.
 
 # %%
 pictures.memory(B=10, H=16, T=128, P=10, D=64)  # a layer of GPT-2 medium
@@ -288,13 +285,13 @@ else:
 
 # %% [markdown]
 # **Predict, then run.** How many programs did that start? And what happens if the first loop leaves
-# out `inside`, so that the prefix's 5 columns become 16, the last 11 of them zeros? Padding the
-# prefix with zeros gives the same.
+# out `inside`, so that the prefix's 5 columns become 16, the last 11 of them zeros? (Below, the
+# prefix is padded with zeros, which gives the same.)
 
 # %%
 if HAVE_TRITON:
-    print(f"programs: {math.ceil(T / 16)} tiles of queries x {B * H} = "
-          f"{math.ceil(T / 16) * B * H}")  # fmt: skip
+    n = triton.cdiv(T, 16)
+    print(f"{n} tiles of queries x {B * H} heads of rows: {n * B * H} programs")
     padded = [torch.nn.functional.pad(x, (0, 0, 0, 11)) for x in single[3:]]
     o_padded, lse_padded = attend_triton(*single[:3], *padded)
     gap = (o_padded - o_exact).abs().max().item()
@@ -334,9 +331,9 @@ def backward_head(q, k, v, prefix_k, prefix_v, o, lse, do):
     delta = (do * o).sum(1)  # (T,)
     grads = [torch.zeros_like(x) for x in (q, k, v, prefix_k, prefix_v)]
     dq, dk, dv, part_k, part_v = grads
-    for rs in tiles(len(q)):
+    for rs in tiles(len(q)):  # queries
         pairs = [(prefix_k, prefix_v, part_k, part_v, cs, torch.tensor(False))
-                 for cs in tiles(len(prefix_k))]  # fmt: skip
+                 for cs in tiles(len(prefix_k))]  # columns  # fmt: skip
         pairs += [(k, v, dk, dv, cs, later(rs, cs)) for cs in tiles(rs.stop)]
         for keys, values, dkeys, dvalues, cs, hidden in pairs:
             s = scale * q[rs] @ keys[cs].T  # (M, N)
@@ -376,25 +373,17 @@ for name, actual, wanted in zip(names_of_grads, found, exact, strict=True):
 
 # %%
 parts = torch.randn(64, H, P, D) + 0.1  # what 64 rows add to dprefix_k
-
-
-def add_up(parts):
-    """The parts one after the other, in their own dtype."""
-    total = torch.zeros_like(parts[0])
-    for part in parts:
-        total += part
-    return total
-
-
-low, exact_sum = parts.float(), parts.sum(0)
-for name, other in (("sum(0)", low.sum(0)), ("reversed", add_up(low.flip(0)))):
-    share = (other != add_up(low)).double().mean()
+low = parts.float()
+in_order = reduce(torch.add, low)  # one row after the other
+others = {"sum(0)": low.sum(0), "reversed": reduce(torch.add, low.flip(0))}
+for name, other in others.items():
+    share = (other != in_order).double().mean()
     print(f"{name:8} {share:.0%} of the elements differ from the rows' order")
-error = (add_up(low) - exact_sum).abs().max().item()
-error_bf16 = (add_up(parts.bfloat16()) - exact_sum).abs().max().item()
-print(f"error of the sum in fp32: {error:.1e}, in bf16: {error_bf16:.1e}")
-assert not torch.equal(add_up(low.flip(0)), add_up(low))
-assert error_bf16 > 1000 * error
+assert not torch.equal(others["reversed"], in_order)
+sums = {"fp32": in_order, "bf16": reduce(torch.add, parts.bfloat16())}
+error = {k: (x - parts.sum(0)).abs().max().item() for k, x in sums.items()}
+print("largest error:", ", ".join(f"{k} {x:.1e}" for k, x in error.items()))
+assert error["bf16"] > 1000 * error["fp32"]
 
 # %% [markdown]
 # ## 6. What is kept for the backward pass
@@ -535,8 +524,8 @@ if HAVE_TRITON:
     from kernels import backward
     from kernels import tiles as shared
 
-    print(inspect.getsource(shared.softmax_step.fn))
-    print(inspect.getsource(backward.tile_grads.fn))
+    for function in (shared.softmax_step, backward.tile_grads):
+        print(inspect.getsource(function.fn))
     o_kernel = prefix_attention(*leaves)
     grads = torch.autograd.grad(o_kernel, leaves, do.float())
     again = torch.autograd.grad(prefix_attention(*leaves), leaves, do.float())

@@ -1,13 +1,12 @@
 """Solutions to the exercises of tutorial 4 (04_fused_attention). Each one is asserted.
 
-Shapes use the letters of the README's table.
+Shapes use the letters of the table in tutorial 1.
 """
 
 import math
 
 import torch
 
-from benchmarks.kernels.attention import Shape, work
 from kernels import prefix_attention
 
 torch.set_default_dtype(torch.float64)
@@ -43,9 +42,9 @@ def forward_head(q, k, v, prefix_k, prefix_v, columns: int, prefix_first: bool =
                 s, values = scale * q[i] @ prefix_k[cols].T, prefix_v[cols]
             else:
                 j = torch.arange(at, min(at + BLOCK, int(i[-1]) + 1))
-                unseen = j > i[:, None]
-                masked += bool(unseen.any())
-                s, values = (scale * q[i] @ k[j].T).masked_fill(unseen, -math.inf), v[j]
+                hidden = j > i[:, None]
+                masked += bool(hidden.any())
+                s, values = (scale * q[i] @ k[j].T).masked_fill(hidden, -math.inf), v[j]
             o, z, m = softmax_step(o, z, m, s, values)
         out[i], lse[i] = o / z[:, None], m + z.log()
     return out, lse, masked
@@ -96,7 +95,7 @@ gap = max(
 print(f"3. with a gradient at lse: largest |difference| {gap:.1e}")
 assert gap < 5e-14
 
-# 4. Splits of the cache, merged by lse: o = sum_c exp(lse_c - lse) o_c.
+# 4. Parts of the cache, merged by lse: o = sum_c exp(lse_c - lse) o_c.
 S, splits = 100, 4
 cache_k, cache_v, one = torch.randn(B, H, S, D), torch.randn(B, H, S, D), q[:, :, :1]
 none, parts = prefix_k[:, :0], []
@@ -115,17 +114,23 @@ added = 2 * 4 * splits * B * H * (D + 1)  # fp32 o_c and lse_c, written and read
 cache = 2 * 2 * B * H * S * D  # bf16 keys and values
 print(f"4. {splits} splits: largest |difference| {gap:.1e}; {added} bytes added to {cache}")
 assert gap < 2e-14
-# Splits are worth their bytes where few rows leave a GPU idle, and S is long beside 2 splits.
+# More parts mean more programs: worth these bytes where few rows would leave most of a GPU idle.
 
-# 5. FLOPs per byte grow with T; the ridge of an H100 (989.5 TFLOP/s dense bf16, 3.35 TB/s).
-ridge = 989.5e12 / 3.35e12
-T = 1
-while True:
-    flops, moved = work(Shape(1, T, 16, 10), "forward")
-    if flops / moved >= ridge:
-        break
-    T += 1
-below = work(Shape(1, T - 1, 16, 10), "forward")
-print(f"5. bound by products from T = {T} on ({flops / moved:.1f} FLOPs per byte)")
-# 4 D (T P + T (T + 1) / 2) / (8 T D + 4 P D + 4 T): about T / 4, so T is about 4 ridges
-assert below[0] / below[1] < ridge <= flops / moved and abs(T / (4 * ridge) - 1) < 0.1
+# 5. The sums over the columns split into those over the prefix and those over the sequence. With
+#    q = x W_q, the scores of the prefix are x W_1 with W_1 = W_q K_P^T / sqrt(D), (C, P): a first
+#    layer of width P, whose activation is the softmax; V_P is the second layer. lambda is a gate
+#    that the softmax provides, lambda = sigmoid(lse_P - lse_S).
+C = 48
+x, w_q = torch.randn(B, T, C), torch.randn(H, C, D) / C**0.5
+q_x = torch.einsum("btc,hcd->bhtd", x, w_q)
+empty = k[:, :, :0]
+o, lse = prefix_attention(q_x, k, v, prefix_k, prefix_v, return_lse=True)
+o_s, lse_s = prefix_attention(q_x, k, v, none, none, return_lse=True)
+_, lse_p = prefix_attention(q_x, empty, empty, prefix_k, prefix_v, return_lse=True)
+w_1 = scale * w_q @ prefix_k.mT  # (H, C, P)
+adapter = (x[:, None] @ w_1).softmax(-1) @ prefix_v  # (B, H, T, D)
+lam = torch.sigmoid(lse_p - lse_s)[..., None]  # (B, H, T, 1)
+gap = ((1 - lam) * o_s + lam * adapter - o).abs().max().item()
+print(f"5. an adapter with a gate: largest |difference| {gap:.1e}; lambda falls from "
+      f"{lam[:, :, 0].mean():.2f} at query 0 to {lam[:, :, -1].mean():.2f} at the last")  # fmt: skip
+assert gap < 2e-14 and lam[:, :, 0].mean() > lam[:, :, -1].mean()  # more text, less prefix
