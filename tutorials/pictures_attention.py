@@ -62,8 +62,9 @@ def memory(B: int, H: int, T: int, P: int, D: int) -> None:
         for y, bar in enumerate(bars):
             x = 0.0
             for name, size, colour in bar:
-                axes.barh(y, size, left=x, color=colour, ec="white", lw=0.5, height=0.7)
                 thin = size < 1
+                edge = colour if thin else "white"
+                axes.barh(y, size, left=x, color=colour, ec=edge, lw=1, height=0.7)
                 ink = "black" if thin or colour == FAINT else "white"
                 axes.text(x + size / 2, y - 0.48 * thin, name, ha="center", va="center",
                           fontsize=9, color=ink)  # fmt: skip
@@ -186,14 +187,14 @@ def running_softmax(tiles: list[tuple[str, list[float]]]) -> None:
     style, bars, words, x = [], [], [], LEFT
     for t, (name, scores) in enumerate(tiles):
         sizes = [0.0 if f < t else math.exp(maxima[t] - maxima[f]) for f in range(n)]
-        steps = ["0%{transform:scaleY(0)}"]
+        steps = []
         for f, size in enumerate(sizes):
-            begins, rests, ends = (100 * (f + part) / n for part in (0, 0.25, 0.999))
+            begins, rests, ends = (100 * (f + part) / n for part in (0, 0.25, 0.99))
             before = sizes[f - 1] if f else 0.0
             steps.append(f"{begins:.1f}%{{transform:scaleY({before:.3f})}}")
             steps.append(f"{rests:.1f}%,{ends:.1f}%{{transform:scaleY({size:.3f})}}")
         steps.append("100%{transform:scaleY(0)}")
-        style.append(f"@keyframes b{t}{{{''.join(steps[1:])}}}")
+        style.append(f"@keyframes b{t}{{{''.join(steps)}}}")
         style.append(f".b{t}{{transform:scaleY({sizes[-1]:.3f});animation-name:b{t}}}")
         colour = PREFIX if name.startswith("prefix") else TEXT
         rects = ""

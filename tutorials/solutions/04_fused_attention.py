@@ -132,5 +132,5 @@ adapter = (x[:, None] @ w_1).softmax(-1) @ prefix_v  # (B, H, T, D)
 lam = torch.sigmoid(lse_p - lse_s)[..., None]  # (B, H, T, 1)
 gap = ((1 - lam) * o_s + lam * adapter - o).abs().max().item()
 print(f"5. an adapter with a gate: largest |difference| {gap:.1e}; lambda falls from "
-      f"{lam[:, :, 0].mean():.2f} at query 0 to {lam[:, :, -1].mean():.2f} at the last")  # fmt: skip
+      f"{lam[:, :, 0].mean():.2f} at query 0 to {lam[:, :, -1].mean():.2f} at the end")  # fmt: skip
 assert gap < 2e-14 and lam[:, :, 0].mean() > lam[:, :, -1].mean()  # more text, less prefix
