@@ -246,7 +246,7 @@ for name, step in (("gradient", G), ("sign", G.sign()), ("Muon", X.float())):
     print(f"{name:8} largest / median singular value {spread[name]:5.1f}; "
           f"decrease {drop[name]:.0%} of the best possible")  # fmt: skip
 assert spread["gradient"] > spread["sign"] > spread["Muon"]
-assert drop["Muon"] > 0.8 and drop["Muon"] > max(drop["gradient"], drop["sign"])
+assert drop["Muon"] > 1.5 * max(drop["gradient"], drop["sign"])
 
 muon, adamw = make_optimizers(model, config)
 for group in muon.param_groups:
@@ -260,8 +260,10 @@ print(f"by hand and torch.optim.Muon: {gap:.1%} apart, both compute in bf16")
 assert gap < 0.15  # bf16 rounds by 0.8 %, and five rounds enlarge that
 
 # %% [markdown]
-# Embeddings, biases and norms are not such maps from activations to activations, so AdamW trains
-# them. Section 7 tests whether all of this pays.
+# For the same largest change of an output, Muon's step lowers the loss more than twice as much as
+# the other two. It is not the best possible one, since five rounds bring the singular values near 1
+# and not to 1. Embeddings, biases and norms are not such maps from activations to activations, so
+# AdamW trains them. Section 7 tests whether all of this pays.
 #
 # ## 6. The training loop
 # Forward, backward, clip, set the rates, step. The rates rise for `warmup_steps`, stay, then fall
@@ -344,7 +346,7 @@ left.set(
 points = [(entry["step"], entry["loss"]) for entry in log]
 middle.plot(*zip(*points, strict=True), color=FAINT, label="training")
 points = [(entry["step"], entry["dev_loss"]) for entry in held_out]
-middle.plot(*zip(*points, strict=True), "o-", color=PREFIX, ms=4, label="held out")
+middle.plot(*zip(*points, strict=True), "o-", color=PREFIX, label="held out")
 middle.axhline(math.log(V), color=TEXT, ls=":", label="log V")
 middle.axhline(entropy, color=OTHER, ls="--", label="unigram entropy")
 middle.set(title="Below the dashed line, context is used")
