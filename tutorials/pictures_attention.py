@@ -167,8 +167,8 @@ def show_svg(svg: str, name: str) -> None:
     print(f"animation: {path.relative_to(FOLDER.parents[1])}")
 
 
-def running_softmax(tiles: list[tuple[str, list[float]]]) -> None:
-    """The weights of one query, tile by tile, as an animated SVG; `tiles` are (name, scores).
+def weights_svg(tiles: list[tuple[str, list[float]]]) -> str:
+    """An animation of the weights exp(score - m) of one query, and of m, z and alpha.
 
     A tile's bars appear when the tile is read. When a later tile raises the maximum m, all earlier
     bars shrink by the same factor alpha. Readers who ask their system for less motion see the last
@@ -213,7 +213,7 @@ def running_softmax(tiles: list[tuple[str, list[float]]]) -> None:
         words.append(f'<text class="w{last}" x="{LEFT}" y="26" font-size="15" '
                      f'style="animation-delay:{delay}s">{told}</text>')  # fmt: skip
     style.append(f"@keyframes w{{0%{{opacity:1}}{100 / n:.2f}%,100%{{opacity:0}}}}")
-    svg = (
+    return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} 250" width="{WIDTH}" '
         f'role="img" font-family="sans-serif" font-size="12"><title>Weights of one query, tile by '
         f"tile</title><style>.b{{animation:b0 {n * SECONDS}s infinite}}.w{{opacity:0;animation:w "
@@ -227,4 +227,8 @@ def running_softmax(tiles: list[tuple[str, list[float]]]) -> None:
         f'<text x="{LEFT}" y="242">height: exp(score - m), the weight of a column '
         "under the maximum so far</text></svg>"
     )
-    show_svg(svg, "04_running_softmax")
+
+
+def running_softmax(tiles: list[tuple[str, list[float]]]) -> None:
+    """Show the weights of one query, tile by tile; `tiles` are (name, scores)."""
+    show_svg(weights_svg(tiles), "04_running_softmax")

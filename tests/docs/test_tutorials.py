@@ -11,6 +11,7 @@ The frame, which the site relies on, too (jupytext percent format):
 """
 
 import ast
+import math
 import os
 import re
 import subprocess
@@ -98,6 +99,19 @@ def test_frame(path: Path):
 
 def test_every_file_of_solutions_has_its_tutorial():
     assert [path.name for path in SOLUTIONS] == [path.name for path in TUTORIALS]
+
+
+def test_animation_of_tutorial_4_ends_with_the_weights_under_the_last_maximum(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tutorials"))
+    from pictures_attention import weights_svg
+
+    svg = weights_svg([("prefix", [0.5, 1.0]), ("0..1", [3.0, 2.0]), ("2..2", [2.5])])
+    for tile, end in enumerate((math.exp(1.0 - 3.0), 1.0, 1.0)):  # under m = 3
+        steps = re.search(rf"@keyframes b{tile}{{(.*?)}}}}", svg)[1] + "}"
+        found = re.findall(r"([^{}]+){transform:scaleY\(([\d.]+)\)}", steps)
+        times = [float(x.rstrip("%")) for at, _ in found for x in at.split(",")]
+        assert times == sorted(set(times)) and times[-1] == 100  # none replaces another
+        assert float(found[-2][1]) == pytest.approx(end, abs=1e-3)
 
 
 GOOD = """# %% [markdown]
