@@ -50,7 +50,8 @@ def same(name: str, actual, exact, bound: float = 2e-14) -> None:
 # The first two lines above matter. With `TRITON_INTERPRET=1` Triton does not compile a kernel but
 # runs it line by line in Python. It decides this when a function is decorated with `@triton.jit`,
 # and its own library is decorated while `triton` is imported. So the variable must be set *before*
-# the first import of Triton; setting it later gives a mixture that fails.
+# the first import of Triton; if it is set later, the first call fails with "Cannot call
+# @triton.jit'd outside of the scope of a kernel".
 #
 # ## 1. The formula, written down
 # Query $i$ sees every prefix position, and the tokens up to itself:
@@ -102,8 +103,9 @@ assert 128 * 138 < 4 * 128 * 64 < 1000 * 1010
 # ## 2. Softmax, one column at a time
 # Take one query and one component of v. Read the scores one after the other, and keep three
 # numbers: the largest score so far, $m$, and two sums under it, $z = \sum e^{s_j - m}$ and
-# $o = \sum e^{s_j - m} v_j$. When a larger score arrives, everything that was summed before is too
-# large by a factor $e^{m_{new} - m}$, so both sums are multiplied by $\alpha = e^{m - m_{new}}$.
+# $u = \sum e^{s_j - m} v_j$. At the end $o = u / z$. When a larger score arrives, everything that
+# was summed before is too large by a factor $e^{m_{new} - m}$, so both sums are multiplied by
+# $\alpha = e^{m - m_{new}}$.
 
 # %%
 i = 20  # a query of row 0 and head 0, and the columns that it sees
@@ -111,14 +113,14 @@ seen = torch.cat([prefix_k[0], k[0, 0, : i + 1]])  # (P + i + 1, D)
 values = torch.cat([prefix_v[0], v[0, 0, : i + 1]])  # (P + i + 1, D)
 s = scale * seen @ q[0, 0, i]  # (P + i + 1,)
 
-m, z, total = -math.inf, 0.0, 0.0
+m, z, u = -math.inf, 0.0, 0.0
 for s_j, v_j in zip(s.tolist(), values[:, 0].tolist(), strict=True):
     m_new = max(m, s_j)
     alpha = math.exp(m - m_new)
     z = z * alpha + math.exp(s_j - m_new)
-    total = total * alpha + math.exp(s_j - m_new) * v_j
+    u = u * alpha + math.exp(s_j - m_new) * v_j
     m = m_new
-same("one component of o", torch.tensor(total / z), o_exact[0, 0, i, 0])
+same("one component of o", torch.tensor(u / z), o_exact[0, 0, i, 0])
 same("lse = m + log z", torch.tensor(m + math.log(z)), s.logsumexp(0))
 print(f"why a maximum: exp(800) = {torch.tensor(800.0).exp()}")
 
@@ -129,27 +131,27 @@ print(f"why a maximum: exp(800) = {torch.tensor(800.0).exp()}")
 #
 # ## 3. The same, one tile at a time
 # A GPU is fast at products of matrices, so we read a *tile* of N columns at once, for M queries at
-# once. Only the shapes change: `m` and `z` are (M,), `o` is (M, D). The animation shows query 20
+# once. Only the shapes change: `m` and `z` are (M,), `u` is (M, D). The animation shows query 20
 # reading its columns in four tiles. When a larger maximum arrives, the bars that are already there
 # shrink: that is alpha.
 
 
 # %%
-def softmax_step(o, z, m, s, v):
+def softmax_step(u, z, m, s, v):
     """Add a tile of scores s (M, N) and values v (N, D) to the running sums."""
     m_new = torch.maximum(m, s.amax(1))  # (M,)
     p = torch.exp(s - m_new[:, None])  # (M, N)
     alpha = torch.exp(m - m_new)  # (M,)
-    return o * alpha[:, None] + p @ v, z * alpha + p.sum(1), m_new
+    return u * alpha[:, None] + p @ v, z * alpha + p.sum(1), m_new
 
 
-o_i, z_i, m_i = torch.zeros(1, D), torch.zeros(1), torch.tensor([-math.inf])
+u_i, z_i, m_i = torch.zeros(1, D), torch.zeros(1), torch.tensor([-math.inf])
 frames = []
 for a, b in ((0, P), (P, P + 7), (P + 7, P + 14), (P + 14, P + 21)):
-    o_i, z_i, m_i = softmax_step(o_i, z_i, m_i, s[None, a:b], values[a:b])
+    u_i, z_i, m_i = softmax_step(u_i, z_i, m_i, s[None, a:b], values[a:b])
     frames.append((f"{a - P}..{b - P - 1}" if a else "prefix", s[a:b].tolist()))
     print(f"after {frames[-1][0]:7} m {m_i.item():.3f}, z {z_i.item():.3f}")
-same("o of query 20, in four tiles", (o_i / z_i)[0], o_exact[0, 0, i])
+same("o of query 20, in four tiles", (u_i / z_i)[0], o_exact[0, 0, i])
 pictures.running_softmax(frames)
 
 # %% [markdown]
@@ -189,7 +191,7 @@ pictures.tiles(visited, T, P)
 # A GPU has a large memory (141 GB on an H200), which is slow. Each of its many processors has a
 # memory of its own on the chip (some 200 KiB), which is fast. A *kernel* is a function that runs as
 # many **programs** at the same time, and a program is what we called a tile of queries: it loads
-# its q once, reads the columns tile by tile, keeps o, z and m on the chip, and writes o and lse
+# its q once, reads the columns tile by tile, keeps u, z and m on the chip, and writes o and lse
 # once at the end. The diagram compares what lies in memory, to scale.
 
 # %%
@@ -222,15 +224,15 @@ else:
         return tl.load(address, mask=at[:, None] < end, other=0.0)
 
     @triton.jit
-    def add_tile(o, z, m, q, k, v, visible, scale):
+    def add_tile(u, z, m, q, k, v, visible, scale):
         """softmax_step, with the product that makes the scores."""
         s = scale * tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
         s = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))  # [M]
         p = tl.exp(s - m_new[:, None])  # [M, N]
         alpha = tl.exp(m - m_new)  # [M]
-        o = o * alpha[:, None] + tl.dot(p, v, input_precision="ieee")
-        return o, z * alpha + tl.sum(p, 1), m_new
+        u = u * alpha[:, None] + tl.dot(p, v, input_precision="ieee")
+        return u, z * alpha + tl.sum(p, 1), m_new
 
     @triton.jit
     def attend_kernel(  # noqa: PLR0913
@@ -246,7 +248,7 @@ else:
         start = bh * seq_len * D
         prefix_start = (bh % n_head) * prefix_len * D  # no b in here
         q = read_tile(q_ptr + start, i, seq_len, D)  # [BLOCK, D]
-        o = tl.zeros([BLOCK, D], tl.float32)
+        u = tl.zeros([BLOCK, D], tl.float32)
         z = tl.zeros([BLOCK], tl.float32)
         m = tl.full([BLOCK], float("-inf"), tl.float32)
         # the prefix: every query sees all of it, and nothing past its end
@@ -255,16 +257,16 @@ else:
             k = read_tile(prefix_k_ptr + prefix_start, j, prefix_len, D)
             v = read_tile(prefix_v_ptr + prefix_start, j, prefix_len, D)
             inside = (j < prefix_len)[None, :]
-            o, z, m = add_tile(o, z, m, q, k, v, inside, scale)
+            u, z, m = add_tile(u, z, m, q, k, v, inside, scale)
         # the sequence, up to my last query
         for first in range(0, (tl.program_id(0) + 1) * BLOCK, BLOCK):
             j = first + tl.arange(0, BLOCK)
             k = read_tile(k_ptr + start, j, seq_len, D)
             v = read_tile(v_ptr + start, j, seq_len, D)
             causal = j[None, :] <= i[:, None]
-            o, z, m = add_tile(o, z, m, q, k, v, causal, scale)
+            u, z, m = add_tile(u, z, m, q, k, v, causal, scale)
         at = o_ptr + start + i[:, None] * D + tl.arange(0, D)[None, :]
-        tl.store(at, o / z[:, None], mask=i[:, None] < seq_len)
+        tl.store(at, u / z[:, None], mask=i[:, None] < seq_len)
         tl.store(lse_ptr + bh * seq_len + i, m + tl.log(z), mask=i < seq_len)
 
     def attend_triton(q, k, v, prefix_k, prefix_v, BLOCK: int = 16):
@@ -517,7 +519,7 @@ assert meant & 0xFFFFFFFF == made & 0xFFFFFFFF and meant >> 32 != made >> 32
 # [`attention.py`](../kernels/attention.py) and [`backward.py`](../kernels/backward.py) do what the
 # code above does, and more: powers of 2 instead of e; strides, so that views of the fused qkv
 # projection go in without a copy; a bank of prefixes; rows of different lengths. You can read them
-# now: these two functions are `add_tile` and the body of `backward_head`.
+# now: these two functions are `softmax_step`, where u is called o, and the body of `backward_head`.
 
 # %%
 if HAVE_TRITON:
@@ -549,7 +551,7 @@ if HAVE_TRITON:
 #   out wrong without an error.
 #
 # ## Recap
-# - Softmax never needs all scores of a query: m, z and o are enough, and earlier sums shrink by
+# - Softmax never needs all scores of a query: m, z and u are enough, and earlier sums shrink by
 #   alpha when m grows.
 # - A tile of columns may come from anywhere, so prefix and sequence are never joined, and only
 #   tiles on the diagonal are masked.

@@ -55,7 +55,7 @@ def memory(B: int, H: int, T: int, P: int, D: int) -> None:
     # KiB on the chip: q, k and v have 16 bits, the rest 32
     # KiB on the chip: q, k and v have 16 bits, the rest 32
     tile = [("q", 8, TEXT), ("k", 8, TEXT), ("v", 8, TEXT), ("s", 16, OTHER),
-            ("o so far", 16, TEXT), ("m, z", 0.5, FAINT)]  # fmt: skip
+            ("u", 16, TEXT), ("m, z", 0.5, FAINT)]  # fmt: skip
     figure, (top, bottom) = new(rows=2, width=8.0, height=1.9)
     for axes, bars in ((top, ([*inputs, *copies, *made, output], [*inputs, prefix, output])),
                        (bottom, (tile,))):  # fmt: skip

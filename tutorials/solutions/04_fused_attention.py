@@ -16,11 +16,11 @@ scale = D**-0.5
 q, k, v, do = (torch.randn(B, H, T, D) for _ in range(4))
 
 
-def softmax_step(o, z, m, s, v):
+def softmax_step(u, z, m, s, v):
     """As in the tutorial: one tile of scores s (M, N) into the running softmax of M queries."""
     m_new = torch.maximum(m, s.amax(1))
     p, alpha = torch.exp(s - m_new[:, None]), torch.exp(m - m_new)
-    return o * alpha[:, None] + p @ v, z * alpha + p.sum(1), m_new
+    return u * alpha[:, None] + p @ v, z * alpha + p.sum(1), m_new
 
 
 def forward_head(q, k, v, prefix_k, prefix_v, columns: int, prefix_first: bool = True):
@@ -31,7 +31,7 @@ def forward_head(q, k, v, prefix_k, prefix_v, columns: int, prefix_first: bool =
         plan = [("sequence", n0) for n0 in range(0, int(i[-1]) + 1, BLOCK)]
         prefix = [("prefix", p0) for p0 in range(0, columns, BLOCK)]
         plan = prefix + plan if prefix_first else plan + prefix
-        o, z, m = (
+        u, z, m = (
             torch.zeros(len(i), q.shape[1]),
             torch.zeros(len(i)),
             torch.full((len(i),), -math.inf),
@@ -45,8 +45,8 @@ def forward_head(q, k, v, prefix_k, prefix_v, columns: int, prefix_first: bool =
                 hidden = j > i[:, None]
                 masked += bool(hidden.any())
                 s, values = (scale * q[i] @ k[j].T).masked_fill(hidden, -math.inf), v[j]
-            o, z, m = softmax_step(o, z, m, s, values)
-        out[i], lse[i] = o / z[:, None], m + z.log()
+            u, z, m = softmax_step(u, z, m, s, values)
+        out[i], lse[i] = u / z[:, None], m + z.log()
     return out, lse, masked
 
 
