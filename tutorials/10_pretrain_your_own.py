@@ -12,7 +12,7 @@
 # **What to know first.** The model of tutorial 1 and
 # [its table of letters](01_gpt2_from_scratch.py); for the last section the prefix of tutorial 2.
 #
-# **Running time.** About a minute on two CPU cores.
+# **Running time.** A minute or two on two CPU cores.
 #
 # The text: the sentences about invented restaurants that other tutorials write. The model is
 # trained on them, without their tables, and on nothing else; so it will know restaurants and
@@ -327,7 +327,7 @@ RATES, SHORT, MEAN = (2e-3, 4e-3, 8e-3), 30, np.ones(10) / 10
 short = {rate: train(SHORT, rate) for rate in RATES}
 short["Muon"] = [entry["loss"] for entry in log[:SHORT]]
 for name, losses in short.items():
-    print(f"{name!s:6} steps {SHORT - 10} to {SHORT}: {np.mean(losses[-10:]):.3f}")
+    print(f"{name!s:6} steps 20 to {SHORT}: {np.mean(losses[-10:]):.3f}")
 rate = min(RATES, key=lambda rate: np.mean(short[rate][-10:]))
 curves = {"Muon": [entry["loss"] for entry in log]}
 curves[f"AdamW, {rate:g}"] = train(config.steps, rate)
@@ -337,7 +337,7 @@ earlier = 10 + np.argmax(with_muon <= without[-1])
 print(f"last 10 of {config.steps} steps: Muon {with_muon[-1]:.3f}, "
       f"AdamW {without[-1]:.3f} nats per token; "
       f"Muon is there after {earlier} steps")  # fmt: skip
-assert with_muon[-1] < without[-1]
+assert with_muon[-1] < without[-1] - 0.1
 
 # %%
 figure, (left, middle, right) = new(columns=3)
@@ -362,15 +362,18 @@ for axes in (middle, right):
 show(figure, "10_pretrain_your_own")
 
 # %% [markdown]
-# The curve falls through the dashed line within the first steps and goes on: most of what the model
-# learns is context. Muon is below AdamW at each of its rates. A step costs a little more, five
-# rounds of products of small matrices; for a width of C and a batch of n tokens about $4 C / n$ of
-# the step, which is little where batches are large. This is one model, one text and one seed; [4]
-# has the large comparisons.
+# The loss falls through the dashed line after some twenty steps and goes on: most of what the model
+# learns is context. Muon and AdamW begin alike, for at first all that matters is which words are
+# frequent, and these are the large directions. Then Muon pulls ahead, and is where AdamW ends after
+# less than two thirds of the steps. A step costs a little more, five rounds of products of small
+# matrices: for a width of C and a batch of n tokens about $4 C / n$ of the layers' products, which
+# is little where batches are large. This is one model, one text and one seed; [4] has larger
+# comparisons.
 #
 # ## 8. A model like any other
-# The folder holds config.json, model.safetensors, vocab.json and merges.txt. A text begins after
-# `<|endoftext|>`, as every text of the stream did.
+# The folder holds config.json, model.safetensors, vocab.json and merges.txt, and beside them the
+# log and the state of the run. A text begins after `<|endoftext|>`, as every text of the stream
+# did.
 
 # %%
 print("files:", *sorted(path.name for path in model_folder.iterdir()))
@@ -407,9 +410,9 @@ folder.cleanup()
 
 # %% [markdown]
 # The loss on held-out tables falls, but the text does not follow its table. The prefix can only
-# call up what the frozen model can do, and this model has never had a reason to copy a word from
-# its context. `mini` has: tables beside text were part of what it was trained on, which is why a
-# prefix works there (tutorial 5).
+# call up what the frozen model can do, and this model was never taught to copy a word from its
+# context. `mini` has: tables beside text were part of what it was trained on, which is why a prefix
+# works there (tutorial 5).
 #
 # ## Common mistakes
 # - **Comparing losses per token of two tokenizers.** A tokenizer with longer tokens has the larger
