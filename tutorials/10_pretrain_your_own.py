@@ -363,12 +363,12 @@ show(figure, "10_pretrain_your_own")
 
 # %% [markdown]
 # The loss falls through the dashed line after some twenty steps and goes on: most of what the model
-# learns is context. Muon and AdamW begin alike, for at first all that matters is which words are
-# frequent, and these are the large directions. Then Muon pulls ahead, and is where AdamW ends after
-# less than two thirds of the steps. A step costs a little more, five rounds of products of small
-# matrices: for a width of C and a batch of n tokens about $4 C / n$ of the layers' products, which
-# is little where batches are large. This is one model, one text and one seed; [4] has larger
-# comparisons.
+# learns is context. Muon and AdamW begin alike, probably because at first all that matters is which
+# words are frequent, and these are the large directions. Then Muon pulls ahead, and is where AdamW
+# ends after less than two thirds of the steps. A step costs a little more, five rounds of products
+# of small matrices: for a width of C and a batch of n tokens about $4 C / n$ of the layers'
+# products, which is little where batches are large. This is one model, one text and one seed; [4]
+# has larger comparisons.
 #
 # ## 8. A model like any other
 # The folder holds config.json, model.safetensors, vocab.json and merges.txt, and beside them the
