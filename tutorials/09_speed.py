@@ -61,8 +61,8 @@ def measured(method: str, column: str = "ms", **wanted) -> float:
 #
 # $$ 4 N B T + 4 C V m + 12 L C W, \qquad W = B \left(T P + \tfrac{T (T + 1)}{2}\right) . $$
 #
-# **Predict, then run.** How much longer would fine-tuning take: three times, twice, or half as much
-# again? And what share of the step is attention?
+# **Predict, then run.** How many times as much work is fine-tuning: 3, 2 or 1.5? And what share of
+# the step is attention?
 
 # %%
 B, T, P = 10, 128, 10
@@ -190,8 +190,8 @@ for name, gelu in (("as written", as_written), ("one pass", one_pass)):
 # %% [markdown]
 # **Eight operators for one function.** transformers computes GPT-2's GELU as it is written [2].
 # Each operator reads and writes 4C numbers per token, and so does each of its derivatives. The
-# arithmetic is nothing; the passes over memory are what takes the time. One operator reads once and
-# writes once, and `torch.compile` makes one of the eight, too.
+# arithmetic costs next to nothing; the passes over memory take the time. One operator reads once
+# and writes once, and `torch.compile` makes one of the eight, too.
 #
 # **Logits that nobody reads.** Half of a row or more is the table, whose tokens have no loss. Their
 # logits are V numbers each, and what the last layer's MLP adds at those positions is not used by

@@ -272,7 +272,7 @@ assert gap < 0.15  # bf16 rounds by 0.8 %, and five rounds enlarge that
 
 # %%
 def train(steps: int, adamw_lr: float | None = None) -> list[float]:
-    """Losses of the first steps; with `adamw_lr`, AdamW trains everything."""
+    """Losses of the first steps; `adamw_lr`: AdamW trains the matrices, too."""
     model.init_weights(SEED).train()
     optimizers = make_optimizers(model, config)
     if adamw_lr:
