@@ -387,8 +387,8 @@ for form in ("before", "fused"):
     wanted = "10", form, "all"
     (r,) = (r for r in counts if (r["B"], r["form"], r["kernel"]) == wanted)
     expected[form] = float(r["us"]) / 1e3
-    print(f"a step {form}: {r['launches']} launches, "
-          f"{float(r['mb']) / 1e3:.1f} GB, {expected[form]:.1f} ms expected")  # fmt: skip
+    size = f"{r['launches']} launches, {float(r['mb']) / 1e3:.1f} GB"
+    print(f"a step {form}: {size}, {expected[form]:.1f} ms expected")
 print(f"a step before, measured: {sum(of_step.values()):.1f} ms")
 assert expected["fused"] < expected["before"] < sum(of_step.values())
 tokens = read_rows(BENCHMARKS / "launches.csv")
