@@ -10,7 +10,7 @@
 # (H, P, D). Letters are those of [the table of letters in tutorial 01](01_gpt2_from_scratch.py); as
 # there, a *row* is one example of the batch.
 #
-# **Running time.** About a minute on a CPU; no GPU is needed.
+# **Running time.** Some ten seconds on a CPU; no GPU is needed.
 #
 # **Sources.** Li & Liang 2021 [1]; online softmax [2]; FlashAttention-2 [3]; Triton [4].
 
