@@ -198,6 +198,9 @@ pictures.tiles(visited, T, P)
 pictures.memory(B=10, H=16, T=128, P=10, D=64)  # a layer of GPT-2 medium
 
 # %% [markdown]
+# Written down, more than half of the memory holds copies and scores. Fused, neither exists, and the
+# prefix is a thin line, since all rows share one. What a program holds fits on the chip.
+#
 # Here is the whole kernel. Four things are new beside the loops above.
 # - **Grid.** `kernel[(a, b)](...)` starts a x b programs. Each asks `tl.program_id` which one it
 #   is, and derives from that which row, head and queries are its own.
