@@ -381,21 +381,20 @@ least = 1e3 * 2 * (numbers + width * vocab) / COPY
 print(f"a token: {of_token:.2f} ms, the weights alone {least:.2f} ms")
 assert of_token > 5 * least
 
-counts = read_rows(BENCHMARKS / "step_launches.csv")
+counts = read_rows(BENCHMARKS / "launches.csv")
 expected = {}
 for form in ("before", "fused"):
-    wanted = "10", form, "all"
-    (r,) = (r for r in counts if (r["B"], r["form"], r["kernel"]) == wanted)
-    expected[form] = float(r["us"]) / 1e3
-    size = f"{r['launches']} launches, {float(r['mb']) / 1e3:.1f} GB"
-    print(f"a step {form}: {size}, {expected[form]:.1f} ms expected")
-print(f"a step before, measured: {sum(of_step.values()):.1f} ms")
+    graphs = [r for r in counts if (r["form"], r["graphs"]) == (form, "1")]
+    for wanted in (("train", "10"), ("generate", "1")):  # greedy comes first
+        r = next(r for r in graphs if (r["work"], r["B"]) == wanted)
+        launches = float(r["launches"])
+        print(f"{form}, {r['work']}, B {r['B']}: {launches:.0f} launches")
+        if r["work"] == "train":
+            expected[form] = float(r["us"]) / 1e3  # ms
+print(f"expected of a training step: before {expected['before']:.1f} ms, "
+      f"fused {expected['fused']:.1f} ms; "
+      f"measured before: {sum(of_step.values()):.1f} ms")  # fmt: skip
 assert expected["fused"] < expected["before"] < sum(of_step.values())
-tokens = read_rows(BENCHMARKS / "launches.csv")
-for version in ("before", "after"):
-    wanted = version, "1", "1"
-    r = next(r for r in tokens if (r["version"], r["B"], r["graphs"]) == wanted)
-    print(f"a token {version}: {float(r['launches']):.0f} launches")
 
 # %% [markdown]
 # These findings were acted on: the head's matrix is padded to a multiple of 64 columns, and its
