@@ -1,18 +1,20 @@
 # %% [markdown]
 # # 7. Many users, one model
 #
-# **What you will learn.** How one frozen model writes for many users in the same batch, each with a
-# prefix of their own: how such a batch is computed, why no user's prefix holds anything of another
-# user's data, what adding and deleting a user takes, and what a user costs beside a fine-tuned
-# copy. This is what sections 8.1 and 8.2 of the paper propose, done.
+# One frozen model writes for many users in the same batch, each with a prefix of their own. This
+# is what sections 8.1 and 8.2 of the paper propose; here it is done, and checked.
 #
-# **What to know first.** Tutorial 2 (`02_equation_3`): what a prefix is, and why token t stands at
-# position t + offset. Letters: N prefixes in a bank, B rows, L layers, H heads, P prefix positions.
+# **What you will learn.** How such a batch is computed. Why no user's prefix holds anything of
+# another user's data. What it takes to add and to delete a user. What a user costs, beside a
+# fine-tuned copy of the model.
 #
-# **Running time.** About a minute on two CPU cores. With `MODEL = "gpt2"` the training takes
-# longer.
+# **What to know first.** 02_equation_3: what a prefix is, and why token t stands at position t +
+# offset. 05_table_to_text: the training loop. The letters are those of [the table in tutorial
+# 01](01_gpt2_from_scratch.py).
 #
-# **Sources.** Li & Liang 2021 [1], sections 8.1, 8.2; the data of `minprefix/assets/restaurants`.
+# **Running time.** About a minute on two CPU cores.
+#
+# **Sources.** Li & Liang 2021 [1], sections 8.1 and 8.2.
 
 # %%
 import copy
@@ -20,29 +22,72 @@ import gc
 import tempfile
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from figure import OTHER, PREFIX, new, show
+from short_training import TRAINED, for_training, train
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 import minprefix
 from kernels import prefix_attention
 from minprefix import Prefix, PrefixBank
-from minprefix.data.batches import BatchOrder, collate, encode_pair, encode_prompt
+from minprefix.data.batches import collate, encode_examples, encode_prompt
 from minprefix.data.load import load_examples
 from minprefix.models.weights import fingerprint
 
-MODEL = "mini"
 torch.manual_seed(0)
-model, tokenizer = minprefix.load(MODEL)
+model, tokenizer = minprefix.load("mini")
+frozen = for_training(model)
 model.requires_grad_(False)
 model_before = fingerprint(model)
-train, dev = (load_examples("restaurants", split) for split in ("train", "dev"))
+train_set, dev = (
+    load_examples("restaurants", split) for split in ("train", "dev")
+)
 
 # %% [markdown]
-# ## 1. Users and what they want
+# ## 1. Two tasks in one batch
+#
+# Two prefixes lie in `docs/prefixes`, trained to the end for this model. One writes sentences
+# about restaurant tables, the other sums up notes of a local newspaper.
+#
+# **Predict.** The first two rows of this batch hold the same table, the last two the same note.
+# The prefixes are swapped in the second and the fourth. What is written?
+
+# %%
+writers = [
+    Prefix.load(TRAINED / f"{name}-P10.safetensors")
+    for name in ("e2e", "notes")
+]
+table = (
+    "name : The Blue Heron | type : pub | food : Italian | price : cheap | "
+    "area : riverside | near : Burger King"
+)
+note = load_examples("notes", "dev")[0].source
+both = minprefix.generate(
+    model, tokenizer, [table, table, note, note], prefix=PrefixBank(writers),
+    prefix_index=[0, 1, 1, 0], max_new_tokens=50,
+)  # fmt: skip
+for what, text in zip(
+    ("table, e2e", "table, notes", "note, notes", "note, e2e"),
+    both,
+    strict=True,
+):
+    print(f"{what:12} {text.strip()}")
+assert "The Blue Heron" in both[0] and both[0] != both[1] and both[2] != both[3]
+
+# %% [markdown]
+# **Answer.** ANSWER
+#
+# The rest of this page shows how one batch can hold several prefixes, and what follows from it,
+# with small prefixes of our own.
+#
+# ## 2. Users and what they want
 # Four users get texts about restaurants, each in another style. A style is a rule, so that we can
-# check who got what. (Real users would give examples; a rule makes them for us.)
+# check who got what. (Real users would give examples; a rule makes them for us. The rules copy
+# values of the table, which few steps can teach. 05 shows a fact that they cannot.)
 
 
 # %%
@@ -52,74 +97,82 @@ def short(t: dict[str, str]) -> str:
 
 def name_last(t: dict[str, str]) -> str:
     near = f" near {t['near']}" if "near" in t else ""
-    return f"{t.get('food', 'Good')} {t.get('type', 'place')}{near}: {t['name']}."
+    return (
+        f"{t.get('food', 'Good')} {t.get('type', 'place')}{near}: {t['name']}."
+    )
 
 
-def children_first(t: dict[str, str]) -> str:
-    say = {"yes": "Bring the kids", "no": "Leave the kids at home"}  # a value, phrased otherwise
-    return f"{say.get(t.get('family friendly'), 'Ask about kids')}! {t['name']}."
+def where_first(t: dict[str, str]) -> str:
+    return f"Where? {t.get('area', 'in town')}. What? {t['name']}."
 
 
 def question(t: dict[str, str]) -> str:
     return f"Fancy {t.get('food', 'good')} food? Try {t['name']}."
 
 
-STYLES = {"Ada": short, "Ben": name_last, "Cleo": children_first, "Eve": question}
+STYLES = {"Ada": short, "Ben": name_last, "Cleo": where_first, "Eve": question}
+WORDS = {
+    "Ada": "brief:",
+    "Ben": "table-to-text:",
+    "Cleo": "where?",
+    "Eve": "ask:",
+}
 print(dev[0].source)
 for user, style in STYLES.items():
     print(f"  {user:5} {style(dict(dev[0].table))}")
 
+
+def texts_for(user: str, examples: list) -> list:
+    """The same tables with the user's text as the target."""
+    style = STYLES[user]
+    return [replace(e, targets=(style(dict(e.table)),)) for e in examples]
+
+
 # %% [markdown]
-# ## 2. A prefix for each
-# Each prefix starts from the activations of a few words (so lengths differ), and is trained on its
-# user's texts alone. Nothing else is trained. Few steps are enough for a style, with the large
-# steps that a short, direct table bears.
+# Each prefix starts from the activations of a few words (so lengths differ), and is trained on
+# its user's texts alone, by the loop of 05. A direct table, without the MLP, bears the large rate
+# that so few steps need.
 
 
 # %%
-def tune(style, words: str, steps: int = 40, batch_size: int = 8, lr: float = 0.1) -> Prefix:
-    """A prefix for one user: AdamW on -log p of the texts that the user's rule writes."""
-    prefix = Prefix.from_words(model, tokenizer, words)
-    rows = [encode_pair(tokenizer, e.source, style(dict(e.table))) for e in train]
-    order = BatchOrder([len(row.ids) for row in rows], batch_size, seed=0)
-    optimizer = torch.optim.AdamW(prefix.parameters(), lr=lr, weight_decay=0.0)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        batch = collate([rows[i] for i in order.batch(step)], tokenizer.eos_id)
-        losses = model.token_losses(batch.input_ids, batch.labels, batch.at, prefix=prefix)
-        optimizer.zero_grad()
-        losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(prefix.parameters(), 1.0)
-        optimizer.step()
-    print(f"  P {prefix.prefix_len}, last loss {losses.mean():.2f} nats per token")
+def tune(user: str) -> Prefix:
+    prefix = Prefix.from_words(model, tokenizer, WORDS[user])
+    examples = texts_for(user, train_set)
+    losses = list(
+        train(frozen, tokenizer, examples, prefix, steps=40, lr=0.1, warmup=1)
+    )
+    print(
+        f"{user:5} P {prefix.prefix_len}, loss {losses[0]:.2f}, at the end {losses[-1]:.2f}"
+    )
+    assert losses[-1] < 0.5 * losses[0]
     return prefix.requires_grad_(False)
 
 
-WORDS = {"Ada": "brief:", "Ben": "table-to-text:", "Cleo": "for families:", "Eve": "ask:"}
-users = {}
-for user in ("Ada", "Ben", "Cleo"):  # Eve comes later
-    print(user)
-    users[user] = tune(STYLES[user], WORDS[user])
+users = {user: tune(user) for user in ("Ada", "Ben", "Cleo")}  # Eve comes later
 
 # %% [markdown]
 # ## 3. One batch, many prefixes
 # With fine-tuned copies every user has other matrices, so rows of different users cannot share a
-# matrix product. Here all rows share every matrix of the model. Prefixes are read in one place
-# only, attention, which is computed for each row on its own anyway:
+# matrix product. Here all rows share every matrix of the model. A prefix is read in one place
+# only, in attention, which each row computes on its own in any case:
 #
-# $$ o_b = \mathrm{softmax}\big(q_b\, [K_{n(b)} ; K_b]^\top / \sqrt D\big)\, [V_{n(b)} ; V_b] $$
+# $$ o_b = \mathrm{softmax}\big(q_b\, [K_{n(b)} ; K_b]^\top / \sqrt D\big)\,
+# [V_{n(b)} ; V_b] $$
 #
 # where $n(b)$ is the user of row b. First by hand, for one layer. The prefixes have different
-# lengths, so in the **bank** (N, H, P, D) they are padded with zeros, and `prefix_lens` says how
-# many positions are real. Zeros are keys like any others: softmax would give them weight, so they
-# must not be seen.
+# lengths. In the *bank*, (N, H, P, D), they are padded with zeros, and `prefix_lens` says how
+# many positions are real.
+#
+# **Predict.** The padding is zero. What would happen if attention saw it?
 
 # %%
 layer, (B, T) = 3, (4, 6)
-tables = [prefix.table()[layer].double() for prefix in users.values()]  # each (2, H, P_n, D)
+tables = [
+    prefix.table()[layer].double() for prefix in users.values()
+]  # each (2, H, P_n, D)
 lens = torch.tensor([table.shape[2] for table in tables])
 P = int(lens.max())
-bank = torch.stack([torch.nn.functional.pad(t, (0, 0, 0, P - t.shape[2])) for t in tables])
+bank = torch.stack([pad(t, (0, 0, 0, P - t.shape[2])) for t in tables])
 bank_k, bank_v = bank[:, 0], bank[:, 1]  # each (N, H, P, D)
 index = torch.tensor([2, 0, -1, 2])  # whose prefix each row reads; -1: nobody's
 H, D = bank_k.shape[1], bank_k.shape[3]
@@ -128,30 +181,51 @@ q, k, v = (torch.randn(B, H, T, D, dtype=torch.float64) for _ in range(3))
 by_hand = torch.empty_like(q)
 for b, n in enumerate(index.tolist()):
     prefix_k, prefix_v = tables[n] if n >= 0 else k.new_empty(2, H, 0, D)
-    keys, values = torch.cat([prefix_k, k[b]], dim=1), torch.cat([prefix_v, v[b]], dim=1)
-    visible = torch.ones(T, keys.shape[1], dtype=torch.bool).tril(keys.shape[1] - T)
-    s = (D**-0.5 * q[b] @ keys.mT).masked_fill(~visible, float("-inf"))  # (H, T, P_n + T)
+    keys, values = (
+        torch.cat([prefix_k, k[b]], dim=1),
+        torch.cat([prefix_v, v[b]], dim=1),
+    )
+    visible = torch.ones(T, keys.shape[1], dtype=torch.bool).tril(
+        keys.shape[1] - T
+    )
+    s = (D**-0.5 * q[b] @ keys.mT).masked_fill(
+        ~visible, float("-inf")
+    )  # (H, T, P_n + T)
     by_hand[b] = s.softmax(-1) @ values
 
-at_once = prefix_attention(q, k, v, bank_k, bank_v, prefix_index=index, prefix_lens=lens)
+at_once = prefix_attention(
+    q, k, v, bank_k, bank_v, prefix_index=index, prefix_lens=lens
+)
 gap = (at_once - by_hand).abs().max().item()
-print(f"lengths {lens.tolist()}, bank {tuple(bank_k.shape)}; row by row against at once: {gap:.1e}")
+print(f"lengths {lens.tolist()}, bank {tuple(bank_k.shape)}")
+print(f"row by row against at once: largest |difference| {gap:.1e}")
 assert gap < 1e-13  # fp64, another order of summation; worst seen 2e-15
+seen = prefix_attention(q, k, v, bank_k, bank_v, prefix_index=index)
+for b, n in enumerate(index.tolist()):
+    gap = (seen[b] - by_hand[b]).abs().max().item()
+    print(f"row {b}, prefix {n:2}: with visible padding it moves by {gap:.1e}")
+    assert (gap > 1e-3) == (n >= 0 and lens[n] < P)
 
 # %% [markdown]
-# `PrefixBank` does this for all layers, and one thing more: **positions**. A row's tokens stand at
-# t + offset, and the offset is that of its own prefix, 0 without one.
+# **Answer.** The rows of the shorter prefixes would be wrong: a zero key has the score 0, and
+# softmax gives it the weight $e^0$, not 0. (A library for adapters has this fault.) The longest
+# prefix has no padding, and the row without one reads none.
+#
+# `PrefixBank` does the same for all layers, and one thing more: *positions*. A row's tokens stand
+# at t + offset, and the offset is that of its own prefix, 0 without one.
 
 # %%
 in_memory = PrefixBank(list(users.values()))
 acts = in_memory.activations(index)
-print(f"table (L, 2, N, H, P, D) {tuple(acts.table.shape)}, lengths {acts.lens.tolist()}")
+print(
+    f"table (L, 2, N, H, P, D) {tuple(acts.table.shape)}, lengths {acts.lens.tolist()}"
+)
 print(f"rows {index.tolist()} stand at offsets {acts.position_offset.tolist()}")
 
 # %% [markdown]
 # Now the model. Seven requests in one batch: prompts of different lengths, one row without a
-# prefix, two of the same user. In fp64, **each row must be what its user would get alone**: the
-# same prompt without padding, with that one prefix.
+# prefix, two of the same user. In fp64, each row must be what its user would get alone: the same
+# prompt without padding, with that one prefix.
 
 # %%
 exact_model = copy.deepcopy(model).double()
@@ -159,20 +233,28 @@ exact_model = copy.deepcopy(model).double()
 
 def exact(prefixes: dict[str, Prefix]) -> dict[str, Prefix]:
     """The same prefixes in fp64."""
-    return {user: copy.deepcopy(prefix).double() for user, prefix in prefixes.items()}
+    return {
+        user: copy.deepcopy(prefix).double()
+        for user, prefix in prefixes.items()
+    }
 
 
-def mixed_batch(prefixes: dict[str, Prefix], requests: list[tuple[str | None, str]]):
+def mixed_batch(
+    prefixes: dict[str, Prefix], requests: list[tuple[str | None, str]]
+):
     """Logits of each request, (its tokens, V), from one call with a bank."""
     place = {user: n for n, user in enumerate(prefixes)} | {None: -1}
     ids = [encode_prompt(tokenizer, source) for _, source in requests]
     lengths = torch.tensor([len(row) for row in ids])
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
+    padded = pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
     logits = exact_model(
         padded, prefix=PrefixBank(list(prefixes.values())), kv_lens=lengths,
         prefix_index=torch.tensor([place[user] for user, _ in requests]),
     )  # fmt: skip
-    return [row[:length] for row, length in zip(logits, lengths.tolist(), strict=True)]
+    return [
+        row[:length]
+        for row, length in zip(logits, lengths.tolist(), strict=True)
+    ]
 
 
 def alone(prefixes: dict[str, Prefix], user: str | None, source: str):
@@ -183,7 +265,9 @@ def alone(prefixes: dict[str, Prefix], user: str | None, source: str):
 def worst(prefixes, requests) -> float:
     """Largest |difference| between the mixed batch and each request alone."""
     rows = zip(requests, mixed_batch(prefixes, requests), strict=True)
-    return max((row - alone(prefixes, *r)).abs().max().item() for r, row in rows)
+    return max(
+        (row - alone(prefixes, *r)).abs().max().item() for r, row in rows
+    )
 
 
 users64 = exact(users)
@@ -191,23 +275,29 @@ asked = ("Cleo", "Ada", None, "Ben", "Ben", "Ada", "Cleo")
 requests = [(user, dev[n].source) for n, user in enumerate(asked)]
 gap = worst(users64, requests)
 lengths = [len(encode_prompt(tokenizer, source)) for _, source in requests]
-print(f"prompts of {lengths} tokens in one batch, against alone: largest |difference| {gap:.1e}")
+print(
+    f"prompts of {lengths} tokens in one batch, against alone: largest |difference| {gap:.1e}"
+)
 assert gap < 1e-11  # of logits up to some tens, fp64; worst seen 2e-13
 
 # %% [markdown]
 # ## 4. What they get
-# The same tables for everyone, in one batch; then all users' texts are held against all rules.
+# The same tables for everyone, in one batch. Then the texts of every user are held against the
+# rules of all of them.
+#
+# **Predict.** Where will a text miss its rule: in its style, or in a name?
 
 # %%
-eve_style = STYLES["Eve"]
-users["Eve"] = tune(eve_style, WORDS["Eve"])  # a new user: one more entry, nobody else is touched
+users["Eve"] = tune("Eve")  # a new user: one more entry, nobody else is touched
 users64 = exact(users)
 
 n_tables = 12
 names = [*users, None]
 sources = [example.source for example in dev[:n_tables]]
 place = {user: n for n, user in enumerate(users)} | {None: -1}
-prompts = [encode_prompt(tokenizer, source) for _ in names for source in sources]
+prompts = [
+    encode_prompt(tokenizer, source) for _ in names for source in sources
+]
 owner = [user for user in names for _ in sources]
 texts = minprefix.generate(
     model, tokenizer, prompts, prefix=PrefixBank(list(users.values())),
@@ -226,41 +316,70 @@ for n, text in enumerate(texts):
 
 figure, axes = new(width=5.4)
 axes.imshow(followed, cmap="Oranges", vmin=0, vmax=1)
-for (row, column), share in [((r, c), followed[r, c]) for r in range(5) for c in range(4)]:
+for (row, column), share in [
+    ((r, c), followed[r, c]) for r in range(5) for c in range(4)
+]:
     colour = "white" if share > 0.6 else "black"
-    axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=colour)
+    axes.text(
+        column, row, f"{share:.0%}", ha="center", va="center", color=colour
+    )
 axes.set_xticks(range(4), [f"{user}'s" for user in STYLES])
 axes.set_yticks(range(5), [user or "nobody" for user in names])
-axes.set(xlabel="rule", ylabel="prefix", title="Texts that are exactly what a rule writes")
+axes.set(
+    xlabel="rule",
+    ylabel="prefix",
+    title="Texts that are exactly what a rule writes",
+)
 show(figure, "07_who_got_what")
-own, others = followed[:4].diagonal(), followed[:4] - followed[:4].diagonal().diag()
-print(f"own rule followed to the letter: {own.mean():.0%}; another's: {others.max():.0%} at most")
-assert own.min() > 0 and others.max() == 0 and followed[4].max() == 0
+own, others = (
+    followed[:4].diagonal(),
+    followed[:4] - followed[:4].diagonal().diag(),
+)
+print(
+    f"own rule, letter for letter: {own.mean():.0%}; another's: {others.max():.0%}"
+)
+assert own.min() > 0.3 and others.max() == 0 and followed[4].max() == 0
+
+wanted = [
+    style(dict(e.table)) for style in STYLES.values() for e in dev[:n_tables]
+]
+missed = [
+    pair for pair in zip(wanted, texts, strict=False) if pair[0] != pair[1]
+]
+for rule, text in missed[:4]:
+    print(f"wanted {rule!r}\n   got {text!r}")
 
 # %% [markdown]
-# A text that misses its rule mostly gets a name or a value wrong, not the style: the names of these
-# tables never occur in training, and so few steps teach a style before they teach copying.
+# **Answer.** In the names. Nobody ever writes in another user's style, and the model without a
+# prefix writes none of these. A text that misses its rule has the style right and a name wrong:
+# the names of these tables never occur in training, and 40 steps teach a style before they teach
+# copying.
 #
 # ## 5. Isolation
-# Is anything of Ada's data in Ben's prefix? A prefix changes only by its gradient, so ask for the
+# Is anything of Ada's data in Ben's prefix? A prefix changes only by its gradient, so look at the
 # gradients of a batch that mixes both. Row b reads prefix n(b) only, so
 #
-# $$ \frac{\partial\, \mathrm{loss}_b}{\partial P_n} = 0 \quad \text{for } n \neq n(b), $$
+# $$ \frac{\partial\, \mathrm{loss}_b}{\partial P_n} = 0 \quad
+# \text{for } n \neq n(b), $$
 #
-# not small, but exactly zero. So users may even be *trained* in one batch: each gradient is the one
-# that the user's own rows give.
+# not small, but exactly zero. So users may even be *trained* in one batch: each gradient is the
+# one that the user's own rows give.
 
 
 # %%
 def gradients(rows: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
     """Each user's gradient of the summed loss of (user, training table) rows, in one batch."""
-    bank = {user: copy.deepcopy(prefix).requires_grad_() for user, prefix in users64.items()}
-    pairs = [encode_pair(tokenizer, train[n].source, STYLES[user](dict(train[n].table)))
-             for user, n in rows]  # fmt: skip
-    batch = collate(pairs, tokenizer.eos_id)
+    bank = {
+        user: copy.deepcopy(prefix).requires_grad_()
+        for user, prefix in users64.items()
+    }
+    examples = [texts_for(user, [train_set[n]])[0] for user, n in rows]
+    batch = collate(encode_examples(tokenizer, examples), tokenizer.eos_id)
     index = torch.tensor([place[user] for user, _ in rows])
     kind = {"prefix": PrefixBank(list(bank.values())), "prefix_index": index}
-    exact_model.token_losses(batch.input_ids, batch.labels, batch.at, **kind).sum().backward()
+    exact_model.token_losses(
+        batch.input_ids, batch.labels, **kind
+    ).sum().backward()
     return {user: prefix.prefix_table.grad for user, prefix in bank.items()}
 
 
@@ -268,37 +387,41 @@ both = gradients([("Ada", 0), ("Ben", 1), ("Ada", 2)])
 other_data = gradients([("Ada", 7), ("Ben", 1), ("Ada", 9)])
 just_ben = gradients([("Ben", 1)])
 size = both["Ben"].abs().max().item()
-print(
-    f"Cleo and Eve, who have no row: gradient {both['Cleo'].abs().max() + both['Eve'].abs().max()}"
-)
-print(f"Ben beside Ada's data, other data, no data: |differences| "
-      f"{(both['Ben'] - other_data['Ben']).abs().max() / size:.1e}, "
-      f"{(both['Ben'] - just_ben['Ben']).abs().max() / size:.1e} of his gradient")  # fmt: skip
+none = both["Cleo"].abs().max() + both["Eve"].abs().max()
+print(f"Cleo and Eve, who have no row: gradient {none}")
+for data, found in (("other", other_data), ("no", just_ben)):
+    gap = (both["Ben"] - found["Ben"]).abs().max() / size
+    print(
+        f"Ben's gradient beside {data} data of Ada: moves by {gap:.1e} of its size"
+    )
 assert not both["Cleo"].any() and not both["Eve"].any() and size > 0
 # other rows pad the batch to another length, so sums are made in another order; worst seen 3e-15
 assert (both["Ben"] - other_data["Ben"]).abs().max() < 1e-12 * size
 assert (both["Ben"] - just_ben["Ben"]).abs().max() < 1e-12 * size
-assert (both["Ada"] - other_data["Ada"]).abs().max() > 0.01 * both["Ada"].abs().max()
+assert (both["Ada"] - other_data["Ada"]).abs().max() > 0.01 * both[
+    "Ada"
+].abs().max()
 
 # %% [markdown]
-# (One loss, one sum: `clip_grad_norm_` over all prefixes together, or a mean over all rows, would
-# couple users after all. Clip and divide user by user.)
-#
-# What isolation does **not** say: Ben's prefix is made of Ben's texts, and it may well write them
-# again. Guard the file as you guard his data. And here all prefixes start from words. Had they
-# started from a prefix that was tuned on everyone's texts, something of everyone would be in each.
+# What isolation does **not** say: Ben's prefix is made of Ben's texts, and may well write them
+# again. Guard the file as you guard his data. And all prefixes here start from words. Had they
+# started from a prefix that was tuned on everyone's texts, something of everyone would be in
+# each.
 #
 # ## 6. Adding and deleting a user
-# Adding Eve was one more entry. Deleting Ben is the opposite: take the entry away, delete the file.
-# What stays is exact, because no other user's entry holds anything of his: the model has the
-# fingerprint it had before the first user came, and the others' logits do not change.
+# Adding Eve was one more entry. Deleting Ben is the opposite: take the entry away and delete the
+# file. What stays is exact, because no other entry holds anything of his. The model has the
+# fingerprint that it had before the first user came, and the others' logits do not change.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
     files = {user: Path(folder) / f"{user}.safetensors" for user in users}
     for user, path in files.items():
         users[user].save(path)
-    sizes = [f"{user} {path.stat().st_size / 1e3:.0f} kB" for user, path in files.items()]
+    sizes = [
+        f"{user} {path.stat().st_size / 1e3:.0f} kB"
+        for user, path in files.items()
+    ]
     print(f"one file per user: {', '.join(sizes)}")
 
     requests = [(user, source) for user, source in requests if user != "Ben"]
@@ -309,51 +432,72 @@ with tempfile.TemporaryDirectory() as folder:
     assert witness() is not None
 
     del users["Ben"], users64["Ben"]
-    del in_memory, acts, tables, bank, bank_k, bank_v  # every bank with him in it
+    del (
+        in_memory,
+        acts,
+        tables,
+        bank,
+        bank_k,
+        bank_v,
+    )  # every bank with him in it
     del both, other_data, just_ben  # and gradients from his data
     files["Ben"].unlink()
     gc.collect()
     assert witness() is None, "something still holds Ben's prefix"
     with torch.no_grad():
         after = mixed_batch(users64, requests)
-    gap = max((a - b).abs().max().item() for a, b in zip(before, after, strict=True))
-    print(f"the others' logits before and after: largest |difference| {gap:.1e}")
-    assert gap < 1e-11  # his was the longest: the bank is padded less now, so sums differ in order
+    gap = max(
+        (a - b).abs().max().item() for a, b in zip(before, after, strict=True)
+    )
+    print(
+        f"the others' logits before and after: largest |difference| {gap:.1e}"
+    )
+    assert (
+        gap < 1e-11
+    )  # his was the longest: the bank is padded less now, so sums differ in order
     assert fingerprint(model) == model_before
     again = Prefix.load(files["Eve"])
     assert torch.equal(again.table(), users["Eve"].table())
     assert not files["Ben"].exists()
 
 # %% [markdown]
-# With a fine-tuned model for all, there would be no such entry: one user's texts are spread over
-# all its weights. (Copies of files, backups and logs of what was written are not covered by any of
-# this.)
+# One fine-tuned model for all users has no such entry: one user's texts are spread over all its
+# weights. (Backups and logs of what was written are another matter.)
 #
 # ## 7. What a user costs
-# With $e$ bytes per number, a prefix takes $2 L P C e$ bytes and a fine-tuned copy $e$ times the
-# number of parameters, both in bf16 here. The model itself is there once.
+# With $e$ bytes per number, a prefix takes $2 L P C e$ bytes, and a fine-tuned copy $e$ times the
+# number of parameters; both are in bf16 here.
 
 # %%
-MEDIUM = {"n_layer": 24, "n_embd": 1024, "parameters": 354_823_168}  # GPT-2 medium
+MEDIUM = {
+    "n_layer": 24,
+    "n_embd": 1024,
+    "parameters": 354_823_168,
+}  # GPT-2 medium
 MINI = {"n_layer": model.config.n_layer, "n_embd": model.config.n_embd,
         "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
 e, memory = 2, 80e9  # bytes; a GPU with 80 GB
-print(f"{'bf16':12} {'P':>4} {'prefix, MB':>11} {'copy, MB':>9} {'ratio':>6} "
-      f"{'prefixes in 80 GB':>18} {'copies':>7}")  # fmt: skip
-for name, m in ((MODEL, MINI), ("gpt2-medium", MEDIUM)):
+print(" " * 14 + "P   prefix     copy  ratio  prefixes in 80 GB  copies")
+for name, m in (("mini", MINI), ("gpt2-medium", MEDIUM)):
+    copy_bytes = e * m["parameters"]
     for p in (10, 100):
-        prefix_bytes, copy_bytes = 2 * m["n_layer"] * p * m["n_embd"] * e, e * m["parameters"]
-        print(f"{name:12} {p:4} {prefix_bytes / 1e6:11.2f} {copy_bytes / 1e6:9.1f} "
-              f"{copy_bytes / prefix_bytes:6.0f} {(memory - copy_bytes) / prefix_bytes:18,.0f} "
-              f"{memory // copy_bytes:7.0f}")  # fmt: skip
+        prefix_bytes = 2 * m["n_layer"] * p * m["n_embd"] * e
+        n, ratio = (
+            (memory - copy_bytes) / prefix_bytes,
+            copy_bytes / prefix_bytes,
+        )
+        sizes = f"{prefix_bytes / 1e6:5.2f} MB {copy_bytes / 1e6:5.0f} MB {ratio:6.0f}"
+        print(f"{name:11} {p:3} {sizes} {n:18,.0f} {memory // copy_bytes:7.0f}")
 eve = users["Eve"]
 C = MINI["n_embd"]
 assert eve.table().numel() == 2 * MINI["n_layer"] * eve.prefix_len * C
 
 # %% [markdown]
-# And time? Requests of different users arrive one by one. With copies they must be answered user by
-# user; with prefixes they can be one batch, and a step of decoding reads all weights once for all
-# of them instead of once for each. Measured here, on this machine, now:
+# And time? Requests of different users arrive one by one. With copies they must be answered user
+# by user. With prefixes they can be one batch, and a step of decoding reads all weights once for
+# all of them instead of once for each.
+#
+# **Predict.** Twice as many requests: twice the time, in both ways?
 
 
 # %%
@@ -362,7 +506,10 @@ def seconds(n: int, mixed: bool) -> float:
     order = [list(users)[b % len(users)] for b in range(n)]
     index = [list(users).index(user) for user in order]
     ids = [encode_prompt(tokenizer, dev[b].source) for b in range(n)]
-    options = {"max_new_tokens": 16, "min_new_tokens": 16}  # the same work for both
+    options = {
+        "max_new_tokens": 16,
+        "min_new_tokens": 16,
+    }  # the same work for both
     began = time.perf_counter()
     if mixed:
         bank = PrefixBank(list(users.values()))
@@ -378,7 +525,7 @@ def seconds(n: int, mixed: bool) -> float:
 
 
 seconds(2, True), seconds(2, False)  # the first calls of a process are slower
-counts = (1, 2, 4, 8, 16)
+counts = (1, 2, 4, 8)
 times = {kind: [seconds(n, kind == "one mixed batch") for n in counts]
          for kind in ("user by user", "one mixed batch")}  # fmt: skip
 print("requests       " + "".join(f"{n:8}" for n in counts))
@@ -387,32 +534,54 @@ for kind, taken in times.items():
 figure, axes = new()
 for (kind, taken), colour in zip(times.items(), (OTHER, PREFIX), strict=True):
     axes.plot(counts, taken, "o-", color=colour, label=kind)
-axes.set(xlabel="requests", ylabel="time for all (s)", ylim=(0, None), title="16 tokens each")
+axes.set(
+    xlabel="requests",
+    ylabel="time for all (s)",
+    ylim=(0, None),
+    title="16 tokens each",
+)
 axes.legend(frameon=False)
 show(figure, "07_throughput")
 
 # %% [markdown]
+# **Answer.** Twice the time user by user. A batch takes longer as it grows, too, but by far less
+# than twice. On a GPU, which has more to gain from a batch, the first requests added are almost
+# free: [tutorial 9](09_speed.py) has its times.
+#
+# ## Common mistakes
+# > - **Zeros as padding that is seen.** A zero key takes attention (section 3). It needs a length
+# >   for each prefix, or a mask.
+# > - **One position offset for the whole batch.** It belongs to the prefix (exercise 1).
+# > - **A library that takes a name for each row and ignores it.** With two prefixes in one batch,
+# >   PEFT gave every row the active one, without an error. Check each row against the same
+# >   request alone.
+# > - **One `clip_grad_norm_` or one mean over all users.** It couples gradients that would be
+# >   independent. Clip and divide user by user (exercise 2).
+#
 # ## Recap
-# - Rows of different users share all matrices; only attention reads a prefix, row by row.
+# - Rows of different users share all matrices. Only attention reads a prefix, for each row its
+#   own.
 # - A bank holds prefixes of any lengths: padded, with lengths that hide the padding and an offset
 #   for each row. Every row is what its user would get alone.
-# - Gradients do not cross rows, so nothing of one user is in another's prefix.
-# - A user is an entry: added without touching others, deleted exactly.
-# - A user costs a small part of what a copy costs, and requests of all users are one batch.
-#
-# **When not to use it.** For one user or one task with much data, fine-tuning learns more (see
-# 06_low_data and the first table of the README), and its copy is then the only one you keep.
+# - A gradient reaches only the prefix that its row has read, so nothing of one user is in
+#   another's prefix. A user is an entry: added and deleted without a trace.
+# - A user costs a small part of what a copy costs, and the requests of all users are one batch.
+# - When not to use it: for one user or one task with much data. Fine-tuning then learns more
+#   (06_low_data), and its copy is the only one you keep.
 #
 # ## Exercises
-# 1. Give all rows of a bank the same position offset instead of their own. Which rows change?
-# 2. Train Ada and Eve together, one batch of both per step, with one optimiser each. Compare with
-#    training each alone on the same rows.
-# 3. Keep prefixes in files and at most two in memory, the least recently used one goes. Answer a
-#    series of requests with it.
-# 4. How many users' keys and values fit beside GPT-2 medium in 80 GB if each of them also has a
-#    cache of 512 tokens? Which of the two, prefix or cache, is the limit?
+# 1. *Easy.* Give all rows of a bank the same position offset instead of their own. Which rows
+#    change? *Hint:* `PrefixBank.activations` returns a dataclass.
+# 2. *Medium.* Train Ada and Eve together, one batch of both per step, with one optimizer each.
+#    Compare with training each alone on the same rows. *Hint:* take each user's own mean, and add
+#    the means.
+# 3. *Medium.* Keep prefixes in files and at most two in memory; the least recently used one goes.
+#    Answer a series of requests. *Hint:* `collections.OrderedDict`.
+# 4. *Hard.* How many users' keys and values fit beside GPT-2 medium in 80 GB if each of them also
+#    has a cache of 512 tokens? Which of the two is the limit, prefix or cache? *Hint:* a position
+#    takes the same bytes in both.
 #
 # Solutions: `tutorials/solutions/07_many_users.py`.
 #
 # ## References
-# 1. Li & Liang 2021, Prefix-Tuning, sections 8.1, 8.2: https://arxiv.org/abs/2101.00190
+# 1. Li & Liang 2021, Prefix-Tuning, sections 8.1, 8.2: <https://arxiv.org/abs/2101.00190>
