@@ -364,10 +364,10 @@ assert friendly["missing"] == friendly["in tables"]  # not once
 # prefix leaves out `family friendly` *every time*. Why this field?
 #
 # All other values can be copied: "Thai" is said as "Thai", and a frozen model can copy a little
-# even before any training. But "family friendly : no" is said as "adults only" or "children are not welcome".
-# This translation has to be learned. Whether it has been can be measured: exchange one value in
-# the table, and see by how much the loss of the reference rises. Where it does not rise, the
-# value is not read.
+# even before any training. But "family friendly : no" is said as "adults only" or "children are
+# not welcome". This translation has to be learned. Whether it has been can be measured: exchange
+# one value in the table, and see by how much the loss of the reference rises. Where it does not
+# rise, the value is not read.
 
 # %%
 

@@ -43,9 +43,16 @@ model, tokenizer = minprefix.load("mini")
 frozen = for_training(model)
 model.requires_grad_(False)
 model_before = fingerprint(model)
-train_set, dev = (
-    load_examples("restaurants", split) for split in ("train", "dev")
-)
+
+
+def usable(split: str) -> list:
+    """The tables that have all fields which the users below write about."""
+    wanted = {"type", "food", "area"}
+    examples = load_examples("restaurants", split)
+    return [e for e in examples if {*dict(e.table)} >= wanted]
+
+
+train_set, dev = usable("train"), usable("dev")
 
 # %% [markdown]
 # ## 1. Two tasks in one batch
@@ -57,25 +64,27 @@ train_set, dev = (
 # The prefixes are swapped in the second and the fourth. What is written?
 
 # %%
-writers = [
-    Prefix.load(TRAINED / f"{name}-P10.safetensors")
-    for name in ("e2e", "notes")
-]
+names = ("e2e", "notes")
+tasks = [Prefix.load(TRAINED / f"{name}-P10.safetensors") for name in names]
 table = (
     "name : The Blue Heron | type : pub | food : Italian | price : cheap | "
     "area : riverside | near : Burger King"
 )
 note = load_examples("notes", "dev")[0].source
+print(f"table: {table}\nnote:  {note}\n")
+requests = (
+    ("table", table, 0),
+    ("table", table, 1),
+    ("note", note, 1),
+    ("note", note, 0),
+)
 both = minprefix.generate(
-    model, tokenizer, [table, table, note, note], prefix=PrefixBank(writers),
-    prefix_index=[0, 1, 1, 0], max_new_tokens=50,
+    model, tokenizer, [text for _, text, _ in requests],
+    prefix=PrefixBank(tasks), prefix_index=[n for _, _, n in requests],
+    max_new_tokens=50,
 )  # fmt: skip
-for what, text in zip(
-    ("table, e2e", "table, notes", "note, notes", "note, e2e"),
-    both,
-    strict=True,
-):
-    print(f"{what:12} {text.strip()}")
+for (what, _, n), text in zip(requests, both, strict=True):
+    print(f"{what:5} with {names[n]:5} {text.strip()}")
 assert "The Blue Heron" in both[0] and both[0] != both[1] and both[2] != both[3]
 
 # %% [markdown]
@@ -91,42 +100,28 @@ assert "The Blue Heron" in both[0] and both[0] != both[1] and both[2] != both[3]
 
 
 # %%
-def short(t: dict[str, str]) -> str:
-    return f"{t['name']}, {t.get('type', 'place')}."
-
-
-def name_last(t: dict[str, str]) -> str:
-    near = f" near {t['near']}" if "near" in t else ""
-    return (
-        f"{t.get('food', 'Good')} {t.get('type', 'place')}{near}: {t['name']}."
-    )
-
-
-def where_first(t: dict[str, str]) -> str:
-    return f"Where? {t.get('area', 'in town')}. What? {t['name']}."
-
-
-def question(t: dict[str, str]) -> str:
-    return f"Fancy {t.get('food', 'good')} food? Try {t['name']}."
-
-
-STYLES = {"Ada": short, "Ben": name_last, "Cleo": where_first, "Eve": question}
+STYLES = {
+    "Ada": "{name}, {type}.",
+    "Ben": "{food} {type}: {name}.",
+    "Cleo": "Where? {area}. What? {name}.",
+    "Eve": "Fancy {food} food? Try {name}.",
+}
 WORDS = {
     "Ada": "brief:",
     "Ben": "table-to-text:",
     "Cleo": "where?",
     "Eve": "ask:",
 }
+
+
+def wanted(user: str, example) -> str:
+    """What the user's rule writes about this table."""
+    return STYLES[user].format(**dict(example.table))
+
+
 print(dev[0].source)
-for user, style in STYLES.items():
-    print(f"  {user:5} {style(dict(dev[0].table))}")
-
-
-def texts_for(user: str, examples: list) -> list:
-    """The same tables with the user's text as the target."""
-    style = STYLES[user]
-    return [replace(e, targets=(style(dict(e.table)),)) for e in examples]
-
+for user in STYLES:
+    print(f"  {user:5} {wanted(user, dev[0])}")
 
 # %% [markdown]
 # Each prefix starts from the activations of a few words (so lengths differ), and is trained on
@@ -137,18 +132,16 @@ def texts_for(user: str, examples: list) -> list:
 # %%
 def tune(user: str) -> Prefix:
     prefix = Prefix.from_words(model, tokenizer, WORDS[user])
-    examples = texts_for(user, train_set)
-    losses = list(
-        train(frozen, tokenizer, examples, prefix, steps=40, lr=0.1, warmup=1)
-    )
-    print(
-        f"{user:5} P {prefix.prefix_len}, loss {losses[0]:.2f}, at the end {losses[-1]:.2f}"
-    )
+    examples = [replace(e, targets=(wanted(user, e),)) for e in train_set]
+    settings = {"steps": 40, "lr": 0.1, "warmup": 1}
+    losses = list(train(frozen, tokenizer, examples, prefix, **settings))
+    print(f"{user:5} P {prefix.prefix_len}, ", end="")
+    print(f"loss {losses[0]:.2f}, at the end {losses[-1]:.2f}")
     assert losses[-1] < 0.5 * losses[0]
     return prefix.requires_grad_(False)
 
 
-users = {user: tune(user) for user in ("Ada", "Ben", "Cleo")}  # Eve comes later
+users = {user: tune(user) for user in ("Ada", "Ben", "Cleo")}
 
 # %% [markdown]
 # ## 3. One batch, many prefixes
@@ -167,30 +160,22 @@ users = {user: tune(user) for user in ("Ada", "Ben", "Cleo")}  # Eve comes later
 
 # %%
 layer, (B, T) = 3, (4, 6)
-tables = [
-    prefix.table()[layer].double() for prefix in users.values()
-]  # each (2, H, P_n, D)
+tables = [p.table()[layer].double() for p in users.values()]  # (2, H, P_n, D)
 lens = torch.tensor([table.shape[2] for table in tables])
 P = int(lens.max())
 bank = torch.stack([pad(t, (0, 0, 0, P - t.shape[2])) for t in tables])
 bank_k, bank_v = bank[:, 0], bank[:, 1]  # each (N, H, P, D)
-index = torch.tensor([2, 0, -1, 2])  # whose prefix each row reads; -1: nobody's
+index = torch.tensor([2, 0, -1, 1])  # whose prefix each row reads; -1: nobody's
 H, D = bank_k.shape[1], bank_k.shape[3]
 q, k, v = (torch.randn(B, H, T, D, dtype=torch.float64) for _ in range(3))
 
 by_hand = torch.empty_like(q)
 for b, n in enumerate(index.tolist()):
     prefix_k, prefix_v = tables[n] if n >= 0 else k.new_empty(2, H, 0, D)
-    keys, values = (
-        torch.cat([prefix_k, k[b]], dim=1),
-        torch.cat([prefix_v, v[b]], dim=1),
-    )
-    visible = torch.ones(T, keys.shape[1], dtype=torch.bool).tril(
-        keys.shape[1] - T
-    )
-    s = (D**-0.5 * q[b] @ keys.mT).masked_fill(
-        ~visible, float("-inf")
-    )  # (H, T, P_n + T)
+    keys = torch.cat([prefix_k, k[b]], dim=1)  # (H, P_n + T, D)
+    values = torch.cat([prefix_v, v[b]], dim=1)
+    visible = torch.ones(T, keys.shape[1]).tril(keys.shape[1] - T) > 0
+    s = (D**-0.5 * q[b] @ keys.mT).masked_fill(~visible, float("-inf"))
     by_hand[b] = s.softmax(-1) @ values
 
 at_once = prefix_attention(
@@ -217,9 +202,7 @@ for b, n in enumerate(index.tolist()):
 # %%
 in_memory = PrefixBank(list(users.values()))
 acts = in_memory.activations(index)
-print(
-    f"table (L, 2, N, H, P, D) {tuple(acts.table.shape)}, lengths {acts.lens.tolist()}"
-)
+print(f"table (L, 2, N, H, P, D) {tuple(acts.table.shape)}")
 print(f"rows {index.tolist()} stand at offsets {acts.position_offset.tolist()}")
 
 # %% [markdown]
@@ -231,53 +214,39 @@ print(f"rows {index.tolist()} stand at offsets {acts.position_offset.tolist()}")
 exact_model = copy.deepcopy(model).double()
 
 
-def exact(prefixes: dict[str, Prefix]) -> dict[str, Prefix]:
-    """The same prefixes in fp64."""
-    return {
-        user: copy.deepcopy(prefix).double()
-        for user, prefix in prefixes.items()
-    }
+def exact() -> dict[str, Prefix]:
+    """The users' prefixes in fp64."""
+    return {user: copy.deepcopy(p).double() for user, p in users.items()}
 
 
-def mixed_batch(
-    prefixes: dict[str, Prefix], requests: list[tuple[str | None, str]]
-):
+def mixed_batch(requests: list[tuple[str | None, str]]) -> list[torch.Tensor]:
     """Logits of each request, (its tokens, V), from one call with a bank."""
-    place = {user: n for n, user in enumerate(prefixes)} | {None: -1}
-    ids = [encode_prompt(tokenizer, source) for _, source in requests]
+    place = {user: n for n, user in enumerate(users64)} | {None: -1}
+    ids = [torch.tensor(encode_prompt(tokenizer, text)) for _, text in requests]
     lengths = torch.tensor([len(row) for row in ids])
-    padded = pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
     logits = exact_model(
-        padded, prefix=PrefixBank(list(prefixes.values())), kv_lens=lengths,
+        pad_sequence(ids, batch_first=True), kv_lens=lengths,
+        prefix=PrefixBank(list(users64.values())),
         prefix_index=torch.tensor([place[user] for user, _ in requests]),
     )  # fmt: skip
-    return [
-        row[:length]
-        for row, length in zip(logits, lengths.tolist(), strict=True)
-    ]
+    return [row[:n] for row, n in zip(logits, lengths.tolist(), strict=True)]
 
 
-def alone(prefixes: dict[str, Prefix], user: str | None, source: str):
+def alone(user: str | None, source: str) -> torch.Tensor:
     ids = torch.tensor([encode_prompt(tokenizer, source)])
-    return exact_model(ids, prefix=None if user is None else prefixes[user])[0]
+    return exact_model(ids, prefix=None if user is None else users64[user])[0]
 
 
-def worst(prefixes, requests) -> float:
-    """Largest |difference| between the mixed batch and each request alone."""
-    rows = zip(requests, mixed_batch(prefixes, requests), strict=True)
-    return max(
-        (row - alone(prefixes, *r)).abs().max().item() for r, row in rows
-    )
-
-
-users64 = exact(users)
+users64 = exact()
 asked = ("Cleo", "Ada", None, "Ben", "Ben", "Ada", "Cleo")
 requests = [(user, dev[n].source) for n, user in enumerate(asked)]
-gap = worst(users64, requests)
-lengths = [len(encode_prompt(tokenizer, source)) for _, source in requests]
-print(
-    f"prompts of {lengths} tokens in one batch, against alone: largest |difference| {gap:.1e}"
+with torch.no_grad():
+    together, apart = mixed_batch(requests), [alone(*r) for r in requests]
+gap = max(
+    (a - b).abs().max().item() for a, b in zip(together, apart, strict=True)
 )
+print(f"prompts of {[len(row) for row in apart]} tokens in one batch")
+print(f"against each alone: largest |difference| {gap:.1e}")
 assert gap < 1e-11  # of logits up to some tens, fp64; worst seen 2e-13
 
 # %% [markdown]
@@ -288,64 +257,47 @@ assert gap < 1e-11  # of logits up to some tens, fp64; worst seen 2e-13
 # **Predict.** Where will a text miss its rule: in its style, or in a name?
 
 # %%
-users["Eve"] = tune("Eve")  # a new user: one more entry, nobody else is touched
-users64 = exact(users)
+users["Eve"] = tune("Eve")  # one more entry; nobody else is touched
+users64 = exact()
 
-n_tables = 12
-names = [*users, None]
-sources = [example.source for example in dev[:n_tables]]
+tables_asked = dev[:12]
+writers = [*users, None]
 place = {user: n for n, user in enumerate(users)} | {None: -1}
-prompts = [
-    encode_prompt(tokenizer, source) for _ in names for source in sources
-]
-owner = [user for user in names for _ in sources]
+owners = [user for user in writers for _ in tables_asked]
 texts = minprefix.generate(
-    model, tokenizer, prompts, prefix=PrefixBank(list(users.values())),
-    prefix_index=[place[user] for user in owner], max_new_tokens=24,
+    model, tokenizer, [e.source for _ in writers for e in tables_asked],
+    prefix=PrefixBank(list(users.values())),
+    prefix_index=[place[user] for user in owners], max_new_tokens=24,
 )  # fmt: skip
 texts = [text.strip() for text in texts]
-print(sources[0])
-for n, user in enumerate(names):
-    print(f"  {user or 'nobody':7} {texts[n * n_tables][:80]!r}")
+for n, user in enumerate(writers):
+    print(f"  {user or 'nobody':7} {texts[n * len(tables_asked)][:70]!r}")
 
-followed = torch.zeros(len(names), len(STYLES))
-for n, text in enumerate(texts):
-    for m, style in enumerate(STYLES.values()):
-        wanted = style(dict(dev[n % n_tables].table))
-        followed[n // n_tables, m] += (text == wanted) / n_tables
+followed = torch.zeros(len(writers), len(STYLES))
+missed = []
+for n, (owner, text) in enumerate(zip(owners, texts, strict=True)):
+    example = tables_asked[n % len(tables_asked)]
+    for m, user in enumerate(STYLES):
+        right = text == wanted(user, example)
+        followed[n // len(tables_asked), m] += right / len(tables_asked)
+        if user == owner and not right:
+            missed.append((wanted(user, example), text))
 
 figure, axes = new(width=5.4)
 axes.imshow(followed, cmap="Oranges", vmin=0, vmax=1)
-for (row, column), share in [
-    ((r, c), followed[r, c]) for r in range(5) for c in range(4)
-]:
-    colour = "white" if share > 0.6 else "black"
-    axes.text(
-        column, row, f"{share:.0%}", ha="center", va="center", color=colour
-    )
+for row, shares in enumerate(followed):
+    for column, share in enumerate(shares):
+        colour = "white" if share > 0.6 else "black"
+        axes.text(column, row, f"{share:.0%}", ha="center", color=colour)
 axes.set_xticks(range(4), [f"{user}'s" for user in STYLES])
-axes.set_yticks(range(5), [user or "nobody" for user in names])
-axes.set(
-    xlabel="rule",
-    ylabel="prefix",
-    title="Texts that are exactly what a rule writes",
-)
+axes.set_yticks(range(5), [user or "nobody" for user in writers])
+axes.set(xlabel="rule", ylabel="prefix")
+axes.set_title("Texts that are exactly what a rule writes")
 show(figure, "07_who_got_what")
-own, others = (
-    followed[:4].diagonal(),
-    followed[:4] - followed[:4].diagonal().diag(),
-)
-print(
-    f"own rule, letter for letter: {own.mean():.0%}; another's: {others.max():.0%}"
-)
-assert own.min() > 0.3 and others.max() == 0 and followed[4].max() == 0
-
-wanted = [
-    style(dict(e.table)) for style in STYLES.values() for e in dev[:n_tables]
-]
-missed = [
-    pair for pair in zip(wanted, texts, strict=False) if pair[0] != pair[1]
-]
+own = followed[:4].diagonal()
+others = (followed[:4] - own.diag()).max()
+print(f"own rule, letter for letter: {own.mean():.0%}; another's: {others:.0%}")
+assert own.min() > 0.3 and others == 0 and followed[4].max() == 0
 for rule, text in missed[:4]:
     print(f"wanted {rule!r}\n   got {text!r}")
 
@@ -368,18 +320,19 @@ for rule, text in missed[:4]:
 
 # %%
 def gradients(rows: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
-    """Each user's gradient of the summed loss of (user, training table) rows, in one batch."""
-    bank = {
-        user: copy.deepcopy(prefix).requires_grad_()
-        for user, prefix in users64.items()
-    }
-    examples = [texts_for(user, [train_set[n]])[0] for user, n in rows]
+    """Each user's gradient of the summed loss of (user, table) rows."""
+    bank = exact()
+    for prefix in bank.values():
+        prefix.requires_grad_()
+    examples = [
+        replace(train_set[n], targets=(wanted(user, train_set[n]),))
+        for user, n in rows
+    ]
     batch = collate(encode_examples(tokenizer, examples), tokenizer.eos_id)
     index = torch.tensor([place[user] for user, _ in rows])
     kind = {"prefix": PrefixBank(list(bank.values())), "prefix_index": index}
-    exact_model.token_losses(
-        batch.input_ids, batch.labels, **kind
-    ).sum().backward()
+    losses = exact_model.token_losses(batch.input_ids, batch.labels, **kind)
+    losses.sum().backward()
     return {user: prefix.prefix_table.grad for user, prefix in bank.items()}
 
 
@@ -391,16 +344,13 @@ none = both["Cleo"].abs().max() + both["Eve"].abs().max()
 print(f"Cleo and Eve, who have no row: gradient {none}")
 for data, found in (("other", other_data), ("no", just_ben)):
     gap = (both["Ben"] - found["Ben"]).abs().max() / size
-    print(
-        f"Ben's gradient beside {data} data of Ada: moves by {gap:.1e} of its size"
-    )
+    print(f"Ben's, beside {data} data of Ada: moves by {gap:.1e} of its size")
 assert not both["Cleo"].any() and not both["Eve"].any() and size > 0
-# other rows pad the batch to another length, so sums are made in another order; worst seen 3e-15
+# other rows pad the batch to another length, which changes the order of sums
 assert (both["Ben"] - other_data["Ben"]).abs().max() < 1e-12 * size
 assert (both["Ben"] - just_ben["Ben"]).abs().max() < 1e-12 * size
-assert (both["Ada"] - other_data["Ada"]).abs().max() > 0.01 * both[
-    "Ada"
-].abs().max()
+change = (both["Ada"] - other_data["Ada"]).abs().max()
+assert change > 0.01 * both["Ada"].abs().max()
 
 # %% [markdown]
 # What isolation does **not** say: Ben's prefix is made of Ben's texts, and may well write them
@@ -418,43 +368,29 @@ with tempfile.TemporaryDirectory() as folder:
     files = {user: Path(folder) / f"{user}.safetensors" for user in users}
     for user, path in files.items():
         users[user].save(path)
-    sizes = [
-        f"{user} {path.stat().st_size / 1e3:.0f} kB"
-        for user, path in files.items()
-    ]
-    print(f"one file per user: {', '.join(sizes)}")
+    size = files["Eve"].stat().st_size
+    print(f"one file per user; Eve's has {size / 1e3:.0f} kB")
 
-    requests = [(user, source) for user, source in requests if user != "Ben"]
-    requests.append(("Eve", sources[8]))
+    requests = [pair for pair in requests if pair[0] != "Ben"]
+    requests.append(("Eve", dev[8].source))
     with torch.no_grad():
-        before = mixed_batch(users64, requests)
+        before = mixed_batch(requests)
     witness = weakref.ref(users["Ben"].prefix_table)
     assert witness() is not None
 
     del users["Ben"], users64["Ben"]
-    del (
-        in_memory,
-        acts,
-        tables,
-        bank,
-        bank_k,
-        bank_v,
-    )  # every bank with him in it
+    del in_memory, acts, tables, bank, bank_k, bank_v  # he is in these banks
     del both, other_data, just_ben  # and gradients from his data
     files["Ben"].unlink()
     gc.collect()
     assert witness() is None, "something still holds Ben's prefix"
     with torch.no_grad():
-        after = mixed_batch(users64, requests)
-    gap = max(
-        (a - b).abs().max().item() for a, b in zip(before, after, strict=True)
-    )
-    print(
-        f"the others' logits before and after: largest |difference| {gap:.1e}"
-    )
-    assert (
-        gap < 1e-11
-    )  # his was the longest: the bank is padded less now, so sums differ in order
+        after = mixed_batch(requests)
+    pairs = zip(before, after, strict=True)
+    gap = max((a - b).abs().max().item() for a, b in pairs)
+    print(f"the others' logits, before and after: |difference| {gap:.1e}")
+    # his prefix was the longest, so the bank is padded less: another order
+    assert gap < 1e-11
     assert fingerprint(model) == model_before
     again = Prefix.load(files["Eve"])
     assert torch.equal(again.table(), users["Eve"].table())
@@ -469,28 +405,22 @@ with tempfile.TemporaryDirectory() as folder:
 # number of parameters; both are in bf16 here.
 
 # %%
-MEDIUM = {
-    "n_layer": 24,
-    "n_embd": 1024,
-    "parameters": 354_823_168,
-}  # GPT-2 medium
-MINI = {"n_layer": model.config.n_layer, "n_embd": model.config.n_embd,
-        "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
-e, memory = 2, 80e9  # bytes; a GPU with 80 GB
-print(" " * 14 + "P   prefix     copy  ratio  prefixes in 80 GB  copies")
-for name, m in (("mini", MINI), ("gpt2-medium", MEDIUM)):
-    copy_bytes = e * m["parameters"]
-    for p in (10, 100):
-        prefix_bytes = 2 * m["n_layer"] * p * m["n_embd"] * e
-        n, ratio = (
-            (memory - copy_bytes) / prefix_bytes,
-            copy_bytes / prefix_bytes,
+n_mini = sum(p.numel() for p in model.parameters())
+MINI = (model.config.n_layer, model.config.n_embd, n_mini)  # L, C, parameters
+MEDIUM = (24, 1024, 354_823_168)  # GPT-2 medium
+e, memory = 2, 80e9  # bytes of a number; bytes of a GPU
+print("                P   prefix     copy  prefixes in 80 GB  copies")
+for name, (L, C, parameters) in (("mini", MINI), ("gpt2-medium", MEDIUM)):
+    whole = e * parameters
+    for P in (10, 100):
+        part = 2 * L * P * C * e
+        print(
+            f"{name:13} {P:3} {part / 1e6:5.2f} MB {whole / 1e6:5.0f} MB",
+            end="",
         )
-        sizes = f"{prefix_bytes / 1e6:5.2f} MB {copy_bytes / 1e6:5.0f} MB {ratio:6.0f}"
-        print(f"{name:11} {p:3} {sizes} {n:18,.0f} {memory // copy_bytes:7.0f}")
+        print(f"{(memory - whole) / part:19,.0f} {memory // whole:7.0f}")
 eve = users["Eve"]
-C = MINI["n_embd"]
-assert eve.table().numel() == 2 * MINI["n_layer"] * eve.prefix_len * C
+assert eve.table().numel() == 2 * MINI[0] * eve.prefix_len * MINI[1]
 
 # %% [markdown]
 # And time? Requests of different users arrive one by one. With copies they must be answered user
@@ -506,47 +436,40 @@ def seconds(n: int, mixed: bool) -> float:
     order = [list(users)[b % len(users)] for b in range(n)]
     index = [list(users).index(user) for user in order]
     ids = [encode_prompt(tokenizer, dev[b].source) for b in range(n)]
-    options = {
-        "max_new_tokens": 16,
-        "min_new_tokens": 16,
-    }  # the same work for both
+    same_work = {"max_new_tokens": 16, "min_new_tokens": 16}
+    prefixes = [users[user] for user in order]
+    bank = PrefixBank(list(users.values()))
     began = time.perf_counter()
     if mixed:
-        bank = PrefixBank(list(users.values()))
-        texts = minprefix.generate(
-            model, tokenizer, ids, prefix=bank, prefix_index=index, **options
-        )
+        how = {"prefix": bank, "prefix_index": index} | same_work
+        minprefix.generate(model, tokenizer, ids, **how)
     else:
-        texts = [minprefix.generate(model, tokenizer, [row], prefix=users[user], **options)[0]
-                 for row, user in zip(ids, order, strict=True)]  # fmt: skip
-    took = time.perf_counter() - began
-    assert len(texts) == n and all(texts)
-    return took
+        for row, prefix in zip(ids, prefixes, strict=True):
+            how = {"prefix": prefix} | same_work
+            minprefix.generate(model, tokenizer, [row], **how)
+    return time.perf_counter() - began
 
 
 seconds(2, True), seconds(2, False)  # the first calls of a process are slower
 counts = (1, 2, 4, 8)
-times = {kind: [seconds(n, kind == "one mixed batch") for n in counts]
-         for kind in ("user by user", "one mixed batch")}  # fmt: skip
+times = {
+    "user by user": [seconds(n, False) for n in counts],
+    "one mixed batch": [seconds(n, True) for n in counts],
+}
 print("requests       " + "".join(f"{n:8}" for n in counts))
 for kind, taken in times.items():
     print(f"{kind:15}" + "".join(f"{t:8.2f}" for t in taken) + "  s")
 figure, axes = new()
 for (kind, taken), colour in zip(times.items(), (OTHER, PREFIX), strict=True):
     axes.plot(counts, taken, "o-", color=colour, label=kind)
-axes.set(
-    xlabel="requests",
-    ylabel="time for all (s)",
-    ylim=(0, None),
-    title="16 tokens each",
-)
+axes.set(xlabel="requests", ylabel="time for all (s)", ylim=(0, None))
+axes.set_title("16 tokens each")
 axes.legend(frameon=False)
 show(figure, "07_throughput")
 
 # %% [markdown]
 # **Answer.** Twice the time user by user. A batch takes longer as it grows, too, but by far less
-# than twice. On a GPU, which has more to gain from a batch, the first requests added are almost
-# free: [tutorial 9](09_speed.py) has its times.
+# than twice: all rows share each read of the weights.
 #
 # ## Common mistakes
 # > - **Zeros as padding that is seen.** A zero key takes attention (section 3). It needs a length

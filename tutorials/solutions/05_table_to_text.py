@@ -25,8 +25,8 @@ batch = collate([row], tokenizer.eos_id)
 # %% [markdown]
 # ## 1. A loss on all tokens
 #
-# The source's tokens are about half of the row, and names and values are hard to guess. A prefix of
-# few numbers would spend them on how tables look, which it is always given.
+# The source's tokens are about half of the row, and names and values are hard to guess. A prefix
+# has few numbers. It would spend them on how tables look, although it is always given the table.
 
 # %%
 with torch.no_grad():
@@ -41,8 +41,8 @@ assert torch.allclose(target, ours, atol=1e-4)
 # %% [markdown]
 # ## 2. Another position offset
 #
-# The text's own embeddings change with it, so everything does: the offset belongs to the prefix and
-# stands in its file.
+# The embeddings of the text's own tokens change with it, and so do all logits. The offset belongs
+# to the prefix, and its file holds it.
 
 # %%
 words = Prefix.from_words(model, tokenizer, "table-to-text:", 10)
@@ -63,10 +63,10 @@ print(f"table in bf16: logits differ by {gap:.3f} at most, of {there.abs().max()
 assert 0 < gap < 0.05 * there.abs().max()  # bf16 keeps 8 bits: 0.4 % of each entry
 
 # %% [markdown]
-# ## 4. Stopped and gone on
+# ## 4. Stopped and resumed
 #
-# Rows and dropout are functions of (seed, step), and the state holds weights and optimiser: the
-# second half cannot tell that there was a break.
+# The rows of a step and its dropout follow from the seed and the step alone, and the saved state
+# holds the weights and the optimizer. So the second half does the same as in an unbroken run.
 
 # %%
 folder = Path(tempfile.mkdtemp(prefix="minprefix-"))

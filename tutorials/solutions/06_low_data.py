@@ -54,8 +54,8 @@ assert need == 7
 # %% [markdown]
 # ## 3. The top two layers
 #
-# What is trained are the model's own weights: step 0 is the frozen model itself, and the layers
-# below never move.
+# The model's own weights are trained, so step 0 is the frozen model itself. The layers below never
+# move.
 
 # %%
 model, tokenizer = minprefix.load("mini")

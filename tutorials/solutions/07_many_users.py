@@ -1,6 +1,6 @@
 """Solutions to the exercises of tutorial 7 (07_many_users). Each one is asserted.
 
-The prefixes here are not trained: from words they are as good for what is asked.
+The prefixes here are not trained. They start from words, which is enough for these questions.
 """
 
 import copy
@@ -23,8 +23,8 @@ users = {user: Prefix.from_words(model, tokenizer, words) for user, words in WOR
 lengths = [prefix.prefix_len for prefix in users.values()]
 dev = load_examples("restaurants", "dev")
 
-# 1. One offset for all: the rows change whose own offset is another. What a row should be is set by
-#    its prefix's training, so the offset belongs to the prefix (and is saved in its file).
+# 1. One offset for all changes the rows whose own offset is another. A prefix was trained with its
+#    offset, so the offset belongs to the prefix (and is saved in its file).
 ids = torch.tensor([encode_prompt(tokenizer, "name : The Eagle | type : pub")] * 3)
 acts = PrefixBank(list(users.values())).activations(torch.arange(3))
 longest = torch.full((3,), max(lengths))
@@ -35,7 +35,7 @@ assert len(set(lengths)) == 3
 for length, change in zip(lengths, moved.tolist(), strict=True):
     assert (change == 0) == (length == max(lengths)) and (change == 0 or change > 1e-3)
 
-# 2. Ada and Eve in one batch: each user's own mean, their sum, an optimiser for each.
+# 2. Ada and Eve in one batch: each user's own mean, their sum, an optimizer for each.
 rows = encode_examples(tokenizer, dev[:2])
 data = {"Ada": rows[:2], "Eve": rows[4:6]}
 
@@ -75,7 +75,7 @@ print(f"2. after two steps of up to {step:.3f} the tables differ by {gap:.1e}")
 assert gap < 1e-6 < step
 
 
-# 3. Files, and the least recently used of those in memory goes.
+# 3. Prefixes in files; of those in memory, the least recently used one goes.
 class Shelf:
     """Prefixes in files, at most `slots` of them in memory."""
 

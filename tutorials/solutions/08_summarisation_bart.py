@@ -50,8 +50,8 @@ def loss(prefix, examples: list) -> float:
 # %% [markdown]
 # ## 1. Padding that is seen
 #
-# The encoder has no causal mask that would hide what stands behind a row: only `source_lens` does.
-# In a decoder-only model with padding on the right, no token looks there.
+# The encoder has no causal mask, so only `source_lens` hides the padding after a row. In a
+# decoder-only model with padding on the right, the causal mask hides it already.
 
 # %%
 batch = collate(encode_examples(tokenizer, test[:4]), tokenizer.pad_id)
@@ -66,8 +66,9 @@ for n, gap in zip(batch.source_lens, (masked - seen).abs().amax((1, 2)), strict=
 # %% [markdown]
 # ## 2. Virtual tokens before the source
 #
-# One set of embeddings, which the encoder reads with the note: far fewer numbers to keep, and what
-# they become is up to the frozen layers. The prefix has a key and a value of its own everywhere.
+# One set of embeddings, which the encoder reads with the note. These are far fewer numbers to keep,
+# and the frozen layers decide what becomes of them. A prefix has a key and a value of its own in
+# every layer.
 
 # %%
 choices = {
@@ -103,9 +104,8 @@ print(format_rows(rows))
 # %% [markdown]
 # ## 4. From 0 or from P
 #
-# Another offset moves all embeddings, so the function differs, although no table does. A table of
-# GPT-2 holds what a prompt at positions 0 .. P-1 became, so the text has to go on at P. Here no
-# table is a prompt, and the authors' code keeps positions from 0, where the model was pretrained.
+# The tables are the same, but all embeddings move, and the model was pretrained with every text at
+# position 0 (section 4 of the tutorial). So the loss rises.
 
 # %%
 tables = tune("offset", PrefixConfig(prefix_len=10, init="random"), train).tables()
@@ -115,6 +115,6 @@ with torch.no_grad():
     gap = model(batch.source_ids, batch.input_ids, prefix=from_0) - model(
         batch.source_ids, batch.input_ids, prefix=from_p
     )
-print(f"logits differ by {gap.abs().max():.2f}; loss from 0: {loss(from_0, dev):.3f}, ", end="")
-print(f"from P: {loss(from_p, dev):.3f}")
-assert gap.abs().max() > 0.01
+own, moved = loss(from_0, dev), loss(from_p, dev)
+print(f"logits differ by {gap.abs().max():.2f}; loss from 0: {own:.3f}, from P: {moved:.3f}")
+assert gap.abs().max() > 0.01 and moved > own
