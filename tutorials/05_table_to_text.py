@@ -110,7 +110,7 @@ assert abs(loop - matrix) < 1e-4 and abs(matrix - library) < 1e-4  # fp32
 
 # %%
 def train(model, tokenizer, examples, prefix=None, *, steps, lr, warmup):
-    """Train `prefix`, or without one all weights of the model, in steps of 8 rows.
+    """Train `prefix`, or without one the whole model, in steps of 8 rows.
 
     A generator: a step is made when its loss (nats per target token) is read.
     """
@@ -256,15 +256,15 @@ ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 show(figure, "05_choices")
 
 # %% [markdown]
-# At 1e-3 without a warm-up the words are lost in the first three steps, and 60 steps are too few
-# to find something as good. The warm-up saves most of the start. At half the rate the run
-# recovers either way, and the warm-up only keeps it from the climb; in so few steps this is the
-# best rate of the two. The random start, by the same recipe, is far behind. (With all of E2E the
-# start makes no difference in the end: 06_low_data.)
+# At 1e-3 without a warm-up the words are lost in the first three steps, and after 60 steps the
+# run is no better than the random start. With a warm-up more of the words survives, but this rate
+# is too high for steps of 8 rows: the loss jumps again at step 40. At half the rate the run
+# recovers either way, and the warm-up makes the early climb lower. The random start, by the same
+# recipe, is far behind. (With all of E2E the start makes no difference in the end: 06_low_data.)
 #
-# So the recipe is: start from words, with a warm-up of some dozens of steps, and with a rate at
-# which single steps move the table by a few percent. The command line takes 5e-4 for few pairs
-# and 1e-3 for many, where longer runs have the time to profit from it.
+# So the recipe is: start from words, with a warm-up of some dozens of steps, so that the first of
+# them move the table by a few percent only. The command line then takes 5e-4 for few pairs, and
+# 1e-3 for many, where steps of 16 rows and longer runs profit from it.
 #
 # The third choice is the prefix length P: a prefix has $2 L P C$ numbers. What it is worth cannot
 # be seen in 60 steps, so here are runs of 500 on E2E, two for each length, read from a CSV of
@@ -293,6 +293,7 @@ assert max(spans["1"]) - min(spans["1"]) > 20
 
 # %%
 short = prefixes[BEST].export()  # the table alone, without the MLP
+short.linearisation = "paper"  # the frame of section 2: `generate` adds the bos
 some = test[:16]
 sources = [e.source for e in some]
 written = minprefix.generate(
@@ -302,11 +303,11 @@ for e, text in list(zip(some, written, strict=True))[:3]:
     print(f"{e.source}\n  {text.strip()}\n")
 
 # %% [markdown]
-# **Answer.** Everything but the names of the tables, and often it repeats itself. The prefix has
-# just begun to learn what kind of text is wanted. Here is one that was trained to the end: 2,500
-# steps of 32 rows on E2E's own tables, by `python -m docs.train_prefixes`. E2E's data is not part
-# of this repository, so its tables here are invented, with E2E's fields and values. Each is asked
-# twice, with `family friendly` once yes and once no.
+# **Answer.** Mostly the facts. The sentences have the form of the references, but half of the
+# values are missing, and some of what they say makes no sense. Here is one that was trained to
+# the end: 2,500 steps of 32 rows on E2E's own tables, by `python -m docs.train_prefixes`. E2E's
+# data is not part of this repository, so its tables here are invented, with E2E's fields and
+# values. Each is asked twice, with `family friendly` once yes and once no.
 
 # %%
 TABLES = (
@@ -360,8 +361,8 @@ friendly = next(row for row in rows if row["field"] == "family friendly")
 assert friendly["missing"] == friendly["in tables"]  # not once
 
 # %% [markdown]
-# The references state every fact and nothing else, so the count itself makes few errors. The
-# prefix leaves out `family friendly` *every time*. Why this field?
+# **Answer.** The references state every fact and nothing else, so the count itself makes few
+# errors. The prefix leaves out `family friendly` *every time*. Why this field?
 #
 # All other values can be copied: "Thai" is said as "Thai", and a frozen model can copy a little
 # even before any training. But "family friendly : no" is said as "adults only" or "children are

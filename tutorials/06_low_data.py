@@ -251,8 +251,8 @@ assert by_tuning[0] < 0.1 and by_prefix[0] > 0.5  # by heart, and not
 assert curves["fine-tuning"][1][-1][1] > by_tuning[1][1] + 0.1  # it turned
 
 # %% [markdown]
-# **Answer.** Fine-tuning's. It turns after some 20 steps, while the training loss falls to zero:
-# all 20 pairs are known by heart. The prefix's two losses stay closer.
+# **Answer.** Fine-tuning's. It turns after ten or twenty steps, while the training loss falls to
+# zero: all 20 pairs are known by heart. The prefix's two losses stay closer.
 #
 # But note which is lower here: fine-tuning at its best step is ahead of the prefix. These
 # sentences come from rules and are alike, so little can be learned wrongly from 20 of them, and
@@ -298,7 +298,7 @@ ax.set(xlabel="BLEU at 100 pairs (0 to 100)", ylabel="start of the prefix")
 show(figure, "06_starts")
 
 # %% [markdown]
-# **Answer.** Hardly: "banana" is nearly as good as "summarize". But the worst of the 32 runs from
+# **Answer.** Hardly: "banana" is not far behind "summarize". But the worst of the 32 runs from
 # words is far better than the best random one. So it is not the meaning that helps. Activations
 # of real words are keys and values of the size and kind that the frozen queries expect, and
 # random ones are not. With all 42,000 pairs the start no longer matters: training has time to

@@ -85,10 +85,15 @@ both = minprefix.generate(
 )  # fmt: skip
 for (what, _, n), text in zip(requests, both, strict=True):
     print(f"{what:5} with {names[n]:5} {text.strip()}")
-assert "The Blue Heron" in both[0] and both[0] != both[1] and both[2] != both[3]
+assert "The Blue Heron" in both[0] and "Swanmouth" in both[2]
+assert both[0] != both[1] and both[2] != both[3] and "restaurant" in both[3]
 
 # %% [markdown]
-# **Answer.** ANSWER
+# **Answer.** The prefix decides what is done. The first and the third row are what the prefixes
+# were trained for. (Work out the sum in the note: the summary has the form, the place and the
+# idea right and the number wrong. 08 comes back to such faults.) With the e2e prefix the note
+# becomes a restaurant, and with the notes prefix the table becomes a kind of headline. All four
+# rows went through the same weights in the same calls.
 #
 # The rest of this page shows how one batch can hold several prefixes, and what follows from it,
 # with small prefixes of our own.
@@ -138,6 +143,7 @@ def tune(user: str) -> Prefix:
     print(f"{user:5} P {prefix.prefix_len}, ", end="")
     print(f"loss {losses[0]:.2f}, at the end {losses[-1]:.2f}")
     assert losses[-1] < 0.5 * losses[0]
+    prefix.linearisation = "paper"  # `generate` adds the bos, as in training
     return prefix.requires_grad_(False)
 
 

@@ -16,7 +16,7 @@ TRAINED = Path(__file__).parents[1] / "docs" / "prefixes"
 
 
 def train(model, tokenizer, examples, prefix=None, *, steps, lr, warmup):
-    """Train `prefix`, or without one all weights of the model, in steps of 8 rows.
+    """Train `prefix`, or without one the whole model, in steps of 8 rows.
 
     A generator: a step is made when its loss (nats per target token) is read.
     """

@@ -8,6 +8,9 @@ The frame, which the site relies on, too (jupytext percent format):
     ## Exercises    a numbered list; exercise n is solved by `exercise_n` in the file of the same
                     name in tutorials/solutions/
     ## References   by URL
+
+Those of TAUGHT also have a list of common mistakes, cells to predict, exercises with a grade and a
+hint, and code within 80 columns.
 """
 
 import ast
@@ -22,11 +25,19 @@ import jupytext
 import pytest
 import torch
 
+import minprefix
+from minprefix.data.load import load_examples
+from minprefix.prefix.prefix import Prefix
+from minprefix.training.config import TrainConfig
+from minprefix.training.run_folder import read_log
+from minprefix.training.trainer import Trainer
+
 ROOT = Path(__file__).resolve().parents[2]
 TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
 SOLUTIONS = sorted((ROOT / "tutorials" / "solutions").glob("[0-9]*.py"))
 TOP = ("What you will learn", "What to know first", "Running time", "Sources")
 END = ["Recap", "Exercises", "References"]
+TAUGHT = [path for path in TUTORIALS if path.name[:2] in ("05", "06", "07", "08")]
 HANGS = 1800  # s: a script that takes longer will not end; how long one may take is not tested
 
 
@@ -95,6 +106,64 @@ def test_frame(path: Path):
     text = solution.read_text(encoding="utf-8") if solution.exists() else None
     problems = frame_problems(path.read_text(encoding="utf-8"), text)
     assert not problems, "\n".join(problems)
+
+
+def teaching_problems(text: str) -> list[str]:
+    """What a tutorial of TAUGHT lacks."""
+    cells = jupytext.reads(text, fmt="py:percent").cells
+    prose = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    code = [line for cell in cells if cell.cell_type == "code" for line in cell.source.split("\n")]
+    problems = [f"wider than 80 columns: {line}" for line in code if len(line) > 80]
+    if "\n## Common mistakes\n> - " not in prose:
+        problems.append("no list of common mistakes")
+    if prose.count("**Predict.**") != prose.count("**Answer.**") or "**Predict.**" not in prose:
+        problems.append("each **Predict.** has its **Answer.**, and there is one")
+    exercises = prose[prose.rindex("## Exercises") : prose.rindex("Solutions:")]
+    for exercise in re.split(r"\n(?=\d\. )", exercises)[1:]:
+        if not re.match(r"\d\. \*(Easy|Medium|Hard)\.\* ", exercise) or "*Hint:*" not in exercise:
+            problems.append(f"no grade or no hint: {exercise[:40]!r}")
+    return problems
+
+
+@pytest.mark.parametrize("path", TAUGHT, ids=name)
+def test_what_teaches_is_there(path: Path):
+    problems = teaching_problems(path.read_text(encoding="utf-8"))
+    assert not problems, "\n".join(problems)
+
+
+def test_teaching_problems_are_seen():
+    text = TAUGHT[0].read_text(encoding="utf-8")
+    for old, new, told in (
+        ("# ## Common mistakes", "# ## Mistakes", "mistakes"),
+        ("**Answer.**", "Answer.", "Predict"),
+        ("*Easy.* ", "", "no grade"),
+        ("*Hint:*", "Hint:", "no hint"),
+        ("import inspect\n", f"import inspect{' ' * 80}# wide\n", "80 columns"),
+    ):
+        assert old in text
+        problems = teaching_problems(text.replace(old, new, 1))
+        assert len(problems) == 1 and told in problems[0], (old, problems)
+
+
+def test_the_short_loop_is_the_trainers(monkeypatch, tmp_path: Path):
+    monkeypatch.syspath_prepend(ROOT / "tutorials")
+    from short_training import train
+
+    model, tokenizer = minprefix.load("mini")
+    model.requires_grad_(False)
+    examples = [e for e in load_examples("restaurants", "train") if len(e.table) == 3][:6]
+    steps, lr, warmup = 3, 0.05, 2
+    one, two = (Prefix.random(model.config, 2, seed=0) for _ in range(2))
+    losses = list(train(model, tokenizer, examples, one, steps=steps, lr=lr, warmup=warmup))
+    config = TrainConfig(
+        steps=steps, lr=lr, warmup_steps=warmup, batch_size=8, precision="fp32", samples=0,
+        log_every=1,
+    )  # fmt: skip
+    Trainer(model, tokenizer, config, examples, [], tmp_path, two).run(progress=False)
+    logged = [entry["loss"] for entry in read_log(tmp_path) if "loss" in entry]
+    assert losses == pytest.approx(logged, rel=1e-5)  # fp32: a mean, and a sum that is divided
+    start = Prefix.random(model.config, 2, seed=0).table()
+    assert (one.table() - two.table()).norm() < 1e-3 * (one.table() - start).norm()
 
 
 def test_every_file_of_solutions_has_its_tutorial():
