@@ -160,9 +160,8 @@ first = collate(encode_examples(tokenizer, train_set[:3]), tokenizer.eos_id)
 def first_step(prefix):
     """For each rate: how far the table moves, and the dev loss after it."""
     before, points = prefix.table().detach().clone(), []
-    frozen.token_losses(
-        first.input_ids, first.labels, prefix=prefix
-    ).mean().backward()
+    losses = frozen.token_losses(first.input_ids, first.labels, prefix=prefix)
+    losses.mean().backward()
     start = [(w, w.detach().clone()) for w in prefix.parameters()]
     with torch.no_grad():
         for rate in (0, *RATES):
@@ -179,12 +178,8 @@ for name, config in STARTS.items():
     steps[name] = first_step(make_prefix(model, tokenizer, config, seed=0))
     print(f"{name}: loss at the start {steps[name][0][1]:.2f}")
     for rate, (moved, loss) in zip(RATES, steps[name][1:], strict=True):
-        print(
-            f"  rate {rate:.0e}: table moves by {moved:7.2%}, loss {loss:5.2f}"
-        )
-after = {
-    name: dict(zip((0, *RATES), x, strict=True)) for name, x in steps.items()
-}
+        print(f"  rate {rate:.0e}: table moves {moved:7.2%}, loss {loss:5.2f}")
+after = {n: dict(zip((0, *RATES), x, strict=True)) for n, x in steps.items()}
 assert after["words"][1e-3][1] > after["words"][0][1] + 2  # thrown away
 assert after["words"][1e-4][1] < after["words"][0][1]  # a safe first step
 assert after["random"][1e-3][1] < after["random"][0][1]
@@ -192,12 +187,10 @@ assert after["words"][1e-3][0] > 50 * after["words, no MLP"][1e-3][0]
 
 # %%
 figure, ax = new(width=5.6)
-for (name, points), colour in zip(
-    steps.items(), (PREFIX, FAINT, OTHER), strict=True
-):
-    ax.plot(
-        RATES, [loss for _, loss in points[1:]], "o-", color=colour, label=name
-    )
+colours = (PREFIX, FAINT, OTHER)
+for (name, points), colour in zip(steps.items(), colours, strict=True):
+    ends = [loss for _, loss in points[1:]]
+    ax.plot(RATES, ends, "o-", color=colour, label=name)
     ax.axhline(points[0][1], color=colour, lw=1, ls=":")
 ax.set(xscale="log", xlabel="learning rate of the one step (no unit)")
 ax.set(ylabel="dev loss after it (nats per target token)")
@@ -237,9 +230,7 @@ for name, (start, lr, warmup, _) in RUNS.items():
     ends[name] = loss_on(frozen, tokenizer, dev, prefix)
     prefixes[name] = prefix
     highest = max(losses[name][:WARM])
-    print(
-        f"{name:22} dev loss {ends[name]:.2f}, on the way up to {highest:.1f}"
-    )
+    print(f"{name:22} dev loss {ends[name]:.2f}, before up to {highest:.1f}")
 assert ends["words, 1e-3, warm-up"] < ends["words, 1e-3"] - 0.2
 assert max(ends["words, 5e-4"], ends[BEST]) < ends["words, 1e-3"] - 0.2
 assert ends[BEST] < ends["random, 5e-4, warm-up"] - 0.5
@@ -257,7 +248,7 @@ show(figure, "05_choices")
 
 # %% [markdown]
 # At 1e-3 without a warm-up the words are lost in the first three steps, and after 60 steps the
-# run is no better than the random start. With a warm-up more of the words survives, but this rate
+# run is no better than the random start. With a warm-up the words survive longer, but this rate
 # is too high for steps of 8 rows: the loss jumps again at step 40. At half the rate the run
 # recovers either way, and the warm-up makes the early climb lower. The random start, by the same
 # recipe, is far behind. (With all of E2E the start makes no difference in the end: 06_low_data.)

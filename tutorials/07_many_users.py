@@ -260,7 +260,7 @@ assert gap < 1e-11  # of logits up to some tens, fp64; worst seen 2e-13
 # The same tables for everyone, in one batch. Then the texts of every user are held against the
 # rules of all of them.
 #
-# **Predict.** Where will a text miss its rule: in its style, or in a name?
+# **Predict.** Where will a text miss its rule: in its style, or in a value that it copies?
 
 # %%
 users["Eve"] = tune("Eve")  # one more entry; nobody else is touched
@@ -308,10 +308,10 @@ for rule, text in missed[:4]:
     print(f"wanted {rule!r}\n   got {text!r}")
 
 # %% [markdown]
-# **Answer.** In the names. Nobody ever writes in another user's style, and the model without a
-# prefix writes none of these. A text that misses its rule has the style right and a name wrong:
-# the names of these tables never occur in training, and 40 steps teach a style before they teach
-# copying.
+# **Answer.** In a value. Nobody ever writes in another user's style, and the model without a
+# prefix writes in none of them. A text that misses its rule has the style right and a name or a
+# place wrong: the names of these tables never occur in training, and 40 steps teach a style
+# before they teach copying.
 #
 # ## 5. Isolation
 # Is anything of Ada's data in Ben's prefix? A prefix changes only by its gradient, so look at the

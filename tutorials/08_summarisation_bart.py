@@ -20,6 +20,7 @@
 # and their code; BART: Lewis et al. 2020; the notes: `minprefix/assets/notes`.
 
 # %%
+import copy
 import re
 from collections import Counter
 from dataclasses import replace
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from figure import FAINT, OTHER, PREFIX, TEXT, new, show
 from matplotlib.colors import ListedColormap
 from rouge_score.rouge_scorer import RougeScorer
-from short_training import for_training, loss_on, train
+from short_training import TRAINED, for_training, loss_on, train
 
 import minprefix
 from benchmarks.paper.published import XSUM, XSUM_TOPICS
@@ -315,10 +316,9 @@ def keys_and_values(model, tokenizer, text: str) -> torch.Tensor:
     return recorder.table()[..., : len(words), :]
 
 
-for name, *pair in (
-    ("GPT-2", gpt2.double(), gpt2_tokenizer),
-    ("encoder", exact, tokenizer),
-):
+exact_gpt2 = copy.deepcopy(gpt2).double()
+pairs = {"GPT-2": (exact_gpt2, gpt2_tokenizer), "BART": (exact, tokenizer)}
+for name, pair in pairs.items():
     one, other = (keys_and_values(*pair, test[i].source) for i in (0, 1))
     by_layer = (one - other).flatten(1).norm(dim=1) / one.flatten(1).norm(dim=1)
     print(f"{name:8} relative difference by layer:", end=" ")
@@ -396,11 +396,19 @@ for name, way in ways.items():
     scores[name], written[name] = evaluate_method(
         model, tokenizer, some, prefix=tuned, config=way, metrics="xsum"
     )
+for_gpt2 = Prefix.load(TRAINED / "notes-P10.safetensors")  # trained to the end
+scores["greedy, GPT-2"], _ = evaluate_method(
+    gpt2, gpt2_tokenizer, some, prefix=for_gpt2, config=ways["greedy"],
+    metrics="xsum",
+)  # fmt: skip
 print(format_rows([{"summary": way} | found for way, found in scores.items()]))
 untuned = minprefix.generate(
     model, tokenizer, [encode_prompt(tokenizer, note)], config=ways["greedy"]
 )[0]
 print("\nwithout a prefix:", untuned)
+assert scores["greedy"]["R-1"] > scores["greedy, GPT-2"]["R-1"] - 2
+for name in ("R-1", "R-2", "R-L"):
+    assert scores["6 beams"][name] > scores["first sentence"][name] + 2
 assert rouge_1(untuned, note) > rouge_1(untuned, summary)  # it restores
 for example, text in zip(some[:3], written["6 beams"], strict=False):
     print("\nnote:     ", example.source)
@@ -408,7 +416,12 @@ for example, text in zip(some[:3], written["6 beams"], strict=False):
     print("written:  ", text)
 
 # %% [markdown]
-# RESULT
+# The last line is the GPT-2 of the other tutorials, with a prefix that was trained on the same
+# notes to the end, on five times as many rows. BART is nearly level with it already.
+#
+# After 300 steps of 8 rows the summaries have the form of the references, name the right places,
+# and beat the first sentence by several points of each ROUGE. Beams add a little. But read them:
+# what they say is mostly wrong.
 #
 # ## 8. What ROUGE does not see
 #
@@ -443,11 +456,16 @@ def count(texts: list[str]) -> dict[str, int]:
 texts = {"reference": [e.targets[0] for e in some]} | written
 counts = {name: count(found) for name, found in texts.items()}
 print(format_rows([{"text": name} | n for name, n in counts.items()]))
-n = counts["reference"]
-assert n["names"] == n["names in the note"]  # references invent nobody
+true, ours = counts["reference"], counts["6 beams"]
+assert true["names"] == true["names in the note"]  # nobody is invented
+assert ours["names in the note"] > 0.8 * ours["names"]
+assert ours["numbers in the reference"] < 0.5 * true["numbers"]
 
 # %% [markdown]
-# NAMES
+# Names are right nearly every time: copying is what the model was pretrained for. Numbers are
+# not. The text states few of those in the reference, half of which had to be worked out, and
+# takes others out of the note that do not belong in the summary. ROUGE counts a wrong number like
+# any other wrong word.
 #
 # ## 9. With bart-large, on XSum
 #
