@@ -41,8 +41,9 @@ LONG = 16  # rows; a longer table of a CSV is folded
 def library_hash() -> str:
     """Changes with whatever the tutorials run beside their own code: 16 hex digits."""
     paths = [p for folder in ("minprefix", "kernels") for p in (ROOT / folder).rglob("*.py")]
+    paths += [*TUTORIALS.glob("[!0-9]*.py"), *(DOCS / "prefixes").glob("*.safetensors")]
     digest = hashlib.sha256()
-    for path in sorted([*paths, TUTORIALS / "figure.py", ROOT / "requirements.txt"]):
+    for path in sorted([*paths, ROOT / "requirements.txt"]):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
