@@ -453,7 +453,7 @@ except ValueError as error:
 # ## Recap
 #
 # - A row is `source, bos, target, eos`; the loss is on the target and the eos alone.
-# - Trained: an MLP and the P rows that it reads. Shipped: the table that they make.
+# - Trained: an MLP and the P embeddings that it reads. Shipped: the table that they make.
 # - The first steps at full rate move the table so far that a good start is lost. Start from
 #   words, warm up, and watch the loss of the first steps.
 # - Copying comes first, translation late: count facts, field by field.

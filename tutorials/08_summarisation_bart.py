@@ -129,7 +129,8 @@ for axis, site in zip(axes, SITES, strict=True):
     sees = sees.tril() if site == "decoder" else sees
     grid = torch.cat([torch.full((len(queries), P), 2.0), sees], dim=1)
     axis.pcolormesh(grid, cmap=colours, vmin=0, vmax=2, edgecolors="white")
-    axis.set(aspect="equal", ylim=(S, 0), xlim=(0, P + S))
+    axis.set(aspect="equal", ylim=(len(queries), 0), xlim=(0, P + S))
+    axis.set_anchor("N")
     axis.set_xticks(torch.arange(P + len(keys)) + 0.5, [*"pp", *keys])
     axis.set_yticks(torch.arange(len(queries)) + 0.5, [*queries])
     axis.set(title=site, xlabel="keys and values")
@@ -416,8 +417,8 @@ for example, text in zip(some[:3], written["6 beams"], strict=False):
     print("written:  ", text)
 
 # %% [markdown]
-# The last line is the GPT-2 of the other tutorials, with a prefix that was trained on the same
-# notes to the end, on five times as many rows. BART is nearly level with it already.
+# The last of these is the GPT-2 of the other tutorials, with a prefix that was trained on the
+# same notes to the end, on five times as many rows. BART is nearly level with it already.
 #
 # After 300 steps of 8 rows the summaries have the form of the references, name the right places,
 # and beat the first sentence by several points of each ROUGE. Beams add a little. But read them:
