@@ -1,57 +1,164 @@
 # %% [markdown]
 # # 1. GPT-2 from scratch
-# A prefix is read by attention, and only by attention. So this first tutorial takes GPT-2 apart,
-# from one attention score to the whole model, and puts it together again in about sixty lines.
-# These load the weights of the embedded model and give the logits of the library and of
-# Hugging Face to the last digits.
+# Prefix-tuning teaches a language model a task without changing the model. This first tutorial
+# shows what that means, and then builds the model: GPT-2, from one attention score to the whole
+# network, in about sixty lines. They load real weights, and their logits equal those of the library
+# and of Hugging Face to the last digits.
 #
-# **What you will learn.** How a score becomes a weight and a weight becomes an output; why
-# the mask makes the past independent of the future; what a block adds to the residual stream; what
-# exactly is left of a token once it has been read: its keys and values, the $h_i$ that equation (1)
-# of the prefix-tuning paper is about and that tutorial 02_equation_3 trains.
+# **What you will learn.** What prefix-tuning is for. How a score becomes a weight and a weight
+# becomes an output; why the causal mask makes the past independent of the future; what a layer adds
+# to the residual stream. What a token leaves behind once it has been read: its keys and values,
+# which are what tutorial 02_equation_3 trains.
 #
 # **What to know first.** PyTorch tensors and modules. No knowledge of transformers.
 #
-# **Running time.** Some seconds on two CPU cores with the embedded model. Another `MODEL`, such
-# as `gpt2`, is downloaded first, and all of it takes longer.
+# **Running time.** Some seconds on two CPU cores with the embedded model. Another `MODEL`, such as
+# `gpt2`, is downloaded first and takes longer.
 #
-# **Sources.** Attention: Vaswani et al. [1]; the model: Radford et al. [2]; the names of its
-# weights: the official checkpoints [3]; equation (1): Li & Liang [4]. The list is at the end.
+# **Sources.** Prefix-tuning: Li & Liang [1]; attention: Vaswani et al. [2]; GPT-2: Radford et
+# al. [3], with the names of the official checkpoints [4]. The list is at the end.
 
 # %%
 import math
+from pathlib import Path
 
+import figure
 import torch
 import torch.nn.functional as F
-from figure import new, show
+from figure import OTHER, PREFIX, TEXT, new, show
+from matplotlib.colors import to_rgb
 from safetensors.torch import load_file
 from torch import nn
 
 import minprefix
 from minprefix.models.weights import find
 
-MODEL = "mini"  # embedded; or gpt2, gpt2-medium, a folder with model.safetensors
-torch.set_default_dtype(torch.float64)  # equal then means equal to about 15 digits
+MODEL = "mini"  # embedded; or gpt2, gpt2-medium, a folder
+torch.set_default_dtype(torch.float64)  # equal then means to 15 digits
 torch.set_grad_enabled(False)  # nothing is trained here
 
 
 def check(name, a, b):
-    """Print how far a is from b, and fail if that is more than rounding in fp64."""
+    """Print how far a is from b; fail if it is more than fp64 rounding."""
     gap, size = (a - b).abs().max().item(), b.abs().max().item()
     print(f"{name}: largest |difference| {gap:.0e}, largest value {size:.3g}")
     assert gap <= 1e-12 * max(1, size)  # a few thousand roundings of 1e-16
 
 
 # %% [markdown]
-# ## 1. One score, by hand
+# ## 1. The problem
+# A language model continues a text: it gives a probability to every token that could come next. We
+# want it to do one task, here to write a sentence about a table of facts. Three ways are known.
+#
+# - **Ask for it in words** (a prompt). Nothing is trained, and a small model hardly understands.
+# - **Fine-tune** it: adjust all its weights on examples of the task. This works well, but each task
+#   then has its own copy of the whole model. A service with ten thousand users, each with a style
+#   of their own, would store ten thousand models, and could not answer two users in one batch.
+# - **Prefix-tuning** [1]: leave the weights alone ("frozen"). Put a few positions before the text,
+#   in each layer, which hold no tokens but trained numbers. The text reads these numbers by
+#   attention, just as it reads its own earlier tokens. A task is then a small file.
+
+# %%
+picture, axes = new(2, width=4.6, height=2.2)
+ways = {"fine-tuning": (OTHER, 0), "prefix-tuning": (TEXT, 3)}
+for ax, (way, (colour, n)) in zip(axes, ways.items(), strict=True):
+    cells = torch.tensor(to_rgb(colour)).repeat(4, n + 11, 1)  # 4 layers
+    cells[:, :n] = torch.tensor(to_rgb(PREFIX))
+    ax.pcolormesh(cells, edgecolors="white", linewidth=3)
+    ax.axvline(n + 6, color="black", lw=1)
+    ax.set(xlabel="position (line: the sentence begins)", ylabel="layer")
+    ax.set(xticks=[], yticks=[], title=way)
+show(picture, "01_two_ways")
+
+# %% [markdown]
+# Each square is what one layer computes at one position. Green squares are computed with weights
+# that were trained for the task. Blue ones are computed with the frozen weights. The orange ones
+# are not computed at all: they are the trained numbers, the *prefix*, and later squares of the same
+# layer read them.
+#
+# The model of these tutorials is `mini`, which lies in this repository: a real GPT-2, only smaller.
+# It was trained from scratch on English text (articles, novels, textbooks, dialogues, and many
+# tables beside prose), never on the tables that we use. Its card is
+# [MODEL_CARD.md](../minprefix/assets/mini/MODEL_CARD.md). Beside it lies a prefix of ten positions,
+# trained for 2,500 steps on the restaurant tables of the E2E data by
+# [train_prefixes.py](../docs/train_prefixes.py).
+#
+# **Predict.** The same frozen weights read the same table, once with a request in words after it
+# and once with the prefix before it. How different can the two texts be?
+
+# %%
+model, tokenizer = minprefix.load(MODEL, dtype=torch.float64)
+PREFIXES = Path(figure.__file__).parents[1] / "docs" / "prefixes"
+table = (
+    "name : The Eagle | type : coffee shop | food : Chinese | price : cheap | "
+    "area : riverside | family friendly : no | near : Burger King"
+)
+if MODEL == "mini":  # a prefix belongs to one model
+    trained = minprefix.Prefix.load(PREFIXES / "e2e-P10.safetensors").double()
+    asked = [table + "\n\nDescription:"]
+    (words,) = minprefix.generate(model, tokenizer, asked, max_new_tokens=40)
+    (text,) = minprefix.generate(model, tokenizer, [table], prefix=trained)
+    print(f"asked in words:  {words!r}\nwith the prefix: {text!r}")
+    values = [fact.split(" : ")[1] for fact in table.split(" | ")]
+    values.remove("no")  # it is part of many words
+    n_words, n_text = (sum(v in out for v in values) for out in (words, text))
+    print(f"values of the table in it, word for word: {n_words} and {n_text}")
+    assert n_text >= n_words + 2
+
+# %% [markdown]
+# **Answer.** Completely different. Asked in words, the model picks up the name and drifts off; with
+# the prefix it writes a sentence about the table. No weight has changed. And this is what the task
+# costs on disk:
+
+# %%
+config = model.config
+L, H, C, D = config.n_layer, config.n_head, config.n_embd, config.head_dim
+P = 10
+in_prefix = P * 2 * L * C  # a key and a value of C numbers, in each layer
+in_model = sum(weight.numel() for weight in model.parameters())
+print(f"{MODEL}: {L} layers, {H} heads of {D}, width {C}")
+print(f"vocabulary {config.vocab_size:,}, {config.n_positions} positions")
+print(f"a tuned copy: {in_model:,} numbers, {4 * in_model / 2**20:.0f} MiB")
+print(f"a prefix:     {in_prefix:,} numbers, {4 * in_prefix / 2**10:.0f} KiB")
+print(f"ratio {in_model / in_prefix:.0f} (4 bytes a number, fp32)")
+if MODEL == "mini":
+    assert sum(weight.numel() for weight in trained.parameters()) == in_prefix
+
+# %% [markdown]
+# To understand what these numbers are, and why the model can read them, we build the model.
+#
+# ## 2. The table of letters
+# All tutorials use these letters, and each has one meaning.
+#
+# | letter | shape | meaning |
+# |---|---|---|
+# | B, T | | rows of a batch; tokens that are read in one call. A *row* is one example of a batch |
+# | P | | positions of the prefix |
+# | S | | keys of the text that are at hand: cached and new ones, never those of the prefix |
+# | L, H, C, D | | layers; heads; width; width of a head, D = C / H |
+# | V, N | | tokens in the vocabulary; prefixes in a bank |
+# | z | (T,) | token ids: the *source* (a table), its end, the *target* (a text) |
+# | x | (B, T, C) | the residual stream (in the paper's $[x; y]$: the source) |
+# | q | (B, H, T, D) | queries |
+# | k, v | (B, H, S, D) | keys and values |
+# | s, p | (B, H, T, S) | scores and attention weights; p(...) with brackets is a probability |
+# | Z | (B, H, T) | a sum of $e^s$; programs keep its logarithm (`lse`) |
+# | o | (B, H, T, D) | the output of attention, and of nothing else |
+# | $\lambda$ (`lam`) | (B, H, T) | the part of the attention that goes to the prefix |
+# | $h_i$ | (L, 2, H, D) | keys (0) and values (1) of position i (but `model.h`: the layers) |
+# | $P_\theta$ | (L, 2, H, P, D) | the prefix, `prefix_table` in the code |
+# | d (`do`) | (B, H, T, D) | the gradient of the loss with respect to o |
+# | $\ell$ | | the loss: the mean of $-\log p$ over target tokens, in nats |
+#
+# ## 3. Attention, by hand
 # Attention lets a position read from others. Each position $i$ has three vectors of $D$ numbers: a
-# query $q_i$ ("what I look for"), a key $k_i$ ("what I am"), a value $v_i$ ("what I say").
+# query $q_i$ ("what I look for"), a key $k_i$ ("what I am"), and a value $v_i$ ("what I say").
 # How much $i$ looks at $j$ begins with the score
 #
 # $$s_{ij} = \frac{q_i \cdot k_j}{\sqrt{D}} .$$
 #
-# Three positions and $D = 2$ can be done in the head. The scale $1/\sqrt{D}$ keeps scores of
-# the same size, whatever $D$ is.
+# Three positions and $D = 2$ can be done in the head. The factor $1/\sqrt{D}$ keeps scores about
+# equally large, whatever $D$ is.
 
 # %%
 q = torch.tensor([[1.0, 0.0], [0.0, 2.0], [2.0, 1.0]])  # (T, D)
@@ -61,12 +168,10 @@ v = torch.tensor([[10.0, 0.0], [0.0, 10.0], [5.0, 5.0]])  # (T, D)
 s_20 = (2 * 1 + 1 * 0) / math.sqrt(2)  # q_2 . k_0 / sqrt(D)
 s_21 = (2 * 0 + 1 * 1) / math.sqrt(2)
 s_22 = (2 * 1 + 1 * 1) / math.sqrt(2)
-print(f"scores of position 2: {s_20:.3f} {s_21:.3f} {s_22:.3f}")
 
 # %% [markdown]
-# ## 2. From scores to an output
-# The softmax makes weights of the scores: positive, with sum 1. The output is the weighted
-# mean of the values:
+# The softmax turns scores into weights, which are positive and have the sum 1. The output is the
+# mean of the values with these weights:
 #
 # $$Z_i = \sum_{j \le i} e^{s_{ij}}, \qquad p_{ij} = \frac{e^{s_{ij}}}{Z_i}, \qquad
 # o_i = \sum_{j \le i} p_{ij}\, v_j .$$
@@ -78,21 +183,18 @@ print(f"scores of position 2: {s_20:.3f} {s_21:.3f} {s_22:.3f}")
 Z = math.exp(s_20) + math.exp(s_21) + math.exp(s_22)
 p_20, p_21, p_22 = (math.exp(s) / Z for s in (s_20, s_21, s_22))
 o_2 = [p_20 * 10 + p_21 * 0 + p_22 * 5, p_20 * 0 + p_21 * 10 + p_22 * 5]
+print(f"scores of position 2:  {s_20:.3f} {s_21:.3f} {s_22:.3f}")
 print(f"weights of position 2: {p_20:.3f} {p_21:.3f} {p_22:.3f}")
 print(f"output of position 2:  {o_2[0]:.3f} {o_2[1]:.3f}")
 
 
-# %% [markdown]
-# The same as a loop over the positions:
-
-
-# %%
 def attention_loop(q, k, v):
     """q, k, v (T, D) -> o (T, D), one position after the other."""
     T, D = q.shape
     o = torch.zeros(T, D)
     for i in range(T):
-        e = [math.exp(float(q[i] @ k[j]) / math.sqrt(D)) for j in range(i + 1)]
+        s = [float(q[i] @ k[j]) / math.sqrt(D) for j in range(i + 1)]
+        e = [math.exp(score) for score in s]
         for j in range(i + 1):
             o[i] += e[j] / sum(e) * v[j]
     return o
@@ -102,17 +204,20 @@ check("loop and hand", attention_loop(q, k, v)[2], torch.tensor(o_2))
 
 
 # %% [markdown]
-# And as matrices. All scores at once are $Q K^T / \sqrt{D}$; the mask puts $-\infty$ where
-# $j > i$, and $e^{-\infty} = 0$ does the rest. Leading dimensions, such as heads, go along. There
-# may be more keys (S) than queries (T): the first S - T are then older than all queries.
+# And as matrices. All scores at once are $Q K^T / \sqrt{D}$. The mask puts $-\infty$ where
+# $j > i$, and $e^{-\infty} = 0$ does the rest. Further dimensions, such as heads, stand in front.
+# There may be more keys (S) than queries (T): the first S - T keys are then older than all queries.
 
 
 # %%
 def attention_weights(q, k):
-    """q (..., T, D), k (..., S, D) -> p (..., T, S); query i stands at place S - T + i."""
+    """q (..., T, D), k (..., S, D) -> p (..., T, S).
+
+    Query i stands at position S - T + i, and reads the keys up to there.
+    """
     T, S, D = q.shape[-2], k.shape[-2], q.shape[-1]
     s = q @ k.mT / math.sqrt(D)  # (..., T, S)
-    seen = torch.ones(T, S, dtype=torch.bool).tril(S - T)  # j <= S - T + i
+    seen = torch.ones(T, S, dtype=torch.bool).tril(S - T)
     return s.masked_fill(~seen, -math.inf).softmax(-1)
 
 
@@ -124,55 +229,52 @@ def attention(q, k, v):
 check("matrix and loop", attention(q, k, v), attention_loop(q, k, v))
 
 # %% [markdown]
-# ## 3. From text to vectors
-# Now the real weights. A checkpoint is a file of named tensors. Text becomes token ids, and
-# each token begins as the sum of two vectors of $C$ numbers, one for what it is (`wte`) and one for
-# where it stands (`wpe`): $x_t = \mathrm{wte}[z_t] + \mathrm{wpe}[t]$. A weighted mean has no order
-# of its own; `wpe` brings it in.
+# ## 4. From text to vectors
+# Now with real weights. A checkpoint is a file of named tensors. Text becomes token ids, and each
+# token begins as the sum of two vectors of $C$ numbers, one for what it is (`wte`) and one for
+# where it stands (`wpe`): $x_t = \mathrm{wte}[z_t] + \mathrm{wpe}[t]$. Attention alone knows no
+# order, since a sum has none; `wpe` brings it in.
 
 # %%
-model, tokenizer = minprefix.load(MODEL, dtype=torch.float64)  # the library's, to compare with
-config = model.config
-L, H, C, D = config.n_layer, config.n_head, config.n_embd, config.head_dim
 weights = {
     name.removeprefix("transformer."): tensor.double()
     for name, tensor in load_file(find(MODEL) / "model.safetensors").items()
 }
-ids = torch.tensor(tokenizer.encode("The Eagle is a pub near the river. The food at the Eagle"))
+sentence = "The Eagle is a pub near the river. The food at the Eagle"
+ids = torch.tensor(tokenizer.encode(sentence))
 tokens = [tokenizer.decode([int(z)]) for z in ids]
 x = weights["wte.weight"][ids] + weights["wpe.weight"][: len(ids)]  # (T, C)
-
-print(f"{MODEL}: L = {L} layers, H = {H} heads of D = {D}, C = {C}, {len(weights)} tensors")
 print(f"T = {len(ids)} tokens: {tokens}")
-print("names of layer 0:", *(n for n in weights if n.startswith("h.0.") and "weight" in n))
+of_layer = [n for n in weights if n.startswith("h.0.") and "weight" in n]
+print("weights of layer 0:", *of_layer)
 
 # %% [markdown]
-# ## 4. LayerNorm, by hand
-# Before each of its parts the model brings every vector to mean 0 and variance 1, then stretches
-# and shifts each entry by learned numbers:
+# ## 5. LayerNorm and heads
+# Before each of its parts a layer brings every vector to mean 0 and variance 1, then stretches and
+# shifts each entry by learned numbers:
 #
 # $$\mathrm{LN}(x) = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}\, g + b, \qquad
 # \mu = \frac1C \sum_c x_c, \quad \sigma^2 = \frac1C \sum_c (x_c - \mu)^2 .$$
 
 # %%
-g, b, eps = weights["h.0.ln_1.weight"], weights["h.0.ln_1.bias"], config.layer_norm_epsilon
-row = x[3].tolist()  # one token, as plain numbers
-mu = sum(row) / C
-var = sum((r - mu) ** 2 for r in row) / C  # divided by C, not by C - 1
-by_hand = [(row[c] - mu) / math.sqrt(var + eps) * float(g[c]) + float(b[c]) for c in range(C)]
+g, b = weights["h.0.ln_1.weight"], weights["h.0.ln_1.bias"]
+eps = config.layer_norm_epsilon
+one = x[3].tolist()  # one token, as plain numbers
+mu = sum(one) / C
+var = sum((y - mu) ** 2 for y in one) / C  # divided by C, not by C - 1
+by_hand = torch.tensor([(y - mu) / math.sqrt(var + eps) for y in one]) * g + b
 
 n = F.layer_norm(x, (C,), g, b, eps)  # (T, C)
-check("PyTorch and hand", n[3], torch.tensor(by_hand))
+check("LayerNorm, PyTorch and hand", n[3], by_hand)
 
 # %% [markdown]
-# ## 5. Heads
 # Queries, keys and values are three linear maps of the same vector, kept as one matrix `c_attn`
-# of shape (C, 3C). Their $C$ numbers are then cut into $H$ heads of $D = C / H$: each head attends
-# on its own, and what they find is put side by side and mixed by one more matrix, `c_proj`. First
-# as a loop over heads, then all heads as one leading dimension.
+# of shape (C, 3C). Their $C$ numbers are cut into $H$ heads of $D = C / H$. Each head attends on
+# its own, and their outputs are put side by side and mixed by one more matrix, `c_proj`. First as
+# a loop over heads, then with the heads as one more dimension:
 
 # %%
-qkv = n @ weights["h.0.attn.c_attn.weight"] + weights["h.0.attn.c_attn.bias"]  # (T, 3 C)
+qkv = n @ weights["h.0.attn.c_attn.weight"] + weights["h.0.attn.c_attn.bias"]
 q, k, v = qkv.split(C, dim=-1)  # (T, C) each
 
 heads = []
@@ -181,41 +283,35 @@ for head in range(H):
     heads.append(attention_loop(q[:, part], k[:, part], v[:, part]))  # (T, D)
 o_loop = torch.cat(heads, dim=-1)  # (T, C)
 
-q, k, v = (y.view(-1, H, D).transpose(0, 1) for y in (q, k, v))  # (H, T, D) each
+q, k, v = (y.view(-1, H, D).transpose(0, 1) for y in (q, k, v))  # (H, T, D)
 o = attention(q, k, v).transpose(0, 1).reshape(-1, C)  # (T, C)
 check("all heads and loop", o, o_loop)
 
 # %% [markdown]
-# ## 6. The MLP and the residual stream
-# The second part of a layer sees each position alone: up to $4C$ numbers, a bend, back to $C$.
-# The bend is GELU, in the form with tanh that GPT-2 was trained with:
+# ## 6. The MLP, the residual stream and the model
+# The second part of a layer sees each position alone: a linear map to $4C$ numbers, the function
+# GELU of each of them (in the form with tanh that GPT-2 was trained with), and a linear map back to
+# $C$.
 #
-# $$\mathrm{gelu}(u) = \tfrac12 u \left(1 + \tanh\!\big[\sqrt{2/\pi}\,(u + 0.044715\, u^3)\big]
-# \right) .$$
+# Neither part replaces $x$. Each *adds* to it: $x \leftarrow x + \mathrm{attn}(\mathrm{LN}_1 x)$,
+# then $x \leftarrow x + \mathrm{mlp}(\mathrm{LN}_2 x)$. The sum that runs through all layers is
+# called the residual stream. Positions meet in attention only; everything else happens position by
+# position.
+#
+# After the last layer comes one more LayerNorm, and the logit of token $w$ is
+# $\mathrm{wte}[w] \cdot x$: the matrix that reads tokens in also writes them out (*tied* weights).
+# Here is all of it as modules, with the names of the official checkpoint, so that its tensors load
+# by name.
 
 
 # %%
 def gelu(u):
-    return 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+    cubic = math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)
+    return 0.5 * u * (1 + torch.tanh(cubic))
 
 
-u = torch.linspace(-4, 4, 81)
-check("GELU and PyTorch", gelu(u), F.gelu(u, approximate="tanh"))
-
-# %% [markdown]
-# Neither part replaces $x$. Each *adds* to it: $x \leftarrow x + \mathrm{attn}(\mathrm{LN}_1 x)$,
-# then $x \leftarrow x + \mathrm{mlp}(\mathrm{LN}_2 x)$. The sum that runs through all layers is
-# called the residual stream. Positions meet in attention only; all else is position by position.
-#
-# ## 7. The model
-# As modules, with the names of the official checkpoint, so that its tensors load by name. After
-# the last layer comes one more LayerNorm, and the logit of token $w$ is $\mathrm{wte}[w] \cdot x$:
-# the matrix that reads tokens in also writes them out (*tied* weights), so there is no other head.
-
-
-# %%
 class Linear(nn.Module):
-    """x W + b, W stored as [in, out]: the official files have it so ("Conv1D")."""
+    """x W + b, with W stored as [in, out]: GPT-2's files have it so."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -231,11 +327,13 @@ class Attention(nn.Module):
         super().__init__()
         self.c_attn, self.c_proj = Linear(C, 3 * C), Linear(C, C)
 
-    def forward(self, x, past=None):  # (B, T, C); past: keys and values of older positions
+    def forward(self, x, past=None):
+        """x (B, T, C), past: keys and values of older positions."""
         B, T, _ = x.shape
-        q, k, v = (y.view(B, T, H, D).transpose(1, 2) for y in self.c_attn(x).split(C, dim=-1))
+        q, k, v = self.c_attn(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
         if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, H, S, D)
+            k = torch.cat([past[0], k], dim=2)  # (B, H, S, D)
+            v = torch.cat([past[1], v], dim=2)
         o = attention(q, k, v)  # (B, H, T, D)
         return self.c_proj(o.transpose(1, 2).reshape(B, T, C)), (k, v)
 
@@ -252,7 +350,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(C, eps=eps), nn.LayerNorm(C, eps=eps)
+        self.ln_1, self.ln_2 = (nn.LayerNorm(C, eps=eps) for _ in range(2))
         self.attn, self.mlp = Attention(), MLP()
 
     def forward(self, x, past=None):
@@ -270,176 +368,185 @@ class TinyGPT2(nn.Module):
         self.ln_f = nn.LayerNorm(C, eps=eps)
 
     def forward(self, ids, cache=None):
-        """ids (B, T) -> logits (B, T, V) and the cache: L pairs of k, v (B, H, S, D)."""
-        older = 0 if cache is None else cache[0][0].shape[2]  # positions that the cache holds
-        x = self.wte(ids) + self.wpe(torch.arange(older, older + ids.shape[1]))
-        kvs = []
-        for layer, block in enumerate(self.h):
-            x, kv = block(x, None if cache is None else cache[layer])
+        """ids (B, T), cache: L pairs k, v -> logits (B, T, V), new cache."""
+        cache = [None] * L if cache is None else cache
+        older = 0 if cache[0] is None else cache[0][0].shape[2]
+        at = torch.arange(older, older + ids.shape[1])  # positions
+        x, kvs = self.wte(ids) + self.wpe(at), []
+        for block, past in zip(self.h, cache, strict=True):
+            x, kv = block(x, past)
             kvs.append(kv)
         return self.ln_f(x) @ self.wte.weight.T, kvs
 
 
 # %% [markdown]
-# Loading is strict: a missing or an extra tensor is an error. (Some official files hold the causal
-# mask as a buffer, or the tied head once more; both are left out.) Then the comparisons: with the
-# library, which is this model with more arguments, and with Hugging Face, if it is installed.
+# Loading is strict: a missing or an extra tensor is an error. (Some official files also hold the
+# causal mask, or the tied head once more; both are left out.) Then we compare the logits with those
+# of the library, which is this model with more arguments, and of Hugging Face, if it is installed.
 
 # %%
 tiny = TinyGPT2()
 drop = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
-tiny.load_state_dict({name: w for name, w in weights.items() if not name.endswith(drop)})
-logits, h = tiny(ids[None])  # (1, T, V), L pairs
+tiny.load_state_dict({n: w for n, w in weights.items() if not n.endswith(drop)})
+logits, cache = tiny(ids[None])  # (1, T, V), L pairs
 check("logits, minprefix", logits, model(ids[None]))
 
 try:
     from transformers import GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar
 except ImportError:
-    print("transformers: not installed (pip install -r requirements-dev.txt), so not compared")
+    print("transformers is not installed (see requirements-dev.txt)")
 else:
     disable_progress_bar()
     official = GPT2LMHeadModel.from_pretrained(find(MODEL), dtype=torch.float64)
     check("logits, transformers", logits, official.eval()(ids[None]).logits)
 
 # %% [markdown]
-# With a whole model we can look at what its heads have learned. Of all $L \times H$ heads these two
-# put most weight on two things: on the token just before, and on what followed the same token
-# earlier in the text. Heads of these two kinds let a model copy a name that it has read once.
+# ## 7. What the heads have learned
+# With a whole model we can look at its attention weights. Of all $L \times H$ heads, which puts
+# most weight on the token just before? And which on the token that followed the same token earlier
+# in the text? A head of the second kind lets a model copy a name that it has read once.
+#
+# **Predict.** In the text, " Eagle" occurs twice, as three tokens. What will the second head read
+# when it stands at the second " E"? And where does a head look that finds nothing?
 
 # %%
 x, p = tiny.wte(ids[None]) + tiny.wpe(torch.arange(len(ids))), []
 for block in tiny.h:
-    q, k, _ = (
-        y.view(-1, H, D).transpose(0, 1) for y in block.attn.c_attn(block.ln_1(x)).split(C, -1)
-    )
+    qkv = block.attn.c_attn(block.ln_1(x))[0]  # (T, 3 C)
+    q, k, _ = qkv.view(-1, 3, H, D).permute(1, 2, 0, 3)  # (H, T, D)
     p.append(attention_weights(q, k))  # (H, T, T)
     x = block(x)[0]
 p = torch.stack(p)  # (L, H, T, T)
 
 before = torch.eye(len(ids)).roll(-1, 1).tril()  # (T, T): j = i - 1
-followed = (ids[:, None] == ids.roll(1)).tril(-1).double()  # (T, T): token j - 1 is token i
-followed[:, 0] = 0  # nothing stands before the first
+# where token j - 1 is token i; nothing stands before the first token
+followed = (ids[:, None] == ids.roll(1)).tril(-1).double()  # (T, T)
+followed[:, 0] = 0
 picture, axes = new(2, width=4.8, height=4.4)
-for ax, wanted, job in zip(
-    axes, (before, followed), ("token before", "what followed"), strict=True
-):
+jobs = {"token before": before, "what followed": followed}
+for ax, (job, wanted) in zip(axes, jobs.items(), strict=True):
     layer, head = divmod(int((p * wanted).sum((2, 3)).argmax()), H)
     image = ax.imshow(p[layer, head], cmap="Blues", vmin=0, vmax=1)
     ax.set_xticks(range(len(ids)), tokens, rotation=90)
     ax.set_yticks(range(len(ids)), tokens)
-    ax.set(xlabel="token that is read (j)", ylabel="reader (i)")
+    ax.set(xlabel="token that is read (j)", ylabel="token that reads (i)")
     ax.set_title(f"{job}: layer {layer}, head {head}")
 picture.colorbar(image, ax=axes, label="attention weight $p_{ij}$")
 show(picture, "01_heads")
 
-# %% [markdown]
-# The softmax of the last row of logits is $p(z_{i+1} \mid z_{\le i})$. The likeliest next tokens:
-
-# %%
-print(f"after {''.join(tokens)!r}:")
-for chance, z in zip(*logits[0, -1].softmax(-1).topk(5), strict=True):
-    print(f"  {chance:6.1%}  {tokenizer.decode([int(z)])!r}")
+copying = p[layer, head]
+print(f"from the second ' E': {copying[16, 2]:.2f} to 'ag', which followed it")
+print(f"all before that: {copying[:12, 0].mean():.2f} to the first token")
+if MODEL == "mini":
+    assert copying[16, 2] > 0.5 and copying[:12, 0].mean() > 0.8
 
 # %% [markdown]
-# ## 8. What is left of a token: $h_i$
-# Generation appends the likeliest token, reads everything again, and so on. Most of that work is
-# repeated: by causality nothing at position $i$ depends on later tokens. So what can a later
-# position still want from position $i$? Look at `Block`: positions meet in attention, and there a
-# later query reads exactly $k_i$ and $v_i$, of each layer. Nothing else of position $i$ is ever
-# needed again. The paper calls it $h_i$ and writes the model as a recurrence,
+# **Answer.** It reads "ag", the token that came after " E" the first time, and so can predict it.
+# As long as nothing is repeated, this head has nothing to find. Its weights must add up to 1 all
+# the same, and it puts them on the first token. Such an *attention sink* is a way to do nothing.
+# A prefix takes over this role: in 02_equation_3 we see heads that park on it.
+
+# %% [markdown]
+# ## 8. What a token leaves behind: $h_i$
+# To write a text, the model appends the likeliest token, reads everything again, and so on. Most of
+# that work is repeated: by causality, nothing at position $i$ depends on later tokens. So what can
+# a later position still need from position $i$? Look at `Block`. Positions meet in attention, and
+# there a later query reads $k_i$ and $v_i$ of its layer, and nothing else of position $i$. The
+# paper calls these keys and values of all layers $h_i$, and writes the model as
 #
-# $$h_i = \mathrm{LM}(z_i, h_{<i}) , \qquad (1)$$
+# $$h_i = \mathrm{LM}(z_i, h_{<i}) . \qquad (1)$$
 #
-# and programs call the stored $h_{<i}$ a *KV cache*. First: the past does not depend on the future.
+# Programs call the stored $h_{<i}$ a *KV cache*.
+#
+# **Predict.** The model reads the first 6 tokens alone, or all of them. In which layers do
+# $h_0 \dots h_5$ differ?
 
 # %%
 cut = 6
-_, h_cut = tiny(ids[None, :cut])  # the first tokens alone
-for layer in range(L):
-    for whole, alone in zip(h[layer], h_cut[layer], strict=True):
-        torch.testing.assert_close(whole[:, :, :cut], alone, rtol=0, atol=1e-12)
-print(f"h_0 ... h_{cut - 1} are the same whether {len(ids) - cut} more tokens follow or none")
+_, alone = tiny(ids[None, :cut])  # the first tokens alone
+gap = max(
+    (whole[:, :, :cut] - part).abs().max().item()
+    for pair, pair_alone in zip(cache, alone, strict=True)
+    for whole, part in zip(pair, pair_alone, strict=True)
+)
+print(f"h_0 ... h_{cut - 1}, alone and in the text: they differ by {gap:.0e}")
+assert gap < 1e-12
 
 # %% [markdown]
-# Second: equation (1) computes. `step` gets one token and the cache, and nothing else. Both
-# ways must choose the same tokens, since in exact arithmetic they are the same numbers.
+# **Answer.** In none; what is left is rounding. Second, equation (1) is enough to go on. `step`
+# gets one token and the cache, and nothing else, and must choose the tokens that the model chooses
+# when it reads everything again.
 
 
 # %%
-def greedy(ids, n):
-    """Append the likeliest token n times; all tokens are read again each time."""
-    for _ in range(n):
-        logits, _ = tiny(ids[None])
-        ids = torch.cat([ids, logits[0, -1:].argmax(-1)])
-    return ids
-
-
 def step(z, h):
-    """Equation (1) and the next token: z_i (1,), h_<i -> z_{i+1} (1,), h_<=i."""
+    """Equation (1): z_i (1,), h_<i -> the next token (1,), h_<=i."""
     logits, h = tiny(z[None], h)
     return logits[0, -1:].argmax(-1), h
 
 
-def greedy_cached(ids, n):
-    """The same from the cache: each new token is read once."""
-    logits, h = tiny(ids[None])
-    new = [logits[0, -1:].argmax(-1)]
-    while len(new) < n:
-        z, h = step(new[-1], h)
-        new.append(z)
-    return torch.cat([ids, *new]), h
-
-
-n_new = 20
-again, (cached, h) = greedy(ids, n_new), greedy_cached(ids, n_new)
-assert torch.equal(again, cached)
-S = h[0][0].shape[2]
+n_new, again, h = 20, ids, cache
+new_ids = [logits[0, -1:].argmax(-1)]
+for _ in range(n_new):
+    again = torch.cat([again, tiny(again[None])[0][0, -1:].argmax(-1)])
+    z, h = step(new_ids[-1], h)
+    new_ids.append(z)
+assert torch.equal(again, torch.cat([ids, *new_ids[:n_new]]))
 print(repr(tokenizer.decode(again.tolist())))
-print(f"positions computed: {sum(len(ids) + i for i in range(n_new))} without a cache, {S} with")
+
+h_i = sum(y[0, :, 0].numel() for pair in h for y in pair)
+print(f"one h_i: {L} layers x 2 x {H} heads x {D} = {h_i:,} numbers")
+assert h_i == 2 * L * C and P * h_i == in_prefix
 
 # %% [markdown]
-# Everything that the model knows of its past is in `h`. The past has no other way in:
-
-# %%
-per_position = sum(y[0, :, 0].numel() for pair in h for y in pair)
-print(f"one h_i: {L} layers x 2 (key, value) x {H} heads x {D} = {per_position:,} numbers")
-print(f"the cache: {S} positions, {S * per_position * 4 / 2**20:.2f} MiB in fp32")
-assert per_position == L * 2 * C
-
-# %% [markdown]
-# Here is the thought that all of prefix-tuning hangs on. The model cannot tell where an $h_i$ comes
-# from. A token may have been read; or someone has simply *written numbers there*. Tutorial
-# 02_equation_3 writes them, and learns which ones to write.
+# Both ways give the same text: everything that the model knows of its past is in `h`. Here is the
+# idea behind prefix-tuning. The model cannot tell where an $h_i$ comes from. A token may have
+# been read; or someone may have *written numbers there*. Ten such $h_i$ are the prefix of
+# section 1. Tutorial 02_equation_3 writes them, and learns which ones to write.
+#
+# ## Common mistakes
+# > - **The mask of a cache, aligned at the wrong corner.** With S > T the diagonal begins at S - T.
+# >   `tril()` without it hides a token from itself, and no error is raised. A library for adapters
+# >   shipped this fault with its prefixes (exercise 2).
+# > - **The wrong GELU, or $\epsilon$ = 1e-6 for 1e-5.** The logits move so little that a test in
+# >   fp32 passes. Compare models in fp64 (exercise 4).
+# > - **`nn.Linear` for GPT-2's weights.** The files hold W as [in, out]. `c_proj` of the attention
+# >   is square, so it loads without an error and gives nonsense.
+# > - **Positions that start again at 0 after a cache.** The next token stands at S, not at 0.
 #
 # ## Recap
-# - A score is $q_i \cdot k_j / \sqrt D$, a weight its softmax over $j \le i$, an output the
-#   weighted mean of values. Heads do this side by side.
-# - A block adds attention, then an MLP, to the residual stream, each behind a LayerNorm. The head
-#   is the token embedding.
+# - A score is $q_i \cdot k_j / \sqrt D$, a weight its softmax over $j \le i$, an output the mean of
+#   the values with these weights. Heads do this side by side.
+# - A layer adds attention, then an MLP, to the residual stream, each after a LayerNorm.
 # - Positions meet in attention only. So a position leaves behind its keys and values, $2 L C$
-#   numbers, and $h_{<i}$ with $z_i$ gives all the rest: equation (1).
+#   numbers, and $h_{<i}$ and $z_i$ determine everything else: equation (1).
+# - A prefix is a few $h_i$ that nobody has read: kilobytes for a task, not megabytes.
 #
 # ## Exercises
 # Solutions are in `tutorials/solutions/01_gpt2_from_scratch.py`.
 #
-# 1. Count the parameters of GPT-2 by a formula in $V$, $C$, $L$ and `n_positions`. Compare with the
-#    model's, and with the counts of the official sizes in `minprefix.models.config.MODELS`.
-# 2. Leave out the causal mask. Which logits change, and what would training a model without it
-#    teach?
-# 3. Put two texts of different lengths into one batch, padded on the right. Why do the real
-#    positions need no other mask than the causal one?
-# 4. Make the LayerNorm's $\epsilon$ a thousandth larger. By how much do logits move, and by how
-#    much does fp32 move them? What follows for tests of equality?
-# 5. Read "The Tiger" into a cache and "The Raven" into another. Make a third one of the first's
-#    keys and the second's values. Continue it with " is a pub near the river. The food at the".
-#    Whose first token is likelier, and what does that say about keys and values?
+# 1. *Easy.* Count the parameters of GPT-2 by a formula in $V$, $C$, $L$ and `n_positions`. Compare
+#    with the official sizes in `minprefix.models.config.MODELS`. *Hint:* the head is `wte` again.
+# 2. *Easy.* Leave out the causal mask. Which logits change when the last token changes, and what
+#    would training a model without it teach? Then keep the mask, but align it as `tril()` does when
+#    S > T. What can a new token no longer read? *Hint:* write the masks down for T = 1, S = 4.
+# 3. *Medium.* Put two texts of different lengths into one batch, padded on the right. Why do the
+#    real positions need no other mask than the causal one? *Hint:* who reads the padding?
+# 4. *Medium.* Make the LayerNorm's $\epsilon$ a thousandth larger. By how much do logits move, and
+#    by how much does fp32 move them? What follows for tests of equality? *Hint:* load the model
+#    once in fp32 and once in fp64.
+# 5. *Hard.* Read "The Tiger" into a cache and "The Raven" into another. Make a third one of the
+#    first's keys and the second's values. Continue it with " is a pub near the river. The food at
+#    the". Whose first token is likelier, and what does that say about keys and values? *Hint:* both
+#    names have as many tokens.
 #
 # ## References
-# - [1] Vaswani et al. 2017, Attention is all you need: https://arxiv.org/abs/1706.03762
-# - [2] Radford et al. 2019, Language models are unsupervised multitask learners:
+# - [1] Li & Liang 2021, Prefix-tuning: https://arxiv.org/abs/2101.00190
+# - [2] Vaswani et al. 2017, Attention is all you need: https://arxiv.org/abs/1706.03762
+# - [3] Radford et al. 2019, Language models are unsupervised multitask learners:
 #   https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf
-# - [3] The official checkpoints: https://huggingface.co/openai-community/gpt2
-# - [4] Li & Liang 2021, Prefix-tuning: https://arxiv.org/abs/2101.00190
+# - [4] The official checkpoints: https://huggingface.co/openai-community/gpt2
 # - GELU: Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415; LayerNorm: Ba et al. 2016,
-#   https://arxiv.org/abs/1607.06450
+#   https://arxiv.org/abs/1607.06450; attention sinks: Xiao et al. 2023,
+#   https://arxiv.org/abs/2309.17453
