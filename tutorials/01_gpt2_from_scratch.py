@@ -66,8 +66,9 @@ for ax, (way, (colour, n)) in zip(axes, ways.items(), strict=True):
     cells[:, :n] = torch.tensor(to_rgb(PREFIX))
     ax.pcolormesh(cells, edgecolors="white", linewidth=3)
     ax.axvline(n + 6, color="black", lw=1)
-    ax.set(xlabel="position (line: the sentence begins)", ylabel="layer")
-    ax.set(xticks=[], yticks=[], title=way)
+    parts = ("prefix" if n else "", "table", "sentence")
+    ax.set_xticks([n / 2, n + 3, n + 8.5], parts)
+    ax.set(xlabel="position", ylabel="layer", yticks=[], title=way)
 show(picture, "01_two_ways")
 
 # %% [markdown]

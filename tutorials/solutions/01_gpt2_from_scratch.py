@@ -38,10 +38,13 @@ def exercise_1():
 
 
 def exercise_2():
-    """With the mask a change of the last token changes the last row of logits alone. Without it
-    all rows change: every position now reads the last token. In training, position i could then
-    read token i + 1, which is the answer that it is asked for. It would learn to copy it, and be
-    lost when it writes, where that token does not exist yet."""
+    """With the mask, a change of the last token changes the logits of the last position alone.
+    Without it those of all positions change: every position now reads the last token. In training,
+    position i could then read token i + 1, which is the answer that it is asked for. The model
+    would learn to copy it, and be lost when it writes, where that token does not exist yet.
+
+    `tril()` begins its diagonal at the first key. For one new token and three older ones it is
+    [1, 0, 0, 0]: the token reads the oldest key and nothing else, not even itself."""
     ids = encode("The Eagle is a pub near the river.")
     other = ids.clone()
     other[0, -1] = tokenizer.bos_id
@@ -50,7 +53,11 @@ def exercise_2():
     with patch("minprefix.models.activations.Visible", partial(Visible, causal=False)):
         changed_without = (model(ids) - model(other)).abs().amax((0, 2)) > 1e-9
     assert changed_without.all()
-    print(f"  rows of logits that change: {changed.sum()} with the mask, {ids.shape[1]} without")
+    print(f"  positions whose logits change: {changed.sum()} with, {ids.shape[1]} without the mask")
+    T, S = 1, 4
+    ones = torch.ones(T, S)
+    print(f"  one new token, tril(): {ones.tril().tolist()}; right: {ones.tril(S - T).tolist()}")
+    assert ones.tril().sum() == 1 and ones.tril(S - T).all()
 
 
 def exercise_3():
