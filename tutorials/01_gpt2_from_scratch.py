@@ -81,8 +81,7 @@ show(picture, "01_two_ways")
 # It was trained from scratch on English text (articles, novels, textbooks, dialogues, and many
 # tables beside prose), never on the tables that we use. Its card is
 # [MODEL_CARD.md](../minprefix/assets/mini/MODEL_CARD.md). Beside it lies a prefix of ten positions,
-# trained for 2,500 steps on the restaurant tables of the E2E data by
-# [train_prefixes.py](../docs/train_prefixes.py).
+# trained for 2,500 steps on the restaurant tables of the E2E data (by `docs/train_prefixes.py`).
 #
 # **Predict.** The same frozen weights read the same table, once with a request in words after it
 # and once with the prefix before it. How different can the two texts be?

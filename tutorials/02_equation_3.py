@@ -437,7 +437,7 @@ check("by hand and autograd", by_hand.detach() / size, free.grad / size)
 # backward pass through the model, even though no weight of the model gets a gradient.
 #
 # ## 10. Why an MLP
-# When $P_\theta$ was optimised directly, training was unstable and sensitive to its start, the
+# When $P_\theta$ was optimized directly, training was unstable and sensitive to its start, the
 # paper reports (section 4.3). It trains a small matrix $P'_\theta$ (P, C) instead, and an MLP (a
 # linear layer to `mid_dim`, tanh, a linear layer to $2LC$ [2]):
 #
@@ -464,7 +464,8 @@ train_rows, dev_rows = shortest("train", STEPS * BATCH), shortest("dev", 16)
 
 def loss_of(rows, prefix):
     """Equation (2), as a mean per target token, in nats."""
-    ids, labels = (b := collate(rows, tokenizer.eos_id)).input_ids, b.labels
+    batch = collate(rows, tokenizer.eos_id)
+    ids, labels = batch.input_ids, batch.labels
     return small.token_losses(ids, labels, prefix=prefix).mean()
 
 
@@ -498,8 +499,10 @@ by_loss = sorted(runs, key=lambda run: runs[run][0])
 best = {kind: next(r for r in by_loss if r[0] == kind) for kind in RATES}
 if MODEL == "mini":
     losses = {kind: runs[run][0] for kind, run in best.items()}
-    assert losses["mlp"] < losses["table"] < nothing - 0.3
+    assert losses["mlp"] < losses["table"] < nothing - 0.1
     assert best["table"][1] >= 10 * best["mlp"][1]  # the learning rates
+    largest = [runs[kind, RATES[kind][-1], 0][0] for kind in RATES]
+    assert min(largest) > nothing  # ten times the good rate
 
 # %% [markdown]
 # **Answer.** The table wants a rate that is larger by a factor of 10 or more. AdamW moves each
@@ -518,8 +521,6 @@ kept = mlp.export()
 ids = z[None]
 assert torch.equal(small(ids, prefix=mlp), small(ids, prefix=kept))
 assert [name for name, _ in kept.named_parameters()] == ["prefix_table"]
-
-
 n_kept = kept.prefix_table.numel()
 print(f"P = 5: trained {mlp.n_trained:,} numbers, kept {n_kept:,}")
 assert n_kept == 5 * 2 * L * C
@@ -543,7 +544,7 @@ if MODEL == "mini":
 
 # %% [markdown]
 # **Answer.** One position more or less hardly matters. The offset 0 costs a clear part of what was
-# learned, and a distant one costs more. No error is raised; the texts are only worse.
+# learned, and a distant one costs more. No error is raised; the loss is only higher.
 #
 # Last, the gates of section 6: a line for each head, from layer 0 at the top.
 #
@@ -554,14 +555,15 @@ if MODEL == "mini":
 P_trained = trained.table().detach()
 tables = {"instruction": h_words, "trained prefix": P_trained}
 picture, axes = new(2, width=4.8, height=5)
-lams, to_source = {}, {}
+lams, looks = {}, {}
 for ax, (name, table) in zip(axes, tables.items(), strict=True):
     _, _, p = inside(table)
     lam = p[..., :P].sum(-1)  # (L, H, T)
     lams[name] = lam[:, :, 1:begins].mean(-1), lam[:, :, begins + 1 :].mean(-1)
     options = {"cmap": "Oranges", "aspect": "auto", "vmin": 0, "vmax": 1}
     image = ax.imshow(lam.flatten(0, 1), **options)
-    to_source[name] = p[-2:, :, begins + 1 :, P : P + begins].sum(-1).mean()
+    top = p[-2:, :, begins + 1 :, P:].mean((0, 1, 2))  # (T,): target to text
+    looks[name] = top[:begins].sum().item(), top[begins].item()
     ax.axvline(begins - 0.5, color=TEXT)
     ax.set_yticks(range(0, L * H, H), range(L))
     ax.set(xlabel="token (line: the source ends)", ylabel="layer and head")
@@ -577,11 +579,13 @@ for name, (source, target) in lams.items():
     print(f"{name}: mean lambda {source.mean():.2f} in the source,", end=" ")
     print(f"{target.mean():.2f} in the target")
     print(f"  correlation of lambda with the sinks, by head: {r:.2f}")
-    print(f"  from target to source, last layers: {to_source[name]:.2f}")
+    print("  last two layers, from the target: ", end="")
+    print("{:.2f} to the source, {:.2f} to its end".format(*looks[name]))
     assert MODEL != "mini" or r > 0.5
 if MODEL == "mini":
     assert lams["instruction"][1].mean() < lams["trained prefix"][1].mean()
-    assert to_source["trained prefix"] > 5 * to_source["instruction"]
+    assert looks["trained prefix"][0] > 5 * looks["instruction"][0]
+    assert looks["instruction"][1] > 0.4 > 4 * looks["trained prefix"][1]
 
 # %% [markdown]
 # **Answer.** Three things can be seen.
@@ -590,12 +594,11 @@ if MODEL == "mini":
 #   heads: the printed correlation is between their weight on the first token without a prefix and
 #   $\lambda$. A prefix is read where the model had attention to spare.
 # - *The instruction is forgotten when the sentence begins.* The token that ends the source also
-#   separates documents in the model's own training. After it the model parks there, and looks
+#   separates documents in the model's own training. After it, heads park on that token, and look
 #   neither at the instruction nor at the table. The trained prefix keeps more of the attention.
-# - *The trained prefix makes the model look back.* In the last two layers, the sentence's attention
-#   to the table is many times larger than with the instruction. No gate does this directly, since a
-#   prefix cannot redistribute attention within a layer. It is the change of $x$ in the layers
-#   below.
+# - *The trained prefix makes the model look back.* In the last two layers the sentence no longer
+#   parks on the end of the source: it reads the table, many times more than with the instruction.
+#   No gate can do this within its layer. It is the change of $x$ in the layers below.
 #
 # ## Common mistakes
 # > - **A zero table as a start that changes nothing** (an option of PEFT). See section 7.
@@ -611,7 +614,7 @@ if MODEL == "mini":
 #
 # ## Recap
 # - Trained is $P_\theta$: P keys and values in each layer. It enters in attention and nowhere else:
-#   equation (3). Everything else is the frozen model. An instruction is one such table of $V^P$.
+#   equation (3). Everything else is the frozen model. An instruction is such a table, too.
 # - Two softmaxes and a gate $\lambda$ give the same as concatenation, and need no copy of anything.
 #   The odds of $\lambda$ grow with P and shrink with the text.
 # - In its own layer a prefix turns the text down and adds $\lambda\, o_P$. It changes where the

@@ -18,7 +18,6 @@
 # 2023, <https://arxiv.org/abs/2307.15043> (the search of section 5).
 
 # %%
-import math
 import tempfile
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import torch
 from figure import FAINT, OTHER, PREFIX, TEXT, new, show
 
 import minprefix
-from minprefix.data.batches import collate, encode_examples, encode_prompt
+from minprefix.data.batches import collate, encode_examples
 from minprefix.data.load import load_examples
 from minprefix.generation.config import GenerationConfig
 from minprefix.methods.config import SearchConfig
@@ -103,8 +102,8 @@ assert torch.equal(X, torch.stack([W_E[token] for token in prompt]))
 # %% [markdown]
 # ## 3. Any embeddings
 # If the model reads $X$, nobody has to choose it from the lines of $W_E$. *Embedding-only* tuning
-# frees $X \in \mathbb{R}^{P \times C}$. A discrete prompt is a special case of it, and its logits are
-# the same to the last bit, because the computation is:
+# frees $X \in \mathbb{R}^{P \times C}$. A discrete prompt is a special case of it, and its logits
+# are the same to the last bit, because the computation is:
 
 # %%
 row = dev_rows[0].ids[:-1]  # source, bos, target
@@ -215,7 +214,7 @@ assert left["mixed"] > 0.01
 # greedy coordinate gradient: the gradient with respect to the one-hot vectors proposes tokens, and
 # the loss decides. It stops at the end of the step in which its budget is spent; the other two then
 # get as many steps as fit into what it has spent. Embeddings and prefix are trained with AdamW,
-# the prefix through the paper's MLP. Each has the best of the learning rates RATES_TRIED.
+# the prefix through the paper's MLP, each at the best of a few learning rates that were tried.
 #
 # **Predict.** The prefix can express the most. Which of the three is ahead after 20 steps, and
 # which at the end?
@@ -235,14 +234,16 @@ searched = found.prefix(result["tokens"])
 print(f"searched prompt: {result['text']!r}, {result['steps']} steps")
 cost = GRADIENT_COST * ROWS  # of a step with gradients
 steps = result["row_evaluations"] // cost
-print(f"{result['row_evaluations']:,} row-evaluations; {steps * cost:,} of the others")
+print(f"{result['row_evaluations']:,} row-evaluations;", end=" ")
+print(f"the others: {steps} steps, {steps * cost:,} row-evaluations")
 assert 0 <= result["row_evaluations"] - steps * cost < cost
 
 
 # %%
 def tune(parametrisation: str, lr: float) -> tuple[Prefix, list]:
     """Train from WORDS: the prefix, and its dev loss by row-evaluations."""
-    prefix = Prefix.from_prompt(model, tokenizer, WORDS, parametrisation=parametrisation)
+    how = {"parametrisation": parametrisation}
+    prefix = Prefix.from_prompt(model, tokenizer, WORDS, **how)
     config = TrainConfig(
         steps=steps, batch_size=ROWS, lr=lr, warmup_steps=10, eval_every=10,
         samples=0, precision="fp32",
@@ -254,7 +255,7 @@ def tune(parametrisation: str, lr: float) -> tuple[Prefix, list]:
     return prefix, [(cost * e["step"], e["dev_loss"]) for e in log]
 
 
-embeddings, embeddings_curve = tune("embedding", lr=3e-2)
+embeddings, embeddings_curve = tune("embedding", lr=6e-2)
 tuned, tuned_curve = tune("mlp", lr=1e-3)
 
 # %% [markdown]
@@ -302,10 +303,11 @@ show(figure, "03_ladder")
 # ANSWER5
 #
 # ## 6. Which words are the learned embeddings near to?
-# For each of the $P$ learned vectors of $X$ we look for the tokens whose embeddings have the largest
-# cosine with it.
+# For each of the $P$ learned vectors of $X$ we look for the tokens whose embeddings have the
+# largest cosine with it.
 #
-# **Predict.** Has embedding-only tuning found a prompt, so that the nearest tokens do the same work?
+# **Predict.** Has embedding-only tuning found a prompt, so that the nearest tokens do the same
+# work?
 
 # %%
 X = embeddings.virtual.virtual_embd.detach()  # (P, C)
@@ -324,7 +326,7 @@ print(f"norm of a token's embedding: {norms.mean():.1f} on average")
 nearest = best.indices[:, 0].tolist()
 rounded = dev_loss(Prefix.from_table(token_activations(model, nearest), P))
 learned = losses["embedding-only"]
-print(f"dev loss, learned embeddings: {learned:.3f}; nearest tokens: {rounded:.3f}")
+print(f"dev loss: learned {learned:.3f}, nearest tokens {rounded:.3f}")
 
 # %% [markdown]
 # ANSWER6
@@ -339,39 +341,52 @@ scores = {}
 for name, prefix in ladder.items():
     if prefix is None:  # it has no prefix and no frame
         continue
-    scores[name], texts = evaluate_method(model, tokenizer, test, prefix=prefix, config=brief)
-    bleu, kept = scores[name]["bleu"], scores[name]["slot_coverage"]
-    print(f"{name:16} BLEU {bleu:4.1f}, fields {kept:4.1f} %  {texts[0][:60]!r}")
+    scores[name], texts = evaluate_method(
+        model, tokenizer, test, prefix=prefix, config=brief,
+    )  # fmt: skip
+    kept = scores[name]["slot_coverage"]  # values of the table in the text
+    print(f"{name:16} fields {kept:4.1f} %  {texts[0][:60]!r}")
 
 # %% [markdown]
 # ANSWER7
 #
-# ## Recap
+# ## Common mistakes
+# > - **One learning rate for all methods.** In PEFT's own benchmark the accuracy of a prefix more
+# >   than doubles with another length, start and rate. Compare methods at their best settings.
+# > - **A verdict after a few steps.** See the curves above: the order changes.
+# > - **"Prompt tuning" for "prefix-tuning".** Libraries call the training of embeddings prompt
+# >   tuning. Their results say little about prefixes, and a file of one cannot be loaded as the
+# >   other.
+# > - **Tokens that merge at the seam.** If prompt and row are tokenised as one string, the tokens
+# >   at the border can differ from those of the parts. Join token ids, as section 3 does.
+# > - **A prefix made of two prompts' prefixes side by side.** It is not the prefix of the joined
+# >   prompt (exercise 2).
 #
+# ## Recap
 # - A discrete prompt is a choice of embeddings; embeddings are a prefix that the model computed for
-#   itself. Logits agree to rounding, so each rung can begin where the one before it ended.
-# - A prefix is strictly more: in layer 0 alone, embeddings reach half of the directions.
-# - Expressive is not the same as easy: the prefix has the most numbers, and it took an MLP, warm-up
-#   and a smaller learning rate to train them. The printed ladder says how far each came.
-# - A rung that is inside another can still be the one to choose: a prompt needs no training
-#   framework, and it can be read.
+#   itself. Logits agree to rounding, so each can begin where the one before it ended.
+# - A prefix can express strictly more: in layer 0 alone, embeddings reach half of the directions.
+# - What can be expressed is not what is learned first. The prefix needed a smaller learning rate
+#   and some patience, and then won.
+# - The less expressive one can still be the one to choose: a prompt needs no training framework,
+#   and it can be read.
 #
 # ## Exercises
+# Solutions are in `tutorials/solutions/03_discrete_to_continuous.py`.
 #
-# 1. Give the bridge of section 4 the offset 0 instead of $P$. Are the logits still those of the
-#    prompt? Why not?
-# 2. Is the prefix of a prompt "A B" the prefix of A beside the prefix of B? Compare layer by layer.
-# 3. Climb the ladder: begin an MLP prefix from *random embeddings'* table with `fit_last_layer`,
-#    and show that its logits are those of the embeddings.
-# 4. Which part of the loss's gradient by the table can embeddings follow? For P = 1, find by
-#    differences the directions in which embeddings move a table, and project the gradient on them.
-#
-# Solutions: `tutorials/solutions/03_discrete_to_continuous.py`. Next: 04_fused_attention; for the
-# task itself, 05_table_to_text.
+# 1. *Easy.* Give the bridge of section 4 the offset 0 instead of $P$. Are the logits still those of
+#    the prompt? Why not? *Hint:* which embedding does the first token of the row get?
+# 2. *Medium.* Is the prefix of a prompt "A B" the prefix of A beside the prefix of B? Compare layer
+#    by layer. *Hint:* move B to its positions first; in which layer does B begin to read A?
+# 3. *Medium.* Begin an MLP prefix from the table of *random embeddings* with `fit_last_layer`, and
+#    show that its logits are those of the embeddings. *Hint:* `virtual.table()` and `prefix.mlp`.
+# 4. *Hard.* The gradient of the loss with respect to the table has $2LC$ numbers for P = 1. Which
+#    part of it can embeddings follow? *Hint:* by differences, find the $C$ directions in which
+#    embeddings move a table, and project the gradient on them.
 #
 # ## References
-#
 # Li & Liang 2021, <https://arxiv.org/abs/2101.00190>; Lester et al. 2021 (prompt tuning),
 # <https://arxiv.org/abs/2104.08691>; Shin et al. 2020 (AutoPrompt),
 # <https://arxiv.org/abs/2010.15980>; Zou et al. 2023 (greedy coordinate gradient),
-# <https://arxiv.org/abs/2307.15043>.
+# <https://arxiv.org/abs/2307.15043>; PEFT's benchmark of methods,
+# <https://github.com/huggingface/peft/tree/main/method_comparison>.
