@@ -101,14 +101,15 @@ if MODEL == "mini":  # a prefix belongs to one model
     print(f"asked in words:  {words!r}\nwith the prefix: {text!r}")
     values = [fact.split(" : ")[1] for fact in table.split(" | ")]
     values.remove("no")  # it is part of many words
-    n_words, n_text = (sum(v in out for v in values) for out in (words, text))
-    print(f"values of the table in it, word for word: {n_words} and {n_text}")
-    assert n_text >= n_words + 2
+    for out, least, most in ((words, 0, 2), (text, 5, 6)):
+        kept = [value for value in values if value in out]
+        print(f"{len(kept)} of {len(values)} values are in it: {kept}")
+        assert least <= len(kept) <= most
 
 # %% [markdown]
-# **Answer.** Completely different. Asked in words, the model picks up the name and drifts off; with
-# the prefix it writes a sentence about the table. No weight has changed. And this is what the task
-# costs on disk:
+# **Answer.** Completely different. Asked in words, the model picks up the name and drifts off. With
+# the prefix it describes the table, and leaves out one value, the food; 05_table_to_text looks at
+# such losses. No weight has changed. And this is what the task costs on disk:
 
 # %%
 config = model.config
@@ -524,8 +525,6 @@ assert h_i == 2 * L * C and P * h_i == in_prefix
 # - A prefix is a few $h_i$ that nobody has read: kilobytes for a task, not megabytes.
 #
 # ## Exercises
-# Solutions are in `tutorials/solutions/01_gpt2_from_scratch.py`.
-#
 # 1. *Easy.* Count the parameters of GPT-2 by a formula in $V$, $C$, $L$ and `n_positions`. Compare
 #    with the official sizes in `minprefix.models.config.MODELS`. *Hint:* the head is `wte` again.
 # 2. *Easy.* Leave out the causal mask. Which logits change when the last token changes, and what
@@ -540,6 +539,8 @@ assert h_i == 2 * L * C and P * h_i == in_prefix
 #    first's keys and the second's values. Continue it with " is a pub near the river. The food at
 #    the". Whose first token is likelier, and what does that say about keys and values? *Hint:* both
 #    names have as many tokens.
+#
+# Solutions: `tutorials/solutions/01_gpt2_from_scratch.py`.
 #
 # ## References
 # - [1] Li & Liang 2021, Prefix-tuning: https://arxiv.org/abs/2101.00190

@@ -624,8 +624,6 @@ if MODEL == "mini":
 # - The MLP is a way to train the table. It is gone afterwards: $2 P L C$ numbers are kept.
 #
 # ## Exercises
-# Solutions are in `tutorials/solutions/02_equation_3.py`.
-#
 # 1. *Easy.* Put the P positions of a prefix into another order. What changes in the logits? Is it
 #    the same for the words of an instruction? *Hint:* where does the order of a sum matter?
 # 2. *Easy.* Give the keys $[K_P; K_S]$ the mask `ones(T, P + T).tril()`. Change one token and list
@@ -638,6 +636,8 @@ if MODEL == "mini":
 # 5. *Hard.* Two users, two prefixes of different lengths, one batch: write the attention for it,
 #    and check each row against that user alone. *Hint:* pad, and hide what was padded. Then leave
 #    the padding visible and see what happens. (07_many_users goes on from here.)
+#
+# Solutions: `tutorials/solutions/02_equation_3.py`.
 #
 # ## References
 # - [1] Li & Liang 2021, Prefix-tuning: https://arxiv.org/abs/2101.00190

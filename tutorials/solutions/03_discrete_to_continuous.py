@@ -27,7 +27,7 @@ ids = torch.tensor([rows[0].ids[:-1]])
 #
 # The row's first token then stands at position 0 instead of P. Its embedding is $W_E[z] + w_0$
 # instead of $W_E[z] + w_P$, so its queries, keys and values are others, in every layer. The prefix
-# is right, the text beside it is not the text behind a prompt.
+# is right; the text after it is not the text after a prompt.
 
 # %%
 with_prompt = model(torch.tensor([prompt + ids[0].tolist()]))[:, P:]
@@ -93,7 +93,7 @@ def loss_of(table):
 
 h = prompt_tables(model, x[None])[:, :, 0].requires_grad_()  # (L, 2, H, 1, D)
 (g,) = torch.autograd.grad(loss_of(h), h)
-g = g.flatten()  # in the order of J's rows: layer, then kv
+g = g.flatten()  # in the order of J: layer, then kv
 free = x[None].clone().requires_grad_()
 (dx,) = torch.autograd.grad(loss_of(prompt_tables(model, free)[:, :, 0]), free)
 error = (J.T @ g - dx.flatten()).norm() / dx.norm()
