@@ -66,8 +66,9 @@ for ax, (way, (colour, n)) in zip(axes, ways.items(), strict=True):
     cells[:, :n] = torch.tensor(to_rgb(PREFIX))
     ax.pcolormesh(cells, edgecolors="white", linewidth=3)
     ax.axvline(n + 6, color="black", lw=1)
-    parts = ("prefix" if n else "", "table", "sentence")
-    ax.set_xticks([n / 2, n + 3, n + 8.5], parts)
+    parts = {"table": n + 3, "sentence": n + 8.5}
+    parts |= {"prefix": n / 2} if n else {}
+    ax.set_xticks([*parts.values()], [*parts])
     ax.set(xlabel="position", ylabel="layer", yticks=[], title=way)
 show(picture, "01_two_ways")
 
@@ -271,22 +272,19 @@ check("LayerNorm, PyTorch and hand", n[3], by_hand)
 # %% [markdown]
 # Queries, keys and values are three linear maps of the same vector, kept as one matrix `c_attn`
 # of shape (C, 3C). Their $C$ numbers are cut into $H$ heads of $D = C / H$. Each head attends on
-# its own, and their outputs are put side by side and mixed by one more matrix, `c_proj`. First as
-# a loop over heads, then with the heads as one more dimension:
+# its own, and their outputs are put side by side and mixed by one more matrix, `c_proj`. The heads
+# are one more dimension in front; here is head 2 alone beside all of them:
 
 # %%
 qkv = n @ weights["h.0.attn.c_attn.weight"] + weights["h.0.attn.c_attn.bias"]
 q, k, v = qkv.split(C, dim=-1)  # (T, C) each
 
-heads = []
-for head in range(H):
-    part = slice(head * D, (head + 1) * D)
-    heads.append(attention_loop(q[:, part], k[:, part], v[:, part]))  # (T, D)
-o_loop = torch.cat(heads, dim=-1)  # (T, C)
+part = slice(2 * D, 3 * D)  # the numbers of head 2
+o_2 = attention_loop(q[:, part], k[:, part], v[:, part])  # (T, D)
 
 q, k, v = (y.view(-1, H, D).transpose(0, 1) for y in (q, k, v))  # (H, T, D)
 o = attention(q, k, v).transpose(0, 1).reshape(-1, C)  # (T, C)
-check("all heads and loop", o, o_loop)
+check("head 2, alone and among all", o[:, part], o_2)
 
 # %% [markdown]
 # ## 6. The MLP, the residual stream and the model
@@ -436,11 +434,12 @@ for ax, (job, wanted) in zip(axes, jobs.items(), strict=True):
 picture.colorbar(image, ax=axes, label="attention weight $p_{ij}$")
 show(picture, "01_heads")
 
-copying = p[layer, head]
-print(f"from the second ' E': {copying[16, 2]:.2f} to 'ag', which followed it")
-print(f"all before that: {copying[:12, 0].mean():.2f} to the first token")
-if MODEL == "mini":
-    assert copying[16, 2] > 0.5 and copying[:12, 0].mean() > 0.8
+if MODEL == "mini":  # where these tokens stand
+    copying = p[layer, head]
+    found, parked = copying[16, 2].item(), copying[:12, 0].mean().item()
+    print(f"from the second ' E': {found:.2f} to 'ag', which followed it")
+    print(f"all before that: {parked:.2f} to the first token")
+    assert found > 0.5 and parked > 0.8
 
 # %% [markdown]
 # **Answer.** It reads "ag", the token that came after " E" the first time, and so can predict it.

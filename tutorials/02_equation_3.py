@@ -105,7 +105,7 @@ check("the recurrence and the model", logits, model(z[None])[0])
 # = \max_\phi \sum_{i \in Y_{idx}} \log p_\phi(z_i \mid h_{<i}). \qquad (2)$$
 #
 # $z_i$ is predicted at position $i - 1$. So the label at position $t$ is the next token, and
-# labels that lie in $x$ do not count. Fine-tuning maximises (2) over the weights $\phi$.
+# labels that lie in $x$ do not count. Fine-tuning maximizes (2) over the weights $\phi$.
 
 # %%
 Y_idx = range(pair.prompt_len, len(pair.ids))
@@ -168,8 +168,8 @@ check("keys and values against words", equation_3(h_words, z), prompted)
 #
 # $P_\theta$ has $P \times \dim(h_i)$ entries and is all that is trained, with the loss of equation
 # (2); $\phi$ is frozen. The first line only looks a value up: $P_\theta[i, :]$ does not pass
-# through the model, it *is* what the model would have computed there, in every layer. The second
-# line is the frozen model, and still its $h_i$ depends on $\theta$, because it reads the prefix.
+# through the model, it stands for what the model would have computed there, in every layer. The
+# second line is the frozen model, and still its $h_i$ depends on $\theta$: it reads the prefix.
 
 # %%
 prefix = Prefix.random(config, P, seed=0).double()  # N(0, 1), as in [2]
@@ -358,12 +358,12 @@ assert differ[0] < 1e-12 and (differ[1:] > 0.01).all()
 
 # %% [markdown]
 # **Answer.** In layer 0 nowhere, to the last digits. In every layer above it does differ, because
-# the prefix has changed $x$ there, and so the queries and keys. What follows is this: the direct
-# effect of a prefix in one layer is to add $\lambda\, o_P$ and to turn the text down. What does
-# *not* follow is that a prefix cannot make the model look elsewhere. It can, one layer later. We
-# shall see it: a trained prefix brings the attention back to the table (section 11). Whether it can
-# teach the model a task whose attention patterns no layer has ever learned is another question, and
-# [4] found tasks where it could not.
+# the prefix has changed $x$ there, and so the queries and keys. What follows is that in its own
+# layer a prefix only adds $\lambda\, o_P$ and turns the text down. (With P = 1, $o_P$ is even the
+# same vector for all tokens.) What does *not* follow is that a prefix cannot make the model look
+# elsewhere. It can, one layer later: section 11 shows a trained prefix that brings the attention
+# back to the table. Whether it can teach a task that needs attention patterns which no layer has
+# learned is another question; [4] found tasks where it could not.
 #
 # ## 8. Why positions shift
 # In $[\mathrm{PREFIX}; x; y]$ the prefix takes positions $0 \dots P - 1$, so token $t$ of $x$
@@ -583,7 +583,9 @@ for name, (source, target) in lams.items():
     print("{:.2f} to the source, {:.2f} to its end".format(*looks[name]))
     assert MODEL != "mini" or r > 0.5
 if MODEL == "mini":
-    assert lams["instruction"][1].mean() < lams["trained prefix"][1].mean()
+    source, target = lams["trained prefix"]
+    assert lams["instruction"][1].mean() < target.mean()
+    assert source[:2].mean() < 0.2 < source[2:].mean()
     assert looks["trained prefix"][0] > 5 * looks["instruction"][0]
     assert looks["instruction"][1] > 0.4 > 4 * looks["trained prefix"][1]
 
@@ -592,7 +594,8 @@ if MODEL == "mini":
 # - *The dark lines are sinks.* In 01_gpt2_from_scratch, heads with nothing to do parked on the
 #   first token. The heads that give the prefix most of their attention are, by and large, those
 #   heads: the printed correlation is between their weight on the first token without a prefix and
-#   $\lambda$. A prefix is read where the model had attention to spare.
+#   $\lambda$. A prefix is read where the model had attention to spare. In layers 0 and 1 the
+#   trained prefix is hardly read at all.
 # - *The instruction is forgotten when the sentence begins.* The token that ends the source also
 #   separates documents in the model's own training. After it, heads park on that token, and look
 #   neither at the instruction nor at the table. The trained prefix keeps more of the attention.
