@@ -5,8 +5,8 @@
 # express, the next can express too. This is the argument of sections 4.1 and 7.2 of the paper.
 #
 # **What you will learn.** Why the four are nested, shown in fp64 with equal logits. Why a prefix
-# can express strictly more than embeddings. What each reaches with equal effort, and why the most
-# expressive one is behind for the first steps. Which words learned embeddings are near to.
+# can express strictly more than embeddings. What each reaches with equal effort, and how much the
+# learning rate decides. Which words learned embeddings are near to.
 #
 # **What to know first.** 01_gpt2_from_scratch (keys and values, and its
 # [table of letters](01_gpt2_from_scratch.py)) and 02_equation_3.
@@ -304,16 +304,15 @@ axes.axhline(hand, color=FAINT, ls="--", label=f"words: {WORDS!r}")
 axes.set(xlabel="effort (row-evaluations)")
 axes.set(ylabel="dev loss (nats per target token)")
 axes.set_title("The same start, the same effort")
-axes.legend(frameon=False, fontsize=9)
+axes.legend(frameon=False, fontsize=9, loc=(0.5, 0.5))
 show(figure, "03_ladder")
 
 # %% [markdown]
-# **Answer.** At a good rate the prefix is clearly ahead at the end. In the first steps the curves
-# lie close together, and which is ahead there is chance. At four times that rate it ends *worse
-# than the words it began with*: one step of AdamW then moves every key and value of every layer too
-# far, and the frozen layers cannot make sense of them. Embeddings bear a rate sixty times as large,
-# because the frozen model computes everything above layer 0 from them. So "prefix-tuning does not
-# work here", after a short trial, is first of all a question about the learning rate.
+# **Answer.** At a good rate the prefix is ahead, and clearly so at the end. At four times that rate
+# it ends *worse than the words it began with*: one step of AdamW then moves every key and value of
+# every layer too far, and the frozen layers cannot make sense of them. Embeddings bear a rate sixty
+# times as large, because the frozen model computes everything above layer 0 from them. So a short
+# trial in which the prefix loses says first of all something about its learning rate.
 #
 # The search hardly improves on the words. It cannot follow a gradient, it must try tokens, and this
 # effort pays for a handful of its steps.
@@ -365,15 +364,16 @@ for name, prefix in ladder.items():
         print(f"{name:16} {text[:60]!r}")
 
 # %% [markdown]
-# The prompts continue with something else; embeddings and prefix write about the table. After so
-# few steps no text is good, and a lower loss need not be a better text: the loss asks for one token
-# at a time after the reference's own words, while a text must live with its first mistakes. What
-# longer training brings is the subject of 05_table_to_text.
+# The two prompts go on with the table or begin a document of their own. Embeddings and prefix write
+# a sentence about it. After so few steps no text is good, and a lower loss need not be a better
+# text: the loss asks for one token at a time after the reference's own words, while a text must
+# live with its first mistakes. What longer training brings is the subject of 05_table_to_text.
 #
 # ## Common mistakes
 # > - **One learning rate for all methods.** In PEFT's own benchmark the accuracy of a prefix more
 # >   than doubles with another length, start and rate. Compare methods at their best settings.
-# > - **A verdict after a few steps.** See the curves above: the order changes.
+# > - **A verdict after one short run.** An earlier version of this tutorial stopped after 50 steps
+# >   at twice the rate of section 5, and found the prefix behind the embeddings.
 # > - **"Prompt tuning" for "prefix-tuning".** Libraries call the training of embeddings prompt
 # >   tuning. Their results say little about prefixes, and a file of one cannot be loaded as the
 # >   other.
@@ -386,8 +386,8 @@ for name, prefix in ladder.items():
 # - A discrete prompt is a choice of embeddings; embeddings are a prefix that the model computed for
 #   itself. Logits agree to rounding, so each can begin where the one before it ended.
 # - A prefix can express strictly more: in layer 0 alone, embeddings reach half of the directions.
-# - What can be expressed is not what is learned first. The prefix needed a smaller learning rate
-#   and some patience, and then won.
+# - What a method can express and what it learns are two things. The prefix won at its own, much
+#   smaller learning rate; at four times that rate it lost to the words.
 # - The less expressive one can still be the one to choose: a prompt needs no training framework,
 #   and it can be read.
 #
