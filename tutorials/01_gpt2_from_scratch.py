@@ -509,8 +509,8 @@ assert h_i == 2 * L * C and P * h_i == in_prefix
 # > - **The mask of a cache, aligned at the wrong corner.** With S > T the diagonal begins at S - T.
 # >   `tril()` without it hides a token from itself, and no error is raised. A library for adapters
 # >   shipped this fault with its prefixes (exercise 2).
-# > - **The wrong GELU, or $\epsilon$ = 1e-6 for 1e-5.** The logits move so little that a test in
-# >   fp32 passes. Compare models in fp64 (exercise 4).
+# > - **The wrong GELU, or $\epsilon$ = 1e-6 for 1e-5.** The logits move so little that a loose
+# >   test in fp32 passes. Compare models in fp64 (exercise 4).
 # > - **`nn.Linear` for GPT-2's weights.** The files hold W as [in, out]. `c_proj` of the attention
 # >   is square, so it loads without an error and gives nonsense.
 # > - **Positions that start again at 0 after a cache.** The next token stands at S, not at 0.
