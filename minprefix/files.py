@@ -9,17 +9,23 @@ error.
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
+import select
 import shutil
+import stat
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar, cast
 from uuid import uuid4
+
+from minprefix.limits import LINE, SILENCE, TEXT, Limit
 
 LACKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # "I have no such call"
 WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)  # s, for whoever holds a file open: a virus scanner, a share
@@ -160,13 +166,123 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_bytes(text.encode())
 
 
+# reading -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Within the block, whatever a library says of the contents of `path` is one ValueError that
+    names it: a KeyError of odd JSON, an error of zlib, a panic of Rust, too deep a nesting.
+
+    OSErrors of files that cannot be opened stay, and so does a ValueError that names the file.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, ValueError | OSError) and str(path) in str(error):
+            raise
+        if isinstance(error, FileNotFoundError) or getattr(error, "filename", None) is not None:
+            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(f"{path}: cannot be read ({error.strerror})") from error
+        # a panic of a library in Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        told = f"{type(error).__name__}: " * (not isinstance(error, ValueError)) + str(error)
+        raise ValueError(f"{path}: damaged, or of another kind ({brief(told, str)})") from error
+
+
+Reader = TypeVar("Reader", bound=Callable)
+
+
+def names_file(function: Reader) -> Reader:
+    """`reading` around a function whose first argument is a path."""
+
+    @wraps(function)
+    def read(path, *args, **kwargs):
+        with reading(path):
+            return function(path, *args, **kwargs)
+
+    return cast(Reader, read)
+
+
+def brief(value: object, form: Callable[[Any], str] = repr, most: int = 80) -> str:
+    """A value for a message: the beginning of its `repr`, or of another form."""
+    value = value[: most + 1] if isinstance(value, str | bytes | list | tuple) else value
+    text = form(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def need_file(path: str | Path) -> None:
+    """FileNotFoundError if there is nothing of this name, ValueError if it is no regular file."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path}: no file, but a folder, a pipe or a device")
+
+
+def open_bytes(path: str | Path) -> BinaryIO:
+    """Open a file, or a pipe, for reading.
+
+    Raises:
+        ValueError: a device, or a pipe that nobody writes to.
+        OSError: it cannot be opened.
+    """
+    # without NONBLOCK a pipe that nobody writes to would wait forever
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(number, "rb")
+    if stat.S_ISFIFO(mode) and select.select([number], [], [], SILENCE.value)[0]:
+        os.set_blocking(number, True)
+        return os.fdopen(number, "rb")
+    os.close(number)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if stat.S_ISFIFO(mode):
+        SILENCE.check(SILENCE.value + 1, path)
+    raise ValueError(f"{path}: a device; expected a file or a pipe")
+
+
+def read_bytes(path: str | Path, limit: Limit = TEXT) -> bytes:
+    """The contents of a file or pipe; ValueError if there is more than `limit` allows."""
+    with open_bytes(path) as file:
+        limit.check(os.fstat(file.fileno()).st_size, path)
+        data = file.read(limit.value + 1)
+    limit.check(len(data), path)
+    return data
+
+
+def read_lines(path: str | Path, limit: Limit) -> Iterator[str]:
+    """The lines of a UTF-8 file or pipe, with their ends, one after the other, without a byte
+    order mark.
+
+    Raises:
+        ValueError: invalid UTF-8, a line longer than `LINE`, more in all than `limit`.
+    """
+    with open_bytes(path) as file:
+        yield from lines_of(file, path, limit)
+
+
+def lines_of(file: BinaryIO, where: str | Path, limit: Limit) -> Iterator[str]:
+    """`read_lines` of an open file, which messages call `where`."""
+    total = 0
+    for number in itertools.count(1):
+        line = file.readline(LINE.value + 1)
+        if not line:
+            return
+        total += len(line)
+        LINE.check(len(line), f"{where}:{number}")
+        limit.check(total, where)
+        text = decode_text(line, where, number)
+        yield text.removeprefix("\ufeff") if number == 1 else text
+
+
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, line ends as they are; errors as `decode_text`."""
-    return decode_text(Path(path).read_bytes(), path)
+    """The text of a UTF-8 file, line ends as they are; errors as `read_bytes` and `decode_text`."""
+    return decode_text(read_bytes(path), path)
 
 
-def decode_text(data: bytes, path: str | Path) -> str:
-    """The text of UTF-8 bytes that come from the file `path`.
+def decode_text(data: bytes, path: str | Path, first: int = 1) -> str:
+    """The text of UTF-8 bytes that come from the file `path`, from its line `first` on.
 
     Raises:
         ValueError: invalid UTF-8; names the file and the line.
@@ -174,11 +290,12 @@ def decode_text(data: bytes, path: str | Path) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = data.count(b"\n", 0, error.start) + first
         bad = f"byte 0x{data[error.start]:02x}"
         raise ValueError(f"{path}:{line}: invalid UTF-8 ({bad})") from error
 
 
+@names_file
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object that a JSON file holds.
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minprefix.files import atomic_write, is_sealed, seal
+from minprefix.files import atomic_write, is_sealed, names_file, need_file, seal
 
 SEAL = "checksum"  # the name among the metadata
 UNSEALED = "sha256:" + 64 * "0"
@@ -76,6 +76,7 @@ def place_of_seal(path: Path) -> int | None:
     return found and 8 + found.start(1)
 
 
+@names_file
 def check_seal(path: str | Path) -> bool:
     """Whether a safetensors file has a checksum; those of older versions have none.
 
@@ -89,14 +90,16 @@ def check_seal(path: str | Path) -> bool:
     return place is not None
 
 
+@names_file
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, on the CPU, and its metadata, without the checksum.
 
     Raises:
         ValueError: truncated, empty or no safetensors file; names it.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file")
+    need_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = {k: v for k, v in (file.metadata() or {}).items() if k != SEAL}

@@ -7,7 +7,9 @@ from minprefix.cli.commands import GenerateOptions
 from minprefix.cli.trained import load_model, load_trained
 from minprefix.data.batches import encode_prompt, for_bart
 from minprefix.data.load import load_examples
+from minprefix.files import lines_of
 from minprefix.generation.texts import bos_prompt, frame_of, generate, stream, stripped
+from minprefix.limits import TEXT
 
 
 def run(options: GenerateOptions) -> dict | None:
@@ -51,13 +53,8 @@ def read_prompts() -> list[str]:
     """The lines of standard input that are not blank."""
     if sys.stdin.isatty():
         print("one prompt per line, Ctrl-D ends:", file=sys.stderr)
-    prompts = []
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        try:
-            prompts.append(line.rstrip(b"\r\n").decode())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"standard input:{number}: invalid UTF-8") from error
-    prompts = [prompt for prompt in prompts if prompt.strip()]
+    lines = lines_of(sys.stdin.buffer, "standard input", TEXT)
+    prompts = [line.rstrip("\r\n") for line in lines if line.strip()]
     if not prompts:
         raise ValueError("no prompt: give one as an argument, or lines on standard input")
     return prompts

@@ -12,17 +12,16 @@ progress goes to stderr.
 import importlib
 import inspect
 import json
-import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from minprefix.cli.commands import COMMANDS
 from minprefix.cli.options import Common
+from minprefix.cli.streams import one_line, with_streams
 from minprefix.files import FileNote
 
 PROG = "python -m minprefix"
@@ -38,44 +37,26 @@ def usage() -> str:
     ])  # fmt: skip
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """An error in one line."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    message = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return one_line(where + error.strerror)
+    message = one_line(str(error))
     if isinstance(error, (ValueError, OSError, FloatingPointError)) and message:
         return message
     return f"{type(error).__name__}: {message}"
 
 
-@contextmanager
-def quiet_pipes() -> Iterator[None]:
-    """Within the block, a pipe whose reader has stopped, as head does, ends the process quietly.
-
-    What is printed to a stream that was closed from the start goes nowhere.
-    """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):  # Python writes what they still hold at its end
-            os.dup2(nowhere, stream.fileno())
-        raise SystemExit(0) from None
-
-
 def show_note(otherwise: Callable, message, category, *where) -> None:
     """Show a note about a file in one line, and other warnings as Python does."""
     if issubclass(category, FileNote):
-        print(f"minprefix: note: {message}", file=sys.stderr)
+        print(f"minprefix: note: {one_line(str(message))}", file=sys.stderr)
     else:
         otherwise(message, category, *where)
 
 
-@quiet_pipes()
+@with_streams
 def execute(
     cls: type[Common], run: Callable[[Any], dict | None], words: Sequence[str], prog: str
 ) -> int:
@@ -96,7 +77,9 @@ def execute(
         return 128 + getattr(stop, "number", signal.SIGINT)
     except BrokenPipeError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise  # a panic of a library in Rust is no Exception
         if options is not None and options.debug:
             raise
         print(f"minprefix: error: {describe(error)}", file=sys.stderr)
@@ -110,7 +93,7 @@ def execute(
     return 0
 
 
-@quiet_pipes()
+@with_streams
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first word names; the exit code."""
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
@@ -120,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         known = f"choose from {', '.join(COMMANDS)}"
         wrong = f"invalid choice: {name!r} ({known})" if name else f"required: COMMAND ({known})"
-        print(f"{PROG}: error: {wrong}", file=sys.stderr)
+        print(f"{PROG}: error: {one_line(wrong)}", file=sys.stderr)
         return 2
 
     def run(options: Common) -> dict | None:

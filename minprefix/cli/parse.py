@@ -16,6 +16,8 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 from tyro import _errors as errors  # private: the one way to an error's parts; tyro is pinned
 
+from minprefix.cli.streams import one_line
+
 Options = TypeVar("Options")
 
 # options of transformers' TrainingArguments, GenerationConfig and example scripts, of PEFT's
@@ -83,6 +85,7 @@ def report(event: errors.ParseErrorEvent, known: Sequence[str] = ()) -> NoReturn
     meant = [hint(word, known) for word in getattr(event, unknown.get(type(event), ""), ())]
     advice = " or ".join(dict.fromkeys(filter(None, meant)))
     wrong = explain(event) + (f"; did you mean {advice}?" if advice else "")
+    wrong = one_line(wrong)
     print(f"{event.prog}: error: {wrong} (--help lists the options)", file=sys.stderr)
     raise SystemExit(2)
 

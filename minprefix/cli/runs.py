@@ -82,7 +82,7 @@ def rows_of(runs: dict[Path, tuple[dict[str, Any], list[dict]]]) -> list[dict]:
             "size": size_of(folder),
         }
         for entry in scores:  # of the last evaluation
-            what = f"{Path(entry['data']).name} {entry['split']}"
+            what = f"{Path(str(entry.get('data'))).name} {entry.get('split')}"
             row |= {f"{what} {k}": v for k, v in entry.items() if isinstance(v, float)}
         rows.append(row | {name: str(config.get(name, "-")) for name in names})
     columns = dict.fromkeys(name for row in rows for name in row)

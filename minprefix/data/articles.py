@@ -13,12 +13,12 @@ import json
 import re
 import tarfile
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 from minprefix.data.examples import Example, clean, text_of
-from minprefix.files import atomic_write, read_json
+from minprefix.files import atomic_write, read_json, reading
+from minprefix.limits import DATA, LINE, check_unpacked
 
 # What pages of the BBC say beside the text; lines that the hub's version leaves out, too.
 PAGE_LINES = {
@@ -103,20 +103,23 @@ def convert_xsum(archive: Path, split_ids: Path, folder: Path) -> list[Path]:
     splits = _split_ids(split_ids)
     wanted = {i for ids in splits.values() for i in ids}
     places = {}  # id: (begin, length) in the temporary file, bytes
-    with tempfile.TemporaryFile(dir=folder) as rows:
+    with reading(archive), tempfile.TemporaryFile(dir=folder) as rows:
         try:
             with tarfile.open(archive, "r|gz") as tar:
                 for member in tar:
+                    check_unpacked(archive, member.offset_data + member.size)
                     number = Path(member.name).name.removesuffix(".summary")
                     if not member.isfile() or number not in wanted:
                         continue
                     where = f"{archive}:{member.name}"
+                    LINE.check(member.size, where)
+                    DATA.check(rows.tell(), archive)
                     file: Any = tar.extractfile(member)
                     row = _parse_summary(file.read().decode(), where)
                     line = json.dumps(row | {"id": number}, ensure_ascii=False).encode() + b"\n"
                     places[number] = rows.tell(), len(line)
                     rows.write(line)
-        except (tarfile.TarError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        except tarfile.TarError as error:
             raise ValueError(f"{archive}: broken archive ({error})") from error
         if missing := sorted(wanted - set(places)):
             raise ValueError(f"{archive}: {len(missing)} articles missing, such as {missing[0]}")

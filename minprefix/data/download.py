@@ -26,7 +26,9 @@ from tqdm import tqdm
 from minprefix.checks import check_choice
 from minprefix.data.articles import ARCHIVE, SPLIT_IDS, SPLIT_NAMES, convert_xsum
 from minprefix.data.load import DATA_SETS, data_folder
-from minprefix.files import write_text
+from minprefix.files import brief, read_text, write_text
+from minprefix.limits import PIECE
+from minprefix.transfer import watched
 
 SUMS = Path(__file__).parents[1] / "assets" / "sha256"  # NAME.txt: sha256sum's format
 RECORD = "SHA256SUMS"  # beside the data, for `sha256sum -c`
@@ -83,11 +85,13 @@ SOURCES = {
 def read_sums(path: Path) -> dict[str, str]:
     """File name -> sha256, of a file as sha256sum writes it; lines that begin with # are none."""
     sums = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if line and not line.startswith("#"):
             digest, _, name = line.partition("  ")
             if len(digest) != 64 or not name:
-                raise ValueError(f"{path}:{number}: expected a sha256 and a name, got {line!r}")
+                raise ValueError(
+                    f"{path}:{number}: expected a sha256 and a name, got {brief(line)}"
+                )
             sums[name] = digest
     return sums
 
@@ -100,10 +104,11 @@ def sha256(path: Path) -> str:
 def _download(url: str, path: Path, known: str | None, published: str | None, silent: bool) -> None:
     """Fetch a file, which gets its name when it is whole and has the sha256 `known`, if there is
     one; else nothing is left of it."""
-    fetch_to = pooch.HTTPDownloader(progressbar=not silent, chunk_size=2**16)  # bytes
+    fetch_to = pooch.HTTPDownloader(progressbar=not silent, chunk_size=PIECE)
 
     def with_unix_ends(url: str, temporary: str, _) -> None:
-        fetch_to(url, temporary, None)
+        with open(temporary, "w+b") as file:
+            watched(lambda target: fetch_to(url, target, None), file, path.name)
         if published:
             _make_unix_ends(Path(temporary), published)
 
@@ -114,6 +119,7 @@ def _download(url: str, path: Path, known: str | None, published: str | None, si
     except OSError as error:  # of the network, too
         answer = getattr(error, "response", None)
         reason = type(error).__name__ if answer is None else f"status {answer.status_code}"
+        reason = str(error) if type(error) is OSError else reason
         raise OSError(
             f"{url} cannot be fetched ({error.strerror or reason}); run again, or put a copy at "
             f"{path}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minprefix import files
+from minprefix.files import brief
 
 LINEARISATIONS = ("paper", "original-code")  # as [1] prints a table, or as the code of [2] has it
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class LeftOut:
 def checked_text(value: object, name: str, where: str) -> str:
     """`value`, checked to be a string that is not blank and can be written as UTF-8."""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {name} must be a string, got {value!r}")
+        raise ValueError(f"{where}: {name} must be a string, got {brief(value)}")
     if not value.strip():
         raise ValueError(f"{where}: {name} is empty")
     if re.search("[\ud800-\udfff]", value):

@@ -9,7 +9,7 @@ what counts the rows that cannot be used.
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,31 @@ from typing import Any
 from minprefix.data.examples import Example, LeftOut, clean, read_text, texts_of
 from minprefix.data.rows import OPTIONAL, columns_of, example_of
 from minprefix.data.triples import is_webnlg, read_webnlg_json
-
-LONGEST_CELL = 2**24  # characters of a CSV's cell; the csv module's own limit is 2**17
+from minprefix.files import brief, need_file, read_lines
+from minprefix.limits import DATA, LINE
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """("file:number", line) of each line that is not blank, without its line end."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    empty = True
+    for number, line in enumerate(read_lines(path, DATA), 1):
         if line.strip():
-            yield f"{path}:{number}", line.removesuffix("\r")
+            empty = False
+            yield f"{path}:{number}", line.removesuffix("\n").removesuffix("\r")
+    if empty:
+        raise ValueError(f"{path}: the file is empty")
 
 
 def read_csv(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
     """CSV with a header, E2E's among them; a text in quotes may contain line breaks."""
-    csv.field_size_limit(LONGEST_CELL)
+    csv.field_size_limit(LINE.value)  # the module's own is 2**17
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 1  # of the file, where the row begins
     try:
         header = [name.strip().lower() for name in next(reader)]  # E2E's inputs alone: MR
         columns_of(header, f"{path}:1")
         if len(set(header)) < len(header):
-            raise ValueError(f"{path}:1: a column stands twice: {header}")
+            raise ValueError(f"{path}:1: a column stands twice: {brief(header)}")
         line = reader.line_num + 1
         for cells in reader:
             where, line = f"{path}:{line}", reader.line_num + 1
@@ -45,7 +49,7 @@ def read_csv(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]
                 continue
             if len(cells) != len(header):
                 raise ValueError(
-                    f"{where}: {len(header)} columns expected, got {len(cells)}: {cells}"
+                    f"{where}: {len(header)} columns expected, got {len(cells)}: {brief(cells)}"
                 )
             row = dict(zip(header, cells, strict=True))
             if (found := example_of(row, linearisation, where, left)) is not None:
@@ -62,7 +66,7 @@ def read_txt(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]
         source, *targets = line.split("||")
         if len(targets) != pairs:
             raise ValueError(
-                f"{where}: expected source||target, got {len(targets)} '||': {line[:80]!r}"
+                f"{where}: expected source||target, got {len(targets)} '||': {brief(line)}"
             )
         if not source.strip():
             left.add("rows without an input", where)
@@ -80,7 +84,13 @@ def read_line_pairs(path: Path, linearisation: str, left: LeftOut) -> Iterator[E
     """
     beside = path.with_suffix(".target")
     files = [path, beside] if beside.is_file() else [path]
-    lines = [read_text(file).replace("\r\n", "\n").removesuffix("\n").split("\n") for file in files]
+    lines = [
+        [line.removesuffix("\n").removesuffix("\r") for line in read_lines(file, DATA)]
+        for file in files
+    ]
+    for file, part in zip(files, lines, strict=True):
+        if not any(line.strip() for line in part):
+            raise ValueError(f"{file}: the file is empty")
     if len({len(part) for part in lines}) > 1:
         raise ValueError(f"{path} has {len(lines[0])} lines, {beside} {len(lines[1])}")
     for number, (source, *targets) in enumerate(zip_longest(*lines), 1):
@@ -93,7 +103,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """The pairs of a JSON object as a dict; Python alone would keep the last of equal keys."""
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
-        raise ValueError(f"the key {max(keys, key=keys.count)!r} stands twice in one object")
+        raise ValueError(f"the key {brief(max(keys, key=keys.count))} stands twice in one object")
     return dict(pairs)
 
 
@@ -115,7 +125,14 @@ def parse_json(text: str) -> Any:
 
 def read_jsonl(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
     """A row's object in each line."""
-    for where, line in _lines(path):
+    yield from _json_rows(_lines(path), linearisation, left)
+
+
+def _json_rows(
+    lines: Iterable[tuple[str, str]], linearisation: str, left: LeftOut
+) -> Iterator[Example]:
+    """Of lines with their places, a row's object in each."""
+    for where, line in lines:
         try:
             row = parse_json(line)
         except json.JSONDecodeError as error:
@@ -127,7 +144,7 @@ def read_jsonl(path: Path, linearisation: str, left: LeftOut) -> Iterator[Exampl
 
 def _object(row: Any, linearisation: str, where: str, left: LeftOut) -> Iterator[Example]:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {str(row)[:80]!r}")
+        raise ValueError(f"{where}: expected a JSON object, got {brief(row)}")
     if (found := example_of(row, linearisation, where, left)) is not None:
         yield found
 
@@ -138,11 +155,13 @@ def read_json(path: Path, linearisation: str, left: LeftOut, only_good: bool) ->
     Args:
         only_good: as in `triples.read_xml`.
     """
+    text = read_text(path)
     try:
-        content = parse_json(read_text(path))
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # after a first whole value
-            yield from read_jsonl(path, linearisation, left)
+            lines = ((f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), 1))
+            yield from _json_rows((x for x in lines if x[1].strip()), linearisation, left)
             return
         raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
     except ValueError as error:
@@ -167,6 +186,7 @@ def read_parquet(path: Path, linearisation: str, left: LeftOut) -> Iterator[Exam
     except ImportError:
         todo = "pip install pyarrow, or give JSON lines"
         raise ValueError(f"{path}: reading parquet needs the package pyarrow ({todo})") from None
+    need_file(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names

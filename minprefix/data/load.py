@@ -29,6 +29,7 @@ from minprefix.data.formats import (
 )
 from minprefix.data.rows import merge_equal_sources
 from minprefix.data.triples import read_xml
+from minprefix.files import names_file
 
 # What a folder may hold: E2E [3] and its cleaned form [7], WebNLG 2017 and 2020 [4], the text files
 # of [2], DART [5], parquet as the hub lays it out [6], JSON lines, JSON, CSV. Of patterns joined by
@@ -77,6 +78,7 @@ ROWS = {".csv": read_csv, ".txt": read_txt, ".source": read_line_pairs, ".jsonl"
         ".parquet": read_parquet}  # fmt: skip
 
 
+@names_file
 def _read_file(path: Path, split: str | None, linearisation: str, left: LeftOut) -> list[Example]:
     suffix = path.suffix.lower()
     # [2] trains on texts marked good only, and decodes every entry
@@ -210,7 +212,7 @@ def load_train_and_dev(
     """
     how: Any = {"linearisation": linearisation, "language": language}
     train = load_examples(data, "train", **how)
-    if Path(data).is_file():
+    if data not in (*DATA_SETS, *EMBEDDED) and not Path(data).is_dir():  # a file or a pipe
         return train, load_examples(dev, "dev", **how) if dev else []
     if dev:
         raise ValueError(f"--dev goes with a file as --data; {data} has its own dev split")

@@ -22,6 +22,7 @@ from typing import Any
 from minprefix.data.articles import article
 from minprefix.data.examples import Example, LeftOut, checked_text, clean, text_of, texts_of
 from minprefix.data.triples import dart_example
+from minprefix.files import brief
 
 ARTICLES = (("document", "summary"), ("article", "highlights"), ("dialogue", "summary"))
 MEANINGS = (("mr", "ref"), ("meaning_representation", "human_reference"))
@@ -51,7 +52,7 @@ def columns_of(names: Iterable[str], where: str) -> tuple[str, str]:
         return found[0]
     pairs = "; ".join(", ".join(pair) for pair in found or COLUMNS)
     problem = "has more than one of" if found else "needs the columns of one of"
-    raise ValueError(f"{where}: {problem}: {pairs}; has {names}")
+    raise ValueError(f"{where}: {problem}: {pairs}; has {brief(names, str)}")
 
 
 def example_of(
@@ -88,12 +89,12 @@ def _cells(table: object, linearisation: str, where: str, left: LeftOut) -> list
     if table is None:
         return []
     if not isinstance(table, dict) or not table:
-        raise ValueError(f"{where}: table must be an object with fields, got {str(table)[:80]!r}")
+        raise ValueError(f"{where}: table must be an object with fields, got {brief(table)}")
     found = []
     for name, value in table.items():
         checked_text(name, "a field's name", where)
         for one in value if isinstance(value, list) else [value]:
-            if (text := text_of(one, f"table[{name!r}]", where)) is None:
+            if (text := text_of(one, f"table[{brief(name)}]", where)) is None:
                 left.add("empty cells", where)
             else:
                 found.append((name, clean(text, linearisation)))
@@ -111,10 +112,14 @@ def _meanings(mr: object, linearisation: str, where: str, left: LeftOut) -> list
     for part in re.split(r",\s*(?=[^\[\],]+\[)", text):
         match = re.fullmatch(r"\s*([^\[\]]+)\[([^\[\]]*)\]\s*", part)
         if match is None:
-            raise ValueError(f"{where}: expected field[value], field[value], ..., got {text!r}")
+            raise ValueError(
+                f"{where}: expected field[value], field[value], ..., got {brief(text)}"
+            )
         if match[1] not in E2E_FIELDS:
             known = f"E2E has {', '.join(E2E_FIELDS)}"
-            raise ValueError(f"{where}: the unknown field {match[1]!r} in {text!r}; {known}")
+            raise ValueError(
+                f"{where}: the unknown field {brief(match[1])} in {brief(text)}; {known}"
+            )
         if match[2].strip():
             values[match[1]].append(clean(match[2], linearisation))
         else:

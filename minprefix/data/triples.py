@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minprefix.data.examples import Example, LeftOut, checked_text, clean, text_of, texts_of
+from minprefix.files import brief, read_bytes
 
 DART_CATEGORY = "MISC"  # of every entry of DART's XML, which has WebNLG's schema, and of none there
 WEBNLG_LANGUAGE = "en"  # of texts that do not say theirs, and of DART's
@@ -44,9 +45,9 @@ def _parse_triple(text: str | None, where: str) -> list[str]:
     """One <mtriple>, "Spain | capital | Madrid"."""
     parts = (text or "").split(" | ")
     if len(parts) != 3:
-        raise ValueError(f"{where}: expected subject | relation | object, got {text!r}")
+        raise ValueError(f"{where}: expected subject | relation | object, got {brief(text)}")
     for part in parts:
-        checked_text(part, f"a part of the triple {text!r}", where)
+        checked_text(part, f"a part of the triple {brief(text)}", where)
     return parts
 
 
@@ -60,7 +61,7 @@ def read_xml(path: Path, linearisation: str, left: LeftOut, only_good: bool) -> 
         only_good: leave out WebNLG's texts that are not marked good, and entries which then have
             none. (DART's have the name of their source in the place of such marks.)
     """
-    data = path.read_bytes()
+    data = read_bytes(path)
     if not data.strip():
         raise ValueError(f"{path}: the file is empty")
     try:
@@ -117,7 +118,7 @@ def read_webnlg_json(
         except (KeyError, TypeError, AttributeError):
             raise ValueError(
                 f"{where}: expected an object with modifiedtripleset (subject, property, object) "
-                f"and lexicalisations (lex), got {str(entry)[:80]!r}"
+                f"and lexicalisations (lex), got {brief(entry)}"
             ) from None
         yield from _entry(triples, texts, group, linearisation, where, left, only_good)
 
@@ -154,12 +155,12 @@ def dart_example(
         ValueError: values of other types.
     """
     if not isinstance(triples, list) or not triples:
-        raise ValueError(f"{where}: tripleset must be a list of triples, got {triples!r}")
+        raise ValueError(f"{where}: tripleset must be a list of triples, got {brief(triples)}")
     parts = []
     for triple in triples:
         if not isinstance(triple, list) or len(triple) != 3:
-            raise ValueError(f"{where}: expected [subject, relation, object], got {triple!r}")
-        name = f"a part of the triple {triple!r}"
+            raise ValueError(f"{where}: expected [subject, relation, object], got {brief(triple)}")
+        name = f"a part of the triple {brief(triple)}"
         # a table's cell may be empty
         parts.append([text_of(part, name, where) or "" for part in triple])
     if isinstance(notes, dict):
@@ -169,7 +170,7 @@ def dart_example(
     elif isinstance(notes, list) and all(isinstance(note, dict) for note in notes):
         found = [note.get("text") for note in notes]
     else:
-        raise ValueError(f"{where}: annotations must be a list of objects, got {notes!r}")
+        raise ValueError(f"{where}: annotations must be a list of objects, got {brief(notes)}")
     texts = texts_of(found, "an annotation's text", linearisation, where, left)
     source = _linearise(parts, linearisation, dart=True)
     return Example(source, texts, None, where, DART_CATEGORY, language=WEBNLG_LANGUAGE)

@@ -31,6 +31,7 @@ checksum.
 [4] https://arxiv.org/abs/1902.00751, code https://github.com/google-research/adapter-bert
 """
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprefix.checks import check_choice
-from minprefix.files import note_unsealed
+from minprefix.files import brief, names_file, note_unsealed
 from minprefix.generation.fast import KEPT
 from minprefix.methods.config import DESIGNS, SUBLAYERS
 from minprefix.models.base import ATTACHED, adapter_of, check_free
@@ -225,6 +226,7 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
     save_tensors(path, tensors, metadata, sealed=True)
 
 
+@names_file
 def load_adapter(path: str | Path) -> Adapter:
     """Read an adapter file.
 
@@ -234,18 +236,20 @@ def load_adapter(path: str | Path) -> Adapter:
     """
     tensors, metadata = load_tensors(path)
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: not an adapter file (format {metadata.get('format')!r})")
+        raise ValueError(f"{path}: not an adapter file (format {brief(metadata.get('format'))})")
     sealed = check_seal(path)
     design, width = metadata.get("design"), metadata.get("bottleneck", "")
     if design not in SUBLAYERS:
-        raise ValueError(f"{path}: unknown design {design!r}")
+        raise ValueError(f"{path}: unknown design {brief(design)}")
     down, up = (tensors.get(f"h.0.{SUBLAYERS[design][0]}.{w}.bias") for w in ("down", "up"))
     if down is None or up is None or width != str(down.numel()) or 0 in (down.numel(), up.numel()):
-        raise ValueError(f"{path}: no tensors of design {design!r} and bottleneck {width!r}")
+        raise ValueError(f"{path}: no tensors of design {design!r} and bottleneck {brief(width)}")
     try:
         eps = float(metadata.get("layer_norm_epsilon", ""))
-    except ValueError as error:
-        raise ValueError(f"{path}: layer_norm_epsilon must be a number") from error
+    except ValueError:
+        eps = math.nan
+    if not 0 < eps < 1:
+        raise ValueError(f"{path}: layer_norm_epsilon must be a number between 0 and 1")
     n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
     config = GPT2Config(n_layer=n_layer, n_head=1, n_embd=up.numel(), layer_norm_epsilon=eps)
     with torch.device("meta"):

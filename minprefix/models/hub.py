@@ -29,6 +29,8 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, validate_repo_
 from tqdm.auto import tqdm
 
 from minprefix.files import flush, read_json, rename, write_text
+from minprefix.limits import PIECE
+from minprefix.transfer import watched
 
 NANOGPT = "ckpt.pt"  # weights and sizes, of nanoGPT
 # the forms that a checkpoint's weights may have, best first
@@ -52,6 +54,7 @@ PREFIX_FILES = (
     "pytorch_adapter.bin", "prefix.safetensors", "config.json", "pytorch_model.bin",
 )  # fmt: skip
 
+constants.DOWNLOAD_CHUNK_SIZE = PIECE  # with 10 MB, a slow line would look like a dead one
 SHA256 = re.compile(r"[0-9a-f]{64}")
 BINARY = (".safetensors", ".bin")
 UNVERIFIED = "%s: %s: the hub gives no sha256 of it, so only its size was checked"
@@ -188,11 +191,16 @@ class _Repo:
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
         bar = None if self.progress else SilentBar
         with _asking(self.name, f"downloading {filename}"), partial.open("ab") as file:
-            try:
+            begun = file.tell()
+
+            def get(target: Any) -> None:
                 http_get(
-                    url, file, resume_size=file.tell(), headers=headers, expected_size=size,
+                    url, target, resume_size=begun, headers=headers, expected_size=size,
                     displayed_filename=filename, tqdm_class=bar,
                 )  # fmt: skip
+
+            try:
+                watched(get, file, filename)
             except hub_errors.HfHubHTTPError as error:
                 if error.response.status_code == 416:  # the partial file is too long
                     partial.unlink()

@@ -7,11 +7,14 @@ So does `read_settings`. Each of its keys is followed (a field of `GenerationSet
 """
 
 import logging
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from minprefix.files import read_json
+from minprefix.files import brief, read_json
+from minprefix.limits import BEAMS
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,15 @@ class GenerationSettings:
         """What is not about generation, and the tokens that begin and end a text."""
         kept = ("bos_token_id", "eos_token_id")
         return {n: x for n, x in vars(self).items() if n not in NAMES or n in kept}
+
+    def named_ids(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The tokens that each field names."""
+        for name, value in vars(self).items():
+            if name == "bad_words_ids":
+                yield name, tuple(token for word in value for token in word)
+            elif name.endswith("_token_id") or name.endswith("suppress_tokens"):
+                ids = value if isinstance(value, tuple) else (value,)
+                yield name, tuple(token for token in ids if token is not None)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -112,7 +124,7 @@ def read_settings(folder: Path, family: str, silent: dict[str, Any]) -> dict[str
 def checked(path: Path, name: str, value: Any) -> Any:
     """A value in the form of its field; ValueError if it has none."""
     ids = (int,)
-    error = ValueError(f"{path}: {name} is {value!r}")
+    error = ValueError(f"{path}: {name} is {brief(value)}")
     if name == "bad_words_ids":
         if not isinstance(value, list) or not all(
             isinstance(word, list) and word for word in value
@@ -135,8 +147,10 @@ def checked(path: Path, name: str, value: Any) -> Any:
     default = getattr(GenerationSettings, name)
     kind = int if default is None else type(default)
     wanted = (int, float) if kind is float else (kind,)
-    if type(value) not in wanted:
+    if type(value) not in wanted or not abs(value) < math.inf:
         raise error
+    if name == "num_beams":
+        BEAMS.check(value, path)
     least = {"max_new_tokens": 1, "num_beams": 1, "length_penalty": None}.get(field.name, 0)
     positive = name in ("temperature", "repetition_penalty", "top_p")
     if least is not None and (value < least or (positive and value <= 0)):

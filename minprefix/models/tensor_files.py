@@ -3,14 +3,18 @@
 Read `read_weights`, then `unwrapped`. Pickles are read as tensors only: code in them is refused.
 """
 
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minprefix.files import brief, need_file, reading
+from minprefix.limits import check_unpacked
 from minprefix.models import hub
-from minprefix.tensors import load_tensors
+from minprefix.tensors import check_seal, load_tensors
 
 # what wrappers of a model put before its names, and training programs around its tensors
 WRAPPERS = ("module.", "_orig_mod.", "model.transformer.")
@@ -31,7 +35,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing, though the index beside it names it")
-        tensors |= load_tensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+        if path.suffix == ".safetensors":
+            tensors |= load_tensors(path)[0]
+            check_seal(path)  # a model that was fine-tuned here has one
+        else:
+            tensors |= read_pickle(path)
     return tensors
 
 
@@ -46,17 +54,27 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
     ):
         raise ValueError(f"{path}: holds something other than tensors by name")
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise ValueError(f"{path}: {brief(name)} is no dense tensor of numbers")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {brief(name)} is larger than what the file holds of it")
+    check_unpacked(path, sum(tensor.nbytes for tensor in tensors.values()))
     return tensors
 
 
-def unpickle(path: Path) -> Any:
+def unpickle(path: Path, device: torch.device | str = "cpu") -> Any:
     """What a file of torch.save holds; code in it is refused, not run."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling a damaged file raises almost anything
-        if isinstance(error, OSError) and error.filename is not None:  # it cannot be opened
-            raise
-        raise ValueError(f"{path}: damaged, or holds something other than tensors") from error
+    with reading(path):
+        need_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                check_unpacked(path, sum(entry.file_size for entry in archive.infolist()))
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:
+            # the rest of what PyTorch says is how to run the code in the file
+            raise ValueError(f"{path}: damaged, or holds something other than tensors") from error
 
 
 def unwrapped(raw: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:

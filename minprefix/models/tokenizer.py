@@ -23,6 +23,7 @@ from pathlib import Path
 import tiktoken
 
 from minprefix.files import write_text
+from minprefix.limits import BLANKS
 
 ENDOFTEXT = "<|endoftext|>"
 # what tokenizer_config.json calls special tokens, the first three as in SPECIAL
@@ -181,8 +182,11 @@ class Tokenizer:
         token is one token.
 
         Raises:
-            ValueError: a lone surrogate, which no UTF-8 text holds (tiktoken would replace it).
+            ValueError: a lone surrogate, which no UTF-8 text holds (tiktoken would replace it);
+                more blanks in a row than `limits.BLANKS`.
         """
+        if len(text) > BLANKS.value:
+            BLANKS.check(max(map(len, re.findall(r"\s+", text)), default=0), "a text")
         try:
             text.encode()
         except UnicodeEncodeError as error:

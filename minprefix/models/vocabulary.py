@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minprefix.files import read_json, read_text
+from minprefix.files import brief, names_file, read_json, read_text
 from minprefix.models.tokenizer import BYTE_CHARS, ROLES, SPECIAL, Added, Tokenizer
 
 FLAGS = ("special", "lstrip", "rstrip", "single_word")
@@ -20,6 +20,7 @@ FLAGS = ("special", "lstrip", "rstrip", "single_word")
 KEPT_OUT = {"<|endoftext|>", "<s>", "</s>", "<pad>", "<unk>", "<mask>"}
 
 
+@names_file
 def read(folder: Path, family: str, ids: Sequence[int | None]) -> Tokenizer:
     """The tokenizer of a folder; errors and arguments as `Tokenizer.from_folder`."""
     named = _named(folder)
@@ -43,11 +44,11 @@ def read(folder: Path, family: str, ids: Sequence[int | None]) -> Tokenizer:
             or type(token.get("id")) is not int
             or not isinstance(token.get("content"), str)
         ):
-            raise ValueError(f"{path}: {token!r} is no added token with an id and a content")
+            raise ValueError(f"{path}: {brief(token)} is no added token with an id and a content")
         content = token["content"]
         if vocab.setdefault(content, token["id"]) != token["id"]:
             raise ValueError(
-                f"{path}: {content!r} has the ids {vocab[content]!r} and {token['id']}"
+                f"{path}: {brief(content)} has the ids {brief(vocab[content])} and {token['id']}"
             )
         added[content] = Added(content, **{flag: bool(token.get(flag)) for flag in FLAGS})
     _check_vocab(path, vocab, added)
@@ -68,7 +69,7 @@ def _byte_level_bpe(path: Path, raw: dict[str, Any]) -> tuple[dict[str, int], li
     model, before = raw.get("model"), raw.get("pre_tokenizer") or {}
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
         kind = model.get("type") if isinstance(model, dict) else None
-        raise ValueError(f"{path}: a tokenizer of type {kind!r}; supported: 'BPE'")
+        raise ValueError(f"{path}: a tokenizer of type {brief(kind)}; supported: 'BPE'")
     if not isinstance(model.get("vocab"), dict) or not isinstance(model["merges"], list):
         raise ValueError(f"{path}: model has no vocab and merges")
     wanted = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -76,9 +77,9 @@ def _byte_level_bpe(path: Path, raw: dict[str, Any]) -> tuple[dict[str, int], li
     for step in steps if isinstance(steps, list) and len(steps) == 1 else [steps]:
         odd = {k: step.get(k, v) if isinstance(step, dict) else None for k, v in wanted.items()}
         if odd != wanted:
-            raise ValueError(f"{path}: pre_tokenizer is {step!r}; supported: {wanted}")
+            raise ValueError(f"{path}: pre_tokenizer is {brief(step)}; supported: {wanted}")
     if raw.get("normalizer") is not None:
-        raise ValueError(f"{path}: normalizer is {raw['normalizer']!r}; supported: none")
+        raise ValueError(f"{path}: normalizer is {brief(raw['normalizer'])}; supported: none")
     lines = [line.split(" ") if isinstance(line, str) else line for line in model["merges"]]
     return dict(model["vocab"]), lines
 
@@ -123,7 +124,7 @@ def _special(
         candidates = [named.get(role), usual, texts.get(token_id) if token_id is not None else None]
         there = [token for token in candidates if token is not None and token in vocab]
         if not there:
-            raise ValueError(f"{path}: no token {candidates[0] or usual!r}")
+            raise ValueError(f"{path}: no token {brief(candidates[0] or usual)}")
         special.append(there[0])
     return tuple(special)
 
@@ -136,13 +137,15 @@ def _check_vocab(path: Path, vocab: dict[str, int], added: Container[str]) -> No
         size = 2 * len(vocab) + 1024 if token in added else len(vocab)
         if type(token_id) is not int or not 0 <= token_id < size:
             told = f"the file has {len(vocab)} tokens"
-            raise ValueError(f"{path}: token {token!r} has id {token_id!r}, but {told}")
+            raise ValueError(f"{path}: token {brief(token)} has id {brief(token_id)}, but {told}")
         if token_id in owner:
-            raise ValueError(f"{path}: {owner[token_id]!r} and {token!r} share the id {token_id}")
+            raise ValueError(
+                f"{path}: {brief(owner[token_id])} and {brief(token)} share the id {token_id}"
+            )
         owner[token_id] = token
     for token in BYTE_CHARS:
         if token not in vocab:
-            raise ValueError(f"{path}: no token {token!r}")
+            raise ValueError(f"{path}: no token {brief(token)}")
 
 
 def _read_merges(path: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
@@ -162,14 +165,18 @@ def _pairs(path: Path, lines: list[tuple[str, Any]], vocab: dict[str, int]):
         pair = tuple(line) if isinstance(line, list) else ()
         if len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
             told = " ".join(map(str, line)) if isinstance(line, list) else line
-            raise ValueError(f"{path}:{where}: expected two tokens and a space, found {told!r}")
+            raise ValueError(
+                f"{path}:{where}: expected two tokens and a space, found {brief(told)}"
+            )
         for part in pair:
             if part not in known:
-                raise ValueError(f"{path}:{where}: {part!r} is no byte and from no earlier line")
+                raise ValueError(
+                    f"{path}:{where}: {brief(part)} is no byte and from no earlier line"
+                )
         token = pair[0] + pair[1]
         if token not in vocab:
             file = path.name.replace("merges.txt", "vocab.json")
-            raise ValueError(f"{path}:{where}: {token!r} is not in {file}")
+            raise ValueError(f"{path}:{where}: {brief(token)} is not in {file}")
         known.add(token)
         merges.append(pair)
     return merges

@@ -15,6 +15,7 @@ same functions.
 import hashlib
 import json
 import logging
+import math
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minprefix.files import atomic_write, read_json
+from minprefix.files import atomic_write, brief, names_file, read_json, reading
 from minprefix.models import hub, weights_bart, weights_gpt2
 from minprefix.models.bart import BART
 from minprefix.models.base import FUNCTIONS, LanguageModel
@@ -80,6 +81,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
     return hub.download(name, check=read_config, progress=progress)
 
 
+@names_file
 def read_config(folder: Path) -> GPT2Config | BARTConfig:
     """config.json, with the family's defaults for what it does not say.
 
@@ -89,7 +91,8 @@ def read_config(folder: Path) -> GPT2Config | BARTConfig:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / hub.NANOGPT).is_file():
-            return weights_gpt2.nanogpt_config(folder / hub.NANOGPT, unpickle)
+            raw, ends = weights_gpt2.nanogpt_values(folder / hub.NANOGPT, unpickle)
+            return make_config(GPT2Config, raw, folder / hub.NANOGPT, ends)
         raise FileNotFoundError(f"{path}: missing, so {folder} is no (complete) checkpoint")
     raw = read_json(path)
     for family in FAMILIES.values():
@@ -98,8 +101,8 @@ def read_config(folder: Path) -> GPT2Config | BARTConfig:
             settings = dict.fromkeys(family.SILENT)  # what nothing says is none
             settings |= read_settings(folder, family.CONFIG.family, family.SILENT)
             return make_config(family.CONFIG, family.in_our_names(raw, path), path, settings)
-    kind = raw.get("model_type")
-    raise ValueError(f"{path}: model_type is {kind!r}; supported: 'gpt2' or 'bart'")
+    kind = brief(raw.get("model_type"))
+    raise ValueError(f"{path}: model_type is {kind}; supported: 'gpt2' or 'bart'")
 
 
 def activations(family) -> tuple[str, ...]:
@@ -114,7 +117,7 @@ def check_only(path: Path, raw: dict, only: dict[str, tuple]) -> None:
         value = raw.get(key, allowed[0])
         if value not in allowed or type(value) is not type(allowed[0]):  # since 1 == True
             supported = " or ".join(map(repr, allowed))
-            raise ValueError(f"{path}: {key} is {value!r}; supported: {supported}")
+            raise ValueError(f"{path}: {key} is {brief(value)}; supported: {supported}")
 
 
 def make_config(kind: type, raw: dict, path: Path, settings: dict):
@@ -128,13 +131,31 @@ def make_config(kind: type, raw: dict, path: Path, settings: dict):
         least = 0 if field.type is float or field.name.endswith("_id") else 1
         fits = isinstance(value, types) and (field.type is bool) == isinstance(value, bool)
         if not fits or (
-            isinstance(value, int | float) and field.type is not bool and value < least
+            isinstance(value, int | float)
+            and field.type is not bool
+            and not least <= value < math.inf  # nor NaN
         ):
-            raise ValueError(f"{path}: {field.name} is {value!r}")
+            raise ValueError(f"{path}: {field.name} is {brief(value)}")
     try:
-        return kind(**values)
+        config = kind(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    for name, ids in config.named_ids():
+        if ids and not 0 <= max(ids, key=abs) < config.vocab_size:
+            told = f"the model has the tokens 0 to {config.vocab_size - 1}"
+            raise ValueError(f"{path}: {name} is {brief(getattr(config, name))}, but {told}")
+    return config
+
+
+def _check_sizes(tensors: dict[str, Tensor], config: Any, folder: Path) -> None:
+    """ValueError if config.json asks for far more than the weights have: nothing is built then."""
+    widest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    for name in ("n_layer", "n_encoder_layer", "vocab_size", "n_positions", "n_embd", "n_inner"):
+        most = len(tensors) if name.endswith("_layer") else widest
+        if (value := getattr(config, name, None) or 0) > most:
+            have = f"{most} tensors" if name.endswith("_layer") else f"no side longer than {most}"
+            told = f"{name} is {value}, the weights have {have}"
+            raise ValueError(f"{folder}: the weights do not fit config.json: {told}")
 
 
 def _check_fit(tensors: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
@@ -210,13 +231,15 @@ def load(
     check_device(device)
     folder = find(name_or_path)
     config = read_config(folder)
-    tokenizer = read_tokenizer(folder, config)
-    tensors = unwrapped(read_weights(folder), folder)
     family = FAMILIES[config.family]
-    tensors, config = family.clean(tensors, config, folder)
-    model = shapes_of(config)
-    _check_fit(tensors, family.to_checkpoint(model.state_dict()), folder)
-    tensors = family.from_checkpoint(tensors, list(model.state_dict()))
+    with reading(folder):
+        tensors = unwrapped(read_weights(folder), folder)
+        _check_sizes(tensors, config, folder)
+        tokenizer = read_tokenizer(folder, config)
+        tensors, config = family.clean(tensors, config, folder)
+        model = shapes_of(config)
+        _check_fit(tensors, family.to_checkpoint(model.state_dict()), folder)
+        tensors = family.from_checkpoint(tensors, list(model.state_dict()))
     model.origin = digests(config, {name: tensors[name] for name in model.state_dict()})
     tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
@@ -251,7 +274,7 @@ def save_model(model: GPT2 | BART, tokenizer: Tokenizer, folder: str | Path) -> 
     with ExitStack() as stack:  # ends, and so renames, in reverse order
         for name, text in texts.items():
             stack.enter_context(atomic_write(folder / name)).write_bytes(text.encode())
-        save_tensors(folder / "model.safetensors", state, {"format": "pt"})
+        save_tensors(folder / "model.safetensors", state, {"format": "pt"}, sealed=True)
 
 
 HALF = 32  # digits of a fingerprint for each of the two roundings

@@ -51,8 +51,9 @@ def in_their_names(values: dict) -> dict:
     return values
 
 
-def nanogpt_config(path: Path, unpickle: Callable[[Path], Any]) -> GPT2Config:
-    """The sizes that nanoGPT keeps beside its weights; its GELU is the exact one."""
+def nanogpt_values(path: Path, unpickle: Callable[[Path], Any]) -> tuple[dict, dict]:
+    """The sizes that nanoGPT keeps beside its weights, by the fields of GPT2Config, and the tokens
+    that begin and end a text; its GELU is the exact one."""
     raw = unpickle(path)
     sizes = raw.get("model_args") if isinstance(raw, dict) else None
     names = {"block_size": "n_positions", "dropout": "resid_pdrop"}
@@ -61,7 +62,7 @@ def nanogpt_config(path: Path, unpickle: Callable[[Path], Any]) -> GPT2Config:
         raise ValueError(f"{path}: no model_args with {', '.join(names)}, so no nanoGPT checkpoint")
     values = {ours: sizes[theirs] for theirs, ours in names.items()}
     last = min(CONFIG.eos_token_id, values["vocab_size"] - 1)
-    return GPT2Config(**values, activation_function="gelu", bos_token_id=last, eos_token_id=last)
+    return values | {"activation_function": "gelu"}, {"bos_token_id": last, "eos_token_id": last}
 
 
 def read_tokenizer(folder: Path, config: GPT2Config) -> Tokenizer:

@@ -14,7 +14,7 @@ import torch
 
 from minprefix.checks import check_choice
 from minprefix.data.examples import LINEARISATIONS
-from minprefix.files import note_unsealed
+from minprefix.files import brief, names_file, note_unsealed
 from minprefix.models.config import SITES
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.config import PLACES
@@ -43,6 +43,7 @@ def save_prefix(path: str | Path, prefix: Prefix | BARTPrefix) -> None:
     save_tensors(path, tensors, metadata, sealed=True)
 
 
+@names_file
 def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
     """Read a prefix file, of GPT-2 or of BART.
 
@@ -52,16 +53,18 @@ def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
     """
     tensors, metadata = load_tensors(path)
     if metadata.get("format") not in FORMATS.values():
-        raise ValueError(f"{path}: not a prefix file (format {metadata.get('format')!r})")
+        raise ValueError(f"{path}: not a prefix file (format {brief(metadata.get('format'))})")
     sealed = check_seal(path)
     check_values(path, tensors)
     offset = metadata.get("position_offset", "")
     if not offset.isdecimal():
-        raise ValueError(f"{path}: position_offset must be a number >= 0, got {offset!r}")
+        raise ValueError(f"{path}: position_offset must be a number >= 0, got {brief(offset)}")
     place, n_trained = metadata.get("place", "prefix"), metadata.get("trained_parameters", "0")
     check_choice(f"{path}: place", place, PLACES)
     if not n_trained.isdecimal():
-        raise ValueError(f"{path}: trained_parameters must be a number >= 0, got {n_trained!r}")
+        raise ValueError(
+            f"{path}: trained_parameters must be a number >= 0, got {brief(n_trained)}"
+        )
     tensors = {name: x.float() for name, x in tensors.items()}
     if metadata["format"] == FORMATS[Prefix.family]:
         table, gate = table_and_gate(path, tensors)
@@ -70,7 +73,9 @@ def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
         prefix = bart_prefix_of(path, tensors, int(offset))
         if (source := metadata.get("source_offset")) is not None:
             if not source.isdecimal():
-                raise ValueError(f"{path}: source_offset must be a number >= 0, got {source!r}")
+                raise ValueError(
+                    f"{path}: source_offset must be a number >= 0, got {brief(source)}"
+                )
             prefix.source_offset = int(source)
     prefix.parametrisation = metadata.get("parametrisation", "")
     prefix.n_trained = int(n_trained)
@@ -131,7 +136,7 @@ def read_frame(path: str | Path, metadata: dict[str, str]) -> tuple[str, int | N
     """Linearisation ("" = none) and max_source (None = nothing is cut); ValueError for others."""
     linearisation, cut = metadata.get("linearisation", ""), metadata.get("max_source")
     if linearisation not in ("", *LINEARISATIONS):
-        raise ValueError(f"{path}: unknown linearisation {linearisation!r}")
+        raise ValueError(f"{path}: unknown linearisation {brief(linearisation)}")
     if cut is not None and (not cut.isdecimal() or int(cut) < 1):
-        raise ValueError(f"{path}: max_source must be a number >= 1, got {cut!r}")
+        raise ValueError(f"{path}: max_source must be a number >= 1, got {brief(cut)}")
     return linearisation, None if cut is None else int(cut)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minprefix.files import read_json
+from minprefix.files import brief, names_file, read_json
 from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.tensor_files import read_pickle
 from minprefix.models.weights import LISTED, read_config
@@ -98,7 +98,7 @@ def check_only(path: Path, raw: dict, only: dict[str, tuple]) -> None:
     for key, allowed in only.items():
         if raw.get(key) not in allowed:
             choices = " or ".join(repr(value) for value in allowed if value is not None)
-            raise ValueError(f"{path}: {key} is {raw.get(key)!r}; supported: {choices}")
+            raise ValueError(f"{path}: {key} is {brief(raw.get(key))}; supported: {choices}")
 
 
 def first_of(folder: Path, *names: str) -> Path:
@@ -113,7 +113,7 @@ def size(path: Path, raw: dict, key: str) -> int:
     """A size that a config file must give."""
     value = raw.get(key)
     if type(value) is not int or value < 1:
-        raise ValueError(f"{path}: {key} must be a number >= 1, got {value!r}")
+        raise ValueError(f"{path}: {key} must be a number >= 1, got {brief(value)}")
     return value
 
 
@@ -182,6 +182,7 @@ def config_beside(path: Path, config):
 
 
 @torch.no_grad()
+@names_file
 def read_authors(path: str | Path, config: Any = None) -> Prefix | AuthorsTokens | BARTPrefix:
     """A prefix that the authors' code saved; which kind, its keys say.
 
@@ -281,6 +282,7 @@ def run_virtual_tokens(model: Any, tokens: AuthorsTokens) -> Prefix:
 
 
 @torch.no_grad()
+@names_file
 def read_adapters(folder: str | Path, config: GPT2Config | None) -> Prefix:
     """The prefix of an adapter-hub folder for GPT-2, as its eager attention computes it.
 
@@ -294,7 +296,7 @@ def read_adapters(folder: str | Path, config: GPT2Config | None) -> Prefix:
     whole = read_json(path)
     raw = whole.get("config")
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: config must be an object, got {raw!r}")
+        raise ValueError(f"{path}: config must be an object, got {brief(raw)}")
     check_only(path, whole, {"model_type": ("gpt2", None)})
     check_only(path, raw, {"architecture": ("prefix_tuning",), **ADAPTERS_ONLY})
     P = size(path, raw, "prefix_length")

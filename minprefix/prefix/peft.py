@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minprefix.files import atomic_write, read_json
+from minprefix.files import atomic_write, names_file, read_json
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.files import frame_metadata, read_frame
 from minprefix.prefix.foreign import (
@@ -62,6 +62,7 @@ def decoder_table(rows: Tensor, n_layer: int, n_head: int) -> Tensor:
     return torch.stack([every[first], every[first + 1]], dim=1)
 
 
+@names_file
 def read_peft(folder: str | Path) -> Any:
     """The prefix of a PEFT folder, a `Prefix` or a `BARTPrefix`; one that was trained with
     prefix_projection too.

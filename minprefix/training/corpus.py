@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minprefix.files import decode_text
+from minprefix.files import brief, decode_text, names_file, read_bytes
+from minprefix.limits import DATA, check_unpacked
 from minprefix.models.tokenizer import ENDOFTEXT, Tokenizer
 
 TEXTS = (".txt", ".txt.gz", ".txt.xz")
@@ -99,38 +100,45 @@ def shard_corpus(paths: list[Path], tokenizer: Tokenizer | None, val_share: floa
 # files -------------------------------------------------------------------------------------------
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a file, unpacked; ValueError if it is damaged."""
-    unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix.lower(), bytes)
-    try:
-        return unpack(path.read_bytes())
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, ValueError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
+@names_file
+def read_unpacked(path: Path) -> bytes:
+    """The content of a file, unpacked; ValueError if it is damaged or an archive of too much."""
+    unpack = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower())
+    if unpack is None:
+        return read_bytes(path, DATA)
+    pieces, total = [], 0
+    with unpack(path) as file:
+        while piece := file.read(2**20):
+            pieces.append(piece)
+            check_unpacked(path, total := total + len(piece))
+    return b"".join(pieces)
 
 
 def read_documents(path: Path) -> list[str]:
     """The documents of a text file, without white space at their ends and without empty ones."""
-    text = decode_text(read_bytes(path), path).removeprefix("\ufeff")
+    text = decode_text(read_unpacked(path), path).removeprefix("\ufeff")
     return [document for part in text.split(ENDOFTEXT) if (document := part.strip())]
 
 
 def read_shard(path: Path, vocab_size: int) -> np.ndarray:
     """The ids of a .npy file: (n,), uint16, or int64 if the vocabulary is larger."""
-    data = read_bytes(path)
+    file = io.BytesIO(read_unpacked(path))
     try:
-        ids = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: damaged, or no .npy file ({error})") from error
-    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"{path}: expected one row of integer ids, found {describe(ids)}")
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}
+        shape, _, dtype = read.get(version, np.lib.format.read_array_header_2_0)(file)
+    except Exception as error:  # it is a Python literal, in which anything may be wrong
+        raise ValueError(f"{path}: damaged, or no .npy file ({brief(error, str)})") from error
+    if len(shape) != 1 or dtype.kind not in "iu":
+        raise ValueError(f"{path}: expected one row of integer ids, found {dtype} {shape}")
+    data = file.getbuffer()[file.tell() :]
+    if len(data) != shape[0] * dtype.itemsize:
+        raise ValueError(f"{path}: damaged, or no .npy file ({len(data)} bytes for {shape[0]} ids)")
+    ids = np.frombuffer(data, dtype)
     if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
         worst = ids.min() if ids.min() < 0 else ids.max()
         raise ValueError(f"{path}: id {worst}, but the tokenizer has 0 ... {vocab_size - 1}")
     return ids.astype(id_type(vocab_size))
-
-
-def describe(ids) -> str:
-    return f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
 
 
 def id_type(vocab_size: int) -> type:

@@ -27,11 +27,13 @@ from minprefix.files import (
     atomic_write,
     flush,
     is_sealed,
+    names_file,
     note_unsealed,
     rename,
     seal,
     write_text,
 )
+from minprefix.models.tensor_files import unpickle
 
 COMMON = ("settings", "step", "best", "seconds")  # keys of every state
 TRAINED = ("trained", "optimizer")  # and of one with weights
@@ -118,13 +120,11 @@ def read_state(
         return state
 
 
+@names_file
 def read_one_state(path: Path, device: torch.device | str, keys: Sequence[str]) -> dict:
     """What the file holds; ValueError if it is damaged."""
     sealed = check_whole(path)
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # unpickling a damaged file raises almost anything
-        raise ValueError(f"{path}: damaged, or no training state") from error
+    state = unpickle(path, device)
     checked_state(path, state, keys)
     if not sealed:
         note_unsealed(path)
@@ -167,14 +167,23 @@ def append_scores(folder: Path, entry: dict) -> None:
 
 
 def read_log(folder: Path, name: str = "log.jsonl") -> list[dict]:
-    """The entries of log.jsonl, without a line that a kill has cut; none if there is no log."""
+    """The entries of log.jsonl, without lines that are none: a kill may have cut one. None of them
+    if there is no log."""
     log, entries = folder / name, []
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+    for line in log.read_bytes().split(b"\n") if log.is_file() else []:
         try:
-            entries.append(json.loads(line))
-        except ValueError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(entry, dict) and (name != "log.jsonl" or is_entry(entry)):
+            entries.append(entry)
     return entries
+
+
+def is_entry(entry: dict) -> bool:
+    """Whether this is an entry of log.jsonl: a step, and numbers where a figure needs them."""
+    numbers = [entry[name] for name in ("loss", "dev_loss", "seconds") if name in entry]
+    return type(entry.get("step")) is int and all(type(x) in (int, float) for x in numbers)
 
 
 def cut_log(folder: Path, step: int) -> None:

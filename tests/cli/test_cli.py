@@ -461,7 +461,8 @@ def test_a_closed_pipe_is_no_error(argv, closed, tiny_folder, tables, tmp_path):
                for name in ("stdout", "stderr")}  # fmt: skip
     done = in_a_process([places.get(word, word) for word in argv], **streams)
     os.close(start)
-    assert done.returncode == 0 and not done.stdout and not done.stderr
+    usage = argv[-1] == 1 or argv == ("nope",)  # an error, whoever reads of it
+    assert done.returncode == 2 * usage and not done.stdout and not done.stderr
 
 
 def test_without_stderr_stdout_is_the_result_alone(tmp_path):
