@@ -12,7 +12,7 @@ KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,attention decode append hid
 TUTORIALS = $(wildcard tutorials/$(or $(NAME),[0-9])*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo lint test test-kernels check format test-official
+.PHONY: help setup setup-dev demo lint test test-kernels fuzz check format test-official
 .PHONY: compile compile-all sass bench bench-cpu bench-gpu bench-pretrain paper notebooks
 .PHONY: docs linkcheck clean
 
@@ -55,6 +55,9 @@ test: lint ## all tests, after what lint looks at
 
 test-kernels: .venv/.dev ## the Triton kernels, run in Triton's interpreter on the CPU
 	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS) --durations=10
+
+fuzz: .venv/.dev ## damaged files and command lines, for FUZZ_SECONDS=120 or CASES=10000
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases $(or $(CASES),10000) --seconds $(or $(FUZZ_SECONDS),120)
 
 compile: .venv/.dev ## what the compiler says of the tiles at D = 64 in bf16, without a GPU
 	$(BIN)/python -m kernels.tools.compile_offline --all --dtype bf16 --head_dim 64 \

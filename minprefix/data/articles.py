@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minprefix.data.examples import Example, clean, text_of
-from minprefix.files import atomic_write, read_json, reading
+from minprefix.files import atomic_write, decode_text, read_json, reading
 from minprefix.limits import DATA, LINE, check_unpacked
 
 # What pages of the BBC say beside the text; lines that the hub's version leaves out, too.
@@ -115,7 +115,7 @@ def convert_xsum(archive: Path, split_ids: Path, folder: Path) -> list[Path]:
                     LINE.check(member.size, where)
                     DATA.check(rows.tell(), archive)
                     file: Any = tar.extractfile(member)
-                    row = _parse_summary(file.read().decode(), where)
+                    row = _parse_summary(decode_text(file.read(), where), where)
                     line = json.dumps(row | {"id": number}, ensure_ascii=False).encode() + b"\n"
                     places[number] = rows.tell(), len(line)
                     rows.write(line)

@@ -50,6 +50,13 @@ BYTE_CHARS = _byte_chars()
 BYTE_OF = {char: byte for byte, char in enumerate(BYTE_CHARS)}
 
 
+def check_blanks(text: str) -> str:
+    """The text; ValueError if it has more blanks in a row than tiktoken can split."""
+    if len(text) > BLANKS.value:
+        BLANKS.check(max(map(len, re.findall(r"\s+", text)), default=0), "a text")
+    return text
+
+
 @dataclass(frozen=True)
 class Added:
     """A token that somebody added to a vocabulary: where its text stands, it is one token."""
@@ -157,7 +164,7 @@ class Tokenizer:
             vocab_size: tokens, the 256 bytes and <|endoftext|> included. There are fewer where no
                 pair is left that occurs twice.
         Raises:
-            ValueError: vocab_size below 257.
+            ValueError: vocab_size below 257; more blanks in a row than `limits.BLANKS`.
         """
         if vocab_size < len(BYTE_CHARS) + 1:
             raise ValueError(
@@ -171,7 +178,7 @@ class Tokenizer:
             vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=BYTE_CHARS,
             show_progress=False,
         )  # fmt: skip
-        bpe.train_from_iterator(texts, trainer)
+        bpe.train_from_iterator(map(check_blanks, texts), trainer)
         merges = [(a, b) for a, b in json.loads(bpe.to_str())["model"]["merges"]]
         # in GPT-2 bytes stand in the order of their characters; two merges may give one token
         tokens = dict.fromkeys([*sorted(BYTE_CHARS), *(a + b for a, b in merges), ENDOFTEXT])
@@ -185,8 +192,7 @@ class Tokenizer:
             ValueError: a lone surrogate, which no UTF-8 text holds (tiktoken would replace it);
                 more blanks in a row than `limits.BLANKS`.
         """
-        if len(text) > BLANKS.value:
-            BLANKS.check(max(map(len, re.findall(r"\s+", text)), default=0), "a text")
+        check_blanks(text)
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ def shard_corpus(paths: list[Path], tokenizer: Tokenizer | None, val_share: floa
 @names_file
 def read_unpacked(path: Path) -> bytes:
     """The content of a file, unpacked; ValueError if it is damaged or an archive of too much."""
-    unpack = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower())
+    unpack: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower())
     if unpack is None:
         return read_bytes(path, DATA)
     pieces, total = [], 0

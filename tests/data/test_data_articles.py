@@ -102,7 +102,7 @@ def test_archive_becomes_json_lines_in_the_order_of_the_splits(tmp_path):
     [
         ({"11": summary_file("11")}, r"xsum.tar.gz: 1 articles missing, such as 12"),
         ({"12": "[SN]URL[SN]\nx\n"}, r"12.summary: needs the sections .* has \['URL'\]"),
-        ({"12": b"\xff"}, "xsum.tar.gz: broken archive .*0xff"),
+        ({"12": b"\xff"}, "xsum.tar.gz:.*12.summary:1: invalid UTF-8 .*0xff"),
     ],
 )
 def test_broken_archives_leave_nothing(tmp_path, files, message):

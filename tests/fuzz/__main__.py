@@ -17,6 +17,7 @@ The number of a case and the seed say what it is. The last line counts what pass
 """
 
 import argparse
+import logging
 import multiprocessing
 import os
 import random
@@ -31,8 +32,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MINPREFIX_MAX_SILENCE": "1"}
-os.environ["RUST_BACKTRACE"] = "0"
+if __name__ == "__main__":  # before the libraries are imported
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MINPREFIX_MAX_SILENCE": "1"}
 
 import torch
 
@@ -148,6 +149,7 @@ class Fuzz:
 def child(fuzz: Fuzz, pipe) -> None:
     """Answer with the outcome of each case whose number comes."""
     warnings.simplefilter("ignore")
+    logging.disable()
     while (number := pipe.recv()) is not None:
         pipe.send(fuzz.run(number))
 

@@ -6,7 +6,8 @@ from typing import Any
 
 ODD: list[Any] = [
     None, True, -1, 0, 3, 10**9, 10**30, 1e308, float("nan"), float("inf"), "", " ", "x",
-    "x" * 5000, "\x1b[31m\n", "é", "\ud800", [], {}, [[]], [1e9], {"a": 1}, [["a", "b"]], "<|endoftext|>",
+    "x" * 5000, "\x1b[31m\n", "é", "\ud800", [], {}, [[]], [1e9], {"a": 1}, [["a", "b"]],
+    "<|endoftext|>",
 ]  # fmt: skip
 NUMBERS = [b"0", b"-1", b"1000000000", b"9" * 30, b"1e400", b"NaN", b"null", b"[]", b"0.5"]
 PIECES = [

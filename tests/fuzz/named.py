@@ -85,7 +85,6 @@ def state(**changes) -> Callable[[Path], None]:
                 whole["optimizer"]["state"][0]["exp_avg"] = value
             else:
                 whole[name] = value
-        path.with_name("before.pt").unlink(missing_ok=True)
         write_state(path.parent.parent, whole)
         path.with_name("before.pt").unlink()
 

@@ -38,7 +38,7 @@ from minprefix.prefix.foreign import read_adapters, read_authors, rows_of_table
 from minprefix.prefix.peft import read_peft, write_peft
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.corpus import load_corpus
-from minprefix.training.run_folder import cut_log, read_log, state_path
+from minprefix.training.run_folder import cut_log, earlier_path, read_log, state_path
 
 WORDS = "the boat is green and the small harbour has nineteen boats, Eagle 7 éü among them"
 ROW = {"table": {"boat": "Gull 7", "colour": ["green", "blue"]}, "text": f"Gull: {WORDS}."}
@@ -213,6 +213,7 @@ def make(folder: Path) -> dict[str, Valid]:
         quietly("train", "--model", folder / "gpt2", "--data", "data/rows.jsonl", "--out", name,
                 "--steps", 2, "--eval-every", 1, "--batch-size", 2, "--samples", 0, "--device",
                 "cpu", "--method", method, *more)  # fmt: skip
+    earlier_path(folder / "run").unlink()  # a damaged state would be replaced by it
     prompt = {"before": [1, 2], "after": [3], "linearisation": "paper", "base": ""}
     (folder / "prompt.json").write_text(json.dumps(prompt))
     (folder / "SHA256SUMS").write_text(f"{64 * '0'}  a.txt\n")
