@@ -29,6 +29,7 @@ from minprefix.limits import LINE, SILENCE, TEXT, Limit
 
 LACKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # "I have no such call"
 WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)  # s, for whoever holds a file open: a virus scanner, a share
+DAY = 24 * 3600  # s
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp(\.\w+)?")  # the names that `atomic_write` writes to
 
 
@@ -46,6 +47,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     target = target_of(path)
+    with suppress(OSError):
+        sweep(target.parent, DAY)
     temporary = target.with_name(f".{uuid4().hex}.tmp{target.suffix}")
     try:
         yield temporary
@@ -90,16 +93,17 @@ def target_of(path: Path) -> Path:
     return target if target.is_relative_to(folder) else folder / path.name
 
 
-def sweep(folder: Path) -> None:
-    """Remove the temporary files that a killed process left in `folder` and in its subfolders.
+def sweep(folder: Path, idle: float = 0) -> None:
+    """Remove the temporary files that a killed process left in `folder`.
 
-    Only for a folder in which no other process writes.
+    Args:
+        idle: those that nobody has written to for so many seconds; 0 is for a folder in which no
+            other process writes.
     """
-    inner = [place for place in folder.iterdir() if place.is_dir() and not place.is_symlink()]
-    for place in (folder, *inner):
-        for path in place.glob(".*.tmp*"):
-            if TEMPORARY.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp*"):
+        old = not idle or path.stat().st_mtime < time.time() - idle
+        if old and TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

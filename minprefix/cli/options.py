@@ -13,10 +13,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
 
+from minprefix.checks import check_choice
 from minprefix.cli.parse import changed, parse
 from minprefix.data.load import DATA_SETS, LINEARISATIONS, load_train_and_dev
 from minprefix.data.load import EMBEDDED as EMBEDDED_DATA
 from minprefix.data.splits import TOPICS, choose, hold_out, low_data
+from minprefix.files import brief
 from minprefix.models.config import EMBEDDED, MODELS
 
 Config = TypeVar("Config")
@@ -188,12 +190,28 @@ class WithRun(WithData):
         }  # fmt: skip
 
 
+KINDS = {
+    "model": str, "device": str, "data": str, "dev": str | None, "linearisation": str,
+    "language": str | None, "topics": str | None, "subset": int | None, "subset_seed": int,
+}  # fmt: skip
+
+
 def found_again(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run, whose relative paths are read from the folder in which it began.
 
     Where there is no such file (the run was moved, or an older version has written the settings),
     they are read from the working directory.
+
+    Raises:
+        ValueError, KeyError: settings of the data or the model that cannot be.
     """
+    older: dict[str, Any] = {"language": None, "subset": None, "subset_seed": 0, "topics": None}
+    for name, kind in KINDS.items():
+        if not isinstance(value := (older | settings)[name], kind):
+            raise ValueError(f"{name} is {brief(value)}")
+    check_choice("linearisation", settings["linearisation"], LINEARISATIONS)
+    if settings.get("topics") is not None:
+        check_choice("topics", settings["topics"], TOPICS)
     begun, names = settings.get("from"), {*EMBEDDED, *DATA_SETS, *EMBEDDED_DATA}
     if not isinstance(begun, str) or begun == os.getcwd():
         return settings

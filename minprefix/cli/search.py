@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minprefix.cli.commands import SearchOptions
 from minprefix.cli.options import examples_of, found_again
-from minprefix.files import read_json, write_text
+from minprefix.files import read_json, reading, write_text
 from minprefix.methods.config import saved_config
 from minprefix.methods.search.search import PromptSearch
 from minprefix.models import weights
@@ -55,7 +55,9 @@ def run_to_search(options: SearchOptions) -> tuple[Path, dict]:
     settings = read_json(path)
     if not set(KEYS) <= set(settings):
         raise ValueError(f"{path}: not the settings of a search")
-    settings = found_again(settings)
+    with reading(path):
+        settings = found_again(settings)
+        saved_config(settings["search"])
     return options.resume, settings | ({"device": options.device} if options.device else {})
 
 

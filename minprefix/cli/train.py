@@ -18,7 +18,7 @@ from minprefix.cli.commands import TrainOptions
 from minprefix.cli.options import examples_of, found_again
 from minprefix.cli.report import plot_loss, tensorboard
 from minprefix.cli.run_report import tell_end, tell_start
-from minprefix.files import brief, names_file, read_json, write_text
+from minprefix.files import names_file, read_json, write_text
 from minprefix.methods.by_name import make_tuned, unread
 from minprefix.methods.config import BaselineConfig
 from minprefix.methods.paper import paper_settings
@@ -136,14 +136,10 @@ def read_settings(run_folder: Path) -> dict:
                 settings["train"]["precision"] = "fp32"
         TrainConfig(**settings["train"]), PrefixConfig(**settings["prefix"])
         BaselineConfig(**settings.setdefault("baseline", {}))  # older runs have none
-        for name in ("model", "device", "data", "linearisation"):
-            if not isinstance(settings[name], str):
-                raise ValueError(f"{name} is {brief(settings[name])}")
-        if not isinstance(settings["dev"], str | None):
-            raise ValueError(f"dev is {brief(settings['dev'])}")
+        settings = found_again(settings)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged, not the settings of a run ({error})") from error
-    return found_again(settings)
+    return settings
 
 
 def make_trainer(settings: dict, out: Path) -> tuple[Trainer, str]:

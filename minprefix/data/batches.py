@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minprefix.checks import check_choice
 from minprefix.data.examples import LINEARISATIONS, Example, checked_text
+from minprefix.files import reading
 from minprefix.models.losses import IGNORE
 
 POOL_BATCHES = 50  # batches sorted by length together: little padding, and still a shuffled order
@@ -108,7 +109,10 @@ def encode_examples(
     for example in examples:
         for number, target in enumerate(example.targets, 1):
             where = example.where + (f" (target {number})" if len(example.targets) > 1 else "")
-            pair = encode_pair(tokenizer, example.source, target, linearisation, where, max_source)
+            with reading(where or "an example"):
+                pair = encode_pair(
+                    tokenizer, example.source, target, linearisation, where, max_source
+                )
             if max_len is not None and len(pair.ids) > max_len:
                 raise ValueError(f"{where}: {len(pair.ids)} tokens, at most {max_len} are allowed")
             if max_len is not None and (n := len(pair.source or ())) > max_len - 1:

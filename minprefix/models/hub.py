@@ -213,7 +213,7 @@ class _Repo:
         record = self.folder / ".minprefix" / f"{etag}.verified"
         stat = path.stat()
         seen = f"{stat.st_size} {stat.st_mtime_ns}"
-        if record.is_file() and record.read_text() == seen:
+        if record.is_file() and record.read_bytes() == seen.encode():
             return
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -273,7 +273,7 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
         repo.need(path.name)
     # what is read when offline: until here, the version before
     main = repo.folder / "refs" / "main"
-    if not main.is_file() or main.read_text() != repo.commit:
+    if not main.is_file() or main.read_bytes() != repo.commit.encode():
         try:
             main.parent.mkdir(exist_ok=True)
             write_text(main, repo.commit)

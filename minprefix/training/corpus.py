@@ -42,6 +42,7 @@ class Corpus:
     val: np.ndarray  # (n,), ids of held-out text
 
 
+@names_file
 def load_corpus(
     folder: str | Path, tokenizer: Tokenizer | None, vocab_size: int, val_share: float
 ) -> Corpus:

@@ -73,7 +73,9 @@ def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
             file.truncate()
             json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, file)
             file.flush()
-            sweep(place)
+            inner = (entry for entry in place.iterdir() if entry.is_dir())  # no links, see above
+            for part in (place, *inner):
+                sweep(part)
         HELD.add(held)
         try:
             yield

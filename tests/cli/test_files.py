@@ -88,6 +88,16 @@ def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path):
     assert read_text(tmp_path / "target") == "new ü"
 
 
+def test_what_was_left_over_long_ago_is_swept_by_the_next_write(tmp_path):
+    names = [f".{'a' * 32}.tmp", f".{'b' * 32}.tmp.json", ".other.tmp", "c.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / f".{'d' * 32}.tmp").touch()  # of a process that writes now, perhaps
+    write_text(tmp_path / "a", "text")
+    assert {path.name for path in tmp_path.iterdir()} == {*names[2:], f".{'d' * 32}.tmp", "a"}
+
+
 def test_tensors_come_back_with_their_metadata(tmp_path):
     path = tmp_path / "t.safetensors"
     tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(3, dtype=torch.bfloat16)}

@@ -14,8 +14,10 @@ from test_training import log_of
 
 from minprefix.files import FileNote
 from minprefix.training.run_folder import (
+    cut_log,
     earlier_path,
     has_state,
+    read_log,
     read_one_state,
     read_state,
     state_path,
@@ -300,3 +302,13 @@ def test_a_loss_that_is_not_finite_names_the_rows_and_keeps_the_state(
     assert f"is {value} in step 3 {told}: try a smaller lr" in str(caught.value)
     assert read_state(tmp_path)["step"] == 2
     assert torch.isfinite(read_state(tmp_path)["trained"]["prefix_table"]).all()
+
+
+def test_a_log_with_odd_lines_does_not_stop_a_run(run):
+    run.run(progress=False)
+    path, whole = run.out / "log.jsonl", read_log(run.out)
+    odd = [b"7", b"[]", b'{"loss": 1}', b'{"step": "x"}', b'{"step": 1, "loss": []}', b"\xff", b"["]
+    path.write_bytes(b"\n".join([*odd[:3], path.read_bytes(), *odd, b'{"a": "\xe2']))
+    assert read_log(run.out) == whole
+    cut_log(run.out, 4)
+    assert read_log(run.out) == [entry for entry in whole if entry["step"] <= 4]
