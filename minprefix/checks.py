@@ -1,6 +1,13 @@
 """Checks of settings that several packages share."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from minprefix.limits import Limit
+
+Config = TypeVar("Config")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -28,3 +35,29 @@ def check_not_negative(config, *names: str) -> None:
     for name in names:
         if (value := getattr(config, name)) is not None and not 0 <= value < math.inf:
             raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+
+
+def check_limit(config, name: str, limit: Limit) -> None:
+    """ValueError that names a field that is larger than the limit."""
+    if (value := getattr(config, name)) is not None:
+        limit.check(value, name)
+
+
+def from_saved(kind: type[Config], saved: Mapping[str, Any]) -> Config:
+    """A config dataclass of the values that a file has by its fields.
+
+    Raises:
+        ValueError: a field that it does not have, or a value of another type than the field's.
+    """
+    hints, names = get_type_hints(kind), {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    for name, value in saved.items():
+        if name not in names:
+            raise ValueError(f"there is no setting {str(name)[:40]!r}")
+        many = get_origin(hints[name]) is tuple
+        kinds = {list, tuple} if many else {*(get_args(hints[name]) or (hints[name],))}
+        fits = type(value) in kinds | ({int} if float in kinds else set())
+        if many and fits:
+            fits = all(type(part) is get_args(hints[name])[0] for part in value)
+        if not fits or (type(value) is int and abs(value) > 2**53):
+            raise ValueError(f"{name} is {str(value)[:40]!r}")
+    return kind(**saved)

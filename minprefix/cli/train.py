@@ -10,10 +10,12 @@ has what the command was started with, and what followed from the data.
 
 import json
 import shlex
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from minprefix.checks import from_saved
 from minprefix.cli.commands import TrainOptions
 from minprefix.cli.options import examples_of, found_again
 from minprefix.cli.report import plot_loss, tensorboard
@@ -134,19 +136,32 @@ def read_settings(run_folder: Path) -> dict:
             settings["train"]["patience"] = 0
             if settings["device"] == "cpu" and settings["train"]["precision"] == "auto":
                 settings["train"]["precision"] = "fp32"
-        TrainConfig(**settings["train"]), PrefixConfig(**settings["prefix"])
-        BaselineConfig(**settings.setdefault("baseline", {}))  # older runs have none
+        from_saved(TrainConfig, settings["train"])
+        from_saved(PrefixConfig, settings["prefix"])
+        from_saved(BaselineConfig, settings.setdefault("baseline", {}))  # older runs have none
         settings = found_again(settings)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged, not the settings of a run ({error})") from error
     return settings
+
+
+@contextmanager
+def named_in(path: Path) -> Iterator[None]:
+    """Within the block, what is missing of an earlier run's settings is told with their file."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not path.is_file():  # a new run
+            raise
+        raise ValueError(f"{error} (named in {path})") from error
 
 
 def make_trainer(settings: dict, out: Path) -> tuple[Trainer, str]:
     """The run that the settings describe, at step 0, and a note about its dev data, if any."""
     config = TrainConfig(**settings["train"])
-    model, tokenizer = weights.load(settings["model"], device=settings["device"])
-    train, dev, note = examples_of(settings)
+    with named_in(out / "config.json"):
+        model, tokenizer = weights.load(settings["model"], device=settings["device"])
+        train, dev, note = examples_of(settings)
     prefix, baseline = PrefixConfig(**settings["prefix"]), BaselineConfig(**settings["baseline"])
     tuned = make_tuned(model, tokenizer, config, prefix, baseline)
     trainer = Trainer(model, tokenizer, config, train, dev, out, tuned, settings["linearisation"])

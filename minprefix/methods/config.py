@@ -3,7 +3,14 @@ a prompt. Imports nothing of PyTorch."""
 
 from dataclasses import dataclass
 
-from minprefix.checks import check_at_least_one, check_choice, check_not_negative
+from minprefix.checks import (
+    check_at_least_one,
+    check_choice,
+    check_limit,
+    check_not_negative,
+    from_saved,
+)
+from minprefix.limits import WIDTH
 from minprefix.training.config import PRECISIONS
 
 SUBLAYERS = {
@@ -33,6 +40,7 @@ class BaselineConfig:
     def __post_init__(self):
         check_choice("adapter_design", self.adapter_design, DESIGNS)
         check_at_least_one(self, "top_layers", "bottleneck")
+        check_limit(self, "bottleneck", WIDTH)
         if self.adapter_share is not None and not 0 < self.adapter_share <= 1:
             raise ValueError(f"adapter_share must lie in (0, 1], got {self.adapter_share}")
         if self.bottleneck is not None and self.adapter_share is not None:
@@ -82,4 +90,4 @@ class SearchConfig:
 def saved_config(saved: dict) -> SearchConfig:
     """The config from `asdict` of it, as config.json holds it; older versions say "behind"."""
     saved = {"after" if name == "behind" else name: value for name, value in saved.items()}
-    return SearchConfig(**saved | {"start": tuple(saved["start"])})
+    return from_saved(SearchConfig, saved | {"start": tuple(saved["start"])})

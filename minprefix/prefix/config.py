@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from minprefix.checks import check_choice
+from minprefix.checks import check_choice, check_limit
+from minprefix.limits import WIDTH
 
 PARAMETRISATIONS = ("table", "mlp", "embedding", "embedding-mlp")
 PLACES = ("prefix", "infix")
@@ -39,6 +40,7 @@ class PrefixConfig:
             )
         if self.mid_dim < 1:
             raise ValueError(f"mid_dim must be at least 1, got {self.mid_dim}")
+        check_limit(self, "mid_dim", WIDTH)
 
 
 def check_form(parametrisation: str, place: str) -> None:

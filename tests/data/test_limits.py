@@ -38,7 +38,7 @@ def test_each_limit_has_its_variable_which_its_error_names(monkeypatch):
 @pytest.mark.parametrize("name", ["d.jsonl", "d.txt", "d.source", "d.csv"])
 def test_lines_and_files_are_bounded(tmp_path, monkeypatch, name):
     path = tmp_path / name
-    path.write_bytes(b"mr,ref\n" + b"a" * 1000 + b",b\n")
+    path.write_bytes(b"mr,ref\n" * name.endswith("csv") + b"a" * 1000 + b",b\n")
     monkeypatch.setenv("MINPREFIX_MAX_LINE", "100")
     with pytest.raises(ValueError, match=rf"{name}.*(MINPREFIX_MAX_LINE|larger than field limit)"):
         load_examples(path)

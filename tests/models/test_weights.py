@@ -295,7 +295,7 @@ def test_a_bad_index_is_refused(folder, index):
 def test_a_tokenizer_larger_than_the_model_is_refused(folder, tokenizer):
     tensors = tiny_gpt2(**{**TINY, "vocab_size": 100}).state_dict()
     save_file(tensors, folder / "model.safetensors")
-    set_config(folder, vocab_size=100)
+    set_config(folder, vocab_size=100, bos_token_id=99, eos_token_id=99)
     assert "vocab.json has 8191 tokens, the model 100" in error_of(folder)
 
 
