@@ -44,7 +44,7 @@ DATA = Limit("MINPREFIX_MAX_DATA", 2**32, "bytes of data")
 RATIO = Limit("MINPREFIX_MAX_RATIO", 100, "bytes unpacked for each byte of the file")
 BLANKS = Limit("MINPREFIX_MAX_BLANKS", 500_000, "blanks in a row")  # tiktoken fails at 1 million
 BEAMS = Limit("MINPREFIX_MAX_BEAMS", 1000, "beams in a checkpoint's settings")
-WIDTH = Limit("MINPREFIX_MAX_WIDTH", 2**16, "features of a layer that is trained")
+WIDTH = Limit("MINPREFIX_MAX_WIDTH", 2**16, "features or positions to train")
 DOWNLOAD = Limit("MINPREFIX_MAX_DOWNLOAD", 2**34, "bytes from a server")
 # of a pipe, or of a server for each `PIECE` of a download: 1 KB/s
 SILENCE = Limit("MINPREFIX_MAX_SILENCE", 60, "seconds of waiting for data")

@@ -147,7 +147,7 @@ def read_settings(run_folder: Path) -> dict:
 
 @contextmanager
 def named_in(path: Path) -> Iterator[None]:
-    """Within the block, what is missing of an earlier run's settings is told with their file."""
+    """Within the block, an error of an earlier run's settings is told with their file."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -159,10 +159,12 @@ def named_in(path: Path) -> Iterator[None]:
 def make_trainer(settings: dict, out: Path) -> tuple[Trainer, str]:
     """The run that the settings describe, at step 0, and a note about its dev data, if any."""
     config = TrainConfig(**settings["train"])
+    prefix, baseline = PrefixConfig(**settings["prefix"]), BaselineConfig(**settings["baseline"])
     with named_in(out / "config.json"):
         model, tokenizer = weights.load(settings["model"], device=settings["device"])
         train, dev, note = examples_of(settings)
-    prefix, baseline = PrefixConfig(**settings["prefix"]), BaselineConfig(**settings["baseline"])
-    tuned = make_tuned(model, tokenizer, config, prefix, baseline)
-    trainer = Trainer(model, tokenizer, config, train, dev, out, tuned, settings["linearisation"])
+        tuned = make_tuned(model, tokenizer, config, prefix, baseline)
+        trainer = Trainer(
+            model, tokenizer, config, train, dev, out, tuned, settings["linearisation"]
+        )
     return trainer, note

@@ -40,7 +40,8 @@ class PrefixConfig:
             )
         if self.mid_dim < 1:
             raise ValueError(f"mid_dim must be at least 1, got {self.mid_dim}")
-        check_limit(self, "mid_dim", WIDTH)
+        for name in ("mid_dim", "prefix_len"):
+            check_limit(self, name, WIDTH)
 
 
 def check_form(parametrisation: str, place: str) -> None:

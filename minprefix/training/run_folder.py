@@ -190,4 +190,5 @@ def cut_log(folder: Path, step: int) -> None:
     """Drop the entries of steps after `step`: they will be run again."""
     kept = [entry for entry in read_log(folder) if entry["step"] <= step]
     lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept)
-    write_text(folder / "log.jsonl", "".join(lines))
+    text = "".join(lines).encode(errors="backslashreplace")  # half a surrogate pair, as JSON has it
+    write_text(folder / "log.jsonl", text.decode())

@@ -99,6 +99,8 @@ class Fuzz:
         if rng.random() < SHARE:
             return self.type(other_words(rng.choice(self.commands), rng))
         kind = rng.choice(list(self.valid))
+        if change := self.valid[kind].change:
+            return kind, *self.read(kind, lambda path: change(path, rng))
         data = mutated(self.valid[kind].path.read_bytes(), rng)
         return kind, *self.read(kind, lambda path: path.write_bytes(data))
 

@@ -1,8 +1,15 @@
 """Damage: bytes that are flipped, cut or repeated, JSON with values that cannot be, odd words."""
 
+import copy
 import json
 import random
+from pathlib import Path
 from typing import Any
+
+import torch
+
+from minprefix.tensors import load_tensors, save_tensors
+from minprefix.training.run_folder import write_state
 
 ODD: list[Any] = [
     None, True, -1, 0, 3, 10**9, 10**30, 1e308, float("nan"), float("inf"), "", " ", "x",
@@ -94,16 +101,16 @@ def other_json(data: bytes, rng: random.Random) -> bytes:
         value = json.loads(lines[number])
     for _ in range(rng.choice((1, 1, 2))):
         if not (found := places(value)):
-            value = rng.choice(ODD)
+            value = copy.deepcopy(rng.choice(ODD))
             break
         container, key = rng.choice(found)
         kind = rng.random()
         if kind < 0.15:
             del container[key]
         elif kind < 0.25 and isinstance(container, dict):
-            container[rng.choice(("", "x" * 300, "id", "\x1b"))] = rng.choice(ODD)
+            container[rng.choice(("", "x" * 300, "id", "\x1b"))] = copy.deepcopy(rng.choice(ODD))
         else:
-            container[key] = rng.choice(ODD)
+            container[key] = copy.deepcopy(rng.choice(ODD))
     lines[number] = json.dumps(value).encode()
     return b"\n".join(lines)
 
@@ -116,6 +123,40 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
         except ValueError:  # a last, empty line
             pass
     return damaged(data, rng)
+
+
+def other_state(path: Path, rng: random.Random) -> None:
+    """A saved state with other values in it, and its checksum."""
+    whole = torch.load(path, weights_only=True)
+    for _ in range(rng.choice((1, 1, 3))):
+        container, key = rng.choice(places(whole))
+        container[key] = other_tensor(rng) if rng.random() < 0.5 else copy.deepcopy(rng.choice(ODD))
+    write_state(path.parent.parent, whole)
+    path.with_name("before.pt").unlink(missing_ok=True)
+
+
+def other_tensors(path: Path, rng: random.Random) -> None:
+    """A safetensors file with other tensors or metadata, and its checksum."""
+    tensors, metadata = load_tensors(path)
+    for _ in range(rng.choice((1, 1, 3))):
+        if metadata and rng.random() < 0.5:
+            value = str(rng.choice(ODD)).encode(errors="replace").decode()
+            metadata[rng.choice([*metadata, "x"])] = value
+        elif rng.random() < 0.2:
+            tensors.pop(rng.choice([*tensors, "x"]), None)
+        else:
+            tensors[rng.choice([*tensors, "x"])] = other_tensor(rng)
+    save_tensors(path, tensors, metadata, sealed=True)
+
+
+def other_tensor(rng: random.Random) -> torch.Tensor:
+    """One of an odd shape, dtype or value."""
+    shape = [rng.choice((0, 1, 2, 3, 8)) for _ in range(rng.randrange(6))]
+    kinds = (torch.float32, torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64)
+    value = rng.choice((0, 1, -1, 3e38, float("nan"), 1e6))
+    kind = rng.choice(kinds)
+    whole = not kind.is_floating_point and not kind.is_complex
+    return torch.full(shape, 1 if whole else value, dtype=kind)
 
 
 def other_words(words: list[str], rng: random.Random) -> list[str]:

@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import os
+import random
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from minprefix.prefix.peft import read_peft, write_peft
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.corpus import load_corpus
 from minprefix.training.run_folder import cut_log, earlier_path, read_log, state_path
+from tests.fuzz.mutations import other_state, other_tensors
 
 WORDS = "the boat is green and the small harbour has nineteen boats, Eagle 7 éü among them"
 ROW = {"table": {"boat": "Gull 7", "colour": ["green", "blue"]}, "text": f"Gull: {WORDS}."}
@@ -50,11 +52,13 @@ class Valid:
 
     Attributes:
         sealed: it has a checksum, so no change may go unseen.
+        change: another damage than that of `mutations.mutated`, with a new checksum.
     """
 
     path: Path
     read: Callable[[], Any]
     sealed: bool = False
+    change: Callable[[Path, random.Random], None] | None = None
 
 
 def command(*argv: object) -> tuple[int, str]:
@@ -266,4 +270,10 @@ def make(folder: Path) -> dict[str, Valid]:
     for name in (ARCHIVE, SPLIT_IDS):
         read = partial(convert_xsum, xsum / ARCHIVE, xsum / SPLIT_IDS, xsum)
         found[f"xsum {name}"] = Valid(xsum / name, read)
+    inside = {"state": other_state} | dict.fromkeys(
+        ("prefix", "bart prefix", "adapter", "weights", "peft adapter_model.safetensors"),
+        other_tensors,
+    )
+    for name, change in inside.items():
+        found[f"inside {name}"] = Valid(found[name].path, found[name].read, change=change)
     return found
