@@ -3,7 +3,6 @@
 Read `read_weights`, then `unwrapped`. Pickles are read as tensors only: code in them is refused.
 """
 
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,8 @@ def unpickle(path: Path, device: torch.device | str = "cpu") -> Any:
                 check_unpacked(path, sum(entry.file_size for entry in archive.infolist()))
         try:
             return torch.load(path, map_location=device, weights_only=True)
-        except pickle.UnpicklingError as error:
-            # the rest of what PyTorch says is how to run the code in the file
+        except Exception as error:  # unpickling a damaged file raises almost anything
+            # what PyTorch says is how to run the code in the file
             raise ValueError(f"{path}: damaged, or holds something other than tensors") from error
 
 
