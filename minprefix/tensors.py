@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minprefix.files import atomic_write, is_sealed, names_file, need_file, seal
+from minprefix.files import atomic_write, brief, is_sealed, names_file, need_file, seal
 
 SEAL = "checksum"  # the name among the metadata
 UNSEALED = "sha256:" + 64 * "0"
@@ -105,7 +105,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = {k: v for k, v in (file.metadata() or {}).items() if k != SEAL}
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no dict)
     except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or no safetensors file ({error})") from error
+        told = brief(error, str)
+        raise ValueError(f"{path}: truncated or no safetensors file ({told})") from error
 
 
 LARGEST = 65504.0  # of what was learned: the largest fp16. Keys and values of `mini` stay below 20

@@ -122,7 +122,9 @@ def convert_xsum(archive: Path, split_ids: Path, folder: Path) -> list[Path]:
         except tarfile.TarError as error:
             raise ValueError(f"{archive}: broken archive ({error})") from error
         if missing := sorted(wanted - set(places)):
-            raise ValueError(f"{archive}: {len(missing)} articles missing, such as {missing[0]}")
+            raise ValueError(
+                f"{archive}: {len(missing)} articles missing, such as {missing[0][:60]}"
+            )
         made = []
         for split, ids in splits.items():
             made.append(folder / f"{split}.jsonl")

@@ -118,7 +118,7 @@ def read_webnlg_json(
         except (KeyError, TypeError, AttributeError):
             raise ValueError(
                 f"{where}: expected an object with modifiedtripleset (subject, property, object) "
-                f"and lexicalisations (lex), got {brief(entry)}"
+                f"and lexicalisations (lex), got {brief(entry, most=40)}"
             ) from None
         yield from _entry(triples, texts, group, linearisation, where, left, only_good)
 

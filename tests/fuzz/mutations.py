@@ -155,8 +155,7 @@ def other_tensor(rng: random.Random) -> torch.Tensor:
     kinds = (torch.float32, torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64)
     value = rng.choice((0, 1, -1, 3e38, float("nan"), 1e6))
     kind = rng.choice(kinds)
-    whole = not kind.is_floating_point and not kind.is_complex
-    return torch.full(shape, 1 if whole else value, dtype=kind)
+    return torch.full(shape, value, dtype=torch.float64).to(kind)
 
 
 def other_words(words: list[str], rng: random.Random) -> list[str]:
