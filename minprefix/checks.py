@@ -13,7 +13,7 @@ Config = TypeVar("Config")
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """ValueError that lists the choices if `value` is none of them."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {str(value)[:60]!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {repr(value)[:60]}")
 
 
 def check_at_least_one(config, *names: str) -> None:

@@ -117,9 +117,8 @@ def _meanings(mr: object, linearisation: str, where: str, left: LeftOut) -> list
             )
         if match[1] not in E2E_FIELDS:
             known = f"E2E has {', '.join(E2E_FIELDS)}"
-            raise ValueError(
-                f"{where}: the unknown field {brief(match[1], most=30)} in {brief(text, most=30)}; {known}"
-            )
+            field, text = brief(match[1], most=30), brief(text, most=30)
+            raise ValueError(f"{where}: the unknown field {field} in {text}; {known}")
         if match[2].strip():
             values[match[1]].append(clean(match[2], linearisation))
         else:
