@@ -72,6 +72,10 @@ def execute(
     try:
         options = cls.parse(tuple(words), prog, inspect.getdoc(cls) or "")
         result = run(options)
+        if result is not None:
+            from minprefix.cli.report import format_rows  # not before: it needs PyTorch
+
+            print(json.dumps(result) if options.json else format_rows([result]))
     except KeyboardInterrupt as stop:
         print(f"minprefix: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 128 + getattr(stop, "number", signal.SIGINT)
@@ -86,10 +90,6 @@ def execute(
         return 1
     finally:
         warnings.showwarning = show
-    if result is not None:
-        from minprefix.cli.report import format_rows  # not before: it needs PyTorch
-
-        print(json.dumps(result) if options.json else format_rows([result]))
     return 0
 
 

@@ -63,6 +63,17 @@ def forget(stream: Any) -> None:
         os.close(nowhere)
 
 
+def flush_output() -> Exception | None:
+    """Write what standard output still holds; the error, if it is one. A pipe whose reader has
+    stopped is none."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        forget(sys.stdout)
+        return None if isinstance(error, BrokenPipeError) else error
+    return None
+
+
 def with_streams(run: Callable[..., int]) -> Callable[..., int]:
     """Around a command, which returns its exit code.
 
@@ -74,26 +85,22 @@ def with_streams(run: Callable[..., int]) -> Callable[..., int]:
         open_closed()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal may have no character for it
-        before, sys.stderr = sys.stderr, Messages(sys.stderr)
-        code = 0
+        before, sys.stderr, code, failed = sys.stderr, Messages(sys.stderr), 0, None
         try:
-            try:
-                code = run(*args, **kwargs)
-            finally:
-                sys.stdout.flush()
+            code = run(*args, **kwargs)
         except BrokenPipeError:
             forget(sys.stdout)
-        except (OSError, ValueError) as error:  # of what was to be printed
-            forget(sys.stdout)
-            if not code:
-                print(f"minprefix: error: standard output: {error}", file=sys.stderr)
-            return code or 1
         finally:
+            failed = flush_output()
             sys.stderr = before
             try:
                 before.flush()
             except (OSError, ValueError):  # Python would end with exit code 120
                 forget(before)
+        if failed and not code:
+            message = f"minprefix: error: standard output: {one_line(str(failed))}"
+            print(message, file=Messages(sys.stderr))
+            return 1
         return code
 
     return guarded
