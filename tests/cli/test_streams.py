@@ -57,7 +57,7 @@ def test_a_result_that_cannot_be_written_is_an_error(tmp_path):
     with FULL.open("w") as full:
         done = start(score(tmp_path), stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1 and done.stderr.count(b"\n") == 1
-    assert b"error: standard output: " in done.stderr and b"No space left" in done.stderr
+    assert b"minprefix: error: " in done.stderr and b"No space left" in done.stderr
 
 
 @needs_full
