@@ -192,8 +192,10 @@ def reading(path: str | Path) -> Iterator[None]:
         # a panic of a library in Rust is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        told = f"{type(error).__name__}: " * (not isinstance(error, ValueError)) + str(error)
-        raise ValueError(f"{path}: damaged, or of another kind ({brief(told, str)})") from error
+        if isinstance(error, ValueError):
+            raise ValueError(f"{path}: {brief(error, str, 120)}") from error
+        told = brief(f"{type(error).__name__}: {error}", str)
+        raise ValueError(f"{path}: damaged, or of another kind ({told})") from error
 
 
 Reader = TypeVar("Reader", bound=Callable)

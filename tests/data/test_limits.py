@@ -106,7 +106,7 @@ class PanicException(BaseException):
 
 @pytest.mark.parametrize(
     "error", [KeyError("x"), zlib.error("x"), RecursionError(), MemoryError(), PanicException("x"),
-              ValueError("x" * 999), EOFError(), gzip.BadGzipFile("x")]
+              KeyError("x" * 999), EOFError(), gzip.BadGzipFile("x")]
 )  # fmt: skip
 def test_errors_of_libraries_name_the_file(tmp_path, error):
     path = tmp_path / "a.bin"
@@ -125,8 +125,9 @@ def test_other_errors_stay(tmp_path):
         with pytest.raises(type(error)) as found, reading(tmp_path):
             raise error
         assert found.value is error
-    with pytest.raises(ValueError, match=r"^a.json:3: wrong$"), reading("a.json"):
-        raise ValueError("a.json:3: wrong")
+    for message in ("a.json:3: wrong", "wrong"):
+        with pytest.raises(ValueError, match=r"^a.json(:3)?: wrong$"), reading("a.json"):
+            raise ValueError(message)
 
 
 def test_deep_json_is_refused(tmp_path):
