@@ -83,7 +83,7 @@ o_concatenated = attend_concatenated(q, k, v, prefix_k, prefix_v)
 same("this repository's definition", o_concatenated, o_exact)
 
 # %% [markdown]
-# **Predict, then run.** The scores `s` are T (P + T) numbers per row and head. Are they larger than
+# **Predict.** The scores `s` are T (P + T) numbers per row and head. Are they larger than
 # q, k, v and o together, which are 4 T D numbers? Guess for T = 128 and T = 1000, with P = 10 and D
 # = 64.
 
@@ -94,11 +94,11 @@ for t, p, d in ((T, P, D), (128, 10, 64), (1000, 10, 64)):
 assert 128 * 138 < 4 * 128 * 64 < 1000 * 1010
 
 # %% [markdown]
-# At usual lengths they are smaller; they become larger where P + T > 4 D. They still cost more,
-# because they are handled more often: written, then read and written by the mask, read and written
-# by the softmax, and read by the last product. These are six passes over memory, where q, k, v and
-# o need one each. Concatenation adds another two passes over all keys and values. Can we sum over
-# the columns without ever writing a score to memory?
+# **Answer.** At usual lengths they are smaller; they become larger where P + T > 4 D. They still
+# cost more, because they are handled more often: written, then read and written by the mask, read
+# and written by the softmax, and read by the last product. These are six passes over memory, where
+# q, k, v and o need one each. Concatenation adds another two passes over all keys and values. Can
+# we sum over the columns without ever writing a score to memory?
 #
 # ## 2. Softmax, one column at a time
 # Take one query and one component of v. Read the scores one after the other, and keep three
@@ -289,7 +289,7 @@ else:
     same("Triton, fp32: lse", lse_triton, lse_exact, 1e-5)
 
 # %% [markdown]
-# **Predict, then run.** How many programs did that start? And what happens if the first loop leaves
+# **Predict.** How many programs did that start? And what happens if the first loop leaves
 # out `inside`, so that the prefix's 5 columns become 16, the last 11 of them zeros? (Below, the
 # prefix is padded with zeros, which gives the same.)
 
@@ -305,9 +305,9 @@ if HAVE_TRITON:
     assert gap > 0.1
 
 # %% [markdown]
-# A column of zeros is not nothing. Its score is 0, so it gets the weight $e^0 = 1$ in the sum $z$,
-# and every other weight shrinks. The mask must give -inf, not 0. (For the same reason a prefix of
-# zeros changes the model, as tutorial 2 shows.)
+# **Answer.** The number is printed. A column of zeros is not nothing. Its score is 0, so it gets
+# the weight $e^0 = 1$ in the sum $z$, and every other weight shrinks. The mask must give -inf, not
+# 0. (For the same reason a prefix of zeros changes the model, as tutorial 2 shows.)
 #
 # ## 5. The backward pass
 # Let $do_i$ be the gradient that arrives at $o_i$. If $p$ is known, the chain rule gives
@@ -541,17 +541,18 @@ if HAVE_TRITON:
 
 # %% [markdown]
 # ## Common mistakes
-# - **Padding P to a multiple of the tile with zeros** and letting the queries see them (section 4).
-# - **`is_causal=True` after concatenation.** PyTorch aligns that mask with the first column, so
-#   query i sees i + 1 columns of [prefix; sequence]: P too few. Version 1.3.0 of the library
-#   adapters did this to GPT-2 and Llama when we tried it.
-# - **A mask tensor "to be safe".** PyTorch's flash attention takes none, and a slower kernel is
-#   chosen without a message.
-# - **Forgetting the sum over the batch** in the prefix's gradient, or making it in 16 bits.
-# - **-inf minus -inf.** A query that has seen nothing yet has m = -inf, and $e^{m - m}$ is NaN.
-#   Here the first tile always has a visible column; with rows of different lengths, take care.
-# - **TRITON_INTERPRET=1 after the import**, or bf16 in the interpreter, whose products in bf16 come
-#   out wrong without an error.
+# > - **Padding P to a multiple of the tile with zeros** and letting the queries see them (section
+# >   4).
+# > - **`is_causal=True` after concatenation.** PyTorch aligns that mask with the first column, so
+# >   query i sees i + 1 columns of [prefix; sequence]: P too few. Version 1.3.0 of the library
+# >   adapters did this to GPT-2 and Llama when we tried it.
+# > - **A mask tensor "to be safe".** PyTorch's flash attention takes none, and a slower kernel is
+# >   chosen without a message.
+# > - **Forgetting the sum over the batch** in the prefix's gradient, or making it in 16 bits.
+# > - **-inf minus -inf.** A query that has seen nothing yet has m = -inf, and $e^{m - m}$ is NaN.
+# >   Here the first tile always has a visible column; with rows of different lengths, take care.
+# > - **TRITON_INTERPRET=1 after the import**, or bf16 in the interpreter, whose products in bf16
+# >   come out wrong without an error.
 #
 # ## Recap
 # - Softmax never needs all scores of a query: m, z and u are enough, and earlier sums shrink by
@@ -564,19 +565,19 @@ if HAVE_TRITON:
 # - Decoding and short training steps are limited by memory: bytes saved are time saved.
 #
 # ## Exercises
-# 1. *(easy)* Visit the prefix *after* the sequence. What changes in o, in lse, and in the number of
-#    masked tiles? Hint: section 2 says on what the result does not depend.
-# 2. *(medium)* Give each row its own prefix length, and compare with
-#    `prefix_attention(..., prefix_index=, prefix_lens=)`. Hint: only the end of the loop over
+# 1. *Easy.* Visit the prefix *after* the sequence. What changes in o, in lse, and in the number of
+#    masked tiles? *Hint:* section 2 says on what the result does not depend.
+# 2. *Medium.* Give each row its own prefix length, and compare with
+#    `prefix_attention(..., prefix_index=, prefix_lens=)`. *Hint:* only the end of the loop over
 #    prefix tiles changes.
-# 3. *(medium)* Let a gradient `dlse` arrive at lse, too. Which one line of `backward_head` changes?
-#    Hint: $\partial\, \mathrm{lse}_i / \partial s_{ij} = p_{ij}$; compare with $ds$.
-# 4. *(hard)* Decoding on a GPU cuts the columns of a row into parts that different programs read.
-#    Merge their results, and count the bytes that this adds. Hint: each part gives o and lse; its
+# 3. *Medium.* Let a gradient `dlse` arrive at lse, too. Which one line of `backward_head` changes?
+#    *Hint:* $\partial\, \mathrm{lse}_i / \partial s_{ij} = p_{ij}$; compare with $ds$.
+# 4. *Hard.* Decoding on a GPU cuts the columns of a row into parts that different programs read.
+#    Merge their results, and count the bytes that this adds. *Hint:* each part gives o and lse; its
 #    share of the whole is $e^{\mathrm{lse}_c - \mathrm{lse}}$.
-# 5. *(hard)* Show that a prefix acts like an adapter [5]: with $\lambda = Z_P / (Z_P + Z_S)$ as in
+# 5. *Hard.* Show that a prefix acts like an adapter [5]: with $\lambda = Z_P / (Z_P + Z_S)$ as in
 #    tutorial 2, $o = (1 - \lambda)\, o_S + \lambda\, o_P$, and $o_P$ is a two-layer network of
-#    width P on the layer's input. Hint: its weights are $W_q K_P^\top / \sqrt D$ and $V_P$.
+#    width P on the layer's input. *Hint:* its weights are $W_q K_P^\top / \sqrt D$ and $V_P$.
 #
 # Solutions: `tutorials/solutions/04_fused_attention.py`.
 #

@@ -61,7 +61,7 @@ def measured(method: str, column: str = "ms", **wanted) -> float:
 #
 # $$ 4 N B T + 4 C V m + 12 L C W, \qquad W = B \left(T P + \tfrac{T (T + 1)}{2}\right) . $$
 #
-# **Predict, then run.** How many times as much work is fine-tuning: 3, 2 or 1.5? And what share of
+# **Predict.** How many times as much work is fine-tuning: 3, 2 or 1.5? And what share of
 # the step is attention?
 
 # %%
@@ -95,9 +95,9 @@ products = 4 * N * b * t + 4 * C * V * b * t - 2 * 3 * C * C * b * t
 assert counted(None, ids, labels, prefix) == products
 
 # %% [markdown]
-# Fine-tuning takes not quite half as much again: prefix-tuning trains very few numbers and still
-# saves only a third of the work, because the gradient has to pass through every layer. Attention,
-# the subject of tutorial 4, is a few percent at this length.
+# **Answer.** Fine-tuning takes not quite half as much again: prefix-tuning trains very few numbers
+# and still saves only a third of the work, because the gradient has to pass through every layer.
+# Attention, the subject of tutorial 4, is a few percent at this length.
 #
 # The benchmark also timed a plain large product on its machine. FLOPs divided by that speed are a
 # time that no step can beat. How close do we come?
@@ -195,7 +195,7 @@ for name, gelu in (("as written", as_written), ("one pass", one_pass)):
 #
 # **Logits that nobody reads.** Half of a row or more is the table, whose tokens have no loss. Their
 # logits are V numbers each, and what the last layer's MLP adds at those positions is not used by
-# anything either. **Predict, then run:** how much of a step is saved if half of the positions have
+# anything either. **Predict.** how much of a step is saved if half of the positions have
 # a label?
 
 # %%
@@ -237,8 +237,8 @@ print(f"everywhere {best(lambda: gradient(everywhere())):.0f} ms")
 print(f"at labels {best(lambda: gradient(losses_of(batch).mean())):.0f} ms")
 
 # %% [markdown]
-# The formula saves an eighth of the products, no more: the head is less than a fifth of a step of
-# `mini`. On real tables more than half of the positions have no label.
+# **Answer.** The formula saves an eighth of the products, no more: the head is less than a fifth of
+# a step of `mini`. On real tables more than half of the positions have no label.
 #
 # **Padding.** A batch is as wide as its longest row. If rows are drawn at random, much is computed
 # for nothing. Sorted within pools of 50 batches they hardly differ in length
@@ -406,13 +406,14 @@ assert expected["fused"] < expected["before"] < sum(of_step.values())
 # measured. A claim of speed needs a clock.
 #
 # ## Common mistakes
-# - **Stopping the clock before the GPU.** A launch returns at once; synchronize first, and warm up.
-# - **Counting padding as tokens**, which makes the worse order of batches look faster.
-# - **Comparing fp32 with bf16**, or a compiled model with one that is not.
-# - **Comparing before checking that both compute the same.** A wrong result is often fast.
-# - **Making a small part fast.** If attention is a tenth of a step, an attention kernel that takes
-#   no time at all makes the step 1.1 times as fast.
-# - **Believing a profile's milliseconds.** It slows each operator down; use its proportions.
+# > - **Stopping the clock before the GPU.** A launch returns at once; synchronize first, and warm
+# >   up.
+# > - **Counting padding as tokens**, which makes the worse order of batches look faster.
+# > - **Comparing fp32 with bf16**, or a compiled model with one that is not.
+# > - **Comparing before checking that both compute the same.** A wrong result is often fast.
+# > - **Making a small part fast.** If attention is a tenth of a step, an attention kernel that
+# >   takes no time at all makes the step 1.1 times as fast.
+# > - **Believing a profile's milliseconds.** It slows each operator down; use its proportions.
 #
 # ## Recap
 # - Frozen numbers cost 4 FLOPs per token, not 6; prefix-tuning saves a third of the work, no more.
@@ -423,15 +424,16 @@ assert expected["fused"] < expected["before"] < sum(of_step.values())
 # - A kernel is one of these causes among others, and what no clock has seen is an expectation.
 #
 # ## Exercises
-# 1. *(easy)* Fine-tuning: add the gradients of the matrices to the count, and check it with
-#    PyTorch's counter. Hint: `model.requires_grad_()`; now the first layer passes a gradient, too.
-# 2. *(medium)* From which prefix length on does PEFT's MLP on B P inputs cost as much as the
-#    layers, at B 10 and T 128? Hint: 6 FLOPs for a trained number, 4 for a frozen one.
-# 3. *(medium)* Decoding reads all weights for each token. How many tokens per second of one row
+# 1. *Easy.* Fine-tuning: add the gradients of the matrices to the count, and check it with
+#    PyTorch's counter. *Hint:* `model.requires_grad_()`; now the first layer passes a gradient,
+#    too.
+# 2. *Medium.* From which prefix length on does PEFT's MLP on B P inputs cost as much as the
+#    layers, at B 10 and T 128? *Hint:* 6 FLOPs for a trained number, 4 for a frozen one.
+# 3. *Medium.* Decoding reads all weights for each token. How many tokens per second of one row
 #    does the measured memory speed allow, and how many does `bench.csv` have? What fills the gap?
-#    Hint: column `read_gb_per_s`.
-# 4. *(hard)* What is the least padding that sorting by length can leave, and how much do pools of
-#    50 batches lose against it on the restaurants' training rows? Hint: `epoch_batches` gives
+#    *Hint:* column `read_gb_per_s`.
+# 4. *Hard.* What is the least padding that sorting by length can leave, and how much do pools of
+#    50 batches lose against it on the restaurants' training rows? *Hint:* `epoch_batches` gives
 #    batches.
 #
 # Solutions: `tutorials/solutions/09_speed.py`.

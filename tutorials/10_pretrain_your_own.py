@@ -61,7 +61,7 @@ print(f"the first: {train_texts[0]}")
 # often, makes them one new token, and begins again. Text is first cut into words, each with the
 # space before it (written `Ġ`), and no token crosses a cut.
 #
-# **Predict, then run.** Here are four words with their counts. Which pair is merged first? How
+# **Predict.** Here are four words with their counts. Which pair is merged first? How
 # often does the pair (p, u) occur before and after?
 
 # %%
@@ -96,8 +96,8 @@ assert best == ("Ġ", "p") and pairs[best] == 5 + 3
 assert pairs["p", "u"] == 5 + 2 and count_pairs(words)["p", "u"] == 2
 
 # %% [markdown]
-# The space and the p are merged, and this takes the p away from five of the seven (p, u). So the
-# counts must be made anew after each merge.
+# **Answer.** The space and the p are merged, and this takes the p away from five of the seven (p,
+# u). So the counts must be made anew after each merge.
 #
 # ## 2. The same in a loop, then in the library
 # $V$ tokens are 256 bytes, $V - 257$ merges and `<|endoftext|>`. Nothing is ever unknown, because
@@ -126,7 +126,7 @@ print("last merges: ", *("".join(pair) for pair in merges[-6:]))
 # To encode a word, replay the merges in the order in which they were found. That is the whole
 # tokenizer: vocab.json is the table `ids`, merges.txt the list `merges`.
 #
-# **Predict, then run.** The vocabulary of `mini` is eight times as large. Which of the two
+# **Predict.** The vocabulary of `mini` is eight times as large. Which of the two
 # tokenizers needs fewer tokens for the held-out sentences about restaurants?
 
 # %%
@@ -144,8 +144,8 @@ for name, one in (("ours", tokenizer), ("mini", minprefix.load("mini")[1])):
 assert per_token["ours"] > per_token["mini"]
 
 # %% [markdown]
-# Ours does: it spends its few tokens on the words of these texts. `mini` has learned from an
-# encyclopedia, and many of its tokens never occur here.
+# **Answer.** Ours does: it spends its few tokens on the words of these texts. `mini` has learned
+# from an encyclopedia, and many of its tokens never occur here.
 #
 # ## 3. Packing
 # All texts become one stream, with `<|endoftext|>` after each. A window is $T + 1$ neighbouring
@@ -205,7 +205,8 @@ def loss_of(model: GPT2, batch: torch.Tensor) -> torch.Tensor:
 first = loss_of(model, windows.batch(0)).item()  # nats per token
 formula = math.log(V) + 0.02**2 * C / 2
 print(f"first {first:.3f}, log V {math.log(V):.3f}, formula {formula:.3f}")
-# the sample of labels, and the tied head's preference for the token just read, remain
+# what remains: the sample of labels, and the preference of a tied head for
+# the token that was just read
 assert abs(first - formula) < 0.05
 
 # %% [markdown]
@@ -415,16 +416,16 @@ folder.cleanup()
 # works there (tutorial 5).
 #
 # ## Common mistakes
-# - **Comparing losses per token of two tokenizers.** A tokenizer with longer tokens has the larger
-#   loss. Compare bits per byte (exercise 2).
-# - **Judging an optimizer by one learning rate**, or Muon by AdamW's: Muon's are larger, since they
-#   say how far a whole matrix moves.
-# - **Muon for everything.** Embeddings, biases and norms are for AdamW.
-# - **[in, out] for [out, in].** `torch.optim.Muon` scales a step by the shape of `nn.Linear`
-#   weights. GPT-2's are transposed (`Conv1D`), so `make_optimizers` corrects the factor.
-# - **No end of text between texts.** The model then learns that one restaurant's text continues
-#   with the next.
-# - **Measuring on windows that overlap the training text.** Hold whole texts out.
+# > - **Comparing losses per token of two tokenizers.** A tokenizer with longer tokens has the
+# >   larger loss. Compare bits per byte (exercise 2).
+# > - **Judging an optimizer by one learning rate**, or Muon by AdamW's: Muon's are larger, since
+# >   they say how far a whole matrix moves.
+# > - **Muon for everything.** Embeddings, biases and norms are for AdamW.
+# > - **[in, out] for [out, in].** `torch.optim.Muon` scales a step by the shape of `nn.Linear`
+# >   weights. GPT-2's are transposed (`Conv1D`), so `make_optimizers` corrects the factor.
+# > - **No end of text between texts.** The model then learns that one restaurant's text continues
+# >   with the next.
+# > - **Measuring on windows that overlap the training text.** Hold whole texts out.
 #
 # ## Recap
 # - BPE merges the most frequent pair, again and again; encoding replays the merges.
@@ -434,15 +435,15 @@ folder.cleanup()
 # - The recipe of `mini` is `--preset mini`: the same loop, with more of everything.
 #
 # ## Exercises
-# 1. *(easy)* Train tokenizers with $V$ = 300, 512 and 1024. How many held-out bytes does a token
-#    hold? Hint: `Tokenizer.train`.
-# 2. *(medium)* Losses per token of two tokenizers cannot be compared. Convert the unigram entropies
-#    of the three into bits per byte. Which is lowest, and why? Hint: a nat is $1 / \log 2$ bits.
-# 3. *(hard)* Start with token embeddings five times as large. The first loss is then far above
+# 1. *Easy.* Train tokenizers with $V$ = 300, 512 and 1024. How many held-out bytes does a token
+#    hold? *Hint:* `Tokenizer.train`.
+# 2. *Medium.* Losses per token of two tokenizers cannot be compared. Convert the unigram entropies
+#    of the three into bits per byte. Which is lowest, and why? *Hint:* a nat is $1 / \log 2$ bits.
+# 3. *Hard.* Start with token embeddings five times as large. The first loss is then far above
 #    $\log V + \sigma^2 / 2$. Which token does the model predict, and why does a tied head do that?
-#    Hint: the residual stream begins as the embedding of the token just read.
-# 4. *(medium)* Held-out windows are read alone, so their first tokens have little context. With
-#    `mini`, how much worse are the first 8 tokens of windows of 128 than the last 64? Hint:
+#    *Hint:* the residual stream begins as the embedding of the token just read.
+# 4. *Medium.* Held-out windows are read alone, so their first tokens have little context. With
+#    `mini`, how much worse are the first 8 tokens of windows of 128 than the last 64? *Hint:*
 #    `F.cross_entropy(..., reduction="none")` gives a loss for each position.
 #
 # Solutions: `tutorials/solutions/10_pretrain_your_own.py`.

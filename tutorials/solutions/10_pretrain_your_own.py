@@ -12,7 +12,11 @@ from minprefix.data.load import load_examples
 from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.tokenizer import Tokenizer
-from minprefix.training.corpus import encode, unigram_entropy, validation_windows
+from minprefix.training.corpus import (
+    encode,
+    unigram_entropy,
+    validation_windows,
+)
 
 torch.set_grad_enabled(False)
 train_texts, dev_texts = (
