@@ -1,8 +1,8 @@
 """The site (`make docs`): Sphinx with MyST-NB, which runs the tutorials and shows what they print.
 
-`pages.py` writes the pages that are made from files (API reference, results, solutions) before
-Sphinx reads; `docstrings.py` makes reST of our docstrings.
-No page asks a network for anything: MathJax is copied from its package into the site.
+`pages.py` and `reference.py` write the pages that are made from files before Sphinx reads,
+`docstrings.py` makes reST of our docstrings, `equations.py` draws equations, and `finish.py` adds
+what is copied. No page asks a network for anything.
 """
 
 import os
@@ -17,7 +17,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # tqdm's, of widgets that a page does not need
 
-from docs import docstrings, pages  # noqa: E402
+from docs import beside, docstrings, equations, finish, pages  # noqa: E402
 
 project = author = "minprefix"
 project_copyright = "the minprefix authors, MIT licence"
@@ -28,11 +28,10 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "sphinx.ext.mathjax",
     "sphinx_copybutton",
 ]
 include_patterns = [
-    "index.md", "guides/*.md", "recipes.md", "log.md", "tutorials/[0-9]*.py", "solutions/*.md",
+    "index.md", "404.md", "guides/*.md", "recipes.md", "log.md", "tutorials/[0-9]*.py", "solutions/*.md",
     "results/*.md", "api/*.md",
 ]  # fmt: skip
 suppress_warnings = ["ref.python"]  # `load` in a docstring is one of several: no link then
@@ -45,7 +44,9 @@ nb_execution_cache_path = str(ROOT / "runs" / "docs" / "cache" / pages.library_h
 nb_execution_timeout = 900  # s a cell, on a busy machine
 nb_execution_raise_on_error = True
 nb_merge_streams = True
-myst_enable_extensions = ["dollarmath", "amsmath", "linkify", "deflist"]
+nb_code_prompt_show = "Show the code of this figure"
+nb_code_prompt_hide = "Hide the code of this figure"
+myst_enable_extensions = ["dollarmath", "amsmath", "linkify", "deflist", "colon_fence"]
 myst_heading_anchors = 3
 myst_linkify_fuzzy_links = False  # gpt2.py is no address in Paraguay
 myst_links_external_new_tab = False
@@ -53,6 +54,7 @@ myst_links_external_new_tab = False
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
 autodoc_default_options = {"members": True}
+autodoc_preserve_defaults = True  # as the source has them: a path's value names this machine
 maximum_signature_line_length = 72
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -60,14 +62,21 @@ napoleon_preprocess_types = False
 viewcode_line_numbers = True
 viewcode_follow_imported_members = False  # a name lives where it is written
 
-mathjax_path = "mathjax/tex-svg-full.js"  # draws paths: no fonts to load
-mathjax3_config = {"options": {"enableMenu": False}}  # the menu would load more files
+html_math_renderer = "mathml"
 
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
-html_theme_options = {"navigation_with_keys": True}
+html_favicon = "_static/favicon.svg"
+html_baseurl = finish.SITE  # the canonical address of each page, where one is known
+if "repository" in finish.ADDRESSES:
+    html_theme_options = {
+        "footer_icons": [{
+            "name": "Repository", "url": finish.ADDRESSES["repository"], "html": "Repository",
+            "class": "",
+        }]
+    }  # fmt: skip
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 copybutton_exclude = ".linenos, .gp, .go"
 
@@ -77,4 +86,9 @@ def setup(app):
     app.connect("source-read", pages.link_guides)
     app.connect("autodoc-process-docstring", docstrings.to_rest, priority=100)  # before napoleon
     app.connect("doctree-read", pages.name_pictures)
-    app.connect("build-finished", pages.copy_extras)
+    app.connect("doctree-read", beside.place_beside)
+    app.connect("html-page-context", finish.describe)
+    app.connect("build-finished", finish.finish)
+    app.add_html_math_renderer(
+        "mathml", (equations.visit_inline, None), (equations.visit_block, None)
+    )

@@ -1,13 +1,16 @@
 """Our docstrings as reST, just before napoleon reads their Args, Returns and Raises.
 
 They are written to be read as they stand: names in single backticks, formulas indented, shapes as
-(B, H, T, D). So outside backticks reST's signs are escaped, and indented formulas stay as they are.
+(B, H, T, D). So outside backticks reST's signs are escaped. Of indented blocks those that begin as
+a formula does become equations, and all others stay as they are, commands and small tables.
 """
 
 import dataclasses
 import re
 
 from tyro._docstrings import get_field_docstring
+
+from docs.formulas import FORMULA, tex_of
 
 SECTION = re.compile(r"(Args|Returns|Yields|Raises|Attributes):$")
 REFERENCE = re.compile(r"\[\d+\] ")
@@ -23,9 +26,14 @@ def escaped(line: str) -> str:
     )
 
 
+def kind(line: str) -> str:
+    """The language of a literal block, by its first line: Python is a call or an assignment."""
+    return "python" if re.match(r"\s*[\w, ]+( = |\()", line) else "text"
+
+
 def rest_of(lines: list[str]) -> list[str]:
     """The lines of one docstring as napoleon and reST want them."""
-    found, block = [], ""  # what indented lines belong to: a section, a literal block, a reference
+    found, block = [], ""  # what indented lines belong to: section, formula, literal, reference
     for before, line in zip(["", *lines], lines, strict=False):
         text = SOURCE.sub("**Source:** ", escaped(line))
         if not line.strip():
@@ -38,8 +46,11 @@ def rest_of(lines: list[str]) -> list[str]:
             block = "section" if SECTION.match(line) else ""
         elif block in ("section", "reference") or (block == "" and before.strip()):
             found.append(text)
+        elif block == "formula" or (block != "literal" and FORMULA.match(line)):
+            found += ["", ".. math::", "", f"    {tex_of(line)}", ""]
+            block = "formula"
         else:
-            found += [line] if block == "literal" else ["::", "", line]
+            found += [line] if block == "literal" else [f".. code-block:: {kind(line)}", "", line]
             block = "literal"
     return found
 

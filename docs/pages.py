@@ -1,39 +1,26 @@
 """Pages of the site that are made from files, and the tutorials as the site shows them.
 
-Before Sphinx reads, `write_all` makes `docs/api/` (a page per module), `docs/results/` (from the
+Before Sphinx reads, `write_all` makes `docs/api/` (`reference.py`), `docs/results/` (from the
 committed CSVs), `docs/solutions/` and `docs/tutorials/`, copies whose end says how to run the
 script. Git ignores all four. Links of tutorials and guides hold in a checkout; `site_links` makes
 them links of the site.
 """
 
-import ast
 import csv
 import hashlib
 import os
 import re
-import shutil
-from importlib.resources import files
 from pathlib import Path
 
 import jupytext
 
-DOCS = Path(__file__).parent
-ROOT = DOCS.parent
+from docs.reference import ROOT, api_pages, cell, modules
+
+DOCS = ROOT / "docs"
 TUTORIALS, BENCHMARKS = ROOT / "tutorials", ROOT / "benchmarks"
 
-GROUPS = {  # heading: packages
-    "Models": ["minprefix.models"],
-    "Prefixes": ["minprefix.prefix"],
-    "Data": ["minprefix.data"],
-    "Training": ["minprefix.training"],
-    "Texts": ["minprefix.generation"],
-    "Scores": ["minprefix.metrics"],
-    "What the paper compares with": ["minprefix.methods"],
-    "Kernels": ["kernels"],
-}
-LEFT_OUT = re.compile(
-    r"kernels\.(bench_|sanitize|compile_offline|tools)|minprefix\.bench|.*\.__main__"
-)
+FOUND_BY = {"02_equation_3": ("lambda", "λ", "gate")}  # words that the search leads to a tutorial
+DRAWS, SAYS = re.compile(r"^\s*show\(", re.M), re.compile(r"^\s*(assert|print\(|def )", re.M)
 MADE = ("api", "results", "solutions", "tutorials")  # folders of docs/
 LONG = 16  # rows; a longer table of a CSV is folded
 
@@ -60,81 +47,6 @@ def write_all() -> None:
         path.parent.mkdir(exist_ok=True)
         if not path.exists() or path.read_text(encoding="utf-8") != text:  # Sphinx looks at times
             path.write_text(text, encoding="utf-8")
-
-
-# API reference ------------------------------------------------------------------------------------
-
-
-def modules() -> list[str]:
-    """The public modules, by name."""
-    paths = [path for name in ("minprefix", "kernels") for path in (ROOT / name).rglob("*.py")]
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
-    names = [name.removesuffix(".__init__") for name in names if ".assets" not in name]
-    return sorted(name for name in names if not LEFT_OUT.match(name))
-
-
-def grouped() -> dict[str, list[str]]:
-    """{heading: modules}; whatever GROUPS does not name stands in the last group."""
-    start = ["minprefix", "kernels"]
-    names = [name for name in modules() if name not in start]
-    groups = {"Start": start}
-    for heading, packages in GROUPS.items():
-        inside = tuple(f"{package}." for package in packages)
-        groups[heading] = [n for n in names if n in packages or n.startswith(inside)]
-    taken = {name for members in groups.values() for name in members}
-    groups["Command line and the rest"] = [name for name in names if name not in taken]
-    return groups
-
-
-def first_sentence(module: str) -> str:
-    """The first paragraph of a module's docstring, in one line."""
-    path = ROOT / Path(*module.split("."))
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return " ".join(text.split("\n\n")[0].split())
-
-
-def api_pages() -> dict[str, str]:
-    """A page per module and one that lists them."""
-    groups = grouped()
-    lines = [
-        "# API reference",
-        "",
-        "Made from the docstrings. Shapes use these letters:",
-    ]
-    lines += ["", "```{include} ../../README.md", ":start-after: '## Letters'"]
-    lines += [":end-before: '## Layout'", "```", ""]
-    pages = {}
-    for heading, members in groups.items():
-        lines += [f"## {heading}", "", "| module | |", "|---|---|"]
-        lines += [f"| [`{name}`]({name}.md) | {cell(first_sentence(name))} |" for name in members]
-        lines += [""]
-        pages |= {f"api/{name}.md": module_page(name) for name in members}
-    names = [name for members in groups.values() for name in members]
-    lines += ["```{toctree}", ":hidden:", "", *names, "```", ""]
-    return pages | {"api/index.md": "\n".join(lines)}
-
-
-def module_page(name: str) -> str:
-    """A module's page: its docstring, then its public names in the order of the source."""
-    options = {
-        "minprefix": [":no-members:"],
-        "kernels": [":members: prefix_attention, prefix_attention_qkv"],
-    }.get(name, [])
-    lines = [f"# {name}", "", "```{eval-rst}", f".. automodule:: {name}"]
-    lines += [f"   {option}" for option in options] + ["```", ""]
-    if name == "minprefix":
-        lines += ["What it exports:", ""]
-        lines += [f"- {{py:obj}}`{target}`" for target in exports(name)] + [""]
-    return "\n".join(lines)
-
-
-def exports(package: str) -> list[str]:
-    """Full names of what the package's __init__ imports from its modules, in its order."""
-    tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
-    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    froms = [node for node in froms if node.module.startswith(f"{package}.")]
-    return [f"{node.module}.{alias.name}" for node in froms for alias in node.names]
 
 
 # results ------------------------------------------------------------------------------------------
@@ -225,12 +137,6 @@ def csv_section(path: Path, title: str) -> list[str]:
     return lines + table + [""]
 
 
-def cell(text: str) -> str:
-    """Text for a Markdown table: no bar, no line end, no Markdown but code."""
-    text = text.replace("\n", " ").replace("|", r"\|").replace("*", r"\*").replace("<", "&lt;")
-    return text.replace("{", "&#123;").replace("[", r"\[").replace("$", r"\$")
-
-
 # tutorials ----------------------------------------------------------------------------------------
 
 
@@ -253,16 +159,26 @@ def solution_pages() -> dict[str, str]:
 
 def tutorial_pages() -> dict[str, str]:
     """The tutorials as they are run and shown."""
-    return {
-        f"tutorials/{path.name}": site_links(path.read_text(encoding="utf-8"), "tutorials")
-        + last_cell(path.stem)
-        for path in tutorials()
-    }
+    return {f"tutorials/{path.name}": tutorial_page(path) for path in tutorials()}
+
+
+def tutorial_page(path: Path) -> str:
+    """One tutorial, with what can be downloaded below its title and how to run it at its end."""
+    text = site_links(path.read_text(encoding="utf-8"), "tutorials")
+    title = re.search(r"^# # .*\n", text, re.MULTILINE)
+    words = "".join(f"single: ! {word}\n# " for word in FOUND_BY.get(path.stem, ()))
+    index = f"#\n# ```{{index}}\n# {words}```\n" if words else ""
+    top = f"{index}#\n# {{download}}`Script <../../tutorials/{path.name}>` &middot; "
+    top += f'<a href="{path.stem}.ipynb" download>Notebook</a>\n#\n'
+    return text[: title.end()] + top + text[title.end() :] + last_cell(path.stem)
 
 
 def read_tutorial(text: str):
-    """A percent script as a notebook of this Python."""
+    """A percent script as a notebook of this Python; cells that only draw are folded."""
     notebook = jupytext.reads(text, fmt="py:percent")
+    for one in notebook.cells:
+        if one.cell_type == "code" and DRAWS.search(one.source) and not SAYS.search(one.source):
+            one.metadata["tags"] = [*one.metadata.get("tags", []), "hide-input"]
     notebook.metadata["kernelspec"] = {
         "name": "python3", "display_name": "Python 3", "language": "python",
     }  # fmt: skip
@@ -340,30 +256,3 @@ def name_pictures(app, doctree) -> None:
             section = section.parent
         if "alt" not in image and section is not None:
             image["alt"] = f"Figure of: {section[0].astext()}"
-
-
-# what is copied -----------------------------------------------------------------------------------
-
-
-def on_site(html: str) -> str:
-    """The interactive page's links: in the checkout to scripts, on the site to pages."""
-    html = html.replace('"../../README.md"', '"../index.html"')
-    return re.sub(r'"\.\./\.\./(tutorials/\w+)\.py"', r'"../\1.html"', html)
-
-
-def copy_extras(app, error: Exception | None) -> None:
-    """Sphinx's event `build-finished`: MathJax with its licence, and the interactive page."""
-    if error is not None or app.builder.format != "html":
-        return
-    mathjax, out = files("mathjax") / "static" / "mathjax", Path(app.outdir)
-    (out / "_static" / "mathjax").mkdir(parents=True, exist_ok=True)
-    for name in ("es5/tex-svg-full.js", "LICENSE"):
-        data = (mathjax / name).read_bytes()
-        (out / "_static" / "mathjax" / Path(name).name).write_bytes(data)
-    (out / "interactive").mkdir(exist_ok=True)
-    for path in (DOCS / "interactive").glob("*.*"):
-        if path.suffix == ".html":  # in the checkout it links to the scripts
-            text = on_site(path.read_text(encoding="utf-8"))
-            (out / "interactive" / path.name).write_text(text, encoding="utf-8")
-        elif path.suffix in (".js", ".css"):
-            shutil.copy(path, out / "interactive" / path.name)

@@ -1,8 +1,8 @@
 """minprefix: prefix-tuning (Li & Liang 2021) on a small GPT-2 and a small BART of its own.
 
-model, tokenizer = minprefix.load("mini")
-prefix = minprefix.Prefix.from_words(model, tokenizer, "table-to-text:")
-texts = minprefix.generate(model, tokenizer, ["name : The Eagle"], prefix=prefix, num_beams=5)
+    model, tokenizer = minprefix.load("mini")
+    prefix = minprefix.Prefix.from_words(model, tokenizer, "table-to-text:")
+    texts = minprefix.generate(model, tokenizer, ["name : The Eagle"], prefix=prefix, num_beams=5)
 
 A name is imported when it is first used: `import minprefix` alone does not import torch.
 """

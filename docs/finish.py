@@ -1,0 +1,104 @@
+"""What Sphinx does not do by itself: at the end of a build, and in the head of each page.
+
+The live page and the notebooks are copied, pages whose source is gone are removed, and the search
+engines' and the host's files are written: sitemap.xml and 404.html. Addresses of the site and of
+the repository are those of [project.urls] in pyproject.toml; without them nothing names one.
+"""
+
+import re
+import shutil
+import tomllib
+from html import escape
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.addnodes import download_reference
+
+from docs.equations import write_font
+from docs.reference import ROOT
+
+LIVE = ROOT / "docs" / "interactive"
+NOT_COPIED = (".py", ".md")
+
+
+def addresses(project: str = "") -> dict[str, str]:
+    """{name in lower case: address} of [project.urls]; `project` is the text of pyproject.toml."""
+    text = project or (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return {k.lower(): v for k, v in tomllib.loads(text)["project"].get("urls", {}).items()}
+
+
+ADDRESSES = addresses()
+SITE = ADDRESSES.get("documentation", "").rstrip("/")
+
+
+def describe(app, page: str, template: str, context: dict, doctree) -> None:
+    """Sphinx's event `html-page-context`: the page's first paragraph as its description."""
+    if doctree is None:
+        return
+    said = (n for n in doctree.findall(nodes.paragraph) if not list(n.findall(download_reference)))
+    text = " ".join(next((n.astext() for n in said), "").split())
+    if len(text) > 160:  # search engines show so many characters
+        text = text[:157].rsplit(" ", 1)[0] + " ..."
+    if text:
+        context["metatags"] += f'\n<meta name="description" content="{escape(text)}">'
+
+
+def on_site(html: str) -> str:
+    """The live page's links: in the checkout to scripts, on the site to pages."""
+    html = html.replace('"../../README.md"', '"../index.html"')
+    html = re.sub(r'"\.\./guides/(\w+)\.md"', r'"../guides/\1.html"', html)
+    return re.sub(r'"\.\./\.\./(tutorials/\w+)\.py"', r'"../\1.html"', html)
+
+
+def copy_live_page(out: Path, live: Path = LIVE) -> None:
+    """The live page with all of its files, also those that were made for this build."""
+    shutil.rmtree(out, ignore_errors=True)
+    for path in live.rglob("*"):
+        if path.is_file() and path.suffix not in NOT_COPIED:
+            there = out / path.relative_to(live)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".html":  # in the checkout it links to the scripts
+                there.write_text(on_site(path.read_text(encoding="utf-8")), encoding="utf-8")
+            else:
+                shutil.copyfile(path, there)
+
+
+def copy_notebooks(executed: Path, out: Path) -> None:
+    """The tutorials as notebooks, with what they have printed and drawn."""
+    for path in executed.glob("*.ipynb"):
+        shutil.copyfile(path, out / path.name)
+
+
+def remove_stale(out: Path, pages: set[str]) -> None:
+    """HTML of an earlier build whose source is gone."""
+    for folder in ("api", "guides", "results", "solutions", "tutorials"):
+        for path in (out / folder).glob("*.html"):
+            if f"{folder}/{path.stem}" not in pages:
+                path.unlink()
+
+
+def sitemap(pages: set[str], site: str) -> str:
+    """sitemap.xml: https://www.sitemaps.org/protocol.html"""
+    urls = "".join(f"<url><loc>{site}/{page}.html</loc></url>\n" for page in sorted(pages))
+    schema = "http://www.sitemaps.org/schemas/sitemap/0.9"
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="{schema}">\n{urls}</urlset>\n'
+
+
+def not_found(html: str, site: str) -> str:
+    """404.html from the page that Sphinx wrote: a host shows it at any address, however deep."""
+    return html.replace("<head>", f'<head><base href="{escape(site)}/">', 1) if site else html
+
+
+def finish(app, error: Exception | None) -> None:
+    """Sphinx's event `build-finished`."""
+    if error is not None or app.builder.format != "html":
+        return
+    out, pages = Path(app.outdir), app.env.found_docs
+    write_font(out / "_static" / "math.woff")
+    copy_live_page(out / "interactive")
+    copy_notebooks(out.parent / "jupyter_execute" / "tutorials", out / "tutorials")
+    remove_stale(out, pages)
+    page = out / "404.html"
+    page.write_text(not_found(page.read_text("utf-8"), SITE), encoding="utf-8")
+    if SITE:
+        (out / "sitemap.xml").write_text(sitemap(pages - {"404"}, SITE), encoding="utf-8")
