@@ -22,6 +22,7 @@ from minprefix.cli.report import new_figure, save_figure
 from minprefix.data.load import load_examples
 from minprefix.data.splits import subset
 from minprefix.models.weights import load
+from minprefix.palette import PREFIX
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
 from minprefix.training.config import TrainConfig, settle
@@ -106,7 +107,7 @@ def draw(rows: list[dict]) -> None:
     """How far the rule's dev loss lies above the best of the grid, in percent, a bar a case."""
     figure, axes = new_figure()
     names = [f"{row['model']}\n{row['data']}\n{row['pairs']:,}" for row in rows]
-    bars = axes.bar(range(len(rows)), [row["excess"] for row in rows], 0.6)
+    bars = axes.bar(range(len(rows)), [row["excess"] for row in rows], 0.6, color=PREFIX)
     axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
     axes.axhline(5, color="grey", lw=1, ls="--", label="5 %")
     axes.set_xticks(range(len(rows)), names, fontsize=7)

@@ -15,6 +15,7 @@ from benchmarks.kernels import attention, decode
 from benchmarks.machine import read_rows
 from benchmarks.peft.results import KEY
 from minprefix.files import atomic_write, write_text
+from minprefix.palette import PREFIX, TEXT, colour_of
 
 HERE = Path(__file__).parent
 GPU = HERE / "gpu"
@@ -301,7 +302,7 @@ def draw(path: Path) -> None:
     grid = np.zeros((T, P + T))
     grid[:, :P] = 2
     grid[:, P:] = np.tril(np.ones((T, T)))
-    seen.imshow(grid, cmap=ListedColormap(["#f2f2f2", "#7aa6c2", "#d9822b"]))
+    seen.imshow(grid, cmap=ListedColormap(["#f2f2f2", TEXT, PREFIX]))
     seen.set_xticks(np.arange(-0.5, P + T), [], minor=False)
     seen.set_yticks(np.arange(-0.5, T), [])
     seen.grid(color="white", lw=1.5)
@@ -315,7 +316,7 @@ def draw(path: Path) -> None:
     shown = [method for method in ORDER if method in rows]
     scores = [float(rows[method]["bleu"]) for method in shown]
     kept = [int(rows[method]["parameters"]) for method in shown]
-    colours = ["#d9822b" if method == "prefix" else "#9aa5ad" for method in shown]
+    colours = [colour_of(method) for method in shown]
     names = [f"{NAMES[m]}\n{k:,} parameters kept" for m, k in zip(shown, kept, strict=True)]
     drawn = bars.barh(range(len(shown)), scores, color=colours)
     bars.bar_label(drawn, fmt="%.1f", padding=3)

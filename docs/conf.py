@@ -31,8 +31,8 @@ extensions = [
     "sphinx_copybutton",
 ]
 include_patterns = [
-    "index.md", "404.md", "guides/*.md", "recipes.md", "log.md", "tutorials/[0-9]*.py", "solutions/*.md",
-    "results/*.md", "api/*.md",
+    "index.md", "404.md", "guides/*.md", "recipes.md", "log.md", "tutorials/[0-9]*.py",
+    "solutions/*.md", "results/*.md", "api/*.md",
 ]  # fmt: skip
 suppress_warnings = ["ref.python"]  # `load` in a docstring is one of several: no link then
 default_role = "py:obj"  # a link where the name is known, code elsewhere

@@ -28,7 +28,7 @@ def escaped(line: str) -> str:
 
 def kind(line: str) -> str:
     """The language of a literal block, by its first line: Python is a call or an assignment."""
-    return "python" if re.match(r"\s*[\w, ]+( = |\()", line) else "text"
+    return "python" if re.match(r"\s*\w+(, \w+)* = |\s*[\w.]+\(", line) else "text"
 
 
 def rest_of(lines: list[str]) -> list[str]:

@@ -63,16 +63,17 @@ def copy_live_page(out: Path, live: Path = LIVE) -> None:
                 shutil.copyfile(path, there)
 
 
-def copy_notebooks(executed: Path, out: Path) -> None:
+def copy_notebooks(executed: Path, out: Path, pages: set[str]) -> None:
     """The tutorials as notebooks, with what they have printed and drawn."""
-    for path in executed.glob("*.ipynb"):
-        shutil.copyfile(path, out / path.name)
+    for path in executed.glob("tutorials/*.ipynb"):
+        if f"tutorials/{path.stem}" in pages:
+            shutil.copyfile(path, out / "tutorials" / path.name)
 
 
 def remove_stale(out: Path, pages: set[str]) -> None:
-    """HTML of an earlier build whose source is gone."""
+    """Pages and notebooks of an earlier build whose source is gone."""
     for folder in ("api", "guides", "results", "solutions", "tutorials"):
-        for path in (out / folder).glob("*.html"):
+        for path in [*(out / folder).glob("*.html"), *(out / folder).glob("*.ipynb")]:
             if f"{folder}/{path.stem}" not in pages:
                 path.unlink()
 
@@ -96,7 +97,7 @@ def finish(app, error: Exception | None) -> None:
     out, pages = Path(app.outdir), app.env.found_docs
     write_font(out / "_static" / "math.woff")
     copy_live_page(out / "interactive")
-    copy_notebooks(out.parent / "jupyter_execute" / "tutorials", out / "tutorials")
+    copy_notebooks(out.parent / "jupyter_execute", out, pages)
     remove_stale(out, pages)
     page = out / "404.html"
     page.write_text(not_found(page.read_text("utf-8"), SITE), encoding="utf-8")

@@ -11,7 +11,8 @@ GREEK = {"alpha", "beta", "delta", "lambda", "theta"}
 FUNCTIONS = {"exp", "log", "ln", "max", "min"}
 TOKEN = re.compile(
     r"(?P<sub>[_^](?:<=?\w+|\([^()]*\)|\{[^{}]*\}|[A-Za-z]\w*\(\w\)|[A-Za-z0-9]+))"
-    r"|(?P<sum>sum(?=_))|(?P<inner><\w+, \w+>)|(?P<star>\(\*\))|(?P<space>\s{2,})|(?P<word>[A-Za-z]{2,}\d?)|(?P<rest>.)"
+    r"|(?P<sum>sum(?=_))|(?P<inner><\w+, \w+>)|(?P<star>\(\*\))|(?P<space>\s{2,})"
+    r"|(?P<word>[A-Za-z]{2,}\d?)|(?P<rest>.)"
 )
 
 

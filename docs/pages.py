@@ -166,10 +166,10 @@ def tutorial_page(path: Path) -> str:
     """One tutorial, with what can be downloaded below its title and how to run it at its end."""
     text = site_links(path.read_text(encoding="utf-8"), "tutorials")
     title = re.search(r"^# # .*\n", text, re.MULTILINE)
-    words = "".join(f"single: ! {word}\n# " for word in FOUND_BY.get(path.stem, ()))
-    index = f"#\n# ```{{index}}\n# {words}```\n" if words else ""
-    top = f"{index}#\n# {{download}}`Script <../../tutorials/{path.name}>` &middot; "
-    top += f'<a href="{path.stem}.ipynb" download>Notebook</a>\n#\n'
+    words = ", ".join(f"! {word}" for word in FOUND_BY.get(path.stem, ()))
+    index = f"#\n# ```{{index}} {words}\n# ```\n" if words else ""
+    top = f"{index}#\n# Downloads: {{download}}`script <../../tutorials/{path.name}>` &middot; "
+    top += f'<a href="{path.stem}.ipynb" download>notebook</a>\n#\n'
     return text[: title.end()] + top + text[title.end() :] + last_cell(path.stem)
 
 

@@ -79,7 +79,9 @@ def first_paragraph(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
 def described(target: str) -> str:
     """The first paragraph of what `target` names, a function or class of a module."""
     module, name = target.rsplit(".", 1)
-    return next(first_paragraph(n) for n in source_of(module).body if getattr(n, "name", "") == name)
+    return next(
+        first_paragraph(n) for n in source_of(module).body if getattr(n, "name", "") == name
+    )
 
 
 def cell(text: str) -> str:

@@ -58,6 +58,7 @@ from benchmarks.kernels.peers import (
     run,
 )
 from benchmarks.machine import add_row, machine, read_rows
+from minprefix.palette import OTHER, PALE, PREFIX, TEXT
 
 KEY = ("B", "T", "H", "P", "N", "pass", "method")
 PASSES = ("forward", "forward+backward")
@@ -200,9 +201,9 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.set_axis_off()
     for axis, (shapes, which, over, label, title) in zip(panels, curves, strict=False):
         lines = {
-            "ours": ("o-", "#d9822b", lambda s, w=which: times.of(s, w, "ours_qkv")),
-            "best peer": ("s-", "#3b6ea5", lambda s, w=which: times.of(s, w, *PEERS)),
-            "no prefix": ("--", "black", lambda s, w=which: times.bare(s, w)),
+            "ours": ("o-", PREFIX, lambda s, w=which: times.of(s, w, "ours_qkv")),
+            "best peer": ("s-", OTHER, lambda s, w=which: times.of(s, w, *PEERS)),
+            "no prefix": ("--", TEXT, lambda s, w=which: times.bare(s, w)),
         }
         for name, (style, colour, us) in lines.items():
             points = [(getattr(shape, over), us(shape)) for shape in shapes]
@@ -224,7 +225,7 @@ def draw(rows: list[dict], path: Path) -> None:
 def bars(axis, times: Times) -> None:
     """Ours over attention without a prefix, with the targets."""
     shapes, width = [s for s in ISSUE + MORE if times.of(s, PASSES[0], "ours_qkv") > 0], 0.38
-    for n, (which, colour) in enumerate(zip(PASSES, ("#f0c08f", "#d9822b"), strict=True)):
+    for n, (which, colour) in enumerate(zip(PASSES, (PALE, PREFIX), strict=True)):
         at = [i + (n - 0.5) * width for i in range(len(shapes))]
         drawn = axis.bar(
             at, [times.adjusted(s, which) for s in shapes], width, color=colour, label=which
@@ -246,7 +247,7 @@ def roofline(axis, rows: list[dict], times: Times) -> None:
         peak, copy = float(limits["matmul"]["tflops"]), float(limits["copy"]["gbs"])
         x = [8.0, 1e3 * peak / copy, 2048.0]  # the corner is where both limits meet
         axis.plot(x, [min(peak, copy * i / 1e3) for i in x], "k-", label="measured limits")
-    for which, colour in zip(PASSES, ("#f0c08f", "#d9822b"), strict=True):
+    for which, colour in zip(PASSES, (PALE, PREFIX), strict=True):
         at = [work(shape, which) for shape in ISSUE]
         reached = [
             flops / times.of(shape, which, "ours_qkv") / 1e6

@@ -48,6 +48,7 @@ from benchmarks.kernels.peers import reason
 from benchmarks.machine import add_row, machine, read_rows
 from kernels import prefix_attention_eager, prefix_attention_lean
 from kernels.inputs import Append, Inputs
+from minprefix.palette import FAINT, OTHER, PALE, PREFIX
 
 D = 64
 KEY = ("B", "H", "S", "P", "N", "method")
@@ -301,10 +302,10 @@ def draw(rows: list[dict], path: Path) -> None:
     for axis in grid[len(panels) + 1 :]:
         axis.set_axis_off()
     labels = {
-        "grown": ("cache with prefix, grown by cat", "#b8b8b8"),
-        "static": ("static cache with prefix, SDPA", "#3b6ea5"),
-        "ours": ("ours", "#d9822b"),
-        "ours_only": ("ours, the kernel alone", "#f0c08f"),
+        "grown": ("cache with prefix, grown by cat", FAINT),
+        "static": ("static cache with prefix, SDPA", OTHER),
+        "ours": ("ours", PREFIX),
+        "ours_only": ("ours, the kernel alone", PALE),
     }
     for axis, (shapes, over, name, title) in zip(grid, panels, strict=False):
         for method, (label, colour) in labels.items():
@@ -319,7 +320,7 @@ def draw(rows: list[dict], path: Path) -> None:
         shape: times.of(shape, "ours_only", "of_copy")
         for shape in REFERENCE + BANKS + OVER_S + OVER_B + ONE_ROW + OVER_P
     }
-    for few, label, colour in ((False, "B > 8", "#d9822b"), (True, "B <= 8", "#5b8c5a")):
+    for few, label, colour in ((False, "B > 8", PREFIX), (True, "B <= 8", PALE)):
         points = [
             (work(shape, "ours_only") / 2**20, share)
             for shape, share in measured.items()

@@ -1,10 +1,10 @@
 """The paper's claims, each with a function that judges it by the rows of our runs.
 
-Read `Verdict` and `compare`, then the claims in the order of the paper. A claim "holds here" or
-"does not hold here" by the sign of the mean difference; that a difference is within noise (0 is in
-its 95 % interval by Student's t, over seeds or subsets) is said beside it, as is a single pair,
-which has no spread. That two are alike holds only where all of the interval is within `ALIKE`: wide
-intervals show no difference and no likeness. Without rows to judge by it is "not tested".
+Read `Verdict` and `decided`, then the claims in the order of the paper. A claim "holds here" or
+"does not hold here" by the sign of the mean difference if 0 lies outside of its 95 % interval (by
+Student's t, over seeds or subsets). Otherwise it is undecided, as it is with a single pair, which
+has no interval. That two are alike holds only where all of the interval is within `ALIKE`, and is
+undecided where the interval is wide. Without rows to judge by a claim is "not tested".
 
 Sections and tables: [v1] https://arxiv.org/abs/2101.00190v1, [ACL]
 https://aclanthology.org/2021.acl-long.353.
@@ -13,13 +13,14 @@ https://aclanthology.org/2021.acl-long.353.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from benchmarks.paper.experiments import OTHER_WORDS, TASK_WORDS
 from benchmarks.paper.presets import MINI_LEN, NO_SWEEP
 from benchmarks.paper.results import Difference, Row, difference, gaps, mean_gap, mean_sd, pick
 
-HOLDS, FAILS, UNTESTED = "holds here", "does not hold here", "not tested"
-NOISE = "within noise"
+HOLDS, FAILS, UNDECIDED, UNTESTED = "holds here", "does not hold here", "undecided", "not tested"
+MARKS = {HOLDS: "✓", FAILS: "✗", UNDECIDED: "?", UNTESTED: "–"}
 ONE_LENGTH = f"the learning rate of all lengths n was chosen at n = {MINI_LEN} only"
 # So many times as many parameters are still "as many". The paper's own pair on E2E and WebNLG, both
 # "0.1 %" of GPT-2 medium, is our adapter of 368,784 and its prefix of 245,760: 1.5006.
@@ -34,6 +35,12 @@ class Verdict:
     status: str
     numbers: str = ""
 
+    @property
+    def marked(self) -> str:
+        """The status after its mark."""
+        mark = next(sign for status, sign in MARKS.items() if self.status.startswith(status))
+        return f"{mark} {self.status}"
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -45,13 +52,19 @@ class Claim:
     lengths: bool = False  # whether it compares prefix lengths
 
 
+def decided(gap: Difference) -> str:
+    """The status of the claim that a difference is positive."""
+    if gap.noise:
+        return f"{UNDECIDED} (n = {gap.n})"
+    return HOLDS if gap.mean > 0 else FAILS
+
+
 def compare(a: Sequence[Row], b: Sequence[Row], column: str, what: str) -> Verdict:
     """Whether a is above b; `what` says which difference it is."""
     gap = difference(a, b, column)
     if gap is None:
         return Verdict(UNTESTED)
-    noise = f", {NOISE}" if gap.noise and gap.error is not None else ""
-    return Verdict(HOLDS if gap.mean > 0 else FAILS, f"{what}: {gap} {column}{noise}")
+    return Verdict(decided(gap), f"{what}: {gap} {column}")
 
 
 def better(a: str, b: str, column: str = "BLEU", **where: str):
@@ -71,17 +84,16 @@ def alike(
 
     def judged(rows: Sequence[Row]) -> Verdict:
         gap = judge(rows)
-        if gap is None or gap.error is None:
-            return Verdict(UNTESTED, "" if gap is None else f"{what}: {gap} {column}")
+        if gap is None:
+            return Verdict(UNTESTED)
         numbers = f"{what}: {gap} {column}"
         if abs(gap.mean) + gap.margin < ALIKE:
             return Verdict(HOLDS, f"{numbers}, alike within {ALIKE:g}")
         if above and gap.mean - gap.margin > -ALIKE:
             return Verdict(HOLDS, numbers)
         if gap.noise:
-            return Verdict(
-                f"no difference seen ({gap.n} pairs)", f"{numbers}, 95 % ± {gap.margin:.2f}"
-            )
+            wide = f", 95 % ± {gap.margin:.2f}" if gap.error is not None else ""
+            return Verdict(decided(gap), numbers + wide)
         return Verdict(FAILS, numbers)
 
     return judged
@@ -106,8 +118,8 @@ def nearest_adapter(rows: Sequence[Row]) -> str:
 
 def adapter_gap(rows: Sequence[Row]) -> Verdict:
     """Mean of PREFIX - the adapter nearest to it in size, over the data sets where both keep as
-    many parameters."""
-    gaps, said, unequal = [], [], []
+    many parameters; the pairs are the seeds that all of these have."""
+    found, said, unequal = [], [], []
     for data, column in ON.items():
         of = pick(rows, data=data)
         a, name = pick(of, name="PREFIX"), nearest_adapter(of)
@@ -118,16 +130,19 @@ def adapter_gap(rows: Sequence[Row]) -> Verdict:
                 sizes = " and ".join(f"{k.mean:,.0f}" if k else "unknown" for k in kept)
                 unequal.append(f"{data}: {sizes} parameters kept, {name} {gap} BLEU")
                 continue
-            gaps.append(gap.mean)
+            found.append(gaps(a, b, column))
             said.append(f"{data} {name} {gap}")
-    if not gaps:
+    if not found:
         if not unequal:
             return Verdict(UNTESTED)
         return Verdict(f"{UNTESTED}: unequal sizes", f"PREFIX - adapter: {'; '.join(unequal)}")
-    mean = sum(gaps) / len(gaps)
+    seeds = set.intersection(*map(set, found))
+    mean = mean_gap([fmean(of[seed] for of in found) for seed in sorted(seeds)])
+    if mean is None:
+        return Verdict(UNTESTED, f"no seed on all data sets; {'; '.join(said)}")
     left_out = [f"of unequal sizes, left out: {one}" for one in unequal]
-    numbers = f"PREFIX - adapter: mean {mean:+.2f} BLEU; {'; '.join(said + left_out)}"
-    return Verdict(HOLDS if mean > 0 else FAILS, numbers)
+    numbers = f"PREFIX - adapter: mean {mean} BLEU; {'; '.join(said + left_out)}"
+    return Verdict(decided(mean), numbers)
 
 
 ON = {"e2e": "BLEU", "webnlg": "BLEU A", "dart": "BLEU"}
@@ -250,9 +265,8 @@ def narrowing(rows: Sequence[Row]) -> Verdict:
     change = mean_gap([small[unit] - large[unit] for unit in small if unit in large])
     if change is None:
         return Verdict(UNTESTED)
-    noise = f", {NOISE}" if change.noise and change.error is not None else ""
-    said = f"PREFIX - FT-FULL at {sizes[0]} pairs less that at {sizes[-1]}: {change} BLEU{noise}"
-    return Verdict(HOLDS if change.mean > 0 else FAILS, said)
+    said = f"PREFIX - FT-FULL at {sizes[0]} pairs less that at {sizes[-1]}: {change} BLEU"
+    return Verdict(decided(change), said)
 
 
 def at_size(size: int) -> Claim:
@@ -338,7 +352,7 @@ def random_varies_more(rows: Sequence[Row]) -> Verdict:
         f"standard deviation of random {chance:.2f} BLEU, of words {mean:.2f} on average, "
         f"{runs} runs each: not tested for noise"
     )
-    return Verdict(HOLDS if chance > mean else FAILS, numbers)
+    return Verdict(f"{UNDECIDED} (n = {runs})", numbers)
 
 
 def task_words_beat_others(rows: Sequence[Row]) -> Verdict:
@@ -410,7 +424,7 @@ def verdicts(experiment: str, rows: Sequence[Row]) -> list[tuple[Claim, Verdict]
 def judge(experiment: str, rows: Sequence[Row]) -> list[str]:
     """`verdicts`, one line for each claim: the claim, its source, what holds here."""
     return [
-        f"{claim.text} ({claim.source}): {said.status}"
+        f"{claim.text} ({claim.source}): {said.marked}"
         + (f" ({said.numbers})" if said.numbers else "")
         for claim, said in verdicts(experiment, rows)
     ]

@@ -9,9 +9,9 @@ from pathlib import Path
 from benchmarks.paper.published import published
 from benchmarks.paper.results import Row, mean_sd, pick, scales_of, value
 from minprefix.files import atomic_write
+from minprefix.palette import INK, PREFIX, colour_of
 
-OURS, FAINT, DOT = "#d9822b", 0.18, 0.5  # colour; opacity of a band and of a single run
-COLOURS = {"PREFIX": OURS, "FT-FULL": "#3b6ea5"}
+BAND, DOT = 0.18, 0.5  # opacity of a band and of a single run
 SCORES = {  # what a figure shows: column, label
     "figure3": (("BLEU", "BLEU"), ("R-L", "ROUGE-L")),
     "figure4": (
@@ -53,12 +53,10 @@ def bars(axes, rows: Sequence[Row], experiment: str, data: str, column: str) -> 
     names = [name for name in names_of(rows) if mean_sd(pick(rows, name=name), column)]
     for i, name in enumerate(names):
         mean, sd, n = mean_sd(pick(rows, name=name), column)
-        axes.barh(
-            i, mean, 0.7, xerr=sd if n > 1 else None, capsize=3, color=COLOURS.get(name, "#7aa6c2")
-        )
+        axes.barh(i, mean, 0.7, xerr=sd if n > 1 else None, capsize=3, color=colour_of(name))
         said = published(experiment, data, name).get(column)
         if said is not None:
-            axes.plot([said, said], [i - 0.38, i + 0.38], color="#333333", lw=2)
+            axes.plot([said, said], [i - 0.38, i + 0.38], color=INK, lw=2)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlabel=f"{column} (0 to 100)", title=data)
@@ -91,7 +89,7 @@ def draw_starts(rows: Sequence[Row]):
         found = {n: mean_sd(pick(rows, x=x, name=n), "BLEU") for n in names_of(rows)}
         found = {name: mean for name, mean in found.items() if mean is not None}
         for i, (mean, sd, _) in enumerate(found.values()):
-            one.errorbar(mean, i, xerr=sd, fmt="o", color=OURS, ecolor="#333333", capsize=3)
+            one.errorbar(mean, i, xerr=sd, fmt="o", color=PREFIX, ecolor=INK, capsize=3)
         one.set_yticks(range(len(found)), list(found))
         one.set_ylim(len(found) - 0.5, -0.5)
         one.set(title=f"{x} training pairs", xlabel="BLEU (0 to 100)")
@@ -119,11 +117,11 @@ def draw_curves(experiment: str, rows: Sequence[Row]):
             if not curve:
                 continue
             xs, means, sds = zip(*sorted(curve), strict=True)
-            colour = COLOURS.get(name)
+            colour = colour_of(name)
             one.plot(xs, means, "o-", color=colour, label=name, ms=4)
             low = [m - sd for m, sd in zip(means, sds, strict=True)]
             high = [m + sd for m, sd in zip(means, sds, strict=True)]
-            one.fill_between(xs, low, high, color=colour, alpha=FAINT, lw=0)
+            one.fill_between(xs, low, high, color=colour, alpha=BAND, lw=0)
             runs = pick(rows, name=name)
             places, scores = [place(row["x"]) for row in runs], [value(row, column) for row in runs]
             one.plot(places, scores, ".", color=colour, alpha=DOT, ms=5, mew=0)

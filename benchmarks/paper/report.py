@@ -7,7 +7,7 @@ what the committed CSVs give. Read `report`.
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.paper.claims import NOISE, judge, verdicts
+from benchmarks.paper.claims import judge, verdicts
 from benchmarks.paper.experiments import EXPERIMENTS, NOT_HERE
 from benchmarks.paper.figures import AXES, names_of
 from benchmarks.paper.published import ACL, COLUMNS, published
@@ -18,9 +18,14 @@ HEAD = """# The paper's tables and figures, run here
 
 Made by `python -m benchmarks.paper report` from the CSVs in this folder; each row of those is one
 run, with its seed, settings, machine and commit. Cells are mean ± standard deviation (runs).
-"Paper" is GPT-2 medium in arXiv v1. The claims are judged by paired differences: seeds, or in low
-data subsets, are the pairs, and "within noise" means that 0 is in the difference's 95 % interval
-(Student's t: with 2 or 3 pairs that is 12.7 or 4.3 standard errors to each side).
+"Paper" is GPT-2 medium in arXiv v1.
+
+The claims are judged by n paired differences; seeds, or in low data subsets, are the pairs.
+
+- ✓ holds here, ✗ does not hold here: 0 lies outside of the difference's 95 % interval.
+- ? undecided (n = 2): 0 lies inside. The interval is wide (Student's t: 12.7 standard errors to each
+  side with 2 pairs, 4.3 with 3), so that also large differences of few runs decide nothing.
+- – not tested: there are no runs.
 """
 
 
@@ -135,8 +140,7 @@ def summary(folder: Path) -> str:
         for path in sorted(folder.glob(f"{experiment}-*.csv")):
             rows = results(path)
             for claim, said in verdicts(experiment, rows):
-                noise = f", {NOISE}" if NOISE in said.numbers else ""
-                lines.append([experiment, rows[0]["model"], claim.text, said.status + noise])
+                lines.append([experiment, rows[0]["model"], claim.text, said.marked])
     header = ["", "model", "the paper says", "here"]
     return "## In short\n\n" + markdown(header, lines) if lines else ""
 

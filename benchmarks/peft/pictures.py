@@ -6,6 +6,7 @@
 from pathlib import Path
 
 from benchmarks.peft.traces import PARTS, REST
+from minprefix import palette
 from minprefix.files import atomic_write
 
 AXES = {"B": "batch size B (rows)", "T": "tokens per row T", "P": "prefix positions P"}
@@ -52,7 +53,10 @@ def draw(rows: list[dict[str, str]], path: Path, title: str) -> None:
                 if (row["method"], row["beams"]) == (method, beams)
             )
             label = method if beams in ("", "1") else f"{method}, {beams} beams"
-            axes.plot(*zip(*points, strict=True), "o-", label=label)
+            style = "^:" if "-" in method else "o-" if beams in ("", "1") else "s--"
+            axes.plot(
+                *zip(*points, strict=True), style, color=palette.colour_of(method), label=label
+            )
         fixed = (f"{name} {common[name]}" for name in (*AXES, "labels") if common.get(name))
         top = max(float(row["tokens_per_s"]) for row in series)
         axes.set(xlabel=AXES[x], ylabel="tokens/s", ylim=(0, 1.1 * top))
@@ -71,10 +75,9 @@ def draw_profile(rows: list[dict], path: Path, title: str) -> None:
     figure = Figure(figsize=(9, 1.6 + 0.6 * len(rows)), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     left = [0.0] * len(rows)
-    for part in (*PARTS, REST):
+    for part, colour in zip((*PARTS, REST), (*palette.PARTS, palette.FAINT), strict=True):
         widths = [float(row[part]) for row in rows]
-        colour = {"color": "#d9d9d9"} if part == REST else {}
-        axes.barh(range(len(rows)), widths, left=left, label=part, **colour)
+        axes.barh(range(len(rows)), widths, left=left, label=part, color=colour)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
     axes.invert_yaxis()

@@ -13,6 +13,7 @@ from minprefix.models.bart import BART
 from minprefix.models.base import adapter_of
 from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.gpt2 import GPT2
+from minprefix.palette import PALE, PREFIX, colour_of
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.prefix import Prefix
 
@@ -185,8 +186,12 @@ def plot_loss(
     figure, axes = new_figure()
     train = [entry for entry in log if "loss" in entry]
     dev = [entry for entry in log if "dev_loss" in entry]
-    axes.plot([e["step"] for e in train], [e["loss"] for e in train], label="training", lw=1.2)
-    axes.plot([e["step"] for e in dev], [e["dev_loss"] for e in dev], "o-", label="dev")
+    axes.plot(
+        [e["step"] for e in train], [e["loss"] for e in train], color=PALE, label="training", lw=1.2
+    )
+    axes.plot(
+        [e["step"] for e in dev], [e["dev_loss"] for e in dev], "o-", color=PREFIX, label="dev"
+    )
     for name, level in (levels or {}).items():
         axes.axhline(level, color="grey", lw=1, ls="--", label=name)
     axes.set(xlabel="optimiser step", ylabel="loss (nats per target token)", title=title)
@@ -212,7 +217,13 @@ def plot_comparison(rows: list[dict], path: Path, title: str) -> None:
     width = 0.8 / len(rows)
     for i, row in enumerate(rows):
         at = [x + (i - (len(rows) - 1) / 2) * width for x in range(len(scores))]
-        bars = axes.bar(at, [row[name] for name in scores], width * 0.92, label=row["method"])
+        bars = axes.bar(
+            at,
+            [row[name] for name in scores],
+            width * 0.92,
+            color=colour_of(row["method"]),
+            label=row["method"],
+        )
         axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
     axes.set_xticks(range(len(scores)), scores.values())
     axes.set(ylabel="score (0 to 100)", ylim=(0, 118), title=title)
