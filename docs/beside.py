@@ -8,7 +8,7 @@ from itertools import groupby
 
 from docutils import nodes
 
-COMMENT = re.compile(r"\s*# ?(?!%%)")
+COMMENT = re.compile(r"\s*# ?")
 
 
 def chunks(code: str) -> list[tuple[str, str]]:

@@ -23,8 +23,8 @@ run, with its seed, settings, machine and commit. Cells are mean ± standard dev
 The claims are judged by n paired differences; seeds, or in low data subsets, are the pairs.
 
 - ✓ holds here, ✗ does not hold here: 0 lies outside of the difference's 95 % interval.
-- ? undecided (n = 2): 0 lies inside. The interval is wide (Student's t: 12.7 standard errors to each
-  side with 2 pairs, 4.3 with 3), so that also large differences of few runs decide nothing.
+- ? undecided (n = 2): 0 lies inside. With few pairs the interval is wide (Student's t: with 2 or 3
+  pairs it is 12.7 or 4.3 standard errors to each side), so even a large difference decides nothing.
 - – not tested: there are no runs.
 """
 

@@ -1,5 +1,6 @@
 """The site without building it: what its pages are made of, and the interactive page's numbers."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -8,7 +9,17 @@ import pytest
 import torch
 
 import minprefix
-from docs import check_site, docstrings, export_lambda, pages
+from docs import (
+    beside,
+    check_site,
+    docstrings,
+    equations,
+    export_lambda,
+    finish,
+    formulas,
+    pages,
+    reference,
+)
 from minprefix.prefix.prefix import Prefix
 
 CHECKOUT = pages.ROOT
@@ -27,10 +38,20 @@ def test_configuration_imports_and_takes_every_tutorial():
 
 
 def test_every_public_module_is_in_the_reference_once():
-    listed = [name for members in pages.grouped().values() for name in members]
-    assert sorted(listed) == pages.modules()
+    listed = [name for members in reference.grouped().values() for name in members]
+    assert sorted(listed) == reference.modules()
     assert {"minprefix", "minprefix.prefix.prefix", "kernels", "kernels.reference"} <= set(listed)
     assert not [name for name in listed if ".bench" in name or ".assets" in name]
+
+
+def test_overviews_list_what_the_packages_export():
+    for package, targets in reference.NAMES.items():
+        exported = set(importlib.import_module(package).__all__)
+        assert len(targets) == 10 and exported <= {target.rsplit(".", 1)[1] for target in targets}
+        page = reference.module_page(package)
+        for target in targets:
+            assert f"<{target}>` | {reference.cell(reference.described(target))} |" in page
+            assert len(reference.described(target)) > 20, target
 
 
 def test_links_of_the_checkout_become_links_of_the_site():
@@ -82,7 +103,7 @@ def test_results_show_the_rows_of_the_files():
     names = {str(p.relative_to(pages.BENCHMARKS)) for p in pages.BENCHMARKS.rglob("*.csv")}
     for name in names:
         assert name.startswith("paper/") or f"(../../benchmarks/{name})" in page
-    assert pages.cell("a|b *c* {d}\ne") == r"a\|b \*c\* &#123;d} e"
+    assert reference.cell("a|b *c* {d}\ne") == r"a\|b \*c\* &#123;d} e"
 
 
 def test_docstrings_become_rest():
@@ -99,9 +120,140 @@ Source: [1].
 [3] d""".splitlines()
     text = "\n".join(docstrings.rest_of(lines))
     assert r"One \*line\* of x\|y in `a * b_`, a\_." in text
-    assert "::\n\n    o = softmax(q_i * k)" in text
+    assert ".. math::\n\n    o\\; =\\; \\mathrm{softmax}(q_{i}" in text
     assert "Args:\n    q: (B, H, T, D),\n        on two lines." in text
     assert "**Source:** [1].\n\n| [1] https://a.b   [2] c\n    goes on\n| [3] d" in text
+
+
+@pytest.mark.parametrize(
+    "line, tex",
+    [
+        ("lse_i = log sum_j exp(x_ij)", r"\mathrm{lse}_{i}= \log \sum _{j}\exp (x_{ij})"),
+        ("d = <q_i, k_j> * 2", r"d= \langle q_{i},k_{j} \rangle \cdot 2"),
+        ("K_visible(i)]^T", r"K_{\mathrm{visible}(i)}]^\top "),
+        ("sum_(j in C) W_up h_<i", r"\sum _{j\in C}W_{\mathrm{up}}h_{\lt i}"),
+        ("beta   (*), sum of all", r"\beta \qquad (\ast),\mathrm{sum}\mathrm{of}\mathrm{all}"),
+    ],
+)
+def test_formulas_of_docstrings_become_tex(line, tex):
+    assert formulas.tex_of(line).replace(r"\; ", "").replace(" ", "") == tex.replace(" ", "")
+    assert equations.mathml(formulas.tex_of(line), "block").startswith("<math")
+
+
+def test_code_and_tables_of_docstrings_are_no_formulas():
+    text = "\n".join(docstrings.rest_of(["    x = f(\"a\")", "", "a", "", "    python -m x", "a",
+                                         "", "    short   B, read", "    dq   B = 1"]))  # fmt: skip
+    assert "math" not in text
+    assert text.count("code-block:: python") == 1 and text.count("code-block:: text") == 2
+
+
+def test_every_equation_of_the_tutorials_is_known_to_the_translator():
+    for path in pages.tutorials():
+        for cell in pages.read_tutorial(path.read_text("utf-8")).cells:
+            if cell.cell_type == "markdown":
+                text = re.sub(r"`[^`]*`", "", cell.source)
+                for block, inline in re.findall(r"\$\$(.+?)\$\$|\$([^$]+?)\$", text, re.DOTALL):
+                    assert "<math" in equations.mathml(block or inline)
+    with pytest.raises(ValueError, match=r"\\unheardof is not known .* 'a \\\\unheardof b'"):
+        equations.mathml(r"a \unheardof b")
+
+
+def test_the_font_has_what_equations_are_made_of(tmp_path):
+    from fontTools.ttLib import TTFont
+
+    equations.write_font(tmp_path / "math.woff")
+    font = TTFont(tmp_path / "math.woff")
+    assert "MATH" in font and {ord(c) for c in "x∑λ≤√⟨𝑥𝜆𝔼ℓ⊤"} <= set(font.getBestCmap())
+    assert (tmp_path / "math.woff").stat().st_size < 250_000  # bytes; MathJax was 2.3 MB
+
+
+def test_a_tutorial_offers_its_files_and_folds_what_only_draws():
+    page = pages.tutorial_page(pages.TUTORIALS / "02_equation_3.py")
+    top = page.split("# %%")[1]
+    assert "{index} ! lambda, ! λ" in top and 'href="02_equation_3.ipynb"' in top
+    assert "{download}`script <../../tutorials/02_equation_3.py>`" in top
+    cells = ["show(figure)", "assert a\nshow(figure)", "def show():", "print(1)"]
+    read = pages.read_tutorial("".join(f"# %%\n{cell}\n\n" for cell in cells))
+    assert [cell.metadata.get("tags", []) for cell in read.cells] == [["hide-input"], [], [], []]
+
+
+def test_kernels_stand_beside_their_comments():
+    code = "@triton.jit\ndef f():\n    # one\n    # two\n    a = 1  # b\n\n    # three\n    c = 2"
+    assert beside.chunks(code) == [
+        ("", "@triton.jit\ndef f():"), ("one two", "    a = 1  # b"), ("three", "    c = 2"),
+    ]  # fmt: skip
+
+
+def test_the_build_copies_the_live_page_with_all_that_it_loads(tmp_path):
+    live, out = tmp_path / "live", tmp_path / "out"
+    (live / "data").mkdir(parents=True)
+    for name in ("index.html", "page.js", "data/mini.safetensors", "merges.txt", "notes.md"):
+        (live / name).write_text('<a href="../../tutorials/02_equation_3.py">')
+    out.mkdir()
+    (out / "gone.js").write_text("")
+    finish.copy_live_page(out, live)
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert found == {"index.html", "page.js", "data/mini.safetensors", "merges.txt"}
+    assert (out / "index.html").read_text() == '<a href="../tutorials/02_equation_3.html">'
+
+
+def test_pages_and_notebooks_whose_source_is_gone_are_removed(tmp_path):
+    out, made = tmp_path / "html", tmp_path / "jupyter_execute" / "tutorials"
+    for folder in (out / "api", out / "tutorials", made):
+        folder.mkdir(parents=True)
+    for path in (out / "api/kernels.old.html", out / "api/kernels.html", out / "tutorials/9.ipynb",
+                 made / "1.ipynb", made / "9.ipynb"):  # fmt: skip
+        path.write_text("{}")
+    pages_now = {"api/kernels", "tutorials/1"}
+    finish.copy_notebooks(made.parent, out, pages_now)
+    finish.remove_stale(out, pages_now)
+    left = {path.name for path in out.rglob("*.*")}
+    assert left == {"kernels.html", "1.ipynb"}
+
+
+def test_addresses_are_named_only_where_the_project_has_them():
+    assert finish.addresses("[project]\nname = 'x'") == {}
+    found = finish.addresses("[project.urls]\nDocumentation = 'https://a.b/c/'")
+    assert found == {"documentation": "https://a.b/c/"}
+    assert "<loc>https://a.b/c/api/x.html</loc>" in finish.sitemap({"api/x"}, "https://a.b/c")
+    assert finish.not_found("<head><title>", "") == "<head><title>"
+    assert finish.not_found("<head>", "https://a.b/c") == '<head><base href="https://a.b/c/">'
+
+
+def test_a_page_is_described_by_its_first_paragraph():
+    from docutils import nodes
+    from sphinx.addnodes import download_reference
+
+    tree = nodes.section("", nodes.paragraph("", "", download_reference("", "script")))
+    tree += nodes.paragraph("", 'Say "what"\nit is. ' + 40 * "word ")
+    context = {"metatags": ""}
+    finish.describe(None, "x", "page.html", context, tree)
+    text = re.search(r'<meta name="description" content="(.*)">', context["metatags"])[1]
+    assert text.startswith("Say &quot;what&quot; it is. word") and text.endswith("word ...")
+    finish.describe(None, "genindex", "page.html", untouched := {"metatags": ""}, None)
+    assert untouched == {"metatags": ""}
+
+
+def test_no_key_turns_the_page_and_no_default_is_computed():
+    from docs import conf
+
+    options = getattr(conf, "html_theme_options", {})
+    assert "navigation_with_keys" not in options  # keys scroll code and tables, nothing else
+    assert conf.autodoc_preserve_defaults
+
+
+def test_figures_share_one_palette():
+    from minprefix import palette
+    from tutorials import figure
+
+    for name in ("PREFIX", "TEXT", "OTHER", "FAINT"):
+        assert getattr(figure, name) == getattr(palette, name)
+    assert palette.colour_of("FT-FULL") == palette.colour_of("fine-tuning") == palette.OTHER
+    assert palette.colour_of("prefix (10 positions)") == palette.PREFIX
+    assert palette.colour_of("hard prompt") == palette.TEXT
+    for path in [*pages.BENCHMARKS.rglob("*.py"), *(CHECKOUT / "minprefix").rglob("*.py")]:
+        colours = re.findall(r"\"#[0-9a-f]{6}\"", path.read_text("utf-8"))
+        assert path.name in ("palette.py", "readme.py") or not colours, path
 
 
 @pytest.fixture
@@ -147,7 +299,7 @@ def test_interactive_page_links_into_the_checkout_and_into_the_site():
         name = link.rsplit("/", 1)[1]
         if not name.endswith(".py") or name[:2] in {n[:2] for n in there}:
             assert (pages.DOCS / "interactive" / link).exists()
-    changed = check_site.Page(pages.on_site(html))
+    changed = check_site.Page(finish.on_site(html))
     assert "../index.html" in changed.links and "../tutorials/02_equation_3.html" in changed.links
     assert not [a for a in changed.links + changed.loaded if a.startswith("../../")]
 
