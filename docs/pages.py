@@ -13,13 +13,13 @@ import re
 from pathlib import Path
 
 import jupytext
+from docutils import nodes
 
 from docs.reference import ROOT, api_pages, cell, modules
 
 DOCS = ROOT / "docs"
 TUTORIALS, BENCHMARKS = ROOT / "tutorials", ROOT / "benchmarks"
 
-FOUND_BY = {"02_equation_3": ("lambda", "λ", "gate")}  # words that the search leads to a tutorial
 DRAWS, SAYS = re.compile(r"^\s*show\(", re.M), re.compile(r"^\s*(assert|print\(|def )", re.M)
 MADE = ("api", "results", "solutions", "tutorials")  # folders of docs/
 LONG = 16  # rows; a longer table of a CSV is folded
@@ -166,9 +166,7 @@ def tutorial_page(path: Path) -> str:
     """One tutorial, with what can be downloaded below its title and how to run it at its end."""
     text = site_links(path.read_text(encoding="utf-8"), "tutorials")
     title = re.search(r"^# # .*\n", text, re.MULTILINE)
-    words = ", ".join(f"! {word}" for word in FOUND_BY.get(path.stem, ()))
-    index = f"#\n# ```{{index}} {words}\n# ```\n" if words else ""
-    top = f"{index}#\n# Downloads: {{download}}`script <../../tutorials/{path.name}>` &middot; "
+    top = f"#\n# Downloads: {{download}}`script <../../tutorials/{path.name}>` &middot; "
     top += f'<a href="{path.stem}.ipynb" download>notebook</a>\n#\n'
     return text[: title.end()] + top + text[title.end() :] + last_cell(path.stem)
 
@@ -246,10 +244,20 @@ def last_cell(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+KEYWORDS = {  # what the search finds a page by, beside its text
+    "guides/install": "install, setup, pip",
+    "tutorials/02_equation_3": "lambda, λ, gate",
+}
+
+
+def add_keywords(app, doctree) -> None:
+    """Sphinx's event `doctree-read`."""
+    if words := KEYWORDS.get(app.env.docname):
+        doctree.insert(0, nodes.meta("", name="keywords", content=words))
+
+
 def name_pictures(app, doctree) -> None:
     """Sphinx's event `doctree-read`: a figure that a cell has drawn is named by its section."""
-    from docutils import nodes
-
     for image in doctree.findall(nodes.image):
         section = image.parent
         while section is not None and not isinstance(section, nodes.section):

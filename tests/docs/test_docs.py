@@ -170,7 +170,7 @@ def test_the_font_has_what_equations_are_made_of(tmp_path):
 def test_a_tutorial_offers_its_files_and_folds_what_only_draws():
     page = pages.tutorial_page(pages.TUTORIALS / "02_equation_3.py")
     top = page.split("# %%")[1]
-    assert "{index} ! lambda, ! λ" in top and 'href="02_equation_3.ipynb"' in top
+    assert 'href="02_equation_3.ipynb"' in top
     assert "{download}`script <../../tutorials/02_equation_3.py>`" in top
     cells = ["show(figure)", "assert a\nshow(figure)", "def show():", "print(1)"]
     read = pages.read_tutorial("".join(f"# %%\n{cell}\n\n" for cell in cells))
