@@ -5,8 +5,9 @@
 
 Links to other sites are looked at by `make linkcheck`, which needs a network. In a browser
 (Chromium, driven by Playwright; without either this part is left out, and said to be), each page is
-opened at the width of a desk and of a phone: no error on the console, no request but file://, no
-equation that MathJax could not read, nothing wider than the window.
+opened at the width of a desk and of a phone: no error on the console, no request but file://,
+nothing wider than the window, equations in the font of the site. The search must lead to the pages
+that SEARCHES names.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 WIDTHS = (1280, 390)  # px: a desk, a phone
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
@@ -100,7 +101,10 @@ def watched_page(browser, **options) -> Iterator:
     page = context.new_page()
     page.on("console", lambda m: m.type == "error" and errors.append(f"console: {m.text}"))
     page.on("pageerror", lambda error: errors.append(f"script: {error}"))
-    page.on("requestfailed", lambda r: errors.append(f"failed: {r.url}"))
+    page.on(  # the icon may still be on its way when the next page is opened
+        "requestfailed",
+        lambda r: r.failure == "net::ERR_ABORTED" or errors.append(f"failed: {r.url}"),
+    )
     page.on(
         "request",
         lambda r: r.url.startswith(("file:", "data:", "blob:")) or errors.append(f"asks {r.url}"),
@@ -112,11 +116,29 @@ def watched_page(browser, **options) -> Iterator:
 
 
 LOOKS = """async () => {
-    if (window.MathJax && MathJax.startup) await MathJax.startup.promise;
+    await document.fonts.ready;
     const wide = document.documentElement.scrollWidth - window.innerWidth;
-    const bad = [...document.querySelectorAll("[data-mjx-error], mjx-merror")];
-    return { wide, bad: bad.map(e => e.getAttribute("data-mjx-error") || e.textContent) };
+    const plain = document.querySelector("math") && !document.fonts.check("16px 'STIX Two Math'");
+    return { wide, plain };
 }"""
+SEARCHES = {  # words: the page that must come first
+    "lambda": "tutorials/02_equation_3.html",
+    "λ": "tutorials/02_equation_3.html",
+    "install": "guides/install.html",
+}
+FOUND = "#search-results li > a"
+
+
+def search_errors(browser, site: Path) -> list[str]:
+    """Words that the search does not lead to their page."""
+    found = []
+    for words, page in SEARCHES.items() if (site / "search.html").exists() else ():
+        with watched_page(browser) as (search, _):  # summaries of pages need a server
+            search.goto(f"{(site / 'search.html').resolve().as_uri()}?q={quote(words)}")
+            search.wait_for_function(f"document.querySelector({FOUND!r})", timeout=20_000)
+            if (first := search.get_attribute(FOUND, "href")) != page:
+                found.append(f"search for {words}: {first} comes first, not {page}")
+    return found
 
 
 def browser_errors(site: Path, shots: Path | None) -> list[str]:
@@ -124,6 +146,7 @@ def browser_errors(site: Path, shots: Path | None) -> list[str]:
     found = []
     shown = [p for p in sorted(site.rglob("*.html")) if "_modules" not in p.relative_to(site).parts]
     with open_browser() as browser:
+        found += search_errors(browser, site)
         for width in WIDTHS:
             for dark in (False, True) if shots else (False,):
                 scheme = "dark" if dark else "light"
@@ -135,7 +158,8 @@ def browser_errors(site: Path, shots: Path | None) -> list[str]:
                         looks = page.evaluate(LOOKS)
                         if looks["wide"] > 0:
                             errors.append(f"{looks['wide']} px wider than the window")
-                        errors += [f"equation: {text}" for text in looks["bad"]]
+                        if looks["plain"]:
+                            errors.append("the font of the equations was not loaded")
                         found += [f"{name} at {width} px: {error}" for error in errors]
                         errors.clear()
                         if shots:

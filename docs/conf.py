@@ -77,6 +77,7 @@ if "repository" in finish.ADDRESSES:
             "class": "",
         }]
     }  # fmt: skip
+highlight_language = "text"  # of blocks that name none: commands and their output
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 copybutton_exclude = ".linenos, .gp, .go"
 

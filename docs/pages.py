@@ -30,7 +30,7 @@ def library_hash() -> str:
     paths = [p for folder in ("minprefix", "kernels") for p in (ROOT / folder).rglob("*.py")]
     paths += [*TUTORIALS.glob("[!0-9]*.py"), *(DOCS / "prefixes").glob("*.safetensors")]
     digest = hashlib.sha256()
-    for path in sorted([*paths, ROOT / "requirements.txt"]):
+    for path in sorted([*paths, *BENCHMARKS.rglob("*.csv"), ROOT / "requirements.txt"]):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
