@@ -87,7 +87,6 @@ def setup(app):
     app.connect("source-read", pages.link_guides)
     app.connect("autodoc-process-docstring", docstrings.to_rest, priority=100)  # before napoleon
     app.connect("doctree-read", pages.name_pictures)
-    app.connect("doctree-read", pages.add_keywords)
     app.connect("doctree-read", beside.place_beside)
     app.connect("html-page-context", finish.describe)
     app.connect("build-finished", finish.finish)

@@ -20,7 +20,7 @@ from docs.reference import ROOT, api_pages, cell, modules
 DOCS = ROOT / "docs"
 TUTORIALS, BENCHMARKS = ROOT / "tutorials", ROOT / "benchmarks"
 
-DRAWS, SAYS = re.compile(r"^\s*show\(", re.M), re.compile(r"^\s*(assert|print\(|def )", re.M)
+DRAWS, KEPT = re.compile(r"^\s*show\(", re.M), re.compile(r"^\s*(assert|def) ", re.M)
 MADE = ("api", "results", "solutions", "tutorials")  # folders of docs/
 LONG = 16  # rows; a longer table of a CSV is folded
 
@@ -175,7 +175,7 @@ def read_tutorial(text: str):
     """A percent script as a notebook of this Python; cells that only draw are folded."""
     notebook = jupytext.reads(text, fmt="py:percent")
     for one in notebook.cells:
-        if one.cell_type == "code" and DRAWS.search(one.source) and not SAYS.search(one.source):
+        if one.cell_type == "code" and DRAWS.search(one.source) and not KEPT.search(one.source):
             one.metadata["tags"] = [*one.metadata.get("tags", []), "hide-input"]
     notebook.metadata["kernelspec"] = {
         "name": "python3", "display_name": "Python 3", "language": "python",
@@ -242,18 +242,6 @@ def last_cell(name: str) -> str:
     if (TUTORIALS / "solutions" / f"{name}.py").exists():
         lines += [f"# [Solutions of the exercises](../solutions/{name}.md)."]
     return "\n".join(lines) + "\n"
-
-
-KEYWORDS = {  # what the search finds a page by, beside its text
-    "guides/install": "install, setup, pip",
-    "tutorials/02_equation_3": "lambda, λ, gate",
-}
-
-
-def add_keywords(app, doctree) -> None:
-    """Sphinx's event `doctree-read`."""
-    if words := KEYWORDS.get(app.env.docname):
-        doctree.insert(0, nodes.meta("", name="keywords", content=words))
 
 
 def name_pictures(app, doctree) -> None:

@@ -1,6 +1,7 @@
 """The site without building it: what its pages are made of, and the interactive page's numbers."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -195,6 +196,18 @@ def test_the_build_copies_the_live_page_with_all_that_it_loads(tmp_path):
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert found == {"index.html", "page.js", "data/mini.safetensors", "merges.txt"}
     assert (out / "index.html").read_text() == '<a href="../tutorials/02_equation_3.html">'
+
+
+def test_the_search_finds_keywords_first(tmp_path):
+    index = tmp_path / "searchindex.js"
+    text = '{"docnames":["a","guides/install"],"indexentries":{"x":[[0,"",false]]}}'
+    index.write_text(f"Search.setIndex({text})")
+    finish.add_keywords(index)
+    found = json.loads(index.read_text("utf-8").removeprefix("Search.setIndex(")[:-1])
+    assert found["indexentries"] == {
+        "x": [[0, "", False]], "install": [[1, "", True]], "setup": [[1, "", True]],
+    }  # fmt: skip
+    assert {page[:-5] for page in check_site.SEARCHES.values()} <= set(finish.KEYWORDS.values())
 
 
 def test_pages_and_notebooks_whose_source_is_gone_are_removed(tmp_path):
