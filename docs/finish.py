@@ -16,6 +16,7 @@ from docutils import nodes
 from sphinx.addnodes import download_reference
 
 from docs.equations import write_font
+from docs.pages import target
 from docs.reference import ROOT
 
 LIVE = ROOT / "docs" / "interactive"
@@ -52,10 +53,13 @@ def describe(app, page: str, template: str, context: dict, doctree) -> None:
 
 
 def on_site(html: str) -> str:
-    """The live page's links: in the checkout to scripts, on the site to pages."""
-    html = html.replace('"../../README.md"', '"../index.html"')
-    html = re.sub(r'"\.\./guides/(\w+)\.md"', r'"../guides/\1.html"', html)
-    return re.sub(r'"\.\./\.\./(tutorials/\w+)\.py"', r'"../\1.html"', html)
+    """The live page's links: in the checkout to files, on the site to the pages of these."""
+
+    def link(match: re.Match) -> str:
+        page = target(match[1])
+        return f'"../{Path(page).with_suffix(".html")}"' if page[:2] != ".." else match[0]
+
+    return re.sub(r'"\.\./\.\./([\w./]+)"', link, html)
 
 
 def copy_live_page(out: Path, live: Path = LIVE) -> None:

@@ -196,6 +196,9 @@ def test_the_build_copies_the_live_page_with_all_that_it_loads(tmp_path):
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert found == {"index.html", "page.js", "data/mini.safetensors", "merges.txt"}
     assert (out / "index.html").read_text() == '<a href="../tutorials/02_equation_3.html">'
+    links = '"../../README.md" "../../minprefix/models/gpt2.py" "../../docs/guides/e2e.md"'
+    pages_of = '"../index.html" "../api/minprefix.models.gpt2.html" "../guides/e2e.html"'
+    assert finish.on_site(links) == pages_of
 
 
 def test_the_search_finds_keywords_first(tmp_path):
