@@ -13,10 +13,9 @@ from html import escape
 from pathlib import Path
 
 from docutils import nodes
-from sphinx.addnodes import download_reference
 
 from docs.equations import write_font
-from docs.pages import target
+from docs.pages import TUTORIALS, target
 from docs.reference import ROOT
 
 LIVE = ROOT / "docs" / "interactive"
@@ -40,11 +39,16 @@ ADDRESSES = addresses()
 SITE = ADDRESSES.get("documentation", "").rstrip("/")
 
 
+def offers_files(paragraph: nodes.paragraph) -> bool:
+    """Whether it is the line of a tutorial's downloads."""
+    return any(" download>" in raw.astext() for raw in paragraph.findall(nodes.raw))
+
+
 def describe(app, page: str, template: str, context: dict, doctree) -> None:
     """Sphinx's event `html-page-context`: the page's first paragraph as its description."""
     if doctree is None:
         return
-    said = (n for n in doctree.findall(nodes.paragraph) if not list(n.findall(download_reference)))
+    said = (n for n in doctree.findall(nodes.paragraph) if not offers_files(n))
     text = " ".join(next((n.astext() for n in said), "").split())
     if len(text) > 160:  # search engines show so many characters
         text = text[:157].rsplit(" ", 1)[0] + " ..."
@@ -75,11 +79,16 @@ def copy_live_page(out: Path, live: Path = LIVE) -> None:
                 shutil.copyfile(path, there)
 
 
-def copy_notebooks(executed: Path, out: Path, pages: set[str]) -> None:
-    """The tutorials as notebooks, with what they have printed and drawn."""
+def copy_tutorials(executed: Path, out: Path, pages: set[str]) -> None:
+    """The tutorials as scripts, and as notebooks with what they have printed and drawn."""
     for path in executed.glob("tutorials/*.ipynb"):
         if f"tutorials/{path.stem}" in pages:
-            shutil.copyfile(path, out / "tutorials" / path.name)
+            notebook = json.loads(path.read_text("utf-8"))
+            title = notebook["cells"][0]  # a notebook offers no download of itself
+            title["source"] = [line for line in title["source"] if " download>" not in line]
+            (out / "tutorials" / path.name).write_text(json.dumps(notebook), encoding="utf-8")
+    for path in TUTORIALS.glob("[0-9]*.py"):
+        shutil.copyfile(path, out / "tutorials" / path.name)
 
 
 def remove_stale(out: Path, pages: set[str]) -> None:
@@ -124,7 +133,7 @@ def finish(app, error: Exception | None) -> None:
     out, pages = Path(app.outdir), app.env.found_docs
     write_font(out / "_static" / "math.woff")
     copy_live_page(out / "interactive")
-    copy_notebooks(out.parent / "jupyter_execute", out, pages)
+    copy_tutorials(out.parent / "jupyter_execute", out, pages)
     remove_stale(out, pages)
     add_keywords(out / "searchindex.js")
     page = out / "404.html"

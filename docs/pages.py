@@ -21,6 +21,7 @@ DOCS = ROOT / "docs"
 TUTORIALS, BENCHMARKS = ROOT / "tutorials", ROOT / "benchmarks"
 
 DRAWS, KEPT = re.compile(r"^\s*show\(", re.M), re.compile(r"^\s*(assert|def) ", re.M)
+OFFERED = (("py", "script"), ("ipynb", "notebook with its output"))
 MADE = ("api", "results", "solutions", "tutorials")  # folders of docs/
 LONG = 16  # rows; a longer table of a CSV is folded
 
@@ -166,8 +167,8 @@ def tutorial_page(path: Path) -> str:
     """One tutorial, with what can be downloaded below its title and how to run it at its end."""
     text = site_links(path.read_text(encoding="utf-8"), "tutorials")
     title = re.search(r"^# # .*\n", text, re.MULTILINE)
-    top = f"#\n# Downloads: {{download}}`script <../../tutorials/{path.name}>` &middot; "
-    top += f'<a href="{path.stem}.ipynb" download>notebook</a>\n#\n'
+    files = ", ".join(f'<a href="{path.stem}.{end}" download>{what}</a>' for end, what in OFFERED)
+    top = f"#\n# Download it as a {files}, to run in `tutorials/` of a checkout.\n#\n"
     return text[: title.end()] + top + text[title.end() :] + last_cell(path.stem)
 
 

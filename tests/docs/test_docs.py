@@ -171,8 +171,7 @@ def test_the_font_has_what_equations_are_made_of(tmp_path):
 def test_a_tutorial_offers_its_files_and_folds_what_only_draws():
     page = pages.tutorial_page(pages.TUTORIALS / "02_equation_3.py")
     top = page.split("# %%")[1]
-    assert 'href="02_equation_3.ipynb"' in top
-    assert "{download}`script <../../tutorials/02_equation_3.py>`" in top
+    assert 'href="02_equation_3.ipynb"' in top and 'href="02_equation_3.py"' in top
     cells = ["show(figure)", "assert a\nshow(figure)", "def show():", "print(1)"]
     read = pages.read_tutorial("".join(f"# %%\n{cell}\n\n" for cell in cells))
     assert [cell.metadata.get("tags", []) for cell in read.cells] == [["hide-input"], [], [], []]
@@ -219,12 +218,14 @@ def test_pages_and_notebooks_whose_source_is_gone_are_removed(tmp_path):
         folder.mkdir(parents=True)
     for path in (out / "api/kernels.old.html", out / "api/kernels.html", out / "tutorials/9.ipynb",
                  made / "1.ipynb", made / "9.ipynb"):  # fmt: skip
-        path.write_text("{}")
+        path.write_text('{"cells": [{"source": ["# 1", "Take a <a download>script</a>"]}]}')
     pages_now = {"api/kernels", "tutorials/1"}
-    finish.copy_notebooks(made.parent, out, pages_now)
+    finish.copy_tutorials(made.parent, out, pages_now)
     finish.remove_stale(out, pages_now)
     left = {path.name for path in out.rglob("*.*")}
-    assert left == {"kernels.html", "1.ipynb"}
+    assert left == {"kernels.html", "1.ipynb", *(path.name for path in pages.tutorials())}
+    notebook = json.loads((out / "tutorials/1.ipynb").read_text())
+    assert notebook["cells"][0]["source"] == ["# 1"]
 
 
 def test_addresses_are_named_only_where_the_project_has_them():
@@ -238,9 +239,9 @@ def test_addresses_are_named_only_where_the_project_has_them():
 
 def test_a_page_is_described_by_its_first_paragraph():
     from docutils import nodes
-    from sphinx.addnodes import download_reference
 
-    tree = nodes.section("", nodes.paragraph("", "", download_reference("", "script")))
+    script = nodes.raw("", '<a href="x.py" download>', format="html")
+    tree = nodes.section("", nodes.paragraph("", "", script))
     tree += nodes.paragraph("", 'Say "what"\nit is. ' + 40 * "word ")
     context = {"metatags": ""}
     finish.describe(None, "x", "page.html", context, tree)
