@@ -9,17 +9,18 @@ import json
 import re
 import shutil
 import tomllib
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
+import nbformat
 from docutils import nodes
+from jupyter_cache import get_cache
 
 from docs.equations import write_font
-from docs.pages import TUTORIALS, target
+from docs.pages import TUTORIALS, copy_live_page, read_tutorial, tutorial_page
 from docs.reference import ROOT
 
-LIVE = ROOT / "docs" / "interactive"
-NOT_COPIED = (".py", ".md")
 KEYWORDS = {  # what the search finds first: page
     "install": "guides/install",
     "setup": "guides/install",
@@ -56,39 +57,22 @@ def describe(app, page: str, template: str, context: dict, doctree) -> None:
         context["metatags"] += f'\n<meta name="description" content="{escape(text)}">'
 
 
-def on_site(html: str) -> str:
-    """The live page's links: in the checkout to files, on the site to the pages of these."""
+def copy_tutorials(out: Path, pages: set[str], cache: Path) -> None:
+    """The tutorials as scripts, and as notebooks with what they have printed and drawn.
 
-    def link(match: re.Match) -> str:
-        page = target(match[1])
-        return f'"../{Path(page).with_suffix(".html")}"' if page[:2] != ".." else match[0]
-
-    return re.sub(r'"\.\./\.\./([\w./]+)"', link, html)
-
-
-def copy_live_page(out: Path, live: Path = LIVE) -> None:
-    """The live page with all of its files, also those that were made for this build."""
-    shutil.rmtree(out, ignore_errors=True)
-    for path in live.rglob("*"):
-        if path.is_file() and path.suffix not in NOT_COPIED:
-            there = out / path.relative_to(live)
-            there.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".html":  # in the checkout it links to the scripts
-                there.write_text(on_site(path.read_text(encoding="utf-8")), encoding="utf-8")
-            else:
-                shutil.copyfile(path, there)
-
-
-def copy_tutorials(executed: Path, out: Path, pages: set[str]) -> None:
-    """The tutorials as scripts, and as notebooks with what they have printed and drawn."""
-    for path in executed.glob("tutorials/*.ipynb"):
-        if f"tutorials/{path.stem}" in pages:
-            notebook = json.loads(path.read_text("utf-8"))
-            title = notebook["cells"][0]  # a notebook offers no download of itself
-            title["source"] = [line for line in title["source"] if " download>" not in line]
-            (out / "tutorials" / path.name).write_text(json.dumps(notebook), encoding="utf-8")
+    The outputs come from the cache of the build; what MyST-NB writes lacks them when it hits it.
+    """
+    runs = get_cache(cache) if cache.exists() else None
     for path in TUTORIALS.glob("[0-9]*.py"):
+        if f"tutorials/{path.stem}" not in pages:
+            continue
         shutil.copyfile(path, out / "tutorials" / path.name)
+        notebook = read_tutorial(tutorial_page(path))
+        with suppress(KeyError):  # not run: the site was built without
+            notebook = runs.merge_match_into_notebook(notebook)[1] if runs else notebook
+        title = notebook.cells[0]  # a notebook offers no download of itself
+        title.source = re.sub(r"\n.* download>.*\n", "", title.source)
+        nbformat.write(notebook, out / "tutorials" / f"{path.stem}.ipynb")
 
 
 def remove_stale(out: Path, pages: set[str]) -> None:
@@ -133,7 +117,7 @@ def finish(app, error: Exception | None) -> None:
     out, pages = Path(app.outdir), app.env.found_docs
     write_font(out / "_static" / "math.woff")
     copy_live_page(out / "interactive")
-    copy_tutorials(out.parent / "jupyter_execute", out, pages)
+    copy_tutorials(out, pages, Path(app.config.nb_execution_cache_path))
     remove_stale(out, pages)
     add_keywords(out / "searchindex.js")
     page = out / "404.html"

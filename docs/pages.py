@@ -10,6 +10,7 @@ import csv
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 
 import jupytext
@@ -253,3 +254,32 @@ def name_pictures(app, doctree) -> None:
             section = section.parent
         if "alt" not in image and section is not None:
             image["alt"] = f"Figure of: {section[0].astext()}"
+
+
+# the live page ------------------------------------------------------------------------------------
+
+LIVE = DOCS / "interactive"
+NOT_COPIED = (".py", ".md")
+
+
+def on_site(html: str) -> str:
+    """The live page's links: in the checkout to files, on the site to the pages of these."""
+
+    def link(match: re.Match) -> str:
+        page = target(match[1])
+        return f'"../{Path(page).with_suffix(".html")}"' if page[:2] != ".." else match[0]
+
+    return re.sub(r'"\.\./\.\./([\w./]+)"', link, html)
+
+
+def copy_live_page(out: Path, live: Path = LIVE) -> None:
+    """The live page with all of its files, also those that were made for this build."""
+    shutil.rmtree(out, ignore_errors=True)
+    for path in live.rglob("*"):
+        if path.is_file() and path.suffix not in NOT_COPIED:
+            there = out / path.relative_to(live)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".html":  # in the checkout it links to the scripts
+                there.write_text(on_site(path.read_text(encoding="utf-8")), encoding="utf-8")
+            else:
+                shutil.copyfile(path, there)

@@ -1,7 +1,6 @@
 """The site without building it: what its pages are made of, and the interactive page's numbers."""
 
 import importlib
-import json
 import re
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from docs import (
     docstrings,
     equations,
     export_lambda,
-    finish,
     formulas,
     pages,
     reference,
@@ -24,18 +22,6 @@ from docs import (
 from minprefix.prefix.prefix import Prefix
 
 CHECKOUT = pages.ROOT
-
-
-def test_configuration_imports_and_takes_every_tutorial():
-    from docs import conf
-
-    shown = {path.name for path in pages.tutorials()}
-    assert set(pages.tutorial_pages()) == {f"tutorials/{name}" for name in shown}
-    index = (pages.DOCS / "index.md").read_text()
-    assert "tutorials/[0-9]*.py" in conf.include_patterns
-    assert re.search(r":glob:\n\ntutorials/\[0-9\]\*\n", index)
-    solutions = {p.name for p in (pages.TUTORIALS / "solutions").glob("[0-9]*.py")}
-    assert {f"solutions/{name[:-3]}.md" for name in solutions} == set(pages.solution_pages())
 
 
 def test_every_public_module_is_in_the_reference_once():
@@ -159,15 +145,6 @@ def test_every_equation_of_the_tutorials_is_known_to_the_translator():
         equations.mathml(r"a \unheardof b")
 
 
-def test_the_font_has_what_equations_are_made_of(tmp_path):
-    from fontTools.ttLib import TTFont
-
-    equations.write_font(tmp_path / "math.woff")
-    font = TTFont(tmp_path / "math.woff")
-    assert "MATH" in font and {ord(c) for c in "x∑λ≤√⟨𝑥𝜆𝔼ℓ⊤"} <= set(font.getBestCmap())
-    assert (tmp_path / "math.woff").stat().st_size < 250_000  # bytes; MathJax was 2.3 MB
-
-
 def test_a_tutorial_offers_its_files_and_folds_what_only_draws():
     page = pages.tutorial_page(pages.TUTORIALS / "02_equation_3.py")
     top = page.split("# %%")[1]
@@ -191,72 +168,13 @@ def test_the_build_copies_the_live_page_with_all_that_it_loads(tmp_path):
         (live / name).write_text('<a href="../../tutorials/02_equation_3.py">')
     out.mkdir()
     (out / "gone.js").write_text("")
-    finish.copy_live_page(out, live)
+    pages.copy_live_page(out, live)
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert found == {"index.html", "page.js", "data/mini.safetensors", "merges.txt"}
     assert (out / "index.html").read_text() == '<a href="../tutorials/02_equation_3.html">'
     links = '"../../README.md" "../../minprefix/models/gpt2.py" "../../docs/guides/e2e.md"'
     pages_of = '"../index.html" "../api/minprefix.models.gpt2.html" "../guides/e2e.html"'
-    assert finish.on_site(links) == pages_of
-
-
-def test_the_search_finds_keywords_first(tmp_path):
-    index = tmp_path / "searchindex.js"
-    text = '{"docnames":["a","guides/install"],"indexentries":{"x":[[0,"",false]]}}'
-    index.write_text(f"Search.setIndex({text})")
-    finish.add_keywords(index)
-    found = json.loads(index.read_text("utf-8").removeprefix("Search.setIndex(")[:-1])
-    assert found["indexentries"] == {
-        "x": [[0, "", False]], "install": [[1, "", True]], "setup": [[1, "", True]],
-    }  # fmt: skip
-    assert {page[:-5] for page in check_site.SEARCHES.values()} <= set(finish.KEYWORDS.values())
-
-
-def test_pages_and_notebooks_whose_source_is_gone_are_removed(tmp_path):
-    out, made = tmp_path / "html", tmp_path / "jupyter_execute" / "tutorials"
-    for folder in (out / "api", out / "tutorials", made):
-        folder.mkdir(parents=True)
-    for path in (out / "api/kernels.old.html", out / "api/kernels.html", out / "tutorials/9.ipynb",
-                 made / "1.ipynb", made / "9.ipynb"):  # fmt: skip
-        path.write_text('{"cells": [{"source": ["# 1", "Take a <a download>script</a>"]}]}')
-    pages_now = {"api/kernels", "tutorials/1"}
-    finish.copy_tutorials(made.parent, out, pages_now)
-    finish.remove_stale(out, pages_now)
-    left = {path.name for path in out.rglob("*.*")}
-    assert left == {"kernels.html", "1.ipynb", *(path.name for path in pages.tutorials())}
-    notebook = json.loads((out / "tutorials/1.ipynb").read_text())
-    assert notebook["cells"][0]["source"] == ["# 1"]
-
-
-def test_addresses_are_named_only_where_the_project_has_them():
-    assert finish.addresses("[project]\nname = 'x'") == {}
-    found = finish.addresses("[project.urls]\nDocumentation = 'https://a.b/c/'")
-    assert found == {"documentation": "https://a.b/c/"}
-    assert "<loc>https://a.b/c/api/x.html</loc>" in finish.sitemap({"api/x"}, "https://a.b/c")
-    assert finish.not_found("<head><title>", "") == "<head><title>"
-    assert finish.not_found("<head>", "https://a.b/c") == '<head><base href="https://a.b/c/">'
-
-
-def test_a_page_is_described_by_its_first_paragraph():
-    from docutils import nodes
-
-    script = nodes.raw("", '<a href="x.py" download>', format="html")
-    tree = nodes.section("", nodes.paragraph("", "", script))
-    tree += nodes.paragraph("", 'Say "what"\nit is. ' + 40 * "word ")
-    context = {"metatags": ""}
-    finish.describe(None, "x", "page.html", context, tree)
-    text = re.search(r'<meta name="description" content="(.*)">', context["metatags"])[1]
-    assert text.startswith("Say &quot;what&quot; it is. word") and text.endswith("word ...")
-    finish.describe(None, "genindex", "page.html", untouched := {"metatags": ""}, None)
-    assert untouched == {"metatags": ""}
-
-
-def test_no_key_turns_the_page_and_no_default_is_computed():
-    from docs import conf
-
-    options = getattr(conf, "html_theme_options", {})
-    assert "navigation_with_keys" not in options  # keys scroll code and tables, nothing else
-    assert conf.autodoc_preserve_defaults
+    assert pages.on_site(links) == pages_of
 
 
 def test_figures_share_one_palette():
@@ -316,7 +234,7 @@ def test_interactive_page_links_into_the_checkout_and_into_the_site():
         name = link.rsplit("/", 1)[1]
         if not name.endswith(".py") or name[:2] in {n[:2] for n in there}:
             assert (pages.DOCS / "interactive" / link).exists()
-    changed = check_site.Page(finish.on_site(html))
+    changed = check_site.Page(pages.on_site(html))
     assert "../index.html" in changed.links and "../tutorials/02_equation_3.html" in changed.links
     assert not [a for a in changed.links + changed.loaded if a.startswith("../../")]
 
