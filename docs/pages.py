@@ -168,7 +168,9 @@ def tutorial_page(path: Path) -> str:
     """One tutorial, with what can be downloaded below its title and how to run it at its end."""
     text = site_links(path.read_text(encoding="utf-8"), "tutorials")
     title = re.search(r"^# # .*\n", text, re.MULTILINE)
-    files = ", ".join(f'<a href="{path.stem}.{end}" download>{what}</a>' for end, what in OFFERED)
+    files = " or a ".join(
+        f'<a href="{path.stem}.{end}" download>{what}</a>' for end, what in OFFERED
+    )
     top = f"#\n# Download it as a {files}, to run in `tutorials/` of a checkout.\n#\n"
     return text[: title.end()] + top + text[title.end() :] + last_cell(path.stem)
 
