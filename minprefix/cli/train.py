@@ -34,7 +34,9 @@ from minprefix.training.run_folder import has_state, read_log, remove_state
 from minprefix.training.trainer import Trainer
 
 LENGTH = ("steps", "epochs", "time")  # of a run: one of them may be given
-MAY_CHANGE = ("--steps", "--epochs", "--time", "--patience", "--track", "--no-keep-state")
+MAY_CHANGE = (
+    "--steps", "--epochs", "--time", "--patience", "--auto-batch", "--track", "--no-keep-state",
+)  # fmt: skip
 
 
 def run(options: TrainOptions) -> dict | None:
@@ -94,6 +96,8 @@ def run_to_train(options: TrainOptions) -> tuple[Path, dict]:
             settings["train"] |= {name: given[name] for name in LENGTH}
         if options.train.patience != TrainConfig.patience:
             settings["train"]["patience"] = options.train.patience
+        if options.train.auto_batch:
+            settings["train"]["auto_batch"] = True
         return options.resume, settings | ({"device": options.device} if options.device else {})
     check_read(options)
     if options.preset:

@@ -27,6 +27,7 @@ class TrainConfig:
     time: str | None = None  # wall time such as 90s, 10m or 2h, instead of steps or epochs
     batch_size: int | None = None  # pairs per forward pass
     accumulation: int = 1  # forward passes per optimizer step, on each rank of torchrun
+    auto_batch: bool = False  # out of memory: read fewer pairs at a time, in the same steps
     lr: float | None = None  # peak rate of AdamW, then linear to 0; None = by method and width
     warmup_steps: int | None = None  # steps of linear warm-up before the decay
     patience: int = 5  # stop after so many evaluations without a lower dev loss; 0 = never

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from minprefix.models.weights import same_model
 from minprefix.training.interrupts import Interrupted, deferred_interrupt
 from minprefix.training.lock import alone_in
+from minprefix.training.memory import told
 from minprefix.training.ranks import Ranks
 from minprefix.training.run_folder import (
     append_log,
@@ -185,6 +186,7 @@ class Loop:
 
         Raises:
             Interrupted: a signal; the running step was finished and the state saved.
+            OutOfMemory: says what needs it and what to lower; the last saved state stays.
             FloatingPointError: a loss is no longer finite; the last saved state stays.
             ValueError: the folder holds a run and `load_state` was not called; another process
                 works in it (`FolderInUse`); the run goes on and what it kept is gone.
@@ -230,7 +232,7 @@ class Loop:
             disable=not (progress and self.ranks.first),
         )  # fmt: skip
         try:
-            with self.bar, deferred_interrupt() as interrupted:
+            with self.bar, deferred_interrupt() as interrupted, told(self.where_memory_ended):
                 self.begin()
                 self._go(self.bar, interrupted)
         finally:
@@ -255,8 +257,7 @@ class Loop:
                 self.log(entry)
                 window, clock = [], time.perf_counter()
             if evaluate:
-                if self.ranks.first:
-                    self.evaluate()
+                self.evaluate()
                 self.stopped = self.ranks.any(self.gives_up(), self.device)
             if save and self.ranks.first:
                 self.save_state()
@@ -266,6 +267,10 @@ class Loop:
                     self.keep()
                 at = f"step {self.step_done} of {self.steps}"
                 raise Interrupted(f"stopped after {at}; state saved", number or signal.SIGINT)
+
+    def where_memory_ended(self) -> str:
+        """What follows "out of memory": when it happened, and what needs less."""
+        return f"after step {self.step_done}: use a smaller model, or another device"
 
     def estimate(self, seconds: float) -> str:
         """How long the run will take, from the seconds of a step."""
@@ -290,7 +295,7 @@ class Loop:
         """
         better = loss < self.best
         self.measured.append((self.step_done, loss))
-        if better:
+        if better and self.ranks.first:
             self.keep()
         seconds = round(self.seconds_so_far(), 2)
         self.log({"step": self.step_done, "dev_loss": loss, **more, "seconds": seconds})

@@ -171,6 +171,14 @@ class Pretrainer(Loop):
 
     # the loop ------------------------------------------------------------------------------------
 
+    def where_memory_ended(self) -> str:
+        config = self.config
+        return (
+            f"after step {self.step_done}: a pass reads {self.micro_rows} windows of "
+            f"{config.n_positions} tokens; lower --micro-tokens, which changes no result, or "
+            "--n-embd and --n-layer"
+        )
+
     @torch.no_grad()
     def evaluate(self) -> None:
         """Log the loss on held-out text, nats per token; keep the best weights."""

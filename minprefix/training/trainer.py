@@ -12,9 +12,10 @@ from its last saved state to the very losses of an unbroken run.
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,12 +41,22 @@ from minprefix.training.blocks import unwrap_blocks, wrap_blocks
 from minprefix.training.config import TrainConfig, settle
 from minprefix.training.graphs import GraphedPasses, PlainPasses, dropped, leaves
 from minprefix.training.loop import UNBOUNDED, Loop, duration
+from minprefix.training.memory import halving
 from minprefix.training.precision import cpu_has_bf16, in_bf16, uses_bf16
 from minprefix.training.ranks import Ranks
-from minprefix.training.state import fitted_optimizer, fitted_weights
+from minprefix.training.state import check_keys, check_number, fitted_optimizer, fitted_weights
 from minprefix.training.tuned import Trainable, tuned_from
 
 SHOWN = 300  # characters of a sample that are shown
+EVAL_ROWS = 32  # dev rows in a forward pass
+
+
+T = TypeVar("T")
+
+
+def parts(rows: list, most: int) -> list[list]:
+    """The rows in their order, `most` in a part."""
+    return [rows[i : i + most] for i in range(0, len(rows), most)]
 
 
 def shortened(text: str) -> str:
@@ -115,6 +126,7 @@ class Trainer(Loop):
         self.advice = f"try a smaller lr than {config.lr}"
         self.order = BatchOrder([row.length for row in self.rows], config.batch_size, config.seed)
         self.per_step = config.accumulation * ranks.count  # batches per optimiser step
+        self.pass_rows = {"step": config.batch_size, "evaluation": EVAL_ROWS}  # may be halved
         super().__init__(
             config, out, device, steps=config.steps or UNBOUNDED, log_every=config.log_every,
             eval_every=config.eval_every, patience=config.patience, ranks=ranks,
@@ -163,25 +175,12 @@ class Trainer(Loop):
     def step(self) -> dict:
         """One optimiser step over `accumulation` batches on each rank; what it measured, summed."""
         config = self.config
-        # dropout: a function of seed, step and rank
-        number = config.seed * self.steps + self.step_done
-        torch.manual_seed(number * self.ranks.count + self.ranks.rank)
         batches = self.batches(self.step_done)
         rows = [self.rows[i] for batch in batches for i in batch]
         targets = sum(len(row.ids) - row.prompt_len for row in rows)
         divisor = targets if config.loss == "token" else len(rows)
-        acts: Any = None if self.prefix is None else self.prefix.activations()  # for all batches
-        if config.prefix_dropout:
-            acts = dropped(acts, config.prefix_dropout, seed=number)  # on all ranks the same
-        if self.passes is None:
-            self.passes = self._passes(acts)
-        self.passes.begin(acts, 1 / divisor)
-        with self.tuned.attached(self.model):
-            for batch in batches[self.ranks.rank :: self.ranks.count]:
-                self.passes.add(collate([self.rows[i] for i in batch], self.tokenizer.eos_id))
-        nats, grads = self.passes.end()
-        if acts is not None:  # from the activations on to what is trained
-            torch.autograd.backward(leaves(acts), grads)
+        own = batches[self.ranks.rank :: self.ranks.count]
+        nats = self.in_memory("step", lambda: self._sums(own, divisor))
         norm, lr = self._update()
         return {
             "nats": self.ranks.sum(nats),
@@ -190,6 +189,50 @@ class Trainer(Loop):
             "lr": lr,
             "tokens": sum(row.length - 1 for row in rows),
         }
+
+    def _sums(self, batches: list[list[int]], divisor: int) -> torch.Tensor:
+        """Forward and backward of these batches; the sum of their losses in nats."""
+        config = self.config
+        # dropout: a function of seed, step and rank
+        number = config.seed * self.steps + self.step_done
+        torch.manual_seed(number * self.ranks.count + self.ranks.rank)
+        acts: Any = None if self.prefix is None else self.prefix.activations()  # for all batches
+        if config.prefix_dropout:
+            acts = dropped(acts, config.prefix_dropout, seed=number)  # on all ranks the same
+        if self.passes is None:
+            self.passes = self._passes(acts)
+        self.passes.begin(acts, 1 / divisor)
+        with self.tuned.attached(self.model):
+            for batch in batches:
+                for part in parts(batch, self.pass_rows["step"]):
+                    self.passes.add(collate([self.rows[i] for i in part], self.tokenizer.eos_id))
+        nats, grads = self.passes.end()
+        if acts is not None:  # from the activations on to what is trained
+            torch.autograd.backward(leaves(acts), grads)
+        return nats
+
+    def in_memory(self, kind: str, work: Callable[[], T]) -> T:
+        """What `work` returns. With `auto_batch` it begins again, out of memory, with half the rows
+        in a pass of this kind, and nothing else changes; the state records it. Ranks need not agree
+        on it: each sums over its own batches."""
+        if not self.config.auto_batch:
+            return work()
+
+        def forget() -> None:
+            self.passes = None
+            self.optimizer.zero_grad(set_to_none=True)
+            self.tell(f"Out of memory: now {self.pass_rows[kind]} pairs in a pass ({kind}).")
+
+        return halving(work, self.pass_rows, kind, forget)
+
+    def where_memory_ended(self) -> str:
+        rows, longest = self.pass_rows["step"], max(row.length for row in self.rows)
+        P = f" and P = {self.prefix.prefix_len}" if self.prefix is not None else ""
+        way = "" if self.config.auto_batch else "give --auto-batch, lower --batch-size, or "
+        return (
+            f"after step {self.step_done}, with {rows} pairs in a pass, {longest} tokens in the "
+            f"longest pair{P}: {way}give --activation-checkpointing"
+        )
 
     def batches(self, step: int) -> list[list[int]]:
         """The rows of step 0, 1, ..., of all its batches on all ranks."""
@@ -225,24 +268,30 @@ class Trainer(Loop):
     def evaluate(self) -> None:
         """Log the dev loss, nats per target token, and sample texts; keep the best weights."""
         if not self.dev_rows:
-            self.keep()
+            if self.ranks.first:
+                self.keep()
             return
         self.model.eval()
-        rows = sorted(self.dev_rows, key=lambda row: row.length)
         with self.tuned.attached(self.model):
-            losses = [
-                self.losses(collate(rows[i : i + 32], self.tokenizer.eos_id), self.prefix)
-                for i in range(0, len(rows), 32)
-            ]
-            loss = self.finite(torch.cat(losses).double().mean().item(), "dev loss")
-            samples = self._samples()
+            nats, tokens = self.ranks.sum(self.in_memory("evaluation", self._dev_sums)).tolist()
+            loss = self.finite(nats / tokens, "dev loss")
+            samples = self._samples() if self.ranks.first else []
         self.trained.train()
         shown = [f"  {name:<9}  {shortened(t)}" for sample in samples for name, t in sample.items()]
         self.note_loss(loss, shown, samples=samples)
 
+    def _dev_sums(self) -> torch.Tensor:
+        """Nats and number of the target tokens in this rank's share of the dev rows: (2,)."""
+        rows = sorted(self.dev_rows, key=lambda row: row.length)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in parts(rows[self.ranks.rank :: self.ranks.count], self.pass_rows["evaluation"]):
+            losses = self.losses(collate(batch, self.tokenizer.eos_id), self.prefix)
+            sums += torch.stack([losses.double().sum(), sums.new_tensor(len(losses))])
+        return sums
+
     def begin(self) -> None:
         """Measure what there is before the first step."""
-        if self.step_done == 0 and self.dev_rows and self.ranks.first:
+        if self.step_done == 0 and self.dev_rows:
             self.evaluate()
 
     def _samples(self) -> list[dict[str, str]]:
@@ -291,11 +340,17 @@ class Trainer(Loop):
         self.tuned.save(self.kept, self.model, self.tokenizer)
 
     def state(self) -> dict:
-        return {"trained": self.trained.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"trained": self.trained.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return state | {"pass_rows": self.pass_rows}
 
     def restore(self, state: dict) -> None:
         trained = fitted_weights(self.trained, state["trained"])
         optimizer = fitted_optimizer(self.optimizer, state["optimizer"], state["step"])
+        pass_rows = state.get("pass_rows", self.pass_rows)  # older states have none
+        check_keys("pass_rows", pass_rows, self.pass_rows)
+        for kind, most in self.pass_rows.items():
+            check_number(f"pass_rows {kind}", pass_rows[kind], 1, most)
+        self.pass_rows = pass_rows
         self.trained.load_state_dict(trained)
         self.optimizer.load_state_dict(optimizer)
 
@@ -308,4 +363,5 @@ class Trainer(Loop):
         data = {"training data": digest(self.rows), "dev data": digest(self.dev_rows)}
         settings = asdict(self.config) | data
         del settings["precision"]  # "bf16" says what it comes to
+        del settings["auto_batch"]  # it changes no step
         return settings | {"number of ranks": self.ranks.count, "bf16": self.bf16} | self.bound
