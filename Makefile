@@ -14,7 +14,7 @@ TUTORIALS = $(wildcard tutorials/$(or $(NAME),[0-9])*.py)
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo lint test test-kernels fuzz check format test-official
 .PHONY: compile compile-all sass bench bench-cpu bench-gpu bench-pretrain paper notebooks
-.PHONY: docs linkcheck clean
+.PHONY: docs linkcheck reliability environments sbom clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -114,6 +114,21 @@ docs: .venv/.docs ## the site, tutorials run and checked, into runs/docs/html
 
 linkcheck: .venv/.docs ## the site's links to other sites (a network)
 	MINPREFIX_DOCS_EXECUTE=off $(BIN)/python -m sphinx -q -b linkcheck docs runs/docs/linkcheck
+
+reliability: .venv/.dev ## kills, flipped bytes, two processes, ranks: the table of RELIABILITY.md (Linux)
+	$(BIN)/python -m tests.reliability
+	$(BIN)/python -m benchmarks.readme
+
+environments: .venv/.dev ## a few tests with other versions of Triton, NumPy, PyTorch and Python (a network)
+	$(BIN)/python -m tools.environments
+	$(BIN)/python -m benchmarks.readme
+
+sbom: .venv/.dev ## runs/sbom.json (CycloneDX) of what is installed, and the page of licences (a network)
+	test -x runs/sbom/bin/cyclonedx-py || $(PYTHON) -m venv runs/sbom
+	runs/sbom/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-sbom.txt
+	runs/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-format JSON --output-file runs/sbom.json $(BIN)/python
+	$(BIN)/python -m tools.licences
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

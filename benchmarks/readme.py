@@ -261,6 +261,24 @@ def threads_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def reliability_table() -> str:
+    """What tests/reliability.py has counted."""
+    lines = ["| what | cases | failures | | commit |", "|---|---|---|---|---|"]
+    for row in read_rows(HERE / "reliability.csv"):
+        cells = ("what", "cases", "failures", "more", "commit")
+        lines.append(f"| {' | '.join(row[name] for name in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def environments_table() -> str:
+    """What tools/environments.py has run."""
+    columns = ("environment", "python", "torch", "triton", "numpy", "passed", "failed", "skipped")
+    lines = [f"| {' | '.join(columns)} | |", f"|{'---|' * (len(columns) + 1)}"]
+    for row in read_rows(HERE / "environments.csv"):
+        lines.append(f"| {' | '.join(row[name] for name in (*columns, 'note'))} |")
+    return "\n".join(lines) + "\n"
+
+
 PAGES = {  # page: {the CSV in the mark before a table: what makes the table}
     README: {
         "benchmarks/e2e.csv": e2e_table,
@@ -268,6 +286,7 @@ PAGES = {  # page: {the CSV in the mark before a table: what makes the table}
         "benchmarks/cpu/bench.csv": partial(speed_table, short=True),
         "benchmarks/gpu/steps-h200.csv": gpu_steps_table,
     },
+    HERE.parent / "RELIABILITY.md": {"benchmarks/reliability.csv": reliability_table},
     GUIDES / "e2e.md": {"benchmarks/e2e.csv": e2e_table},
     GUIDES / "bart.md": {"benchmarks/bart_tasks.csv": bart_table},
     GUIDES / "your_data.md": {
@@ -275,6 +294,7 @@ PAGES = {  # page: {the CSV in the mark before a table: what makes the table}
         "benchmarks/copying.csv": copying_table,
         "benchmarks/threads.csv": threads_table,
     },
+    GUIDES / "verification.md": {"benchmarks/environments.csv": environments_table},
     GUIDES / "speed_cpu.md": {"benchmarks/cpu/bench.csv": speed_table},
     GUIDES / "speed_gpu.md": {
         "benchmarks/gpu/steps-h200.csv": gpu_steps_table,

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,33 @@ if not ALONE:
 @pytest.fixture(autouse=True)
 def some_threads():
     torch.set_num_threads(2 if ALONE else 1)
+
+
+def is_here(host) -> bool:
+    """Whether a host, as a name or an address, is this machine."""
+    names = (None, "", "localhost", "::1", "::", "0.0.0.0", socket.gethostname())
+    return host in names or str(host).startswith("127.")
+
+
+@pytest.fixture(autouse=True)
+def no_network(request, monkeypatch):
+    """No test asks another machine for anything but those of the official weights."""
+    if request.node.get_closest_marker("official"):
+        return
+    connect, ask = socket.socket.connect, socket.getaddrinfo
+
+    def connect_here(self, address):
+        if self.family != socket.AF_UNIX and not is_here(address[0]):
+            pytest.fail(f"a test connects to {address}")
+        return connect(self, address)
+
+    def ask_here(host, *args, **kwargs):
+        if not is_here(host):
+            pytest.fail(f"a test asks where {host} is")
+        return ask(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_here)
+    monkeypatch.setattr(socket, "getaddrinfo", ask_here)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ has what the command was started with, and what followed from the data.
 """
 
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -41,6 +42,7 @@ MAY_CHANGE = (
 
 def run(options: TrainOptions) -> dict | None:
     """Train; where the weights are kept and the best dev loss. None on ranks but the first."""
+    options = after_restart(options)
     out, settings = run_to_train(options)
     with joined(settings["device"]) as ranks:
         ranks.wait()  # all have looked into `out` before one writes there
@@ -99,12 +101,35 @@ def run_to_train(options: TrainOptions) -> tuple[Path, dict]:
         if options.train.auto_batch:
             settings["train"]["auto_batch"] = True
         return options.resume, settings | ({"device": options.device} if options.device else {})
+    assert options.out is not None
+    return options.out, new_settings(options)
+
+
+def new_settings(options: TrainOptions) -> dict:
+    """What config.json says of a new run with these options."""
     check_read(options)
     if options.preset:
         options = with_preset(options, options.preset)
     names = ("train", "prefix", "baseline")
-    assert options.out is not None
-    return options.out, options.settings() | {n: asdict(getattr(options, n)) for n in names}
+    return options.settings() | {n: asdict(getattr(options, n)) for n in names}
+
+
+def after_restart(options: TrainOptions) -> TrainOptions:
+    """The options; those that go on with the run in --out if torchrun (--max-restarts) has started
+    this command again and the run there is its own, that is, has the same settings."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or options.out is None:
+        return options
+    if not (options.out / "config.json").is_file():
+        return options
+    ours = json.loads(json.dumps(new_settings(options)))
+    theirs = read_json(options.out / "config.json")
+    # what was left open (None, auto) has followed from the data; epochs have become steps
+    given = {n: x for n, x in ours.pop("train").items() if x not in (None, "auto")}
+    given.pop("epochs", None)
+    if not given.items() <= theirs.pop("train", {}).items() or ours != theirs:
+        return options
+    same = ("device", "json", "debug", "track", "keep_state")
+    return TrainOptions(resume=options.out, **{name: getattr(options, name) for name in same})
 
 
 def with_preset(options: TrainOptions, data: str) -> TrainOptions:

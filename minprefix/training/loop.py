@@ -198,7 +198,8 @@ class Loop:
                 self.check_begun()  # another process may have been there before the lock
                 mend(self.out)
                 self.check_kept()
-                cut_log(self.out, self.step_done)
+                # a kill before the first saved state leaves an evaluation before the first step
+                cut_log(self.out, self.step_done if self.begun() else -1)
             self._run(progress)
             self.ranks.wait()
             self.end()

@@ -16,7 +16,7 @@ from conftest import pairs, small_model, trainer
 
 from minprefix.data.examples import Example
 from minprefix.models.config import GPT2Config
-from minprefix.models.weights import fingerprint, load, save_model
+from minprefix.models.weights import fingerprint, load
 from minprefix.prefix.parametrisations import token_activations
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.config import METHOD_NAMES, TrainConfig
@@ -230,36 +230,6 @@ def test_killed_run_continues_to_the_same_losses(tmp_path, method):
     if method == "prefix":
         tables = [Prefix.load(f / "prefix.safetensors").prefix_table for f in (whole, broken)]
         assert torch.equal(*tables)
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_twice_the_accumulation(tokenizer, tmp_path):
-    """torchrun with two processes on the CPU (gloo) against one: the same losses and prefix.
-
-    Bit for bit: each sum has two terms, and a + b is b + a.
-    """
-    folder = tmp_path / "model"
-    save_model(small_model(), tokenizer, folder)
-    lines = [{"source": e.source, "target": e.targets[0]} for e in pairs(10)]
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    options = ["--model", folder, "--data", data, "--batch-size", 2, "--steps", 4, "--log-every", 1]
-    options = [str(o) for o in (*options, "--lr", 0.01, "--parametrisation", "table", "--json")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    train = ["-m", "minprefix", "train", *options]
-    alone = [sys.executable, *train, "--accumulation", "2", "--out", str(tmp_path / "alone")]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    both = [sys.executable, *torchrun, *train, "--out", str(tmp_path / "both")]
-    for command in (alone, both):
-        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["steps"] == 4  # one rank speaks
-    assert log_of(tmp_path / "alone") == log_of(tmp_path / "both")
-    tables = [
-        Prefix.load(tmp_path / name / "prefix.safetensors").prefix_table
-        for name in ("alone", "both")
-    ]
-    assert torch.equal(*tables)
 
 
 def test_ctrl_c_finishes_the_step_and_saves(tokenizer, tmp_path):

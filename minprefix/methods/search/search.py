@@ -66,7 +66,6 @@ from minprefix.models.weights import fingerprint, need_gpt2
 from minprefix.prefix.prefix import Prefix, token_activations
 from minprefix.training.loop import Loop
 from minprefix.training.precision import in_bf16, uses_bf16
-from minprefix.training.run_folder import cut_log
 
 FINALISTS = 8  # prompts that reach the end of a race
 
@@ -236,7 +235,6 @@ class PromptSearch(Loop):
     def begin(self) -> None:
         """Race the starts, unless that is done, and measure what the prompt has to beat."""
         if not self.begun():
-            cut_log(self.out, -1)  # of a kill before the first state was saved
             self.race_starts()
             self.before = self.rivals()
             self.log({"step": 0} | self.before)
