@@ -1,7 +1,7 @@
 """Run a few tests with other versions of what minprefix needs: `make environments`.
 
     python -m tools.environments                                 all that can be had here
-    python -m tools.environments --only "triton 3.6.0" --out environments.csv
+    python -m tools.environments --only "triton 3.8.0" --out environments.csv
 
 A layer is one package of another version in a folder of its own (runs/environments/NAME), which
 stands before the others on PYTHONPATH. A layer that is there is used as it is; else pip fetches it.
@@ -29,7 +29,10 @@ TESTS = (
     "tests/data/test_batches.py", "tests/models/test_losses.py",
 )  # fmt: skip
 HERE, NONE = "requirements.txt", "without triton"
-PACKAGES = ("triton 3.6.0", "triton 3.7.1", "triton 3.8.0", "triton 3.9.0", "numpy 1.26.4")
+# the interpreter of Triton 3.6.0 takes an array of one element for a number: NumPy 2.4 refuses it
+PACKAGES = (
+    "triton 3.6.0, numpy 1.26.4", "triton 3.7.1", "triton 3.8.0", "triton 3.9.0", "numpy 1.26.4",
+)  # fmt: skip
 TORCH, PYTHONS = "torch 2.11.0", ("python 3.12", "python 3.13")
 VERSIONS = """
 import platform, torch, numpy
@@ -49,26 +52,26 @@ def pip(*words: str) -> str:
     return "" if done.returncode == 0 else f"pip: {done.stderr.strip().splitlines()[-1]}"
 
 
-def layer_of(name: str) -> tuple[Path, str]:
+def layer_of(package: str) -> tuple[Path, str]:
     """The folder of a layer, made if it is not there; and why it could not be made, or nothing."""
-    folder = LAYERS / name.replace(" ", "-")
+    folder = LAYERS / package.replace(" ", "-")
     if folder.is_dir():
         return folder, ""
-    if name == NONE:
+    if package == NONE:
         folder.mkdir(parents=True)
         missing = "raise ModuleNotFoundError(\"No module named 'triton'\", name='triton')\n"
         (folder / "triton.py").write_text(missing)
         return folder, ""
-    package = name.replace(" ", "==") + ("+cpu" if name == TORCH else "")
-    if problem := pip("install", package, "--target", str(folder)):
+    wanted = package.replace(" ", "==") + ("+cpu" if package == TORCH else "")
+    if problem := pip("install", wanted, "--target", str(folder)):
         shutil.rmtree(folder, ignore_errors=True)
-        return folder, f"{package} without CUDA is not to be had" if name == TORCH else problem
+        return folder, f"pip has no wheel {wanted}" if package == TORCH else problem
     return folder, ""
 
 
-def tested(folder: Path | None) -> dict[str, str | int]:
-    """Run the tests with a layer: versions, and how many tests have passed, failed and skipped."""
-    path = os.pathsep.join(str(p) for p in (folder, ROOT) if p)
+def tested(layers: list[Path]) -> dict[str, str | int]:
+    """Run the tests with layers: versions, and how many tests have passed, failed and skipped."""
+    path = os.pathsep.join(map(str, (*layers, ROOT)))
     environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1"}
 
     def run(*words: str) -> subprocess.CompletedProcess:
@@ -123,11 +126,10 @@ def main() -> None:
         row |= dict.fromkeys(("passed", "failed", "skipped", "error", "note"), "")
         if name in PYTHONS:
             row |= compiled(name)
-        elif name == HERE:
-            row |= tested(None)
         else:
-            folder, problem = layer_of(name)
-            row |= {"note": problem} if problem else tested(folder)
+            layers = [layer_of(one) for one in name.split(", ") if name != HERE]
+            problems = [problem for _, problem in layers if problem]
+            row |= {"note": problems[0]} if problems else tested([layer for layer, _ in layers])
         add_row(args.out, row | {"commit": machine()["commit"]}, ("environment",))
         print(row, flush=True)
         failed += bool(row["failed"] or row["error"])
