@@ -72,7 +72,8 @@ def layer_of(package: str) -> tuple[Path, str]:
 def tested(layers: list[Path]) -> dict[str, str | int]:
     """Run the tests with layers: versions, and how many tests have passed, failed and skipped."""
     path = os.pathsep.join(map(str, (*layers, ROOT)))
-    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+    interpreted = "0" if LAYERS / NONE.replace(" ", "-") in layers else "1"
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": interpreted}
 
     def run(*words: str) -> subprocess.CompletedProcess:
         command = [sys.executable, *words]
