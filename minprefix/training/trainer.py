@@ -49,8 +49,6 @@ from minprefix.training.tuned import Trainable, tuned_from
 
 SHOWN = 300  # characters of a sample that are shown
 EVAL_ROWS = 32  # dev rows in a forward pass
-
-
 T = TypeVar("T")
 
 
