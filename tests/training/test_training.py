@@ -232,6 +232,13 @@ def test_killed_run_continues_to_the_same_losses(tmp_path, method):
         assert torch.equal(*tables)
 
 
+def test_a_kill_before_the_first_saved_state_leaves_no_line_twice(tokenizer, tmp_path):
+    trainer(tokenizer, tmp_path).evaluate()  # before the first step
+    trainer(tokenizer, tmp_path).run(progress=False)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines].count(0) == 1
+
+
 def test_ctrl_c_finishes_the_step_and_saves(tokenizer, tmp_path):
     run = trainer(tokenizer, tmp_path, steps=50, eval_every=50)
     step = run.step
