@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -102,8 +103,11 @@ def locked(number: int, wait: bool) -> bool:
 
 def holder(file: TextIO) -> str:
     """What the lock's file says of its holder; nothing where it cannot be read (Windows)."""
-    try:
-        who = json.load(file)
-        return f" by process {who['pid']:d} on {who['host'][:64]} since {who['since'][:25]}"
-    except (OSError, ValueError, TypeError, KeyError):
-        return ""
+    for _ in range(10):
+        try:
+            file.seek(0)
+            who = json.load(file)
+            return f" by process {who['pid']:d} on {who['host'][:64]} since {who['since'][:25]}"
+        except (OSError, ValueError, TypeError, KeyError):
+            time.sleep(0.05)  # it has the lock, and may not have written yet
+    return ""

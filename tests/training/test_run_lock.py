@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
 import sys
+import threading
 from pathlib import Path
 from minprefix.training.lock import alone_in
 with alone_in(Path(sys.argv[1])):
@@ -112,6 +114,19 @@ def test_a_thread_may_ask_twice_and_a_lock_file_may_hold_anything(tmp_path):
             pass
     with alone_in(tmp_path):
         pass
+
+
+def test_a_holder_that_has_not_written_yet_is_waited_for(tmp_path):
+    """It takes the lock, and then writes who it is."""
+    with alone_in(tmp_path):
+        said = (tmp_path / ".lock").read_text()
+        (tmp_path / ".lock").write_text("")
+        lock.HELD.clear()  # as in another process
+        writer = threading.Timer(0.1, (tmp_path / ".lock").write_text, [said])
+        writer.start()
+        with pytest.raises(FolderInUse, match=f"process {os.getpid()} on"), alone_in(tmp_path):
+            pass
+        writer.join()
 
 
 def test_left_overs_of_a_kill_are_swept_and_nothing_else(tokenizer, tmp_path):
