@@ -171,12 +171,13 @@ class Pretrainer(Loop):
 
     # the loop ------------------------------------------------------------------------------------
 
+    extends = ("micro_tokens",)
+
     def where_memory_ended(self) -> str:
-        config = self.config
         return (
-            f"after step {self.step_done}: a pass reads {self.micro_rows} windows of "
-            f"{config.n_positions} tokens; lower --micro-tokens, which changes no result, or "
-            "--n-embd and --n-layer"
+            f"after step {self.step_done}, with {self.micro_rows} windows of "
+            f"{self.config.n_positions} tokens in a pass: lower --micro-tokens and start the same "
+            "command, which goes on"
         )
 
     @torch.no_grad()

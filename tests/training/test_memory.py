@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import small_model, trainer
 from test_cli import train
+from test_pretrain import folder, run_of  # noqa: F401
 from test_training import log_of
 
 from minprefix.training.memory import OutOfMemory, is_out_of_memory
+from minprefix.training.pretrain import Pretrainer
 from minprefix.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,6 +52,23 @@ def test_one_line_says_what_needs_the_memory(tokenizer, tmp_path, error):
         f"out of memory after step 2, with 4 pairs in a pass, {longest} tokens in the longest pair "
         "and P = 3: give --auto-batch, lower --batch-size, or give --activation-checkpointing"
     )
+
+
+def test_pretraining_goes_on_with_smaller_passes(folder, tmp_path, monkeypatch):  # noqa: F811
+    run, nats = run_of(folder, tmp_path), Pretrainer.nats
+
+    def too_large(self, windows):
+        if self.step_done == 5 and len(windows) > 2:
+            raise RuntimeError(CPU)
+        return nats(self, windows)
+
+    monkeypatch.setattr(Pretrainer, "nats", too_large)
+    with pytest.raises(OutOfMemory, match=r"with 8 windows of 16 tokens in a pass: lower --micro-"):
+        run.run(progress=False)
+    smaller = run_of(folder, tmp_path, micro_tokens=32)
+    smaller.load_state()
+    assert smaller.step_done == 4
+    smaller.run(progress=False)
 
 
 def test_other_errors_stay_what_they_are(tokenizer, tmp_path):
