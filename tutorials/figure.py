@@ -10,7 +10,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-PREFIX, TEXT, OTHER, FAINT = "#d9822b", "#3b6ea5", "#5b8c5a", "#b8b8b8"
+from minprefix.palette import FAINT, OTHER, PREFIX, TEXT
+
+__all__ = ["FAINT", "OTHER", "PREFIX", "TEXT", "new", "show"]
 FOLDER = Path(__file__).parents[1] / "runs" / "tutorials"
 
 

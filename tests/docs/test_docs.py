@@ -179,10 +179,7 @@ def test_the_build_copies_the_live_page_with_all_that_it_loads(tmp_path):
 
 def test_figures_share_one_palette():
     from minprefix import palette
-    from tutorials import figure
 
-    for name in ("PREFIX", "TEXT", "OTHER", "FAINT"):
-        assert getattr(figure, name) == getattr(palette, name)
     assert palette.colour_of("FT-FULL") == palette.colour_of("fine-tuning") == palette.OTHER
     assert palette.colour_of("prefix (10 positions)") == palette.PREFIX
     assert palette.colour_of("hard prompt") == palette.TEXT
