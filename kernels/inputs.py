@@ -68,7 +68,7 @@ def check(inputs: Inputs) -> None:
     if prefix_k.dim() == 3 and prefix_index is not None:
         raise ValueError(f"prefix_index needs a bank (N, H, P, D), prefix_k is {shape(prefix_k)}")
     if prefix_k.dim() == 4 and prefix_index is None and N not in (1, B):
-        raise ValueError(f"a bank of {N} prefixes and {B} rows need a prefix_index")
+        raise ValueError(f"a bank of {N} prefixes needs a prefix_index for {B} rows")
     for x in (prefix_index, prefix_lens, kv_lens, q_offset):
         if x is not None and x.device != q.device:
             raise ValueError(f"an index tensor is on {x.device}, q on {q.device}")
@@ -99,7 +99,7 @@ def check_append(inputs: Inputs, append: Any, seen: Tensor | None) -> Append | N
     if seen is not None and (seen.dtype, shape(seen)) != (torch.bool, (B, T, S)):
         raise ValueError(f"seen must be bool {(B, T, S)}, got {seen.dtype} {shape(seen)}")
     if seen is not None and inputs.causal:
-        raise ValueError("seen says what is visible: it needs causal=False")
+        raise ValueError("seen says what is visible, so it needs causal=False")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs[:5], *append)):
         raise ValueError("append has no gradient: call it under torch.no_grad()")
     check_int(inputs.q_offset, "q_offset", (B,), 0, S - T)

@@ -106,7 +106,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no dict)
     except SafetensorError as error:
         told = brief(error, str)
-        raise ValueError(f"{path}: truncated or no safetensors file ({told})") from error
+        raise ValueError(f"{path}: truncated, or not a safetensors file ({told})") from error
 
 
 LARGEST = 65504.0  # of what was learned: the largest fp16. Keys and values of `mini` stay below 20

@@ -112,7 +112,9 @@ def results(path: Path) -> list[Row]:
     """The rows of a CSV; ValueError if it is empty or no CSV of the command."""
     rows = read_rows(path)
     if not rows or not {"name", "data", "problem", "scale", "model"} <= set(rows[0]):
-        raise ValueError(f"{path}: empty or damaged: no rows of `paper`; remove it to make it anew")
+        raise ValueError(
+            f"{path}: empty or damaged: no rows of `paper`; remove it to make it again"
+        )
     return rows
 
 

@@ -65,7 +65,7 @@ def nvdisasm() -> str:
     """The newest nvdisasm at hand. RuntimeError where there is none."""
     found = assembler.tools("nvdisasm")
     if not found:
-        raise RuntimeError("no nvdisasm was found: Triton and CUDA toolkits bring one")
+        raise RuntimeError("nvdisasm was not found: it comes with Triton and with the CUDA toolkit")
     return max(found, key=lambda one: one.version).path
 
 

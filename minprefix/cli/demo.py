@@ -63,7 +63,7 @@ def run_demo(out: Path) -> tuple[dict, list[dict]]:
     Raises:
         Interrupted: a signal; says how to go on.
     """
-    go_on = f"the same command goes on ({out} keeps what is done)"
+    go_on = f"run the same command to continue ({out} keeps what is done)"
     try:
         with alone_in(out):
             return tune_write_measure(out)
@@ -84,7 +84,7 @@ def tune_write_measure(out: Path) -> tuple[dict, list[dict]]:
     say(f"{sum(len(e.targets) for e in train):,} training pairs, {len(test)} unseen test tables")
     prefix = make_prefix(model, tokenizer, PREFIX, TRAIN.seed)
     trainer = Trainer(model, tokenizer, TRAIN, train, dev, out, prefix)
-    say("tuning a prefix; the model is frozen")
+    say("training a prefix; the model is frozen")
     training = tune(trainer, out)
     kept = Prefix.load(out / "prefix.safetensors")
     n_trained, n_kept = count(prefix), kept.prefix_table.numel()
@@ -102,7 +102,7 @@ def tune_write_measure(out: Path) -> tuple[dict, list[dict]]:
     }  # fmt: skip
     rows, texts, scores = [], {}, {}
     for name, (writer, method, trained, shipped) in methods.items():
-        say(f"writing {len(test)} texts: {name}")
+        say(f"generating {len(test)} texts: {name}")
         scores[name], texts[name] = evaluate_method(
             writer, tokenizer, test, config=GENERATE, progress=True, **method
         )
@@ -127,7 +127,10 @@ def tune_write_measure(out: Path) -> tuple[dict, list[dict]]:
 def tune(trainer: Trainer, out: Path) -> dict:
     """Train to the end, from the last state in `out` if there is one."""
     if trainer.resume():
-        say(f"{out} holds a run: going on after step {trainer.step_done} (delete it to start anew)")
+        say(
+            f"{out} holds a run: continuing after step {trainer.step_done} (delete the folder to "
+            "start again)"
+        )
     result = trainer.run()
     trainer.check_result()
     return result

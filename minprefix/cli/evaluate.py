@@ -63,13 +63,15 @@ def check(options: EvaluateOptions) -> None:
     if options.shots and options.hard_prompt is None:
         raise ValueError("--shots needs --hard-prompt")
     if options.shots and Path(options.data).is_file():
-        raise ValueError(f"--shots takes examples from the train split; {options.data} is one file")
+        raise ValueError(
+            f"--shots takes examples from the training split, but {options.data} is one file"
+        )
     if options.metrics != "auto":
         check_tokenizer(options.metrics, options.score_tokenizer)
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {options.limit}")
     if options.outputs and not options.outputs.parent.is_dir():
-        raise ValueError(f"--outputs {options.outputs}: {options.outputs.parent} is no folder")
+        raise ValueError(f"--outputs {options.outputs}: {options.outputs.parent} is not a folder")
 
 
 def check_frame(options: EvaluateOptions, learned: str | None, cut: int | None) -> str:

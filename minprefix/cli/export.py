@@ -26,7 +26,7 @@ def run(options: ExportOptions) -> dict:
     if config.method != "prefix":
         raise ValueError(
             f"{options.run_folder} is a run of method {config.method}: "
-            f"{options.run_folder / TUNED[config.method].kept} is all that it keeps"
+            f"{options.run_folder / TUNED[config.method].kept} is all that such a run keeps"
         )
     state = read_state(options.run_folder)
     try:
@@ -51,7 +51,7 @@ def run(options: ExportOptions) -> dict:
         if state["best"] is not None and math.isfinite(state["best"]):
             metrics["best loss on the dev set, nats per token"] = round(state["best"], 4)
         if not write_card(file, prefix, settings["model"], metrics=metrics):
-            print(f"note: {file} has a README.md, which is left as it is", file=sys.stderr)
+            print(f"note: {file} already has a README.md, which was not changed", file=sys.stderr)
         file /= PREFIX_FILE
     prefix.save(file)
     tensors, _ = load_tensors(file)

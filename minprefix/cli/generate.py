@@ -15,7 +15,7 @@ from minprefix.limits import TEXT
 def run(options: GenerateOptions) -> dict | None:
     """Write texts; one is streamed to stdout."""
     if options.data and options.prompts:
-        raise ValueError("--data has the prompts, so none can be given beside it")
+        raise ValueError("--data has the prompts: give no others")
     prompts = list(options.prompts) or ([] if options.data else read_prompts())
     model, tokenizer = load_model(options)
     prefix = load_trained(options, model)
@@ -52,9 +52,11 @@ def run(options: GenerateOptions) -> dict | None:
 def read_prompts() -> list[str]:
     """The lines of standard input that are not blank."""
     if sys.stdin.isatty():
-        print("one prompt per line, Ctrl-D ends:", file=sys.stderr)
+        print("enter one prompt per line; Ctrl-D ends the input", file=sys.stderr)
     lines = lines_of(sys.stdin.buffer, "standard input", TEXT)
     prompts = [line.rstrip("\r\n") for line in lines if line.strip()]
     if not prompts:
-        raise ValueError("no prompt: give one as an argument, or lines on standard input")
+        raise ValueError(
+            "no prompt was given: pass one as an argument, or one a line on standard input"
+        )
     return prompts

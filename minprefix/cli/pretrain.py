@@ -35,7 +35,10 @@ SAMPLE_TOKENS = 60
 def config_of(options: PretrainOptions) -> PretrainConfig:
     """The settings of the run; ValueError if they do not go with the tokenizer."""
     if options.tokenizer and options.pretrain.vocab_size != PRESETS[options.preset].vocab_size:
-        raise ValueError("--vocab-size is for a tokenizer trained here, --tokenizer has its own")
+        raise ValueError(
+            "--vocab-size is for a tokenizer that is trained here; the one of --tokenizer has its "
+            "own"
+        )
     return options.pretrain
 
 
@@ -44,7 +47,7 @@ def run(options: PretrainOptions) -> dict | None:
     config, out = config_of(options), options.out
     weights.check_device(options.where)
     if (out / "config.json").exists() and not (out / NOTE).exists():
-        raise ValueError(f"{out} holds a model that pretrain did not make: choose another --out")
+        raise ValueError(f"{out} holds a model that was not made by pretrain: choose another --out")
     going_on = has_state(out)
     tokenizer = None
     if going_on:
@@ -69,11 +72,11 @@ def pretrain(options: PretrainOptions, trainer: Pretrainer, going_on: bool) -> d
     """Train, with the run folder for itself; what was reached."""
     out, corpus = trainer.out, trainer.corpus
     if has_state(out) != going_on:  # what was read before the lock was taken
-        raise ValueError(f"another process has worked in {out}: start this command again")
+        raise ValueError(f"another process was working in {out}: run this command again")
     note = {"text": str(options.text), "tokenizer": options.tokenizer, **asdict(trainer.config)}
     if going_on:
         trainer.load_state()
-        say(f"{out} holds this run: going on after step {trainer.step_done}")
+        say(f"{out} holds this run: continuing after step {trainer.step_done}")
     else:
         write_text(out / NOTE, json.dumps(note, indent=1) + "\n")
         corpus.tokenizer.save(out)

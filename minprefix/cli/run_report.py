@@ -53,10 +53,10 @@ def tell_length(trainer: Trainer) -> None:
     if trainer.counted_from == at and not trainer.finished():
         rate = f"{trainer.lr_at(at):.2g}"
         until = config.time or f"step {config.steps}"
-        say(f"going on after step {at} until {until}: the learning rate is {rate} there, and falls "
-            "linearly to 0")  # fmt: skip
+        say(f"continuing after step {at} until {until}: the learning rate starts at {rate} and "
+            "falls linearly to 0")  # fmt: skip
     else:
-        say(f"going on after step {at}")
+        say(f"continuing after step {at}")
 
 
 def tell_end(trainer: Trainer, settings: dict) -> None:

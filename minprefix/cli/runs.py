@@ -24,7 +24,7 @@ def run(options: RunsOptions) -> dict | None:
     runs = {folder: read_run(folder) for folder in options.folders}
     if options.delete or options.slim:
         if options.delete and options.slim:
-            raise ValueError("--slim and --delete do not go together: choose one")
+            raise ValueError("--slim and --delete exclude each other: choose one")
         rows = [{"run": str(folder), **remove(folder, options.delete)} for folder in runs]
     else:
         rows = rows_of(runs)
@@ -40,7 +40,7 @@ def run(options: RunsOptions) -> dict | None:
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict]]:
     """Settings, flat, and log of a run; ValueError if the folder holds none."""
     if not (folder / "config.json").is_file() or not (folder / "log.jsonl").is_file():
-        raise ValueError(f"{folder}: no run (it needs config.json and log.jsonl)")
+        raise ValueError(f"{folder}: not a run folder (config.json or log.jsonl is missing)")
     return dict(flat(read_json(folder / "config.json"))), read_log(folder)
 
 

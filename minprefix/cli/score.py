@@ -46,7 +46,7 @@ def read_groups(path: Path, outputs: list[str], outputs_file: Path) -> list[list
         return [[line] for line in groups[0]]
     raise ValueError(
         f"{outputs_file} has {len(outputs)} outputs (lines), {path} has {len(lines)} lines in "
-        f"{len(groups)} groups (between blank lines): neither fits"
+        f"{len(groups)} groups (between blank lines); the number of outputs must equal one of them"
     )
 
 
@@ -87,7 +87,9 @@ def read_references(paths: list[Path], outputs: list[str], outputs_file: Path) -
 def run(options: ScoreOptions) -> dict:
     outputs = _lines(options.outputs_file)
     if not options.references_files:
-        raise ValueError(f"give the references of {options.outputs_file}: a file, files, a folder")
+        raise ValueError(
+            f"give the references of {options.outputs_file}: a file, several files or a folder"
+        )
     references = read_references([*options.references_files], outputs, options.outputs_file)
     tokenizer = options.score_tokenizer
     check_tokenizer(options.metrics, tokenizer)
@@ -97,7 +99,7 @@ def run(options: ScoreOptions) -> dict:
     groups = [line.strip() for line in _lines(options.groups)] if options.groups else None
     if options.metrics == "quick":
         if groups:
-            raise ValueError("--groups go with --metrics webnlg, not with quick")
+            raise ValueError("--groups needs --metrics webnlg, got quick")
         both = outputs, references, tokenizer
         scores = {"bleu": corpus_bleu(*both), "rouge_l": rouge_l(*both)}
     else:

@@ -51,7 +51,7 @@ def run_to_search(options: SearchOptions) -> tuple[Path, dict]:
         return options.out, options.settings() | {"search": asdict(options.search)}
     path = options.resume / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path.parent}: no run of the command search (config.json is missing)")
+        raise ValueError(f"{path.parent}: not a run of the command search (config.json is missing)")
     settings = read_json(path)
     if not set(KEYS) <= set(settings):
         raise ValueError(f"{path}: not the settings of a search")

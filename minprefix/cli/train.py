@@ -158,7 +158,7 @@ def read_settings(run_folder: Path) -> dict:
     """What config.json of a run says, checked: the options that `train` was started with."""
     path = run_folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{run_folder}: no run of the command train ({path.name} is missing)")
+        raise ValueError(f"{run_folder}: not a run of the command train ({path.name} is missing)")
     settings = read_json(path)
     try:
         if "patience" not in settings["train"]:  # older runs: no early stop, fp32 on every CPU

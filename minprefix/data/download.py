@@ -121,7 +121,7 @@ def _download(url: str, path: Path, known: str | None, published: str | None, si
         reason = type(error).__name__ if answer is None else f"status {answer.status_code}"
         reason = str(error) if type(error) is OSError else reason
         raise OSError(
-            f"{url} cannot be fetched ({error.strerror or reason}); run again, or put a copy at "
+            f"{url} cannot be downloaded ({error.strerror or reason}); run again, or put a copy at "
             f"{path}"
         ) from error
     except ValueError as error:
@@ -135,7 +135,9 @@ def _state(name: str, digest: str, source: Source, known: str | None, recorded: 
     if known and name not in source.unseen:
         raise ValueError(f"not the official file: sha256 {digest}, expected {known}")
     if recorded and recorded != digest:
-        raise ValueError(f"changed since it was fetched: sha256 {digest}, {RECORD} has {recorded}")
+        raise ValueError(
+            f"changed since it was downloaded: sha256 {digest}, {RECORD} has {recorded}"
+        )
     return "unverified" + (f" (published was {known})" if known else "")
 
 
@@ -164,7 +166,7 @@ def _check_or_fetch(
     try:
         return digest, _state(name, digest, source, known, recorded)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; remove it to fetch it anew") from None
+        raise ValueError(f"{path}: {error}; remove it to download it again") from None
 
 
 def _is_made(folder: Path, recorded: dict[str, str]) -> bool:
@@ -183,7 +185,7 @@ def _make(folder: Path, recorded: dict[str, str]) -> dict[str, str]:
         if sums[name] != recorded[name]:
             raise ValueError(
                 f"{folder / name}: changed since it was made: sha256 {sums[name]}, {RECORD} has "
-                f"{recorded[name]}; remove it to make it anew"
+                f"{recorded[name]}; remove it to make it again"
             )
     return sums
 
@@ -225,7 +227,7 @@ def fetch(name: str, folder: str | Path | None = None) -> list[dict]:
     if not missing:
         return _fetch(name, folder)
     if folder.exists() and not _is_writable(folder):
-        raise OSError(f"{folder}: {missing[0]} is missing and the folder is read-only")
+        raise OSError(f"{folder}: {missing[0]} is missing, and the folder is read-only")
     folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(folder / ".lock"):  # a second process finds what the first has fetched
         return _fetch(name, folder)

@@ -59,7 +59,7 @@ def checked_text(value: object, name: str, where: str) -> str:
     if not value.strip():
         raise ValueError(f"{where}: {name} is empty")
     if re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"{where}: {name} has half a surrogate pair, which is no character")
+        raise ValueError(f"{where}: {name} has half of a surrogate pair, which is not a character")
     return value
 
 
@@ -109,9 +109,11 @@ def in_language(
     found = sorted({example.language for example in examples if example.targets})
     names = ", ".join(name or "a language that is not named" for name in found)
     if language is None and len(found) > 1:
-        raise ValueError(f"{path}: texts in {names}: say which, such as --language {found[-1]}")
+        raise ValueError(
+            f"{path}: the texts are in {names}: choose one, such as --language {found[-1]}"
+        )
     if language is not None and found and language not in found:
-        raise ValueError(f"{path}: no texts in {language!r}: they are in {names}")
+        raise ValueError(f"{path}: no texts are in {language!r}; the languages are {names}")
     kept = []
     for example in examples:
         if language is None or not example.targets or example.language == language:

@@ -41,7 +41,7 @@ def read_csv(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]
         header = [name.strip().lower() for name in next(reader)]  # E2E's inputs alone: MR
         columns_of(header, f"{path}:1")
         if len(set(header)) < len(header):
-            raise ValueError(f"{path}:1: a column stands twice: {brief(header)}")
+            raise ValueError(f"{path}:1: a column name occurs twice: {brief(header)}")
         line = reader.line_num + 1
         for cells in reader:
             where, line = f"{path}:{line}", reader.line_num + 1
@@ -103,7 +103,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """The pairs of a JSON object as a dict; Python alone would keep the last of equal keys."""
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
-        raise ValueError(f"the key {brief(max(keys, key=keys.count))} stands twice in one object")
+        raise ValueError(f"the key {brief(max(keys, key=keys.count))} occurs twice in one object")
     return dict(pairs)
 
 
@@ -197,4 +197,4 @@ def read_parquet(path: Path, linearisation: str, left: LeftOut) -> Iterator[Exam
                     number += 1
                     yield from _object(row, linearisation, f"{path}:{number}", left)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: no readable parquet file ({error})") from None
+        raise ValueError(f"{path}: not a readable parquet file ({error})") from None

@@ -90,7 +90,7 @@ def _read_file(path: Path, split: str | None, linearisation: str, left: LeftOut)
     if suffix in ROWS:
         return merge_equal_sources(ROWS[suffix](path, linearisation, left))
     raise ValueError(
-        f"{path}: unknown kind of file; accepted are .jsonl, .json, .csv and .parquet (rows with "
+        f"{path}: unknown type of file; accepted are .jsonl, .json, .csv and .parquet (rows with "
         "named columns), .xml and .json (WebNLG, DART), .txt (source||target) and .source (with "
         ".target beside it)"
     )
@@ -183,7 +183,7 @@ def load_examples(
         examples = list({example.where: example for example in read}.values())
     if not examples:
         raise ValueError(
-            f"{path}: no example in it" + (f"; left out: {left}" if left.found else "")
+            f"{path}: the file has no examples" + (f"; left out: {left}" if left.found else "")
         )
     left.report(path)
     return examples
@@ -215,7 +215,7 @@ def load_train_and_dev(
     if data not in (*DATA_SETS, *EMBEDDED) and not Path(data).is_dir():  # a file or a pipe
         return train, load_examples(dev, "dev", **how) if dev else []
     if dev:
-        raise ValueError(f"--dev goes with a file as --data; {data} has its own dev split")
+        raise ValueError(f"--dev needs a file as --data; {data} has its own dev split")
     try:
         return train, load_examples(data, "dev", **how)
     except MissingSplit:

@@ -47,7 +47,7 @@ def _by_category(examples: Sequence[Example], topics: str) -> list[Example]:
     for example in examples:
         if not example.group or example.group == DART_CATEGORY:
             raise ValueError(
-                f"{example.where}: no category, so neither seen nor unseen in training"
+                f"{example.where}: the example has no category, so it is neither seen nor unseen"
             )
     known = seen_categories(example.group for example in examples)
     return [e for e in examples if (e.group in known) == (topics == "seen")]
@@ -79,8 +79,8 @@ def choose(examples: Sequence[Example], topics: str | None, split: str) -> list[
     if not any(example.group for example in examples):
         where = examples[0].where if examples else "no examples"
         raise ValueError(
-            f"{where}: no article has a URL, so topics are not known: the hub's files have none; "
-            "`python -m minprefix data xsum` makes JSON lines that do"
+            f"{where}: no article has a URL, so its topic is unknown; the files of the hub have "
+            "no URLs, but `python -m minprefix data xsum` makes JSON lines that have them"
         )
 
     def chosen(group: str) -> bool:

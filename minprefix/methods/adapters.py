@@ -147,7 +147,7 @@ class Adapter(nn.Module):
         self.base = fingerprint(model)
 
     def check_base(self, model: GPT2) -> None:
-        """ValueError if this adapter does not fit `model`, or was made for another one."""
+        """ValueError if this adapter does not fit `model`, or was made for another model."""
         need_gpt2(model, "an adapter")
         config = model.config
         if (self.n_layer, self.n_embd) != (config.n_layer, config.n_embd):
@@ -243,7 +243,9 @@ def load_adapter(path: str | Path) -> Adapter:
         raise ValueError(f"{path}: unknown design {brief(design)}")
     down, up = (tensors.get(f"h.0.{SUBLAYERS[design][0]}.{w}.bias") for w in ("down", "up"))
     if down is None or up is None or width != str(down.numel()) or 0 in (down.numel(), up.numel()):
-        raise ValueError(f"{path}: no tensors of design {design!r} and bottleneck {brief(width)}")
+        raise ValueError(
+            f"{path}: the tensors do not fit design {design!r} and bottleneck {brief(width)}"
+        )
     try:
         eps = float(metadata.get("layer_norm_epsilon", ""))
     except ValueError:

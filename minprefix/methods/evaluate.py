@@ -61,11 +61,11 @@ def evaluate_method(  # noqa: PLR0913
     """
     check_choice("metrics", metrics, METRICS)
     if prompt is not None and max_source is not None:
-        raise ValueError(f"max_source {max_source} does not go with a prompt: it cuts no source")
+        raise ValueError(f"max_source {max_source} has no effect on a prompt")
     config = config or GenerationConfig()
     if config.num_return_sequences > 1:
         n = config.num_return_sequences
-        raise ValueError(f"one text of each example has scores, got num_return_sequences {n}")
+        raise ValueError(f"scores need one text for each example, got num_return_sequences {n}")
     sources = [example.source for example in examples]
     with tqdm(total=len(sources), unit="text", disable=not progress, delay=1) as bar:
         options: Any = {"config": config, "batch_size": batch_size}

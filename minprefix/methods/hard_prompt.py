@@ -103,10 +103,10 @@ class TokenPrompt:
         parts = [found.get("before"), found.get("after", found.get("behind"))]
         for part in parts:
             if not isinstance(part, list) or not all(type(v) is int for v in part):
-                raise ValueError(f"{path}: not the prompt of a search")
+                raise ValueError(f"{path}: not a prompt of the command search")
         linearisation, base = found.get("linearisation"), found.get("base", "")  # older: without
         if not isinstance(base, str):
-            raise ValueError(f"{path}: base {base!r} is no fingerprint")
+            raise ValueError(f"{path}: base {base!r} is not a fingerprint")
         try:
             check_choice("linearisation", linearisation, LINEARISATIONS)
             tokenizer.decode(parts[0] + parts[1])

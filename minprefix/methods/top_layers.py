@@ -53,7 +53,7 @@ class TunedTopLayers(Tuned):
     def bind(self, model, linearisation, max_source) -> dict:
         need_gpt2(model, "method 'ft-top'")
         if self.layers.ln_f is not model.ln_f:
-            raise ValueError("the top layers to train are those of another model")
+            raise ValueError("the top layers belong to another model")
         base = fingerprint(model)
         bind_own(self.layers, model, linearisation, max_source)
         return {"base model": base}

@@ -34,7 +34,7 @@ def why_not() -> str | None:
     if jar is None:
         lacks.append("its jar (pip install -r requirements-meteor.txt)")
     elif not jar.is_file():
-        lacks.append(f"its jar: {jar} is no file")
+        lacks.append(f"its jar: {jar} is not a file")
     return f"METEOR is left out: it needs {' and '.join(lacks)}" if lacks else None
 
 

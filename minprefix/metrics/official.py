@@ -202,7 +202,7 @@ def official_scores(
     check_references(outputs, references)
     if groups is not None:
         if suite != "webnlg":
-            raise ValueError(f"groups belong to the suite webnlg, got them with {suite}")
+            raise ValueError(f"groups need the suite webnlg, got {suite}")
         if len(groups) != len(outputs):
             raise ValueError(f"got {len(outputs)} outputs and {len(groups)} groups")
     outputs = [" ".join(output.split("\n")) for output in outputs]

@@ -79,7 +79,7 @@ def check_tokenizer(metrics: str, tokenizer: str) -> None:
     """ValueError for an unknown tokenizer, or one beside official scores, which have their own."""
     check_choice("the tokenizer of scores", tokenizer, TOKENIZERS)
     if metrics != "quick" and tokenizer != "13a":
-        raise ValueError(f"{metrics} has tokens of its own: {tokenizer} goes with --metrics quick")
+        raise ValueError(f"{metrics} uses its own tokenizer: {tokenizer} needs --metrics quick")
 
 
 def script_note(texts: Iterable[str], metrics: str, tokenizer: str = "13a") -> str | None:

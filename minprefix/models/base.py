@@ -170,7 +170,7 @@ def adapter_of(model: LanguageModel) -> Any:
 def check_free(model: LanguageModel) -> None:
     """ValueError if an adapter is attached to the model."""
     if adapter_of(model) is not None:
-        raise ValueError("the model has an adapter already: detach it first")
+        raise ValueError("the model already has an adapter: detach it first")
 
 
 @contextmanager

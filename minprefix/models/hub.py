@@ -93,7 +93,7 @@ def _asking(name: str, doing: str) -> Iterator[None]:
     except hub_errors.OfflineModeIsEnabled as error:
         todo = "unset HF_HUB_OFFLINE or give a folder"
         cache = constants.HF_HUB_CACHE
-        raise OSError(f"{name}: offline, and not as a whole in {cache} ({todo})") from error
+        raise OSError(f"{name}: offline, and not complete in {cache} ({todo})") from error
     except hub_errors.GatedRepoError as error:
         todo = f"accept its terms at {constants.ENDPOINT}/{name} and run `hf auth login`"
         raise OSError(f"{name}: access is restricted: {todo}") from error
@@ -143,7 +143,7 @@ class _Repo:
         with _asking(self.name, f"{doing} {filename}"):
             meta = get_hf_file_metadata(url)
             if not meta.commit_hash or not re.fullmatch(r"[\w-]+", meta.etag or ""):
-                raise OSError("the answer has no commit or etag, so this is no model hub")
+                raise OSError("the answer has no commit or etag, so this is not a model hub")
             return meta
 
     def get(self, filename: str) -> Path | None:
@@ -175,7 +175,7 @@ class _Repo:
     def need(self, filename: str) -> Path:
         """`get`, where a file that the model does not have is an error."""
         if (path := self.get(filename)) is None:
-            raise ValueError(f"{self.name}: {constants.ENDPOINT} has no {filename} of it")
+            raise ValueError(f"{self.name}: {constants.ENDPOINT} has no {filename} for it")
         return path
 
     def check(self, path: Path) -> None:
@@ -221,7 +221,7 @@ class _Repo:
             path.unlink()
             raise ValueError(
                 f"{self.name}: {filename} is damaged (sha256 {digest[:12]}..., the hub says "
-                f"{etag[:12]}...); it was removed, run again to download it anew"
+                f"{etag[:12]}...); it was removed, run the command again to download it"
             )
         try:
             record.parent.mkdir(exist_ok=True)
@@ -247,13 +247,15 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
     try:
         validate_repo_id(name)
     except hub_errors.HFValidationError as error:
-        raise ValueError(f"{name!r}: neither a folder here nor a name for a hub") from error
+        raise ValueError(
+            f"{name!r}: neither a folder nor the name of a model on the hub"
+        ) from error
     repo = _Repo(name, "main", progress)
     try:
         newest: Any = repo.head("config.json", "no folder of this name, and asking for")
         repo = replace(repo, commit=newest.commit_hash)
     except hub_errors.EntryNotFoundError as error:
-        raise ValueError(f"{name}: {constants.ENDPOINT} has no config.json of it") from error
+        raise ValueError(f"{name}: {constants.ENDPOINT} has no config.json for it") from error
     except (OSError, ValueError):
         if (folder := _whole_in_cache(repo)) is None:
             raise
@@ -268,7 +270,7 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
         for filename in TOKENIZER_FILES[-1]:
             repo.need(filename)
     if not any(repo.get(filename) for filename in WEIGHT_FILES):
-        raise ValueError(f"{name}: {constants.ENDPOINT} has no {' nor '.join(WEIGHT_FILES)} of it")
+        raise ValueError(f"{name}: {constants.ENDPOINT} has no {' or '.join(WEIGHT_FILES)} for it")
     for path in weight_paths(folder):
         repo.need(path.name)
     # what is read when offline: until here, the version before
@@ -293,7 +295,7 @@ def download_prefix(name: str, *, progress: bool = True) -> Path:
     try:
         validate_repo_id(name)
     except hub_errors.HFValidationError as error:
-        raise ValueError(f"{name!r}: neither a file here nor a name for a hub") from error
+        raise ValueError(f"{name!r}: neither a file nor the name of a prefix on the hub") from error
     repo = _Repo(name, "main", progress)
     for filename in ("adapter_config.json", "prefix.safetensors", "config.json"):
         try:
@@ -308,7 +310,7 @@ def download_prefix(name: str, *, progress: bool = True) -> Path:
         repo = replace(repo, commit=newest.commit_hash)
         paths = [path for name in PREFIX_FILES if (path := repo.get(name)) is not None]
         return paths[0].parent
-    raise ValueError(f"{name}: {constants.ENDPOINT} has no {' nor '.join(PREFIX_FILES)} of it")
+    raise ValueError(f"{name}: {constants.ENDPOINT} has no {' or '.join(PREFIX_FILES)} for it")
 
 
 def _whole_in_cache(repo: _Repo) -> Path | None:

@@ -33,7 +33,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     tensors = {}
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing, though the index beside it names it")
+            raise FileNotFoundError(f"{path}: missing, but the index beside it lists it")
         if path.suffix == ".safetensors":
             tensors |= load_tensors(path)[0]
             check_seal(path)  # a model that was fine-tuned here has one
@@ -85,6 +85,6 @@ def unwrapped(raw: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         while wrapper := next((w for w in WRAPPERS if name.startswith(w)), None):
             name = name.removeprefix(wrapper)
         if name in tensors:
-            raise ValueError(f"{folder}: {name} is there twice, once as {key}")
+            raise ValueError(f"{folder}: {name} occurs twice, once as {key}")
         tensors[name] = tensor
     return tensors

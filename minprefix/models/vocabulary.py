@@ -44,7 +44,9 @@ def read(folder: Path, family: str, ids: Sequence[int | None]) -> Tokenizer:
             or type(token.get("id")) is not int
             or not isinstance(token.get("content"), str)
         ):
-            raise ValueError(f"{path}: {brief(token)} is no added token with an id and a content")
+            raise ValueError(
+                f"{path}: {brief(token)} is not an added token with an id and a content"
+            )
         content = token["content"]
         if vocab.setdefault(content, token["id"]) != token["id"]:
             raise ValueError(
@@ -171,7 +173,7 @@ def _pairs(path: Path, lines: list[tuple[str, Any]], vocab: dict[str, int]):
         for part in pair:
             if part not in known:
                 raise ValueError(
-                    f"{path}:{where}: {brief(part)} is no byte and from no earlier line"
+                    f"{path}:{where}: {brief(part)} is neither a byte nor made by an earlier line"
                 )
         token = pair[0] + pair[1]
         if token not in vocab:

@@ -61,7 +61,9 @@ def find(name_or_path: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise ValueError(f"{path}: a file; expected a checkpoint's folder or a model's name")
+        raise ValueError(
+            f"{path}: a file; expected the folder of a checkpoint or the name of a model"
+        )
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or text.startswith((".", "~")) or path.is_absolute():
         raise FileNotFoundError(f"{name_or_path}: no such folder")
@@ -93,7 +95,7 @@ def read_config(folder: Path) -> GPT2Config | BARTConfig:
         if (folder / hub.NANOGPT).is_file():
             raw, ends = weights_gpt2.nanogpt_values(folder / hub.NANOGPT, unpickle)
             return make_config(GPT2Config, raw, folder / hub.NANOGPT, ends)
-        raise FileNotFoundError(f"{path}: missing, so {folder} is no (complete) checkpoint")
+        raise FileNotFoundError(f"{path}: missing, so {folder} is not a complete checkpoint")
     raw = read_json(path)
     for family in FAMILIES.values():
         if raw.get("model_type") in family.ONLY["model_type"]:
@@ -320,13 +322,15 @@ def same_model(one: str, other: str) -> bool:
 def need_gpt2(model: LanguageModel, what: str) -> None:
     """ValueError for a BART; `what` is for GPT-2 alone."""
     if not isinstance(model, GPT2):
-        raise ValueError(f"{what}: for GPT-2 only, this model is a {type(model).__name__}")
+        raise ValueError(
+            f"{what}: this is for GPT-2 only, and the model is a {type(model).__name__}"
+        )
 
 
 def check_base(base: str, model: GPT2 | BART, what: str) -> None:
     """ValueError if `what` names a base model, by its fingerprint, and it is not `model`."""
     if base and not same_model(base, own := fingerprint(model)):
         raise ValueError(
-            f"this {what} was made for another model: it names base {base[:12]}, "
+            f"this {what} was made for another model: its base is {base[:12]}, "
             f"the loaded model is {own[:12]}"
         )

@@ -166,12 +166,14 @@ def clean(
         if name in IGNORED:
             continue
         if name in tensors:
-            raise ValueError(f"{folder}: {name} is there twice, once as model.{name}")
+            raise ValueError(f"{folder}: {name} occurs twice, once as model.{name}")
         tensors[name] = tensor
     for name in TIED:
         copy = tensors.pop(name, None)
         if copy is not None and not torch.equal(copy, tensors.setdefault("shared.weight", copy)):
-            raise ValueError(f"{folder}: {name} differs from shared.weight; only tied ones work")
+            raise ValueError(
+                f"{folder}: {name} differs from shared.weight; only tied weights are supported"
+            )
     tensors.setdefault(
         "final_logits_bias", torch.zeros(1, config.vocab_size)
     )  # older files have none

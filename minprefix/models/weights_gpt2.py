@@ -59,7 +59,9 @@ def nanogpt_values(path: Path, unpickle: Callable[[Path], Any]) -> tuple[dict, d
     names = {"block_size": "n_positions", "dropout": "resid_pdrop"}
     names |= {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
     if not isinstance(sizes, dict) or not names.keys() <= sizes.keys():
-        raise ValueError(f"{path}: no model_args with {', '.join(names)}, so no nanoGPT checkpoint")
+        raise ValueError(
+            f"{path}: no model_args with {', '.join(names)}, so this is not a nanoGPT checkpoint"
+        )
     values = {ours: sizes[theirs] for theirs, ours in names.items()}
     last = min(CONFIG.eos_token_id, values["vocab_size"] - 1)
     return values | {"activation_function": "gelu"}, {"bos_token_id": last, "eos_token_id": last}
@@ -86,7 +88,7 @@ def clean(
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
             continue
         if name in tensors:
-            raise ValueError(f"{folder}: {name} is there twice, once as transformer.{name}")
+            raise ValueError(f"{folder}: {name} occurs twice, once as transformer.{name}")
         tensors[name] = tensor
     head = tensors.get("lm_head.weight")
     if config.tie_word_embeddings and head is not None:

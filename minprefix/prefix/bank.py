@@ -21,7 +21,7 @@ class PrefixBank:
             raise ValueError("a bank needs at least one prefix")
         for prefix in prefixes:
             if not isinstance(prefix, Prefix):
-                raise ValueError(f"a bank is of GPT-2's prefixes, got a {type(prefix).__name__}")
+                raise ValueError(f"a bank holds prefixes of GPT-2, got a {type(prefix).__name__}")
         self.prefixes = list(prefixes)
 
     def activations(self, prefix_index: Tensor | None = None) -> PrefixActivations:

@@ -201,7 +201,7 @@ class BARTPrefix(nn.Module):
     def activations(self, prefix_index: Tensor | None = None) -> BARTActivations:
         """What the model reads."""
         if prefix_index is not None:
-            raise ValueError("prefix_index needs a bank, and there is none of BART prefixes")
+            raise ValueError("prefix_index needs a bank, which BART prefixes do not have")
         sites = {site: part.activations() for site, part in self.sites.items()}
         virtual = None if self.virtual is None else self.virtual.embeddings()
         offset = self.position_offset if self.source_offset is None else self.source_offset
@@ -258,7 +258,7 @@ class BARTPrefix(nn.Module):
     def check_base(self, model: GPT2 | BART) -> None:
         """ValueError if this prefix belongs to another model than `model`."""
         if not isinstance(model, BART):
-            raise ValueError("this prefix was made for another model: it is of a BART")
+            raise ValueError("this prefix was made for another model, a BART")
         check_base(self.base, model, "prefix")
 
 

@@ -148,13 +148,15 @@ def convert(
         if model is not None:
             check_fit(source, prefix, model)
     if not prefix.base:
-        notes.append("without --model the prefix names no base model: loading it checks sizes only")
+        notes.append(
+            "without --model the prefix names no base model, so loading it checks only sizes"
+        )
     if to in KINDS:
         # PEFT knows no model of the name mini, but its folder
         base = str(weights.find("mini")) if model_name == "mini" else model_name
         write_peft(out, prefix, base, KINDS[to])
         if not write_card(out, prefix, model_name, KINDS[to]):
-            notes.append(f"{out} has a README.md, which is left as it is")
+            notes.append(f"{out} already has a README.md, which was not changed")
         if prefix.linearisation:
             notes.append(told_to_peft(prefix))
     else:

@@ -113,7 +113,7 @@ def bart_prefix_of(
         return BARTPrefix.from_tables({}, position_offset, virtual=virtual)
     names = {name.split(".")[0] for name in tensors}
     if not names or not names <= set(SITES):
-        raise ValueError(f"{path}: no tables of {', '.join(SITES)} in it: {[*tensors]}")
+        raise ValueError(f"{path}: it has no tables of {', '.join(SITES)}: {[*tensors]}")
     parts = {s: table_and_gate(path, tensors, f"{s}.") for s in SITES if s in names}
     shapes = {s: tuple(table.shape) for s, (table, _) in parts.items()}
     if len({shape[1:] for shape in shapes.values()}) > 1:

@@ -154,8 +154,8 @@ def table_for(path: Path, rows: Tensor, config: GPT2Config) -> Tensor:
         rows = rows.reshape(-1, 2 * L * C)
     if rows.dim() != 2 or rows.shape[1] != 2 * L * C:
         raise ValueError(
-            f"{path}: a table of {tuple(rows.shape)} is no (P, 2 L C) of the model, which has "
-            f"L = {L}, C = {C}: made for another one"
+            f"{path}: a table of {tuple(rows.shape)} is not (P, 2 L C) of the model, which has "
+            f"L = {L}, C = {C}: it was made for another model"
         )
     return table_of_rows(rows, L, H)
 
@@ -302,7 +302,7 @@ def read_adapters(folder: str | Path, config: GPT2Config | None) -> Prefix:
     P = size(path, raw, "prefix_length")
     if config is None:
         raise ValueError(
-            f"{path}: does not say how many heads there are: needs the base model (--model)"
+            f"{path}: does not say how many heads there are: name the base model (--model)"
         )
     file = first_of(path.parent, "adapter.safetensors", "pytorch_adapter.bin")
     tensors = once(file, read_tensors(file)[0])
@@ -327,7 +327,7 @@ def once(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         parts = re.search(r"prefix_tunings\.([^.]+)\.([^.]+)\.(.+)$", key)
         if not parts:
-            raise ValueError(f"{path}: {key} is no part of a prefix without gates")
+            raise ValueError(f"{path}: {key} is not part of a prefix without gates")
         name, place, part = parts.groups()
         if place != "self_prefix":
             raise ValueError(f"{path}: {key} is of {place}; GPT-2 has self_prefix only")

@@ -38,9 +38,13 @@ def make_gpt2_prefix(model: GPT2, tokenizer, config: PrefixConfig, seed: int) ->
 def make_bart_prefix(model: BART, tokenizer, config: PrefixConfig, seed: int) -> BARTPrefix:
     """`make_prefix` for a BART."""
     if config.place != "prefix":
-        raise ValueError(f"a BART has no place {config.place!r}: its prefix stands at attentions")
+        raise ValueError(
+            f"BART has no place {config.place!r}: its prefix belongs to attention layers"
+        )
     if config.init == "prompt":
-        raise ValueError("init 'prompt' is for GPT-2: no hard prompt is exactly a prefix of a BART")
+        raise ValueError(
+            "init 'prompt' is for GPT-2: no prefix of a BART equals a hard prompt exactly"
+        )
     options = {
         "sites": config.sites, "parametrisation": config.parametrisation,
         "mid_dim": config.mid_dim, "gate": config.gate, "position_offset": config.position_offset,

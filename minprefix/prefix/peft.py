@@ -81,13 +81,13 @@ def read_peft(folder: str | Path) -> Any:
     L, H, C = (size(path, raw, key) for key in ("num_layers", "num_attention_heads", "token_dim"))
     P = size(path, raw, "num_virtual_tokens")
     if C % H:
-        raise ValueError(f"{path}: token_dim {C} is no multiple of num_attention_heads {H}")
+        raise ValueError(f"{path}: token_dim {C} is not a multiple of num_attention_heads {H}")
     path = first_of(path.parent, *WEIGHTS)
     tensors, metadata = read_tensors(path)
     rows = tensors.get("prompt_embeddings")
     if rows is None:
         raise ValueError(
-            f"{path}: prompt_embeddings is missing, there is {some(tensors) or 'nothing'}"
+            f"{path}: prompt_embeddings is missing; found {some(tensors) or 'nothing'}"
         )
     if rows.shape != (P, 2 * L * C):
         raise ValueError(

@@ -33,7 +33,7 @@ def data_warnings(
     if repeated := train_pairs.total() - len(train_pairs):
         found.append(
             f"{repeated} of {train_pairs.total()} training pairs repeat another one: "
-            "they weigh more than the others"
+            "they count more than the others"
         )
     if both := sum(dev_pairs[pair] for pair in dev_pairs.keys() & train_pairs.keys()):
         found.append(

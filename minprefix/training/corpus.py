@@ -86,7 +86,7 @@ def load_corpus(
 def shard_corpus(paths: list[Path], tokenizer: Tokenizer | None, val_share: float) -> Corpus:
     """The tokens of all shards, those named val* held out."""
     if tokenizer is None:
-        raise ValueError(f"{paths[0]}: tokens need their tokenizer: --tokenizer FOLDER")
+        raise ValueError(f"{paths[0]}: token ids need their tokenizer: give --tokenizer FOLDER")
     streams = {False: [np.zeros(0, np.uint16)], True: [np.zeros(0, np.uint16)]}
     for path in paths:
         held_out = bool(HELD_OUT.match(path.name))
@@ -130,12 +130,14 @@ def read_shard(path: Path, vocab_size: int) -> np.ndarray:
         read = {(1, 0): np.lib.format.read_array_header_1_0}
         shape, _, dtype = read.get(version, np.lib.format.read_array_header_2_0)(file)
     except Exception as error:  # it is a Python literal, in which anything may be wrong
-        raise ValueError(f"{path}: damaged, or no .npy file ({brief(error, str)})") from error
+        raise ValueError(f"{path}: damaged, or not a .npy file ({brief(error, str)})") from error
     if len(shape) != 1 or dtype.kind not in "iu":
         raise ValueError(f"{path}: expected one row of integer ids, found {dtype} {shape}")
     data = file.getbuffer()[file.tell() :]
     if len(data) != shape[0] * dtype.itemsize:
-        raise ValueError(f"{path}: damaged, or no .npy file ({len(data)} bytes for {shape[0]} ids)")
+        raise ValueError(
+            f"{path}: damaged, or not a .npy file ({len(data)} bytes for {shape[0]} ids)"
+        )
     ids = np.frombuffer(data, dtype)
     if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
         worst = ids.min() if ids.min() < 0 else ids.max()
@@ -212,7 +214,7 @@ class Windows:
         """
         if len(ids) <= seq_len:
             raise ValueError(
-                f"too little text: {len(ids)} tokens to train on, one window needs {seq_len + 1}"
+                f"too little text: {len(ids)} tokens to train on, but a window needs {seq_len + 1}"
             )
         self.ids, self.seq_len, self.batch_size, self.seed = ids, seq_len, batch_size, seed
         self.per_epoch = len(ids) // seq_len
@@ -241,7 +243,7 @@ def validation_windows(ids: np.ndarray, seq_len: int, most: int) -> list[np.ndar
     Each is read alone, so its first tokens have little before them. The last may be shorter.
     """
     if len(ids) < 2:
-        raise ValueError(f"too little text: {len(ids)} tokens are held out, a loss needs 2")
+        raise ValueError(f"too little text: {len(ids)} tokens are held out, but a loss needs 2")
     starts = np.arange(0, len(ids) - 1, seq_len)
     keep = max(1, most // seq_len)
     if len(starts) > keep:

@@ -208,7 +208,7 @@ class Loop:
     def check_begun(self) -> None:
         """ValueError if the folder holds a run that this one would overwrite."""
         if not self.begun() and self.has_state():
-            raise ValueError(f"{self.out} holds a run: load_state() goes on with it")
+            raise ValueError(f"{self.out} already holds a run: load_state() continues it")
 
     def check_kept(self) -> None:
         """Write again what the run had kept if it is gone; ValueError if the run no longer can."""
@@ -218,7 +218,7 @@ class Loop:
         if not self.can_keep():
             raise ValueError(
                 f"{kept} is gone, and the run cannot write it again: it was of step "
-                f"{self.best_step}, the saved state is of step {self.step_done}; train anew"
+                f"{self.best_step}, the saved state is of step {self.step_done}; train again"
             )
         self.keep()
 
@@ -370,7 +370,7 @@ class Loop:
             theirs[base] = ours[base]
         changed = sorted(name for name in ours if theirs.get(name) != ours[name])
         if refused := [name for name in changed if name not in self.extends]:
-            raise ValueError(f"{path}: the saved run has another {', '.join(refused)}")
+            raise ValueError(f"{path}: the saved run has a different {', '.join(refused)}")
         try:
             self.restore(state)
         except ValueError as error:

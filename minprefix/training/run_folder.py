@@ -139,7 +139,7 @@ def check_whole(path: Path) -> bool:
     if end[-22:-18] == b"PK\5\6" and end[-2:] == b"\0\0":
         return False
     if end[-64 - len(MARK) : -64] != MARK or not is_sealed(path, path.stat().st_size - 64):
-        raise ValueError(f"{path}: damaged, or no training state")
+        raise ValueError(f"{path}: damaged, or not a training state")
     return True
 
 
@@ -147,7 +147,7 @@ def checked_state(path: Path, state: Any, keys: Sequence[str]) -> dict:
     """The state; ValueError if it lacks one of the keys."""
     missing = sorted({*COMMON, *keys} - set(state if isinstance(state, dict) else ()))
     if missing:
-        raise ValueError(f"{path}: no training state, it lacks {', '.join(missing)}")
+        raise ValueError(f"{path}: not a training state, it lacks {', '.join(missing)}")
     return state
 
 

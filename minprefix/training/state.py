@@ -44,7 +44,7 @@ def check_progress(state: dict, most: int) -> None:
     if "measured" not in state:  # older versions
         return
     if not isinstance(state["measured"], list):
-        raise ValueError("measured is no list of steps and losses")
+        raise ValueError("measured is not a list of steps and losses")
     before, losses = 0, [math.inf]
     for pair in state["measured"]:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or type(pair[1]) is not float:
@@ -69,7 +69,7 @@ def fitted(name: str, found: Any, like: Tensor) -> Tensor:
     ValueError if it is no such tensor, or has values that are not finite.
     """
     if type(found) not in (Tensor, nn.Parameter) or found.layout != torch.strided or found.is_meta:
-        raise ValueError(f"{name} is no tensor with values")
+        raise ValueError(f"{name} is not a tensor with values")
     theirs, ours = (f"{tuple(x.shape)} {str(x.dtype)[6:]}" for x in (found, like))
     if theirs != ours:
         raise ValueError(f"{name} is {theirs}, this run needs {ours}")
@@ -81,7 +81,7 @@ def fitted(name: str, found: Any, like: Tensor) -> Tensor:
 def check_keys(name: str, found: Any, wanted) -> None:
     """ValueError that names a key that is missing or left over."""
     if not isinstance(found, dict):
-        raise ValueError(f"{name} is no dictionary")
+        raise ValueError(f"{name} is not a dictionary")
     if differing := set(found) ^ set(wanted):
         key = min(map(str, differing))[:60]
         known = "has an unknown" if key in map(str, found) else "lacks"

@@ -115,7 +115,7 @@ class Trainer(Loop):
         shape, ranks = model.config, Ranks.here()
         lr = tuned.default_lr(shape.family, shape.n_embd, len(self.rows))
         if config.time and ranks.count > 1:
-            raise ValueError("time does not go with several processes, whose clocks differ")
+            raise ValueError("time cannot be used with several processes, whose clocks differ")
         config = settle(config, len(self.rows), lr, ranks.count)
         assert config.batch_size and config.eval_every and config.lr
         self.optimizer = torch.optim.AdamW(

@@ -253,7 +253,7 @@ def test_export_to_a_folder_has_a_model_card(cli, run, tmp_path):
     assert f"| {best:.4f}".rstrip("0") in card.text
     (tmp_path / "mine" / "README.md").write_text("my own words")
     _, told = cli("export", run, "--out", tmp_path / "mine")
-    assert "has a README.md, which is left as it is" in told
+    assert "already has a README.md, which was not changed" in told
     assert (tmp_path / "mine" / "README.md").read_text() == "my own words"
     cli("convert", tmp_path / "mine", "--to", "minprefix", "--out", tmp_path / "b.safetensors")
     assert Prefix.load(tmp_path / "b.safetensors").base == prefix.base

@@ -42,10 +42,10 @@ def test_demo_leaves_what_it_promises(tmp_path, capsys):
     counts = {name: samples.count(f"  {name:<21} | ") for name in METHODS}
     assert counts == dict.fromkeys(METHODS, 4)
     assert samples.count("references:") == 4
-    assert "going on after step 2" not in capsys.readouterr().err
+    assert "continuing after step 2" not in capsys.readouterr().err
 
     again, _ = demo.run_demo(out)  # nothing is trained again
-    assert "going on after step 2" in capsys.readouterr().err
+    assert "continuing after step 2" in capsys.readouterr().err
     assert again["methods"] == metrics["methods"]
 
 

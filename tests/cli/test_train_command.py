@@ -37,7 +37,7 @@ def test_a_finished_run_goes_on_to_more_steps(cli, run):
     before = read_log(folder)
     out, said = cli("train", "--resume", folder, "--steps", 8, "--json")
     assert only_json(out)["steps"] == 8
-    assert "going on after step 4 until step 8: the learning rate is 0.0057 there" in said
+    assert "continuing after step 4 until step 8: the learning rate starts at 0.0057" in said
     assert read_log(folder)[: len(before)] == before
     assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 8
     out, _ = cli("train", "--resume", folder, "--json")  # its settings are the new ones

@@ -230,7 +230,7 @@ BROKEN = {
         (b'{"entries": [{"1": {"lexicalisations": []}}]}', "entry 1: expected an object with mod"),
         (b'{"entries": [7]}', "a.json:entry 1: expected an object with modifiedtripleset"),
     ],
-    "a.yaml": [(b"{}", "a.yaml: unknown kind of file; accepted are .jsonl, .json")],
+    "a.yaml": [(b"{}", "a.yaml: unknown type of file; accepted are .jsonl, .json")],
 }
 
 
@@ -283,7 +283,7 @@ def test_folders_are_recognised_by_their_files(tmp_path):
     assert load_examples(tmp_path / "own", "dev")[0].where == f"{tmp_path}/own/dev.jsonl:1"
     for name in ("train.json", "dev.json", "dev.xml", "test.xml"):
         write(tmp_path, f"dart/dart-v1.1.1-full-{name}", DART_XML if "xml" in name else "[]")
-    with pytest.raises(ValueError, match="dart: no example in it"):  # of two forms the JSON
+    with pytest.raises(ValueError, match="dart: the file has no examples"):  # of two forms the JSON
         load_examples(tmp_path / "dart", "dev")
     assert len(load_examples(tmp_path / "dart", "test")) == 1
     write(tmp_path, "hub/validation.jsonl", '{"document": "a", "summary": "b", "id": "7"}')

@@ -114,7 +114,7 @@ def test_an_interrupted_download_leaves_nothing_and_is_begun_again(offer):
     site.stop_after = 20_000  # of the 46 kB of the test set
     message = error_of(OSError, "e2e")
     path = data_folder("e2e") / "testset_w_refs.csv"
-    assert f"{site.url}/{path.name} cannot be fetched (" in message
+    assert f"{site.url}/{path.name} cannot be downloaded (" in message
     assert message.endswith(f"; run again, or put a copy at {path}")
     names = {p.name for p in path.parent.iterdir()} - {".lock"}
     assert names == {"trainset.csv", "devset.csv"}
@@ -145,12 +145,12 @@ def test_copies_at_hand_are_checked_and_left_as_they_are(offer, tmp_path):
     (folder / "devset.csv").write_bytes(b"mine")
     message = error_of(ValueError, "e2e", folder)
     assert message.startswith(f"{folder / 'devset.csv'}: not the official file")
-    assert message.endswith("remove it to fetch it anew")
+    assert message.endswith("remove it to download it again")
     assert (folder / "devset.csv").read_bytes() == b"mine"
     (folder / "devset.csv").unlink()
     folder.chmod(0o555)
     assert error_of(OSError, "e2e", folder).endswith(
-        "devset.csv is missing and the folder is read-only"
+        "devset.csv is missing, and the folder is read-only"
     )
     assert {path.name for path in folder.iterdir()} == set(E2E) - {"devset.csv"}
     assert "not a folder" in error_of(ValueError, "e2e", folder / "trainset.csv")
@@ -170,7 +170,7 @@ def test_files_that_were_never_seen_are_said_to_be_unverified(offer):
     assert fetch("dart") == [a, b, c]
     (folder / "b.json").write_bytes(b"[4]")
     message = error_of(ValueError, "dart")
-    assert f"b.json: changed since it was fetched: sha256 {sha256(folder / 'b.json')}" in message
+    assert f"b.json: changed since it was downloaded: sha256 {sha256(folder / 'b.json')}" in message
 
 
 def test_other_line_ends_are_the_same_file(offer):
@@ -231,7 +231,7 @@ def test_without_a_network_one_line_says_what_to_do(site, offer, cli):
     _, err = cli("data", "e2e", code=1)
     *_, line = err.strip().splitlines()
     path = data_folder("e2e") / "trainset.csv"
-    assert line.startswith(f"minprefix: error: {site.url}/trainset.csv cannot be fetched (")
+    assert line.startswith(f"minprefix: error: {site.url}/trainset.csv cannot be downloaded (")
     assert line.endswith(f"or put a copy at {path}")
     assert len(err.strip().splitlines()) == 3  # the source, the licence, the error
     assert [p.name for p in path.parent.iterdir()] in ([], [".lock"])

@@ -348,7 +348,7 @@ def test_impossible_searches_are_named(tokenizer, tmp_path):
         made(tokenizer, tmp_path / "run", steps=2, dev=2).load_state()
     for path in (state_path(tmp_path / "run"), earlier_path(tmp_path / "run")):
         path.write_text('{"step_done": 1}')
-    with pytest.raises(ValueError, match=r"state\.pt: damaged, or no training state"):
+    with pytest.raises(ValueError, match=r"state\.pt: damaged, or not a training state"):
         made(tokenizer, tmp_path / "run", steps=1).load_state()
     (tmp_path / "run" / "prompt.json").write_text('{"before": [1], "after": "x"}')
     with pytest.raises(ValueError, match="not the prompt of a search"):

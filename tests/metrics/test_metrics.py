@@ -160,7 +160,7 @@ def test_score_has_slot_coverage_only_with_tables():
 @pytest.mark.parametrize(
     "call,message",
     [
-        (lambda: corpus_bleu([], []), "references must be equally many and not empty, got 0 and 0"),
+        (lambda: corpus_bleu([], []), "references must have equal lengths above 0, got 0 and 0"),
         (lambda: corpus_bleu(["a"], []), "got 1 and 0"),
         (lambda: rouge_l(["a"], [["a"], ["b"]]), "got 1 and 2"),
         (lambda: rouge_l(["a"], [[]]), r"references of output 0 must be a list of texts, got \[\]"),

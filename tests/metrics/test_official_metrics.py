@@ -174,7 +174,7 @@ def test_auto_takes_the_suite_of_the_data(quiet, tmp_path):
         ((["a"], [["a"]], "bleu"), "suite must be one of e2e, webnlg, dart, xsum, got 'bleu'"),
         ((["a"], [], "e2e"), "got 1 and 0"),
         ((["a"], [[None]], "e2e"), r"references of output 0 must be a list of texts, got \[None\]"),
-        ((["a"], [["a"]], "e2e", ["Food"]), "groups belong to the suite webnlg, got them with e2e"),
+        ((["a"], [["a"]], "e2e", ["Food"]), "groups need the suite webnlg, got e2e"),
         ((["a"], [["a"]], "webnlg", []), "got 1 outputs and 0 groups"),
         ((["a"], [["a"]], "webnlg", ["Bar"]), "group 0 must be one of Airport, .* got 'Bar'"),
     ],

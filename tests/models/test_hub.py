@@ -348,7 +348,7 @@ def test_offline_takes_a_whole_cache_only(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     cache = str(tmp_path / "cache")
     message = (
-        f"{NAME}: offline, and not as a whole in {cache} (unset HF_HUB_OFFLINE or give a folder)"
+        f"{NAME}: offline, and not complete in {cache} (unset HF_HUB_OFFLINE or give a folder)"
     )
     assert error_of(OSError) == message
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

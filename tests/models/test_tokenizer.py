@@ -163,7 +163,7 @@ BAD_FILES = {
     "no end": (BYTES, "", "vocab.json: no token '<|endoftext|>'"),
     "three": (GOOD, "#version: 0.2\na b\na b c\n", "merges.txt:3: expected two tokens"),
     "one": (GOOD, "ab\n", "merges.txt:1: expected two tokens .* found 'ab'"),
-    "later": (GOOD, "a b\nabc a\n", "merges.txt:2: 'abc' is no byte and from no earlier line"),
+    "later": (GOOD, "a b\nabc a\n", "merges.txt:2: 'abc' is neither a byte nor made by an"),
     "no id": (GOOD, "a b\nb a\n", "merges.txt:2: 'ba' is not in vocab.json"),
 }
 

@@ -296,7 +296,7 @@ WRONG_HUB = {
     "length": (FLAT, {"prefix_length": 6}, "a prefix of 5 positions, but prefix_length is 6"),
     "no length": (FLAT, {"prefix_length": None}, "prefix_length must be a number >= 1, got None"),
     "gated": (FLAT, {"use_gating": True}, "use_gating is True; supported: False"),
-    "gates": (FLAT, {"more": GATE}, "prefix_gates.a.weight is no part of a prefix without gates"),
+    "gates": (FLAT, {"more": GATE}, "prefix_gates.a.weight is not part of a prefix without gates"),
     "layers left out": (FLAT, {"leave_out": [1]}, r"leave_out is \[1\]"),
     "gelu": (mlp_state(), {"non_linearity": "gelu"}, "non_linearity is 'gelu'; supported: 'tanh'"),
     "lora": (FLAT, {"architecture": "lora"}, "architecture is 'lora'; supported: 'prefix_tuning'"),

@@ -180,13 +180,13 @@ WRONG_CONFIGS = {
     "no size": ({"num_layers": None}, "num_layers must be a number >= 1, got None"),
     "a text as size": ({"token_dim": "32"}, "token_dim must be a number >= 1, got '32'"),
     "P = 0": ({"num_virtual_tokens": 0}, "num_virtual_tokens must be a number >= 1, got 0"),
-    "heads": ({"num_attention_heads": 5}, "token_dim 32 is no multiple of num_attention_heads 5"),
+    "heads": ({"num_attention_heads": 5}, "token_dim 32 is not a multiple of num_attention_heads"),
     "P": ({"num_virtual_tokens": 6}, r"is \(5, 192\), but .* says \(6, .* = \(6, 192\)"),
     "L": ({"num_layers": 4}, r"is \(5, 192\), but .* \(5, 2 x 4 layers x 32\) = \(5, 256\)"),
 }
 WRONG_TENSORS = {
-    "no such tensor": ({"a": ROWS, "b": ROWS + 1}, "prompt_embeddings is missing, there is a, b"),
-    "no tensor": ({}, "prompt_embeddings is missing, there is nothing"),
+    "no such tensor": ({"a": ROWS, "b": ROWS + 1}, "prompt_embeddings is missing; found a, b"),
+    "no tensor": ({}, "prompt_embeddings is missing; found nothing"),
     "a flat one": ({"prompt_embeddings": ROWS.flatten()}, r"prompt_embeddings is \(960,\)"),
     "nan": ({"prompt_embeddings": ROWS / 0 * 0}, "prompt_embeddings .* not finite numbers"),
     "integers": ({"prompt_embeddings": ROWS.int()}, "prompt_embeddings .* not finite numbers"),

@@ -253,7 +253,7 @@ def test_the_command_makes_a_model_and_goes_on(cli, folder, tmp_path):
     note = json.loads((out / "pretrain.json").read_text())
     assert note["n_embd"] == 32 and note["result"]["val_loss"] == result["val_loss"]
     again, err = cli("pretrain", folder, "--out", out, *OPTIONS, "--json")
-    assert json.loads(again) == result and "going on after step 12" in err
+    assert json.loads(again) == result and "continuing after step 12" in err
     cli("generate", "--model", out, "the cat", "--max-new-tokens", 3, "--device", "cpu")
     printed, _ = cli("pretrain", folder, "--out", tmp_path / "b", *OPTIONS, "--samples", 1)
     assert "unigram_entropy" in printed and "\n[1] " in printed and "[2]" not in printed
@@ -291,7 +291,7 @@ def command_errors(folder: Path, tmp_path: Path) -> dict[str, tuple]:
     return {
         "no folder": ((tmp_path / "none",), "none: no such folder"),
         "no text": ((empty,), "empty: no text; expected .txt"),
-        "too little": ((short, *OPTIONS), "too little text: .* one window needs 17"),
+        "too little": ((short, *OPTIONS), "too little text: .* a window needs 17"),
         "encoding": ((bad,), r"bad/a.txt:2: invalid UTF-8 \(byte 0xff\)"),
         "both": ((both,), "both text and token shards"),
         "no tokenizer": ((ids,), "b.npy: tokens need their tokenizer"),

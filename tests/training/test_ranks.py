@@ -82,7 +82,7 @@ def test_a_killed_worker_is_restarted_and_nothing_changes(train, tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert json.loads(out)["steps"] == 60  # one rank speaks
-    assert "going on after step" in err
+    assert "continuing after step" in err
     assert log_of(both) == log_of(alone)
     dev = [log_of(folder, "dev_loss") for folder in (both, alone)]
     assert dev[0] == pytest.approx(dev[1], rel=1e-6) and len(dev[0]) == 13
@@ -95,7 +95,7 @@ def test_a_restart_goes_on_with_its_own_run_only(cli, train, tmp_path, monkeypat
     cli(*words, *out)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     _, err = cli(*words, *out)
-    assert "going on after step 2" in err
+    assert "continuing after step 2" in err
     for other in (["--seed", 1], ["--accumulation", 2], ["--prefix-len", 2]):
         assert "already holds a run" in cli(*words, *other, *out, code=1)[1]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")

@@ -86,7 +86,7 @@ for _ in range(2):
 first_half.save_state()
 second_half = trainer("broken")
 second_half.load_state()
-print(f"going on after step {second_half.step_done}")
+print(f"continuing after step {second_half.step_done}")
 second_half.run(progress=False)
 assert torch.equal(unbroken.prefix.table(), second_half.prefix.table())
 print("equal, bit for bit")

@@ -18,7 +18,7 @@ def read_older(path: Path, keys: Sequence[str]) -> dict:
     state["step"] = state.get("step_done", 0)
     state = checked_state(path, state, keys)
     if not isinstance(state["settings"], dict):
-        raise ValueError(f"{path}: damaged, no settings of a search")
+        raise ValueError(f"{path}: damaged, not the settings of a search")
     state["settings"]["after"] = state["settings"].pop("behind", 0)
     return state
 
@@ -39,18 +39,18 @@ def check_search(state: dict, config: SearchConfig, vocab_size: int) -> None:
         raise ValueError(f"chains must be a list of 1 to {config.chains} prompts")
     for chain in chains:
         if not isinstance(chain, list | tuple) or len(chain) != 2:
-            raise ValueError("a chain is no prompt with its loss")
+            raise ValueError("a chain is not a prompt with its loss")
         check_prompt("the prompt of a chain", chain[0], config, vocab_size)
         check_number("the loss of a chain", float_of(chain[1]), 0, 1e6, float)
     if not isinstance(before, dict) or not all(isinstance(name, str) for name in before):
-        raise ValueError("before is no dictionary of losses")
+        raise ValueError("before is not a dictionary of losses")
     for name, loss in before.items():
         check_number(name[:40], float_of(loss), 0, 1e6, float)
 
 
 def check_prompt(name: str, ids: Any, config: SearchConfig, vocab_size: int) -> None:
-    """ValueError if it is no list of `prompt_len` token ids."""
+    """ValueError if it is not a list of `prompt_len` token ids."""
     if not isinstance(ids, list) or len(ids) != config.prompt_len:
-        raise ValueError(f"{name} is no list of {config.prompt_len} token ids")
+        raise ValueError(f"{name} is not a list of {config.prompt_len} token ids")
     for token in ids:
         check_number(f"a token id of {name}", token, 0, vocab_size - 1)

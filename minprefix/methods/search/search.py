@@ -118,7 +118,7 @@ class PromptSearch(Loop):
             )
         rows = encode_examples(tokenizer, train, self.linearisation, room + 1)
         if len(rows) < 2:
-            raise ValueError(f"a search needs two training pairs at least, got {len(rows)}")
+            raise ValueError(f"a search needs at least two training pairs, got {len(rows)}")
         order = np.random.default_rng([config.seed, 0]).permutation(len(rows))
         n_judge = min(config.judge_rows, len(rows) // 2)
         self.judge_rows = [rows[i] for i in order[:n_judge]]
