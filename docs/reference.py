@@ -92,9 +92,9 @@ def cell(text: str) -> str:
 
 def api_pages() -> dict[str, str]:
     """A page per module and one that lists them."""
-    lines = ["# API reference", "", "Made from the docstrings. Shapes use these letters:"]
-    lines += ["", "```{include} ../../README.md", ":start-after: '## Letters'"]
-    lines += [":end-before: '## Layout'", "```", ""]
+    lines = ["# API reference", "", "Made from the docstrings.", ""]
+    lines += ["```{include} ../../CONTRIBUTING.md", ":start-after: '## Letters'"]
+    lines += [":end-before: '## How a change is checked'", "```", ""]
     pages = {}
     for heading, members in grouped().items():
         lines += [f"## {heading}", "", "| module | |", "|---|---|"]
