@@ -150,7 +150,7 @@ def test_a_prefix_for_another_model_is_refused(refused, tiny_folder, tables, tmp
     prefix.save(path)
     options = ("--model", tiny_folder, "--prefix", path, "--device", "cpu")
     for command in (("generate", "a boat"), ("evaluate", "--data", tables), ("info",)):
-        assert "another model: it names base" in refused(*command, *options)
+        assert "another model: its base is" in refused(*command, *options)
 
 
 def test_a_prefix_that_names_no_model_must_have_the_shape(refused, tiny_folder, tmp_path):
@@ -190,7 +190,7 @@ FILES = {
     "a list": ("d.jsonl", [PAIR, PAIR | {"target": {}}], "d.jsonl:2: target must be a string"),
     "empty file": ("d.jsonl", [], "d.jsonl: the file is empty"),
     "invalid UTF-8": ("d.jsonl", [PAIR, b"\xff"], "d.jsonl:2: invalid UTF-8 (byte 0xff)"),
-    "unknown kind": ("d.dat", [PAIR], "d.dat: unknown kind of file"),
+    "unknown kind": ("d.dat", [PAIR], "d.dat: unknown type of file"),
 }
 
 
@@ -338,7 +338,7 @@ def test_impossible_evaluations_are_named(refused, tiny_folder, tables, run, tmp
     tokens.write_text('{"before": [1], "behind": [2], "linearisation": "paper"}')
     for prompt, cut in itertools.product((("--hard-prompt",), ("--prompt", tokens)), (0, 5)):
         message = refused(*common, *prompt, "--max-source", cut, "--max-new-tokens", 2)
-        assert f"max_source {cut} does not go with a prompt" in message
+        assert f"max_source {cut} has no effect on a prompt" in message
     other = ("--linearisation", "original-code")
     assert "trained with --linearisation paper, not" in refused(*common, *prefix, *other)
     assert "choose one" in refused(*common, *prefix, "--hard-prompt")

@@ -68,7 +68,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, where):
         target, name = demo, where
     with monkeypatch.context() as patch:
         patch.setattr(target, name, stop)
-        with pytest.raises(Interrupted, match="the same command goes on"):
+        with pytest.raises(Interrupted, match="run the same command to continue"):
             demo.run_demo(tmp_path / "demo")
     assert where == "make_prefix" or Prefix.load(tmp_path / "demo" / "prefix.safetensors")
     demo.run_demo(tmp_path / "demo")

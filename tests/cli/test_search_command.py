@@ -71,7 +71,7 @@ def test_the_command_names_what_is_wrong(cli, tiny_folder, tables, tmp_path):
         _, err = cli("search", *common, *options, code=1)
         assert expected in err and err.count("\n") == 1
     _, err = cli("search", "--resume", tmp_path, code=1)
-    assert "no run of the command search" in err and err.count("\n") == 1
+    assert "not a run of the command search" in err and err.count("\n") == 1
     (tmp_path / "config.json").write_text("{}")
     _, err = cli("search", "--resume", tmp_path, code=1)
     assert "not the settings of a search" in err

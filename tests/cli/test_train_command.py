@@ -103,4 +103,4 @@ def test_runs_are_compared_slimmed_and_deleted(cli, tiny_folder, tables, run, tm
     cli("runs", first, "--delete")
     assert not first.exists()
     _, said = cli("runs", tables, code=1)
-    assert "no run (it needs config.json and log.jsonl)" in said
+    assert "not a run folder (config.json or log.jsonl is missing)" in said

@@ -149,7 +149,7 @@ def test_parquet_of_the_hub(tmp_path, name):
     with pytest.raises(ValueError, match=r"needs the columns of one of: .*; has \['text'\]"):
         load_examples(path)
     path.write_bytes(b"PAR1 no parquet")
-    with pytest.raises(ValueError, match="no readable parquet file"):
+    with pytest.raises(ValueError, match="not a readable parquet file"):
         load_examples(path)
 
 

@@ -134,13 +134,15 @@ def test_the_language_of_a_text_is_never_ignored(tmp_path, caplog):
     """WebNLG 2020's Russian files hold the English texts beside the Russian ones."""
     both = entry("Id1", "lang='en'>It is.", "lang='ru'>Это так.", "lang='ru'>Да.")
     path = write(tmp_path, "a.xml", benchmark(both, entry("Id2", "lang='en'>No.")))
-    with pytest.raises(ValueError, match="a.xml: texts in en, ru: say which, such as --lang.* ru"):
+    with pytest.raises(
+        ValueError, match="a.xml: the texts are in en, ru: choose one, such as --lang.* ru"
+    ):
         load_examples(path)
     (russian,) = load_examples(path, language="ru")
     assert russian.targets == ("Это так.", "Да.")
     assert "examples in en: 2 (the first: " in caplog.text
     assert [e.targets for e in load_examples(path, language="en")] == [("It is.",), ("No.",)]
-    with pytest.raises(ValueError, match="a.xml: no texts in 'de': they are in en, ru"):
+    with pytest.raises(ValueError, match="a.xml: no texts are in 'de'; the languages are en, ru"):
         load_examples(path, language="de")
     assert [e.source for e in load_examples(path, references=False)] == [
         "A : b : Id1",
@@ -159,7 +161,9 @@ def test_the_language_of_a_text_is_never_ignored(tmp_path, caplog):
         load_examples(path)
     assert load_examples(path, language="fr")[0].targets == ("x",)
     path = write(tmp_path, "none.jsonl", '{"source": "a", "target": "b"}')
-    with pytest.raises(ValueError, match="no texts in 'ru': they are in a language that is not n"):
+    with pytest.raises(
+        ValueError, match="no texts are in 'ru'; the languages are a language that is not n"
+    ):
         load_examples(path, language="ru")
 
 

@@ -221,7 +221,7 @@ def test_xsum_in_the_hubs_format_is_unverified(offer, tmp_path):
     assert (row["file"], row["state"]) == ("train/0000.parquet", "unverified") and not site.seen
     assert read_sums(tmp_path / "copies" / RECORD) == {row["file"]: row["sha256"]}
     path.write_bytes(b"PAR2")
-    assert "changed since it was fetched" in error_of(ValueError, "xsum", tmp_path / "copies")
+    assert "changed since it was downloaded" in error_of(ValueError, "xsum", tmp_path / "copies")
 
 
 def test_without_a_network_one_line_says_what_to_do(site, offer, cli):

@@ -22,7 +22,7 @@ ERRORS = [  # what is wrong, and the two things that the message names
     ({"prefix_k": X(2, 5, 8).double()}, "float64/torch.float32"),
     ({n: X(2, 5, 8).half() for n in ("prefix_k", "prefix_v")}, "float16, q is torch.float32"),
     ({"prefix_index": X(3).long()}, r"prefix_index needs a bank .* \(2, 5, 8\)"),
-    ({"N": 4}, "bank of 4 prefixes and 3 rows"),
+    ({"N": 4}, "bank of 4 prefixes needs a prefix_index for 3 rows"),
     ({"N": 4, "prefix_index": X(2).long()}, r"prefix_index .* \(3,\), got torch.int64 \(2,\)"),
     ({"N": 4, "prefix_index": X(3)}, "prefix_index must be an integer tensor .* torch.float32"),
     ({"N": 4, "prefix_index": torch.tensor([0, -2, 3])}, r"\[-1, 3\], got \[0, -2, 3\]"),

@@ -246,5 +246,5 @@ def test_command_refuses_an_old_assembler(tmp_path):
 
 def test_an_nvdisasm_is_needed(monkeypatch):
     monkeypatch.setattr(assembler, "tools", lambda *names: [])
-    with pytest.raises(RuntimeError, match="no nvdisasm was found"):
+    with pytest.raises(RuntimeError, match="nvdisasm was not found"):
         sass.nvdisasm.__wrapped__()

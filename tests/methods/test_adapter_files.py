@@ -108,7 +108,7 @@ def test_what_does_not_go_together_is_refused(tokenizer, tmp_path):
     model = small_model()
     with pytest.raises(ValueError, match=r"top_layers must lie in \[1, 2\].* got 3"):
         TopLayers(model, 3)
-    with pytest.raises(ValueError, match="compile does not go with method adapter"):
+    with pytest.raises(ValueError, match="compile does not work with method adapter"):
         TrainConfig(method="adapter", compile=True)
     adapter, layers = TunedAdapter(an_adapter(model)), TunedTopLayers(TopLayers(model))
     wrong = {

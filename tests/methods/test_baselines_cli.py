@@ -110,7 +110,7 @@ def test_errors_in_one_line(cli, tiny_folder, tables, run, tmp_path):
         "--adapter and --hard-prompt are different": (
             "evaluate", *tiny, *adapter, "--data", tables, "--hard-prompt",
         ),
-        f"it names base {fingerprint(load(tiny_folder)[0])[:12]}": (
+        f"its base is {fingerprint(load(tiny_folder)[0])[:12]}": (
             "generate", "a", "--model", other, *adapter,
         ),
         f"{path} was trained with --linearisation paper, not original-code": (

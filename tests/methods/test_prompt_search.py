@@ -221,7 +221,7 @@ def test_prompt_json_belongs_to_the_model_of_the_search(tokenizer, tmp_path, pre
     PromptSearch(model, tokenizer, config, pairs(12), [], tmp_path).run(progress=False)
     sources, few = [pairs(1)[0].source], {"max_new_tokens": 2}
     texts = answer(model, tokenizer, TokenPrompt.load(path, tokenizer), sources, **few)
-    with pytest.raises(ValueError, match="this prompt was made for another model: it names base"):
+    with pytest.raises(ValueError, match="this prompt was made for another model: its base is"):
         answer(another_model(), tokenizer, TokenPrompt.load(path, tokenizer), sources, **few)
     found = json.loads(path.read_text())
     assert found.pop("base") == fingerprint(model)
@@ -334,7 +334,7 @@ def test_impossible_searches_are_named(tokenizer, tmp_path):
         made(tokenizer, tmp_path, prompt_len=128)
     with pytest.raises(ValueError, match="tokens, at most 9 are allowed"):
         made(tokenizer, tmp_path, prompt_len=120)
-    with pytest.raises(ValueError, match="two training pairs at least, got 1"):
+    with pytest.raises(ValueError, match="at least two training pairs, got 1"):
         made(tokenizer, tmp_path, train=pairs(1))
     with pytest.raises(ValueError, match="start must be a text, got an empty one"):
         made(tokenizer, tmp_path, start=("",))
@@ -344,20 +344,20 @@ def test_impossible_searches_are_named(tokenizer, tmp_path):
     search.run(progress=False)
     with pytest.raises(ValueError, match="holds a run"):
         made(tokenizer, tmp_path / "run", steps=1).run(progress=False)
-    with pytest.raises(ValueError, match="the saved run has another data, steps"):
+    with pytest.raises(ValueError, match="the saved run has a different data, steps"):
         made(tokenizer, tmp_path / "run", steps=2, dev=2).load_state()
     for path in (state_path(tmp_path / "run"), earlier_path(tmp_path / "run")):
         path.write_text('{"step_done": 1}')
     with pytest.raises(ValueError, match=r"state\.pt: damaged, or not a training state"):
         made(tokenizer, tmp_path / "run", steps=1).load_state()
     (tmp_path / "run" / "prompt.json").write_text('{"before": [1], "after": "x"}')
-    with pytest.raises(ValueError, match="not the prompt of a search"):
+    with pytest.raises(ValueError, match="not a prompt of the command search"):
         TokenPrompt.load(tmp_path / "run" / "prompt.json", tokenizer)
     found = {"before": [1], "after": [8192], "linearisation": "paper"}
     for change, expected in (
         ({}, "token id 8192 is not in"),
         ({"linearisation": 1}, "must be one"),
-        ({"base": 1}, "base 1 is no fingerprint"),
+        ({"base": 1}, "base 1 is not a fingerprint"),
     ):
         (tmp_path / "run" / "prompt.json").write_text(json.dumps(found | change))
         with pytest.raises(ValueError, match=f"prompt.json: .*{expected}"):

@@ -51,7 +51,7 @@ def test_without_java_there_is_one_clear_note_and_all_else(no_java, capsys):
 
 def test_a_missing_jar_and_a_broken_one_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("MINPREFIX_METEOR", str(tmp_path / "no.jar"))
-    assert "its jar: " in why_not() and "no.jar is no file" in why_not()
+    assert "its jar: " in why_not() and "no.jar is not a file" in why_not()
     program = tmp_path / "java"  # stands for a Java that fails
     program.write_text("#!/bin/sh\necho 'Invalid or corrupt jarfile' >&2\nexit 1\n")
     program.chmod(0o755)
@@ -266,8 +266,8 @@ def test_a_file_for_each_reference(cli, tmp_path, quiet):
         ("a\nb\n", "a\n\nb\n\nc\n", (), "has 2 outputs .* has 5 lines in 3 groups"),
         ("a\nb\n", "a\nb\nc\n", (), "has 2 outputs .* has 3 lines in 1 groups"),
         ("\n", "a\n", (), "out.txt: the file is empty"),
-        ("a\n", "a\n", ("--groups",), "--groups go with --metrics webnlg"),
-        ("a\n", "a\n", ("--metrics", "e2e", "--groups"), "groups belong to the suite webnlg"),
+        ("a\n", "a\n", ("--groups",), "--groups needs --metrics webnlg"),
+        ("a\n", "a\n", ("--metrics", "e2e", "--groups"), "groups need the suite webnlg"),
     ],
 )
 def test_wrong_files(cli, tmp_path, quiet, outputs, references, options, message):

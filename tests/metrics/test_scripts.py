@@ -80,6 +80,6 @@ def test_tokenizers_are_quick_scores_alone(cli, tmp_path):
     assert err == ""
     for command in (("score", path, path), ("evaluate",)):
         _, err = cli(*command, "--metrics", "xsum", "--score-tokenizer", "zh", code=1)
-        assert "xsum has tokens of its own: zh goes with --metrics quick" in err
+        assert "xsum uses its own tokenizer: zh needs --metrics quick" in err
     with pytest.raises(ValueError, match=f"must be one of {', '.join(TOKENIZERS)}, got 'en'"):
         rouge_l(["a"], [["a"]], "en")

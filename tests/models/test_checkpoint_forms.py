@@ -75,7 +75,7 @@ def test_a_folder_with_tokenizer_json_alone(saved_by_transformers, name):
         ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer is .*Metaspace"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
         ({"normalizer": {"type": "NFC"}}, "normalizer is .*NFC.*supported: none"),
-        ({"added_tokens": [{"id": "x", "content": "a"}]}, "is no added token with an id"),
+        ({"added_tokens": [{"id": "x", "content": "a"}]}, "is not an added token with an id"),
         ({"added_tokens": [{"id": 3, "content": "a"}]}, "'a' has the ids .* and 3"),
     ],
 )

@@ -305,9 +305,9 @@ def test_names_that_are_nothing_are_refused(tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match="no such folder"):
             find(name)
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file: a file; expected a checkpoint's folder"):
+    with pytest.raises(ValueError, match="file: a file; expected the folder of a checkpoint"):
         find("file")
-    with pytest.raises(ValueError, match="'no name!': neither a folder here nor a name"):
+    with pytest.raises(ValueError, match="'no name!': neither a folder nor the name"):
         find("no name!")
 
 

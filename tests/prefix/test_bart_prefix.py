@@ -218,7 +218,7 @@ def test_forms_that_do_not_exist_are_named():
         return str(caught.value)
 
     assert "place 'infix'" in error(model, place="infix", parametrisation="table")
-    assert "no hard prompt is exactly a prefix" in error(model, init="prompt")
+    assert "no prefix of a BART equals a hard prompt" in error(model, init="prompt")
     assert "encoder, decoder, cross, got 'self'" in error(model, sites=("self",))
     assert "neither gate nor sites" in error(model, parametrisation="embedding", gate=True)
     assert "sites cross are BART's" in error(gpt2, sites=("cross",))
@@ -229,7 +229,7 @@ def test_forms_that_do_not_exist_are_named():
     assert tuple(prefix.sites) == ("cross",)
     with pytest.raises(ValueError, match="got a BARTPrefix"):
         PrefixBank([prefix])
-    with pytest.raises(ValueError, match="it is of a BART"):
+    with pytest.raises(ValueError, match="made for another model, a BART"):
         prefix.check_base(gpt2)
     with pytest.raises(ValueError, match="this prefix: for GPT-2 only"):
         Prefix.random(gpt2.config, 2, 0).check_base(model)

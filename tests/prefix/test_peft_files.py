@@ -226,7 +226,7 @@ def test_damaged_folders_are_named(folder):
     whole = weights.read_bytes()
     for data in (b"", b"text\n", whole[:-1], whole[: len(whole) // 2]):
         weights.write_bytes(data)
-        refused(folder, "truncated or no safetensors file")
+        refused(folder, "truncated, or not a safetensors file")
     weights.unlink()
     refused(folder, "adapter_model.safetensors .or adapter_model.bin. is missing", OSError)
     (folder / "adapter_model.bin").write_bytes(b"text\n")

@@ -209,7 +209,7 @@ def test_commands(cli, bart_folder, tables, tmp_path):
     _, err = cli("search", *model, "--out", tmp_path / "search", code=1)
     assert "for GPT-2 only" in err
     _, err = cli("generate", "--prefix", kept, "boat : Gull", code=1)  # mini
-    assert "it is of a BART" in err
+    assert "made for another model, a BART" in err
 
 
 def test_articles_go_through(cli, bart_folder, tmp_path):

@@ -294,12 +294,15 @@ def command_errors(folder: Path, tmp_path: Path) -> dict[str, tuple]:
         "too little": ((short, *OPTIONS), "too little text: .* a window needs 17"),
         "encoding": ((bad,), r"bad/a.txt:2: invalid UTF-8 \(byte 0xff\)"),
         "both": ((both,), "both text and token shards"),
-        "no tokenizer": ((ids,), "b.npy: tokens need their tokenizer"),
+        "no tokenizer": ((ids,), "b.npy: token ids need their tokenizer"),
         "ids": ((ids, "--tokenizer", "mini"), "b.npy: id 8199, but the tokenizer has 0 ... 8191"),
         "small V": ((folder, "--vocab-size", 200), "vocab_size must be at least 257"),
         "two V": ((folder, "--vocab-size", 300, "--tokenizer", "mini"), "--vocab-size is for"),
         "device": ((folder, "--device", "abacus"), "device abacus cannot be used"),
-        "taken": ((folder, "--out", tmp_path / "taken"), "holds a model that pretrain did not"),
+        "taken": (
+            (folder, "--out", tmp_path / "taken"),
+            "holds a model that was not made by pretrain",
+        ),
     }
 
 

@@ -66,7 +66,7 @@ WRONG = [
     ("measured", [(1, math.nan)], "measured has the loss nan"),
     ("measured", [(9, 1.0)], "a step of measured is 9"),
     ("measured", [1], "measured has 1"),
-    ("measured", {}, "measured is no list"),
+    ("measured", {}, "measured is not a list"),
     ("settings", [1], "settings are not those of a run"),
     ("settings/lr", torch.ones(2), "settings are not those of a run"),
     ("settings/lr", 1.0, "another lr"),
@@ -76,8 +76,8 @@ WRONG = [
     ("trained/prefix_table", torch.ones(1), r"prefix_table is \(1,\) float32, this run needs"),
     ("trained/prefix_table", lambda x: x.double(), "float64, this run needs"),
     ("trained/prefix_table", lambda x: x * math.inf, "not finite"),
-    ("trained/prefix_table", lambda x: x.to_sparse(), "no tensor with values"),
-    ("trained/prefix_table", 1.0, "no tensor with values"),
+    ("trained/prefix_table", lambda x: x.to_sparse(), "not a tensor with values"),
+    ("trained/prefix_table", 1.0, "not a tensor with values"),
     ("optimizer", [], "optimizer lacks state"),
     ("optimizer/state", [], "optimizer is not a dictionary"),
     ("optimizer/state/0", None, "optimizer lacks 0"),
@@ -153,7 +153,7 @@ def test_a_state_of_a_search_is_checked_too(tokenizer, tmp_path):
         ("chains/0", ([1, 2], 1.0), "the prompt of a chain is not a list of 4 token ids"),
         ("chains/0", ([1, 2, 3, 8192], 1.0), "a token id of the prompt of a chain is 8192"),
         ("chains/0", ([1, 2, 3, 4], math.nan), "the loss of a chain is nan"),
-        ("best_prompt", [], "best_prompt is no list"),
+        ("best_prompt", [], "best_prompt is not a list"),
         ("before", {"dev_loss": "x"}, "dev_loss is x"),
     ):
         whole = read_state(tmp_path, keys=search.state_keys)
@@ -256,7 +256,7 @@ def test_a_state_of_an_older_version_has_no_checksum_and_a_note(run, tmp_path):
 def test_other_dev_data_is_refused(run, tokenizer, tmp_path):
     other = trainer(tokenizer, tmp_path)
     other.dev_rows = other.dev_rows[1:]
-    with pytest.raises(ValueError, match="the saved run has another dev data"):
+    with pytest.raises(ValueError, match="the saved run has a different dev data"):
         other.load_state()
 
 
