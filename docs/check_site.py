@@ -95,8 +95,9 @@ def open_browser() -> Iterator:
 
 
 @contextmanager
-def watched_page(browser, **options) -> Iterator:
-    """A page, and a list that errors and requests of it go into."""
+def watched_page(browser, served: str = "file:", **options) -> Iterator:
+    """A page, and a list that errors and requests of it go into, but for addresses that begin with
+    `served`."""
     context, errors = browser.new_context(**options), []
     page = context.new_page()
     page.on("console", lambda m: m.type == "error" and errors.append(f"console: {m.text}"))
@@ -107,7 +108,7 @@ def watched_page(browser, **options) -> Iterator:
     )
     page.on(
         "request",
-        lambda r: r.url.startswith(("file:", "data:", "blob:")) or errors.append(f"asks {r.url}"),
+        lambda r: r.url.startswith((served, "data:", "blob:")) or errors.append(f"asks {r.url}"),
     )
     try:
         yield page, errors

@@ -17,6 +17,7 @@ import nbformat
 from docutils import nodes
 from jupyter_cache import get_cache
 
+from docs import export_live
 from docs.equations import write_font
 from docs.pages import TUTORIALS, copy_live_page, read_tutorial, tutorial_page
 from docs.reference import ROOT
@@ -117,6 +118,7 @@ def finish(app, error: Exception | None) -> None:
     out, pages = Path(app.outdir), app.env.found_docs
     write_font(out / "_static" / "math.woff")
     copy_live_page(out / "interactive")
+    export_live.write_site(out / "interactive")
     copy_tutorials(out, pages, Path(app.config.nb_execution_cache_path))
     remove_stale(out, pages)
     add_keywords(out / "searchindex.js")

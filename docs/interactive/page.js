@@ -1,182 +1,249 @@
-/* The page: lambda = r / (1 + r), r = g exp(lse_P - lse_S), of the numbers that data.js holds. */
+/* The page's controls, and the messages to and from the worker. Comes last: `begin` starts it all. */
 "use strict";
 
-const data = window.PREFIX_DATA;
-const T = data.tokens.length, L = data.layers, H = data.heads;
-const LENGTHS = [0, ...data.prefixes.map((prefix) => prefix.P)];
-let shownToken = data.prompt_len;
-const at = (id) => document.getElementById(id);
-
-/* base64 of little-endian int16 -> nats, in the order (L, H, T) */
-function unpacked(text) {
-  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  const view = new DataView(bytes.buffer);
-  return Float64Array.from({ length: bytes.length / 2 }, (_, i) => view.getInt16(2 * i, true) * data.nats);
-}
-
-const sums = new Map(
-  data.prefixes.map((p) => [p.P, { lseP: unpacked(p.lse_p), lseS: unpacked(p.lse_s), loss: p.dev_loss }])
-);
-
-/* What the sliders say. */
-function chosen() {
-  const value = (id) => Number(at(id).value);
-  return { P: LENGTHS[value("P")], g: value("g"), t: value("token"), layer: value("layer"), head: value("head") };
-}
-
-/* lse_P, lse_S, r and lambda of one layer, head and token; without a prefix Z_P = 0 and r = 0. */
-function share({ P, g, t, layer, head }) {
-  if (P === 0) return { lseP: -Infinity, lseS: NaN, r: 0, lambda: 0 };
-  const i = (layer * H + head) * T + t, { lseP, lseS } = sums.get(P);
-  const r = g * Math.exp(lseP[i] - lseS[i]);
-  return { lseP: lseP[i], lseS: lseS[i], r, lambda: r / (1 + r) };
-}
-
-const visible = (token) => (/^\s+$/.test(token) ? "␣" : token.replace(/^ /, "·"));
-const percent = (x) => (100 * x).toFixed(x > 0 && x < 0.095 ? 1 : 0);
-
-function element(tag, attributes, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value !== null) made.setAttribute(name, value);
-  }
-  made.append(...children);
-  return made;
-}
-
-function showPositions({ P, t }, moved) {
-  const offset = at("offset").checked ? P : 0;
-  const cells = [];
-  for (let p = 0; p < P; p++) {
-    cells.push(element("div", { class: "prefix" }, element("span", { class: "what" }, "θ"),
-      element("span", { class: "where" }, String(p))));
-  }
-  data.tokens.forEach((token, j) => cells.push(
-    element("div", { class: "token", "aria-current": j === t ? "true" : null },
-      element("span", { class: "what" }, visible(token)),
-      element("span", { class: "where" }, String(j + offset)))));
-  const strip = at("positions");
-  strip.replaceChildren(...cells);
-  const asked = cells[P + t];
-  if (moved) strip.scrollLeft = asked.offsetLeft - strip.offsetLeft - strip.clientWidth / 2;
-  const indices = P === 0 ? "is empty" : P === 1 ? "= {0}" : `= {0, …, ${P - 1}}`;
-  at("positions-text").textContent =
-    `${indices}: ${P === 0 ? "no prefix, the frozen model" : "these activations are read from the trained table, θ"}. ` +
-    `Token t stands at t + ${offset}, so the ${T} tokens stand at ${offset} to ${offset + T - 1}.`;
-}
-
-/* One path for each kind of cell: query rows downwards, prefix columns first. */
-function showMask({ P, t }) {
-  const paths = { prefix: "", text: "", hidden: "" };
-  for (let i = 0; i < T; i++) {
-    for (let c = 0; c < P + T; c++) {
-      const kind = c < P ? "prefix" : c - P <= i ? "text" : "hidden";
-      paths[kind] += `M${c} ${i}h.86v.86h-.86z`;
+const answers = {
+  loading({ bytes: got, total }) {
+    at("progress").value = Math.min(1, got / total);
+    at("status").textContent = `${bytes(got)} of ${bytes(total)}`;
+  },
+  ready({ simd }) {
+    live = true;
+    at("progress").hidden = at("load").hidden = true;
+    at("status").textContent =
+      `The model runs in your browser${simd ? "" : ", slowly, since this browser has no SIMD"}. Everything below is written as you look.`;
+    writeAll();
+  },
+  text({ slot, serial, text, done }) {
+    if (serial === serials[slot] && (done || !calm.matches)) {
+      say(slot, text);
+      at(slot).querySelector(".said").setAttribute("aria-busy", String(!done));
     }
+  },
+  trace: ({ slot, serial, trace: found }) => serial === serials[slot] && setTrace(found),
+  inspected: ({ numbers }) => showNumbers(numbers),
+  failed({ slot, serial, message }) {
+    if (slot && serial === serials[slot]) return say(slot, message, true);
+    if (slot) return;
+    at("status").textContent = `It could not be loaded: ${message}`;
+    at("load").disabled = false;
+    at("progress").hidden = true;
+  },
+};
+
+function load() {
+  if (location.protocol === "file:") {
+    at("status").textContent =
+      "A page opened as a file may not load the model. Start “python -m http.server” in the site's folder and open http://localhost:8000/interactive/.";
+    return;
   }
-  const svg = at("mask"), space = "http://www.w3.org/2000/svg";
-  svg.setAttribute("viewBox", `-0.3 -0.3 ${P + T + 0.5} ${T + 0.5}`);
-  const shapes = Object.entries(paths).map(([kind, d]) => {
-    const path = document.createElementNS(space, "path");
-    path.setAttribute("class", kind);
-    path.setAttribute("d", d);
-    return path;
-  });
-  const row = document.createElementNS(space, "rect");
-  const place = { class: "row", x: -0.12, y: t - 0.12, width: P + t + 1.1, height: 1.1, rx: 0.2 };
-  for (const [name, value] of Object.entries(place)) row.setAttribute(name, value);
-  svg.replaceChildren(...shapes, row);
-  const prefix = P === 0 ? "" : P === 1 ? "the prefix column and " : `all ${P} prefix columns and `;
-  at("mask-text").textContent =
-    `Rows are the ${T} tokens that ask, columns the ${P} + ${T} keys. Token ${t} (the outlined row) sees ` +
-    `${prefix}tokens 0 to ${t}: ${P + t + 1} keys. ` +
-    "Every token sees the whole prefix, so the prefix needs no mask.";
+  at("load").disabled = true;
+  at("progress").hidden = false;
+  at("status").textContent = "Loading…";
+  worker?.terminate();
+  worker = new Worker("worker.js", { type: "module" });
+  worker.onmessage = ({ data: message }) => answers[message.kind](message);
+  worker.onerror = () =>
+    answers.failed({ message: "this browser does not run the worker; a newer one does" });
+  worker.postMessage({ kind: "load", total: data.bytes.download });
 }
 
-function showShares(now) {
-  const { lseP, lseS, r, lambda } = share(now);
-  at("lse-p").textContent = Number.isFinite(lseP) ? lseP.toFixed(3) : "−∞";
-  at("lse-s").textContent = Number.isFinite(lseS) ? lseS.toFixed(3) : "not needed";
-  at("r").textContent = r.toPrecision(4);
-  at("lambda").textContent = lambda.toFixed(4);
-  document.querySelectorAll("#tokens span").forEach((span, t) => {
-    const x = share({ ...now, t }).lambda;
-    span.style.setProperty("--share", `${100 * x}%`);
-    span.toggleAttribute("aria-current", t === now.t);
-    span.lastChild.textContent = percent(x);
-  });
-  let total = 0;
-  document.querySelectorAll("#heat td").forEach((cell, i) => {
-    const layer = Math.floor(i / H), head = i % H, x = share({ ...now, layer, head }).lambda;
-    total += x;
-    cell.style.setProperty("--share", `${100 * x}%`);
-    cell.toggleAttribute("aria-current", layer === now.layer && head === now.head);
-    cell.textContent = percent(x);
-  });
-  at("mean").textContent = ((100 * total) / (L * H)).toFixed(1);
+function showTable() {
+  for (const field of data.fields) at(`field-${field}`).value = state.table[field] ?? "";
+  at("source").textContent = tableText();
+  [...at("presets").children].forEach((button, i) =>
+    button.setAttribute(
+      "aria-pressed",
+      data.fields.every((f) => (data.presets[i][f] ?? "") === (state.table[f] ?? "")),
+    ),
+  );
 }
 
-function show() {
-  const now = chosen();
-  at("P-value").textContent = String(now.P);
-  at("g-value").textContent = now.g.toFixed(2);
-  at("token-value").textContent = `${now.t} “${visible(data.tokens[now.t])}”`;
-  at("layer-value").textContent = String(now.layer);
-  at("head-value").textContent = String(now.head);
-  at("P").setAttribute("aria-valuetext", `P = ${now.P}`);
-  at("token").setAttribute("aria-valuetext", `token ${now.t}, ${data.tokens[now.t]}`);
-  showPositions(now, now.t !== shownToken);
-  shownToken = now.t;
-  showMask(now);
-  showShares(now);
+/* Puts the choices of section 3 into the controls, and says them in the card. */
+function showControls() {
+  const P = lengthNow(),
+    own = state.who === "e2e",
+    kept = state.step === KEPT;
+  for (const name of ["who", "P", "reads"])
+    for (const radio of document.getElementsByName(name))
+      radio.checked = radio.value === String(state[name]);
+  at("step").value = state.step;
+  at("gate").value = state.gate;
+  at("gate-value").textContent = state.gate.toFixed(2);
+  const [step, last] = [data.steps[state.step], data.steps.at(-1)].map((x) =>
+    Number(x ?? 0).toLocaleString("en"),
+  );
+  at("step-value").textContent = `${step} of ${last}`;
+  at("step").setAttribute("aria-valuetext", step);
+  at("step").closest("fieldset").disabled = !own || state.P !== 10 || data.steps.length < 2;
+  at("lengths").closest("fieldset").disabled = !own;
+  const switches = (id, n, off, word) =>
+    at(id).replaceChildren(
+      element("span", {}, `${word}s`),
+      ...Array.from({ length: n }, (_, i) =>
+        element(
+          "button",
+          {
+            type: "button",
+            "aria-pressed": String(!state[off].includes(i)),
+            "aria-label": `${word} ${i}`,
+            "data-i": i,
+            onclick: () => {
+              const now = state[off].includes(i)
+                ? state[off].filter((x) => x !== i)
+                : [...state[off], i];
+              change({ [off]: now });
+              at(id).querySelector(`[data-i="${i}"]`).focus();
+            },
+          },
+          String(i),
+        ),
+      ),
+    );
+  switches("positions", P, "positionsOff", "position");
+  switches("layers", L, "layersOff", "layer");
+  const said = [USERS[state.who], `P = ${P}`];
+  if (own && !kept && state.P === 10) said.push(`step ${step} of ${last}`);
+  if (state.gate !== 1) said.push(`g = ${state.gate.toFixed(2)}`);
+  if (state.positionsOff.length) said.push(`${state.positionsOff.length} of ${P} positions off`);
+  if (state.layersOff.length) said.push(`${state.layersOff.length} of ${L} layers off`);
+  at("own").querySelector(".about").textContent = `${said.join(", ")}.`;
 }
 
-/* The slider's choice by a click on what stands for it. */
-function choose(values) {
-  for (const [id, value] of Object.entries(values)) at(id).value = value;
-  show();
+/* Section 3 has changed; whose text is not the same any more is written again. */
+function change(values) {
+  Object.assign(state, values);
+  if (values.P !== undefined || values.who !== undefined) state.positionsOff = [];
+  showControls();
+  if (values.reads === undefined && values.note === undefined) write("own");
+  else writeSecond();
+}
+
+function takeTable(table) {
+  state.table = { ...table };
+  showTable();
+  [...FIRST, ...(state.reads === "table" ? SECOND : [])].forEach(write);
+}
+
+function radios(id, name, choices) {
+  at(id).append(
+    ...choices.map(([value, text]) =>
+      element(
+        "label",
+        {},
+        element("input", {
+          type: "radio",
+          name,
+          value,
+          onchange: () => change({ [name]: name === "P" ? Number(value) : value }),
+        }),
+        ` ${text}`,
+      ),
+    ),
+  );
 }
 
 function begin() {
-  at("P").max = LENGTHS.length - 1;
-  at("P").value = LENGTHS.length - 1;
-  for (const [id, n] of [["token", T], ["layer", L], ["head", H]]) at(id).max = n - 1;
-  choose({ g: 1, token: data.prompt_len, layer: L >> 1, head: H >> 1 });
-  data.tokens.forEach((token, t) => {
-    const span = element("span", {}, visible(token), element("small", {}));
-    span.addEventListener("click", () => choose({ token: t }));
-    at("tokens").append(span);
+  at("load").textContent = `Load the model (${bytes(data.bytes.download)})`;
+  at("load").addEventListener("click", load);
+  at("presets").append(
+    ...data.presets.map((table, i) =>
+      element(
+        "button",
+        { type: "button", onclick: () => takeTable(table) },
+        `${i + 1}: ${table.name}`,
+      ),
+    ),
+  );
+  at("table").append(
+    ...data.fields.map((field) =>
+      element(
+        "label",
+        {},
+        field,
+        element("input", {
+          type: "text",
+          id: `field-${field}`,
+          list: `values-${field}`,
+          maxlength: 60,
+          onchange: (event) => takeTable({ ...state.table, [field]: event.target.value }),
+        }),
+        element(
+          "datalist",
+          { id: `values-${field}` },
+          ...data.known[field].map((value) => element("option", { value })),
+        ),
+      ),
+    ),
+  );
+  at("table").addEventListener("submit", (event) => event.preventDefault());
+  at("cards").append(...FIRST.filter((slot) => CARDS[slot]).map(makeCard));
+  at("compared").append(...SECOND.map(makeCard));
+  at("template").value = state.template;
+  at("template").addEventListener("change", (event) => {
+    state.template = event.target.value;
+    write("instruction");
   });
-  const numbers = Array.from({ length: H }, (_, h) => element("th", { scope: "col" }, String(h)));
-  at("heat").append(element("tr", {}, element("th", { scope: "col" }, "layer"), ...numbers));
-  for (let layer = 0; layer < L; layer++) {
-    const row = element("tr", {}, element("th", { scope: "row" }, String(layer)));
-    for (let head = 0; head < H; head++) {
-      const cell = element("td", {});
-      cell.addEventListener("click", () => choose({ layer, head }));
-      row.append(cell);
-    }
-    at("heat").append(row);
-  }
-  const losses = data.prefixes.map((p) => `${p.dev_loss.toFixed(3)} (P = ${p.P})`).join(", ");
-  at("made").textContent =
-    `Each P is a prefix of its own, trained for ${data.steps} steps of ${data.batch_size} texts on the embedded ` +
-    `restaurant tables with the frozen model mini (${L} layers of ${H} heads); after that its loss on other tables was, ` +
-    `in nats per token, ${losses}. The text is a table that training never showed, [bos], and a text ` +
-    "that a person could write for it; · is a blank before a token. Made by python -m docs.export_lambda.";
-  for (const id of ["P", "g", "token", "layer", "head"]) at(id).addEventListener("input", show);
-  at("offset").addEventListener("input", show);
-  show();
+  const has = (name) => data.prefixes.includes(name);
+  radios(
+    "who",
+    "who",
+    Object.entries(USERS).filter(([who]) => who === "e2e" || has("notes-P10")),
+  );
+  radios(
+    "lengths",
+    "P",
+    [1, 2, 5, 10, 40].filter((P) => has(`e2e-P${P}`)).map((P) => [P, String(P)]),
+  );
+  for (const radio of document.getElementsByName("reads"))
+    radio.addEventListener("change", () => change({ reads: radio.value }));
+  at("note").value = state.note;
+  at("note").addEventListener("change", (event) =>
+    change({ reads: "note", note: event.target.value.replace(/\s+/g, " ").trim() }),
+  );
+  at("step").max = data.steps.length - 1;
+  at("step").addEventListener("input", (event) => change({ step: Number(event.target.value) }));
+  at("gate").addEventListener("input", (event) => change({ gate: Number(event.target.value) }));
+  at("controls").addEventListener("reset", (event) => {
+    event.preventDefault();
+    change({ ...UNCHANGED });
+  });
+  at("controls").addEventListener("submit", (event) => event.preventDefault());
+  for (const id of ["token", "layer", "head"])
+    at(id).addEventListener("input", (event) => choose({ [id]: Number(event.target.value) }));
+  at("one-head").addEventListener("change", showInside);
+  at("layer").max = L - 1;
+  at("head").max = H - 1;
+  const cells = (l) =>
+    Array.from({ length: H }, (_, h) =>
+      element("td", { onclick: () => choose({ layer: l, head: h }) }),
+    );
+  at("heat").append(
+    element(
+      "tr",
+      {},
+      element("th", {}),
+      ...Array.from({ length: H }, (_, h) => element("th", { scope: "col" }, `head ${h}`)),
+    ),
+    ...Array.from({ length: L }, (_, l) =>
+      element("tr", {}, element("th", { scope: "row" }, `layer ${l}`), ...cells(l)),
+    ),
+  );
+  at("prefix-size").textContent = bytes(data.bytes.prefix);
+  at("model-size").textContent = bytes(data.bytes.model);
+  at("users").addEventListener("input", showUsers);
+  showUsers();
+  showTable();
+  showControls();
+  writeAll();
 }
 
-/* As the site around it, where that has been switched by hand (furo keeps it), else as the system. */
-function theme() {
-  let kept = null;
-  try { kept = localStorage.getItem("theme"); } catch { /* not allowed: as the system */ }
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  document.documentElement.dataset.theme = kept === "dark" || kept === "light" ? kept : dark ? "dark" : "light";
+/* One model and a prefix for each user, against a model for each user. */
+function showUsers() {
+  const n = 10 ** at("users").value,
+    { prefix, model } = data.bytes;
+  at("users-value").textContent = n.toLocaleString("en");
+  at("users-text").textContent =
+    `One model and ${n.toLocaleString("en")} prefixes take ${bytes(model + n * prefix)}. A fine-tuned copy for each takes ${bytes(n * model)}.`;
 }
 
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", theme);
-theme();
 begin();

@@ -1,25 +1,21 @@
-"""The site without building it: what its pages are made of, and the interactive page's numbers."""
+"""The site without building it: what its pages are made of, and the live page's links."""
 
 import importlib
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-import minprefix
 from docs import (
     beside,
     check_site,
     docstrings,
     equations,
-    export_lambda,
+    export_live,
     formulas,
     pages,
     reference,
 )
-from minprefix.prefix.prefix import Prefix
 
 CHECKOUT = pages.ROOT
 
@@ -219,13 +215,13 @@ def test_fonts_from_elsewhere_are_found(site):
     assert check_site.link_errors(site) == ["x.css: loads https://fonts.x/y.css"]
 
 
-# the interactive page -----------------------------------------------------------------------------
+# the live page ------------------------------------------------------------------------------------
 
 
-def test_interactive_page_links_into_the_checkout_and_into_the_site():
+def test_live_page_links_into_the_checkout_and_into_the_site():
     html = (pages.DOCS / "interactive" / "index.html").read_text()
     links = [a for a in check_site.Page(html).links if a.startswith("../../")]
-    assert len(links) == 3
+    assert len(links) == 3  # README, tutorial 2, gpt2.py
     there = {path.name for path in pages.tutorials()}
     for link in links:
         name = link.rsplit("/", 1)[1]
@@ -236,68 +232,15 @@ def test_interactive_page_links_into_the_checkout_and_into_the_site():
     assert not [a for a in changed.links + changed.loaded if a.startswith("../../")]
 
 
-@pytest.fixture(scope="module")
-def mini():
-    model, tokenizer = minprefix.load("mini", dtype=torch.float64)
-    ids, _ = export_lambda.shown_row(tokenizer)
-    return model, tokenizer, torch.tensor([ids])
-
-
-def kept(data: dict, prefix_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """lse_P and lse_S (L, H, T) of data.js, in nats."""
-    (entry,) = (e for e in data["prefixes"] if e["P"] == prefix_len)
-    shape = (data["layers"], data["heads"], len(data["tokens"]))
-    return tuple(export_lambda.unpacked(entry[name], shape) for name in ("lse_p", "lse_s"))
-
-
-def test_page_has_the_numbers_of_the_kept_prefixes(mini):
-    model, tokenizer, ids = mini
-    data = export_lambda.read_data()
-    assert [e["P"] for e in data["prefixes"]] == list(export_lambda.LENGTHS)
-    assert "".join(data["tokens"]).replace("[bos]", "") == tokenizer.decode(
-        [i for i in ids[0].tolist() if i != tokenizer.bos_id]
-    )
-    for prefix_len in export_lambda.LENGTHS:
-        exact = export_lambda.log_sums(model, ids, export_lambda.kept_prefix(prefix_len))
-        for stored, lse in zip(kept(data, prefix_len), exact, strict=True):
-            # rounded to whole units of NATS; 1e-6: fp64 sums on another machine
-            assert np.abs(stored - lse.numpy()).max() <= export_lambda.NATS / 2 + 1e-6
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("layer, gate", [(0, 1.0), (3, 0.5), (7, 3.0)])
-def test_lambda_is_the_share_of_a_model_with_the_gate_in_that_layer(mini, layer, gate):
-    """The page's formula against a literal softmax, and that against the model's own output."""
-    model, _, ids = mini
-    data, prefix = export_lambda.read_data(), export_lambda.kept_prefix(5)
-    gates = torch.ones(model.config.n_layer, model.config.n_head, dtype=torch.float64)
-    gates[layer] = gate
-    gated = Prefix.from_table(prefix.table(), prefix.position_offset, gates)
-    seen = []
-    hook = model.h[layer].attn.c_proj.register_forward_hook(lambda _, x, __: seen.append(x[0]))
-    q, k, v = export_lambda.layer_queries(model, ids, gated)[layer]  # each (1, H, T, D)
-    hook.remove()
-    prefix_k, prefix_v = prefix.table()[layer]  # (H, P, D)
-    scale, T = q.shape[-1] ** -0.5, q.shape[2]
-    s_p = scale * q[0] @ prefix_k.mT + np.log(gate)  # (H, T, P)
-    s_s = (scale * q[0] @ k[0].mT).masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
-    p = torch.cat([s_p, s_s], -1).softmax(-1)  # (H, T, P + T)
-    o = p @ torch.cat([prefix_v, v[0]], 1)  # (H, T, D)
-    assert (o.transpose(0, 1).reshape(1, T, -1) - seen[0]).abs().max() < 1e-9  # fp64, worst 3e-14
-
-    lse_p, lse_s = (x[layer] for x in kept(data, 5))
-    r = gate * np.exp(lse_p - lse_s)
-    # d lambda / d (lse_P - lse_S) is at most 1/4; both lse are off by half a unit at most
-    gap = np.abs(r / (1 + r) - p[..., :5].sum(-1).numpy()).max()
-    assert gap <= export_lambda.NATS / 4 + 1e-6
-
-
-def test_packed_numbers_come_back_and_large_ones_are_refused():
-    x = torch.tensor([[[-72.3, 0.0, 31.5]]])
-    back = export_lambda.unpacked(export_lambda.packed(x), (1, 1, 3))
-    assert np.abs(back - x.numpy()).max() <= export_lambda.NATS / 2 + 1e-6
-    with pytest.raises(ValueError, match="99.0 nats do not fit"):
-        export_lambda.packed(torch.tensor([[[99.0]]]))
+def test_site_has_the_live_page_with_what_its_worker_loads(tmp_path):
+    there = tmp_path / "interactive"
+    pages.copy_live_page(there)
+    export_live.write_site(there)
+    worker = (there / "worker.js").read_text()
+    assert all(f'"{name}"' in worker for name in export_live.LOADED)
+    assert all((there / name).exists() for name in export_live.LOADED)
+    assert sum(path.stat().st_size for path in there.iterdir()) < 40e6  # bytes
+    assert "../../" not in (there / "index.html").read_text()
 
 
 def luminance(colour: str) -> float:
@@ -307,20 +250,16 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_colours_of_the_interactive_page_can_be_read():
+def test_colours_of_the_live_page_can_be_read():
     css = (pages.DOCS / "interactive" / "page.css").read_text()
     blocks = re.findall(r":root[^{]*\{([^}]*)\}", css)
     assert len(blocks) == 2  # light and dark
     for block in blocks:
         colour = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
         for front, back in [
-            ("ink", "ground"), ("ink", "raised"), ("ink", "prefix-fill"),
+            ("ink", "ground"), ("ink", "raised"), ("ink", "prefix-fill"), ("ink", "kept"),
+            ("ink", "invented"), ("ink", "lost"), ("ink", "written"), ("faint", "raised"),
             ("faint", "ground"), ("link", "ground"),
         ]:  # fmt: skip
             low, high = sorted([luminance(colour[front]), luminance(colour[back])])
             assert (high + 0.05) / (low + 0.05) >= 4.5, (front, back)  # WCAG 2, level AA
-
-
-def test_exported_files_are_small():
-    sizes = [p.stat().st_size for p in (export_lambda.DATA, export_lambda.PREFIXES)]
-    assert sum(sizes) < 300_000  # bytes: they are in the repository
