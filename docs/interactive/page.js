@@ -106,7 +106,8 @@ function showControls() {
   if (state.gate !== 1) said.push(`g = ${state.gate.toFixed(2)}`);
   if (state.positionsOff.length) said.push(`${state.positionsOff.length} of ${P} positions off`);
   if (state.layersOff.length) said.push(`${state.layersOff.length} of ${L} layers off`);
-  at("own").querySelector(".about").textContent = `${said.join(", ")}.`;
+  const words = `${said.join(", ")}.`;
+  at("own").querySelector(".about").textContent = words[0].toUpperCase() + words.slice(1);
 }
 
 /* Section 3 has changed; whose text is not the same any more is written again. */
