@@ -150,9 +150,8 @@ def record(e2e: str, finetuned: Path | None, searched: Path | None) -> dict:
         written = generate(copy, tokenizer, list(PRESETS), max_new_tokens=MAX_NEW)
         for source, text in zip(PRESETS, written, strict=True):
             texts[source]["finetuned"] = text
-        tuned = {
-            name: read_json(finetuned / "config.json")[name] for name in ("steps", "batch_size")
-        }
+        settings = read_json(finetuned / "config.json")["train"]
+        tuned = {name: settings[name] for name in ("steps", "batch_size")}
     examples = [e for split in ("train", "dev", "test") for e in load_examples(e2e, split)]
     config = read_json(find("mini") / "config.json")
     traced = {"source": PRESETS[0], "key": EVALUATED}

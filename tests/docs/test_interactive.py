@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import shutil
 import threading
 from collections import Counter
@@ -225,6 +226,17 @@ def test_recorded_answers_are_those_that_the_page_writes(node_site):
     assert data["texts"][source][FULL] == found["text"]
     fresh = record_live.small(found["trace"])
     assert {name: data["trace"][name] for name in fresh} == fresh
+
+
+def test_a_searched_prompt_becomes_what_the_page_asks_with(tmp_path):
+    before, after = [1694, 220], [25, 8191]
+    found = {"before": before, "after": after, "linearisation": "paper", "base": ""}
+    (tmp_path / "prompt.json").write_text(json.dumps(found))
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 7, "dev_loss": 3.0}\n')
+    prompt = record_live.searched_prompt(tmp_path)
+    assert prompt == {"before": before, "after": after, "text": ["name ", ":"], "steps": 7}
+    tasks = record_live.tasks_of("name : x", [FULL, "notes-P10"], prompt)
+    assert tasks["searched"]["ask"] == prompt and f"notes-P10+{FULL}" in tasks
 
 
 # in a browser -------------------------------------------------------------------------------------
