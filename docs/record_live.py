@@ -146,7 +146,7 @@ def record(e2e: str, finetuned: Path | None, searched: Path | None) -> dict:
         texts[source][key] = answer["text"]
     tuned = None
     if finetuned is not None:
-        copy, tokenizer = load(finetuned)
+        copy, tokenizer = load(finetuned / "model")
         written = generate(copy, tokenizer, list(PRESETS), max_new_tokens=MAX_NEW)
         for source, text in zip(PRESETS, written, strict=True):
             texts[source]["finetuned"] = text
