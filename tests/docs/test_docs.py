@@ -59,10 +59,10 @@ def written() -> list[Path]:
 
 @pytest.mark.parametrize("path", written(), ids=lambda path: path.name)
 def test_links_hold_in_a_checkout(path: Path):
-    """Links of index.md to pages that are made hold on the site only."""
+    """Links of index.md and 404.md to pages that are made hold on the site only."""
     targets = re.findall(r"\]\((?!https?:)([^)\s#]+)(?:#[^)\s]*)?\)", path.read_text("utf-8"))
     for target in targets:
-        made = path.name == "index.md" and target.split("/")[0] in pages.MADE
+        made = path.name in ("index.md", "404.md") and target.split("/")[0] in pages.MADE
         assert made or (path.parent / target).exists(), target
 
 
