@@ -220,9 +220,9 @@ def brief(value: object, form: Callable[[Any], str] = repr, most: int = 80) -> s
 
 
 def need_file(path: str | Path) -> None:
-    """FileNotFoundError if there is nothing of this name, ValueError if it is no regular file."""
+    """FileNotFoundError if nothing has this name, ValueError if it is not a regular file."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{path}: no file, but a folder, a pipe or a device")
+        raise ValueError(f"{path}: not a file, but a folder, a pipe or a device")
 
 
 def open_bytes(path: str | Path) -> BinaryIO:

@@ -50,7 +50,8 @@ from minprefix.training.trainer import Trainer
 SUITES = {"restaurants": "e2e"}  # official scores of a data set whose name is no suite
 
 
-LATER = {"time": None, "patience": 0}  # newer fields of TrainConfig: what runs did before them
+# newer fields of TrainConfig: what runs did before them
+LATER = {"time": None, "patience": 0, "auto_batch": False}
 
 
 @dataclass(frozen=True)

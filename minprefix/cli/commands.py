@@ -30,7 +30,7 @@ class TrainOptions(WithRun):
     # use the paper's learning rate, epochs, batch size and prefix length for this data set
     preset: Literal[*DATA_SETS] | None = None
     track: FlagCreatePairsOff[bool] = False  # also write TensorBoard files to the run folder
-    # keep the files that only --resume needs, about twice the size of what is trained
+    # keep the files that only resuming needs, about twice the size of what is trained
     keep_state: bool = True
 
     train: Flat[TrainConfig] = TrainConfig()
@@ -44,7 +44,7 @@ class RunsOptions(Common):
 
     folders: Positional[tuple[Path, ...]]  # run folders of the command train
     figure: Path | None = None  # plot the dev losses of the runs to this file, such as curves.png
-    slim: FlagCreatePairsOff[bool] = False  # remove the files that only --resume needs
+    slim: FlagCreatePairsOff[bool] = False  # remove the files that only resuming needs
     delete: FlagCreatePairsOff[bool] = False  # remove the run folders with everything in them
 
 

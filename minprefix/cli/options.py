@@ -149,7 +149,7 @@ class WithRun(WithData):
 
     dev: str | None = None  # the dev file, if --data is a file
     subset: int | None = None  # use so many training pairs, and 30 % as many dev pairs
-    subset_seed: int = 0  # which pairs --subset chooses
+    subset_seed: int = 0  # seed of the choice of a subset's pairs
     out: Path | None = None  # new run folder
     resume: Path | None = None  # run folder to continue; a run keeps its settings
 

@@ -47,8 +47,8 @@ LAST_LATIN = "\u024f"  # letters up to here are Latin (and a few signs that coun
 def _check_lengths(outputs: Sequence[str], others: Sequence, name: str) -> None:
     if not outputs or len(outputs) != len(others):
         raise ValueError(
-            f"outputs and {name} must be equally many and not empty, "
-            f"got {len(outputs)} and {len(others)}"
+            f"outputs and {name} must have equal lengths above 0, got {len(outputs)} and "
+            f"{len(others)}"
         )
     for number, output in enumerate(outputs):
         if not isinstance(output, str):

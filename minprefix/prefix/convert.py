@@ -141,8 +141,8 @@ def convert(
     notes = []
     if position_offset not in (None, prefix.position_offset):
         notes.append(
-            f"token t stands at t + {position_offset}, was t + {prefix.position_offset}: no longer "
-            "the function that was trained"
+            f"token t stands at t + {position_offset}, was t + {prefix.position_offset}: this "
+            "is not the function that was trained"
         )
         prefix.position_offset = position_offset
         if model is not None:

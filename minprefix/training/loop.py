@@ -370,7 +370,7 @@ class Loop:
             theirs[base] = ours[base]
         changed = sorted(name for name in ours if theirs.get(name) != ours[name])
         if refused := [name for name in changed if name not in self.extends]:
-            raise ValueError(f"{path}: the saved run has a different {', '.join(refused)}")
+            raise ValueError(f"{path}: the saved run differs in {', '.join(refused)}")
         try:
             self.restore(state)
         except ValueError as error:

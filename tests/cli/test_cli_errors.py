@@ -250,7 +250,7 @@ def test_missing_data_is_named(refused, tiny_folder, tables, tmp_path):
             "prefix_dropout needs method 'prefix', got 'finetune'",
         ),
         (("--init", "x"), "init must be one of random, words, prompt, got 'x'"),
-        (("--init", "words", "--init-text", ""), "the text is empty"),
+        (("--init", "words", "--init-text", ""), "the text has no words"),
         (("--method", "x"), "method must be one of prefix, finetune, ft-top, adapter, got 'x'"),
         (("--precision", "x"), "precision must be one of auto, fp32, bf16, got 'x'"),
         (("--loss", "x"), "loss must be one of token, sentence, got 'x'"),
@@ -373,8 +373,8 @@ def test_what_to_resume_must_be_clear(refused, tiny_folder, run, tmp_path):
     assert "--resume does not allow --lr" in refused("train", "--resume", run, "--lr", 9)
     assert "--resume does not allow --data" in refused("train", "--resume", run, "--data", "x")
     for folder in (tmp_path, tmp_path / "none"):
-        assert f"{folder}: no run" in refused("train", "--resume", folder)
-        assert f"{folder}: no run" in refused("export", folder, "--out", tmp_path / "p")
+        assert f"{folder}: not a run" in refused("train", "--resume", folder)
+        assert f"{folder}: not a run" in refused("export", folder, "--out", tmp_path / "p")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
@@ -422,11 +422,11 @@ def test_a_run_goes_on_with_its_own_data_and_settings_only(refused, cli, tiny_fo
     cli("train", "--model", tiny_folder, "--data", data, "--out", run, *QUICK)
     before = snapshot(run)
     jsonl(data, PAIR, PAIR | {"target": "A ship."})
-    assert "another training data" in refused("train", "--resume", run)
+    assert "differs in training data" in refused("train", "--resume", run)
     assert snapshot(run) == before
     path = run / "config.json"
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
-    assert "another seed" in refused("train", "--resume", run)
+    assert "differs in seed" in refused("train", "--resume", run)
 
 
 def test_a_finetuning_run_has_no_prefix_to_export(refused, cli, tiny_folder, tables, tmp_path):
@@ -493,8 +493,10 @@ def test_full_disk_in_training_leaves_the_earlier_files(cli, begun, fails):
     prefix, state = begun / "prefix.safetensors", begun / "state" / "state.pt"
     small, large = prefix.stat().st_size, state.stat().st_size
     before = snapshot(begun)
-    assert small > 2000 and large > small + 100
-    limit = small - 500 if fails == "prefix.safetensors" else large - 50
+    assert small > 2000 and large > small + 400
+    limit = (
+        small - 500 if fails == "prefix.safetensors" else large - 200
+    )  # a later state may be a little smaller
     message = on_a_full_disk(limit, "train", "--resume", begun)
     assert message.startswith("minprefix: error: ") and fails in message
     assert "File too large" in message

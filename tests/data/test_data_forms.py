@@ -151,13 +151,13 @@ def test_the_language_of_a_text_is_never_ignored(tmp_path, caplog):
 
     write(tmp_path, "dev/1triples/Food.xml", benchmark(entry("Id1", ">It is.")))
     write(tmp_path, "dev/1triples/Food.de.xml", benchmark(entry("Id1", ">Ja.")))
-    with pytest.raises(ValueError, match="texts in de, en: say which"):
+    with pytest.raises(ValueError, match="the texts are in de, en: choose one"):
         load_examples(tmp_path, "dev")
     assert load_examples(tmp_path, "dev", language="de")[0].targets == ("Ja.",)
 
     rows = [{"source": "a", "target": t, "lang": lang} for t, lang in (("x", "fr"), ("y", "it"))]
     path = write(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, rows)))
-    with pytest.raises(ValueError, match="rows.jsonl: texts in fr, it"):
+    with pytest.raises(ValueError, match="rows.jsonl: the texts are in fr, it"):
         load_examples(path)
     assert load_examples(path, language="fr")[0].targets == ("x",)
     path = write(tmp_path, "none.jsonl", '{"source": "a", "target": "b"}')

@@ -42,7 +42,7 @@ def test_webnlg_parts_by_category():
     with pytest.raises(ValueError, match="the split train has no examples for the topics unseen"):
         choose([city], "unseen", "train")
     for none in ("", "MISC"):  # DART's
-        with pytest.raises(ValueError, match="f:1: no category"):
+        with pytest.raises(ValueError, match="f:1: the example has no category"):
             choose([city, example(none)], "seen", "test")
 
 

@@ -117,7 +117,7 @@ def test_what_does_not_go_together_is_refused(tokenizer, tmp_path):
         "'adapter' does not train a TunedTopLayers": ("adapter", layers),
         "'finetune' does not train a TunedAdapter": ("finetune", adapter),
         "'adapter' does not train a TunedPrefix": ("adapter", Prefix.random(model.config, 2, 0)),
-        "those of another model": ("ft-top", TunedTopLayers(TopLayers(small_model()))),
+        "belong to another model": ("ft-top", TunedTopLayers(TopLayers(small_model()))),
         "this adapter was made for another": (
             "adapter",
             TunedAdapter(an_adapter(another_model())),

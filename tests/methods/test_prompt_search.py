@@ -344,7 +344,7 @@ def test_impossible_searches_are_named(tokenizer, tmp_path):
     search.run(progress=False)
     with pytest.raises(ValueError, match="holds a run"):
         made(tokenizer, tmp_path / "run", steps=1).run(progress=False)
-    with pytest.raises(ValueError, match="the saved run has a different data, steps"):
+    with pytest.raises(ValueError, match="the saved run differs in data, steps"):
         made(tokenizer, tmp_path / "run", steps=2, dev=2).load_state()
     for path in (state_path(tmp_path / "run"), earlier_path(tmp_path / "run")):
         path.write_text('{"step_done": 1}')

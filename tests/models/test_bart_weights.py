@@ -197,7 +197,7 @@ def test_wrong_tensors_are_listed(folder, model):
     assert "lm_head.weight differs from shared.weight" in error(
         **{"lm_head.weight": model.wte.weight.detach() + 1}
     )
-    assert "shared.weight is there twice" in error(**{"shared.weight": good["lm_head.weight"]})
+    assert "shared.weight occurs twice" in error(**{"shared.weight": good["lm_head.weight"]})
 
 
 @pytest.mark.slow

@@ -224,7 +224,7 @@ def test_a_prefix_of_the_hub_is_converted(folder, model, serve, tmp_path, capsys
     again = Prefix.load(tmp_path / "b.safetensors")
     assert torch.equal(again.prefix_table, prefix.prefix_table)
     hub.files = {"README.md": b"no prefix"}
-    with pytest.raises(ValueError, match="has no adapter_config.json nor"):
+    with pytest.raises(ValueError, match="has no adapter_config.json or"):
         convert(NAME, "minprefix", tmp_path / "c.safetensors")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         convert("no/such.safetensors", "minprefix", tmp_path / "c.safetensors")

@@ -225,7 +225,7 @@ def test_a_deeper_model_than_the_config_is_refused(folder):
 def test_a_name_with_and_without_prefix_is_refused(folder, model):
     tensors = {**model.state_dict(), "transformer.ln_f.bias": torch.zeros(16)}
     save_file(tensors, folder / "model.safetensors")
-    assert "ln_f.bias is there twice" in error_of(folder)
+    assert "ln_f.bias occurs twice" in error_of(folder)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

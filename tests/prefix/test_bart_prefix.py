@@ -75,7 +75,7 @@ def test_from_words(parametrisation):
     prefix.check_base(model)
     with pytest.raises(ValueError, match="another model"):
         prefix.check_base(tiny_bart(seed=5))
-    with pytest.raises(ValueError, match="the text is empty"):
+    with pytest.raises(ValueError, match="the text has no words"):
         BARTPrefix.from_words(model, ThreeWords(), "")
 
 

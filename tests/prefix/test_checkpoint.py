@@ -243,7 +243,7 @@ def test_damaged_files_are_named(tmp_path):
         assert str(path) in str(error.value) and "\n" not in str(error.value), data[:9]
     with pytest.raises(OSError, match="nowhere.safetensors"):
         load_prefix(tmp_path / "nowhere.safetensors")
-    with pytest.raises(OSError, match=tmp_path.name):
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: not a file, but a folder"):
         load_prefix(tmp_path)
 
 

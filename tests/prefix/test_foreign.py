@@ -183,9 +183,12 @@ WRONG = {  # what the file holds, and what is said of it
     "P = 0": (mlp_state(wte=torch.ones(0, C)), r"with P > 0, got \(0, 32\)"),
     "inner": (mlp_state(inner=torch.ones(MID, 9)), r"control_trans.0 must be \(n, 32\).*\(16, 9\)"),
     "bias": (mlp_state(bias=torch.ones(9)), r"control_trans.2 must be .*\(192, 16\) and \(9,\)"),
-    "layers": (state_of(mlp(C, MID, 4 * C), nn.Embedding(P, C)), r"\(5, 128\) is no .* L = 3, C ="),
-    "flat": ({"control_trans": torch.ones(191)}, r"\(191,\) is no \(P, 2 L C\).*L = 3, C = 32"),
-    "empty": ({"control_trans": torch.ones(0)}, r"\(0,\) is no \(P, 2 L C\)"),
+    "layers": (
+        state_of(mlp(C, MID, 4 * C), nn.Embedding(P, C)),
+        r"\(5, 128\) is not .* L = 3, C =",
+    ),
+    "flat": ({"control_trans": torch.ones(191)}, r"\(191,\) is not \(P, 2 L C\).*L = 3, C = 32"),
+    "empty": ({"control_trans": torch.ones(0)}, r"\(0,\) is not \(P, 2 L C\)"),
     "word": ({"control_trans": torch.ones(5, 1, H, P, D)}, r"must be \(2 L, 1, H, P, D\), got \(5"),
     "words": ({"control_trans": torch.ones(6, 2, H, P, D)}, r"must be .* got \(6, 2, 4, 5, 8\)"),
     "infix": (
@@ -303,7 +306,7 @@ WRONG_HUB = {
     "bart": (FLAT, {"model_type": "bart"}, "model_type is 'bart'; supported: 'gpt2'"),
     "cross": (FLAT, {"place": "cross_prefix"}, "is of cross_prefix; GPT-2 has self_prefix only"),
     "encoder": (FLAT, {"place": "encoder_prefix"}, "is of encoder_prefix; GPT-2 has self_prefix"),
-    "another size": ({"control_trans": torch.ones(7)}, {}, r"\(7,\) is no \(P, 2 L C\)"),
+    "another size": ({"control_trans": torch.ones(7)}, {}, r"\(7,\) is not \(P, 2 L C\)"),
     "half an MLP": (
         {"wte.weight": torch.ones(P, C)},
         {},

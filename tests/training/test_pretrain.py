@@ -134,12 +134,12 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, tmp_path, micro):
 
 def test_going_on_with_something_else_is_refused(folder, tmp_path):
     run_of(folder, tmp_path, steps=1).run(progress=False)
-    with pytest.raises(ValueError, match="another adamw_lr, seed"):
+    with pytest.raises(ValueError, match="differs in adamw_lr, seed"):
         run_of(folder, tmp_path, steps=1, seed=1, adamw_lr=1e-3).load_state()
     other = tmp_path / "other"
     other.mkdir()
     (other / "toy.txt").write_text(toy_text(61))
-    with pytest.raises(ValueError, match="another held-out text, text"):
+    with pytest.raises(ValueError, match="differs in held-out text, text"):
         run_of(other, tmp_path, steps=1).load_state()
 
 

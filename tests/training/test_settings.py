@@ -82,7 +82,7 @@ def test_a_finished_run_is_extended(tokenizer, tmp_path):
     assert [step for step, _ in longer.measured] == [0, 3, 6, 9, 10]
     assert longer.measured[:3] == first.measured
     other = trainer(tokenizer, tmp_path, steps=10, batch_size=3)
-    with pytest.raises(ValueError, match="the saved run has a different batch_size"):
+    with pytest.raises(ValueError, match="the saved run differs in batch_size"):
         other.load_state()
 
 

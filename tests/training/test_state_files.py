@@ -69,7 +69,7 @@ WRONG = [
     ("measured", {}, "measured is not a list"),
     ("settings", [1], "settings are not those of a run"),
     ("settings/lr", torch.ones(2), "settings are not those of a run"),
-    ("settings/lr", 1.0, "another lr"),
+    ("settings/lr", 1.0, "differs in lr"),
     ("trained", [], "trained is not a dictionary"),
     ("trained/prefix_table", None, "trained lacks prefix_table"),
     ("trained/more", torch.ones(1), "trained has an unknown more"),
@@ -256,7 +256,7 @@ def test_a_state_of_an_older_version_has_no_checksum_and_a_note(run, tmp_path):
 def test_other_dev_data_is_refused(run, tokenizer, tmp_path):
     other = trainer(tokenizer, tmp_path)
     other.dev_rows = other.dev_rows[1:]
-    with pytest.raises(ValueError, match="the saved run has a different dev data"):
+    with pytest.raises(ValueError, match="the saved run differs in dev data"):
         other.load_state()
 
 

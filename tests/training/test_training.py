@@ -263,11 +263,11 @@ def test_ctrl_c_finishes_the_step_and_saves(tokenizer, tmp_path):
 def test_resuming_something_else_is_refused(tokenizer, tmp_path):
     run = trainer(tokenizer, tmp_path)
     run.run(progress=False)
-    with pytest.raises(ValueError, match="another lr, seed"):
+    with pytest.raises(ValueError, match="differs in lr, seed"):
         trainer(tokenizer, tmp_path, lr=5e-3, seed=1).load_state()
     other = trainer(tokenizer, tmp_path)
     other.rows = other.rows[:-1]
-    with pytest.raises(ValueError, match="another training data"):
+    with pytest.raises(ValueError, match="differs in training data"):
         other.load_state()
     with pytest.raises(ValueError, match="no saved state"):
         trainer(tokenizer, tmp_path / "elsewhere").load_state()
@@ -345,5 +345,5 @@ def test_a_run_of_an_older_version_goes_on(tokenizer, tmp_path):
     trainer(tokenizer, tmp_path).load_state()
     run.settings = lambda: ours(run) | {"bf16": True}
     run.save_state()
-    with pytest.raises(ValueError, match="another bf16"):
+    with pytest.raises(ValueError, match="differs in bf16"):
         trainer(tokenizer, tmp_path).load_state()
