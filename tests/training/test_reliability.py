@@ -23,7 +23,7 @@ def test_what_reliability_counts(part, tmp_path):
     assert rows and all("'failures': 0" in row for row in rows), done.stdout
     for row in rows if part == "ranks" else []:
         summed, trained = map(int, re.findall(r"(\d+) bytes", row))
-        assert 0 < summed - trained <= 8, row  # the loss of the step beside the gradients
+        assert 0 < summed - trained <= 16, row  # beside the gradients: losses and the wish to stop
 
 
 @pytest.mark.parametrize("name", ["RELIABILITY.md", "SECURITY.md"])
