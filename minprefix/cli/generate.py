@@ -5,7 +5,7 @@ from typing import Any
 
 from minprefix.cli.commands import GenerateOptions
 from minprefix.cli.trained import load_model, load_trained
-from minprefix.data.batches import encode_prompt, for_bart
+from minprefix.data.batches import encode_prompt, for_bart, warn_of_cuts
 from minprefix.data.load import load_examples
 from minprefix.files import lines_of
 from minprefix.generation.texts import bos_prompt, frame_of, generate, stream, stripped
@@ -28,6 +28,7 @@ def run(options: GenerateOptions) -> dict | None:
     if frame == "none" and not for_bart(tokenizer):
         prompts = [tokenizer.encode(prompt) or bos_prompt(model, tokenizer) for prompt in prompts]
     else:
+        warn_of_cuts(tokenizer, [(prompt, style, cut) for prompt in prompts])
         prompts = [encode_prompt(tokenizer, prompt, style, cut) for prompt in prompts]
     config = options.generation.for_model(model)
     how: Any = {"prefix": prefix, "config": config}

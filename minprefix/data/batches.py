@@ -8,7 +8,8 @@ Read `encode_pair` (the frame of one example: source, bos, target, eos; section 
 """
 
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -21,6 +22,7 @@ from minprefix.data.examples import LINEARISATIONS, Example, checked_text
 from minprefix.files import reading
 from minprefix.models.losses import IGNORE
 
+log = logging.getLogger(__name__)
 POOL_BATCHES = 50  # batches sorted by length together: little padding, and still a shuffled order
 
 
@@ -37,6 +39,11 @@ class Encoded:
     def length(self) -> int:
         """Tokens in all."""
         return len(self.ids) + len(self.source or ())
+
+    @property
+    def source_len(self) -> int:
+        """Tokens of the source as max_source counts them."""
+        return self.prompt_len - 1 if self.source is None else len(self.source)
 
 
 def for_bart(tokenizer) -> bool:
@@ -66,6 +73,23 @@ def encode_prompt(
         return [tokenizer.bos_id] + tokenizer.encode(source)[:kept] + [tokenizer.eos_id]
     text = source if linearisation == "paper" else f" {source} "
     return tokenizer.encode(text)[:max_source] + [tokenizer.bos_id]
+
+
+def warn_of_cuts(tokenizer, sources: Iterable[tuple[str, str, int | None]]) -> None:
+    """Warn how many sources `encode_prompt` cuts; of each its text, linearisation, max_source."""
+    ends, total, found = 0 if for_bart(tokenizer) else 1, 0, []
+    for text, linearisation, most in sources:
+        total += 1
+        if most is not None:
+            length = len(encode_prompt(tokenizer, text, linearisation)) - ends
+            found += [(length, most)] if length > most else []
+    if found:
+        length, most = max(found)
+        verb, longest = ("is", "") if len(found) == 1 else ("are", "the longest ")
+        log.warning(
+            f"note: {len(found)} of {total} sources {verb} cut, {longest}from {length:,} to "
+            f"{most:,} tokens (max_source)"
+        )
 
 
 def encode_pair(
@@ -105,7 +129,7 @@ def encode_examples(
     Raises:
         ValueError: an empty target or a longer pair; but for max_source nothing is cut.
     """
-    encoded = []
+    encoded, too_long = [], []
     for example in examples:
         for number, target in enumerate(example.targets, 1):
             where = example.where + (f" (target {number})" if len(example.targets) > 1 else "")
@@ -113,13 +137,37 @@ def encode_examples(
                 pair = encode_pair(
                     tokenizer, example.source, target, linearisation, where, max_source
                 )
-            if max_len is not None and len(pair.ids) > max_len:
-                raise ValueError(f"{where}: {len(pair.ids)} tokens, at most {max_len} are allowed")
-            if max_len is not None and (n := len(pair.source or ())) > max_len - 1:
-                told = f"a source of {n} tokens, at most {max_len - 1} are allowed"
-                raise ValueError(f"{where}: {told} (max_source cuts)")
+            if max_len is not None and room_for_source(pair, max_len) < pair.source_len:
+                too_long.append(pair)
             encoded.append(pair)
+    if too_long and max_len is not None:
+        raise ValueError(told_too_long(too_long, len(encoded), max_len))
     return encoded
+
+
+def room_for_source(pair: Encoded, max_len: int) -> int:
+    """To how many tokens the source must be cut for the pair to fit; below 1: the target is too
+    long by itself."""
+    if pair.source is None:
+        return max_len - 1 - (len(pair.ids) - pair.prompt_len)
+    return max_len - 1 if len(pair.ids) <= max_len else 0
+
+
+def told_too_long(pairs: Sequence[Encoded], total: int, max_len: int) -> str:
+    """Where the first of the pairs stands, what of it is too long, and what helps."""
+    pair, room = pairs[0], min(room_for_source(pair, max_len) for pair in pairs)
+    n, source, most = len(pair.ids), pair.source_len, max_len
+    if pair.source is None:
+        told = f"{n:,} tokens (source {source:,}, target {n - pair.prompt_len:,})"
+    elif n > max_len:
+        told = f"a target of {n:,} tokens"
+    else:
+        told, most = f"a source of {source:,} tokens", max_len - 1
+    many = f"{len(pairs)} of {total} pairs {'is' if len(pairs) == 1 else 'are'} too long"
+    helps = f"train --max-source {room} cuts sources" if room > 0 else "shorten the target"
+    return (
+        f"{pair.where}: {told}, at most {most:,} are allowed; {many}: {helps}, or remove the pairs"
+    )
 
 
 def spread(rows: Sequence, most: int) -> list:

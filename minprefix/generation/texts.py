@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minprefix.data.batches import encode_prompt
+from minprefix.data.batches import encode_prompt, warn_of_cuts
 from minprefix.generation import decoding
 from minprefix.generation import fast as fast_generation
 from minprefix.generation.config import Decided, GenerationConfig
@@ -87,7 +87,7 @@ def prepare(
 ) -> Prompts:
     """The prompts made ready; ValueError if one is unfit."""
     index, offsets = rows_of_prefix(prefix, prefix_index, len(prompts))
-    ids, framed = [], []
+    ids, framed, sources = [], [], []
     for b, prompt in enumerate(prompts):
         own = prefix if index is None else prefix.prefixes[index[b]] if index[b] >= 0 else None
         frame, cut = frame_of(model, own)
@@ -96,9 +96,11 @@ def prepare(
         if not isinstance(prompt, str):
             ids.append(list(prompt))
         elif frame:
-            ids.append(encode_prompt(tokenizer, prompt, frame, cut))
+            sources.append((prompt, frame, cut))
+            ids.append(encode_prompt(tokenizer, *sources[-1]))
         else:
             ids.append(tokenizer.encode(prompt) or bos_prompt(model, tokenizer))
+    warn_of_cuts(tokenizer, sources)
     check_tokens(ids, model.config.vocab_size)
     for tokens, offset in zip(ids, offsets, strict=True):
         model.config.check_room(len(tokens), config.max_new_tokens, offset)
@@ -266,7 +268,8 @@ def generate(
     Args:
         prompts: a list of token ids is taken as it is. A text is encoded in the frame that its
             prefix, adapter or fine-tuned model was trained in (`frame_of`), and what comes back is
-            without the white space at its ends. Without a frame, the text is continued as it is;
+            without the white space at its ends. Where training cut sources, so is the text, with a
+            warning in the log. Without a frame, the text is continued as it is;
             "" starts from nothing, the bos.
             For a BART it is the source, which always has its <s> and </s>.
         prefix: for all prompts, or a bank.

@@ -7,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minprefix.checks import check_choice
-from minprefix.data.batches import encode_prompt
+from minprefix.data.batches import encode_prompt, warn_of_cuts
 from minprefix.data.examples import Example
 from minprefix.generation.config import GenerationConfig
 from minprefix.generation.texts import frame_of, generate
@@ -76,6 +76,7 @@ def evaluate_method(  # noqa: PLR0913
             if max_source is None:
                 max_source = frame_of(model, prefix)[1]
             frame = (linearisation, max_source)
+            warn_of_cuts(tokenizer, [(source, *frame) for source in sources])
             prompts = [encode_prompt(tokenizer, source, *frame) for source in sources]
             texts = generate(model, tokenizer, prompts, prefix=prefix, **options)
     texts = [text.strip() for text in texts]

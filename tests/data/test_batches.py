@@ -1,6 +1,7 @@
 """Batches: the frame of an example, padding and labels, the order of rows."""
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from minprefix.data.batches import (
     encode_prompt,
     epoch_batches,
     pinned,
+    warn_of_cuts,
 )
 from minprefix.data.examples import Example
 from minprefix.models.losses import IGNORE
@@ -65,8 +67,34 @@ def test_only_max_source_cuts_and_only_the_source():
         assert prompt == pair.ids[: pair.prompt_len]
     with pytest.raises(ValueError, match="max_source must be at least 1, got 0"):
         encode_prompt(tokenizer, "a", max_source=0)
-    with pytest.raises(ValueError, match="f:1: 22 tokens, at most 21 are allowed"):
+    with pytest.raises(ValueError, match=r"f:1: 22 tokens \(source 10, target 11\), at most 21"):
         encode_examples(tokenizer, [article], max_len=21)
+
+
+def test_too_long_pairs_are_counted_and_what_helps_does():
+    """The --max-source that the message names makes all pairs fit, and one more does not."""
+    tokenizer, long = ByteTokenizer(), Example("0123456789", ("a", "longer"), None, "f:2")
+    few = [Example("a", ("b",), None, "f:1"), long]
+    told = "2 of 3 pairs are too long: train --max-source 3 cuts sources, or remove the pairs"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        encode_examples(tokenizer, few, max_len=12)
+    assert len(encode_examples(tokenizer, few, max_len=12, max_source=3)) == 3
+    with pytest.raises(ValueError, match="1 of 3 pairs is too long"):
+        encode_examples(tokenizer, few, max_len=12, max_source=4)
+    with pytest.raises(ValueError, match="shorten the target, or remove the pairs"):
+        encode_examples(tokenizer, few, max_len=6)
+
+
+def test_cut_sources_are_counted(caplog):
+    sources = [("0123456789", "paper", 4), ("ab", "paper", 4), ("0123456", "paper", None)]
+    warn_of_cuts(ByteTokenizer(), sources[1:])
+    assert not caplog.text
+    warn_of_cuts(ByteTokenizer(), sources)
+    warn_of_cuts(ByteTokenizer(), [sources[0], ("0123456", "original-code", 4)])
+    assert caplog.messages == [
+        "note: 1 of 3 sources is cut, from 10 to 4 tokens (max_source)",
+        "note: 2 of 2 sources are cut, the longest from 10 to 4 tokens (max_source)",
+    ]
 
 
 def test_encode_examples_takes_every_pair_and_refuses_long_or_empty_ones():
@@ -74,7 +102,7 @@ def test_encode_examples_takes_every_pair_and_refuses_long_or_empty_ones():
     encoded = encode_examples(ByteTokenizer(), examples, max_len=6)
     assert [row.where for row in encoded] == ["f:1 (target 1)", "f:1 (target 2)", "f:2"]
     assert [len(row.ids) for row in encoded] == [5, 6, 5]  # a, bos, blank, b or cc, eos
-    with pytest.raises(ValueError, match=r"f:1 \(target 2\): 6 tokens, at most 5 are allowed"):
+    with pytest.raises(ValueError, match=r"f:1 \(target 2\): 6 tokens .*, at most 5 are allowed"):
         encode_examples(ByteTokenizer(), examples, max_len=5)
     with pytest.raises(ValueError, match="f:3: the target is empty"):
         encode_examples(ByteTokenizer(), [Example("a", (" ",), None, "f:3")])

@@ -332,7 +332,7 @@ def test_impossible_settings_are_named(options, expected):
 def test_impossible_searches_are_named(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="leaves no room for a text in 128 positions"):
         made(tokenizer, tmp_path, prompt_len=128)
-    with pytest.raises(ValueError, match="tokens, at most 9 are allowed"):
+    with pytest.raises(ValueError, match="tokens .*, at most 9 are allowed"):
         made(tokenizer, tmp_path, prompt_len=120)
     with pytest.raises(ValueError, match="at least two training pairs, got 1"):
         made(tokenizer, tmp_path, train=pairs(1))

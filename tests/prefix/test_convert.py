@@ -56,7 +56,8 @@ def test_to_peft_and_back(cli, ours, tmp_path):
     assert err == (
         "note: this prefix was trained on ids that PEFT does not make by itself: "
         'tokenizer(source)["input_ids"] + [tokenizer.eos_token_id]; the text that follows begins '
-        "with a blank (docs/recipes.md has the lines)\n"
+        "with a blank; load the model with dtype=torch.float32 for the same texts as here "
+        "(docs/recipes.md has the lines)\n"
     )
     (tmp_path / "run").mkdir()
     shutil.copy(ours, tmp_path / "run" / "prefix.safetensors")
