@@ -298,7 +298,7 @@ def decode_text(data: bytes, path: str | Path, first: int = 1) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + first
         bad = f"byte 0x{data[error.start]:02x}"
-        raise ValueError(f"{path}:{line}: invalid UTF-8 ({bad})") from error
+        raise ValueError(f"{path}:{line}: invalid UTF-8 ({bad}): save it as UTF-8") from error
 
 
 @names_file

@@ -32,10 +32,12 @@ class Example:
 
 
 class LeftOut:
-    """What cannot be used: how much of each kind, and where the first of it stands."""
+    """What cannot be used: how much of each kind, and where the first of it stands; and which
+    columns were taken as fields of a table, since nobody said that they are."""
 
     def __init__(self) -> None:
         self.found: dict[str, tuple[int, str]] = {}
+        self.fields: dict[str, None] = {}
 
     def add(self, what: str, where: str) -> None:
         """One more of `what`, a plural such as "empty cells"."""
@@ -47,7 +49,9 @@ class LeftOut:
         return "; ".join(f"{what}: {n} (the first: {first})" for what, (n, first) in kinds)
 
     def report(self, path: str | Path) -> None:
-        """Name all of it in one warning."""
+        """Name all of it in one warning each."""
+        if self.fields:
+            log.warning("%s: the columns %s are the table's fields", path, ", ".join(self.fields))
         if self.found:
             log.warning("%s: left out: %s", path, self)
 

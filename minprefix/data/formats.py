@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minprefix.data.examples import Example, LeftOut, clean, read_text, texts_of
-from minprefix.data.rows import OPTIONAL, columns_of, example_of
+from minprefix.data.rows import COLUMNS, OPTIONAL, columns_of, example_of, parse_json
 from minprefix.data.triples import is_webnlg, read_webnlg_json
 from minprefix.files import brief, need_file, read_lines
 from minprefix.limits import DATA, LINE
@@ -38,7 +38,10 @@ def read_csv(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 1  # of the file, where the row begins
     try:
-        header = [name.strip().lower() for name in next(reader)]  # E2E's inputs alone: MR
+        header = [name.strip() for name in next(reader)]
+        known = {*OPTIONAL, *(name for pair in COLUMNS for name in pair)}
+        header = [n.lower() if n.lower() in known else n for n in header]  # E2E's inputs alone: MR
+        check_separator(header, f"{path}:1")
         columns_of(header, f"{path}:1")
         if len(set(header)) < len(header):
             raise ValueError(f"{path}:1: a column name occurs twice: {brief(header)}")
@@ -56,6 +59,16 @@ def read_csv(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]
                 yield found
     except csv.Error as error:
         raise ValueError(f"{path}:{line}: broken CSV: {error}") from None
+
+
+def check_separator(header: list[str], where: str) -> None:
+    """ValueError for a header of one column that another separator would split."""
+    for separator, name in ((";", "';'"), ("\t", "a tab")):
+        if len(header) == 1 and separator in header[0]:
+            raise ValueError(
+                f"{where}: the separator looks like {name}, and a CSV has commas here: save it so, "
+                f"or as JSON lines; the first line is {brief(header[0])}"
+            )
 
 
 def read_txt(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
@@ -97,30 +110,6 @@ def read_line_pairs(path: Path, linearisation: str, left: LeftOut) -> Iterator[E
         where = f"{path}:{number}"
         texts = texts_of(targets, "the target", linearisation, where, left)
         yield Example(clean(source, linearisation), texts, None, where, id=where)
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """The pairs of a JSON object as a dict; Python alone would keep the last of equal keys."""
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"the key {brief(max(keys, key=keys.count))} occurs twice in one object")
-    return dict(pairs)
-
-
-def parse_json(text: str) -> Any:
-    """JSON in which numbers stay as they are written, "4.50", and NaN, as pandas has it, is null.
-
-    Raises:
-        ValueError: also for equal keys, and brackets thousands deep.
-    """
-    constants = {"NaN": None}
-    try:
-        return json.loads(
-            text, object_pairs_hook=_unique_keys, parse_int=str, parse_float=str,
-            parse_constant=lambda name: constants.get(name, name),
-        )  # fmt: skip
-    except RecursionError as error:
-        raise ValueError(str(error)) from None
 
 
 def read_jsonl(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
@@ -190,7 +179,8 @@ def read_parquet(path: Path, linearisation: str, left: LeftOut) -> Iterator[Exam
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            read = {*columns_of(names, str(path)), *OPTIONAL}
+            input_column, texts = columns_of(names, str(path))
+            read = {input_column, texts, *OPTIONAL} if input_column else {*names}
             number = 0
             for batch in file.iter_batches(columns=[name for name in names if name in read]):
                 for row in batch.to_pylist():

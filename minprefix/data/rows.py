@@ -8,12 +8,14 @@
     document, summary                                 an article (XSum's columns)
     article, highlights; dialogue, summary            the same under other sets' names
     tripleset, annotations                            a set of triples (DART's)
+    text or target alone, beside others               the others are the fields of a table
 
 Read `example_of`. A row needs the column of its input; without the other it is an input alone. The
 language of a row's texts is in a column language or lang, if there is one.
 [1] https://github.com/tuetschek/e2e-dataset
 """
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -44,15 +46,28 @@ E2E_FIELDS = {
 
 
 def columns_of(names: Iterable[str], where: str) -> tuple[str, str]:
-    """The columns of a row's input and texts; ValueError unless exactly one pair fits."""
+    """The columns of a row's input and texts; ValueError unless exactly one pair fits.
+
+    The former is "" where each field has a column of its own (`fields_of`).
+    """
     names = list(names)
     whole = [pair for pair in COLUMNS if set(pair) <= set(names)]
     found = whole or [pair for pair in COLUMNS if pair[0] in names]
     if len(found) == 1:
         return found[0]
+    alone = [text for _, text in (TABLE, SOURCE) if text in names]
+    if not found and len(alone) == 1 and fields_of(names):
+        return "", alone[0]
     pairs = "; ".join(", ".join(pair) for pair in found or COLUMNS)
+    pairs += "" if found else "; or text beside a column for each field"
     problem = "has more than one of" if found else "needs the columns of one of"
     raise ValueError(f"{where}: {problem}: {pairs}; has {brief(names, str)}")
+
+
+def fields_of(names: Iterable[str]) -> list[str]:
+    """The columns that are fields, in a file where each field has a column of its own."""
+    others = ("", TABLE[1], SOURCE[1], *OPTIONAL)  # "": the row numbers of pandas
+    return [name for name in names if name not in others]
 
 
 def example_of(
@@ -76,17 +91,54 @@ def example_of(
             text = text.strip() if linearisation == "paper" else text
             return Example(text, texts, None, where, language=language)
     else:
-        make = _meanings if pair in MEANINGS else _cells
-        if table := make(row[source], linearisation, where, left):
+        make = _meanings if pair in MEANINGS else cells_of
+        content = row[source] if source else {name: row[name] for name in fields_of(row)}
+        if not source:
+            left.fields |= dict.fromkeys(content)
+        if table := make(content, linearisation, where, left):
             text = " | ".join(f"{name} : {value}" for name, value in table)
             return Example(text, texts, tuple(table), where, language=language)
     left.add("rows without an input", where)
     return None
 
 
-def _cells(table: object, linearisation: str, where: str, left: LeftOut) -> list[tuple[str, str]]:
-    """(field, value) pairs of an object, in its order; a field with a list has several values."""
-    if table is None:
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The pairs of a JSON object as a dict; Python alone would keep the last of equal keys."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"the key {brief(max(keys, key=keys.count))} occurs twice in one object")
+    return dict(pairs)
+
+
+def parse_json(text: str) -> Any:
+    """JSON in which numbers stay as they are written, "4.50", and NaN, as pandas has it, is null.
+
+    Raises:
+        ValueError: also for equal keys, and brackets thousands deep.
+    """
+    constants = {"NaN": None}
+    try:
+        return json.loads(
+            text, object_pairs_hook=_unique_keys, parse_int=str, parse_float=str,
+            parse_constant=lambda name: constants.get(name, name),
+        )  # fmt: skip
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
+def cells_of(table: object, linearisation: str, where: str, left: LeftOut) -> list[tuple[str, str]]:
+    """(field, value) pairs of an object, in its order; a field with a list has several values.
+
+    The object may be given as JSON, as in a cell of a CSV.
+    """
+    if isinstance(table, str) and table.lstrip().startswith("{"):
+        try:
+            table = parse_json(table)
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: table is not valid JSON ({error}): {brief(table)}"
+            ) from None
+    if table is None or (isinstance(table, str) and not table.strip()):
         return []
     if not isinstance(table, dict) or not table:
         raise ValueError(f"{where}: table must be an object with fields, got {brief(table)}")

@@ -258,7 +258,8 @@ class BARTPrefix(nn.Module):
     def check_base(self, model: GPT2 | BART) -> None:
         """ValueError if this prefix belongs to another model than `model`."""
         if not isinstance(model, BART):
-            raise ValueError("this prefix was made for another model, a BART")
+            other = model.config.family
+            raise ValueError(f"this prefix is for a BART and cannot be used with a {other}")
         check_base(self.base, model, "prefix")
 
 

@@ -32,7 +32,7 @@ from minprefix.models.activations import PrefixActivations
 from minprefix.models.bart import BART
 from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.gpt2 import GPT2
-from minprefix.models.weights import check_base, fingerprint, need_gpt2
+from minprefix.models.weights import check_base, fingerprint
 from minprefix.prefix import parametrisations as parts
 from minprefix.prefix.config import check_form
 from minprefix.prefix.parametrisations import token_activations, word_ids
@@ -253,5 +253,7 @@ class Prefix(nn.Module):
 
     def check_base(self, model: GPT2 | BART) -> None:
         """ValueError if this prefix belongs to another model than `model`."""
-        need_gpt2(model, "this prefix")
+        if not isinstance(model, GPT2):
+            other = model.config.family
+            raise ValueError(f"this prefix is for a GPT-2 and cannot be used with a {other}")
         check_base(self.base, model, "prefix")

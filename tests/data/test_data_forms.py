@@ -3,6 +3,7 @@ examples, and what cannot be used is counted once, in the same way for every rea
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,45 @@ def test_no_row_of_e2e_is_lost_in_the_cleaned_form(tmp_path):
     examples = load_examples(tmp_path, "train")
     assert sum(len(example.targets) for example in examples) == len(rows) == 42_061
     assert all(len(dict(example.table)) < len(example.table) for example in examples)
+
+
+def test_a_table_may_have_a_column_for_each_field(tmp_path, caplog):
+    """In each kind of file; empty cells and row numbers are no fields, nor is the language."""
+    lines = (
+        ",Due Date,title,Text,language\n0,4 May,Emma,Back by 4 May.,en\n1,,Ulysses,No date.,en\n"
+    )
+    path = write(tmp_path, "a.csv", lines)
+    emma, ulysses = load_examples(path)
+    assert emma.source == "Due Date : 4 May | title : Emma" and emma.language == "en"
+    assert (ulysses.table, ulysses.targets) == ((("title", "Ulysses"),), ("No date.",))
+    assert f"{path}: the columns Due Date, title are the table's fields" in caplog.text
+    row = {"title": "Emma", "due": 4, "target": "Back by 4."}
+    (found,) = load_examples(write(tmp_path, "a.jsonl", json.dumps(row)))
+    assert (found.source, found.targets) == ("title : Emma | due : 4", ("Back by 4.",))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(
+        pytest.importorskip("pyarrow").Table.from_pylist([row]), tmp_path / "p.parquet"
+    )
+    assert load_examples(tmp_path / "p.parquet") == [
+        replace(found, where=f"{tmp_path}/p.parquet:1")
+    ]
+    text = write(tmp_path, "inputs.csv", "title,text\nEmma,\n")
+    assert [e.source for e in load_examples(text, references=False)] == ["title : Emma"]
+
+
+def test_a_table_in_a_cell_may_be_json(tmp_path):
+    cell = '"{""name"": ""Oak"", ""stars"": 5}"'
+    (found,) = load_examples(write(tmp_path, "a.csv", f"table,text\n{cell},Oak has 5 stars.\n"))
+    assert found.table == (("name", "Oak"), ("stars", "5"))
+    with pytest.raises(ValueError, match=r"b.csv:2: table is not valid JSON \(.*: '\{name: Oak\}'"):
+        load_examples(write(tmp_path, "b.csv", "table,text\n{name: Oak},Oak.\n"))
+
+
+@pytest.mark.parametrize(("separator", "name"), [(";", "';'"), ("\t", "a tab")])
+def test_another_separator_is_named(tmp_path, separator, name):
+    path = write(tmp_path, "a.csv", f"source{separator}target\na{separator}b\n")
+    with pytest.raises(ValueError, match=f"a.csv:1: the separator looks like {name}"):
+        load_examples(path)
 
 
 ENRICHED = """<benchmark><entries><entry category="Airport" eid="Id7" size="2">

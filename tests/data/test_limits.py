@@ -145,7 +145,7 @@ def test_a_line_that_is_no_utf_8_is_named(tmp_path):
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbfa\nb\n\xff\n")
     lines = read_lines(tmp_path / "a", limits.DATA)
     assert [next(lines), next(lines)] == ["a\n", "b\n"]
-    with pytest.raises(ValueError, match=r"a:3: invalid UTF-8 \(byte 0xff\)"):
+    with pytest.raises(ValueError, match=r"a:3: invalid UTF-8 \(byte 0xff\): save it as UTF-8"):
         next(lines)
 
 

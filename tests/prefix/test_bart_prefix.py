@@ -229,9 +229,9 @@ def test_forms_that_do_not_exist_are_named():
     assert tuple(prefix.sites) == ("cross",)
     with pytest.raises(ValueError, match="got a BARTPrefix"):
         PrefixBank([prefix])
-    with pytest.raises(ValueError, match="made for another model, a BART"):
+    with pytest.raises(ValueError, match="is for a BART and cannot be used with a GPT-2"):
         prefix.check_base(gpt2)
-    with pytest.raises(ValueError, match="this prefix: for GPT-2 only"):
+    with pytest.raises(ValueError, match="is for a GPT-2 and cannot be used with a BART"):
         Prefix.random(gpt2.config, 2, 0).check_base(model)
 
 
