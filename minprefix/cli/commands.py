@@ -42,9 +42,11 @@ class TrainOptions(WithRun):
 class RunsOptions(Common):
     """Compare training runs, make their folders smaller, or delete them."""
 
-    folders: Positional[tuple[Path, ...]]  # run folders of the command train
+    # run folders of the command train, such as runs/*
+    folders: Annotated[Positional[tuple[Path, ...]], arg(help_behavior_hint="(required)")]
     figure: Path | None = None  # plot the dev losses of the runs to this file, such as curves.png
-    slim: FlagCreatePairsOff[bool] = False  # remove the files that only resuming needs
+    # remove the files that only --resume needs: the run can then no longer be resumed
+    slim: FlagCreatePairsOff[bool] = False
     delete: FlagCreatePairsOff[bool] = False  # remove the run folders with everything in them
 
 
@@ -59,9 +61,12 @@ class SearchOptions(WithRun):
 class GenerateOptions(WithTrained):
     """Generate texts. The text of a single prompt is printed while it is written."""
 
-    # the prompts; without any, and without --data, they are read from standard input, one a line;
-    # "" starts a text from nothing
-    prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...")] = ()
+    # the prompts; a table is written "name : The Eagle | food : Chinese", or as a JSON object;
+    # without any, and without --data, they are read from standard input, one a line, and blank
+    # lines are skipped (--json keeps texts with line ends apart); "" starts a text from nothing
+    prompts: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="PROMPT ...", help_behavior_hint="")
+    ] = ()
     # how to read a prompt: as a table, in the form that training with this --linearisation uses,
     # or "none", as a text to continue; None = as in training, or "none" without a prefix
     frame: Literal[*LINEARISATIONS, "none"] | None = None
@@ -97,16 +102,17 @@ class EvaluateOptions(WithTrained, WithData):
     # use a prompt in words instead of a prefix; {table} in the TEMPLATE stands for the table;
     # without a TEMPLATE the first built-in one is used
     hard_prompt: Template = None
-    prompt: Path | None = (
-        None  # use a prompt found by the command search: prompt.json or run folder
-    )
+    # use a prompt that the command search found: its prompt.json, or the run folder
+    prompt: Path | None = None
     shots: int = 0  # training examples to put into the hard prompt
     limit: int | None = None  # only the first so many tables
     max_source: int | None = None  # cut sources to so many tokens; None = as in training
     batch_size: int = 64  # tables per batch
-    outputs: Path | None = None  # write sources and texts to this file as JSON lines
-    # quick (BLEU, ROUGE-L, slot values), the official scores of a data set, or auto, which chooses
-    # them by the format of the data
+    # write to this file, as JSON lines, sources, texts and references, and of tables the facts that
+    # a text lacks or gets wrong
+    outputs: Path | None = None
+    # quick (BLEU, ROUGE-L, and slot values: the share of the tables' values that the texts state),
+    # the official scores of a data set, or auto, which chooses them by the format of the data
     metrics: Literal[*METRICS] = "quick"
     # how the quick scores split texts into words: 13a (Latin script), intl (other scripts with
     # spaces), zh (Chinese) or char (other scripts without spaces)
@@ -126,7 +132,10 @@ class ScoreOptions(Common):
     outputs_file: Annotated[Positional[Path], arg(metavar="OUTPUTS")]  # one text a line
     # a file with one reference a line and a blank line after those of each output; or files
     # reference0, reference1, ... with one line for each output; or a folder of such files
-    references_files: Annotated[Positional[tuple[Path, ...]], arg(metavar="REFERENCES ...")]
+    references_files: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(metavar="REFERENCES ...", help_behavior_hint="(required)"),
+    ]
     # quick (BLEU, ROUGE-L as rouge-score computes it), or the official scores of a data set
     metrics: Literal["quick", *SUITES] = "quick"
     # how the quick scores split texts into words: 13a (Latin script), intl (other scripts with

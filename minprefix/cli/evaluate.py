@@ -1,22 +1,27 @@
 """The command `evaluate`: a text for every table of a split, and their scores. Read `run`."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from minprefix.cli.commands import EvaluateOptions
+from minprefix.cli.report import format_rows, say
 from minprefix.cli.trained import load_model, load_trained
+from minprefix.data.examples import Example
 from minprefix.data.load import load_examples
 from minprefix.data.splits import choose
-from minprefix.files import write_text
+from minprefix.files import read_json, write_text
 from minprefix.generation.texts import frame_of
 from minprefix.methods.evaluate import evaluate_method
 from minprefix.methods.hard_prompt import HardPrompt, TokenPrompt, show_examples
-from minprefix.metrics.quick import check_tokenizer
+from minprefix.metrics.quick import check_tokenizer, facts, known_values
 from minprefix.training.run_folder import append_scores
 
+HEADS = {"slot_coverage": "slot values %"}  # of the printed table
 
-def run(options: EvaluateOptions) -> dict:
+
+def run(options: EvaluateOptions) -> dict | None:
     """Write a text for every table of a split and score them."""
     check(options)
     model, tokenizer = load_model(options)
@@ -44,14 +49,47 @@ def run(options: EvaluateOptions) -> dict:
         progress=True, metrics=options.metrics, score_tokenizer=options.score_tokenizer,
     )  # fmt: skip
     if options.outputs:
-        rows = ({"source": e.source, "text": t} for e, t in zip(examples, texts, strict=True))
+        rows = outputs_of(examples, texts)
         write_text(options.outputs, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     result = {"tables": len(examples)} | scores
     for given in (options.prefix, options.adapter, options.prompt, Path(options.model)):
         if given is not None:  # a file of a run folder, perhaps
-            what = {"data": str(options.data), "split": options.split}
-            append_scores(given.parent, what | result)
-    return result
+            split = options.split
+            if was_trained_on(given.parent, options.data, split):
+                split = "train"
+                say(
+                    f"note: {given} was trained on these texts of {options.data}, so the scores do "
+                    "not say how it writes about inputs that it has not seen"
+                )
+            append_scores(given.parent, {"data": str(options.data), "split": split} | result)
+    if options.json:
+        return result
+    print(format_rows([{HEADS.get(name, name): value for name, value in result.items()}]))
+    return None
+
+
+def outputs_of(examples: Sequence[Example], texts: Sequence[str]) -> Iterator[dict]:
+    """What --outputs keeps of each text; of a table also the facts that the text lacks or gets
+    wrong, as (field, value)."""
+    known = known_values(examples)
+    for example, text in zip(examples, texts, strict=True):
+        row: dict[str, Any] = {"source": example.source, "text": text}
+        row["references"] = example.targets
+        if example.table:
+            found = facts(text, example.table, known)
+            row |= {"missing": found.missing, "wrong": found.wrong}
+        yield row
+
+
+def was_trained_on(folder: Path, data: str, split: str) -> bool:
+    """Whether this is the folder of a run that was trained on `data`: a file, or its split."""
+    if not ((folder / "config.json").is_file() and (folder / "log.jsonl").is_file()):
+        return False
+    settings = read_json(folder / "config.json")
+    trained, here = str(settings.get("data")), Path(data)
+    there = Path(str(settings.get("from") or "."), trained)
+    same = trained == data or (there.exists() and here.exists() and there.samefile(here))
+    return same and (here.is_file() or split == "train")
 
 
 def check(options: EvaluateOptions) -> None:

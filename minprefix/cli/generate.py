@@ -7,6 +7,7 @@ from minprefix.cli.commands import GenerateOptions
 from minprefix.cli.trained import load_model, load_trained
 from minprefix.data.batches import encode_prompt, for_bart, warn_of_cuts
 from minprefix.data.load import load_examples
+from minprefix.data.rows import read_prompt
 from minprefix.files import lines_of
 from minprefix.generation.texts import bos_prompt, frame_of, generate, stream, stripped
 from minprefix.limits import TEXT
@@ -28,6 +29,7 @@ def run(options: GenerateOptions) -> dict | None:
     if frame == "none" and not for_bart(tokenizer):
         prompts = [tokenizer.encode(prompt) or bos_prompt(model, tokenizer) for prompt in prompts]
     else:
+        prompts = [read_prompt(prompt, style) for prompt in prompts]
         warn_of_cuts(tokenizer, [(prompt, style, cut) for prompt in prompts])
         prompts = [encode_prompt(tokenizer, prompt, style, cut) for prompt in prompts]
     config = options.generation.for_model(model)

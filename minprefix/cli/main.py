@@ -16,6 +16,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -103,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         known = f"choose from {', '.join(COMMANDS)}"
         wrong = f"invalid choice: {name!r} ({known})" if name else f"required: COMMAND ({known})"
+        for meant in get_close_matches(name, COMMANDS, 1, 0.7):
+            wrong += f"; did you mean {meant}?"
         print(f"{PROG}: error: {one_line(wrong)}", file=sys.stderr)
         return 2
 

@@ -119,7 +119,8 @@ def explain(event: errors.ParseErrorEvent) -> str:
     """What is wrong with the words that were typed."""
     match event:
         case errors.UnrecognizedArgs():
-            return f"unrecognized arguments: {' '.join(event.tokens)}"
+            options = [token for token in event.tokens if token.startswith("--")]
+            return f"unrecognized arguments: {' '.join(options or event.tokens)}"
         case errors.MissingArgs():
             return f"required: {', '.join(name(found.arg) for found in event.missing_arguments)}"
         case errors.InvalidChoice():

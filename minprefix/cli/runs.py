@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from minprefix.cli.commands import RunsOptions
-from minprefix.cli.report import format_rows, plot_curves, size_of
+from minprefix.cli.report import format_rows, plot_curves, say, size_of
 from minprefix.files import read_json
+from minprefix.prefix.make import USUAL_LEN
 from minprefix.training.lock import alone_in
 from minprefix.training.run_folder import read_log, remove_state
 
 
 def run(options: RunsOptions) -> dict | None:
     """A table of the runs and of the settings in which they differ."""
+    if not options.folders:
+        raise ValueError("give run folders, such as runs/*")
     runs = {folder: read_run(folder) for folder in options.folders}
     if options.delete or options.slim:
         if options.delete and options.slim:
@@ -34,14 +37,28 @@ def run(options: RunsOptions) -> dict | None:
     if options.json:
         return {"runs": rows}
     print(format_rows(rows))
+    if (
+        not (options.delete or options.slim)
+        and len({dev_data(run) for run, _ in runs.values()}) > 1
+    ):
+        say("note: the runs have different dev data, so their dev losses cannot be compared")
     return None
+
+
+def dev_data(settings: dict[str, Any]) -> tuple:
+    """What the dev examples of a run follow from."""
+    names = ("topics", "subset", "subset_seed", "language")
+    return settings.get("dev") or settings.get("data"), *(settings.get(name) for name in names)
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict]]:
     """Settings, flat, and log of a run; ValueError if the folder holds none."""
     if not (folder / "config.json").is_file() or not (folder / "log.jsonl").is_file():
         raise ValueError(f"{folder}: not a run folder (config.json or log.jsonl is missing)")
-    return dict(flat(read_json(folder / "config.json"))), read_log(folder)
+    settings = dict(flat(read_json(folder / "config.json")))
+    if "prefix_len" in settings and settings.get("init") != "prompt":
+        settings["prefix_len"] = settings["prefix_len"] or USUAL_LEN
+    return settings, read_log(folder)
 
 
 def flat(settings: dict) -> Iterator[tuple[str, Any]]:

@@ -112,10 +112,14 @@ def _find_files(folder: Path, split: str | None) -> list[Path]:
                 break
     if len(found) != 1:
         problem = f"more than one of them: {', '.join(found)}" if found else "none of them"
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in (*ROWS, ".json"))
+        if others and not found:
+            problem += f", but {others[0]}: give a file itself, or rename it"
+        *official, lines, rows, table = SPLIT_FILES[split]
         kind = ValueError if found else MissingSplit
         raise kind(
-            f"{folder}: for the split {split} a folder has one of {', '.join(SPLIT_FILES[split])}; "
-            f"this one has {problem}"
+            f"{folder}: for the split {split} a folder has one of {lines}, {rows}, {table}, or of "
+            f"the official files {', '.join(official)}; this one has {problem}"
         )
     return next(iter(found.values()))
 

@@ -96,8 +96,7 @@ def example_of(
         if not source:
             left.fields |= dict.fromkeys(content)
         if table := make(content, linearisation, where, left):
-            text = " | ".join(f"{name} : {value}" for name, value in table)
-            return Example(text, texts, tuple(table), where, language=language)
+            return Example(source_of(table), texts, tuple(table), where, language=language)
     left.add("rows without an input", where)
     return None
 
@@ -151,6 +150,20 @@ def cells_of(table: object, linearisation: str, where: str, left: LeftOut) -> li
             else:
                 found.append((name, clean(text, linearisation)))
     return found
+
+
+def source_of(cells: Iterable[tuple[str, str]]) -> str:
+    """The text that a table's cells become."""
+    return " | ".join(f"{name} : {value}" for name, value in cells)
+
+
+def read_prompt(prompt: str, linearisation: str) -> str:
+    """The source of a table that is given as a JSON object; any other prompt as it is."""
+    try:
+        table = parse_json(prompt) if prompt.lstrip().startswith("{") else None
+    except ValueError:
+        return prompt
+    return source_of(cells_of(table, linearisation, "the prompt", LeftOut())) if table else prompt
 
 
 def _meanings(mr: object, linearisation: str, where: str, left: LeftOut) -> list[tuple[str, str]]:

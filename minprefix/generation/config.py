@@ -30,7 +30,8 @@ class GenerationConfig:
     max_new_tokens: int | None = None  # longest text (100)
     min_new_tokens: int | None = None  # shortest text: the end token is forbidden before (0)
     num_beams: int | None = None  # K of beam search; 1 = none (1; the paper has 5 for tables)
-    length_penalty: float | None = None  # of beams: sum of log p / (tokens, end too) ** this (1)
+    # of beams: sum of log p / (tokens and end token) ** this; above 1 favours long texts (1)
+    length_penalty: float | None = None
     early_stopping: bool | None = None  # of beams: stop as soon as K of them have ended (False)
     no_repeat_ngram_size: int | None = None  # no sequence of n tokens comes twice; 0 = off (0)
     # logits of tokens that occurred already are divided by it, negative ones multiplied (1)

@@ -101,8 +101,8 @@ def told_to_peft(prefix: Prefix | BARTPrefix) -> str:
     cut = "" if prefix.max_source is None else f"[:{prefix.max_source}]"
     return (
         f"this prefix was trained on ids that PEFT does not make by itself: tokenizer({source})"
-        f'["input_ids"]{cut} + [tokenizer.eos_token_id]; the text that follows begins with a blank; '
-        "load the model with dtype=torch.float32 for the same texts as here (docs/recipes.md has "
+        f'["input_ids"]{cut} + [tokenizer.eos_token_id]; the text that follows begins with a blank'
+        "; load the model with dtype=torch.float32 for the same texts as here (docs/recipes.md has "
         "the lines)"
     )
 

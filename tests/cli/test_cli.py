@@ -363,12 +363,44 @@ def test_evaluate_writes_the_texts_that_it_scores(cli, tiny_folder, tables, run,
         "boat : Gull 11 | colour : green",
         "boat : Gull 12 | colour : green",
     ]
+    assert rows[0]["references"] == ["Gull 11 is a green boat."]
+    assert rows[0]["missing"] == [["boat", "Gull 11"], ["colour", "green"]]  # of a random model
+    assert rows[0]["wrong"] == []
     prompt = (row["source"] for row in rows)
     out, _ = cli("generate", *prompt, *method, *few[:2], *few[4:], "--json")
     assert [row["text"] for row in rows] == only_json(out)["texts"]
     table = cli("evaluate", *method, *few, "--split", "dev")[0].splitlines()
-    assert table[0].split() == ["tables", "bleu", "rouge_l", "slot_coverage"]
+    assert table[0].split() == ["tables", "bleu", "rouge_l", "slot", "values", "%"]
     assert table[2].split()[0] == "3"
+
+
+def test_scores_of_the_training_data_are_named_as_such(cli, tiny_folder, tables, run, monkeypatch):
+    common = ("evaluate", "--model", tiny_folder, "--prefix", run, "--max-new-tokens", 2)
+    common += ("--device", "cpu", "--data", tables)
+    note = f"was trained on these texts of {tables}"
+    assert note not in cli(*common)[1]
+    assert note in cli(*common, "--split", "train")[1]
+    monkeypatch.chdir(tables.parent)
+    assert "was trained on these texts" in cli(*common[:-1], tables.name, "--split", "train")[1]
+    file = json.loads((run / "config.json").read_text()) | {"data": str(tables / "train.jsonl")}
+    (run / "config.json").write_text(json.dumps(file))
+    assert (
+        "was trained on" in cli(*common[:-1], tables / "train.jsonl")[1]
+    )  # called test by default
+    assert "was trained on" not in cli(*common[:-1], tables / "test.jsonl")[1]
+    splits = [json.loads(line)["split"] for line in (run / "scores.jsonl").read_text().splitlines()]
+    assert splits == ["test", "train", "train", "train", "test"]
+
+
+def test_a_table_as_json_is_a_prompt(cli, tiny_folder, run):
+    """It reads as in training; without a frame it is a text like any other."""
+    few = ("--model", tiny_folder, "--max-new-tokens", 6, "--device", "cpu", "--json")
+    table = json.dumps({"boat": "Gull 20", "colour": ["green"]})
+    prefix = ("--prefix", run)
+    assert cli("generate", table, *few, *prefix) == cli("generate", TABLE, *few, *prefix)
+    assert cli("generate", table, *few)[0] != cli("generate", TABLE, *few)[0]
+    broken = "{boat : Gull 20}"
+    assert only_json(cli("generate", broken, *few, *prefix)[0])["texts"]
 
 
 def test_evaluate_asks_in_words_with_and_without_examples(cli, tiny_folder, tables, monkeypatch):

@@ -279,10 +279,12 @@ def test_impossible_training_options_are_named(
     [
         (("train", "--linearisation", "x"), "invalid choice: 'x' (choose from"),
         (("train", "--steps", "few"), "--steps: invalid literal for int() with base 10: 'few'"),
-        (("train", "--stepz", 3), "unrecognized arguments: --stepz 3"),
+        (("train", "--stepz", 3), "unrecognized arguments: --stepz; did you mean --steps?"),
         (("export", "run"), "required: --out"),
         (("evaluate", "--split", "x"), "--split: invalid choice: 'x'"),
         (("paint",), "invalid choice: 'paint'"),
+        (("demoo",), "did you mean demo?"),
+        (("generate", "--max-tokens", 5, "a"), "unrecognized arguments: --max-tokens; did you"),
         ((), "required: COMMAND"),
     ],
 )

@@ -299,7 +299,8 @@ def test_folders_are_recognised_by_their_files(tmp_path):
         load_examples(tmp_path / "own", "dev")
     with pytest.raises(
         ValueError,
-        match=r"one of testset_w_refs.csv or testset.csv, .*test.csv; this one has none of them",
+        match=r"one of test.jsonl, test.json, test.csv, or of the official files "
+        r"testset_w_refs.csv or testset.csv, .*; this one has none of them, but dev.jsonl: give a file itself",
     ):
         load_examples(tmp_path / "own", "test")
     with pytest.raises(ValueError, match="is a folder: give a split"):

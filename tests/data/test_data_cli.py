@@ -44,11 +44,13 @@ def trained_on(monkeypatch):
 
 
 def test_topics_and_max_source_from_training_to_scores(
-    cli, tiny_folder, articles, trained_on, tmp_path
+    cli, tiny_folder, articles, trained_on, tmp_path, caplog
 ):
     topics = ("--topics", "within-news")
     _, err = train(cli, tiny_folder, articles, tmp_path / "no", *topics, code=1)
-    assert "tokens, at most" in err  # nothing is cut unless it is asked for
+    assert (
+        "at most 87 are allowed; 1 of 2 pairs is too long" in err
+    )  # nothing is cut unless it is asked for
     run = tmp_path / "run"
     train(cli, tiny_folder, articles, run, *topics, "--max-source", 20)
     chosen = ["A text of news/uk.", "A text of news/world."]
@@ -63,6 +65,7 @@ def test_topics_and_max_source_from_training_to_scores(
     long = "A text of news. " * 40
     text, _ = cli("generate", *score[1:3], *score[7:9], *score[5:7], "--json", long)
     assert only_json(text)["texts"]
+    assert caplog.messages[-1] == "note: 1 of 1 sources is cut, from 201 to 20 tokens (max_source)"
     _, err = cli(*score, "--max-source", 19, code=1)
     assert "was trained with --max-source 20, not 19" in err
     _, err = cli(*score, "--topics", "seen", code=1)

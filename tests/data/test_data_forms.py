@@ -94,7 +94,7 @@ def test_a_table_in_a_cell_may_be_json(tmp_path):
         load_examples(write(tmp_path, "b.csv", "table,text\n{name: Oak},Oak.\n"))
 
 
-@pytest.mark.parametrize(("separator", "name"), [(";", "';'"), ("\t", "a tab")])
+@pytest.mark.parametrize("separator, name", [(";", "';'"), ("\t", "a tab")])
 def test_another_separator_is_named(tmp_path, separator, name):
     path = write(tmp_path, "a.csv", f"source{separator}target\na{separator}b\n")
     with pytest.raises(ValueError, match=f"a.csv:1: the separator looks like {name}"):

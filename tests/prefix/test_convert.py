@@ -102,13 +102,19 @@ def test_from_the_authors_code(cli, tiny_folder, tmp_path):
     first = Prefix.load(out)
     assert first.base == "" and first.position_offset == P
     assert torch.equal(first.prefix_table[1, 0, 1, 3], flat.view(P, 4, 2, 8)[3, 2, 1])
-    cli("convert", source, "--to", "minprefix", "--out", out, "--model", tiny_folder)
+    bound = ("convert", source, "--to", "minprefix", "--model", tiny_folder, "--out")
+    _, err = cli(*bound, out, code=1)
+    assert f"{out} already exists: choose another --out" in err and Prefix.load(out).base == ""
+    out.unlink()
+    cli(*bound, out)
     assert Prefix.load(out).base == fingerprint(MODEL)
     assert torch.equal(Prefix.load(out).prefix_table, first.prefix_table)
 
     cli("convert", source, "--to", "peft", "--out", tmp_path / "peft")  # a copy of the rows
     rows = load_file(tmp_path / "peft" / "adapter_model.safetensors")["prompt_embeddings"]
     assert torch.equal(rows, flat.view(P, ROW))
+    _, err = cli("convert", source, "--to", "cartridge", "--out", tmp_path / "peft", code=1)
+    assert f"{tmp_path}/peft/adapter_config.json already exists" in err
 
 
 def test_from_virtual_tokens(cli, tiny_folder, tmp_path):
