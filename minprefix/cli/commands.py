@@ -43,7 +43,9 @@ class RunsOptions(Common):
     """Compare training runs, make their folders smaller, or delete them."""
 
     # run folders of the command train, such as runs/*
-    folders: Annotated[Positional[tuple[Path, ...]], arg(help_behavior_hint="(required)")]
+    folders: Annotated[
+        Positional[tuple[Path, ...]], arg(metavar="FOLDER ...", help_behavior_hint="(required)")
+    ]
     figure: Path | None = None  # plot the dev losses of the runs to this file, such as curves.png
     # remove the files that only --resume needs: the run can then no longer be resumed
     slim: FlagCreatePairsOff[bool] = False

@@ -300,7 +300,8 @@ def test_folders_are_recognised_by_their_files(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"one of test.jsonl, test.json, test.csv, or of the official files "
-        r"testset_w_refs.csv or testset.csv, .*; this one has none of them, but dev.jsonl: give a file itself",
+        r"testset_w_refs.csv or testset.csv, .*; "
+        r"this one has none of them, but dev.jsonl: give a file itself",
     ):
         load_examples(tmp_path / "own", "test")
     with pytest.raises(ValueError, match="is a folder: give a split"):
