@@ -7,6 +7,8 @@ from test_cli import only_json, train
 
 from minprefix.cli import train as train_command
 from minprefix.data.load import data_folder
+from minprefix.generation.texts import generate
+from minprefix.models.weights import load
 from minprefix.prefix.prefix import Prefix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,6 +68,11 @@ def test_topics_and_max_source_from_training_to_scores(
     text, _ = cli("generate", *score[1:3], *score[7:9], *score[5:7], "--json", long)
     assert only_json(text)["texts"]
     assert caplog.messages[-1] == "note: 1 of 1 sources is cut, from 201 to 20 tokens (max_source)"
+    caplog.clear()
+    model, tokenizer = load(tiny_folder)
+    prefix = Prefix.load(run / "prefix.safetensors")
+    generate(model, tokenizer, ["short", long], prefix=prefix, max_new_tokens=2)
+    assert caplog.messages == ["note: 1 of 2 sources is cut, from 201 to 20 tokens (max_source)"]
     _, err = cli(*score, "--max-source", 19, code=1)
     assert "was trained with --max-source 20, not 19" in err
     _, err = cli(*score, "--topics", "seen", code=1)
