@@ -322,9 +322,7 @@ def same_model(one: str, other: str) -> bool:
 def need_gpt2(model: LanguageModel, what: str) -> None:
     """ValueError for a BART; `what` is for GPT-2 alone."""
     if not isinstance(model, GPT2):
-        raise ValueError(
-            f"{what}: this is for GPT-2 only, and the model is a {type(model).__name__}"
-        )
+        raise ValueError(f"{what} is for GPT-2 only, and the model is a {type(model).__name__}")
 
 
 def check_base(base: str, model: GPT2 | BART, what: str) -> None:

@@ -205,7 +205,7 @@ def test_commands(cli, bart_folder, tables, tmp_path):
     parts = {row["part"]: row["parameters"] for row in json.loads(out)["parameters"]}
     assert parts["prefix table, cross"] == 3 * 3 * 2 * 16 and parts["prefix in all"] == 480
     _, err = cli("train", *model, "--method", "adapter", "--out", tmp_path / "no", code=1)
-    assert "'adapter': this is for GPT-2 only" in err and not (tmp_path / "no" / "state").exists()
+    assert "'adapter' is for GPT-2 only" in err and not (tmp_path / "no" / "state").exists()
     _, err = cli("search", *model, "--out", tmp_path / "search", code=1)
     assert "for GPT-2 only" in err
     _, err = cli("generate", "--prefix", kept, "boat : Gull", code=1)  # mini
