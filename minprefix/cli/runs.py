@@ -29,6 +29,8 @@ def run(options: RunsOptions) -> dict | None:
         if options.delete and options.slim:
             raise ValueError("--slim and --delete exclude each other: choose one")
         rows = [{"run": str(folder), **remove(folder, options.delete)} for folder in runs]
+        if options.slim:
+            say("these runs can be used, but no longer be resumed")
     else:
         rows = rows_of(runs)
     if options.figure:

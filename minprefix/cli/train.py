@@ -31,7 +31,7 @@ from minprefix.training.config import TrainConfig
 from minprefix.training.interrupts import Interrupted, tells_how_to_go_on
 from minprefix.training.lock import alone_in
 from minprefix.training.ranks import joined
-from minprefix.training.run_folder import has_state, read_log, remove_state
+from minprefix.training.run_folder import has_state, lost_state, read_log, remove_state
 from minprefix.training.trainer import Trainer
 
 LENGTH = ("steps", "epochs", "time")  # of a run: one of them may be given
@@ -93,6 +93,11 @@ def run_to_train(options: TrainOptions) -> tuple[Path, dict]:
     options.check_folder(has_state, MAY_CHANGE)
     if options.resume:
         settings = read_settings(options.resume)
+        if lost_state(options.resume, settings["train"].get("eval_every") or 1):
+            raise ValueError(
+                f"{options.resume} has no state (runs --slim or --no-keep-state removes it), so it "
+                "cannot be resumed: start a new run with --out"
+            )
         given = asdict(options.train)
         if any(given[name] is not None for name in LENGTH):
             settings["train"] |= {name: given[name] for name in LENGTH}

@@ -85,11 +85,26 @@ def mend(folder: Path) -> None:
 
 
 def remove_state(folder: Path) -> None:
-    """Remove what only resuming needs."""
+    """Remove what only resuming needs, and note it in the log."""
+    if has_state(folder):
+        last = max((entry["step"] for entry in read_log(folder)), default=0)
+        append_log(folder, {"step": last, "state": "removed"})
     for path in (state_path(folder), earlier_path(folder)):
         path.unlink(missing_ok=True)
     with suppress(OSError):  # it is not empty
         state_path(folder).parent.rmdir()
+
+
+def lost_state(folder: Path, eval_every: int) -> bool:
+    """Whether the run had a saved state that is gone, so that it would begin again at step 0.
+
+    Args:
+        eval_every: steps after which the first state is saved; a run that was killed before may
+            begin again.
+    """
+    log = read_log(folder)
+    gone = any("state" in entry or entry["step"] > eval_every for entry in log)
+    return gone and not has_state(folder)
 
 
 def read_state(

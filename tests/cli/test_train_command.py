@@ -1,6 +1,7 @@
 """What the command `train` says, how a run is extended, and the command `runs`."""
 
 import json
+import shutil
 
 import pytest
 from conftest import pairs
@@ -59,6 +60,23 @@ def test_without_dev_data_a_part_is_held_out(cli, tiny_folder, tmp_path):
     assert "3 examples are too few to hold any out, so the last step is kept" in said
 
 
+@pytest.mark.parametrize("how", ["slim", "no-keep-state", "by hand"])
+def test_a_run_without_its_state_is_not_begun_again(cli, tiny_folder, tables, tmp_path, how):
+    """It would overwrite the prefix with that of step 0."""
+    folder = tmp_path / "run"
+    train(cli, tiny_folder, tables, folder, *(["--no-keep-state"] if how == "no-keep-state" else []))
+    if how == "slim":
+        cli("runs", "--slim", folder)
+    elif how == "by hand":
+        shutil.rmtree(folder / "state")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for more in ((), ("--steps", 8)):
+        _, said = cli("train", "--resume", folder, *more, code=1)
+        assert f"{folder} has no state" in said and "start a new run with --out" in said
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert only_json(cli("runs", folder, "--json")[0])["runs"][0]["steps done"] == 4
+
+
 def test_a_preset_fills_in_what_is_not_given(cli, tiny_folder, tables, tmp_path):
     train(cli, tiny_folder, tables, tmp_path / "run", "--preset", "webnlg")
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -96,8 +114,8 @@ def test_runs_are_compared_slimmed_and_deleted(cli, tiny_folder, tables, run, tm
     (name,) = [name for name in rows[0] if "dev bleu" in name]
     assert rows[0][name] >= 0 and rows[1][name] == "-"
 
-    cli("runs", first, "--slim")
-    assert (first / "prefix.safetensors").exists()
+    _, said = cli("runs", first, "--slim")
+    assert "no longer be resumed" in said and (first / "prefix.safetensors").exists()
     with pytest.raises(ValueError, match="no saved state"):
         read_state(first)
     cli("runs", first, "--delete")
