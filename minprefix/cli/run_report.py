@@ -27,10 +27,10 @@ def tell_start(trainer: Trainer, note: str, resumed: bool) -> None:
     targets = [len(row.ids) - row.prompt_len for row in rows]
     say(
         f"data: {len(rows):,} training pairs, {sum(row.length for row in rows):,} tokens, the "
-        f"longest pair {max(row.length for row in rows)}; {len(trainer.dev_rows):,} dev pairs"
+        f"longest pair has {max(row.length for row in rows)}; {len(trainer.dev_rows):,} dev pairs"
     )
     if config.steps is None:
-        length = f"{config.time} in batches of {config.batch_size} pairs"
+        length = f"for {config.time}, in batches of {config.batch_size} pairs"
     else:
         pairs = config.batch_size * trainer.per_step
         passes = config.steps * pairs / len(rows)
@@ -39,12 +39,22 @@ def tell_start(trainer: Trainer, note: str, resumed: bool) -> None:
     if trainer.tuned.method in ("ft-top", "adapter"):
         say(describe(trainer.tuned, trainer.model))
     else:
-        say(f"trained: {trained:,} parameters, {100 * trained / total:.3g} % of the model's")
+        say(f"to train: {trained:,} parameters, {100 * trained / total:.3g} % of the model's"
+            f"{kept_of(trainer)}")  # fmt: skip
     for warning in data_warnings(
         trainer.tokenizer, trainer.train, trainer.dev, max(targets), config.max_source,
         trainer.linearisation,
     ):  # fmt: skip
         say(f"warning: {warning}")
+
+
+def kept_of(trainer: Trainer) -> str:
+    """How much of a prefix that an MLP makes is kept; "" for anything else."""
+    if trainer.prefix is None or trainer.prefix.parametrisation != "mlp":
+        return ""
+    kept = count(trainer.prefix.export())
+    share = f"{100 * kept / count(trainer.model):.2g} %"
+    return f"; an MLP makes the prefix from them, whose {kept:,} numbers ({share}) are kept"
 
 
 def tell_length(trainer: Trainer) -> None:
@@ -59,9 +69,17 @@ def tell_length(trainer: Trainer) -> None:
         say(f"continuing after step {at}")
 
 
-def tell_end(trainer: Trainer, settings: dict) -> None:
-    """What was kept and why, the files with their sizes, and the next command."""
-    said, warnings = verdict(trainer.measured, trainer.stopped)
+def tell_end(trainer: Trainer, settings: dict, go_on: str) -> None:
+    """What was kept and why, the files with their sizes, and the next command.
+
+    Args:
+        go_on: the command that resumes the run.
+    """
+    dev_pairs, warmup = len(trainer.dev_rows), trainer.config.warmup_steps
+    said, warnings = verdict(trainer.measured, trainer.stopped, dev_pairs, go_on)
+    if trainer.step_done < warmup:
+        warnings.append(f"the run ended after {trainer.step_done} steps, before the learning rate "
+                        f"reached its peak after {warmup} steps: give it more time")  # fmt: skip
     for line in [*said, *(f"warning: {warning}" for warning in warnings)]:
         say(line)
     if nothing_learned(trainer.measured):
@@ -84,3 +102,6 @@ def tell_end(trainer: Trainer, settings: dict) -> None:
     if Path(settings["data"]).is_file():
         data = "FILE"
     say(f"      python -m minprefix evaluate{model} {option} {kept} --data {data}")
+    if data == "FILE":
+        say("FILE: pairs that the training has not seen, so not the training file.")
+    say("--num-beams 5 makes both commands slower, and the texts usually better.")

@@ -63,8 +63,9 @@ def train(options: TrainOptions, settings: dict, trainer: Trainer, note: str) ->
         tell_start(trainer, note, resumed)
     if options.track and first:
         trainer.watch = tensorboard(out / "tensorboard")
+    go_on = f"python -m minprefix train --resume {shlex.quote(str(out))}"
     try:
-        with tells_how_to_go_on(f"python -m minprefix train --resume {shlex.quote(str(out))}"):
+        with tells_how_to_go_on(go_on):
             result = trainer.run()
     except Interrupted:
         if first:
@@ -75,7 +76,7 @@ def train(options: TrainOptions, settings: dict, trainer: Trainer, note: str) ->
     draw(trainer)
     if not options.keep_state:
         remove_state(out)
-    tell_end(trainer, settings)
+    tell_end(trainer, settings, go_on)
     trainer.check_result()
     if not trainer.measured:
         result["best_dev_loss"] = None  # without dev data; JSON has no infinity
@@ -91,6 +92,9 @@ def draw(trainer: Trainer) -> None:
 def run_to_train(options: TrainOptions) -> tuple[Path, dict]:
     """The run folder and the settings that the options name; ValueError if they do not fit."""
     options.check_folder(has_state, MAY_CHANGE)
+    lengths = [f"--{name}" for name in LENGTH if getattr(options.train, name) is not None]
+    if len(lengths) > 1:
+        raise ValueError(f"{' and '.join(lengths)} set the length of the run: give only one")
     if options.resume:
         settings = read_settings(options.resume)
         if lost_state(options.resume, settings["train"].get("eval_every") or 1):
@@ -99,7 +103,7 @@ def run_to_train(options: TrainOptions) -> tuple[Path, dict]:
                 "cannot be resumed: start a new run with --out"
             )
         given = asdict(options.train)
-        if any(given[name] is not None for name in LENGTH):
+        if lengths:
             settings["train"] |= {name: given[name] for name in LENGTH}
         if options.train.patience != TrainConfig.patience:
             settings["train"]["patience"] = options.train.patience
@@ -170,6 +174,8 @@ def read_settings(run_folder: Path) -> dict:
             settings["train"]["patience"] = 0
             if settings["device"] == "cpu" and settings["train"]["precision"] == "auto":
                 settings["train"]["precision"] = "fp32"
+        if str(settings["train"].get("time")).isdigit():  # older runs: seconds without a unit
+            settings["train"]["time"] += "s"
         from_saved(TrainConfig, settings["train"])
         from_saved(PrefixConfig, settings["prefix"])
         from_saved(BaselineConfig, settings.setdefault("baseline", {}))  # older runs have none

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from minprefix.data.batches import encode_prompt
 from minprefix.data.examples import Example
 from minprefix.generation.config import LONGEST
+from minprefix.training.config import LEAST_STEPS
 
 NOTABLE = 0.05  # share of a dev loss: a smaller change is not worth a word
 FALLING = 0.25  # share of a run, its last part, in which a falling loss says that it was too short
@@ -17,6 +18,11 @@ FALLING = 0.25  # share of a run, its last part, in which a falling loss says th
 def pairs_of(examples: Sequence[Example]) -> Counter[tuple[str, str]]:
     """How often each (source, target) pair occurs."""
     return Counter((example.source, target) for example in examples for target in example.targets)
+
+
+def of(n: int, total: int, what: str, singular: str = "is", plural: str = "are") -> str:
+    """Such as "1 of 83 sources is"."""
+    return f"{n} of {total} {what} {singular if n == 1 else plural}"
 
 
 def data_warnings(
@@ -32,12 +38,12 @@ def data_warnings(
     found, train_pairs, dev_pairs = [], pairs_of(train), pairs_of(dev)
     if repeated := train_pairs.total() - len(train_pairs):
         found.append(
-            f"{repeated} of {train_pairs.total()} training pairs repeat another one: "
-            "they count more than the others"
+            f"{of(repeated, train_pairs.total(), 'training pairs', 'repeats', 'repeat')} another "
+            "one, which then counts more than the others"
         )
     if both := sum(dev_pairs[pair] for pair in dev_pairs.keys() & train_pairs.keys()):
         found.append(
-            f"{both} of {dev_pairs.total()} dev pairs are also training pairs: "
+            f"{of(both, dev_pairs.total(), 'dev pairs')} also in the training data: "
             "the dev loss looks better than it is"
         )
     most = LONGEST  # unless the checkpoint says otherwise
@@ -49,7 +55,7 @@ def data_warnings(
     if max_source is not None:
         lengths = [len(encode_prompt(tokenizer, e.source, linearisation)) - 1 for e in train]
         if cut := sum(length > max_source for length in lengths):
-            found.append(f"{cut} of {len(train)} sources are cut to {max_source} tokens")
+            found.append(f"{of(cut, len(train), 'sources')} cut to {max_source} tokens")
     return found
 
 
@@ -57,18 +63,25 @@ def nothing_learned(measured: Sequence[tuple[int, float]]) -> str:
     """What is wrong if the start had the lowest dev loss; "" if another step had it."""
     if len(measured) < 2 or min(measured, key=lambda pair: pair[1])[0] > 0:
         return ""
+    steps, way = measured[-1][0], "try a smaller --lr, or look at the data"
+    if steps < LEAST_STEPS:
+        way = f"{steps} steps are few, so try more first (or a smaller --lr)"
     return (
         f"training never brought the dev loss below the {measured[0][1]:.3f} that it had at the "
-        "start: nothing was learned; try a smaller --lr, or look at the data"
+        f"start: nothing was learned; {way}"
     )
 
 
-def verdict(measured: Sequence[tuple[int, float]], stopped: bool) -> tuple[list[str], list[str]]:
+def verdict(
+    measured: Sequence[tuple[int, float]], stopped: bool, dev_pairs: int, go_on: str
+) -> tuple[list[str], list[str]]:
     """What was kept and why, and what to do about it: (statements, warnings).
 
     Args:
         measured: (step, dev loss in nats per target token) of each evaluation, the first at step 0.
         stopped: whether the run ended early.
+        dev_pairs: in each evaluation; the fewer they are, the more chance is in the dev loss.
+        go_on: the command that resumes the run.
     """
     if not measured:
         return ["Kept: the weights of the last step, as there is no dev data."], []
@@ -79,17 +92,20 @@ def verdict(measured: Sequence[tuple[int, float]], stopped: bool) -> tuple[list[
         said.append(f"Stopped at step {last_step}: the dev loss had not fallen since {best_step}.")
     if nothing_learned(measured):
         return said, []
-    if last > (1 + NOTABLE) * best:
-        rise = f"{100 * (last / best - 1):.0f} %"
+    if (rise := last / best - 1) > NOTABLE:
+        why = "overfitting"
+        if rise < dev_pairs**-0.5:  # of the order of the error of a mean of so many losses
+            why = f"with {dev_pairs} dev pairs this may be chance"
         said.append(
-            f"Dev loss was best at step {best_step} and rose by {rise} after it (overfitting); "
-            "the weights that are kept are those before the rise."
+            f"Dev loss was best at step {best_step} and rose by {100 * rise:.0f} % after it "
+            f"({why}); the weights that are kept are those before the rise."
         )
+        return said, []
     earlier = [loss for step, loss in measured if step <= (1 - FALLING) * last_step]
     if not stopped and earlier and min(earlier) > (1 + NOTABLE) * best:
         fall = f"{100 * (1 - best / min(earlier)):.0f} %"
         return said, [
             f"dev loss was still falling at the end, by {fall} in the last quarter: "
-            f"more steps will help (--resume with --steps {2 * last_step})"
+            f"more steps may help: {go_on} --steps {2 * last_step}"
         ]
     return said, []

@@ -87,12 +87,19 @@ class TrainConfig:
 
 
 def seconds_of(time: str) -> float:
-    """Seconds that a text such as "90s", "10m", "1.5h" or "600" (seconds) says."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", time.strip())
-    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    """Seconds that a text such as "90s", "10m" or "1.5h" says."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", time.strip())
+    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
     if not seconds:
-        raise ValueError(f"time must be such as 90s, 10m or 2h, got {time!r}")
+        raise ValueError(f"time must have a unit, such as 90s, 10m or 2h, got {time!r}")
     return seconds
+
+
+def duration(seconds: float) -> str:
+    """Such as "40 s", "12 min" or "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 # the rule -----------------------------------------------------------------------------------------

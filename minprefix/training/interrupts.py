@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP: the running step was finished and the state saved.
+    """Ctrl-C, SIGTERM or SIGHUP: the running step was finished and the state saved; or a second
+    Ctrl-C, which stopped the run at once.
 
     Attributes:
         number: of the signal.
@@ -30,7 +31,7 @@ def tells_how_to_go_on(command: str) -> Iterator[None]:
         yield
     except Interrupted as stop:
         raise Interrupted(f"{stop}. {go_on}", stop.number) from None
-    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C: the last saved state
+    except KeyboardInterrupt:  # before the first step
         raise Interrupted(f"interrupted. {go_on}") from None
 
 
@@ -41,13 +42,16 @@ ENDING = [
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], int]]:
+def deferred_interrupt(saved_step: Callable[[], int]) -> Iterator[Callable[[], int]]:
     """Within the block the first Ctrl-C, SIGTERM or SIGHUP only sets a flag, so that a step is
     finished; yields the flag's reader: the number of the signal, 0 before one.
 
-    A second Ctrl-C interrupts at once. Outside the main thread nothing changes.
+    A second Ctrl-C stops at once: an `Interrupted` that names the `saved_step`, even where it came
+    while PyTorch wrote a file, which makes a RuntimeError of it. Outside the main thread nothing
+    changes.
     """
     seen: list[int] = []
+    at_once = False
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return
@@ -55,7 +59,9 @@ def deferred_interrupt() -> Iterator[Callable[[], int]]:
     previous = {n: old for n, old in previous.items() if old != signal.SIG_IGN}  # as nohup does
 
     def note(number, frame):
+        nonlocal at_once
         if seen and number == signal.SIGINT:
+            at_once = True
             signal.signal(number, previous[number])
             raise KeyboardInterrupt
         seen.append(number)
@@ -67,6 +73,10 @@ def deferred_interrupt() -> Iterator[Callable[[], int]]:
         signal.signal(number, note)
     try:
         yield lambda: seen[0] if seen else 0
+    except BaseException:
+        if not at_once:
+            raise
+        raise Interrupted(f"stopped at once; the last saved step is {saved_step()}") from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -15,11 +15,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 
 import torch
 from tqdm import tqdm
 
 from minprefix.models.weights import same_model
+from minprefix.training.config import duration
 from minprefix.training.interrupts import Interrupted, deferred_interrupt
 from minprefix.training.lock import alone_in
 from minprefix.training.memory import told
@@ -39,13 +41,6 @@ UNBOUNDED = 10**9  # steps of a run that the clock ends
 FIRST_STEPS = 5  # after which the time that a run takes is estimated
 
 
-def duration(seconds: float) -> str:
-    """Such as "40 s", "12 min" or "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
 class Loop:
     """Steps, log, evaluation and state of one run; `run()` goes from the current step to the end.
 
@@ -61,7 +56,7 @@ class Loop:
             not in its first half, nor in the first half of what a longer run adds; 0 = never.
 
     Attributes:
-        step_done: how many steps were made.
+        step_done, saved_step: how many steps were made, and the last saved state has.
         measured: (step, dev loss) of each evaluation after a step, in nats per target token.
         stopped: whether the run ended early, because the dev loss had stopped falling.
         seconds: wall time of the run up to the last saved state, without pauses.
@@ -79,7 +74,8 @@ class Loop:
         self.config, self.out, self.device, self.steps = config, Path(out), device, steps
         self.log_every, self.eval_every, self.patience = log_every, eval_every, patience
         self.ranks = ranks or Ranks()
-        self.step_done, self.seconds, self.measured = 0, 0.0, []
+        self.step_done, self.saved_step, self.seconds, self.measured = 0, 0, 0.0, []
+        self.entry: dict | None = None  # the last line of the log about steps
         self.stopped, self.counted_from = False, 0  # patience counts evaluations after this step
         self.bar: tqdm | None = None  # while it runs
         self.watch: Callable[[dict], None] | None = None  # sees each log line, too
@@ -160,9 +156,14 @@ class Loop:
         """The step with the lowest dev loss, whose weights are kept."""
         return min(self.measured, key=lambda pair: pair[1])[0] if self.measured else None
 
+    def place(self) -> str:
+        """How far the run has come."""
+        return f"step {self.step_done} of {self.steps}"
+
     def tell(self, text: str) -> None:
         """Show lines to the user above the progress bar; nothing without one."""
         if self.bar is not None and not self.bar.disable:
+            self.bar.set_postfix_str(self.shown(self.entry) if self.entry else "", refresh=False)
             self.bar.write(text, file=sys.stderr)
 
     def summary(self, window: list[dict], seconds: float) -> dict:
@@ -233,19 +234,24 @@ class Loop:
             disable=not (progress and self.ranks.first),
         )  # fmt: skip
         try:
-            with self.bar, deferred_interrupt() as interrupted, told(self.where_memory_ended):
+            stops = deferred_interrupt(lambda: self.saved_step)
+            with self.bar, stops as interrupted, told(self.where_memory_ended):
                 self.begin()
                 self._go(self.bar, interrupted)
         finally:
             self.started = self.bar = None
 
     def _go(self, bar: tqdm, interrupted: Callable[[], int]) -> None:
-        window, clock, before = [], time.perf_counter(), self.step_done
+        window, clock = [], time.perf_counter()
+        times: list[float] = []  # seconds of the first steps
         while not self.finished():
+            began = time.perf_counter()
             window.append(self.step())
             bar.update()
-            if self.step_done - before == FIRST_STEPS:
-                self.tell(self.estimate((time.perf_counter() - clock) / FIRST_STEPS))
+            if len(times) < FIRST_STEPS:
+                times.append(time.perf_counter() - began)
+                if len(times) == FIRST_STEPS:
+                    self.tell(self.estimate(median(times)))
             evaluate = self.finished() or self.step_done % self.eval_every == 0
             log = evaluate or self.step_done % self.log_every == 0
             # several ranks must stop at the same step: they ask one another when they log
@@ -253,9 +259,9 @@ class Loop:
             stop = (log or self.ranks.count == 1) and self.ranks.any(number > 0, self.device)
             save = evaluate or stop or self.saves_each_step
             if log or stop:
-                entry = self.summary(window, time.perf_counter() - clock)
-                bar.set_postfix_str(self.shown(entry), refresh=False)
-                self.log(entry)
+                self.entry = self.summary(window, time.perf_counter() - clock)
+                bar.set_postfix_str(self.shown(self.entry), refresh=False)
+                self.log(self.entry)
                 window, clock = [], time.perf_counter()
             if evaluate:
                 self.evaluate()
@@ -266,8 +272,8 @@ class Loop:
             if stop and not self.finished():
                 if self.ranks.first and not self.measured:
                     self.keep()
-                at = f"step {self.step_done} of {self.steps}"
-                raise Interrupted(f"stopped after {at}; state saved", number or signal.SIGINT)
+                said = f"stopped after {self.place()}; state saved"
+                raise Interrupted(said, number or signal.SIGINT)
 
     def where_memory_ended(self) -> str:
         """What follows "out of memory": when it happened, and what needs less."""
@@ -301,7 +307,8 @@ class Loop:
         seconds = round(self.seconds_so_far(), 2)
         self.log({"step": self.step_done, "dev_loss": loss, **more, "seconds": seconds})
         so_far = "the best so far" if better else f"best {self.best:.3f} at step {self.best_step}"
-        line = f"step {self.step_done}: dev loss {loss:.3f}, {so_far}"
+        at = "0 (before training)" if self.step_done == 0 else self.step_done
+        line = f"step {at}: dev loss {loss:.3f}, {so_far}"
         self.tell("\n".join([line, *shown]))
 
     def gives_up(self) -> bool:
@@ -342,6 +349,7 @@ class Loop:
         progress: dict = {"step": self.step_done, "best": self.best, "seconds": self.seconds}
         progress |= {"measured": self.measured, "counted_from": self.counted_from}
         write_state(self.out, {"settings": self.settings()} | progress | self.state())
+        self.saved_step = self.step_done
 
     def read_state(self) -> dict:
         return read_state(self.out, self.device, self.state_keys)
@@ -376,7 +384,8 @@ class Loop:
         except ValueError as error:
             other = "of another model, prefix or adapter, or damaged"
             raise ValueError(f"{path}: {error}; it is {other}") from error
-        self.step_done, self.seconds = state["step"], state["seconds"]
+        self.step_done = self.saved_step = state["step"]
+        self.seconds = state["seconds"]
         older = [(self.step_done, state["best"])] if math.isfinite(state["best"]) else []
         self.measured = [(step, loss) for step, loss in state.get("measured", older)]
         self.counted_from = self.step_done if changed else state.get("counted_from", 0)

@@ -38,9 +38,9 @@ from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.training.advice import nothing_learned
 from minprefix.training.blocks import unwrap_blocks, wrap_blocks
-from minprefix.training.config import TrainConfig, settle
+from minprefix.training.config import TrainConfig, duration, settle
 from minprefix.training.graphs import GraphedPasses, PlainPasses, dropped, leaves
-from minprefix.training.loop import UNBOUNDED, Loop, duration
+from minprefix.training.loop import UNBOUNDED, Loop
 from minprefix.training.memory import halving
 from minprefix.training.precision import cpu_has_bf16, in_bf16, uses_bf16
 from minprefix.training.ranks import Ranks
@@ -149,6 +149,10 @@ class Trainer(Loop):
     def done(self) -> float:
         limit = self.config.seconds
         return self.seconds_so_far() / limit if limit else super().done()
+
+    def place(self) -> str:
+        timed = f"step {self.step_done} ({duration(self.seconds_so_far())} of {self.config.time})"
+        return timed if self.config.time else super().place()
 
     def estimate(self, seconds: float) -> str:
         timed = f"{1 / seconds:.3g} steps a second, for {self.config.time}"

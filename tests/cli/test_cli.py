@@ -529,6 +529,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_run_can_go_on(cli, tiny_folder, t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", twice)
         _, err = train(cli, tiny_folder, tables, tmp_path / "run", code=130)
+    assert "stopped at once; the last saved step is 2. Go on with: " in err
     assert f"train --resume {tmp_path / 'run'}\n" in err
     assert read_state(tmp_path / "run")["step"] == 2
     cli("train", "--resume", tmp_path / "run")

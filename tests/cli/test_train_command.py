@@ -22,10 +22,13 @@ def run(cli, tiny_folder, tables, tmp_path):
 def test_a_run_says_what_it_does_and_what_it_kept(run):
     folder, said = run
     for words in (
-        "training pairs", "tokens, the longest pair", "run: 4 steps of 4 pairs",
-        "peak learning rate 0.01", "% of the model's", "step 2: dev loss", "  source ",
+        "training pairs", "tokens, the longest pair has", "to train: ", "run: 4 steps of 4 pairs",
+        "peak learning rate 0.01",
+        "% of the model's; an MLP makes the prefix from them, whose 640 numbers (",
+        "step 0 (before training): dev loss", "step 2: dev loss", "  source ",
         "  reference  ", "Kept: step", f"{folder / 'loss.png'}", "only for --resume",
-        "next: python -m minprefix generate", f"--prefix {folder / 'prefix.safetensors'}",
+        "next: python -m minprefix generate", "--num-beams 5",
+        f"--prefix {folder / 'prefix.safetensors'}",
     ):  # fmt: skip
         assert words in said, words
     assert (folder / "loss.png").stat().st_size > 1000
@@ -47,6 +50,20 @@ def test_a_finished_run_goes_on_to_more_steps(cli, run):
     assert "a run keeps its settings, so --resume does not allow --lr" in said
 
 
+def test_a_run_has_one_length(cli, tiny_folder, tables, run, tmp_path):
+    lengths = ("--epochs", 3)  # beside --steps
+    _, said = train(cli, tiny_folder, tables, tmp_path / "new", *lengths, code=1)
+    assert "error: --steps and --epochs set the length of the run: give only one" in said
+    assert not (tmp_path / "new").exists()
+    _, said = cli("train", "--resume", run[0], "--steps", 8, *lengths, code=1)
+    assert "--steps and --epochs" in said
+
+
+def test_a_run_that_ends_during_the_warm_up_says_so(cli, tiny_folder, tables, tmp_path):
+    _, said = train(cli, tiny_folder, tables, tmp_path / "run", "--warmup-steps", 30)
+    assert "warning: the run ended after 4 steps, before the learning rate reached its peak" in said
+
+
 def test_without_dev_data_a_part_is_held_out(cli, tiny_folder, tmp_path):
     data = tmp_path / "mine.jsonl"
     rows = [{"source": e.source, "target": e.targets[0]} for e in pairs(20)]
@@ -55,6 +72,7 @@ def test_without_dev_data_a_part_is_held_out(cli, tiny_folder, tmp_path):
     _, said = train(cli, tiny_folder, data, tmp_path / "run")
     assert "no dev data was given: 2 of the 10 examples are held out" in said
     assert "16 training pairs" in said and "4 dev pairs" in said
+    assert "--data FILE\nFILE: pairs that the training has not seen" in said
     data.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     _, said = train(cli, tiny_folder, data, tmp_path / "few")
     assert "3 examples are too few to hold any out, so the last step is kept" in said
@@ -64,7 +82,9 @@ def test_without_dev_data_a_part_is_held_out(cli, tiny_folder, tmp_path):
 def test_a_run_without_its_state_is_not_begun_again(cli, tiny_folder, tables, tmp_path, how):
     """It would overwrite the prefix with that of step 0."""
     folder = tmp_path / "run"
-    train(cli, tiny_folder, tables, folder, *(["--no-keep-state"] if how == "no-keep-state" else []))
+    train(
+        cli, tiny_folder, tables, folder, *(["--no-keep-state"] if how == "no-keep-state" else [])
+    )
     if how == "slim":
         cli("runs", "--slim", folder)
     elif how == "by hand":

@@ -8,7 +8,7 @@ from conftest import pairs, trainer
 from minprefix.data.examples import Example
 from minprefix.data.splits import hold_out
 from minprefix.methods.paper import paper_settings
-from minprefix.training.advice import data_warnings, verdict
+from minprefix.training.advice import data_warnings, nothing_learned, verdict
 from minprefix.training.config import TrainConfig, seconds_of, settle
 from minprefix.training.run_folder import read_log
 
@@ -40,9 +40,9 @@ def test_what_the_user_gives_is_kept():
 
 
 def test_times_are_read():
-    assert [seconds_of(t) for t in ("90s", "10m", "1.5h", "600")] == [90, 600, 5400, 600]
-    for wrong in ("", "ten", "10 days", "0m", "-5s", "m"):
-        with pytest.raises(ValueError, match="time must be such as"):
+    assert [seconds_of(t) for t in ("90s", "10m", "1.5h")] == [90, 600, 5400]
+    for wrong in ("", "4", "ten", "10 days", "0m", "-5s", "m"):
+        with pytest.raises(ValueError, match="time must have a unit, such as"):
             TrainConfig(time=wrong)
     with pytest.raises(ValueError, match="time replaces steps and epochs"):
         TrainConfig(time="1m", steps=3)
@@ -99,28 +99,45 @@ def test_warnings_about_the_data(tokenizer):
     train = [*pairs(4), pairs(1)[0], Example("place : dune", ("word " * 150,))]
     said = data_warnings(tokenizer, train, [pairs(2)[1], *pairs(1, 9)], 151, 3, "paper")
     assert [line.split(":")[0] for line in said] == [
-        "1 of 6 training pairs repeat another one",
-        "1 of 2 dev pairs are also training pairs",
+        "1 of 6 training pairs repeats another one, which then counts more than the others",
+        "1 of 2 dev pairs is also in the training data",
         "the longest target has 151 tokens, and texts end after 100 by default",
         f"{len(train)} of {len(train)} sources are cut to 3 tokens",
     ]
+    twice = data_warnings(tokenizer, [*pairs(4), *pairs(2)], [], 20, None, "paper")
+    assert twice[0].startswith("2 of 6 training pairs repeat another one")
     assert data_warnings(tokenizer, pairs(4), pairs(1, 9), 20, None, "paper") == []
 
 
 @pytest.mark.parametrize(
     "measured, statement, warning",
     [
-        ([(0, 3.0), (10, 1.0), (20, 1.4)], "rose by 40 % after it", ""),
+        ([(0, 3.0), (10, 1.0), (20, 1.4)], "rose by 40 % after it (overfitting)", ""),
+        # the best comes in the last quarter: it rose, so that it is not "still falling" as well
+        ([(0, 3.0), (10, 1.4), (18, 1.1), (20, 1.25)], "(with 9 dev pairs this may be chance)", ""),
         ([(0, 3.0), (10, 4.0), (20, 3.5)], "Kept: step 0", ""),
-        ([(0, 3.0), (10, 2.0), (20, 1.5)], "Kept: step 20", "still falling at the end, by 25 %"),
+        (
+            [(0, 3.0), (10, 2.0), (20, 1.5)],
+            "Kept: step 20",
+            "by 25 % in the last quarter: more steps may help: "
+            "python -m minprefix train --resume runs/x --steps 40",
+        ),
         ([(0, 3.0), (15, 1.51), (20, 1.5)], "Kept: step 20", ""),
         ([], "no dev data", ""),
     ],
 )
 def test_the_verdict(measured, statement, warning):
-    said, warnings = verdict(measured, stopped=False)
+    go_on = "python -m minprefix train --resume runs/x"
+    said, warnings = verdict(measured, stopped=False, dev_pairs=9, go_on=go_on)
     assert statement in " ".join(said)
     assert (warning in warnings[0]) if warning else warnings == []
+
+
+@pytest.mark.parametrize("steps, way", [(2, "2 steps are few, so try more"), (300, "smaller --lr")])
+def test_the_way_out_when_nothing_was_learned(steps, way):
+    reason = nothing_learned([(0, 3.0), (steps, 3.5)])
+    assert "below the 3.000" in reason and way in reason
+    assert nothing_learned([(0, 3.0), (steps, 2.5)]) == ""
 
 
 def test_presets_are_the_paper_s():

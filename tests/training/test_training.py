@@ -1,5 +1,6 @@
 """The trainer: what a step computes, what resuming continues, what a run folder holds."""
 
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from minprefix.models.config import GPT2Config
 from minprefix.models.weights import fingerprint, load
 from minprefix.prefix.parametrisations import token_activations
 from minprefix.prefix.prefix import Prefix
+from minprefix.training import loop
 from minprefix.training.config import METHOD_NAMES, TrainConfig
 from minprefix.training.interrupts import Interrupted
 from minprefix.training.trainer import Trainer
@@ -258,6 +261,81 @@ def test_ctrl_c_finishes_the_step_and_saves(tokenizer, tmp_path):
     assert again.step_done == 3
     again.run(progress=False)
     assert sorted(log_of(tmp_path)) == list(range(1, 51))
+
+
+def test_a_second_ctrl_c_during_saving_names_the_last_saved_step(tokenizer, tmp_path, monkeypatch):
+    """torch.save makes a RuntimeError of it."""
+
+    class Slow(io.FileIO):
+        def write(self, data):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            return super().write(data)
+
+    run = trainer(tokenizer, tmp_path)
+    save = torch.save
+
+    def interrupted_save(state, file):
+        save(state, Slow(file.name, "wb") if run.step_done == 6 else file)
+
+    monkeypatch.setattr(torch, "save", interrupted_save)
+    with pytest.raises(Interrupted, match="stopped at once; the last saved step is 3"):
+        run.run(progress=False)
+    monkeypatch.undo()
+    again = trainer(tokenizer, tmp_path)
+    again.load_state()
+    assert again.step_done == again.saved_step == 3
+
+
+def fake_clock(monkeypatch, run: Trainer) -> None:
+    """For the loop a step takes 2 s, and an evaluation 60 s."""
+    now = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def timed(work, seconds):
+        def later(*args):
+            now[0] += seconds
+            return work(*args)
+
+        return later
+
+    run.step, run.evaluate = timed(run.step, 2.0), timed(run.evaluate, 60.0)
+
+
+def test_the_time_is_estimated_from_steps_alone(tokenizer, tmp_path, monkeypatch, capsys):
+    """Not from log lines and evaluations between them, which come early after resuming."""
+    settings = {"eval_every": 4, "log_every": 4}
+    trainer(tokenizer, tmp_path, steps=3, **settings).run(progress=False)
+    run = trainer(tokenizer, tmp_path, steps=20, **settings)
+    run.load_state()
+    fake_clock(monkeypatch, run)
+    run.run()
+    assert "about 24 s to step 20, evaluations not counted" in capsys.readouterr().err
+
+
+def test_the_bar_has_the_evaluation_above_it(tokenizer, tmp_path, monkeypatch, capsys):
+    run = trainer(tokenizer, tmp_path, log_every=3)
+    shown = []
+    monkeypatch.setattr(loop.tqdm, "write", lambda bar, *args, **more: shown.append(bar.postfix))
+    run.run()
+    last = f"best dev {run.best:.3f} (step {run.best_step})"
+    assert run.best_step == 6 and last in shown[-1]
+
+
+def test_a_run_by_the_clock_says_where_ctrl_c_stopped_it(tokenizer, tmp_path, monkeypatch):
+    run = trainer(tokenizer, tmp_path, steps=None, time="3m", dev=0)
+    fake_clock(monkeypatch, run)
+    step = run.step
+
+    def interrupted_step():
+        if run.step_done == 29:
+            signal.raise_signal(signal.SIGINT)
+        return step()
+
+    run.step = interrupted_step
+    monkeypatch.setattr(run, "eval_every", 1000)
+    with pytest.raises(Interrupted, match=r"after step 30 \(60 s of 3m\); state saved"):
+        run.run(progress=False)
 
 
 def test_resuming_something_else_is_refused(tokenizer, tmp_path):
