@@ -54,7 +54,7 @@ def kept_of(trainer: Trainer) -> str:
         return ""
     kept = count(trainer.prefix.export())
     share = f"{100 * kept / count(trainer.model):.2g} %"
-    return f"; an MLP makes the prefix from them, whose {kept:,} numbers ({share}) are kept"
+    return f": an MLP that makes the prefix, of which only the {kept:,} numbers ({share}) are kept"
 
 
 def tell_length(trainer: Trainer) -> None:
@@ -79,7 +79,7 @@ def tell_end(trainer: Trainer, settings: dict, go_on: str) -> None:
     said, warnings = verdict(trainer.measured, trainer.stopped, dev_pairs, go_on)
     if trainer.step_done < warmup:
         warnings.append(f"the run ended after {trainer.step_done} steps, before the learning rate "
-                        f"reached its peak after {warmup} steps: give it more time")  # fmt: skip
+                        f"reached its peak after {warmup} steps: make the run longer")  # fmt: skip
     for line in [*said, *(f"warning: {warning}" for warning in warnings)]:
         say(line)
     if nothing_learned(trainer.measured):

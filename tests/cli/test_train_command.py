@@ -24,7 +24,7 @@ def test_a_run_says_what_it_does_and_what_it_kept(run):
     for words in (
         "training pairs", "tokens, the longest pair has", "to train: ", "run: 4 steps of 4 pairs",
         "peak learning rate 0.01",
-        "% of the model's; an MLP makes the prefix from them, whose 640 numbers (",
+        "% of the model's: an MLP that makes the prefix, of which only the 640 numbers (",
         "step 0 (before training): dev loss", "step 2: dev loss", "  source ",
         "  reference  ", "Kept: step", f"{folder / 'loss.png'}", "only for --resume",
         "next: python -m minprefix generate", "--num-beams 5",
