@@ -30,7 +30,7 @@ def run(options: RunsOptions) -> dict | None:
             raise ValueError("--slim and --delete exclude each other: choose one")
         rows = [{"run": str(folder), **remove(folder, options.delete)} for folder in runs]
         if options.slim:
-            say("these runs can be used, but no longer be resumed")
+            say("These runs can still be used, but no longer resumed.")
     else:
         rows = rows_of(runs)
     if options.figure:

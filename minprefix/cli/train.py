@@ -174,7 +174,7 @@ def read_settings(run_folder: Path) -> dict:
             settings["train"]["patience"] = 0
             if settings["device"] == "cpu" and settings["train"]["precision"] == "auto":
                 settings["train"]["precision"] = "fp32"
-        if str(settings["train"].get("time")).isdigit():  # older runs: seconds without a unit
+        if str(settings["train"].get("time"))[-1:].isdigit():  # older runs: seconds without a unit
             settings["train"]["time"] += "s"
         from_saved(TrainConfig, settings["train"])
         from_saved(PrefixConfig, settings["prefix"])

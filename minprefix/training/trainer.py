@@ -155,8 +155,9 @@ class Trainer(Loop):
         return timed if self.config.time else super().place()
 
     def estimate(self, seconds: float) -> str:
-        timed = f"{1 / seconds:.3g} steps a second, for {self.config.time}"
-        return timed if self.config.time else super().estimate(seconds)
+        if not self.config.time:
+            return super().estimate(seconds)
+        return f"{1 / seconds:.3g} steps a second between evaluations, for {self.config.time}"
 
     def shown(self, entry: dict) -> str:
         left = max(0, (self.config.seconds or 0) - self.seconds_so_far())

@@ -7,6 +7,7 @@ import pytest
 from conftest import pairs
 from test_cli import only_json, train
 
+from minprefix.cli.train import read_settings
 from minprefix.training.run_folder import read_log, read_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,6 +58,10 @@ def test_a_run_has_one_length(cli, tiny_folder, tables, run, tmp_path):
     assert not (tmp_path / "new").exists()
     _, said = cli("train", "--resume", run[0], "--steps", 8, *lengths, code=1)
     assert "--steps and --epochs" in said
+    settings = json.loads((run[0] / "config.json").read_text())
+    settings["train"] |= {"steps": None, "time": "600"}  # seconds, in a run of an older version
+    (run[0] / "config.json").write_text(json.dumps(settings))
+    assert read_settings(run[0])["train"]["time"] == "600s"
 
 
 def test_a_run_that_ends_during_the_warm_up_says_so(cli, tiny_folder, tables, tmp_path):
@@ -135,7 +140,7 @@ def test_runs_are_compared_slimmed_and_deleted(cli, tiny_folder, tables, run, tm
     assert rows[0][name] >= 0 and rows[1][name] == "-"
 
     _, said = cli("runs", first, "--slim")
-    assert "no longer be resumed" in said and (first / "prefix.safetensors").exists()
+    assert "no longer resumed" in said and (first / "prefix.safetensors").exists()
     with pytest.raises(ValueError, match="no saved state"):
         read_state(first)
     cli("runs", first, "--delete")
