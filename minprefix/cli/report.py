@@ -194,7 +194,7 @@ def plot_loss(
     )
     for name, level in (levels or {}).items():
         axes.axhline(level, color="grey", lw=1, ls="--", label=name)
-    axes.set(xlabel="optimiser step", ylabel="loss (nats per target token)", title=title)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)", title=title)
     axes.legend(frameon=False)
     save_figure(figure, path)
 
@@ -205,7 +205,7 @@ def plot_curves(logs: dict[str, list[dict]], path: Path) -> None:
     for name, log in logs.items():
         dev = [entry for entry in log if "dev_loss" in entry]
         axes.plot([e["step"] for e in dev], [e["dev_loss"] for e in dev], "o-", label=name, lw=1.2)
-    axes.set(xlabel="optimiser step", ylabel="dev loss (nats per target token)")
+    axes.set(xlabel="optimizer step", ylabel="dev loss (nats per target token)")
     axes.legend(frameon=False)
     save_figure(figure, path)
 

@@ -1,4 +1,4 @@
-"""Standard output and error of a command, whatever the shell has made of them.
+"""Standard output and error of a command, in any state that the shell may have left them in.
 
 A stream may be closed from the start, a pipe whose reader has stopped, a full disk, or a terminal
 that knows no character but ASCII's. Messages that cannot be written are lost, and a training goes

@@ -247,7 +247,7 @@ class BARTPrefix(nn.Module):
         return copy
 
     def project(self) -> None:
-        """Back to gates >= 0, after an optimiser step."""
+        """Back to gates >= 0, after an optimizer step."""
         for part in self.sites.values():
             part.project()
 

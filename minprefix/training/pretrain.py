@@ -150,7 +150,7 @@ class Pretrainer(Loop):
         return max(super().done(), self.seconds_so_far() / limit if limit else 0.0)
 
     def step(self) -> dict:
-        """One optimiser step over batch_tokens tokens; what it measured."""
+        """One optimizer step over batch_tokens tokens; what it measured."""
         config = self.config
         torch.manual_seed(config.seed * config.steps + self.step_done)  # dropout
         windows = self.windows.batch(self.step_done)  # (B, T + 1)

@@ -1,7 +1,7 @@
 """A run folder on disk: the log that grows with the run, and the state that resuming needs.
 
     log.jsonl           one line per logging interval and per evaluation
-    state/state.pt      trained weights, optimiser, step: what resuming needs
+    state/state.pt      trained weights, optimizer, step: what resuming needs
     state/before.pt     the state that was saved before it, used if it is damaged
     prefix.safetensors  the best prefix on the dev set so far (or what the method keeps instead)
     scores.jsonl        what `evaluate` measured of it, if it was asked
@@ -182,8 +182,8 @@ def append_scores(folder: Path, entry: dict) -> None:
 
 
 def read_log(folder: Path, name: str = "log.jsonl") -> list[dict]:
-    """The entries of log.jsonl, without lines that are none: a kill may have cut one. None of them
-    if there is no log."""
+    """The entries of log.jsonl, without lines that a kill has cut or that are damaged; a folder
+    without a log has no entries."""
     log, entries = folder / name, []
     for line in log.read_bytes().split(b"\n") if log.is_file() else []:
         try:

@@ -1,9 +1,9 @@
 """What a saved state must be before anything of it is loaded.
 
-A state may be that of another run, damaged, or made by someone else, and an optimiser does not
+A state may be that of another run, damaged, or made by someone else, and an optimizer does not
 look: a fused AdamW writes out of bounds if a moment is smaller than its weight. So each value is
 compared with what the run expects, and tensors are copied into the memory layout that it has for
-them. Settings of the optimiser (its `param_groups`) are those of the run, never those of the file.
+them. Settings of the optimizer (its `param_groups`) are those of the run, never those of the file.
 """
 
 import json

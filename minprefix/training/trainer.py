@@ -123,7 +123,7 @@ class Trainer(Loop):
         )
         self.advice = f"try a smaller lr than {config.lr}"
         self.order = BatchOrder([row.length for row in self.rows], config.batch_size, config.seed)
-        self.per_step = config.accumulation * ranks.count  # batches per optimiser step
+        self.per_step = config.accumulation * ranks.count  # batches per optimizer step
         self.pass_rows = {"step": config.batch_size, "evaluation": EVAL_ROWS}  # may be halved
         super().__init__(
             config, out, device, steps=config.steps or UNBOUNDED, log_every=config.log_every,
@@ -176,7 +176,7 @@ class Trainer(Loop):
             )
 
     def step(self) -> dict:
-        """One optimiser step over `accumulation` batches on each rank; what it measured, summed."""
+        """One optimizer step over `accumulation` batches on each rank; what it measured, summed."""
         config = self.config
         batches = self.batches(self.step_done)
         rows = [self.rows[i] for batch in batches for i in batch]

@@ -113,7 +113,7 @@ def test_loss_curve_has_both_losses_and_labelled_axes(tmp_path, drawn):
     plot_loss(read_log(tmp_path), tmp_path / "loss.png", "A title")
     (figure,) = drawn
     (axes,) = figure.axes
-    assert axes.get_xlabel() == "optimiser step" and "nats" in axes.get_ylabel()
+    assert axes.get_xlabel() == "optimizer step" and "nats" in axes.get_ylabel()
     assert axes.get_title() == "A title"
     curves = {c.get_label(): [list(xy) for xy in c.get_xydata()] for c in axes.get_lines()}
     assert curves == {"training": [[1, 2], [2, 1]], "dev": [[2, 1.5]]}

@@ -106,7 +106,7 @@ def test_a_state_that_cannot_be_is_refused_before_anything_is_loaded(
     assert again.step_done == 0 and not again.optimizer.state
 
 
-def test_a_state_gives_neither_rates_nor_memory_to_the_optimiser(run, tokenizer, tmp_path):
+def test_a_state_gives_neither_rates_nor_memory_to_the_optimizer(run, tokenizer, tmp_path):
     """One element stretched over a whole moment has its shape, but not its memory."""
 
     def stretched(x):

@@ -10,7 +10,7 @@ A bos between source and target tells a model that a new document begins, and wo
 hardly mend that. With `after` = A > 0 the last A tokens therefore stand in the place of the bos,
 as those of a written instruction do: outside the chain above, and the stronger opponent.
 
-The optimiser is greedy coordinate gradient [2] (AutoPrompt [3] and ARCA [4] are its kin): gradients
+The optimizer is greedy coordinate gradient [2] (AutoPrompt [3] and ARCA [4] are its kin): gradients
 by the one-hot choices propose replacements, the loss itself disposes. Around it stand
 
     starts       task words, instructions, windows of training rows (a piece of a solved example)
