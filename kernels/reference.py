@@ -315,17 +315,15 @@ def cross_entropy_plain_(
 ) -> Tensor:
     """See `kernels.cross_entropy_`; any floating dtype, sums in fp32 (fp64 for fp64)."""
     scores, y = logits[:, :vocab_size], labels[:, None]  # (n, V), a view; (n, 1)
-    s = scores.to(torch.promote_types(logits.dtype, torch.float32))
-    if bias is not None:
-        s += bias[:vocab_size]
-    lse = s.logsumexp(-1, keepdim=True)
-    losses = (lse - s.gather(-1, y))[:, 0]
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    s = scores if bias is None else scores.to(wide) + bias[:vocab_size]
+    logp = s.log_softmax(-1, dtype=wide)
+    losses = -logp.gather(-1, y)
     if gradient:
-        p = s.sub_(lse).exp_()  # softmax(s), in the place of s
-        p.scatter_add_(-1, y, p.new_full(y.shape, -1.0))
-        scores.copy_(p)  # nothing to do where p is in their place
+        p = logp.exp_()  # softmax(s), in the place of log p
+        scores.copy_(p.scatter_(-1, y, torch.expm1(-losses)))
         logits[:, vocab_size:] = 0
-    return losses
+    return losses[:, 0]
 
 
 def add_norm_plain(

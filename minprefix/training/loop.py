@@ -24,7 +24,7 @@ from minprefix.models.weights import same_model
 from minprefix.training.config import duration
 from minprefix.training.interrupts import Interrupted, deferred_interrupt
 from minprefix.training.lock import alone_in
-from minprefix.training.memory import told
+from minprefix.training.memory import keep_freed, told
 from minprefix.training.ranks import Ranks
 from minprefix.training.run_folder import (
     append_log,
@@ -80,6 +80,8 @@ class Loop:
         self.bar: tqdm | None = None  # while it runs
         self.watch: Callable[[dict], None] | None = None  # sees each log line, too
         self.started: float | None = None  # while it runs: when an unbroken run would have begun
+        if device.type == "cpu":
+            keep_freed()
 
     # what a subclass says -------------------------------------------------------------------------
 

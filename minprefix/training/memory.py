@@ -1,10 +1,13 @@
 """Out of memory: how a GPU and a CPU say so, and the one line that a run says instead.
 
-Read `told`, which `loop.Loop.run` uses, then `halving`, with which a `Trainer` goes on.
+Read `told`, which `loop.Loop.run` uses, then `halving`, with which a `Trainer` goes on. At the end
+stands `keep_freed`, which makes steps on a CPU faster.
 What the system kills without asking (the out-of-memory killer of Linux) cannot be told; such a run
 goes on from its last saved state.
 """
 
+import ctypes
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -64,3 +67,15 @@ def told(what: Callable[[], str]) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(f"out of memory {what()}") from error
+
+
+def keep_freed() -> None:
+    """Let this process keep the memory of freed tensors for the next ones, if it runs on glibc.
+
+    glibc asks the system for each large tensor and gives it back at once. A training step frees and
+    makes the same tensors each time, and the system clears every page of them again.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:  # the numbers are those of malloc.h
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: bytes of a block that the system is asked for
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes at the end that are kept

@@ -1,5 +1,6 @@
 """Out of memory: one line that says what to lower, or smaller passes with the same steps."""
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from test_cli import train
 from test_pretrain import folder, run_of  # noqa: F401
 from test_training import log_of
 
-from minprefix.training.memory import OutOfMemory, is_out_of_memory
+from minprefix.training.memory import OutOfMemory, is_out_of_memory, keep_freed
 from minprefix.training.pretrain import Pretrainer
 from minprefix.training.trainer import Trainer
 
@@ -169,3 +170,17 @@ def test_a_process_with_little_memory_says_so_and_goes_on(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["out of memory after step 0", "True 1"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_memory_of_a_freed_tensor_is_taken_again():
+    """Without asking the system, which gives memory page by page, each time with a fault."""
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 64 MiB, 16,384 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed()
+    faults()
+    assert min(faults() for _ in range(3)) < 1000
