@@ -18,8 +18,6 @@ from minprefix.methods.hard_prompt import HardPrompt, TokenPrompt, show_examples
 from minprefix.metrics.quick import check_tokenizer, facts, known_values
 from minprefix.training.run_folder import append_scores
 
-HEADS = {"slot_coverage": "slot values %"}  # of the printed table
-
 
 def run(options: EvaluateOptions) -> dict | None:
     """Write a text for every table of a split and score them."""
@@ -64,7 +62,7 @@ def run(options: EvaluateOptions) -> dict | None:
             append_scores(given.parent, {"data": str(options.data), "split": split} | result)
     if options.json:
         return result
-    print(format_rows([{HEADS.get(name, name): value for name, value in result.items()}]))
+    print(format_rows([result]))
     return None
 
 

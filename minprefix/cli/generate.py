@@ -1,9 +1,11 @@
 """The command `generate`: texts of a model and of what was trained for it. Read `run`."""
 
+import re
 import sys
 from typing import Any
 
 from minprefix.cli.commands import GenerateOptions
+from minprefix.cli.report import say
 from minprefix.cli.trained import load_model, load_trained
 from minprefix.data.batches import encode_prompt, for_bart, warn_of_cuts
 from minprefix.data.load import load_examples
@@ -11,6 +13,9 @@ from minprefix.data.rows import read_prompt
 from minprefix.files import lines_of
 from minprefix.generation.texts import bos_prompt, frame_of, generate, stream, stripped
 from minprefix.limits import TEXT
+
+CELL = r"[\w ]+:(?!//)[^:|]+"
+UNSPACED = re.compile(rf"{CELL}(\|{CELL})+")  # "name: The Eagle|food: Chinese"
 
 
 def run(options: GenerateOptions) -> dict | None:
@@ -30,6 +35,11 @@ def run(options: GenerateOptions) -> dict | None:
         prompts = [tokenizer.encode(prompt) or bos_prompt(model, tokenizer) for prompt in prompts]
     else:
         prompts = [read_prompt(prompt, style) for prompt in prompts]
+        if any(UNSPACED.fullmatch(prompt) and " : " not in prompt for prompt in prompts):
+            say(
+                'note: a table is written with blanks, "name : The Eagle | food : Chinese"; without'
+                " them the model reads other tokens than in its training"
+            )
         warn_of_cuts(tokenizer, [(prompt, style, cut) for prompt in prompts])
         prompts = [encode_prompt(tokenizer, prompt, style, cut) for prompt in prompts]
     config = options.generation.for_model(model)

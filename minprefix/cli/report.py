@@ -59,7 +59,8 @@ def format_rows(rows: list[dict]) -> str:
     """Dicts of equal keys as a table; numbers to the right, floats with two digits."""
     if not rows:
         return ""
-    cells = [[*rows[0]]] + [[cell(value) for value in row.values()] for row in rows]
+    heads = [name.replace("slot_coverage", "slot values %") for name in rows[0]]
+    cells = [heads] + [[cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [isinstance(value, int | float) for value in rows[0].values()]
     lines = [
