@@ -11,43 +11,43 @@ Config = TypeVar("Config")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """ValueError that lists the choices if `value` is none of them."""
+    """ValueError listing the choices if `value` is not among them."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {repr(value)[:60]}")
 
 
 def check_at_least_one(config, *names: str) -> None:
-    """ValueError that names a field of the config below 1; None passes, here and below."""
+    """ValueError naming a field of the config that is below 1. All these checks accept None."""
     for name in names:
         if (value := getattr(config, name)) is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_positive(config, *names: str) -> None:
-    """ValueError that names a field that is not positive and finite."""
+    """ValueError naming a field that is not positive and finite."""
     for name in names:
         if (value := getattr(config, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_not_negative(config, *names: str) -> None:
-    """ValueError that names a field that is negative or not finite."""
+    """ValueError naming a field that is negative or not finite."""
     for name in names:
         if (value := getattr(config, name)) is not None and not 0 <= value < math.inf:
             raise ValueError(f"{name} must be >= 0 and finite, got {value}")
 
 
 def check_limit(config, name: str, limit: Limit) -> None:
-    """ValueError that names a field that is larger than the limit."""
+    """ValueError naming a field that is larger than the limit."""
     if (value := getattr(config, name)) is not None:
         limit.check(value, name)
 
 
 def from_saved(kind: type[Config], saved: Mapping[str, Any]) -> Config:
-    """A config dataclass of the values that a file has by its fields.
+    """A config dataclass from the values in a file.
 
     Raises:
-        ValueError: a field that it does not have, or a value of another type than the field's.
+        ValueError: an unknown field, or a value of another type than the field's.
     """
     hints, names = get_type_hints(kind), {field.name for field in fields(kind)}  # type: ignore[arg-type]
     for name, value in saved.items():

@@ -3,8 +3,8 @@
 Read `atomic_write`, on which everything that minprefix saves rests (`tensors.py` too). A write goes
 to a temporary name in the same folder, is flushed to the disk and then renamed: after a full disk,
 a Ctrl-C or a power cut the earlier file is still there. Shares, FUSE mounts and Windows refuse some
-of these calls. Where the file is whole without one (a folder's flush, permissions), that is no
-error.
+of these calls. If the file is complete without the refused call (flushing a folder, setting
+permissions), that is not an error.
 """
 
 import errno
@@ -27,14 +27,14 @@ from uuid import uuid4
 
 from minprefix.limits import LINE, SILENCE, TEXT, Limit
 
-LACKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # "I have no such call"
-WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)  # s, for whoever holds a file open: a virus scanner, a share
+LACKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # the call is unsupported
+WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)  # s, while a virus scanner or a share holds a file open
 DAY = 24 * 3600  # s
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp(\.\w+)?")  # the names that `atomic_write` writes to
 
 
 class FileNote(UserWarning):
-    """A file is used, and the user should know something about it."""
+    """A warning about a file that is used nevertheless."""
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     Raises:
         OSError: nothing could be written (full disk, folder missing or read-only); names `path`.
-            Whatever error ends the block, the temporary file is gone and an earlier `path` intact.
+            After any error in the block, the temporary file is gone and an earlier `path` intact.
     """
     path = Path(path)
     target = target_of(path)
@@ -63,9 +63,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def rename(source: Path, target: Path) -> None:
-    """`os.replace`, which waits for whoever has `target` open on Windows or a share.
+    """`os.replace`, but wait if another program has `target` open (on Windows or a share).
 
-    A file system that cannot rename (some FUSE mounts) gets a copy, which a crash may cut.
+    On a file system that cannot rename (some FUSE mounts) the file is copied; a crash may then
+    leave a part of it.
     """
     for wait in (*WAITS, None):
         try:
@@ -86,8 +87,8 @@ def rename(source: Path, target: Path) -> None:
 def target_of(path: Path) -> Path:
     """The file that a write to `path` replaces.
 
-    A symbolic link stays a link to its target, unless the target lies outside of the link's folder:
-    then the link itself is replaced.
+    A symbolic link to a target in the same folder stays a link, and its target is replaced. Any
+    other link is replaced itself.
     """
     target, folder = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
     return target if target.is_relative_to(folder) else folder / path.name
@@ -97,8 +98,8 @@ def sweep(folder: Path, idle: float = 0) -> None:
     """Remove the temporary files that a killed process left in `folder`.
 
     Args:
-        idle: those that nobody has written to for so many seconds; 0 is for a folder in which no
-            other process writes.
+        idle: remove only files that have not changed for this many seconds; 0 is for a folder in
+            which no other process writes.
     """
     for path in folder.glob(".*.tmp*"):
         old = not idle or path.stat().st_mtime < time.time() - idle
@@ -107,8 +108,8 @@ def sweep(folder: Path, idle: float = 0) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until the file is on the disk, where the file system can say so."""
-    # Windows flushes only what is open for writing
+    """Wait until the file is on the disk, if the file system supports that."""
+    # Windows only flushes files that are open for writing
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -120,9 +121,9 @@ def flush(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make a new name in it survive a power cut, too, where that can be asked for.
+    """Flush the folder, so that a new name in it survives a power cut.
 
-    The file is whole under its name already, so a refusal is no failure.
+    The file is already complete under its name, so it is not an error if the system refuses.
     """
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -133,7 +134,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def sha256_around(path: Path, start: int) -> str:
-    """The sha256 of a file without the 64 bytes at `start`, which are for its digits."""
+    """The sha256 of a file except the 64 bytes at `start`, which hold the digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(min(2**20, start - file.tell())):
@@ -159,8 +160,8 @@ def is_sealed(path: Path, start: int) -> bool:
 
 
 def note_unsealed(path: Path) -> None:
-    """Tell the user that nothing can be said about damage to a file."""
-    note = "it has no checksum, as files of older versions, and damage to it cannot be seen"
+    """Warn that damage to a file cannot be detected."""
+    note = "an older version wrote this file without a checksum, so damage cannot be detected"
     warnings.warn(f"{path}: {note}", FileNote, stacklevel=4)
 
 
@@ -175,10 +176,11 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Within the block, whatever a library says of the contents of `path` is one ValueError that
-    names it: a KeyError of odd JSON, an error of zlib, a panic of Rust, too deep a nesting.
+    """Turn any error about the contents of `path` in the block into a ValueError that names it.
 
-    OSErrors of files that cannot be opened stay, and so does a ValueError that names the file.
+    Examples are a KeyError from unexpected JSON, an error of zlib, a panic in Rust, and too deep
+    nesting. An OSError of a file that cannot be opened, and a ValueError that already names the
+    file, are kept.
     """
     try:
         yield
@@ -189,7 +191,7 @@ def reading(path: str | Path) -> Iterator[None]:
             raise
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(f"{path}: cannot be read ({error.strerror})") from error
-        # a panic of a library in Rust is no Exception
+        # a panic in a Rust library is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if isinstance(error, ValueError):
@@ -213,14 +215,14 @@ def names_file(function: Reader) -> Reader:
 
 
 def brief(value: object, form: Callable[[Any], str] = repr, most: int = 80) -> str:
-    """A value for a message: the beginning of its `repr`, or of another form."""
+    """A value shortened for a message: the beginning of its `repr`, or of `form(value)`."""
     value = value[: most + 1] if isinstance(value, str | bytes | list | tuple) else value
     text = form(value)
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 def need_file(path: str | Path) -> None:
-    """FileNotFoundError if nothing has this name, ValueError if it is not a regular file."""
+    """FileNotFoundError if `path` does not exist, ValueError if it is not a regular file."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path}: not a file, but a folder, a pipe or a device")
 
@@ -229,10 +231,10 @@ def open_bytes(path: str | Path) -> BinaryIO:
     """Open a file, or a pipe, for reading.
 
     Raises:
-        ValueError: a device, or a pipe that nobody writes to.
+        ValueError: a device, or a pipe without a writer.
         OSError: it cannot be opened.
     """
-    # without NONBLOCK a pipe that nobody writes to would wait forever
+    # without NONBLOCK, opening a pipe without a writer would wait forever
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     mode = os.fstat(number).st_mode
     if stat.S_ISREG(mode):
@@ -249,7 +251,7 @@ def open_bytes(path: str | Path) -> BinaryIO:
 
 
 def read_bytes(path: str | Path, limit: Limit = TEXT) -> bytes:
-    """The contents of a file or pipe; ValueError if there is more than `limit` allows."""
+    """The contents of a file or pipe; ValueError if they exceed `limit`."""
     with open_bytes(path) as file:
         limit.check(os.fstat(file.fileno()).st_size, path)
         data = file.read(limit.value + 1)
@@ -258,18 +260,17 @@ def read_bytes(path: str | Path, limit: Limit = TEXT) -> bytes:
 
 
 def read_lines(path: str | Path, limit: Limit) -> Iterator[str]:
-    """The lines of a UTF-8 file or pipe, with their ends, one after the other, without a byte
-    order mark.
+    """Iterate over the lines of a UTF-8 file or pipe, with their ends; drops a byte order mark.
 
     Raises:
-        ValueError: invalid UTF-8, a line longer than `LINE`, more in all than `limit`.
+        ValueError: invalid UTF-8, a line longer than `LINE`, or a total of more than `limit`.
     """
     with open_bytes(path) as file:
         yield from lines_of(file, path, limit)
 
 
 def lines_of(file: BinaryIO, where: str | Path, limit: Limit) -> Iterator[str]:
-    """`read_lines` of an open file, which messages call `where`."""
+    """`read_lines` for an open file; messages call it `where`."""
     total = 0
     for number in itertools.count(1):
         line = file.readline(LINE.value + 1)
@@ -283,12 +284,13 @@ def lines_of(file: BinaryIO, where: str | Path, limit: Limit) -> Iterator[str]:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, line ends as they are; errors as `read_bytes` and `decode_text`."""
+    """The text of a UTF-8 file, its line ends unchanged; see `read_bytes` and `decode_text` for
+    errors."""
     return decode_text(read_bytes(path), path)
 
 
 def decode_text(data: bytes, path: str | Path, first: int = 1) -> str:
-    """The text of UTF-8 bytes that come from the file `path`, from its line `first` on.
+    """Decode UTF-8 bytes from the file `path`, which begin at its line `first`.
 
     Raises:
         ValueError: invalid UTF-8; names the file and the line.

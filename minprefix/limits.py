@@ -1,10 +1,10 @@
-"""Bounds on what a file, a stream or a server can ask for, all of them in this one place.
+"""All bounds on the resources that a file, a stream or a server can make us use.
 
-A file of a few bytes can ask for much: a length in its header, a compressed archive, a line that
-never ends. Each `Limit` is far above what honest data needs and far below what a machine has. The
-error of whoever exceeds one names the environment variable that sets another value. Sizes that can
-be compared exactly have no limit: the layers in config.json with the weights beside it, a tensor
-with its storage, a row of ids with the length of its file.
+A file of a few bytes can demand much: through a length in its header, a compressed archive, or a
+line that never ends. Each `Limit` is far above what honest data needs and far below what a machine
+has. The error names the environment variable that changes the limit. Sizes that can be checked
+exactly have no limit: the number of layers against the weights, a tensor against its storage, a
+sequence of ids against the length of its file.
 """
 
 import os
@@ -16,13 +16,13 @@ from pathlib import Path
 class Limit:
     """A bound that a user can set."""
 
-    variable: str  # of the environment
+    variable: str  # the environment variable
     usual: int
-    unit: str  # as in "more than 5 ..."
+    unit: str  # completes "more than 5 ..."
 
     @property
     def value(self) -> int:
-        """ValueError if the variable holds no whole number above 0."""
+        """The limit; ValueError if the variable is not a whole number above 0."""
         text = os.environ.get(self.variable, "")
         if not text:
             return self.usual
@@ -31,7 +31,7 @@ class Limit:
         return int(text)
 
     def check(self, found: float, where: object) -> None:
-        """ValueError that names `where` and the variable if there is more than the limit."""
+        """ValueError naming `where` and the variable if `found` exceeds the limit."""
         if found > (most := self.value):
             raise ValueError(
                 f"{where}: more than {most:,} {self.unit} ({self.variable}=N allows N)"
@@ -46,7 +46,7 @@ BLANKS = Limit("MINPREFIX_MAX_BLANKS", 500_000, "blanks in a row")  # tiktoken f
 BEAMS = Limit("MINPREFIX_MAX_BEAMS", 1000, "beams in a checkpoint's settings")
 WIDTH = Limit("MINPREFIX_MAX_WIDTH", 2**16, "features or positions to train")
 DOWNLOAD = Limit("MINPREFIX_MAX_DOWNLOAD", 2**34, "bytes from a server")
-# of a pipe, or of a server for each `PIECE` of a download: 1 KB/s
+# for a pipe, or for each `PIECE` of a download: 1 KB/s
 SILENCE = Limit("MINPREFIX_MAX_SILENCE", 60, "seconds of waiting for data")
 
 PIECE = 2**16  # bytes
@@ -54,6 +54,6 @@ FREE = 2**26  # bytes that any archive may unpack to
 
 
 def check_unpacked(path: Path, unpacked: int) -> None:
-    """ValueError if the contents of an archive, in bytes, are too large for its size."""
+    """ValueError if an archive unpacks to too many bytes for its size."""
     if unpacked > FREE:
         RATIO.check(unpacked / max(1, path.stat().st_size), path)

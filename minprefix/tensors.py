@@ -1,8 +1,8 @@
 """Tensors in safetensors files [1]: written whole or not at all, read with an error that names the
-file. Apart from `files.py`, as this needs PyTorch.
+file. It is separate from `files.py` because it needs PyTorch.
 
-Equal contents give equal bytes. A sealed file has a checksum among its metadata: the sha256 of all
-bytes but its own digits. Its name and its value both say what it is, so that one damaged byte
+Equal contents give equal bytes. A sealed file has a checksum in its metadata: the sha256 of all
+bytes except its own digits. Both its name and its value identify it, so that one damaged byte
 cannot make the file look like one without a checksum.
 [1] https://github.com/huggingface/safetensors
 """
@@ -30,15 +30,15 @@ def save_tensors(
     """Write a safetensors file, atomically.
 
     Args:
-        tensors: on any device, with any strides; no two of the same memory.
-        sealed: with a checksum, for `check_seal`.
+        tensors: on any device, with any strides; no two may share memory.
+        sealed: add a checksum for `check_seal`.
     """
     if sealed:
         metadata = (metadata or {}) | {SEAL: UNSEALED}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors makes its file 0600
+        mode = temporary.stat().st_mode  # set by the umask; safetensors makes its file 0600
         try:
             save_file(tensors, temporary, metadata)
             with suppress(OSError):  # shares without permissions refuse
@@ -53,20 +53,20 @@ def save_tensors(
 
 
 def sort_header(path: Path) -> None:
-    """Sort the header of a safetensors file, whose metadata the library writes in any order."""
+    """Sort the header of a safetensors file; the library writes the metadata in random order."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        assert len(text.encode()) <= size  # the library writes JSON without blanks, too
+        assert len(text.encode()) <= size  # the library also writes JSON without blanks
         file.seek(8)
         file.write(text.encode().ljust(size))
 
 
 def place_of_seal(path: Path) -> int | None:
-    """Where the digits of the checksum are; None in a file without one.
+    """The position of the checksum's digits; None if the file has no checksum.
 
-    ValueError if there is a checksum that cannot be read.
+    ValueError if there is a checksum but it cannot be read.
     """
     with path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
@@ -78,7 +78,7 @@ def place_of_seal(path: Path) -> int | None:
 
 @names_file
 def check_seal(path: str | Path) -> bool:
-    """Whether a safetensors file has a checksum; those of older versions have none.
+    """Check the checksum. Returns whether there is one; files of older versions have none.
 
     Raises:
         ValueError: the file has changed since it was written.
@@ -92,10 +92,10 @@ def check_seal(path: str | Path) -> bool:
 
 @names_file
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, on the CPU, and its metadata, without the checksum.
+    """The tensors of a safetensors file, on the CPU, and its metadata without the checksum.
 
     Raises:
-        ValueError: truncated, empty or no safetensors file; names it.
+        ValueError: the file is truncated, empty or not in the safetensors format.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file")
@@ -109,11 +109,11 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path}: truncated, or not a safetensors file ({told})") from error
 
 
-LARGEST = 65504.0  # of what was learned: the largest fp16. Keys and values of `mini` stay below 20
+LARGEST = 65504.0  # largest learned value, that of fp16. Keys and values of `mini` are below 20
 
 
 def check_values(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """ValueError that names a tensor with anything but finite numbers up to `LARGEST` in it."""
+    """ValueError naming a tensor that holds a value beyond `LARGEST` or one that is not finite."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds values that are not finite numbers")

@@ -1,4 +1,4 @@
-"""Downloads that end: a server that sends next to nothing, or without an end, is given up."""
+"""Downloads that always end: a server that sends too slowly or too much is abandoned."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from minprefix.limits import DOWNLOAD, PIECE, SILENCE
 
 
 class Watched:
-    """A file that a download is written to: how much came, and when last."""
+    """The file that a download is written to, with the number of bytes and the time of the last."""
 
     def __init__(self, file: BinaryIO, what: str):
         self.file, self.what = file, what
@@ -17,7 +17,7 @@ class Watched:
 
     def write(self, data: bytes) -> int:
         if self.stopped:
-            raise OSError("the download was given up")
+            raise OSError("the download was abandoned")
         DOWNLOAD.check(self.file.tell() + len(data), self.what)
         self.last = time.monotonic()
         return self.file.write(data)
@@ -27,15 +27,15 @@ class Watched:
 
 
 def watched(fetch: Callable[[Any], object], file: BinaryIO, what: str) -> None:
-    """Call `fetch` with a file to write to, in pieces of `limits.PIECE` bytes.
+    """Call `fetch` in a thread, with a file to which it writes pieces of `limits.PIECE` bytes.
 
-    Its thread is left alone if it has to be given up; it writes nothing then.
+    If the download is abandoned, the thread goes on, but can no longer write.
 
     Args:
-        what: is downloaded, for the error message.
+        what: the name of the download in error messages.
     Raises:
-        OSError: no piece came for `limits.SILENCE`.
-        ValueError: more came than `limits.DOWNLOAD`.
+        OSError: no piece arrived within `limits.SILENCE` seconds.
+        ValueError: more than `limits.DOWNLOAD` bytes arrived.
     """
     target, errors, most = Watched(file, what), [], SILENCE.value
 
@@ -51,8 +51,8 @@ def watched(fetch: Callable[[Any], object], file: BinaryIO, what: str) -> None:
         while thread.is_alive():
             thread.join(min(1, most))
             if thread.is_alive() and time.monotonic() - target.last > most:
-                told = f"less than {PIECE} bytes in {most} s ({SILENCE.variable}=N waits N s)"
-                raise OSError(f"{what}: {told}")
+                slow = f"less than {PIECE} bytes in {most} s ({SILENCE.variable}=N waits N s)"
+                raise OSError(f"{what}: {slow}")
     finally:
         target.stopped = True
     if errors:

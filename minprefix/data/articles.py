@@ -1,11 +1,11 @@
-"""Articles and summaries: XSum [1] as the hub has it and as its authors published it -> examples.
+"""Articles and summaries: examples from XSum [1], in the hub's format or in the authors' archive.
 
 Read `article` (one row), then `convert_xsum` (the authors' archive: one small text file per
-article, with its URL). Only the archive's rows have a URL, and so a topic (`bbc_topic`), which the
-splits for extrapolation need; those of the hub [2] have none.
+article, with its URL). The splits for extrapolation need a topic, which comes from the URL
+(`bbc_topic`). The archive has URLs; the hub's files [2] do not.
 
-An article is one example with one summary. It is never cut here, as 512 BPE tokens are a matter of
-a tokeniser: `batches.encode_prompt` does it, on request, with max_source.
+An article is one example with one summary. It is never cut here, because a limit of 512 BPE tokens
+depends on the tokeniser: `batches.encode_prompt` cuts it if max_source is given.
 [1] https://github.com/EdinburghNLP/XSum   [2] https://huggingface.co/datasets/EdinburghNLP/xsum
 """
 
@@ -20,7 +20,7 @@ from minprefix.data.examples import Example, clean, text_of
 from minprefix.files import atomic_write, decode_text, read_json, reading
 from minprefix.limits import DATA, LINE, check_unpacked
 
-# What pages of the BBC say beside the text; lines that the hub's version leaves out, too.
+# Lines of the BBC's pages that are not part of the article; the hub's version omits them too.
 PAGE_LINES = {
     "Share this with", "Email", "Facebook", "Messenger", "Twitter", "Pinterest", "WhatsApp",
     "Linkedin", "LinkedIn", "Copy this link",
@@ -30,16 +30,15 @@ PAGE_LINES = {
 SPLIT_IDS = "XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json"  # {split: ids of its articles}
 SPLIT_NAMES = {"train": "train", "dev": "validation", "test": "test"}  # ours: theirs
 ARCHIVE = "XSUM-EMNLP18-Summary-Data-Original.tar.gz"
-SECTIONS = ("URL", "FIRST-SENTENCE", "RESTBODY")  # of a file in it that are used; TITLE is not
+SECTIONS = ("URL", "FIRST-SENTENCE", "RESTBODY")  # what is used of a file; its TITLE is not
 
 
 def bbc_topic(url: str) -> str:
     """Section and topic of an article of the BBC: "news/world", "sport/football"; "" if unknown.
 
-    The topic is the part of the path that the articles of a topic share, without the article's
-    number: /news/health-30216408 is news/health. Regions count as their family, world or uk:
-    /news/world-asia-india-32143053 is news/world (our choice: [1], A.1 of the prefix-tuning paper,
-    names the topics {world, UK, business} and no rule).
+    The topic is the path without the article's number: /news/health-30216408 is news/health.
+    Regions count as world or uk: /news/world-asia-india-32143053 is news/world. This is our choice:
+    appendix A.1 of the prefix-tuning paper names the topics {world, UK, business} but no rule.
     """
     found = re.search(r"bbc\.(?:co\.uk|com)(?::\d+)?/([a-z]+)/(?:0/)?([^?#]*)", url)
     if found is None:
@@ -54,9 +53,10 @@ def article(
     document: object, summaries: tuple[str, ...], row: dict, linearisation: str, where: str,
     language: str = "",
 ) -> Example:  # fmt: skip
-    """The example of a row with an article, from its columns url, topic and id where it has them.
+    """The example of a row with an article. The columns url, topic and id are optional.
 
-    The topic is the row's, or else its URL's. A document may be empty: some articles are a picture.
+    Without a topic, the topic of the URL is used. A document may be empty: some articles consist of
+    a picture.
     """
     text = text_of(document, "the document", where) or ""
     url, topic = (text_of(row.get(name), name, where) or "" for name in ("url", "topic"))
@@ -66,7 +66,7 @@ def article(
 
 
 def _parse_summary(text: str, where: str) -> dict[str, str]:
-    """One file of the archive: sections, each under a line such as [SN]URL[SN]."""
+    """One file of the archive; each of its sections begins with a line such as [SN]URL[SN]."""
     parts = re.split(r"^\[SN\]([A-Z-]+)\[SN\]\s*$", text, flags=re.MULTILINE)[1:]
     found = dict(zip(parts[::2], parts[1::2], strict=True))
     if not set(SECTIONS) <= set(found):
@@ -81,7 +81,7 @@ def _parse_summary(text: str, where: str) -> dict[str, str]:
 
 
 def _split_ids(path: Path) -> dict[str, list[str]]:
-    """Our split names -> ids, from the authors' file."""
+    """The ids of each split, from the authors' file, under our names of the splits."""
     ids = read_json(path)
     for name in SPLIT_NAMES.values():
         listed = ids.get(name)
@@ -91,14 +91,14 @@ def _split_ids(path: Path) -> dict[str, list[str]]:
 
 
 def convert_xsum(archive: Path, split_ids: Path, folder: Path) -> list[Path]:
-    """train.jsonl, dev.jsonl and test.jsonl in `folder` from the authors' archive and their splits.
+    """Write train.jsonl, dev.jsonl and test.jsonl to `folder`, from the authors' archive.
 
     Rows have the keys document, summary, url and id, in the order of the split's ids, which is the
-    hub's order. The archive's files come in another one: they pass through a temporary file, so
-    that memory holds their places alone.
+    hub's order. The archive has another order, so its articles go through a temporary file, and
+    only their offsets are held in memory.
 
     Raises:
-        ValueError: a broken archive or one without an article that a split names.
+        ValueError: the archive is broken, or lacks an article that a split names.
     """
     splits = _split_ids(split_ids)
     wanted = {i for ids in splits.values() for i in ids}

@@ -1,9 +1,9 @@
 """Batches: examples -> token ids with a loss mask -> padded rows, in a fixed order.
 
-Read `encode_pair` (the frame of one example: source, bos, target, eos; section 3 of [1] writes it
-[x; y], and for BART, [bos, source, eos] to the encoder and [eos, bos, target, eos] to the decoder),
-`collate` (what a step reads) and `BatchOrder` (which rows step s sees). Shapes use the letters of
-`models/gpt2.py`. Differs from the authors' code [2]: nothing is cut in silence.
+Read `encode_pair` (the frame of one example), `collate` (what a step reads) and `BatchOrder` (which
+rows step s sees). For GPT-2 the frame is source, bos, target, eos, which section 3 of [1] writes as
+[x; y]. For BART the encoder reads bos, source, eos, and the decoder eos, bos, target, eos. Shapes
+use the letters of `models/gpt2.py`. Unlike the authors' code [2], it never cuts anything silently.
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
 
@@ -23,7 +23,7 @@ from minprefix.files import reading
 from minprefix.models.losses import IGNORE
 
 log = logging.getLogger(__name__)
-POOL_BATCHES = 50  # batches sorted by length together: little padding, and still a shuffled order
+POOL_BATCHES = 50  # batches whose rows are sorted together: little padding, yet a shuffled order
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Encoded:
 
     @property
     def length(self) -> int:
-        """Tokens in all."""
+        """Number of tokens, source and target."""
         return len(self.ids) + len(self.source or ())
 
     @property
@@ -54,16 +54,16 @@ def for_bart(tokenizer) -> bool:
 def encode_prompt(
     tokenizer, source: str, linearisation: str = "paper", max_source: int | None = None
 ) -> list[int]:
-    """enc(source) + [bos]; "original-code": enc(" " + source + " ") + [bos].
+    """enc(source) + [bos]; with "original-code", enc(" " + source + " ") + [bos].
 
-    For BART [bos] + enc(source) + [eos], which the encoder reads, in both, as in [2].
+    For BART, both give [bos] + enc(source) + [eos], which the encoder reads, as in [2].
 
-    Both blanks are those of [2]'s tables; its GPT-2 code for articles, of which [1] reports no
-    result, has neither.
+    The code of [2] puts both blanks around its tables. For articles its GPT-2 code puts none, but
+    [1] reports no result of it.
 
     Args:
-        max_source: keep the source's first tokens only, this many at most (512 for XSum's articles
-            in [1] and [2]); None keeps all of them. BART's bos and eos are among them, as in [2].
+        max_source: keep at most this many of the source's first tokens ([1] and [2] keep 512 for
+            XSum); None keeps all of them. BART's bos and eos are counted, as in [2].
     """
     check_choice("linearisation", linearisation, LINEARISATIONS)
     if max_source is not None and max_source < 1:
@@ -76,7 +76,11 @@ def encode_prompt(
 
 
 def warn_of_cuts(tokenizer, sources: Iterable[tuple[str, str, int | None]]) -> None:
-    """Warn how many sources `encode_prompt` cuts; of each its text, linearisation, max_source."""
+    """Warn how many sources `encode_prompt` cuts.
+
+    Args:
+        sources: for each source its text, linearisation and max_source.
+    """
     ends, total, found = 0 if for_bart(tokenizer) else 1, 0, []
     for text, linearisation, most in sources:
         total += 1
@@ -96,10 +100,10 @@ def encode_pair(
     tokenizer, source: str, target: str, linearisation: str = "paper", where: str = "",
     max_source: int | None = None,
 ) -> Encoded:  # fmt: skip
-    """The prompt, then enc(" " + target) + [eos]; "original-code" has a blank before eos, too.
+    """The prompt, then enc(" " + target) + [eos]; "original-code" adds a blank before eos.
 
-    For BART the prompt is the source, and the decoder reads [start, bos] + enc(target): the labels,
-    bos included, moved by one, after its start token, which is eos [2] unless its config differs.
+    For BART the prompt is the source. The decoder reads [start, bos] + enc(target), that is, the
+    labels shifted by one. Its start token is eos [2], unless the model's config names another one.
     """
     checked_text(target, "the target", where)
     prompt = encode_prompt(tokenizer, source, linearisation, max_source)
@@ -118,16 +122,16 @@ def encode_examples(
     max_len: int | None = None,
     max_source: int | None = None,
 ) -> list[Encoded]:
-    """Every (source, target) pair, in order.
+    """Encode every (source, target) pair, in order.
 
     Args:
         tokenizer: has encode(text) -> ids, bos_id and eos_id.
-        max_len: most tokens that a pair may have, its bos and eos included. The model reads all
-            but the eos, so N positions are enough for max_len = N + 1. For BART, most of
-            a target; a source may then have N.
-        max_source: cut sources to this many tokens, see `encode_prompt`.
+        max_len: the largest number of tokens in a pair, its bos and eos included. The model does
+            not read the eos, so N positions are enough for max_len = N + 1. For BART it limits the
+            target, and the source may have max_len - 1.
+        max_source: cut sources to this many tokens, see `encode_prompt`; nothing else is cut.
     Raises:
-        ValueError: an empty target or a longer pair; but for max_source nothing is cut.
+        ValueError: an empty target, or a pair longer than max_len.
     """
     encoded, too_long = [], []
     for example in examples:
@@ -141,42 +145,42 @@ def encode_examples(
                 too_long.append(pair)
             encoded.append(pair)
     if too_long and max_len is not None:
-        raise ValueError(told_too_long(too_long, len(encoded), max_len))
+        raise ValueError(too_long_message(too_long, len(encoded), max_len))
     return encoded
 
 
 def room_for_source(pair: Encoded, max_len: int) -> int:
-    """To how many tokens the source must be cut for the pair to fit; below 1: the target is too
-    long by itself."""
+    """How many tokens the source may have for the pair to fit; below 1, the target alone is too
+    long."""
     if pair.source is None:
         return max_len - 1 - (len(pair.ids) - pair.prompt_len)
     return max_len - 1 if len(pair.ids) <= max_len else 0
 
 
-def told_too_long(pairs: Sequence[Encoded], total: int, max_len: int) -> str:
-    """Where the first of the pairs stands, what of it is too long, and what helps."""
+def too_long_message(pairs: Sequence[Encoded], total: int, max_len: int) -> str:
+    """The error for pairs that are too long: where the first one is, its lengths and what to do."""
     pair, room = pairs[0], min(room_for_source(pair, max_len) for pair in pairs)
     n, source, most = len(pair.ids), pair.source_len, max_len
     if pair.source is None:
-        told = f"{n:,} tokens (source {source:,}, target {n - pair.prompt_len:,})"
+        size = f"{n:,} tokens (source {source:,}, target {n - pair.prompt_len:,})"
     elif n > max_len:
-        told = f"a target of {n:,} tokens"
+        size = f"a target of {n:,} tokens"
     else:
-        told, most = f"a source of {source:,} tokens", max_len - 1
+        size, most = f"a source of {source:,} tokens", max_len - 1
     many = f"{len(pairs)} of {total} pairs {'is' if len(pairs) == 1 else 'are'} too long"
     helps = f"train --max-source {room} cuts sources" if room > 0 else "shorten the target"
     return (
-        f"{pair.where}: {told}, at most {most:,} are allowed; {many}: {helps}, or remove the pairs"
+        f"{pair.where}: {size}, at most {most:,} are allowed; {many}: {helps}, or remove the pairs"
     )
 
 
 def spread(rows: Sequence, most: int) -> list:
-    """`most` of the rows, evenly spread; all of them if there are not more."""
+    """At most `most` of the rows, evenly spaced."""
     return [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), most))]
 
 
 def digest(rows: Sequence[Encoded]) -> str:
-    """64 hexadecimal digits that name the rows by their tokens."""
+    """A sha256 of the rows' tokens, in hexadecimal."""
     found = hashlib.sha256()
     for row in rows:
         ids = [row.prompt_len, *row.ids, *(row.source or ())]
@@ -185,7 +189,7 @@ def digest(rows: Sequence[Encoded]) -> str:
 
 
 def named(rows: Sequence[Encoded], most: int = 4) -> str:
-    """Where the rows come from, such as "a.jsonl:7, a.jsonl:9 and 14 more"; "" if nobody knows."""
+    """Where the rows come from, such as "a.jsonl:7, a.jsonl:9 and 14 more"; "" if unknown."""
     places = [row.where for row in rows if row.where]
     more = f" and {len(rows) - most} more" if len(rows) > most else ""
     return ", ".join(places[:most]) + more if places else ""
@@ -196,35 +200,36 @@ class Batch:
     """Right-padded rows; labels are already shifted, so logits and labels align by position."""
 
     input_ids: torch.Tensor  # (B, T), int64
-    labels: torch.Tensor  # (B, T), int64: the next token where it is the target's, else IGNORE
+    labels: torch.Tensor  # (B, T), int64: the next token if it belongs to the target, else IGNORE
     lengths: torch.Tensor  # (B,), int64: real input tokens
-    at: torch.Tensor  # (n,), int64: places b T + t of the labels
+    at: torch.Tensor  # (n,), int64: places b T + t that have a label
     starts: torch.Tensor  # (B,), int64: the bos, the first token after an infix
-    # of BART, what its encoder reads
+    # for BART: what the encoder reads
     source_ids: torch.Tensor | None = field(default=None, kw_only=True)  # (B, S), int64
     source_lens: torch.Tensor | None = field(default=None, kw_only=True)  # (B,), int64
 
     def to(self, device: torch.device) -> Self:
-        """On this device; a GPU is not waited for."""
+        """Copy to this device, without waiting for a GPU."""
         given = {name: x for name, x in vars(self).items() if x is not None}
         return type(self)(
             **{n: pinned(x, device).to(device, non_blocking=True) for n, x in given.items()}
         )
 
     def beside(self) -> dict[str, torch.Tensor | None]:
-        """What `hidden_states` takes beside input_ids."""
+        """The arguments of `hidden_states` other than input_ids."""
         if self.source_ids is None:
             return {"starts": self.starts}
         return {"source_ids": self.source_ids, "source_lens": self.source_lens}
 
 
 def pinned(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """x in memory that stays in place, if a GPU shall read it while the host goes on."""
+    """x in pinned memory if `device` is a GPU, which can then copy it while the host continues."""
     return x.pin_memory() if (x.device.type, device.type) == ("cpu", "cuda") else x
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
-    """input_ids = ids[:-1], labels[t] = ids[t + 1] for t + 1 >= prompt_len; T fits the longest."""
+    """input_ids = ids[:-1], labels[t] = ids[t + 1] for t + 1 >= prompt_len, padded to the longest
+    row."""
     if not encoded:
         raise ValueError("a batch needs at least one example, got none")
     lengths = torch.tensor([len(row.ids) - 1 for row in encoded])  # (B,)
@@ -251,9 +256,9 @@ def epoch_batches(
 ) -> list[list[int]]:
     """One epoch: every index of `lengths` once, in batches of similar length, in random order.
 
-    The shuffled indices are cut into pools of POOL_BATCHES batches; a pool is sorted by length and
-    cut into batches; the batches are shuffled. (seed, epoch) alone decide, not the global state.
-    At most one batch is smaller than batch_size.
+    The shuffled indices are divided into pools of POOL_BATCHES batches. Each pool is sorted by
+    length and divided into batches, and the batches are shuffled. The result depends on seed and
+    epoch alone, not on global random state. At most one batch is smaller than batch_size.
     """
     if batch_size < 1 or not len(lengths):
         raise ValueError(
@@ -273,7 +278,7 @@ def epoch_batches(
 class BatchOrder:
     """The endless order of batches: `batch(step)` depends on the arguments and the step alone.
 
-    A run that resumes at step s therefore sees the batches that an unbroken run sees.
+    A run that resumes at step s therefore sees the same batches as an uninterrupted run.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):

@@ -3,12 +3,12 @@
 Read `SOURCES`, then `fetch`. Each file has one of three states:
 
     verified      its sha256 is the one in assets/sha256/, computed here from the file itself
-    as published  the file was never seen here; its sha256 is the one that others published
+    as published  we never had the file; its sha256 is the one that others published
     unverified    neither; its sha256 is printed, recorded in SHA256SUMS and compared from then on
 
-A file whose sha256 is known from the file itself and differs is an error, and so is one that no
-longer is what SHA256SUMS says. A file gets its name when it is whole and checked. XSum's archive is
-then turned into JSON lines (`articles.convert_xsum`): three files instead of one per article.
+It is an error if a file differs from its verified sha256, or from the one in SHA256SUMS. A file
+gets its name once it is complete and checked. XSum's archive is then converted to JSON lines
+(`articles.convert_xsum`): three files instead of one per article.
 [1] https://www.fatiando.org/pooch
 """
 
@@ -31,7 +31,7 @@ from minprefix.limits import PIECE
 from minprefix.transfer import watched
 
 SUMS = Path(__file__).parents[1] / "assets" / "sha256"  # NAME.txt: sha256sum's format
-RECORD = "SHA256SUMS"  # beside the data, for `sha256sum -c`
+RECORD = "SHA256SUMS"  # in the folder of the data, for `sha256sum -c`
 MADE = tuple(f"{split}.jsonl" for split in SPLIT_NAMES)  # of XSum
 GITHUB = "https://raw.githubusercontent.com"
 
@@ -41,10 +41,10 @@ class Source:
     """Where a data set comes from."""
 
     licence: str
-    home: str  # a page to look at
-    base: str  # URL that a file's name is appended to
-    urls: dict[str, str] = field(default_factory=dict)  # of files that lie elsewhere
-    unseen: tuple[str, ...] = ()  # files whose sha256 others published
+    home: str  # its home page
+    base: str  # URL to which a file's name is appended
+    urls: dict[str, str] = field(default_factory=dict)  # of files that are elsewhere
+    unseen: tuple[str, ...] = ()  # files for which we only have a sha256 that others published
 
     def url(self, name: str) -> str:
         return self.urls.get(name) or f"{self.base}/{name}"
@@ -56,8 +56,8 @@ SOURCES = {
         "https://github.com/tuetschek/e2e-dataset",
         f"{GITHUB}/tuetschek/e2e-dataset/master",
     ),
-    # gitlab.com/shimorina/webnlg-dataset holds later releases, too; the paper's authors keep the
-    # files of the challenge 2017, as they used them.
+    # gitlab.com/shimorina/webnlg-dataset also holds later releases; the paper's authors keep the
+    # files of the 2017 challenge that they used.
     "webnlg": Source(
         "CC BY-NC-SA 4.0 (not for commercial use)",
         "https://github.com/XiangLi1999/PrefixTuning/tree/cleaned/data/webnlg_challenge_2017",
@@ -70,7 +70,7 @@ SOURCES = {
         f"{GITHUB}/Yale-LILY/dart/master/data/v1.1.1",
         unseen=("dart-v1.1.1-full-train.json",),
     ),
-    # The copy on the hub of http://bollin.inf.ed.ac.uk/public/direct/, at a version that has it.
+    # A copy of http://bollin.inf.ed.ac.uk/public/direct/ on the hub, at a revision that has it.
     "xsum": Source(
         "none stated for the BBC's texts (the card of GEM/xsum on the hub says CC BY-SA 4.0)",
         "https://github.com/EdinburghNLP/XSum",
@@ -83,7 +83,7 @@ SOURCES = {
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """File name -> sha256, of a file as sha256sum writes it; lines that begin with # are none."""
+    """File name -> sha256, from a file in sha256sum's format; skips lines that begin with #."""
     sums = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line and not line.startswith("#"):
@@ -102,8 +102,8 @@ def sha256(path: Path) -> str:
 
 
 def _download(url: str, path: Path, known: str | None, published: str | None, silent: bool) -> None:
-    """Fetch a file, which gets its name when it is whole and has the sha256 `known`, if there is
-    one; else nothing is left of it."""
+    """Fetch a file. It gets its name only if it is complete and has the sha256 `known`, if that is
+    given; otherwise nothing of it remains."""
     fetch_to = pooch.HTTPDownloader(progressbar=not silent, chunk_size=PIECE)
 
     def with_unix_ends(url: str, temporary: str, _) -> None:
@@ -142,10 +142,10 @@ def _state(name: str, digest: str, source: Source, known: str | None, recorded: 
 
 
 def _make_unix_ends(path: Path, known: str) -> None:
-    """Write \\n for each \\r\\n if the file then has the sha256 `known`.
+    """Replace each \\r\\n by \\n if the file then has the sha256 `known`.
 
-    DART's repository changed its files to Windows line ends after others had published their sha256
-    (commit 34b3c872, May 2021). Seen of the dev file: its content is the same.
+    DART's repository changed its files to Windows line ends (commit 34b3c872, May 2021) after
+    others had published their sha256. For the dev file, the rest was found to be equal.
     """
     data = path.read_bytes()
     unix = data.replace(b"\r\n", b"\n")
@@ -170,12 +170,12 @@ def _check_or_fetch(
 
 
 def _is_made(folder: Path, recorded: dict[str, str]) -> bool:
-    """Whether XSum's JSON lines are there, and recorded."""
+    """Whether XSum's JSON lines exist and are recorded."""
     return all((folder / name).is_file() and name in recorded for name in MADE)
 
 
 def _make(folder: Path, recorded: dict[str, str]) -> dict[str, str]:
-    """XSum's JSON lines -> sha256, made from the archive if one of them is missing."""
+    """File name -> sha256 of XSum's JSON lines; makes them from the archive if one is missing."""
     if not _is_made(folder, recorded):
         print(f"{folder / ARCHIVE} -> {', '.join(MADE)}", file=sys.stderr)
         convert_xsum(folder / ARCHIVE, folder / SPLIT_IDS, folder)
@@ -191,13 +191,13 @@ def _make(folder: Path, recorded: dict[str, str]) -> dict[str, str]:
 
 
 def _hub_files(name: str, folder: Path) -> list[str]:
-    """XSum in the hub's format, where somebody has put it; no sha256 of it is known."""
+    """XSum's files in the hub's format, if a user has put them there; their sha256 is unknown."""
     files = sorted(folder.rglob("*.parquet")) if name == "xsum" else []
     return [file.relative_to(folder).as_posix() for file in files]
 
 
 def _missing(name: str, folder: Path, recorded: dict[str, str]) -> list[str]:
-    """The files that have to be fetched or made."""
+    """The files that must be fetched or made."""
     if name == "xsum":
         if _is_made(folder, recorded) or _hub_files(name, folder):  # needs no archive
             return []
@@ -206,17 +206,18 @@ def _missing(name: str, folder: Path, recorded: dict[str, str]) -> list[str]:
 
 
 def fetch(name: str, folder: str | Path | None = None) -> list[dict]:
-    """Every file of a data set in `folder`: checked if it is there, fetched if it is not.
+    """Check every file of a data set in `folder`, and fetch those that are missing.
 
-    Nothing is written to a folder that has all files, but for the sha256 of unverified ones.
+    If no file is missing, nothing is written except the sha256 of unverified files.
 
     Args:
         name: one of DATA_SETS.
         folder: None means `data.data_folder`.
     Returns:
-        a row for each file: file, bytes, sha256, state.
+        for each file a dict with file, bytes, sha256 and state.
     Raises:
-        ValueError: a file is not what it should be. OSError: it cannot be fetched or written.
+        ValueError: a file differs from what is expected.
+        OSError: a file cannot be fetched or written.
     """
     check_choice("the data set", name, DATA_SETS)
     folder = Path(folder or data_folder(name))
@@ -229,12 +230,12 @@ def fetch(name: str, folder: str | Path | None = None) -> list[dict]:
     if folder.exists() and not _is_writable(folder):
         raise OSError(f"{folder}: {missing[0]} is missing, and the folder is read-only")
     folder.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(folder / ".lock"):  # a second process finds what the first has fetched
+    with WeakFileLock(folder / ".lock"):  # a second process waits and uses what the first fetched
         return _fetch(name, folder)
 
 
 def _is_writable(folder: Path) -> bool:
-    """By the folder's mode, which root may but should not ignore."""
+    """Whether the folder's mode allows writing; root could ignore the mode, but should not."""
     return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
 
 
@@ -254,7 +255,7 @@ def _fetch(name: str, folder: Path) -> list[dict]:
         if name == "xsum" and not hub:
             for file, digest in _make(folder, recorded).items():
                 sums[file], states[file] = digest, f"made from {ARCHIVE}"
-    finally:  # what is there is recorded, also if the next file fails
+    finally:  # record the finished files, even if the next one fails
         new = recorded | {file: sums[file] for file in states if states[file] != "verified"}
         if new != recorded and _is_writable(folder):
             lines = (f"{digest}  {file}\n" for file, digest in sorted(new.items()))

@@ -1,7 +1,7 @@
-"""Example: what every data set becomes, and how a text of any of them is checked and cleaned.
+"""`Example`, the form that every data set is read into, and how its texts are checked and cleaned.
 
-`LeftOut` counts what of the data cannot be used; every reader says it there, `load_examples` names
-it once.
+`LeftOut` counts the parts of the data that cannot be used. Every reader adds to it, and
+`load_examples` reports it in one warning.
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from minprefix import files
 from minprefix.files import brief
 
-LINEARISATIONS = ("paper", "original-code")  # as [1] prints a table, or as the code of [2] has it
+LINEARISATIONS = ("paper", "original-code")  # as [1] prints a table, or as the code of [2] does
 log = logging.getLogger(__name__)
 
 
@@ -26,14 +26,16 @@ class Example:
     targets: tuple[str, ...]  # reference texts: trained on one by one, scored against all
     table: tuple[tuple[str, str], ...] | None = None  # (field, value) pairs where the data has them
     where: str = ""  # file and line (XML: entry) of the first row, for messages
-    group: str = ""  # WebNLG's category, an article's topic: see `splits.py`
-    id: str = ""  # of an article: the BBC's number; "" for tables
-    language: str = field(default="", compare=False)  # of the targets, where the data says it: "en"
+    group: str = ""  # WebNLG's category or an article's topic: see `splits.py`
+    id: str = ""  # the BBC's number of an article; "" for tables
+    language: str = field(default="", compare=False)  # of the targets, such as "en"; "" = not given
 
 
 class LeftOut:
-    """What cannot be used: how much of each kind, and where the first of it stands; and which
-    columns were taken as fields of a table, since nobody said that they are."""
+    """Counts what cannot be used, by kind, with the place of the first of each kind.
+
+    It also holds the columns that were taken as fields of a table without being declared as such.
+    """
 
     def __init__(self) -> None:
         self.found: dict[str, tuple[int, str]] = {}
@@ -49,7 +51,7 @@ class LeftOut:
         return "; ".join(f"{what}: {n} (the first: {first})" for what, (n, first) in kinds)
 
     def report(self, path: str | Path) -> None:
-        """Name all of it in one warning each."""
+        """One warning about the columns, if there are any, and one about everything left out."""
         if self.fields:
             log.warning("%s: the columns %s are the table's fields", path, ", ".join(self.fields))
         if self.found:
@@ -68,9 +70,9 @@ def checked_text(value: object, name: str, where: str) -> str:
 
 
 def text_of(value: object, name: str, where: str) -> str | None:
-    """A cell as text: a number as it is written, a truth value as JSON has it.
+    """A cell as text: a number as it is written, a boolean as in JSON.
 
-    None where there is none: null, NaN (a null of pandas), or blanks only.
+    None for an empty cell: null, NaN (which pandas writes for null), or only blanks.
     """
     if isinstance(value, bool):
         value = "true" if value else "false"
@@ -84,7 +86,7 @@ def text_of(value: object, name: str, where: str) -> str | None:
 def texts_of(
     value: object, name: str, linearisation: str, where: str, left: LeftOut
 ) -> tuple[str, ...]:
-    """The texts of a cell that holds one or a list of several; empty ones are left out."""
+    """The texts of a cell, which holds one text or a list; empty ones are left out."""
     texts = []
     for one in value if isinstance(value, list) else [value]:
         if (text := text_of(one, name, where)) is None:
@@ -95,7 +97,7 @@ def texts_of(
 
 
 def clean(text: str, linearisation: str) -> str:
-    """White space of a target or a table's value: see `load_examples`."""
+    """Normalise the white space of a target or of a table's value: see `load_examples`."""
     if linearisation == "paper":
         return " ".join(text.split())
     return re.sub(r"\r\n|\r|\n", " ", text)
@@ -104,10 +106,12 @@ def clean(text: str, linearisation: str) -> str:
 def in_language(
     examples: Iterable[Example], language: str | None, path: str | Path, left: LeftOut
 ) -> list[Example]:
-    """The examples whose texts are in `language`, and inputs without any; None = in the only one.
+    """The examples whose texts are in `language`, and inputs without texts.
 
+    Args:
+        language: None = the only language that the data has.
     Raises:
-        ValueError: several languages to choose from, or none of them is this one.
+        ValueError: no text is in `language`; or it is None and there are several languages.
     """
     examples = list(examples)
     found = sorted({example.language for example in examples if example.targets})
@@ -128,7 +132,7 @@ def in_language(
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file (a byte order mark is dropped); line ends stay as they are."""
+    """The text of a UTF-8 file without its byte order mark; line ends stay as they are."""
     text = files.read_text(path).removeprefix("\ufeff")
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")

@@ -1,8 +1,8 @@
-"""Files of rows -> the rows' examples: CSV, JSON and JSON lines, parquet, pairs of text files.
+"""Reads the examples in files of rows: CSV, JSON and JSON lines, parquet, pairs of text files.
 
-What a row becomes is in `rows.py`. `triples.py` has WebNLG's files; `load.py` chooses among the
-readers and says what the two linearisations are. Each reader takes the path, the linearisation and
-what counts the rows that cannot be used.
+`rows.py` turns a row into an example. `triples.py` reads WebNLG's files; `load.py` chooses among
+the readers and explains the two linearisations. Each reader takes the path, the linearisation and
+the `LeftOut` that counts rows that cannot be used.
 [2] https://github.com/XiangLi1999/PrefixTuning
 """
 
@@ -22,7 +22,7 @@ from minprefix.limits import DATA, LINE
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """("file:number", line) of each line that is not blank, without its line end."""
+    """("file:number", line) for each line that is not blank, without its line end."""
     empty = True
     for number, line in enumerate(read_lines(path, DATA), 1):
         if line.strip():
@@ -33,14 +33,15 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_csv(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
-    """CSV with a header, E2E's among them; a text in quotes may contain line breaks."""
-    csv.field_size_limit(LINE.value)  # the module's own is 2**17
+    """CSV with a header, such as E2E's; a text in quotes may contain line breaks."""
+    csv.field_size_limit(LINE.value)  # the module's own limit is 2**17
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 1  # of the file, where the row begins
     try:
         header = [name.strip() for name in next(reader)]
         known = {*OPTIONAL, *(name for pair in COLUMNS for name in pair)}
-        header = [n.lower() if n.lower() in known else n for n in header]  # E2E's inputs alone: MR
+        # E2E's files without texts have the header MR
+        header = [n.lower() if n.lower() in known else n for n in header]
         check_separator(header, f"{path}:1")
         columns_of(header, f"{path}:1")
         if len(set(header)) < len(header):
@@ -66,13 +67,13 @@ def check_separator(header: list[str], where: str) -> None:
     for separator, name in ((";", "';'"), ("\t", "a tab")):
         if len(header) == 1 and separator in header[0]:
             raise ValueError(
-                f"{where}: the separator looks like {name}, and a CSV has commas here: save it so, "
-                f"or as JSON lines; the first line is {brief(header[0])}"
+                f"{where}: the separator looks like {name}, but only commas are read: save the "
+                f"file with commas, or as JSON lines; the first line is {brief(header[0])}"
             )
 
 
 def read_txt(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
-    """The text files of [2], one `source||target` a line; or an input alone in each line."""
+    """The text files of [2], with `source||target` or an input alone in each line."""
     lines = list(_lines(path))
     pairs = any("||" in line for _, line in lines)
     for where, line in lines:
@@ -91,9 +92,9 @@ def read_txt(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]
 
 
 def read_line_pairs(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
-    """NAME.source with NAME.target beside it, a row in each line: XSum as [2] has it.
+    """NAME.source and NAME.target, line by line: XSum in the format of [2].
 
-    Rows with equal inputs stay apart, as articles do. Without NAME.target there are inputs alone.
+    Rows with equal inputs are not merged, as for articles. NAME.target may be missing.
     """
     beside = path.with_suffix(".target")
     files = [path, beside] if beside.is_file() else [path]
@@ -113,14 +114,14 @@ def read_line_pairs(path: Path, linearisation: str, left: LeftOut) -> Iterator[E
 
 
 def read_jsonl(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
-    """A row's object in each line."""
+    """JSON lines: one object in each line."""
     yield from _json_rows(_lines(path), linearisation, left)
 
 
 def _json_rows(
     lines: Iterable[tuple[str, str]], linearisation: str, left: LeftOut
 ) -> Iterator[Example]:
-    """Of lines with their places, a row's object in each."""
+    """The examples of lines (with their places) that hold one JSON object each."""
     for where, line in lines:
         try:
             row = parse_json(line)
@@ -139,7 +140,7 @@ def _object(row: Any, linearisation: str, where: str, left: LeftOut) -> Iterator
 
 
 def read_json(path: Path, linearisation: str, left: LeftOut, only_good: bool) -> Iterator[Example]:
-    """JSON: a list of rows (DART's among them), {"entries": ...} as WebNLG has it, or JSON lines.
+    """JSON: a list of rows (such as DART's), WebNLG's {"entries": ...}, or JSON lines.
 
     Args:
         only_good: as in `triples.read_xml`.
@@ -148,7 +149,7 @@ def read_json(path: Path, linearisation: str, left: LeftOut, only_good: bool) ->
     try:
         content = parse_json(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # after a first whole value
+        if error.msg == "Extra data":  # more text after a complete value
             lines = ((f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), 1))
             yield from _json_rows((x for x in lines if x[1].strip()), linearisation, left)
             return
@@ -158,7 +159,7 @@ def read_json(path: Path, linearisation: str, left: LeftOut, only_good: bool) ->
     if is_webnlg(content):
         yield from read_webnlg_json(path, content["entries"], linearisation, left, only_good)
         return
-    if isinstance(content, dict):  # JSON lines of one line
+    if isinstance(content, dict):  # JSON lines with a single line
         columns_of(content, str(path))
         content = [content]
     if not isinstance(content, list):
@@ -168,7 +169,7 @@ def read_json(path: Path, linearisation: str, left: LeftOut, only_good: bool) ->
 
 
 def read_parquet(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
-    """The hub's format; pyarrow is needed for this alone."""
+    """The hub's format, the only one that needs pyarrow."""
     try:
         import pyarrow
         import pyarrow.parquet

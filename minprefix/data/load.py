@@ -1,12 +1,13 @@
-"""Data: files of tables and texts -> examples. What becomes of them next is in `batches.py`.
+"""Loads the examples of a data set from its files; `batches.py` then encodes them.
 
-Read `load_examples` (which files, which quirks). Two linearisations: "paper" writes a table as
-appendix A.1 of [1] prints it; "original-code" keeps the spaces, bars and names that the code of [2]
-feeds its model, for comparison with its results. Differs from [2]: nothing is dropped in silence.
+Read `load_examples` (which files, which quirks). There are two linearisations: "paper" writes a
+table as appendix A.1 of [1] prints it; "original-code" keeps the spaces, bars and names that the
+code of [2] feeds to its model, for comparison with its results. Unlike [2], we drop nothing
+silently.
 
-The readers are in `formats.py` (files of rows; what a row becomes is in `rows.py`) and `triples.py`
-(WebNLG, DART); `articles.py` has XSum's archive; `splits.py` makes topic splits and small subsets
-of what they read; `download.py` fetches the official files.
+The readers are in `formats.py` (files of rows, whose rows `rows.py` interprets), `triples.py`
+(WebNLG, DART) and `articles.py` (XSum's archive). `splits.py` makes topic splits and small subsets;
+`download.py` fetches the official files.
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 [3] https://github.com/tuetschek/e2e-dataset   [4] https://gitlab.com/shimorina/webnlg-dataset
 [5] https://github.com/Yale-LILY/dart   [6] https://huggingface.co/datasets/EdinburghNLP/xsum
@@ -32,8 +33,8 @@ from minprefix.data.triples import read_xml
 from minprefix.files import names_file
 
 # What a folder may hold: E2E [3] and its cleaned form [7], WebNLG 2017 and 2020 [4], the text files
-# of [2], DART [5], parquet as the hub lays it out [6], JSON lines, JSON, CSV. Of patterns joined by
-# "or" the first that matches is taken: one with texts before one with inputs alone.
+# of [2], DART [5], parquet in the hub's layout [6], JSON lines, JSON, CSV. Among patterns joined by
+# "or", the first that matches is used; files with texts come before files with inputs alone.
 SPLIT_FILES = {
     "train": (
         "trainset.csv", "train-fixed.no-ol.csv or train-fixed.csv", "train/*triples/*.xml",
@@ -68,7 +69,7 @@ DATA_SETS = ("e2e", "webnlg", "dart", "xsum")  # names that `python -m minprefix
 
 
 def data_folder(name: str) -> Path:
-    """Where a data set lies that was downloaded: XDG_CACHE_HOME (~/.cache)/minprefix/data/NAME."""
+    """The folder of a downloaded data set: XDG_CACHE_HOME (~/.cache)/minprefix/data/NAME."""
     check_choice("the data set", name, DATA_SETS)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "minprefix" / "data" / name
@@ -81,7 +82,7 @@ ROWS = {".csv": read_csv, ".txt": read_txt, ".source": read_line_pairs, ".jsonl"
 @names_file
 def _read_file(path: Path, split: str | None, linearisation: str, left: LeftOut) -> list[Example]:
     suffix = path.suffix.lower()
-    # [2] trains on texts marked good only, and decodes every entry
+    # [2] trains only on texts that are marked good, but decodes every entry
     only_good = linearisation == "original-code" and split == "train"
     if suffix == ".xml":
         return list(read_xml(path, linearisation, left, only_good))
@@ -97,11 +98,11 @@ def _read_file(path: Path, split: str | None, linearisation: str, left: LeftOut)
 
 
 class MissingSplit(ValueError):
-    """A folder of data has no file of the split."""
+    """A folder of data has no file for the split."""
 
 
 def _find_files(folder: Path, split: str | None) -> list[Path]:
-    """The files of one split: those of the only pattern in SPLIT_FILES that the folder matches."""
+    """The files of one split: exactly one pattern in SPLIT_FILES must match."""
     if split is None:
         raise ValueError(f"{folder} is a folder: give a split, one of {', '.join(SPLIT_FILES)}")
     found = {}
@@ -131,34 +132,34 @@ def load_examples(
     """The examples of a data set, of a file or of one split of a folder.
 
     Rows with the same input become one example with several targets, in order of appearance;
-    WebNLG and DART have one example per set of triples, XSum one per article. What cannot be used
-    (rows without an input or a text, empty cells) is left out, and counted in one warning.
+    WebNLG and DART have one example per set of triples, XSum one per article. Rows without an input
+    or a text, and empty cells, are left out and counted in one warning.
 
         linearisation   table (E2E, JSONL)      triples (WebNLG; DART)
         "paper"         name : X | type : pub   Spain : capital : Madrid | Madrid : MAYOR : ...
         "original-code" name : X | Type : pub    | Spain : capital : Madrid | Madrid : MAYOR : ...
                                                 Spain : capital : Madrid | Madrid : mayor : ...
 
-    White space under "paper": runs of it, line breaks included, become one blank in targets, values
-    and articles, and their ends, like those of a source given as text, are stripped.
-    "original-code" keeps all of it, but a line break in a target, a value or an article becomes a
-    blank. ([2] trains on tokenised E2E texts, its src1_*.txt; the official CSVs hold the
+    "paper" replaces each run of white space in targets, values and articles (line breaks included)
+    by one blank, and strips it at both ends; a source that is given as text is only stripped.
+    "original-code" keeps white space, except that a line break in a target, value or article
+    becomes a blank. ([2] trains on tokenised E2E texts, its src1_*.txt; the official CSVs hold the
     untokenised ones.)
-    Texts of WebNLG that are not marked "good" are kept, as [1] mentions no selection; under
-    "original-code" the training split leaves them out, as [2] does. Empty texts are no texts.
+    WebNLG's texts that are not marked "good" are kept, because [1] mentions no selection;
+    "original-code" leaves them out of the training split, as [2] does. Empty texts are ignored.
 
     Args:
         path: one of DATA_SETS if `python -m minprefix data` has fetched it, one of EMBEDDED, a
             file (.jsonl, .json, .csv, .parquet, .xml, .txt, .source) or a folder with the
-            files that SPLIT_FILES lists. (A folder of such a name: ./e2e.)
-        split: "train", "dev" or "test". A folder needs it; of a single file it says what the file
-            is, which matters only for the selection above.
+            files that SPLIT_FILES lists. (Write ./e2e for a folder with the name of a data set.)
+        split: "train", "dev" or "test". A folder needs it; for a single file it matters only for
+            the selection of WebNLG's texts.
         linearisation: one of LINEARISATIONS.
-        references: leave out inputs without a text; False keeps them, to write texts for them.
-        language: keep the texts in this one, such as "ru"; None = the data has only one.
+        references: leave out inputs without a text; False keeps them, to generate texts for them.
+        language: keep the texts in this language, such as "ru"; None = the data has only one.
     Raises:
-        ValueError: an unknown kind of file or folder, or a broken row, named as file:line; nothing
-            that can be used; texts in several languages.
+        ValueError: an unknown kind of file or folder; a broken row, named as file:line; no usable
+            row; texts in several languages.
         FileNotFoundError: `path` does not exist, or a data set was not downloaded.
     """
     check_choice("linearisation", linearisation, LINEARISATIONS)
@@ -176,14 +177,14 @@ def load_examples(
     try:
         files = _find_files(path, split) if path.is_dir() else [path]
     except MissingSplit as error:
-        if name:  # the command `data` has not fetched all of it
+        if name:  # the command `data` has not fetched all files
             raise MissingSplit(f"no {split} split of {name} is in {path}: {todo}") from error
         raise
     left = LeftOut()
     read = (example for file in files for example in _read_file(file, split, linearisation, left))
     if references:
         examples = _with_texts(in_language(read, language, path, left), path, left)
-    else:  # each input once, whatever the languages of its texts
+    else:  # each input once, even if it has texts in several languages
         examples = list({example.where: example for example in read}.values())
     if not examples:
         raise ValueError(
@@ -194,7 +195,7 @@ def load_examples(
 
 
 def _with_texts(examples: list[Example], path: Path, left: LeftOut) -> list[Example]:
-    """The examples with a text; ValueError if the data has inputs alone."""
+    """The examples that have a text; ValueError if none has."""
     found = [example for example in examples if example.targets]
     if examples and not found:
         raise ValueError(
@@ -210,10 +211,7 @@ def _with_texts(examples: list[Example], path: Path, left: LeftOut) -> list[Exam
 def load_train_and_dev(
     data: str, dev: str | None, linearisation: str = "paper", language: str | None = None
 ) -> tuple[list[Example], list[Example]]:
-    """Both splits of a folder; or a train file and, if there is one, a dev file.
-
-    The dev examples are [] where there are none.
-    """
+    """Both splits of a folder, or a train and a dev file; without dev data, the second is []."""
     how: Any = {"linearisation": linearisation, "language": language}
     train = load_examples(data, "train", **how)
     if data not in (*DATA_SETS, *EMBEDDED) and not Path(data).is_dir():  # a file or a pipe
@@ -223,6 +221,6 @@ def load_train_and_dev(
     try:
         return train, load_examples(data, "dev", **how)
     except MissingSplit:
-        if data in DATA_SETS:  # fetched in part
+        if data in DATA_SETS:  # partly fetched
             raise
         return train, []

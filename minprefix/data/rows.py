@@ -1,4 +1,4 @@
-"""Rows with named columns -> examples, whichever kind of file they stand in.
+"""Turns rows with named columns into examples, for every format of file.
 
     columns of the input and of the text(s)           the input
     mr, ref                                           E2E's meaning representation [1]
@@ -8,10 +8,10 @@
     document, summary                                 an article (XSum's columns)
     article, highlights; dialogue, summary            the same under other sets' names
     tripleset, annotations                            a set of triples (DART's)
-    text or target alone, beside others               the others are the fields of a table
+    text or target, and other columns                 the others are the fields of a table
 
-Read `example_of`. A row needs the column of its input; without the other it is an input alone. The
-language of a row's texts is in a column language or lang, if there is one.
+Read `example_of`. A row needs the column of its input; the column of its texts may be missing. A
+column language or lang gives the language of the texts.
 [1] https://github.com/tuetschek/e2e-dataset
 """
 
@@ -30,7 +30,7 @@ ARTICLES = (("document", "summary"), ("article", "highlights"), ("dialogue", "su
 MEANINGS = (("mr", "ref"), ("meaning_representation", "human_reference"))
 TABLE, SOURCE, TRIPLES = ("table", "text"), ("source", "target"), ("tripleset", "annotations")
 COLUMNS = (*MEANINGS, TABLE, SOURCE, *ARTICLES, TRIPLES)
-OPTIONAL = ("id", "url", "topic", "language", "lang")  # what else of a row is read
+OPTIONAL = ("id", "url", "topic", "language", "lang")  # other columns that are read
 
 # Official field name [1] -> the name, and the order, that the paper and its authors' text files use
 E2E_FIELDS = {
@@ -48,7 +48,7 @@ E2E_FIELDS = {
 def columns_of(names: Iterable[str], where: str) -> tuple[str, str]:
     """The columns of a row's input and texts; ValueError unless exactly one pair fits.
 
-    The former is "" where each field has a column of its own (`fields_of`).
+    The first is "" if each field has a column of its own (`fields_of`).
     """
     names = list(names)
     whole = [pair for pair in COLUMNS if set(pair) <= set(names)]
@@ -65,18 +65,18 @@ def columns_of(names: Iterable[str], where: str) -> tuple[str, str]:
 
 
 def fields_of(names: Iterable[str]) -> list[str]:
-    """The columns that are fields, in a file where each field has a column of its own."""
-    others = ("", TABLE[1], SOURCE[1], *OPTIONAL)  # "": the row numbers of pandas
+    """The columns that are fields of the table, if each field has a column of its own."""
+    others = ("", TABLE[1], SOURCE[1], *OPTIONAL)  # "": the column of pandas' row numbers
     return [name for name in names if name not in others]
 
 
 def example_of(
     row: dict[str, Any], linearisation: str, where: str, left: LeftOut
 ) -> Example | None:
-    """The example of a row; None for one without an input, which is counted in `left`.
+    """The example of a row; None for a row without an input, which is counted in `left`.
 
     Raises:
-        ValueError: columns that do not say what the row is, or values of other types.
+        ValueError: the columns are unknown or ambiguous, or a value has a wrong type.
     """
     source, target = pair = columns_of(row, where)
     if pair == TRIPLES:
@@ -102,7 +102,7 @@ def example_of(
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """The pairs of a JSON object as a dict; Python alone would keep the last of equal keys."""
+    """The pairs of a JSON object as a dict; ValueError for equal keys, which Python accepts."""
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
         raise ValueError(f"the key {brief(max(keys, key=keys.count))} occurs twice in one object")
@@ -110,10 +110,10 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def parse_json(text: str) -> Any:
-    """JSON in which numbers stay as they are written, "4.50", and NaN, as pandas has it, is null.
+    """Parse JSON; numbers stay as they are written ("4.50"), and pandas' NaN is read as null.
 
     Raises:
-        ValueError: also for equal keys, and brackets thousands deep.
+        ValueError: invalid JSON, equal keys in an object, or brackets nested thousands deep.
     """
     constants = {"NaN": None}
     try:
@@ -126,9 +126,9 @@ def parse_json(text: str) -> Any:
 
 
 def cells_of(table: object, linearisation: str, where: str, left: LeftOut) -> list[tuple[str, str]]:
-    """(field, value) pairs of an object, in its order; a field with a list has several values.
+    """The (field, value) pairs of an object, in its order; a list gives a field several values.
 
-    The object may be given as JSON, as in a cell of a CSV.
+    The object may also be a string of JSON, as in a cell of a CSV.
     """
     if isinstance(table, str) and table.lstrip().startswith("{"):
         try:
@@ -153,12 +153,12 @@ def cells_of(table: object, linearisation: str, where: str, left: LeftOut) -> li
 
 
 def source_of(cells: Iterable[tuple[str, str]]) -> str:
-    """The text that a table's cells become."""
+    """The text of a table."""
     return " | ".join(f"{name} : {value}" for name, value in cells)
 
 
 def read_prompt(prompt: str, linearisation: str) -> str:
-    """The source of a table that is given as a JSON object; any other prompt as it is."""
+    """The source of a prompt: that of the table if it is a JSON object, else the prompt itself."""
     try:
         table = parse_json(prompt) if prompt.lstrip().startswith("{") else None
     except ValueError:
@@ -169,7 +169,7 @@ def read_prompt(prompt: str, linearisation: str) -> str:
 def _meanings(mr: object, linearisation: str, where: str, left: LeftOut) -> list[tuple[str, str]]:
     """The pairs of "name[The Eagle], eatType[pub]", under our names and in our order.
 
-    A field may occur twice, as in the cleaned E2E: it then has two values, in their order.
+    A field that occurs twice, as in the cleaned E2E, has two values, in their order.
     """
     if (text := text_of(mr, "the meaning representation", where)) is None:
         return []
@@ -195,8 +195,8 @@ def _meanings(mr: object, linearisation: str, where: str, left: LeftOut) -> list
 def merge_equal_sources(rows: Iterable[Example]) -> list[Example]:
     """One example per distinct input, with the targets of all its rows, in order of appearance.
 
-    Articles and sets of triples stay apart: two with the same text are two rows, as in all that is
-    reported on XSum, WebNLG and DART.
+    Articles and sets of triples are not merged: two with the same text count twice, as in all
+    published results on XSum, WebNLG and DART.
     """
     first: dict[tuple, Example] = {}
     targets: dict[tuple, list[str]] = {}

@@ -1,8 +1,8 @@
-"""Which examples: topics seen and unseen in training, and the small subsets of the low-data tests.
+"""Selects examples: topics seen or unseen in training, and small subsets for low-data experiments.
 
-Extrapolation (section 6.4 and appendix A.1 of [1]; ACL version): `choose` parts WebNLG by category
-and XSum by the topic in an article's URL. Low data (6.3, A.2): `low_data`. What [1] leaves open and
-is our choice is said at each function.
+Extrapolation (section 6.4 and appendix A.1 of [1]; ACL version): `choose` splits WebNLG by category
+and XSum by the topic in an article's URL. Low data (6.3, A.2): `low_data`. The docstring of each
+function says what [1] leaves open and what we chose.
 [1] https://arxiv.org/abs/2101.00190
 """
 
@@ -25,25 +25,25 @@ UNSEEN = ("Artist", "Athlete", "CelestialBody", "MeanOfTransportation", "Politic
 SEEN_2020, UNSEEN_2020 = (*SEEN, *UNSEEN, "Company"), ("Film", "MusicalWork", "Scientist")
 CATEGORIES = (*SEEN_2020, *UNSEEN_2020)
 
-TOPICS = ("seen", "unseen", "news-to-sports", "within-news")  # what `choose` knows
-# of within-news; XSum has no council and no traffic, the embedded notes neither world nor UK
+TOPICS = ("seen", "unseen", "news-to-sports", "within-news")  # the choices of `choose`
+# for within-news; XSum has no council or traffic, the embedded notes have no world or UK
 TRAINING_NEWS = ("news/world", "news/uk", "news/business", "news/council", "news/traffic")
 
-# 5 subsets of each size, a model with each of 2 seeds: 10 models a size
+# 5 subsets of each size and 2 seeds for each subset: 10 models a size
 LOW_DATA_SIZES, LOW_DATA_SUBSETS, LOW_DATA_SEEDS = (50, 100, 200, 500), 5, 2
 DEV_PART = 0.3  # dev pairs per training pair
 
 
 def seen_categories(groups: Iterable[str]) -> tuple[str, ...]:
-    """The WebNLG categories that training has, of the year whose categories these are.
+    """WebNLG's categories in training, for the year to which `groups` belong.
 
-    2020's where there is one that 2017 has not, as in each of its splits; else 2017's.
+    That is 2020 if one of them is not in 2017, which holds for each split of 2020; else 2017.
     """
     return SEEN_2020 if set(groups) & {*CATEGORIES} - {*SEEN, *UNSEEN} else SEEN
 
 
 def _by_category(examples: Sequence[Example], topics: str) -> list[Example]:
-    """Those whose category training has ("seen"), or has not; ValueError if one has none."""
+    """The examples of seen or unseen categories; ValueError if an example has no category."""
     for example in examples:
         if not example.group or example.group == DART_CATEGORY:
             raise ValueError(
@@ -54,21 +54,21 @@ def _by_category(examples: Sequence[Example], topics: str) -> list[Example]:
 
 
 def choose(examples: Sequence[Example], topics: str | None, split: str) -> list[Example]:
-    """The examples of one split with the topics that are asked for; None: all.
+    """The examples of one split that belong to `topics`; None = all.
 
         topics            of      train, dev                 test
         "seen", "unseen"  WebNLG  that part                  that part (training has no unseen one)
         "news-to-sports"  XSum    news                       sport
         "within-news"     XSum    news: world, UK, business  all other news
-        The embedded notes, written after XSum, have both of the latter, too: see TRAINING_NEWS.
+        The last two also apply to the embedded notes, which imitate XSum: see TRAINING_NEWS.
 
     Articles of other sections of the BBC are in neither part. Our choice: the official splits stay
-    apart (training on train's articles, testing on test's), regions count as world or UK
+    apart (training uses train's articles, testing test's), regions count as world or UK
     (`articles.bbc_topic`), and dev has the topics of train.
 
     Raises:
-        ValueError: no example has a topic (of XSum, only the authors' archive holds URLs), or none
-            the one that is asked for.
+        ValueError: no example has a topic (for XSum only the authors' archive has URLs), or none
+            belongs to `topics`.
     """
     if topics is None:
         return list(examples)
@@ -93,18 +93,18 @@ def choose(examples: Sequence[Example], topics: str | None, split: str) -> list[
 
 
 def _some(examples: list[Example], topics: str, split: str) -> list[Example]:
-    """The examples, if there are any."""
+    """`examples`; ValueError if there are none."""
     if not examples:
         raise ValueError(f"the split {split} has no examples for the topics {topics}")
     return examples
 
 
 def subset(examples: Sequence[Example], size: int, subset_seed: int) -> list[Example]:
-    """`size` of the (source, target) pairs, without replacement, in their order.
+    """Sample `size` of the (source, target) pairs without replacement; they keep their order.
 
-    [1] samples rows of the data; how is not said. Our choice: pairs in the order of the hash
-    sha256("subset_seed index"), of which the first `size` are taken. It depends on the data's
-    order, the seed and no library, and a smaller subset is part of a larger one.
+    [1] samples rows of the data but does not say how. Our choice: sort the pairs by the hash
+    sha256("subset_seed index") and take the first `size`. The result depends on the order of the
+    data and the seed, not on a library, and a smaller subset is part of a larger one.
     """
     total = sum(len(example.targets) for example in examples)
     if not 1 <= size <= total:
@@ -119,15 +119,15 @@ def subset(examples: Sequence[Example], size: int, subset_seed: int) -> list[Exa
     return found
 
 
-HELD_OUT = 0.1  # share of the examples that serves as dev data where there is none
+HELD_OUT = 0.1  # share of the examples that becomes dev data if there is none
 HELD_OUT_MOST = 200  # examples
 
 
 def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Training and dev examples: a tenth, at least 2, of the examples is held out.
+    """Training and dev examples: holds out a tenth of the examples, at least 2 and at most 200.
 
-    Which ones is a matter of their sources alone, as in `subset`: the same in each run, and not a
-    matter of their order. With fewer than 4 examples none is held out.
+    They are chosen by a hash of their sources, so each run holds out the same ones, whatever the
+    order of the data. With fewer than 4 examples none is held out.
     """
     size = min(HELD_OUT_MOST, max(2, round(HELD_OUT * len(examples))))
     if len(examples) < 2 * size:
@@ -146,14 +146,14 @@ def _digest(text: str) -> bytes:
 def low_data(
     train: Sequence[Example], dev: Sequence[Example], size: int, subset_seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Training and dev pairs of one low-data run: `size`, and 30 % of it, of one subset seed.
+    """Training and dev pairs of one low-data run: `size` pairs, and 30 % of that number.
 
-    [1]: sizes 50, 100, 200 and 500, 5 subsets each, dev a split of 30 % of the training size (for
-    early stopping). Our choice: dev pairs come from the official dev set, at least one; without a
-    dev set there are none.
+    [1] uses sizes 50, 100, 200 and 500, 5 subsets of each, and a dev split of 30 % of the training
+    size (for early stopping). Our choice: the dev pairs, at least one, come from the official dev
+    set; without a dev set there are none.
 
     Raises:
-        ValueError: the data has fewer pairs.
+        ValueError: the data has too few pairs.
     """
     chosen = subset(train, size, subset_seed)
     dev_size, there = max(1, round(DEV_PART * size)), sum(len(example.targets) for example in dev)

@@ -1,6 +1,6 @@
-"""Sets of triples: WebNLG's XML and JSON [4], DART's rows and XML [5] -> examples, one per set.
+"""Reads sets of triples, one example per set: WebNLG's XML and JSON [4], DART's rows and XML [5].
 
-Read `read_xml`, then `dart_example`. What the code of [2] feeds its model differs between the two:
+Read `read_xml`, then `dart_example`. The code of [2] writes the two data sets differently:
 
     WebNLG   " | s : relation : o | s : relation : o"   a bar before every triple
     DART     "s : relation : o | s : relation : o"      relations in lower case
@@ -18,20 +18,20 @@ from typing import Any, NamedTuple
 from minprefix.data.examples import Example, LeftOut, checked_text, clean, text_of, texts_of
 from minprefix.files import brief, read_bytes
 
-DART_CATEGORY = "MISC"  # of every entry of DART's XML, which has WebNLG's schema, and of none there
-WEBNLG_LANGUAGE = "en"  # of texts that do not say theirs, and of DART's
+DART_CATEGORY = "MISC"  # of every entry in DART's XML (in WebNLG's schema), and of none in WebNLG
+WEBNLG_LANGUAGE = "en"  # of texts without a language, and of all in DART
 
 
 class Text(NamedTuple):
     """A text of a WebNLG entry."""
 
     text: str
-    comment: str | None  # "good", or what is wrong with it
+    comment: str | None  # "good", or the text's defect
     language: str
 
 
 def _linearise(triples: Sequence[Sequence[str]], linearisation: str, dart: bool) -> str:
-    """The source that a set of (subject, relation, object) becomes."""
+    """The source text of a set of (subject, relation, object)."""
     exact = linearisation == "original-code"
     if exact and dart:
         triples = [(s, relation.lower(), o) for s, relation, o in triples]
@@ -54,12 +54,12 @@ def _parse_triple(text: str | None, where: str) -> list[str]:
 def read_xml(path: Path, linearisation: str, left: LeftOut, only_good: bool) -> Iterator[Example]:
     """WebNLG's XML: one example per <entry> and language, from its modified triples.
 
-    Its texts stand in <lex>, or in <lex><text> in the enriched WebNLG. DART's entries are known by
-    their category, and get DART's linearisation.
+    The texts are in <lex>, or in <lex><text> in the enriched WebNLG. DART's entries are recognised
+    by their category and get DART's linearisation.
 
     Args:
-        only_good: leave out WebNLG's texts that are not marked good, and entries which then have
-            none. (DART's have the name of their source in the place of such marks.)
+        only_good: leave out WebNLG's texts that are not marked good, and entries without a good
+            text. (In DART this mark is replaced by the name of the text's source.)
     """
     data = read_bytes(path)
     if not data.strip():
@@ -67,7 +67,7 @@ def read_xml(path: Path, linearisation: str, left: LeftOut, only_good: bool) -> 
     try:
         root = ET.fromstring(data)
     except (ET.ParseError, LookupError, ValueError) as error:
-        # Not all have a position: an unknown encoding is a LookupError or ValueError of line 1.
+        # An unknown encoding is a LookupError or ValueError without a position: it is in line 1.
         line = error.position[0] if isinstance(error, ET.ParseError) else 1
         raise ValueError(f"{path}:{line}: broken XML: {error}") from None
     named = re.search(r"[.-]([a-z]{2})\.xml$", path.name)  # Airport.de.xml, ...-with-refs-ru.xml
@@ -127,7 +127,7 @@ def _entry(
     triples: list, texts: list[Text], group: str, linearisation: str, where: str, left: LeftOut,
     only_good: bool,
 ) -> Iterator[Example]:  # fmt: skip
-    """An example for each language of an entry's texts; one without texts if there are none."""
+    """One example for each language of an entry's texts; an entry without texts gives one too."""
     if not triples:
         left.add("rows without an input", where)
         return
@@ -148,11 +148,13 @@ def _entry(
 def dart_example(
     triples: object, notes: object, linearisation: str, where: str, left: LeftOut
 ) -> Example:
-    """Of a row of DART: [[s, relation, o], ...] and [{"text": ...}, ...], as the hub has it
-    {"text": [...]}; None = no texts. The group is the category that DART's XML has.
+    """The example of a row of DART; its group is the category used in DART's XML.
 
+    Args:
+        triples: [[s, relation, o], ...].
+        notes: [{"text": ...}, ...], or {"text": [...]} in the hub's format; None = no texts.
     Raises:
-        ValueError: values of other types.
+        ValueError: a value has a wrong type.
     """
     if not isinstance(triples, list) or not triples:
         raise ValueError(f"{where}: tripleset must be a list of triples, got {brief(triples)}")
@@ -161,7 +163,7 @@ def dart_example(
         if not isinstance(triple, list) or len(triple) != 3:
             raise ValueError(f"{where}: expected [subject, relation, object], got {brief(triple)}")
         name = f"a part of the triple {brief(triple)}"
-        # a table's cell may be empty
+        # the table that a triple comes from may have empty cells
         parts.append([text_of(part, name, where) or "" for part in triple])
     if isinstance(notes, dict):
         found = notes.get("text")

@@ -1,2 +1,2 @@
-"""From examples to a trained prefix or model, resumable at any step; imports all that generation
-may, and generation."""
+"""Trains a prefix or a model on examples, resumable at any step; may import generation and whatever
+generation may import."""

@@ -1,4 +1,4 @@
-"""What a person would say about the data before a run, and about the run after it.
+"""Advice to the user: about the data before a run, and about the run after it.
 
 Read `data_warnings`, `describe` and `verdict`; each returns sentences for the user.
 """
@@ -11,8 +11,8 @@ from minprefix.data.examples import Example
 from minprefix.generation.config import LONGEST
 from minprefix.training.config import LEAST_STEPS
 
-NOTABLE = 0.05  # share of a dev loss: a smaller change is not worth a word
-FALLING = 0.25  # share of a run, its last part, in which a falling loss says that it was too short
+NOTABLE = 0.05  # share of a dev loss; smaller changes are not reported
+FALLING = 0.25  # last share of a run; if the loss still falls there, the run was too short
 
 
 def pairs_of(examples: Sequence[Example]) -> Counter[tuple[str, str]]:
@@ -21,7 +21,7 @@ def pairs_of(examples: Sequence[Example]) -> Counter[tuple[str, str]]:
 
 
 def of(n: int, total: int, what: str, singular: str = "is", plural: str = "are") -> str:
-    """Such as "1 of 83 sources is"."""
+    """A phrase such as "1 of 83 sources is"."""
     return f"{n} of {total} {what} {singular if n == 1 else plural}"
 
 
@@ -29,17 +29,17 @@ def data_warnings(
     tokenizer, train: Sequence[Example], dev: Sequence[Example], longest_target: int,
     max_source: int | None, linearisation: str,
 ) -> list[str]:  # fmt: skip
-    """What is wrong or surprising in the data; nothing if all is well.
+    """Warnings about surprising or wrong data; [] if there is nothing to report.
 
     Args:
-        longest_target: tokens of the longest target.
-        max_source: to how many tokens sources are cut.
+        longest_target: number of tokens of the longest target.
+        max_source: number of tokens to which sources are cut.
     """
     found, train_pairs, dev_pairs = [], pairs_of(train), pairs_of(dev)
     if repeated := train_pairs.total() - len(train_pairs):
         found.append(
             f"{of(repeated, train_pairs.total(), 'training pairs', 'repeats', 'repeat')} another "
-            "one, which then counts more than the others"
+            "one, and so counts more than the others"
         )
     if both := sum(dev_pairs[pair] for pair in dev_pairs.keys() & train_pairs.keys()):
         found.append(
@@ -60,7 +60,7 @@ def data_warnings(
 
 
 def nothing_learned(measured: Sequence[tuple[int, float]]) -> str:
-    """What is wrong if the start had the lowest dev loss; "" if another step had it."""
+    """The warning for a run in which the start had the lowest dev loss; "" for other runs."""
     if len(measured) < 2 or min(measured, key=lambda pair: pair[1])[0] > 0:
         return ""
     steps, way = measured[-1][0], "try a smaller --lr, or look at the data"
@@ -75,12 +75,12 @@ def nothing_learned(measured: Sequence[tuple[int, float]]) -> str:
 def verdict(
     measured: Sequence[tuple[int, float]], stopped: bool, dev_pairs: int, go_on: str
 ) -> tuple[list[str], list[str]]:
-    """What was kept and why, and what to do about it: (statements, warnings).
+    """Which weights were kept, why, and what to do next: (statements, warnings).
 
     Args:
         measured: (step, dev loss in nats per target token) of each evaluation, the first at step 0.
         stopped: whether the run ended early.
-        dev_pairs: in each evaluation; the fewer they are, the more chance is in the dev loss.
+        dev_pairs: number of pairs in each evaluation; the fewer, the noisier the dev loss.
         go_on: the command that resumes the run.
     """
     if not measured:
@@ -94,7 +94,7 @@ def verdict(
         return said, []
     if (rise := last / best - 1) > NOTABLE:
         why = "overfitting"
-        if rise < dev_pairs**-0.5:  # of the order of the error of a mean of so many losses
+        if rise < dev_pairs**-0.5:  # about the standard error of the mean loss
             why = f"with {dev_pairs} dev pairs this may be chance"
         said.append(
             f"Dev loss was best at step {best_step} and rose by {100 * rise:.0f} % after it "

@@ -1,8 +1,8 @@
-"""How the blocks of a model run while it trains: fused, compiled, or computed again in the backward
+"""How the blocks of a model run during training: fused, compiled, or recomputed in the backward
 pass.
 
-The models know of none of it. `wrap_blocks` puts a `Wrapped` in the place of each block's
-`forward`, `unwrap_blocks` takes it away; weights, their names and hooks stay as they are.
+The models need not know about it. `wrap_blocks` replaces each block's `forward` by a `Wrapped`, and
+`unwrap_blocks` removes it; weights, their names and hooks stay as they are.
 """
 
 import functools
@@ -20,14 +20,14 @@ from minprefix.models.gpt2 import Block
 
 
 def normed(x: Tensor, y: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-    """x + y (x alone without y), and its layer norm, in one kernel; each (..., C)."""
+    """x + y (or x if y is None) and its layer norm, in one kernel; each (..., C)."""
     return add_norm(x, y, norm.weight, norm.bias, norm.eps)
 
 
 def fused_forward(self: Any, x, prefix, visible, attend=None, at=None, following=None) -> Any:
-    """`Block.forward` without dropout, with each sum and the norm after it in one kernel, and so
-    their gradients. Given the block that follows, it returns a pair, which that block takes
-    in the place of x: x, and the first norm of it."""
+    """`Block.forward` without dropout, with one kernel for each sum and the norm after it, also in
+    the backward pass. If `following` is given, it returns the pair (x, its norm by the first layer
+    of `following`), which the following block takes instead of x."""
     x, n = x if isinstance(x, tuple) else normed(x, None, self.ln_1)
     y = self.attn(n, prefix, visible, attend)
     if at is not None:
@@ -39,8 +39,8 @@ def fused_forward(self: Any, x, prefix, visible, attend=None, at=None, following
 
 @functools.cache
 def compiled_forward(kind: type[nn.Module]) -> Callable[..., Tensor]:
-    """`kind.forward` by torch.compile: all layers share it, rows and tokens may change."""
-    # first, middle and last layers, prefix, infix and gate, one row or many: more than 8 graphs
+    """`kind.forward` by torch.compile, shared by all layers; B and T may change."""
+    # first, middle and last layers; prefix, infix and gate; one row or many: more than 8 graphs
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(kind.forward, dynamic=True)
 
@@ -49,10 +49,10 @@ class Wrapped:
     """The forward pass of one block.
 
     Args:
-        compiled: by torch.compile, where there is no cache (`attend` is None).
-        recomputed: activations are not kept, but computed again in the backward pass.
-        fused: of GPT-2 in eval mode, by `fused_forward`; what is compiled has kernels of its own.
-        following: the block whose first norm a fused one makes; None = that block does so itself.
+        compiled: use torch.compile if there is no cache (`attend` is None).
+        recomputed: do not keep activations, but recompute them in the backward pass.
+        fused: use `fused_forward` for GPT-2 in eval mode, unless the block is compiled.
+        following: the block whose first norm a fused block computes; None = it does that itself.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Wrapped:
             run = compiled_forward(kind)
         elif self.fused and not self.block.training:
             run, after = fused_forward, self.following
-            # an adapter's hook takes a tensor
+            # the hook of an adapter expects a tensor
             if after is not None and not (after.training or self.block._forward_hooks):
                 run = partial(run, following=after)
         run, args = partial(run, self.block), (x, prefix, visible, attend, *rest)
@@ -82,7 +82,7 @@ class Wrapped:
 def wrap_blocks(
     model: LanguageModel, *, compiled: bool = False, recomputed: bool = False, fused: bool = False
 ) -> None:
-    """From now on the blocks run as `Wrapped` says; with none of the three they run as they are."""
+    """Make the blocks run as described in `Wrapped`, or as they are if no option is set."""
     unwrap_blocks(model)
     if not (compiled or recomputed or fused):
         return
@@ -94,7 +94,7 @@ def wrap_blocks(
 
 
 def unwrap_blocks(model: LanguageModel) -> None:
-    """The blocks run as they are."""
+    """Make the blocks run as they are."""
     for block in model.blocks():
         vars(block).pop("forward", None)
 

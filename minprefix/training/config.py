@@ -1,9 +1,9 @@
-"""The settings of a training run, and the rule that fills in what the user leaves open.
+"""The settings of a training run, and the rule for settings that the user does not give.
 
 Read `TrainConfig`, then `settle`: the number of steps, the batch size, the warm-up and the interval
-of evaluations follow from the number of training pairs. benchmarks/defaults.py measures the rule
-against a grid of other settings; docs/guides/your_data.md shows the result. `PretrainConfig` is
-that of a run of `pretrain.py`. Imports nothing of PyTorch.
+of evaluations follow from the number of training pairs. benchmarks/defaults.py compares the rule
+with a grid of other settings; docs/guides/your_data.md shows the result. `PretrainConfig` has the
+settings of `pretrain.py`. This file does not import PyTorch.
 """
 
 import math
@@ -19,7 +19,7 @@ LOSSES = ("token", "sentence")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. None = chosen by the number of training pairs."""
+    """The settings of a training run. None = chosen by the number of training pairs."""
 
     method: str = "prefix"  # "prefix", "finetune" (all weights), "ft-top" (top layers), "adapter"
     epochs: float | None = None  # passes over the training pairs
@@ -72,10 +72,10 @@ class TrainConfig:
         return None if self.time is None else seconds_of(self.time)
 
     def rate(self, step: int, seconds: float) -> float:
-        """Learning rate of step 0, 1, ... of settled settings: linear up, then linear down to 0.
+        """Learning rate of step 0, 1, ...: linear warm-up, then linear decay to 0. Needs `settle`.
 
         Args:
-            seconds: how long the run has taken so far, which counts where `time` is given.
+            seconds: how long the run has taken so far; used if `time` is given.
         """
         assert self.lr is not None and self.warmup_steps is not None
         if step < self.warmup_steps:
@@ -87,7 +87,7 @@ class TrainConfig:
 
 
 def seconds_of(time: str) -> float:
-    """Seconds that a text such as "90s", "10m" or "1.5h" says."""
+    """The seconds in a time such as "90s", "10m" or "1.5h"."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", time.strip())
     seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
     if not seconds:
@@ -96,7 +96,7 @@ def seconds_of(time: str) -> float:
 
 
 def duration(seconds: float) -> str:
-    """Such as "40 s", "12 min" or "3.5 h"."""
+    """Format seconds as, for example, "40 s", "12 min" or "3.5 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
@@ -104,19 +104,19 @@ def duration(seconds: float) -> str:
 
 # the rule -----------------------------------------------------------------------------------------
 
-FEW, BATCH_SIZES = 100, (8, 16)  # pairs in a batch: for so few training pairs, for more
+FEW, BATCH_SIZES = 100, (8, 16)  # pairs in a batch: up to FEW training pairs, and above
 LEAST_STEPS = 150
-WARMUP, LEAST_WARMUP = 0.05, 30  # share of the steps, and steps
-EVALUATIONS, LEAST_EVERY = 15, 10  # of a run, and steps between two of them at least
+WARMUP, LEAST_WARMUP = 0.05, 30  # share of the steps, and least number of steps
+EVALUATIONS, LEAST_EVERY = 15, 10  # evaluations in a run, and least steps between two of them
 
 
 def usual_steps(n_pairs: int) -> int:
-    """Optimiser steps for so many pairs: 150 for 20, 280 for 200, 670 for 1,000."""
+    """Number of optimizer steps: 150 for 20 pairs, 280 for 200, 670 for 1,000."""
     return max(LEAST_STEPS, round(15 * n_pairs**0.55))
 
 
 def settle(config: TrainConfig, n_pairs: int, lr: float, ranks: int = 1) -> TrainConfig:
-    """The settings with all that was left open, by the rule.
+    """Fill in by the rule all settings that are None.
 
     Args:
         n_pairs: training pairs.
@@ -133,8 +133,8 @@ def settle(config: TrainConfig, n_pairs: int, lr: float, ranks: int = 1) -> Trai
         steps = None
     warmup = LEAST_WARMUP if steps is None else max(LEAST_WARMUP, round(WARMUP * steps))
     if steps is not None:
-        warmup = min(warmup, steps // 3)  # of a run that the user wants short
-    # with a clock the number of steps is not known; evaluations then come as often as in the rule
+        warmup = min(warmup, steps // 3)  # the user may ask for a short run
+    # with `time` the number of steps is unknown; evaluations are then as frequent as by the rule
     every = max(LEAST_EVERY, (steps or usual_steps(n_pairs)) // EVALUATIONS)
     return replace(
         config, batch_size=batch_size, steps=steps, epochs=None, lr=config.lr or lr,
@@ -148,7 +148,7 @@ def settle(config: TrainConfig, n_pairs: int, lr: float, ranks: int = 1) -> Trai
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """A model and the run that trains it; the defaults suit a CPU."""
+    """The sizes of a model and the settings of its training; the defaults suit a CPU."""
 
     vocab_size: int = 4096  # V, tokens of the tokenizer that is trained on the text
     n_positions: int = 256  # T, tokens of a window; the model reads no longer texts

@@ -1,11 +1,11 @@
-"""Text to train a GPT-2 from scratch on: from a folder to token streams, from streams to windows.
+"""Text for training a GPT-2 from scratch: reads a folder into token streams and cuts windows.
 
-A folder holds either text, as UTF-8 (.txt, .txt.gz, .txt.xz), or tokens (.npy, .npy.xz: one integer
-array a file, as another program has tokenised them). A file of text is one document, or several
-with <|endoftext|> between them. All documents become one stream of ids, <|endoftext|> after each,
-and a training row is a window of T + 1 ids of it: T inputs and, one to the right, T labels.
-Documents are packed into windows without padding, and attention may look across their borders,
-as in the training of GPT-3 [1], appendix B.
+A folder holds either UTF-8 text (.txt, .txt.gz, .txt.xz) or tokens (.npy, .npy.xz: one array of
+integers per file, written by another tokeniser). A text file is one document, or several with
+<|endoftext|> between them. All documents become one stream of ids with <|endoftext|> after each. A
+training row is a window of T + 1 ids: T inputs and, shifted by one, T labels. Documents are packed
+into windows without padding, and attention may cross their borders, as in the training of GPT-3
+[1], appendix B.
 
 Read `load_corpus`, then `Windows` (which rows step s sees).
 [1] https://arxiv.org/abs/2005.14165
@@ -35,7 +35,7 @@ HELD_OUT = re.compile(r"(val|valid|validation)(?![a-z])", re.IGNORECASE)  # star
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a model is trained on and measured by."""
+    """The ids for training and for evaluation, and their tokenizer."""
 
     tokenizer: Tokenizer
     train: np.ndarray  # (n,), ids
@@ -46,18 +46,18 @@ class Corpus:
 def load_corpus(
     folder: str | Path, tokenizer: Tokenizer | None, vocab_size: int, val_share: float
 ) -> Corpus:
-    """Everything in the folder and its sub-folders, in the order of the paths.
+    """Read all files in the folder and its sub-folders, in the order of the paths.
 
-    Held out are the files whose name begins with val (val.txt, val-0.npy.xz, validation.txt);
-    without such a file the last documents, see `held_out`.
+    Files whose name begins with val (val.txt, val-0.npy.xz, validation.txt) are held out; without
+    such a file the last documents are, see `held_out_from`.
 
     Args:
-        tokenizer: None = trained on the text that is not held out.
+        tokenizer: None = train one on the text that is not held out.
         vocab_size: of a tokenizer that is trained here.
-        val_share: between 0 and 1, the share of the text that is held out.
+        val_share: the share of the text that is held out, between 0 and 1.
     Raises:
-        ValueError: no text; text and tokens side by side; tokens without a tokenizer or with ids
-            that it does not have; a file that is damaged or no UTF-8 (named, with its line).
+        ValueError: no text; both text and tokens; tokens without a tokenizer, or ids outside of its
+            vocabulary; a file that is damaged or not UTF-8 (named, with its line).
         FileNotFoundError: no such folder.
     """
     folder = Path(folder)
@@ -84,7 +84,7 @@ def load_corpus(
 
 
 def shard_corpus(paths: list[Path], tokenizer: Tokenizer | None, val_share: float) -> Corpus:
-    """The tokens of all shards, those named val* held out."""
+    """The tokens of all shards; those named val* are held out."""
     if tokenizer is None:
         raise ValueError(f"{paths[0]}: token ids need their tokenizer: give --tokenizer FOLDER")
     streams = {False: [np.zeros(0, np.uint16)], True: [np.zeros(0, np.uint16)]}
@@ -104,7 +104,7 @@ def shard_corpus(paths: list[Path], tokenizer: Tokenizer | None, val_share: floa
 
 @names_file
 def read_unpacked(path: Path) -> bytes:
-    """The content of a file, unpacked; ValueError if it is damaged or an archive of too much."""
+    """The unpacked contents of a file; ValueError if it is damaged or unpacks to too much."""
     unpack: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower())
     if unpack is None:
         return read_bytes(path, DATA)
@@ -117,7 +117,7 @@ def read_unpacked(path: Path) -> bytes:
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a text file, without white space at their ends and without empty ones."""
+    """The documents of a text file, stripped of white space at both ends; skips empty ones."""
     text = decode_text(read_unpacked(path), path).removeprefix("\ufeff")
     return [document for part in text.split(ENDOFTEXT) if (document := part.strip())]
 
@@ -129,7 +129,7 @@ def read_shard(path: Path, vocab_size: int) -> np.ndarray:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0}
         shape, _, dtype = read.get(version, np.lib.format.read_array_header_2_0)(file)
-    except Exception as error:  # it is a Python literal, in which anything may be wrong
+    except Exception as error:  # the header is a Python literal, which can be wrong in any way
         raise ValueError(f"{path}: damaged, or not a .npy file ({brief(error, str)})") from error
     if len(shape) != 1 or dtype.kind not in "iu":
         raise ValueError(f"{path}: expected one row of integer ids, found {dtype} {shape}")
@@ -153,10 +153,10 @@ def id_type(vocab_size: int) -> type:
 
 
 def held_out_from(n: int, ends: Sequence[int] | np.ndarray, share: float) -> int:
-    """Where, in a text of length n whose documents end at `ends`, the held-out part begins.
+    """Where the held-out part begins, in a text of length n whose documents end at `ends`.
 
-    At the first end of a document past (1 - share) n; inside the last document, at (1 - share) n
-    itself, if that is where this lies: then no more than `share` is held out in any case.
+    It begins at the first end of a document after (1 - share) n, or at (1 - share) n itself if that
+    is inside the last document. No more than `share` is held out in either case.
     """
     start = max(1, round(n * (1 - share)))
     later = [end for end in ends if start <= end < n]
@@ -187,7 +187,7 @@ def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
 def unigram_entropy(ids: np.ndarray, vocab_size: int) -> float:
     """H = - sum_v p_v log p_v with p_v = share of id v, in nats per token.
 
-    No model that leaves the context aside has a lower loss on these ids.
+    A model that ignores the context cannot have a lower loss on these ids.
     """
     p = np.bincount(ids, minlength=vocab_size) / len(ids)
     p = p[p > 0]
@@ -200,9 +200,9 @@ def unigram_entropy(ids: np.ndarray, vocab_size: int) -> float:
 class Windows:
     """The endless order of training windows: `batch(step)` depends on the arguments and step alone.
 
-    In each epoch the stream, closed to a ring, is cut into windows of T labels from a random place
-    on, and the windows come in random order: every token is a label once, with other neighbours in
-    its window than in the epoch before. (The last window, shorter than T, is left out.)
+    In each epoch the stream is treated as a ring and cut, from a random place, into windows of T
+    labels, which come in random order. Every token is a label once, and its window contains other
+    tokens than in the epoch before. (The last window, shorter than T, is left out.)
     """
 
     def __init__(self, ids: np.ndarray, seq_len: int, batch_size: int, seed: int):
@@ -238,9 +238,9 @@ class Windows:
 
 
 def validation_windows(ids: np.ndarray, seq_len: int, most: int) -> list[np.ndarray]:
-    """Windows of T labels one after the other, evenly spread if there are more than `most` tokens.
+    """Consecutive windows of T labels, or evenly spaced ones if there are more than `most` tokens.
 
-    Each is read alone, so its first tokens have little before them. The last may be shorter.
+    Each window is read alone, so its first tokens have little context. The last may be shorter.
     """
     if len(ids) < 2:
         raise ValueError(f"too little text: {len(ids)} tokens are held out, but a loss needs 2")

@@ -1,16 +1,16 @@
-"""Forward and backward of a training step: the plain form, and the same as CUDA graphs.
+"""The forward and backward passes of a training step, in plain form and as CUDA graphs.
 
-With a frozen model a step is a function of little: token ids, labels and the prefix's activations
-(h_i of eq. (3), i in P_idx) go in, the summed loss and the activations' gradients come out.
-`Trainer.step` makes the activations once per step (an MLP may compute them) and takes their
-gradients on from there. In between stands `PlainPasses`, or on a GPU `GraphedPasses`: static
-buffers, and one graph for each bucket of (rows, tokens, labels), recorded when a batch first needs
-it.
+With a frozen model, a step has few inputs and outputs: token ids, labels and the prefix's
+activations (h_i of eq. (3), i in P_idx) go in, the summed loss and the activations' gradients come
+out. `Trainer.step` computes the activations once per step, possibly by an MLP, and continues the
+backward pass from their gradients. In between it uses `PlainPasses`, or on a GPU `GraphedPasses`:
+static buffers, and one graph for each bucket of (rows, tokens, labels), recorded when a batch first
+needs it.
 
-Shapes are rounded up to buckets, and what is added changes nothing: tokens after a row's end are
-hidden by causality, labels that are added weigh 0. Rows are not packed: batches of similar length
-(`batches.epoch_batches`) leave so little padding that the column `padding` of
-`benchmarks.peft train --data` is all that packing could win.
+Shapes are rounded up to buckets. The padding has no effect: tokens after a row's end are hidden by
+causality, and added labels have weight 0. Rows are not packed, because batches of similar length
+(`batches.epoch_batches`) need little padding; the column `padding` of `benchmarks.peft train
+--data` shows the most that packing could save.
 Shapes use the letters of `models/gpt2.py`; n counts labels.
 """
 
@@ -31,18 +31,18 @@ TOKENS = 16  # T is rounded up to a multiple
 LABELS = 8  # n is rounded up to a multiple of B T / LABELS
 
 Activations = PrefixActivations | BARTActivations
-Losses = Callable[[Batch, Activations | None], Tensor]  # of each label, nats: (n,)
+Losses = Callable[[Batch, Activations | None], Tensor]  # the loss of each label, nats: (n,)
 
 
 def detached(acts: Activations) -> Any:
-    """The same values as leaves, at which gradients arrive."""
+    """The same values as leaf tensors, which receive gradients."""
     return acts.map(lambda x: x.detach().requires_grad_())
 
 
 def dropped(acts: Activations, probability: float, seed: int) -> Activations:
-    """Prefix dropout: each entry of the table is 0 with this probability, else enlarged to match.
+    """Prefix dropout: each entry of the table is 0 with this probability, otherwise scaled up.
 
-    One draw serves a whole step, all its batches and ranks; the authors' code draws for each row.
+    One mask is used for all batches and ranks of a step; the authors' code draws one for each row.
     """
     first = acts.leaves()[0]
     generator = torch.Generator(first.device).manual_seed(seed)
@@ -55,34 +55,34 @@ def dropped(acts: Activations, probability: float, seed: int) -> Activations:
 
 
 def own_copy(acts: PrefixActivations) -> PrefixActivations:
-    """Leaves at addresses of our own."""
+    """A copy as leaf tensors, at fixed addresses for the graphs."""
     return detached(acts.map(Tensor.clone))
 
 
 def leaves(acts: Activations | None) -> list[Tensor]:
-    """What has a gradient: tables and gates; nothing without a prefix."""
+    """The tensors that receive gradients: tables and gates; [] without a prefix."""
     return [] if acts is None else acts.leaves()
 
 
 class PlainPasses:
-    """A step's sums, one batch after the other: begin, add, ..., add, end."""
+    """Sums up a step, batch by batch: begin, add, ..., add, end."""
 
     def __init__(self, losses: Losses):
         self.losses = losses
 
     def begin(self, acts: Activations | None, scale: float) -> None:
-        """A step with these activations; its loss is `scale` times the sum over all labels."""
+        """Begin a step with these activations; its loss is `scale` times the sum over labels."""
         self.acts, self.scale = None if acts is None else detached(acts), scale
         self.nats: Any = 0.0
 
     def add(self, batch: Batch) -> None:
-        """Forward and backward of one batch. Trained weights collect their gradients, too."""
+        """Forward and backward pass of one batch; trained weights also accumulate gradients."""
         nats = self.losses(batch, self.acts).sum()
         (self.scale * nats).backward()
         self.nats = self.nats + nats.detach()
 
     def end(self) -> tuple[Tensor, list]:
-        """The sum in nats, without scale; the gradients of the loss at the `leaves`."""
+        """The sum of losses in nats, without `scale`, and the gradients at the `leaves`."""
         return self.nats, [leaf.grad for leaf in leaves(self.acts)]
 
 
@@ -90,11 +90,11 @@ class PlainPasses:
 class Padded(Batch):
     """A batch of a bucket's shapes."""
 
-    weights: Tensor  # (n,): 1, or 0 for a label that was added
+    weights: Tensor  # (n,): 1, or 0 for an added label
 
 
 def padded(batch: Batch, longest: int) -> Padded:
-    """T and n rounded up, T to `longest` at most; an added label repeats the first one."""
+    """The batch with T and n rounded up, T to `longest` at most; added labels repeat the first."""
     B, T = batch.input_ids.shape
     n, more = len(batch.at), min(round_up(T, TOKENS), longest) - T
     n_added = round_up(n, max(1, B * (T + more) // LABELS)) - n
@@ -111,10 +111,10 @@ def padded(batch: Batch, longest: int) -> Padded:
 
 
 class GraphedPasses:
-    """The same with a prefix, replayed. All buckets add to the same sums.
+    """`PlainPasses` with a prefix, replayed as graphs. All buckets add to the same sums.
 
     Args:
-        longest: most tokens that a row may have once it is padded.
+        longest: largest number of tokens of a padded row.
     """
 
     def __init__(self, losses: Losses, acts: PrefixActivations, longest: int):
@@ -125,7 +125,8 @@ class GraphedPasses:
         self.nats, self.scale = (torch.zeros((), dtype=wide, device=self.device) for _ in range(2))
         self.batches: dict[tuple[int, int, int], Padded] = {}  # static, by bucket
         self.replays: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
-        # the sums lie outside of it, so that all buckets need the memory of the largest only
+        # the sums are outside of the pool, so that the buckets together need only as much memory
+        # as the largest one
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     @torch.no_grad()
@@ -142,7 +143,7 @@ class GraphedPasses:
         if bucket not in self.batches:
             self.batches[bucket] = batch.to(self.device)
             sums = (*self.grads, self.nats)
-            before = [total.clone() for total in sums]  # a recording takes effect once, too
+            before = [total.clone() for total in sums]  # warm-up and recording also change the sums
             self.replays[bucket] = capture(lambda: self._pass(bucket), self.device, self.pool)
             for total, value in zip(sums, before, strict=True):
                 total.copy_(value)

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP during a run: the running step is finished and the state saved.
+"""Ctrl-C, SIGTERM and SIGHUP during a run: the current step is finished and the state saved.
 
 Read `deferred_interrupt`, which `loop.Loop.run` uses.
 """
@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP: the running step was finished and the state saved; or a second
+    """Ctrl-C, SIGTERM or SIGHUP: the current step was finished and the state saved. Or a second
     Ctrl-C, which stopped the run at once.
 
     Attributes:
@@ -43,12 +43,12 @@ ENDING = [
 
 @contextmanager
 def deferred_interrupt(saved_step: Callable[[], int]) -> Iterator[Callable[[], int]]:
-    """Within the block the first Ctrl-C, SIGTERM or SIGHUP only sets a flag, so that a step is
-    finished; yields the flag's reader: the number of the signal, 0 before one.
+    """Within the block the first Ctrl-C, SIGTERM or SIGHUP only sets a flag, so that the step can
+    finish. Yields a function that reads the flag: the number of the signal, or 0.
 
-    A second Ctrl-C stops at once: an `Interrupted` that names the `saved_step`, even where it came
-    while PyTorch wrote a file, which makes a RuntimeError of it. Outside the main thread nothing
-    changes.
+    A second Ctrl-C stops at once with an `Interrupted` that names the `saved_step`, even if PyTorch
+    was writing a file and turned the interrupt into a RuntimeError. Outside the main thread this
+    does nothing.
     """
     seen: list[int] = []
     at_once = False
@@ -66,7 +66,7 @@ def deferred_interrupt(saved_step: Callable[[], int]) -> Iterator[Callable[[], i
             raise KeyboardInterrupt
         seen.append(number)
         again = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
-        with suppress(OSError):  # a terminal that is gone
+        with suppress(OSError):  # the terminal may be gone
             print(f"\nFinishing this step{again}.", file=sys.stderr, flush=True)
 
     for number in previous:

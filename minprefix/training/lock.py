@@ -1,8 +1,8 @@
-"""One process a run folder: two of them would write the settings of one beside the weights of the
-other.
+"""A lock that gives a run folder to one process: two processes could leave the settings of one run
+with the weights of the other.
 
-The system holds the lock on the file `.lock` and releases it when the process ends, however it
-ends, so that a kill leaves nothing behind. The file says who holds it, for the error message.
+The operating system locks the file `.lock` and releases it however the process ends, so a killed
+process leaves no lock. The file names the process that holds it, for the error message.
 """
 
 import json
@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows: nothing is locked there
     fcntl = None  # type: ignore[assignment]
 
-HELD: set[tuple[int, Path]] = set()  # by which thread, which may ask again
+HELD: set[tuple[int, Path]] = set()  # (thread, folder); a thread may lock a folder repeatedly
 
 
 class FolderInUse(ValueError):
@@ -33,15 +33,15 @@ class FolderInUse(ValueError):
 
 @contextmanager
 def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Within the block, no other process can have the folder, which is made if there is none.
+    """Within the block, no other process can use the folder, which is created if necessary.
 
-    What a killed process left half written is removed. On a file system without locks, or in a
-    folder that cannot be written to, nothing is locked.
+    Temporary files of killed processes are removed. On a file system without locks, and in a
+    read-only folder, nothing is locked.
 
     Args:
-        wait: until the other process is done.
+        wait: wait until the other process is done.
     Raises:
-        FolderInUse: another process has it; says which, on which machine and since when.
+        FolderInUse: another process holds the lock; names it, its machine and the time.
         ValueError: the folder holds a symbolic link that leads out of it.
         OSError: the folder cannot be made.
     """
@@ -87,7 +87,7 @@ def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
 
 
 def locked(number: int, wait: bool) -> bool:
-    """Lock an open file, by its descriptor; whether it was free.
+    """Lock an open file, given its descriptor; returns whether it was free.
 
     Raises:
         OSError: the file system has no locks.
@@ -102,12 +102,12 @@ def locked(number: int, wait: bool) -> bool:
 
 
 def holder(file: TextIO) -> str:
-    """What the lock's file says of its holder; nothing where it cannot be read (Windows)."""
+    """The holder named in the lock file; "" if that cannot be read (Windows)."""
     for _ in range(10):
         try:
             file.seek(0)
             who = json.load(file)
             return f" by process {who['pid']:d} on {who['host'][:64]} since {who['since'][:25]}"
         except (OSError, ValueError, TypeError, KeyError):
-            time.sleep(0.05)  # it has the lock, and may not have written yet
+            time.sleep(0.05)  # the holder may not have written its name yet
     return ""

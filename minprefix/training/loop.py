@@ -1,10 +1,10 @@
-"""The loop of everything that trains step by step: `Trainer`, `Pretrainer` and `PromptSearch`.
+"""The loop shared by everything that runs in steps: `Trainer`, `Pretrainer` and `PromptSearch`.
 
 A `Loop` counts steps, shows its progress, writes log lines, evaluates and saves its state at
-intervals, and finishes the running step when Ctrl-C is pressed or the process is asked to end
-(SIGTERM, or SIGHUP of a terminal that is closed). A subclass says what a step is.
-Read `Loop.run`, then `Loop.load_state`, the one way to resume: a run that was killed goes on from
-its last saved state, if its settings are the same. `run_folder.py` says what is in the folder.
+intervals, and finishes the current step when Ctrl-C is pressed or the process receives SIGTERM, or
+SIGHUP because its terminal was closed. A subclass defines the step.
+Read `Loop.run`, then `Loop.load_state`, the only way to resume: a run that was killed continues
+from its last saved state, if its settings are the same. `run_folder.py` lists the folder's files.
 """
 
 import math
@@ -24,7 +24,7 @@ from minprefix.models.weights import same_model
 from minprefix.training.config import duration
 from minprefix.training.interrupts import Interrupted, deferred_interrupt
 from minprefix.training.lock import alone_in
-from minprefix.training.memory import keep_freed, told
+from minprefix.training.memory import keep_freed, reported
 from minprefix.training.ranks import Ranks
 from minprefix.training.run_folder import (
     append_log,
@@ -37,12 +37,12 @@ from minprefix.training.run_folder import (
 )
 from minprefix.training.state import check_progress
 
-UNBOUNDED = 10**9  # steps of a run that the clock ends
-FIRST_STEPS = 5  # after which the time that a run takes is estimated
+UNBOUNDED = 10**9  # steps of a run with a time limit
+FIRST_STEPS = 5  # steps before the duration of the run is estimated
 
 
 class Loop:
-    """Steps, log, evaluation and state of one run; `run()` goes from the current step to the end.
+    """Steps, log, evaluations and state of one run; `run()` continues to the end of the run.
 
     A subclass defines `step`, `evaluate`, `keep`, `settings`, `state`, `restore` and `result`; it
     may change the other methods.
@@ -52,19 +52,19 @@ class Loop:
         steps: the last step, if `finished` does not end the run earlier.
         log_every, eval_every: steps between log lines, and between evaluations, after which the
             state is saved.
-        patience: the run ends after so many evaluations in a row without a better dev loss, but
-            not in its first half, nor in the first half of what a longer run adds; 0 = never.
+        patience: the run ends after this many evaluations in a row without a lower dev loss, but
+            not in its first half, nor in the first half of an extension; 0 = never.
 
     Attributes:
-        step_done, saved_step: how many steps were made, and the last saved state has.
-        measured: (step, dev loss) of each evaluation after a step, in nats per target token.
-        stopped: whether the run ended early, because the dev loss had stopped falling.
+        step_done, saved_step: how many steps are done, now and in the last saved state.
+        measured: (step, dev loss) of each evaluation, in nats per target token.
+        stopped: whether the run ended early because the dev loss had stopped falling.
         seconds: wall time of the run up to the last saved state, without pauses.
     """
 
-    advice = "try other settings"  # for a loss that is not finite
+    advice = "try other settings"  # in the error when a loss is not finite
     state_keys: tuple[str, ...] = ("trained", "optimizer")  # what `state` returns
-    extends: tuple[str, ...] = ()  # settings that may change when a run goes on
+    extends: tuple[str, ...] = ()  # settings that may change when a run is continued
     saves_each_step = False
 
     def __init__(
@@ -75,65 +75,66 @@ class Loop:
         self.log_every, self.eval_every, self.patience = log_every, eval_every, patience
         self.ranks = ranks or Ranks()
         self.step_done, self.saved_step, self.seconds, self.measured = 0, 0, 0.0, []
-        self.entry: dict | None = None  # the last line of the log about steps
+        self.entry: dict | None = None  # the last line of the log that is about steps
         self.stopped, self.counted_from = False, 0  # patience counts evaluations after this step
         self.bar: tqdm | None = None  # while it runs
-        self.watch: Callable[[dict], None] | None = None  # sees each log line, too
-        self.started: float | None = None  # while it runs: when an unbroken run would have begun
+        self.watch: Callable[[dict], None] | None = None  # is called with each log line
+        # while it runs: when it would have started if it had not been interrupted
+        self.started: float | None = None
         if device.type == "cpu":
             keep_freed()
 
-    # what a subclass says -------------------------------------------------------------------------
+    # what a subclass defines ----------------------------------------------------------------------
 
     def step(self) -> dict:
-        """Make one step and count it; what `summary` needs of it."""
+        """Make one step and count it; returns what `summary` needs."""
         raise NotImplementedError
 
     def evaluate(self) -> None:
-        """Measure the dev loss, log it, and keep what is best so far (see `note_loss`)."""
+        """Measure the dev loss, log it, and keep the best weights so far (see `note_loss`)."""
         raise NotImplementedError
 
     @property
     def kept(self) -> Path:
-        """What a user takes from the run folder: a file, or a folder with a model."""
+        """The result in the run folder: a file, or a folder with a model."""
         raise NotImplementedError
 
     def keep(self) -> None:
-        """Write it."""
+        """Write the file or folder `kept`."""
         raise NotImplementedError
 
     def can_keep(self) -> bool:
-        """Whether `keep` writes the best, also after `load_state`."""
+        """Whether `keep` can write the best weights, also after `load_state`."""
         return self.best_step in (None, self.step_done)
 
     def settings(self) -> dict:
-        """What must be the same when a run goes on."""
+        """What must be unchanged when a run is continued."""
         raise NotImplementedError
 
     def state(self) -> dict:
-        """What resuming needs beside the attributes of `Loop`, by `state_keys`."""
+        """What resuming needs besides the attributes of `Loop`; has the keys `state_keys`."""
         raise NotImplementedError
 
     def restore(self, state: dict) -> None:
-        """The opposite of `state`. ValueError, and nothing is changed, if it does not fit."""
+        """The opposite of `state`. ValueError, without any change, if it does not fit."""
         raise NotImplementedError
 
     def result(self) -> dict:
-        """What the run reached."""
+        """The results of the run."""
         raise NotImplementedError
 
     def begin(self) -> None:
-        """Work before the first step of a run; called after resuming, too."""
+        """Work before the first step; also called after resuming."""
 
     def end(self) -> None:
         """Work after the last step."""
 
     def rows_of(self, step: int) -> str:
-        """What step 0, 1, ... reads, as file:line; "" where that is not known."""
+        """The rows that step 0, 1, ... reads, as file:line; "" if unknown."""
         return ""
 
     def begun(self) -> bool:
-        """Whether something was computed or loaded already."""
+        """Whether something has been computed or loaded."""
         return self.step_done > 0
 
     def done(self) -> float:
@@ -144,7 +145,7 @@ class Loop:
         return self.stopped or self.done() >= 1
 
     def shown(self, entry: dict) -> str:
-        """What the progress bar shows of a log line."""
+        """The text of the progress bar for a log line."""
         best = f", best dev {self.best:.3f} (step {self.best_step})" if self.measured else ""
         return f"loss {entry['loss']:.3f}{best}, {entry['tokens_per_s']} tok/s"
 
@@ -159,17 +160,17 @@ class Loop:
         return min(self.measured, key=lambda pair: pair[1])[0] if self.measured else None
 
     def place(self) -> str:
-        """How far the run has come."""
+        """How far the run is, such as "step 10 of 100"."""
         return f"step {self.step_done} of {self.steps}"
 
     def tell(self, text: str) -> None:
-        """Show lines to the user above the progress bar; nothing without one."""
+        """Print lines above the progress bar; without a bar, print nothing."""
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix_str(self.shown(self.entry) if self.entry else "", refresh=False)
             self.bar.write(text, file=sys.stderr)
 
     def summary(self, window: list[dict], seconds: float) -> dict:
-        """The log line of the steps in `window`: here means; waits for the GPU."""
+        """The log line for the steps in `window`, here their means; waits for the GPU."""
         self.check_finite(window)
         targets, last = sum(step["targets"] for step in window), window[-1]
         loss = float(sum(step["nats"] for step in window)) / targets
@@ -185,14 +186,14 @@ class Loop:
     # the loop -------------------------------------------------------------------------------------
 
     def run(self, progress: bool = True) -> dict:
-        """Go on to the last step; returns `result`. `progress` draws a bar on stderr.
+        """Continue to the last step and return `result`. `progress` draws a bar on stderr.
 
         Raises:
-            Interrupted: a signal; the running step was finished and the state saved.
-            OutOfMemory: says what needs it and what to lower; the last saved state stays.
-            FloatingPointError: a loss is no longer finite; the last saved state stays.
+            Interrupted: a signal came; the current step was finished and the state saved.
+            OutOfMemory: names what to lower; the last saved state remains.
+            FloatingPointError: a loss is no longer finite; the last saved state remains.
             ValueError: the folder holds a run and `load_state` was not called; another process
-                works in it (`FolderInUse`); the run goes on and what it kept is gone.
+                works in it (`FolderInUse`); or a continued run finds its kept result missing.
         """
         self.check_begun()
         self.ranks.wait()
@@ -201,7 +202,7 @@ class Loop:
                 self.check_begun()  # another process may have been there before the lock
                 mend(self.out)
                 self.check_kept()
-                # a kill before the first saved state leaves an evaluation before the first step
+                # a run killed before its first saved state leaves the evaluation before step 1
                 cut_log(self.out, self.step_done if self.begun() else -1)
             self._run(progress)
             self.ranks.wait()
@@ -209,26 +210,26 @@ class Loop:
         return self.result()
 
     def check_begun(self) -> None:
-        """ValueError if the folder holds a run that this one would overwrite."""
+        """ValueError if the folder holds a run that would be overwritten."""
         if not self.begun() and self.has_state():
             raise ValueError(f"{self.out} already holds a run: load_state() continues it")
 
     def check_kept(self) -> None:
-        """Write again what the run had kept if it is gone; ValueError if the run no longer can."""
+        """Write the kept result again if it is gone; ValueError if the run cannot do so."""
         kept = self.kept / "model.safetensors" if self.kept.is_dir() else self.kept
         if self.step_done == 0 or kept.is_file():
             return
         if not self.can_keep():
             raise ValueError(
-                f"{kept} is gone, and the run cannot write it again: it was of step "
-                f"{self.best_step}, the saved state is of step {self.step_done}; train again"
+                f"{kept} is gone, and the run cannot write it again: it was from step "
+                f"{self.best_step}, but the saved state is from step {self.step_done}; train again"
             )
         self.keep()
 
     def _run(self, progress: bool) -> None:
-        """`run` with the folder for itself."""
+        """`run`, once the folder is locked."""
         self.started = time.perf_counter() - self.seconds
-        # in a log file each update would be a line: one every 30 s
+        # in a log file each update of the bar is a line, so write only one every 30 s
         every = 0.1 if sys.stderr.isatty() else 30  # s
         self.bar = tqdm(
             total=None if self.steps == UNBOUNDED else self.steps, initial=self.step_done,
@@ -237,7 +238,7 @@ class Loop:
         )  # fmt: skip
         try:
             stops = deferred_interrupt(lambda: self.saved_step)
-            with self.bar, stops as interrupted, told(self.where_memory_ended):
+            with self.bar, stops as interrupted, reported(self.where_memory_ended):
                 self.begin()
                 self._go(self.bar, interrupted)
         finally:
@@ -256,7 +257,7 @@ class Loop:
                     self.tell(self.estimate(median(times)))
             evaluate = self.finished() or self.step_done % self.eval_every == 0
             log = evaluate or self.step_done % self.log_every == 0
-            # several ranks must stop at the same step: they ask one another when they log
+            # all ranks must stop at the same step, so they exchange the flag whenever they log
             number = interrupted()
             stop = (log or self.ranks.count == 1) and self.ranks.any(number > 0, self.device)
             save = evaluate or stop or self.saves_each_step
@@ -278,11 +279,11 @@ class Loop:
                 raise Interrupted(said, number or signal.SIGINT)
 
     def where_memory_ended(self) -> str:
-        """What follows "out of memory": when it happened, and what needs less."""
+        """The end of the message "out of memory": when it happened, and what to do."""
         return f"after step {self.step_done}: use a smaller model, or another device"
 
     def estimate(self, seconds: float) -> str:
-        """How long the run will take, from the seconds of a step."""
+        """How long the rest of the run will take, given the seconds of one step."""
         left = seconds * (self.steps - self.step_done)
         return f"about {duration(left)} to step {self.steps}, evaluations not counted"
 
@@ -291,16 +292,16 @@ class Loop:
         return self.seconds if self.started is None else time.perf_counter() - self.started
 
     def log(self, entry: dict) -> None:
-        """Append a line to the log; the first rank does."""
+        """Append a line to the log, on the first rank only."""
         if self.ranks.first:
             append_log(self.out, entry)
             if self.watch:
                 self.watch(entry)
 
     def note_loss(self, loss: float, shown: Sequence[str] = (), **more) -> None:
-        """Log a dev loss, in nats per target token, and `more`; keep what has the lowest.
+        """Log a dev loss, in nats per target token, and `more`; keep the weights if it is the best.
 
-        `shown` are lines that the user sees below it.
+        `shown` are lines that are printed below it.
         """
         better = loss < self.best
         self.measured.append((self.step_done, loss))
@@ -314,16 +315,16 @@ class Loop:
         self.tell("\n".join([line, *shown]))
 
     def gives_up(self) -> bool:
-        """Whether the last `patience` evaluations brought no better dev loss."""
-        before = self.counted_from / self.steps  # the share that was done when the length changed
+        """Whether the last `patience` evaluations did not lower the dev loss."""
+        before = self.counted_from / self.steps  # share that was done when the length changed
         if not self.patience or not self.measured or self.done() < (1 + before) / 2:
             return False
         since = max(self.best_step or 0, self.counted_from)
         return sum(step > since for step, _ in self.measured) >= self.patience
 
     def check_finite(self, window: list[dict]) -> None:
-        """FloatingPointError that names the first of these steps with a loss or a gradient that is
-        not finite, and its rows."""
+        """FloatingPointError naming the first step, and its rows, with a loss or gradient that is
+        not finite."""
         for number, step in enumerate(window, self.step_done - len(window)):
             for name, key in (("loss", "nats"), ("norm of the gradient", "norm")):
                 if not math.isfinite(value := float(step[key])):
@@ -342,11 +343,11 @@ class Loop:
     # state ----------------------------------------------------------------------------------------
 
     def has_state(self) -> bool:
-        """Whether the folder holds a run to go on with."""
+        """Whether the folder holds a run that can be continued."""
         return has_state(self.out)
 
     def save_state(self) -> None:
-        """Write what resuming needs, all of it or nothing."""
+        """Write what resuming needs, atomically."""
         self.seconds = self.seconds_so_far()
         progress: dict = {"step": self.step_done, "best": self.best, "seconds": self.seconds}
         progress |= {"measured": self.measured, "counted_from": self.counted_from}
@@ -357,17 +358,17 @@ class Loop:
         return read_state(self.out, self.device, self.state_keys)
 
     def older_settings(self) -> dict:
-        """What a state of an older version may lack in its settings."""
+        """Settings that the state of an older version may lack."""
         return asdict(type(self.config)())
 
     def load_state(self) -> None:
-        """Go back to the last saved state of this run folder.
+        """Load the last saved state of this run folder.
 
-        With another length (`extends`) the learning rate follows the schedule of the new length
-        from the next step on, and patience counts evaluations from there.
+        If the length has changed (`extends`), the learning rate follows the schedule of the new
+        length from the next step on, and patience counts evaluations from there.
 
         Raises:
-            ValueError: no state, a damaged one, or one of other settings, data or model.
+            ValueError: no state, a damaged one, or one with other settings, data or model.
         """
         state, path = self.read_state(), state_path(self.out)
         try:
@@ -375,7 +376,7 @@ class Loop:
         except ValueError as error:
             raise ValueError(f"{path}: damaged, {error}") from error
         ours, theirs = self.settings(), self.older_settings() | state["settings"]
-        base = "base model"  # in the words of an older version, perhaps
+        base = "base model"  # an older version may have described it in other words
         if same_model(str(theirs.get(base) or ""), ours.get(base) or ""):
             theirs[base] = ours[base]
         changed = sorted(name for name in ours if theirs.get(name) != ours[name])
@@ -394,7 +395,7 @@ class Loop:
         self.stopped = self.gives_up()
 
     def resume(self) -> bool:
-        """`load_state` if the folder holds a run; whether it does."""
+        """Call `load_state` if the folder holds a run; returns whether it does."""
         found = self.has_state()
         if found:
             self.load_state()

@@ -1,9 +1,8 @@
-"""Out of memory: how a GPU and a CPU say so, and the one line that a run says instead.
+"""Out of memory on a GPU or CPU: recognises the error and replaces it by one clear line.
 
-Read `told`, which `loop.Loop.run` uses, then `halving`, with which a `Trainer` goes on. At the end
-stands `keep_freed`, which makes steps on a CPU faster.
-What the system kills without asking (the out-of-memory killer of Linux) cannot be told; such a run
-goes on from its last saved state.
+Read `reported`, which `loop.Loop.run` uses, then `halving`, with which a `Trainer` continues.
+`keep_freed`, at the end, makes steps on a CPU faster. A run that the system kills (the
+out-of-memory killer of Linux) cannot report it, but it can continue from its last saved state.
 """
 
 import ctypes
@@ -16,7 +15,7 @@ import torch
 
 T = TypeVar("T")
 
-# of the CPU's allocator, of oneDNN, and of CUDA and cuBLAS outside PyTorch's allocator
+# messages of the CPU's allocator, of oneDNN, and of CUDA and cuBLAS outside PyTorch's allocator
 MESSAGES = (
     "can't allocate memory", "could not create a memory object", "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -28,7 +27,7 @@ class OutOfMemory(ValueError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation has failed, of PyTorch on any device or of Python."""
+    """Whether an allocation has failed, in PyTorch on any device or in Python."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES)
@@ -37,13 +36,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 def halving(
     work: Callable[[], T], rows: dict[str, int], kind: str, forget: Callable[[], None]
 ) -> T:
-    """What `work` returns; out of memory it begins again, after half of `rows[kind]` is taken away.
+    """Call `work`; whenever memory runs out, halve `rows[kind]` and call it again.
 
     Args:
-        rows: rows in a pass, by its kind; what `work` reads of it decides how much memory it needs.
-        forget: undo what `work` has left.
+        rows: rows in a pass, by the kind of pass; `work` reads `rows[kind]`.
+        forget: undoes what a failed `work` has done.
     Raises:
-        RuntimeError, MemoryError: of `work`, out of memory with one row, or for another reason.
+        RuntimeError, MemoryError: `work` failed for another reason, or even with one row.
     """
     while True:
         try:
@@ -51,7 +50,7 @@ def halving(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or rows[kind] == 1:
                 raise
-        # not before the error is gone, which holds the tensors of the pass
+        # only now, because the error has kept the tensors of the pass alive
         rows[kind] = (rows[kind] + 1) // 2
         forget()
         if torch.cuda.is_available():
@@ -59,8 +58,8 @@ def halving(
 
 
 @contextmanager
-def told(what: Callable[[], str]) -> Iterator[None]:
-    """Within the block, a failed allocation becomes `OutOfMemory` with these words."""
+def reported(what: Callable[[], str]) -> Iterator[None]:
+    """Within the block, a failed allocation becomes `OutOfMemory` with the text of `what`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -70,12 +69,12 @@ def told(what: Callable[[], str]) -> Iterator[None]:
 
 
 def keep_freed() -> None:
-    """Let this process keep the memory of freed tensors for the next ones, if it runs on glibc.
+    """Make this process keep the memory of freed tensors for later ones, if it runs on glibc.
 
-    glibc asks the system for each large tensor and gives it back at once. A training step frees and
-    makes the same tensors each time, and the system clears every page of them again.
+    By default glibc returns the memory of each large tensor to the system. A training step
+    allocates the same tensors every time, and the system would clear all their pages again.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:  # the numbers are those of malloc.h
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: bytes of a block that the system is asked for
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes at the end that are kept
+    if mallopt is not None:  # the numbers are from malloc.h
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from this size on, a block is requested by mmap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes that are kept at the end of the heap

@@ -1,4 +1,4 @@
-"""The precision that a run computes in: fp32, or bf16 on GPUs that are made for it."""
+"""The precision of a run: fp32, or bf16 on devices that support it in hardware."""
 
 from typing import Any
 

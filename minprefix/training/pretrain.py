@@ -1,16 +1,16 @@
-"""Pretraining: a GPT-2 from scratch, from token windows to a folder that `minprefix.load` reads.
+"""Trains a GPT-2 from scratch on token windows, and writes a folder that `minprefix.load` reads.
 
-The objective is the language model's, the sum over all tokens of log p(z_i | z_<i), as a mean per
-token. Weights start as GPT-2's do (`GPT2.init_weights`: N(0, 0.02), what is added to the residual
-stream scaled by 1 / sqrt(2 L); Radford et al. 2019 [1], section 2.3, and its code [2]). The
-matrices of the layers are trained by Muon [3]: the momentum of the gradient, G = U S V^T, is
-replaced by about U V^T, so that all its directions move equally far. Embeddings, biases and layer
-norms are trained by AdamW.
+The objective is that of a language model, the mean over all tokens of log p(z_i | z_<i). Weights
+are initialised like GPT-2's (`GPT2.init_weights`: N(0, 0.02), divided by sqrt(2 L) in layers that
+add to the residual stream; Radford et al. 2019 [1], section 2.3, and its code [2]). The matrices of
+the layers are trained by Muon [3]: the momentum of the gradient, G = U S V^T, is replaced by
+approximately U V^T, so that the update is equally large in all its directions. Embeddings, biases
+and layer norms are trained by AdamW.
 
 Read `PretrainConfig`, `make_optimizers` and `Pretrainer.step`; `loop.py` has the loop. As in
-`trainer.py`, what step s does depends on the settings, the weights before it and (seed, s) alone,
-and a run that was killed goes on to the very losses of an unbroken one; not so with `time`,
-which makes the schedule follow the clock. The run folder holds the model with the lowest
+`trainer.py`, step s depends only on the settings, the weights before it and (seed, s), so a run
+that was killed continues with exactly the losses of an uninterrupted run. This does not hold with
+`time`, which makes the schedule follow the clock. The run folder holds the model with the lowest
 validation loss so far, in the official format, and log.jsonl and state/ (`run_folder.py`).
 
 [1] https://cdn.openai.com/better-language-models/language_models.pdf
@@ -47,10 +47,11 @@ BETAS = (0.9, 0.95)  # AdamW
 def schedule(step: int, done: float, config: PretrainConfig) -> float:
     """The learning rates of step 0, 1, ... as a share of their peaks.
 
-    Linear up over warmup_steps, 1 until the share `hold` of the run is done, linear to lr_end.
+    It rises linearly over warmup_steps, is 1 until the share `hold` of the run is done, and then
+    falls linearly to lr_end.
 
     Args:
-        done: 0 <= done < 1, the share of the run that is done.
+        done: the share of the run that is done, 0 <= done < 1.
     """
     up = min(1.0, (step + 1) / max(1, config.warmup_steps))
     down = 1 - (1 - config.lr_end) * max(0.0, done - config.hold) / (1 - config.hold)
@@ -60,10 +61,10 @@ def schedule(step: int, done: float, config: PretrainConfig) -> float:
 def make_optimizers(model: GPT2, config: PretrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for everything else.
 
-    An orthogonal update of a matrix from n_in to n_out features is scaled by
-    sqrt(max(1, n_out / n_in)) in [3]. `torch.optim.Muon` takes that from a weight [out, in]; ours
-    are [in, out] (`Conv1D`), for which it scales by sqrt(max(1, n_in / n_out)). The ratio of the
-    two is sqrt(n_out / n_in): a factor of the learning rate, and not of the weight decay.
+    In [3], the orthogonal update of a matrix from n_in to n_out features is scaled by
+    sqrt(max(1, n_out / n_in)). `torch.optim.Muon` assumes weights [out, in], but ours are [in, out]
+    (`Conv1D`), so it scales by sqrt(max(1, n_in / n_out)). We correct for the ratio of the two,
+    sqrt(n_out / n_in), in the learning rate, but not in the weight decay.
     """
     matrices = [weight for weight in model.h.parameters() if weight.dim() == 2]
     shaped: dict[torch.Size, list[Tensor]] = {}
@@ -90,11 +91,11 @@ class Pretrainer(Loop):
     """One run: `run()` trains from the current step to the end.
 
     Args:
-        corpus: ids to train on and to measure by, and their tokenizer.
-        out: the run folder; the model that is kept is in it.
+        corpus: ids for training and for evaluation, and their tokenizer.
+        out: the run folder, which will also hold the model.
         device: such as cpu or cuda.
     Raises:
-        ValueError: less text than one window, or than a loss needs.
+        ValueError: the text is shorter than one window, or too short for an evaluation.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Pretrainer(Loop):
         self.digests = {name: hashlib.sha256(ids).hexdigest() for name, ids in texts.items()}
 
     def _first_model(self) -> GPT2:
-        """With random weights, in training mode."""
+        """A model with random weights, in training mode."""
         config, eos = self.config, self.tokenizer.eos_id
         sizes = {name: getattr(config, name) for name in ("n_positions", "n_embd", "n_layer")}
         model = GPT2(
@@ -128,7 +129,7 @@ class Pretrainer(Loop):
             )
         )  # fmt: skip
         for module in model.modules():
-            # config.json keeps GPT-2's own probability: it is for those who fine-tune the model
+            # config.json keeps GPT-2's own probability, for users who fine-tune the model
             if isinstance(module, nn.Dropout):
                 module.p = config.dropout
         wrap_blocks(model, compiled=config.compile)
@@ -150,7 +151,7 @@ class Pretrainer(Loop):
         return max(super().done(), self.seconds_so_far() / limit if limit else 0.0)
 
     def step(self) -> dict:
-        """One optimizer step over batch_tokens tokens; what it measured."""
+        """One optimizer step over batch_tokens tokens; returns its measures."""
         config = self.config
         torch.manual_seed(config.seed * config.steps + self.step_done)  # dropout
         windows = self.windows.batch(self.step_done)  # (B, T + 1)
@@ -182,7 +183,7 @@ class Pretrainer(Loop):
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Log the loss on held-out text, nats per token; keep the best weights."""
+        """Log the loss on held-out text (nats per token); keep the best weights."""
         self.model.eval()
         full = [w for w in self.val_windows if len(w) == self.config.n_positions + 1]
         batches = [full[i : i + self.micro_rows] for i in range(0, len(full), self.micro_rows)]
@@ -197,7 +198,7 @@ class Pretrainer(Loop):
         self.model.eval()
 
     def result(self) -> dict[str, float]:
-        """What was reached, in nats per token where it is a loss."""
+        """The results; losses are in nats per token."""
         tokenizer, val = self.tokenizer, self.corpus.val
         n_bytes = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
         per_byte = len(val) / max(1, int(n_bytes[val].sum()))
@@ -234,5 +235,5 @@ class Pretrainer(Loop):
             optimizer.load_state_dict(one)
 
     def settings(self) -> dict:
-        """Settings and text."""
+        """The settings and the text."""
         return asdict(self.config) | self.digests | {"bf16": self.bf16}

@@ -1,6 +1,6 @@
-"""Training on several processes (torchrun): who am I, and sums over all.
+"""Training on several processes (torchrun): the rank of this process, and sums over all ranks.
 
-The frozen model is on every rank; only the gradient of what is trained is reduced. Rank 0 alone
+The frozen model is on every rank; only the gradients of trained weights are summed. Only rank 0
 writes files. Without torchrun there is one rank and nothing is sent.
 
     torchrun --nproc-per-node 2 -m minprefix train --data E2E --out runs/e2e
@@ -27,7 +27,7 @@ class Ranks:
 
     @classmethod
     def here(cls) -> "Ranks":
-        """Those of the process group that `joined` has opened; one without it."""
+        """The ranks of the process group that `joined` has opened; without one, a single rank."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
@@ -43,20 +43,20 @@ class Ranks:
         return tensor
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is up on some rank."""
+        """Whether the flag is set on any rank."""
         if self.count == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=device)))
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks have called this."""
         if self.count > 1:
             dist.barrier()
 
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """Join the other processes that torchrun started; nothing happens where it started none."""
+    """Join the processes that torchrun has started; without torchrun, do nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return

@@ -1,15 +1,15 @@
-"""A run folder on disk: the log that grows with the run, and the state that resuming needs.
+"""The files of a run folder: a log, and the state that is needed to resume.
 
     log.jsonl           one line per logging interval and per evaluation
     state/state.pt      trained weights, optimizer, step: what resuming needs
-    state/before.pt     the state that was saved before it, used if it is damaged
-    prefix.safetensors  the best prefix on the dev set so far (or what the method keeps instead)
-    scores.jsonl        what `evaluate` measured of it, if it was asked
+    state/before.pt     the state that was saved before it, used if state.pt is damaged
+    prefix.safetensors  the best prefix on the dev set so far (or the result of another method)
+    scores.jsonl        the results of `evaluate`, if it has run
 
-`loop.Loop` writes it. A run can be killed at any moment: the state is replaced in one step, and
-what the log holds of steps after it is cut when the run goes on. A state is a zip archive of
-`torch.save`; its checksum is the comment at the end of the archive. `state.py` says what a state
-must be before anything of it is loaded.
+`loop.Loop` writes them. A run can be killed at any moment: the state is replaced atomically, and
+log entries of later steps are removed when the run continues. A state is a zip archive of
+`torch.save`; its checksum is the comment at the end of the archive. `state.py` checks a state
+before any of it is loaded.
 """
 
 import json
@@ -36,9 +36,9 @@ from minprefix.files import (
 from minprefix.models.tensor_files import unpickle
 
 COMMON = ("settings", "step", "best", "seconds")  # keys of every state
-TRAINED = ("trained", "optimizer")  # and of one with weights
+TRAINED = ("trained", "optimizer")  # further keys of a state with weights
 MARK = b"sha256:"  # then 64 digits
-LENGTH = (len(MARK) + 64).to_bytes(2, "little")  # of the comment, as a zip archive says it
+LENGTH = (len(MARK) + 64).to_bytes(2, "little")  # of the comment, as written in a zip archive
 
 
 def state_path(folder: Path) -> Path:
@@ -50,22 +50,22 @@ def earlier_path(folder: Path) -> Path:
 
 
 def has_state(folder: Path) -> bool:
-    """Whether there is a saved state, whatever it is worth."""
+    """Whether there is a saved state, which may be damaged."""
     return state_path(folder).exists() or earlier_path(folder).exists()
 
 
 def write_state(folder: Path, state: dict) -> None:
-    """Replace the state, all of it or nothing; the present one stays as the one before.
+    """Replace the state atomically; the old one is kept as `before.pt`.
 
     OSError if it cannot be written.
     """
     path = state_path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
-        # through an open file: a full disk is then an OSError, not an "iostream error"
+        # through an open file, so that a full disk is an OSError, not an "iostream error"
         with temporary.open("w+b") as file:
             torch.save(state, file)
-            file.seek(-2, os.SEEK_END)  # where the archive says that it has no comment
+            file.seek(-2, os.SEEK_END)  # the length of the archive's comment, 0 so far
             file.write(LENGTH + MARK + 64 * b"0")
         seal(temporary, temporary.stat().st_size - 64)
         flush(temporary)
@@ -74,8 +74,8 @@ def write_state(folder: Path, state: dict) -> None:
 
 
 def mend(folder: Path) -> None:
-    """Put the state before in the place of a damaged one: the next one to be saved would else keep
-    the damaged one as the one before."""
+    """Replace a damaged state by the previous one. Otherwise the next save would keep the damaged
+    one as `before.pt`."""
     path, earlier = state_path(folder), earlier_path(folder)
     if path.exists() and earlier.exists():
         try:
@@ -85,7 +85,7 @@ def mend(folder: Path) -> None:
 
 
 def remove_state(folder: Path) -> None:
-    """Remove what only resuming needs, and note it in the log."""
+    """Remove the files that only resuming needs, and note that in the log."""
     if has_state(folder):
         last = max((entry["step"] for entry in read_log(folder)), default=0)
         append_log(folder, {"step": last, "state": "removed"})
@@ -96,11 +96,11 @@ def remove_state(folder: Path) -> None:
 
 
 def lost_state(folder: Path, eval_every: int) -> bool:
-    """Whether the run had a saved state that is gone, so that it would begin again at step 0.
+    """Whether the run's saved state is gone, so that it would start again at step 0.
 
     Args:
-        eval_every: steps after which the first state is saved; a run that was killed before may
-            begin again.
+        eval_every: the step of the first saved state; a run that was killed earlier may start
+            again.
     """
     log = read_log(folder)
     gone = any("state" in entry or entry["step"] > eval_every for entry in log)
@@ -110,12 +110,12 @@ def lost_state(folder: Path, eval_every: int) -> bool:
 def read_state(
     folder: Path, device: torch.device | str = "cpu", keys: Sequence[str] = TRAINED
 ) -> dict:
-    """What `write_state` wrote last; if that is damaged, what it wrote before, with a `FileNote`.
+    """The last saved state; if it is damaged, the one before it, with a `FileNote`.
 
     Args:
-        keys: what it must hold beside `COMMON`.
+        keys: the keys that it must have in addition to `COMMON`.
     Raises:
-        ValueError: there is none, or none that is whole.
+        ValueError: there is no state, or no undamaged one.
     """
     path, earlier = state_path(folder), earlier_path(folder)
     found = [place for place in (path, earlier) if place.is_file()]
@@ -130,14 +130,14 @@ def read_state(
             state = read_one_state(earlier, device, keys)
         except ValueError:
             raise error from None
-        note = f"{error}; the state that was saved before it, of step {state['step']}, is used"
+        note = f"{error}; using the state that was saved before it, at step {state['step']}"
         warnings.warn(note, FileNote, stacklevel=2)
         return state
 
 
 @names_file
 def read_one_state(path: Path, device: torch.device | str, keys: Sequence[str]) -> dict:
-    """What the file holds; ValueError if it is damaged."""
+    """The contents of the file; ValueError if it is damaged."""
     sealed = check_whole(path)
     state = unpickle(path, device)
     checked_state(path, state, keys)
@@ -150,7 +150,7 @@ def check_whole(path: Path) -> bool:
     """Whether the state has a checksum; ValueError if it does not match the contents."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 64 - len(MARK) - 22))
-        end = file.read()  # the record that ends an archive has 22 bytes and a comment
+        end = file.read()  # the last record of an archive has 22 bytes and the comment
     if end[-22:-18] == b"PK\5\6" and end[-2:] == b"\0\0":
         return False
     if end[-64 - len(MARK) : -64] != MARK or not is_sealed(path, path.stat().st_size - 64):
@@ -167,13 +167,13 @@ def checked_state(path: Path, state: Any, keys: Sequence[str]) -> dict:
 
 
 def append_log(folder: Path, entry: dict) -> None:
-    """One more line of log.jsonl."""
+    """Append a line to log.jsonl."""
     with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
         log.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def append_scores(folder: Path, entry: dict) -> None:
-    """One more line of scores.jsonl, if the folder is a run's and can be written to."""
+    """Append a line to scores.jsonl if the folder is a run folder and writable."""
     path = folder / "scores.jsonl"
     run = (folder / "config.json").is_file() and (folder / "log.jsonl").is_file()
     if run and not path.is_symlink():
@@ -182,8 +182,7 @@ def append_scores(folder: Path, entry: dict) -> None:
 
 
 def read_log(folder: Path, name: str = "log.jsonl") -> list[dict]:
-    """The entries of log.jsonl, without lines that a kill has cut or that are damaged; a folder
-    without a log has no entries."""
+    """The entries of log.jsonl, without incomplete or damaged lines; [] without a log."""
     log, entries = folder / name, []
     for line in log.read_bytes().split(b"\n") if log.is_file() else []:
         try:
@@ -196,14 +195,15 @@ def read_log(folder: Path, name: str = "log.jsonl") -> list[dict]:
 
 
 def is_entry(entry: dict) -> bool:
-    """Whether this is an entry of log.jsonl: a step, and numbers where a figure needs them."""
+    """Whether this is a valid entry of log.jsonl: a step, and numbers where figures need them."""
     numbers = [entry[name] for name in ("loss", "dev_loss", "seconds") if name in entry]
     return type(entry.get("step")) is int and all(type(x) in (int, float) for x in numbers)
 
 
 def cut_log(folder: Path, step: int) -> None:
-    """Drop the entries of steps after `step`: they will be run again."""
+    """Drop the entries of steps after `step`, which will run again."""
     kept = [entry for entry in read_log(folder) if entry["step"] <= step]
     lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept)
-    text = "".join(lines).encode(errors="backslashreplace")  # half a surrogate pair, as JSON has it
+    # half of a surrogate pair is written as an escape, as in JSON
+    text = "".join(lines).encode(errors="backslashreplace")
     write_text(folder / "log.jsonl", text.decode())

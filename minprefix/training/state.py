@@ -1,9 +1,9 @@
-"""What a saved state must be before anything of it is loaded.
+"""Checks of a saved state before any of it is loaded.
 
-A state may be that of another run, damaged, or made by someone else, and an optimizer does not
-look: a fused AdamW writes out of bounds if a moment is smaller than its weight. So each value is
-compared with what the run expects, and tensors are copied into the memory layout that it has for
-them. Settings of the optimizer (its `param_groups`) are those of the run, never those of the file.
+A state may belong to another run, be damaged, or come from someone else, and an optimizer does not
+check it: a fused AdamW writes out of bounds if a moment is smaller than its weight. Each value is
+therefore compared with what the run expects, and tensors are copied into the memory layout of the
+run. The settings of the optimizer (its `param_groups`) come from the run, never from the file.
 """
 
 import json
@@ -17,16 +17,16 @@ MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("mom
 
 
 def check_number(name: str, value: Any, low: float, high: float, kind: Any = int) -> None:
-    """ValueError that names the value if it is not of this kind or not in [low, high]."""
+    """ValueError naming the value if it is not of this type or not in [low, high]."""
     if type(value) is not kind or not low <= value <= high:
         raise ValueError(f"{name} is {str(value)[:40]}, expected {low:g} to {high:g}")
 
 
 def check_progress(state: dict, most: int) -> None:
-    """ValueError if what every state holds cannot be: settings, step, losses and seconds.
+    """ValueError if the settings, step, losses or seconds in a state are impossible.
 
     Args:
-        most: the last step of a run whose settings name none.
+        most: the last step, for settings without a number of steps.
     """
     settings = state["settings"]
     try:
@@ -41,7 +41,7 @@ def check_progress(state: dict, most: int) -> None:
     check_number("counted_from", state.get("counted_from", 0), 0, step)
     if type(state["best"]) is not float or math.isnan(state["best"]):
         raise ValueError(f"best is {str(state['best'])[:40]}, expected a loss")
-    if "measured" not in state:  # older versions
+    if "measured" not in state:  # written by an older version
         return
     if not isinstance(state["measured"], list):
         raise ValueError("measured is not a list of steps and losses")
@@ -59,14 +59,14 @@ def check_progress(state: dict, most: int) -> None:
 
 
 def float_of(value: Any) -> Any:
-    """An integer as a float (JSON files of older versions); anything else as it is."""
+    """An integer as a float (for JSON files of older versions); anything else unchanged."""
     return float(value) if type(value) is int else value
 
 
 def fitted(name: str, found: Any, like: Tensor) -> Tensor:
     """A copy of `found` with the shape, dtype, layout and device of `like`.
 
-    ValueError if it is no such tensor, or has values that are not finite.
+    ValueError if the shape or dtype differs, or if a value is not finite.
     """
     if type(found) not in (Tensor, nn.Parameter) or found.layout != torch.strided or found.is_meta:
         raise ValueError(f"{name} is not a tensor with values")
@@ -79,7 +79,7 @@ def fitted(name: str, found: Any, like: Tensor) -> Tensor:
 
 
 def check_keys(name: str, found: Any, wanted) -> None:
-    """ValueError that names a key that is missing or left over."""
+    """ValueError naming a key that is missing or unexpected."""
     if not isinstance(found, dict):
         raise ValueError(f"{name} is not a dictionary")
     if differing := set(found) ^ set(wanted):
@@ -89,14 +89,14 @@ def check_keys(name: str, found: Any, wanted) -> None:
 
 
 def fitted_weights(module: nn.Module, found: Any) -> dict[str, Tensor]:
-    """The weights for `module.load_state_dict`; ValueError if they are not the module's."""
+    """The weights for `module.load_state_dict`; ValueError if they do not fit the module."""
     ours = module.state_dict()
     check_keys("trained", found, ours)
     return {name: fitted(name, found[name], like) for name, like in ours.items()}
 
 
 def fitted_optimizer(optimizer: torch.optim.Optimizer, found: Any, step: int) -> dict:
-    """What `optimizer.load_state_dict` takes after so many steps; ValueError if it does not fit."""
+    """The argument of `optimizer.load_state_dict` after `step` steps; ValueError if it is wrong."""
     if not isinstance(found, dict) or "state" not in found:
         raise ValueError("optimizer lacks state")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]

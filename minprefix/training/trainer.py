@@ -1,13 +1,13 @@
-"""Training: AdamW on the prefix (or, to compare, on a baseline's weights), resumable at any step.
+"""Trains a prefix (or, for comparison, a baseline's weights) with AdamW, resumable at any step.
 
-The objective is eq. (2) of Li & Liang 2021 [1], the sum over target tokens of log p(z_i | h_<i): as
-a mean per target token of the whole effective batch, or summed per sentence as in the authors' code
-[2]. Read `Trainer.step`. `config.py` has the settings, `tuned.py` says what a method trains,
-`loop.py` what goes on around the steps and `run_folder.py` what a run leaves on disk.
+The objective is eq. (2) of Li & Liang 2021 [1], the sum over target tokens of log p(z_i | h_<i). It
+is divided by the number of target tokens in the whole effective batch, or summed per sentence as in
+the authors' code [2]. Read `Trainer.step`. `config.py` has the settings, `tuned.py` what each
+method trains, `loop.py` the loop around the steps and `run_folder.py` the files of a run.
 
-Everything that step s does depends on the settings, the weights before it and (seed, s): the order
-of batches and the dropout masks are functions of them. A run that was killed therefore continues
-from its last saved state to the very losses of an unbroken run.
+Step s depends only on the settings, the weights before it and (seed, s), which give the order of
+batches and the dropout masks. A run that was killed therefore continues from its last saved state
+with exactly the losses of an uninterrupted run.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
@@ -47,13 +47,13 @@ from minprefix.training.ranks import Ranks
 from minprefix.training.state import check_keys, check_number, fitted_optimizer, fitted_weights
 from minprefix.training.tuned import Trainable, tuned_from
 
-SHOWN = 300  # characters of a sample that are shown
+SHOWN = 300  # characters of a sample text that are shown
 EVAL_ROWS = 32  # dev rows in a forward pass
 T = TypeVar("T")
 
 
 def parts(rows: list, most: int) -> list[list]:
-    """The rows in their order, `most` in a part."""
+    """Split the rows, in their order, into parts of at most `most`."""
     return [rows[i : i + most] for i in range(0, len(rows), most)]
 
 
@@ -64,20 +64,20 @@ def shortened(text: str) -> str:
 class Trainer(Loop):
     """One run: `run()` trains from the current step to the end.
 
-    In bf16 a frozen model is copied, with its weights in bf16, and the prefix or adapter stays in
+    In bf16 a frozen model is copied with its weights in bf16, and the prefix or adapter stays in
     fp32; fine-tuning keeps the weights in fp32 and computes products in bf16 (autocast).
-    Dropout acts in what is fine-tuned, nowhere else. An adapter is attached within steps only.
+    Dropout acts only in weights that are fine-tuned. An adapter is attached only during a step.
 
     Args:
         train: examples; each (source, target) pair is one training row.
-        dev: examples to choose the best step by; may be empty, then the last step is kept.
+        dev: examples by which the best step is chosen; if there are none, the last step is kept.
         out: the run folder.
-        tuned: what to train, of the method that config names. A prefix stands for
-            `TunedPrefix(prefix)`, None for all weights of the model.
+        tuned: what to train, for the method in config. A prefix is short for
+            `TunedPrefix(prefix)`; None means all weights of the model.
         linearisation: frame of the token rows, see `batches.encode_pair`.
     Raises:
-        ValueError: a row too long for the model, an empty target, no training data, something of
-            another method or another model to train.
+        ValueError: a row too long for the model, an empty target, no training data, or `tuned`
+            belongs to another method or model.
     """
 
     def __init__(
@@ -101,7 +101,8 @@ class Trainer(Loop):
         fused = tuned.frozen and fuses(model.wte.weight)
         if fused:
             model.pad_head()
-        # as graphs, where a launch costs the host nothing; one by one ours cost it more
+        # Our fused kernels are used only in CUDA graphs, where launches cost the host nothing;
+        # launched one by one they cost it more than PyTorch's.
         self.replayed = self.prefix is not None and model.captures and uses_graphs(device)
         wrap_blocks(
             model, compiled=config.compile, recomputed=config.activation_checkpointing,
@@ -166,8 +167,8 @@ class Trainer(Loop):
     def losses(self, batch: Batch, prefix) -> torch.Tensor:
         """-log p of each target token of the batch, in nats: (number of target tokens,).
 
-        Fine-tuning in bf16 computes products in bf16, and keeps weights, softmax and loss as they
-        are; a frozen model has its weights in bf16.
+        Fine-tuning in bf16 computes only products in bf16, not weights, softmax or loss; a frozen
+        model has its weights in bf16.
         """
         batch, cast = batch.to(self.device), self.bf16 and not self.tuned.frozen
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=cast):
@@ -176,7 +177,7 @@ class Trainer(Loop):
             )
 
     def step(self) -> dict:
-        """One optimizer step over `accumulation` batches on each rank; what it measured, summed."""
+        """One optimizer step over `accumulation` batches on each rank; returns summed measures."""
         config = self.config
         batches = self.batches(self.step_done)
         rows = [self.rows[i] for batch in batches for i in batch]
@@ -194,14 +195,14 @@ class Trainer(Loop):
         }
 
     def _sums(self, batches: list[list[int]], divisor: int) -> torch.Tensor:
-        """Forward and backward of these batches; the sum of their losses in nats."""
+        """Forward and backward pass of these batches; returns the sum of their losses in nats."""
         config = self.config
-        # dropout: a function of seed, step and rank
+        # dropout is a function of seed, step and rank
         number = config.seed * self.steps + self.step_done
         torch.manual_seed(number * self.ranks.count + self.ranks.rank)
         acts: Any = None if self.prefix is None else self.prefix.activations()  # for all batches
         if config.prefix_dropout:
-            acts = dropped(acts, config.prefix_dropout, seed=number)  # on all ranks the same
+            acts = dropped(acts, config.prefix_dropout, seed=number)  # the same on all ranks
         if self.passes is None:
             self.passes = self._passes(acts)
         self.passes.begin(acts, 1 / divisor)
@@ -210,14 +211,14 @@ class Trainer(Loop):
                 for part in parts(batch, self.pass_rows["step"]):
                     self.passes.add(collate([self.rows[i] for i in part], self.tokenizer.eos_id))
         nats, grads = self.passes.end()
-        if acts is not None:  # from the activations on to what is trained
+        if acts is not None:  # backward from the activations to the trained weights
             torch.autograd.backward(leaves(acts), grads)
         return nats
 
     def in_memory(self, kind: str, work: Callable[[], T]) -> T:
-        """What `work` returns. With `auto_batch` it begins again, out of memory, with half the rows
-        in a pass of this kind, and nothing else changes; the state records it. Ranks need not agree
-        on it: each sums over its own batches."""
+        """Call `work`. With `auto_batch`, each time memory runs out it starts again with half the
+        rows in a pass of this kind, which the state records; nothing else changes. Ranks may differ
+        in it, because each sums over its own batches."""
         if not self.config.auto_batch:
             return work()
 
@@ -238,7 +239,7 @@ class Trainer(Loop):
         )
 
     def batches(self, step: int) -> list[list[int]]:
-        """The rows of step 0, 1, ..., of all its batches on all ranks."""
+        """The rows of all batches of step 0, 1, ..., on all ranks."""
         first = step * self.per_step
         return [self.order.batch(number) for number in range(first, first + self.per_step)]
 
@@ -251,7 +252,7 @@ class Trainer(Loop):
         return GraphedPasses(self.losses, acts, self.model.config.n_positions - acts.max_offset)
 
     def _update(self) -> tuple[torch.Tensor, float]:
-        """Move the weights along their gradients; the gradient's norm and the learning rate."""
+        """Update the weights; returns the norm of the gradient and the learning rate."""
         for weight in self.trained.parameters():
             self.ranks.sum(weight.grad)  # type: ignore[arg-type]
         norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.clip)
@@ -269,7 +270,7 @@ class Trainer(Loop):
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Log the dev loss, nats per target token, and sample texts; keep the best weights."""
+        """Log the dev loss (nats per target token) and sample texts; keep the best weights."""
         if not self.dev_rows:
             if self.ranks.first:
                 self.keep()
@@ -284,7 +285,7 @@ class Trainer(Loop):
         self.note_loss(loss, shown, samples=samples)
 
     def _dev_sums(self) -> torch.Tensor:
-        """Nats and number of the target tokens in this rank's share of the dev rows: (2,)."""
+        """Loss (nats) and number of target tokens in this rank's share of the dev rows: (2,)."""
         rows = sorted(self.dev_rows, key=lambda row: row.length)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in parts(rows[self.ranks.rank :: self.ranks.count], self.pass_rows["evaluation"]):
@@ -293,12 +294,12 @@ class Trainer(Loop):
         return sums
 
     def begin(self) -> None:
-        """Measure what there is before the first step."""
+        """Evaluate before the first step."""
         if self.step_done == 0 and self.dev_rows:
             self.evaluate()
 
     def _samples(self) -> list[dict[str, str]]:
-        """What the model writes for the first dev tables, beside a reference."""
+        """Generated texts for the first dev tables, each with a reference."""
         shown = self.dev[: self.config.samples]
         sources = [example.source for example in shown]
         frame = (self.linearisation, self.config.max_source)
@@ -315,18 +316,18 @@ class Trainer(Loop):
         ]
 
     def end(self) -> None:
-        self.model.eval()  # as `load` gives it
+        self.model.eval()  # as after `load`
         unwrap_blocks(self.model)
 
     def result(self) -> dict[str, Any]:
-        """Steps, the best dev loss and its step, and seconds of the whole run, resumed or not."""
+        """Steps, the best dev loss and its step, and the seconds of the run with all its parts."""
         return {
             "steps": self.step_done, "best_dev_loss": self.best, "best_step": self.best_step,
             "seconds": round(self.seconds, 1),
         }  # fmt: skip
 
     def check_result(self) -> None:
-        """ValueError if a finished run has nothing to use: no step was better than the start."""
+        """ValueError if a finished run is useless, because no step was better than the start."""
         if reason := nothing_learned(self.measured):
             raise ValueError(reason)
 
@@ -336,7 +337,7 @@ class Trainer(Loop):
 
     @property
     def kept(self) -> Path:
-        """What a user ships: prefix.safetensors, adapter.safetensors or the folder model/."""
+        """The result to use: prefix.safetensors, adapter.safetensors or the folder model/."""
         return self.out / self.tuned.kept
 
     def keep(self) -> None:
@@ -362,9 +363,9 @@ class Trainer(Loop):
         return super().older_settings() | older
 
     def settings(self) -> dict:
-        """Settings, training and dev rows, base model."""
+        """The settings, the training and dev rows, and the base model."""
         data = {"training data": digest(self.rows), "dev data": digest(self.dev_rows)}
         settings = asdict(self.config) | data
-        del settings["precision"]  # "bf16" says what it comes to
-        del settings["auto_batch"]  # it changes no step
+        del settings["precision"]  # "bf16" has the result of it
+        del settings["auto_batch"]  # it does not change any step
         return settings | {"number of ranks": self.ranks.count, "bf16": self.bf16} | self.bound

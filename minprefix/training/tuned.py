@@ -1,7 +1,7 @@
-"""What a run trains: a prefix, or with other methods an adapter, the top layers or all weights.
+"""What a run trains: a prefix or, with other methods, an adapter, the top layers or all weights.
 
-`Tuned` is what the trainer knows of it. Read `Tuned`, `TunedPrefix` (the paper's method) and
-`TunedModel` (fine-tuning, its opponent); methods/top_layers.py and methods/adapters.py have others.
+`Tuned` is the interface that the trainer uses. Read `Tuned`, `TunedPrefix` (the paper's method) and
+`TunedModel` (fine-tuning); methods/top_layers.py and methods/adapters.py have the others.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -19,22 +19,22 @@ from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.prefix import Prefix
 
-OFFICIAL_WIDTH = 512  # models at least so wide take the paper's learning rates
+OFFICIAL_WIDTH = 512  # models of at least this width use the paper's learning rates
 SMALL = 500  # training pairs
 
 
 class Tuned(Protocol):
-    """What one method trains, how it belongs to a model, and where it is saved.
+    """What a method trains, how it is attached to a model, and how it is saved.
 
     Attributes:
         method: the name of the method, as in `TrainConfig.method` and in config.json.
-        kept: the file or folder of the run folder that a user takes.
-        reads: the fields of PrefixConfig and BaselineConfig that the method reads.
-        rates: the peak learning rates where none is given, by the family of the model: of
-            models narrower than `OFFICIAL_WIDTH`, and of others.
-        small_data: what a narrow model's rate is multiplied by for `SMALL` pairs or fewer.
-        frozen: whether the model's own weights stay as they are.
-        prefix: what the model reads beside a text, if it reads anything.
+        kept: the file or folder in the run folder that holds the result.
+        reads: the fields of PrefixConfig and BaselineConfig that the method uses.
+        rates: default peak learning rates by the family of the model: for models narrower than
+            `OFFICIAL_WIDTH`, and for others.
+        small_data: factor on a narrow model's default rate for `SMALL` pairs or fewer.
+        frozen: whether the model's own weights are not trained.
+        prefix: the prefix that the model reads, if any.
     """
 
     method: str
@@ -47,32 +47,32 @@ class Tuned(Protocol):
 
     @property
     def weights(self) -> nn.Module:
-        """The module that has the trained parameters and no others."""
+        """A module that has exactly the trained parameters."""
         ...
 
     def bind(self, model: GPT2 | BART, linearisation: str, max_source: int | None) -> dict:
-        """Make ready for training with `model`, whose weights are frozen so far.
+        """Prepare for training with `model`, whose weights are all frozen before the call.
 
         Args:
-            linearisation, max_source: the frame of the texts, to be remembered for generation.
+            linearisation, max_source: the frame of the texts, to be stored for generation.
         Returns:
-            what must be the same when a run goes on.
+            what must be unchanged when a run is continued.
         Raises:
             ValueError: it does not fit the model, or belongs to another one.
         """
         ...
 
     def attached(self, model: GPT2 | BART) -> AbstractContextManager:
-        """Within the block `model` computes with it; what the model reads as a prefix needs no
-        block."""
+        """Within the block `model` computes with what is trained. A prefix does not need this,
+        because it is an argument of the model."""
         return nullcontext()
 
     def save(self, path: Path, model: GPT2 | BART, tokenizer) -> None:
-        """Write what `kept` names."""
+        """Write the file or folder `kept`."""
         ...
 
     def default_lr(self, family: str, n_embd: int, n_pairs: int) -> float:
-        """The peak learning rate where none is given, for a model and so many training pairs."""
+        """The default peak learning rate for a model and a number of training pairs."""
         narrow, official = self.rates[family]
         if n_embd >= OFFICIAL_WIDTH:
             return official
@@ -80,7 +80,7 @@ class Tuned(Protocol):
 
 
 def bind_added(added, model, linearisation: str, max_source: int | None) -> dict:
-    """`Tuned.bind` of what is added to a frozen model, a prefix or an adapter."""
+    """`Tuned.bind` for an addition to a frozen model: a prefix or an adapter."""
     check_free(model)
     added.linearisation, added.max_source = linearisation, max_source
     added.check_base(model)
@@ -89,7 +89,7 @@ def bind_added(added, model, linearisation: str, max_source: int | None) -> dict
 
 
 def bind_own(weights: nn.Module, model, linearisation: str, max_source: int | None) -> None:
-    """Likewise where `weights` are the model's own: they train, and dropout acts in them."""
+    """`Tuned.bind` for weights of the model itself: makes them trainable, with dropout."""
     check_free(model)
     weights.requires_grad_().train()
     model.config = replace(model.config, linearisation=linearisation, max_source=max_source)
@@ -104,8 +104,8 @@ class TunedPrefix(Tuned):
     method = "prefix"
     kept = "prefix.safetensors"
     reads = tuple(field.name for field in fields(PrefixConfig))
-    # below 512 wide, what E2E's dev set chose for the embedded models; the others are the paper's,
-    # for GPT-2 medium on E2E and for BART on XSum (its appendix)
+    # for widths below 512: the best of the embedded models on E2E's dev set; the others are from
+    # the paper's appendix, for GPT-2 medium on E2E and for BART on XSum
     rates = {"GPT-2": (1e-3, 8e-5), "BART": (2e-3, 5e-5)}  # noqa: RUF012
 
     @property
@@ -129,7 +129,7 @@ class TunedModel(Tuned):
     method = "finetune"
     kept = "model"
     frozen = False
-    # as those of the prefix; the last is the paper's within the news
+    # chosen like those of the prefix; the last is the paper's for "within-news"
     rates = {"GPT-2": (1e-3, 5e-5), "BART": (5e-4, 3e-5)}  # noqa: RUF012
     small_data = 0.3  # by benchmarks/paper/sweep-mini.csv
 
@@ -145,11 +145,11 @@ class TunedModel(Tuned):
         save_model(model, tokenizer, path)
 
 
-Trainable = Tuned | Prefix | BARTPrefix | None  # what a trainer is given
+Trainable = Tuned | Prefix | BARTPrefix | None  # what `Trainer` accepts
 
 
 def tuned_from(given: Trainable, model: GPT2 | BART) -> Tuned:
-    """A prefix alone is to be trained; None means all weights of the model."""
+    """The `Tuned` for a prefix, or for None (all weights of the model)."""
     if given is None:
         return TunedModel(model)
     return TunedPrefix(given) if isinstance(given, Prefix | BARTPrefix) else given

@@ -179,7 +179,7 @@ def test_a_download_that_drips_is_given_up(monkeypatch):
     go_on.set()
     while "done" not in late:
         pass
-    assert target.getvalue() == b"x" and late[0] == "the download was given up"
+    assert target.getvalue() == b"x" and late[0] == "the download was abandoned"
 
 
 def test_a_download_s_own_errors_come_through():
