@@ -1,2 +1,2 @@
-"""What the paper compares prefix-tuning with, and how a method is scored; imports all that training
-may, and training."""
+"""The methods that the paper compares with prefix-tuning, and the evaluation of any method. May
+import training and whatever training may import."""

@@ -1,28 +1,29 @@
 """Adapters, a baseline of the paper: small networks between the layers of a frozen model.
 
-An adapter (section 5.2 of Li & Liang 2021 [1]) is a bottleneck with a skip connection, put after
-parts of a frozen model; only it is trained:
+An adapter (section 5.2 of Li & Liang 2021 [1]) is a bottleneck with a skip connection, inserted
+after parts of a frozen model; only the adapter is trained:
 
     A(x) = x + W_up relu(W_down n(x) + b_down) + b_up,   W_down (m, C), W_up (C, m).
 
-Two designs, those of the authors' code [2], ReLU in both:
+There are two designs, both from the authors' code [2] and both with ReLU:
 
-    lin      one per layer, after the whole block, n a layer norm of its own: Lin et al. 2020 [3],
-             design 1 and the default of [2]
-    houlsby  two per layer, after attention and after the MLP, each before its sum is added to the
-             residual stream, n(x) = x: Houlsby et al. 2019 [4], design 2 of [2]. The code of [4]
-             has GELU instead, and trains the model's layer norms, too; [2] does neither.
+    lin      one per layer, after the whole block; n is a layer norm of its own. Lin et al. 2020
+             [3]; design 1 of [2], and its default
+    houlsby  two per layer, after attention and after the MLP, each before its output is added to
+             the residual stream; n(x) = x. Houlsby et al. 2019 [4]; design 2 of [2]. The code of
+             [4] uses GELU and also trains the model's layer norms; [2] does neither.
 
-W_down starts as N(0, 0.02) and the biases at 0, as in [2]. W_up starts at 0, which is ours: step 0
-is then exactly the frozen model. [2] draws W_up like W_down, the code of [4] draws both from a
-truncated N(0, 0.001). The frozen model has no dropout here; [2] leaves it on for adapters.
+W_down is initialised with N(0, 0.02) and the biases with 0, as in [2]. We initialise W_up with 0,
+so that step 0 is exactly the frozen model. [2] draws W_up like W_down, and the code of [4] draws
+both from a truncated N(0, 0.001). The frozen model has no dropout here; [2] leaves it on.
 
-Read `Bottleneck`, `Adapter`, then `TunedAdapter`. `gpt2.py` knows nothing of them: an adapter sits
-in forward hooks. Shapes use the letters of `models/gpt2.py`; m is the width of a bottleneck.
+Read `Bottleneck`, `Adapter`, then `TunedAdapter`. An adapter consists of forward hooks, so
+`gpt2.py` need not know about it. Shapes use the letters of `models/gpt2.py`; m is the width of a
+bottleneck.
 
-An adapter file holds the weights of `Adapter` in fp32 under their names, and as metadata the
-format, design, width and epsilon of its layer norms, the frame of the text, the base model and a
-checksum.
+An adapter file holds the weights of `Adapter` in fp32 under their names. Its metadata are the
+format, the design, the width, the epsilon of the layer norms, the frame of the text, the base model
+and a checksum.
 
 [1] https://arxiv.org/abs/2101.00190
 [2] https://github.com/XiangLi1999/PrefixTuning: old_transformers/src/transformers/
@@ -61,12 +62,13 @@ SHARE = 0.03  # of the model's parameters: the larger of the paper's two adapter
 
 
 def count(module: nn.Module) -> int:
-    """How many parameters it has."""
+    """The number of parameters of a module."""
     return sum(weight.numel() for weight in module.parameters())
 
 
 class Bottleneck(nn.Module):
-    """A(x): see the module's header. Weights may be wider than x: products are in x's dtype."""
+    """A(x): see the module's header. Weights may be in fp32 while x is not; products are in x's
+    dtype."""
 
     def __init__(self, config: GPT2Config, width: int, norm: bool):
         super().__init__()
@@ -84,8 +86,8 @@ class Bottleneck(nn.Module):
 
 
 def hook_after(sublayer: nn.Module, part: Bottleneck):
-    """A forward hook: what `part` makes of the output takes its place. A copy of the sublayer has
-    the hook, too; there it does nothing."""
+    """A forward hook that replaces the output of `sublayer` by `part(output)`. A copy of the
+    sublayer also has the hook, but there it does nothing."""
     here = weakref.ref(sublayer)
     return lambda module, args, x: part(x) if module is here() else None
 
@@ -95,9 +97,9 @@ class Adapter(nn.Module):
 
     Attributes:
         design, bottleneck: as in `by_name.BaselineConfig`.
-        base: fingerprint of the model that it belongs to; "" = not known.
-        linearisation, max_source: the frame it was trained in (`batches.encode_prompt`), which is
-            the `frame` of a model it is attached to. "" = none; None = nothing is cut.
+        base: fingerprint of the model that it belongs to; "" = unknown.
+        linearisation, max_source: the frame in which it was trained (`batches.encode_prompt`);
+            becomes the `frame` of the model it is attached to. "" = none; None = nothing is cut.
     """
 
     def __init__(self, config: GPT2Config, bottleneck: int, design: str = "lin"):
@@ -143,7 +145,7 @@ class Adapter(nn.Module):
         save_adapter(path, self)
 
     def bind(self, model: GPT2) -> None:
-        """Remember that this adapter belongs to `model`."""
+        """Record that this adapter belongs to `model`."""
         self.base = fingerprint(model)
 
     def check_base(self, model: GPT2) -> None:
@@ -158,19 +160,19 @@ class Adapter(nn.Module):
         check_base(self.base, model, "adapter")
 
     def attach(self, model: GPT2) -> None:
-        """From now on `model` computes with this adapter, in training and in generation.
+        """Make `model` compute with this adapter, in training and in generation.
 
-        Its weights, their names and its config stay as they are. What is saved of it, and a copy
-        (`copy.deepcopy`), is the model without the adapter.
+        The model's weights, their names and its config do not change. Saving or copying the model
+        (`copy.deepcopy`) gives the model without the adapter.
 
         Raises:
-            ValueError: another model than `base`, one with an adapter, one with compiled layers.
+            ValueError: the model is not `base`, already has an adapter, or has compiled layers.
         """
         self.check_base(model)
         self._hook(model)
 
     def detach(self, model: GPT2) -> None:
-        """`model` is as it was before `attach`. ValueError if it is without this adapter."""
+        """Undo `attach`. ValueError if this adapter is not attached to `model`."""
         if adapter_of(model) is not self:
             raise ValueError("this adapter is not attached to this model")
         _, handles = ATTACHED.pop(model)
@@ -180,7 +182,7 @@ class Adapter(nn.Module):
 
     @contextmanager
     def attached(self, model: GPT2) -> Iterator[None]:
-        """Attached within the block, for a model that `check_base` has seen (it takes its time)."""
+        """Attach within the block, without the slow `check_base`, which must have been called."""
         self._hook(model)
         try:
             yield
@@ -189,7 +191,7 @@ class Adapter(nn.Module):
 
     def _hook(self, model: GPT2) -> None:
         check_free(model)
-        if is_compiled(model):  # from `Block.forward`, around the hooks
+        if is_compiled(model):  # a compiled block does not call the hooks
             raise ValueError("an adapter needs layers that are not compiled")
         handles = []
         for block, layer in zip(model.h, self.h, strict=True):
@@ -197,12 +199,12 @@ class Adapter(nn.Module):
                 sublayer = block if place == "block" else getattr(block, place)
                 handles.append(sublayer.register_forward_hook(hook_after(sublayer, part)))
         ATTACHED[model] = self, handles
-        KEPT.pop(model, None)  # graphs recorded without it
+        KEPT.pop(model, None)  # graphs recorded without the adapter
 
 
 def bottleneck_for(config: GPT2Config, share: float, design: str = "lin") -> int:
-    """The width, at least 1, at which an adapter's parameters come nearest to `share` of the
-    model's. They are an affine function of the width."""
+    """The width, at least 1, whose number of parameters is nearest to `share` of the model's. The
+    number is an affine function of the width."""
     with torch.device("meta"):  # shapes without memory
         one, two = (count(Adapter(config, m, design)) for m in (1, 2))
         goal = share * count(GPT2(config))
@@ -213,7 +215,7 @@ def bottleneck_for(config: GPT2Config, share: float, design: str = "lin") -> int
 
 
 def save_adapter(path: str | Path, adapter: Adapter) -> None:
-    """Write the adapter file, all of it or nothing. OSError if it cannot be written."""
+    """Write the adapter file, atomically. OSError if it cannot be written."""
     tensors = {name: tensor.float() for name, tensor in adapter.state_dict().items()}
     metadata = {
         "format": FORMAT,
@@ -231,7 +233,7 @@ def load_adapter(path: str | Path) -> Adapter:
     """Read an adapter file.
 
     Raises:
-        ValueError: not such a file, damaged, or tensors that are not those of an adapter.
+        ValueError: the file is not an adapter file, is damaged, or holds other tensors.
         OSError: it cannot be read.
     """
     tensors, metadata = load_tensors(path)
@@ -277,8 +279,8 @@ def load_adapter(path: str | Path) -> Adapter:
 def make_adapter(
     model: GPT2, design: str, bottleneck: int | None, share: float | None, seed: int
 ) -> Adapter:
-    """A new adapter on the model's device, bound to the model, of this width or of this share of
-    the model's parameters (`SHARE` if neither is given)."""
+    """A new adapter, bound to the model and on its device, with the given width or share of the
+    model's parameters (`SHARE` if neither is given)."""
     need_gpt2(model, "method 'adapter'")
     width = bottleneck or bottleneck_for(model.config, share or SHARE, design)
     adapter = Adapter.random(model.config, width, seed, design).to(model.wte.weight.device)
@@ -288,15 +290,15 @@ def make_adapter(
 
 @dataclass
 class TunedAdapter(Tuned):
-    """Training of an adapter beside the frozen model."""
+    """Training of an adapter in a frozen model."""
 
     adapter: Adapter
 
     method = "adapter"
     kept = "adapter.safetensors"
     reads = ("adapter_design", "bottleneck", "adapter_share")
-    # narrow models: the best of three widths on E2E's dev set; others: for 3 % of the parameters,
-    # for 0.1 % the paper has 8e-5
+    # narrow models: the best on E2E's dev set, for three widths; others: the paper's rate for 3 %
+    # of the parameters (for 0.1 % it has 8e-5)
     rates = {"GPT-2": (1e-2, 5e-5)}  # noqa: RUF012
 
     @property

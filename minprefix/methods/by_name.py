@@ -1,4 +1,4 @@
-"""The methods by the names that the command line and config.json give them."""
+"""The methods by their names on the command line and in config.json."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -20,7 +20,7 @@ TUNED = {kind.method: kind for kind in (TunedPrefix, TunedModel, TunedTopLayers,
 def unread(
     train: TrainConfig, prefix: PrefixConfig, baseline: BaselineConfig
 ) -> Iterator[tuple[str, str]]:
-    """The fields with another value than their default that `train.method` does not read.
+    """The fields that differ from their defaults although `train.method` does not read them.
 
     Yields:
         (name, why), such as ("gate", "is for method prefix, not for adapter").
@@ -41,12 +41,12 @@ def make_tuned(
     model: GPT2 | BART, tokenizer, train: TrainConfig, prefix: PrefixConfig | None = None,
     baseline: BaselineConfig | None = None,
 ) -> Tuned:  # fmt: skip
-    """What `Trainer` trains by `train.method`, at its start, on the model's device.
+    """What `Trainer` trains with `train.method`, newly initialised and on the model's device.
 
     Args:
-        prefix, baseline: how it looks; the defaults where they are None.
+        prefix, baseline: its settings; None = the defaults.
     Raises:
-        ValueError: an adapter or top layers of a BART, which has neither.
+        ValueError: an adapter or top layers for a BART, which are not implemented.
     """
     baseline = baseline or BaselineConfig()
     if train.method == "prefix":
@@ -62,6 +62,6 @@ def make_tuned(
 
 
 def describe(tuned: Tuned, model: GPT2 | BART) -> str:
-    """What an adapter or top layers are and how large, in one line."""
+    """One line that describes an adapter or top layers, with their size."""
     n, total = count(tuned.weights), count(model)
     return f"{tuned}: {n:,} parameters, {100 * n / total:.3f} % of the model's {total:,}"

@@ -1,5 +1,5 @@
-"""Settings of what the paper compares with: baselines that train, prompts in words, the search for
-a prompt. Imports nothing of PyTorch."""
+"""Settings of the methods that the paper compares with: trained baselines, prompts in words, and
+the search for a prompt. This file does not import PyTorch."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,11 @@ from minprefix.training.config import PRECISIONS
 SUBLAYERS = {
     "lin": ("block",),
     "houlsby": ("attn", "mlp"),
-}  # by design: what an adapter comes after
+}  # by design: the parts of a layer that an adapter follows
 DESIGNS = tuple(SUBLAYERS)
 
-# Ways to ask for a text, tried in this order; `{table}` stands for the linearised table.
+# Instructions for the frozen model, tried in this order; `{table}` is replaced by the linearised
+# table.
 TEMPLATES = (
     "{table}\n\nDescription:",
     "{table}\n\nSummary:",
@@ -88,6 +89,6 @@ class SearchConfig:
 
 
 def saved_config(saved: dict) -> SearchConfig:
-    """The config from `asdict` of it, as config.json holds it; older versions say "behind"."""
+    """The config from its `asdict` in config.json; older versions write "behind" for "after"."""
     saved = {"after" if name == "behind" else name: value for name, value in saved.items()}
     return from_saved(SearchConfig, saved | {"start": tuple(saved["start"])})

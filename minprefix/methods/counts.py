@@ -1,10 +1,10 @@
-"""How many parameters each method of the paper trains and keeps, from a model's shapes alone.
+"""How many parameters each method of the paper trains and keeps, from the shapes of a model.
 
 Nothing is loaded: modules are built without memory and counted, so the numbers are those of the
-code that trains. For GPT-2 medium, what the paper says stands beside them: "345M", "250K" for E2E
-(length 5) and "500K" for DART (length 10) in footnote 7 of its ACL version, the percents in its
-tables [1]. For BART large they are its two prefixes for XSum; which lengths those have it does not
-say, but 100, the length in its appendix, and 5 come to them.
+code that trains. For GPT-2 medium, the paper's numbers are added: "345M", "250K" for E2E (length 5)
+and "500K" for DART (length 10) from footnote 7 of its ACL version, and the percentages from its
+tables [1]. For BART large they belong to its two prefixes for XSum. The paper does not give their
+lengths, but 100, the length in its appendix, and 5 give these percentages.
 
 [1] https://aclanthology.org/2021.acl-long.353
 """
@@ -32,7 +32,7 @@ PAPER = {"fine-tuning": "345M", "adapter 3%": "3%", "adapter 0.1%": "0.1%",
 
 
 def bart_rows(config: BARTConfig) -> list[dict]:
-    """`method_rows` of a BART: fine-tuning, and a prefix at all three attentions."""
+    """`method_rows` for a BART: fine-tuning, and a prefix in all three attentions."""
     total = count(shapes_of(config))
     found = [("fine-tuning", total, total)]
     for length in BART_LENGTHS:
@@ -50,7 +50,7 @@ def bart_rows(config: BARTConfig) -> list[dict]:
 
 
 def gpt2_rows(config: GPT2Config) -> list[dict]:
-    """`method_rows` of a GPT-2."""
+    """`method_rows` for a GPT-2."""
     model: Any = shapes_of(config)
     rows: list[dict] = []
     total = count(model)
@@ -88,6 +88,6 @@ ROWS: dict[str, Callable[[Any], list[dict]]] = {"GPT-2": gpt2_rows, "BART": bart
 
 
 def method_rows(config: GPT2Config | BARTConfig) -> list[dict]:
-    """By method: parameters trained, parameters kept for use, these in percent of the model; for
-    GPT-2 medium and BART large also what the paper says."""
+    """For each method: parameters trained, parameters kept for use, and the latter in percent of
+    the model; for GPT-2 medium and BART large also the paper's numbers."""
     return ROWS[config.family](config)

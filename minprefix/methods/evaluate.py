@@ -1,4 +1,4 @@
-"""Evaluation: write a text for every table of a data set with one method, then score the texts."""
+"""Evaluation: generate a text for every table of a data set with one method, and score them."""
 
 import sys
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ def measure(
 
     Args:
         metrics: one of METRICS; "auto" takes the suite that fits the form of the examples
-            (`official.suite_of`), else "quick".
-        score_tokenizer: of the quick scores, one of `quick.TOKENIZERS`.
+            (`official.suite_of`), or "quick" if none fits.
+        score_tokenizer: the tokenizer of the quick scores, one of `quick.TOKENIZERS`.
     """
     check_choice("metrics", metrics, METRICS)
     suite = suite_of(examples) if metrics == "auto" else metrics
@@ -51,13 +51,13 @@ def evaluate_method(  # noqa: PLR0913
 ) -> tuple[dict[str, float], list[str]]:  # fmt: skip
     """Scores (see `measure`) and texts, in the order of the examples.
 
-    The method is the hard prompt if there is one, else the model in the frame it was trained in
-    (`batches.encode_prompt`), with the prefix or, for a fine-tuned model, without. Sources are cut
-    to max_source tokens; None = as in training. `progress` draws a bar on stderr.
+    The method is the hard prompt if one is given. Otherwise it is the model in the frame of its
+    training (`batches.encode_prompt`), with the prefix or, if fine-tuned, without one. Sources are
+    cut to max_source tokens; None = as in training. `progress` draws a bar on stderr.
 
     Raises:
-        ValueError: max_source beside a prompt, which asks with the whole source; what `measure` and
-            `generation.generate` refuse.
+        ValueError: max_source with a prompt, which always uses the whole source; and the errors of
+            `measure` and `generation.generate`.
     """
     check_choice("metrics", metrics, METRICS)
     if prompt is not None and max_source is not None:

@@ -1,8 +1,8 @@
-"""Discrete prompting: the frozen model is told in words what to do, nothing is trained.
+"""Discrete prompting: the frozen model gets an instruction in words, and nothing is trained.
 
-The baseline that prefix-tuning starts from (section 1 of Li & Liang 2021): an instruction around
-the table, with or without solved examples before it ("in context"). The text is what the model
-writes up to its first line break.
+This is the baseline from which prefix-tuning starts (section 1 of Li & Liang 2021): an instruction
+around the table, with or without solved examples before it ("in context"). The model's output up to
+its first line break is the text.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class HardPrompt:
             raise ValueError(f"a hard prompt must contain {{table}}, got {self.template!r}")
 
     def render(self, source: str) -> str:
-        """The text after which the model writes."""
+        """The text that the model continues."""
         solved = (self._ask(shown) + f" {text}\n\n" for shown, text in self.shown)
         return "".join(solved) + self._ask(source)
 
@@ -42,7 +42,7 @@ class HardPrompt:
 
 
 def show_examples(template: str, train: list[Example], shots: int, seed: int = 0) -> HardPrompt:
-    """A hard prompt with `shots` training examples in context, drawn by `seed`."""
+    """A hard prompt with `shots` random training examples in context."""
     if not 0 <= shots <= len(train):
         raise ValueError(f"shots must lie in [0, {len(train)}], the training tables, got {shots}")
     drawn = np.random.default_rng(seed).permutation(len(train))[:shots]
@@ -52,10 +52,10 @@ def show_examples(template: str, train: list[Example], shots: int, seed: int = 0
 def answer(
     model, tokenizer, prompt: "HardPrompt | TokenPrompt", sources: list[str], **options
 ) -> list[str]:
-    """What the frozen model writes for each table, cut at the first line break.
+    """The frozen model's text for each table, cut at the first line break.
 
     Raises:
-        ValueError: a TokenPrompt of another model; what `generation.generate` refuses.
+        ValueError: a TokenPrompt of another model; and the errors of `generation.generate`.
     """
     if isinstance(prompt, TokenPrompt):
         prompt.check_base(model)
@@ -65,7 +65,7 @@ def answer(
 
 
 def template_rows(tokenizer, prompt: HardPrompt, examples: Sequence[Example]) -> list[Encoded]:
-    """Every (source, target) pair as a hard prompt frames it: enc(prompt), enc(" " + target), eos.
+    """Every (source, target) pair in the frame of a prompt: enc(prompt), enc(" " + target), eos.
 
     The tokens with a loss are those of `batches.encode_pair`, so mean losses can be compared.
     """
@@ -80,31 +80,32 @@ def template_rows(tokenizer, prompt: HardPrompt, examples: Sequence[Example]) ->
 
 @dataclass(frozen=True)
 class TokenPrompt:
-    """A prompt of token ids around the table, which no text need stand for (`search.py`).
+    """A prompt of token ids around the table, which need not be the tokens of any text (`search`).
 
-    `answer` takes it in the place of a HardPrompt.
+    `answer` accepts it instead of a HardPrompt.
     """
 
     tokenizer: object
     before: list[int]
     after: list[int]
-    linearisation: str = "paper"  # how the table between them is written, `batches.encode_prompt`
-    base: str = ""  # fingerprint of the model that it was searched for; "" = not known
+    linearisation: str = "paper"  # of the table between them, see `batches.encode_prompt`
+    base: str = ""  # fingerprint of the model that it was searched for; "" = unknown
 
     @classmethod
     def load(cls, path, tokenizer) -> "TokenPrompt":
         """Read the prompt.json of a search.
 
         Raises:
-            ValueError: not such a file, or tokens that the tokenizer does not have.
+            ValueError: another kind of file, or tokens that the tokenizer does not have.
         """
         found: Any = read_json(path)
-        # searches of older versions say "behind"
+        # older versions write "behind" for "after"
         parts = [found.get("before"), found.get("after", found.get("behind"))]
         for part in parts:
             if not isinstance(part, list) or not all(type(v) is int for v in part):
                 raise ValueError(f"{path}: not a prompt of the command search")
-        linearisation, base = found.get("linearisation"), found.get("base", "")  # older: without
+        # older files have no base
+        linearisation, base = found.get("linearisation"), found.get("base", "")
         if not isinstance(base, str):
             raise ValueError(f"{path}: base {base!r} is not a fingerprint")
         try:
@@ -119,6 +120,6 @@ class TokenPrompt:
         check_base(self.base, model, "prompt")
 
     def render(self, source: str) -> list[int]:
-        """The tokens after which the model writes."""
+        """The tokens that the model continues."""
         framed = encode_prompt(self.tokenizer, source, self.linearisation)
-        return self.before + framed[:-1] + self.after  # the bos is in `after`, if anywhere
+        return self.before + framed[:-1] + self.after  # if there is a bos, it is in `after`

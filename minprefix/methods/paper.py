@@ -5,8 +5,8 @@
 
 from typing import Any
 
-# (method as the paper names it, data set): lr, epochs, batch size, prefix length. EMB-n and INFIX-n
-# are not in it: they are trained as PREFIX is.
+# (the paper's name of the method, data set): lr, epochs, batch size, prefix length. EMB-n and
+# INFIX-n are missing because they are trained like PREFIX.
 PAPER = {
     ("PREFIX", "e2e"): (8e-5, 5, 10, 5),
     ("PREFIX", "webnlg"): (5e-5, 5, 5, 5),
@@ -34,7 +34,7 @@ def paper_settings(method: str, data: str) -> tuple[dict[str, Any], int | None]:
     """Fields of TrainConfig for a method on a data set, and the prefix length of PREFIX.
 
     Raises:
-        ValueError: the paper reports none.
+        ValueError: the paper reports none for them.
     """
     found = PAPER.get((NAMES[method], data))
     if found is None:

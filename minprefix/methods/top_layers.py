@@ -1,4 +1,4 @@
-"""Fine-tuning of the top layers, a baseline of the paper: the model's own last blocks are trained.
+"""Fine-tuning of the top layers, a baseline of the paper: the model's last blocks are trained.
 
 Source: https://github.com/XiangLi1999/PrefixTuning, gpt2/run_language_modeling.py (what trains).
 """
@@ -13,12 +13,12 @@ from minprefix.training.tuned import Tuned, bind_own
 
 
 class TopLayers(nn.Module):
-    """What fine-tuning of the top layers trains: modules of `model` itself, under one name.
+    """The modules of `model` that fine-tuning of the top layers trains.
 
-    The last `n_top` blocks and the layer norm after them, as `top_layers 22` of the authors' code
-    (its number for two blocks of GPT-2 medium, 22 and 23); with `embedding` the token embedding,
-    too, which is the head: its `top_layers 2`. The paper does not say which of them FT-top2 is.
-    Without the embedding the backward pass ends at the lowest of the trained blocks.
+    These are the last `n_top` blocks and the final layer norm, as with `top_layers 22` in the
+    authors' code (blocks 22 and 23 of GPT-2 medium). With `embedding` they include the token
+    embedding, which is also the head, as with its `top_layers 2`. The paper does not say which of
+    the two FT-top2 is. Without the embedding, the backward pass ends at the lowest trained block.
     """
 
     def __init__(self, model: GPT2, n_top: int = 2, embedding: bool = False):

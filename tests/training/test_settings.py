@@ -99,7 +99,7 @@ def test_warnings_about_the_data(tokenizer):
     train = [*pairs(4), pairs(1)[0], Example("place : dune", ("word " * 150,))]
     said = data_warnings(tokenizer, train, [pairs(2)[1], *pairs(1, 9)], 151, 3, "paper")
     assert [line.split(":")[0] for line in said] == [
-        "1 of 6 training pairs repeats another one, which then counts more than the others",
+        "1 of 6 training pairs repeats another one, and so counts more than the others",
         "1 of 2 dev pairs is also in the training data",
         "the longest target has 151 tokens, and texts end after 100 by default",
         f"{len(train)} of {len(train)} sources are cut to 3 tokens",

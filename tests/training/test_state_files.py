@@ -196,7 +196,7 @@ def test_the_state_before_stands_in_for_a_damaged_one(tokenizer, tmp_path):
     assert read_state(broken)["step"] == 6
     flipped(state_path(broken), 0)
     again = trainer(tokenizer, broken)
-    with pytest.warns(FileNote, match=r"state\.pt: damaged.*before it, of step 3, is used"):
+    with pytest.warns(FileNote, match=r"state\.pt: damaged.*before it, at step 3"):
         again.load_state()
     assert again.step_done == 3
     save, sound = again.save_state, []
@@ -275,7 +275,7 @@ def test_what_was_kept_is_written_again_or_missed(tokenizer, tmp_path):
     again.save_state()
     last = trainer(tokenizer, tmp_path)
     last.load_state()
-    with pytest.raises(ValueError, match=r"prefix\.safetensors is gone.* it was of step 3"):
+    with pytest.raises(ValueError, match=r"prefix\.safetensors is gone.* it was from step 3"):
         last.run(progress=False)
 
 

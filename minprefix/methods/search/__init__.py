@@ -1,1 +1,1 @@
-"""The search for the best discrete prompt, by gradients."""
+"""A gradient-guided search for the best discrete prompt."""

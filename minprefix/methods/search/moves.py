@@ -1,8 +1,8 @@
-"""What a search for a discrete prompt proposes, and the race that sorts it out.
+"""The prompts that a search proposes, and the race that selects among them.
 
-Read `PromptForm` (ids as text, and what may be proposed), `starting_prompts` (what a chain may
-start from), `neighbours` (what one step may make of a prompt) and `race` (many prompts on few rows,
-few prompts on many). `search.py` uses them.
+Read `PromptForm` (ids as text, and which prompts are allowed), `starting_prompts` (the starts of
+chains), `neighbours` (prompts one move away) and `race` (many prompts on few rows, then few prompts
+on many rows). `search.py` uses them.
 """
 
 import math
@@ -23,9 +23,9 @@ INSTRUCTIONS = (
     "Each table is followed by a text that says the same in full sentences.\n\n",
     *(template.replace("{table}", "") for template in TEMPLATES),  # before the source
 )
-QUARTER = 4  # in a race the best 1/QUARTER go on, to QUARTER times as many rows
-REPLACE = 0.85  # share of neighbours with one token replaced; in the others one moves in elsewhere
-TRIES = 20  # draws per prompt that is wanted: some are equal, some not allowed
+QUARTER = 4  # in a race the best 1/QUARTER continue, on QUARTER times as many rows
+REPLACE = 0.85  # share of neighbours with one token replaced; the others remove and insert one
+TRIES = 20  # draws per requested prompt: some draws are equal, some not allowed
 
 Prompt = list[int]
 Allowed = Callable[[Prompt], bool]  # whether a prompt may be proposed
@@ -34,24 +34,24 @@ Nats = Callable[[Sequence[Prompt], Sequence[Encoded]], np.ndarray]  # summed los
 
 @dataclass(frozen=True)
 class PromptForm:
-    """What a prompt of ids is made of, and which prompts may be proposed."""
+    """The parts of a prompt of ids, and which prompts may be proposed."""
 
     tokenizer: Tokenizer
     A: int  # tokens after the source
     printable: bool  # only prompts that can be typed
-    sources: Sequence[str]  # with which typing is tried, where a prompt has a part after them
+    sources: Sequence[str]  # sources for checking that a prompt with a part after them can be typed
 
     def parts(self, prompt: Prompt) -> tuple[Prompt, Prompt]:
-        """What stands before the source, and what after it."""
+        """The parts before and after the source."""
         return prompt[: len(prompt) - self.A], prompt[len(prompt) - self.A :]
 
     def text(self, prompt: Prompt) -> str:
-        """The prompt's text, with {table} between its parts where there are two."""
+        """The prompt's text, with {table} between its parts if there are two."""
         before, after = map(self.tokenizer.decode, self.parts(prompt))
         return before + ("{table}" + after if self.A else "")
 
     def is_usable(self, token: int) -> bool:
-        """Whether a token may stand in a prompt: any, or with `printable` one that can be typed."""
+        """Whether a token may be in a prompt: any, or with `printable` one that can be typed."""
         if token >= self.tokenizer.vocab_size:  # an embedding without a token
             return False
         text = self.tokenizer.decode([token])
@@ -59,7 +59,8 @@ class PromptForm:
         return typed or not self.printable
 
     def is_allowed(self, prompt: Prompt) -> bool:
-        """Any; with `printable`, one whose text gives the same tokens, around a source, too."""
+        """Whether a prompt may be proposed: any, or with `printable` one whose text gives the same
+        tokens, also around a source."""
         if not self.printable:
             return True
         before, after = self.parts(prompt)
@@ -76,11 +77,11 @@ def starting_prompts(
     tokenizer, texts: Sequence[str], rows: Sequence[Encoded], usable: Sequence[int],
     is_allowed: Allowed, prompt_len: int, A: int, count: int, rng: np.random.Generator,
 ) -> list[Prompt]:  # fmt: skip
-    """About `count` different prompts of P tokens, the last A to follow the source; at least one.
+    """About `count` different prompts of P tokens, the last A of them after the source; at least 1.
 
-    The texts and `INSTRUCTIONS`, cut or repeated to the length of their part; windows of rows,
-    which hold a piece of a solved example; and random tokens. What a text leaves open (it stands
-    before the source, or names {table}) is a window or random.
+    They are the texts and `INSTRUCTIONS`, cut or repeated to the length of their part; windows of
+    rows, which contain a piece of a solved example; and random tokens. If a text fills only the
+    part before or after the source, the other part is a window or random.
 
     Raises:
         ValueError: no token is usable.
@@ -109,13 +110,13 @@ def starting_prompts(
         prompt = part(before, prompt_len - A, 0) + part(after, A, A)
         if is_allowed(prompt):
             found[tuple(prompt)] = None
-    if not found:  # where tokens must stay apart when typed, one token repeated may be left
+    if not found:  # if random tokens merge when typed, one repeated token may still be allowed
         found = {(token,) * prompt_len: None for token in usable[:1]}
     return [list(prompt) for prompt in found]
 
 
 def fit(ids: Prompt, n: int, end: int) -> Prompt:
-    """n tokens: ids cut or repeated, so that they begin at place 0 or (end = n) end at the end."""
+    """n tokens: ids cut or repeated, so that they begin at place 0 or (end = n) end at place n."""
     return [ids[(i - end) % len(ids)] for i in range(n)]
 
 
@@ -123,10 +124,10 @@ def neighbours(
     present: Prompt, gradient: Tensor, usable: Tensor, is_allowed: Allowed, *,
     top_k: int, count: int, rng: np.random.Generator,
 ) -> list[Prompt]:  # fmt: skip
-    """Prompts that differ from `present` by one move, none twice; fewer if there are not so many.
+    """Distinct prompts that differ from `present` by one move; fewer if there are not enough.
 
-    A token is replaced, or taken out and one put in at another place. What comes in is drawn from
-    the top_k tokens whose one-hot choice there lowers the loss most, to first order.
+    A move replaces a token, or removes one and inserts one at another place. The new token is drawn
+    from the top_k tokens that, to first order, lower the loss most at that place.
 
     Args:
         gradient: (P, V), see `scores.one_hot_gradient`.
@@ -159,11 +160,11 @@ def race(
     nats_of: Nats, prompts: Sequence[Prompt], rows: Sequence[Encoded], last: int,
     present: Prompt | None = None,
 ) -> list[tuple[Prompt, float]]:  # fmt: skip
-    """The best `last` prompts or fewer, best first, with their mean loss over all rows, in nats.
+    """At most `last` prompts, best first, with their mean loss over all rows, in nats.
 
-    All run on the first rows; in each round the best quarter (and never fewer than `last`) goes on
-    to four times as many rows, those before included. `present` runs along to the end, and only
-    prompts that beat it are given back.
+    All prompts are scored on the first rows. In each round the best quarter (but at least `last`)
+    is scored on four times as many rows, including the earlier ones. `present` takes part to the
+    end, and only prompts that beat it are returned.
     """
     if not prompts:
         return []

@@ -1,4 +1,4 @@
-"""What the saved state of a search must be before it is used."""
+"""Checks of the saved state of a search before it is used."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ from minprefix.methods.config import SearchConfig
 from minprefix.training.run_folder import checked_state
 from minprefix.training.state import check_number, float_of
 
-MOST_LEVELS = 3  # the minibatch is doubled so often at most
+MOST_LEVELS = 3  # the minibatch is doubled at most this often
 
 
 def read_older(path: Path, keys: Sequence[str]) -> dict:
-    """The state of a search in search.json of older versions; ValueError if it is damaged."""
+    """The state in the search.json of an older version; ValueError if it is damaged."""
     state = read_json(path)
     state["step"] = state.get("step_done", 0)
     state = checked_state(path, state, keys)
@@ -24,11 +24,11 @@ def read_older(path: Path, keys: Sequence[str]) -> dict:
 
 
 def check_search(state: dict, config: SearchConfig, vocab_size: int) -> None:
-    """ValueError if what a state holds beside that of `Loop` cannot be.
+    """ValueError if an entry of a state that does not belong to `Loop` is impossible.
 
     Args:
         state: with the keys `search.STATE`.
-        config: of the search that goes on.
+        config: of the search that is continued.
     """
     check_number("spent", state["spent"], 0, 10**15)
     check_number("level", state["level"], 0, MOST_LEVELS)

@@ -1,22 +1,23 @@
 """Scores of discrete prompts: the loss on framed rows, and its first-order change.
 
-P tokens before a text are read by it through their keys and values alone, and by causality these do
-not depend on the text: h_0 ... h_{P-1} of eq. (1) of Li & Liang 2021 [1] are a prefix table
-(`Prefix.from_prompt`). N prompts are therefore one bank of tables, and one forward pass over N
-copies of the rows scores them all (`prompt_nats`).
+A text reads the P tokens before it only through their keys and values, which by causality do not
+depend on the text: h_0 ... h_{P-1} of eq. (1) of Li & Liang 2021 [1] are a prefix table
+(`Prefix.from_prompt`). N prompts are therefore a bank of tables, and one forward pass over N copies
+of the rows scores them all (`prompt_nats`).
 
-For the one-hot choice o_p (V,) at place p the model reads x_p = W^T o_p, W (V, C) the embedding, so
+For the one-hot vector o_p (V,) at place p, the model reads x_p = W^T o_p, where W (V, C) is the
+embedding. Therefore
 
     d loss / d o_p = W d loss / d x_p,
 
 and to first order the loss changes by (d loss / d o_p)[v] - (d loss / d o_p)[z_p] when token z_p is
-replaced by v: what HotFlip [2], AutoPrompt [3] and greedy coordinate gradient [4] choose candidates
-by (`one_hot_gradient`).
+replaced by v. HotFlip [2], AutoPrompt [3] and greedy coordinate gradient [4] choose candidates by
+this number (`one_hot_gradient`).
 
-The last A of the P tokens may instead stand after the source, in the place of the bos (`opened`):
-prompt_1 ... prompt_{P-A}, source, prompt_{P-A+1} ... prompt_P, target, eos, the form of a written
-instruction. A = 0 is prefix-tuning's own frame, A > 0 holds it as the case of a single bos.
-Shapes use the letters of `models/gpt2.py`, and A.
+The last A of the P tokens may instead replace the bos after the source (`opened`), which is the
+form of a written instruction: prompt_1 ... prompt_{P-A}, source, prompt_{P-A+1} ... prompt_P,
+target, eos. A = 0 is the frame of prefix-tuning; A = 1 includes it, as the case in which the token
+is a bos. Shapes use the letters of `models/gpt2.py`, and A.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://arxiv.org/abs/1712.06751
 [3] https://arxiv.org/abs/2010.15980   [4] https://arxiv.org/abs/2307.15043
@@ -35,14 +36,14 @@ from minprefix.models.activations import PrefixActivations
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.parametrisations import Recorder
 
-PASS_TOKENS = 8192  # tokens that one forward pass reads, about; a limit of memory
-GRADIENT_COST = 2  # forward passes: with frozen weights a backward pass has as many products as one
+PASS_TOKENS = 8192  # approximate number of tokens in a forward pass; limits memory
+GRADIENT_COST = 2  # in forward passes: with frozen weights, a backward pass costs as much as one
 
 
 def prompt_tables(model: GPT2, x: Tensor) -> Tensor:
     """Keys and values of N prompts given as embeddings x (N, P, C): (L, 2, N, H, P, D).
 
-    Differentiable in x; for embeddings of tokens equal to `prefix.token_activations`.
+    Differentiable in x. For embeddings of tokens, it equals `parametrisations.token_activations`.
     """
     recorder: Any = Recorder(x.device)
     model.hidden_states(x, cache=recorder)
@@ -50,7 +51,7 @@ def prompt_tables(model: GPT2, x: Tensor) -> Tensor:
 
 
 def bank(table: Tensor, rows: int) -> PrefixActivations:
-    """N prompts (L, 2, N, H, P, D), each before `rows` rows of its own: prompt 0's come first."""
+    """N prompts (L, 2, N, H, P, D), each before `rows` rows of its own; those of prompt 0 first."""
     N, P = table.shape[2], table.shape[4]
     index = torch.arange(N, device=table.device).repeat_interleave(rows)  # (N rows,)
     lens = torch.full((N,), P, device=table.device)
@@ -58,7 +59,7 @@ def bank(table: Tensor, rows: int) -> PrefixActivations:
 
 
 def repeated(batch: Batch, N: int) -> Batch:
-    """The rows of the batch N times, one copy after the other."""
+    """N copies of the batch's rows, one copy after the other."""
     start = torch.arange(N, device=batch.at.device)[:, None] * batch.labels.numel()  # (N, 1)
     return Batch(
         batch.input_ids.repeat(N, 1),
@@ -70,7 +71,7 @@ def repeated(batch: Batch, N: int) -> Batch:
 
 
 def passes(rows: Sequence[Encoded], most: int) -> list[list[Encoded]]:
-    """The rows by length, cut into runs of about `most` tokens (and at least one row)."""
+    """The rows sorted by length and divided into passes of about `most` tokens (at least 1 row)."""
     runs: list[list[Encoded]] = []
     for row in sorted(rows, key=lambda row: len(row.ids)):
         if not runs or (len(runs[-1]) + 1) * len(row.ids) > most:
@@ -80,7 +81,7 @@ def passes(rows: Sequence[Encoded], most: int) -> list[list[Encoded]]:
 
 
 def opened(rows: Sequence[Encoded], A: int) -> list[Encoded]:
-    """The rows with A free places instead of the bos before the target; A = 0: as they are."""
+    """The rows with A free places instead of the bos before the target; unchanged if A = 0."""
     if A == 0:
         return list(rows)
     return [
@@ -94,7 +95,7 @@ def opened(rows: Sequence[Encoded], A: int) -> list[Encoded]:
 
 
 def free_places(rows: Sequence[Encoded], A: int, device: torch.device) -> Tensor:
-    """Where in opened rows the A places are: (B, A)."""
+    """The A free places in opened rows: (B, A)."""
     ends = torch.tensor([row.prompt_len for row in rows], device=device)
     return ends[:, None] + torch.arange(-A, 0, device=device)
 
@@ -106,9 +107,9 @@ def prompt_nats(
     """Sum over the rows' target tokens of -log p, in nats, with each prompt: (N,), fp64.
 
     Args:
-        prompts: (N, P) int; P = 0 is no prompt.
-        rows: as `batches.encode_examples` makes them; each is read with each prompt.
-        A: how many of the P tokens stand after the source.
+        prompts: (N, P) int; P = 0 means no prompt.
+        rows: from `batches.encode_examples`; each is read with each prompt.
+        A: how many of the P tokens are after the source.
     """
     (N, P), device = prompts.shape, prompts.device
     nats = torch.zeros(N, dtype=torch.float64, device=device)
@@ -129,7 +130,7 @@ def prompt_nats(
 
 
 def target_tokens(rows: Sequence[Encoded]) -> int:
-    """How many tokens of the rows have a loss."""
+    """The number of tokens with a loss in the rows."""
     return sum(len(row.ids) - row.prompt_len for row in rows)
 
 
@@ -151,10 +152,10 @@ def embedded(model: GPT2, places: Tensor, x: Tensor) -> Iterator[None]:
 def one_hot_gradient(
     model: GPT2, prompt: Tensor, rows: Sequence[Encoded], pad_id: int, A: int = 0
 ) -> Tensor:
-    """Gradient of the mean loss per target token by the one-hot choice at each place: (P, V).
+    """Gradient of the mean loss per target token in the one-hot vector of each place: (P, V).
 
     Args:
-        prompt: (P,) int. The model must be frozen: it gets no gradients.
+        prompt: (P,) int. The model must be frozen.
         rows, A: as in `prompt_nats`.
     """
     x = model.wte.weight[prompt].detach().requires_grad_()  # (P, C)

@@ -1,39 +1,41 @@
-"""A searched discrete prompt: the P tokens before a text that lower the loss most.
+"""Searches for a discrete prompt: the P tokens before a text that lower the loss most.
 
-The objective is prefix-tuning's, eq. (2) of Li & Liang 2021 [1], on the same rows in the same frame
-and with the model frozen, too. What is searched are P tokens, one-hot choices of embeddings, where
-embedding-only tuning takes any vectors and prefix-tuning any activations: discrete < embedding-only
-< prefix, each inside the next. Hence the default, any tokens of the vocabulary: the prompt is kept
-as ids, nobody has to type it (`printable` is for a prompt that shall be typed).
+The objective is that of prefix-tuning, eq. (2) of Li & Liang 2021 [1], on the same rows in the same
+frame, with the same frozen model. The search chooses P tokens, that is, one-hot vectors, whereas
+embedding-only tuning finds any embeddings and prefix-tuning any activations: discrete <
+embedding-only < prefix, each contained in the next. By default all tokens of the vocabulary are
+therefore allowed, because the prompt is stored as ids and need not be typed; `printable` allows
+only prompts that can be typed.
 
-A bos between source and target tells a model that a new document begins, and words before it can
-hardly mend that. With `after` = A > 0 the last A tokens therefore stand in the place of the bos,
-as those of a written instruction do: outside the chain above, and the stronger opponent.
+A bos between source and target tells the model that a new document begins, and words before it can
+hardly change that. With `after` = A > 0, the last A tokens therefore replace the bos, like a
+written instruction. This is outside the chain of inclusions above, and a stronger baseline.
 
-The optimizer is greedy coordinate gradient [2] (AutoPrompt [3] and ARCA [4] are its kin): gradients
-by the one-hot choices propose replacements, the loss itself disposes. Around it stand
+The optimizer is greedy coordinate gradient [2], which is related to AutoPrompt [3] and ARCA [4]:
+gradients in the one-hot vectors propose replacements, and the loss decides. It is extended by
 
     starts       task words, instructions, windows of training rows (a piece of a solved example)
-                 and random tokens; the best few go on as chains, whose number is halved
-    moves        one token replaced, or one taken out and one put in elsewhere
-    a race       all candidates on a few rows, the best quarter on four times as many, and so on
-                 beside the present prompt; what the finalists replace at different places is
-                 then put together, one by one, as long as the loss falls
-    a judge      training rows that no gradient and no race sees: a prompt that does not win there
-                 is not accepted, so luck with a minibatch is not
+                 and random tokens; the best few become chains, whose number is halved repeatedly
+    moves        replace one token, or remove one and insert one elsewhere
+    a race       score all candidates and the present prompt on a few rows, the best quarter on four
+                 times as many, and so on; then combine the replacements of the finalists at
+                 different places, one by one, as long as the loss falls
+    a judge      training rows that no gradient and no race uses: a prompt is accepted only if it is
+                 better there, so luck with a minibatch is not enough
     larger minibatches, once nothing is accepted any more
 
-and dev rows that choose which accepted prompt is kept. Read `SearchConfig`, `PromptSearch.begin`,
-`PromptSearch.step`; `training/loop.py` has the loop. Everything that step s does depends on the
-settings, the state before it and (seed, s): a run that was killed goes on to what an unbroken run
-finds. A run folder holds
+Dev rows choose which accepted prompt is kept. Read `SearchConfig`, `PromptSearch.begin` and
+`PromptSearch.step`; `training/loop.py` has the loop. Step s depends only on the settings, the state
+before it and (seed, s), so a run that was killed continues to the same result as an uninterrupted
+run. A run folder holds
 
     log.jsonl            one line per step, with the row-evaluations spent so far
     state/state.pt       the state (search.json in folders of older versions)
     prompt.json          the best prompt on the dev rows: token ids, text, base model
-    prefix.safetensors   with A = 0 the same as a prefix like any other
+    prefix.safetensors   if A = 0, the same prompt as an ordinary prefix
 
-Effort is counted in row-evaluations: one row read after one prompt, forward (`GRADIENT_COST`).
+Effort is counted in row-evaluations: one forward pass of one row with one prompt; a gradient counts
+as `GRADIENT_COST` of them.
 [1] https://arxiv.org/abs/2101.00190   [2] https://arxiv.org/abs/2307.15043
 [3] https://arxiv.org/abs/2010.15980   [4] https://arxiv.org/abs/2303.04381
 """
@@ -69,16 +71,16 @@ from minprefix.training.precision import in_bf16, uses_bf16
 
 FINALISTS = 8  # prompts that reach the end of a race
 
-# the attributes that are the state of a search, beside those of `Loop`
+# the attributes that form the state of a search, in addition to those of `Loop`
 STATE = ("spent", "level", "refused", "chains", "best_prompt", "before")
 
 
 class PromptSearch(Loop):
-    """One search: `run()` goes from the current step to the end.
+    """One search: `run()` continues from the current step to the end.
 
     Args:
         train: examples; each (source, target) pair is one training row.
-        dev: examples that choose the prompt to keep; may be empty, then the judge's rows do.
+        dev: examples that choose the prompt to keep; if there are none, the judge's rows choose it.
         out: the run folder.
         linearisation: frame of the rows, see `batches.encode_pair`.
     Raises:
@@ -96,22 +98,22 @@ class PromptSearch(Loop):
             eval_every=config.eval_every,
         )  # fmt: skip
         self.tokenizer, self.linearisation = tokenizer, linearisation
-        self.exact = model.requires_grad_(False).eval()  # whose activations are saved
+        self.exact = model.requires_grad_(False).eval()  # its activations are saved as a prefix
         self.bf16 = uses_bf16(config.precision, self.device)
         self.model = in_bf16(model).requires_grad_(False).eval() if self.bf16 else model
         self._encode(train, dev)
         usable = [self.form.is_usable(v) for v in range(model.config.vocab_size)]
         self.usable = torch.tensor(usable)  # (V,)
-        # the state, with that of `Loop`
+        # the state, in addition to that of `Loop`
         self.spent, self.level, self.refused = 0, 0, 0
         self.chains: list[tuple[list[int], float]] = []  # prompt and its loss on the judge's rows
         self.best_prompt, self.before = [], {}
 
     def _encode(self, train: list[Example], dev: list[Example]) -> None:
-        """Make the rows to train, judge and choose by, and the form of a prompt around them."""
+        """Make the rows for training, for the judge and for dev, and the form of the prompts."""
         config, tokenizer = self.config, self.tokenizer
         P, A, n_positions = config.prompt_len, config.after, self.model.config.n_positions
-        room = n_positions - P + (A > 0)  # the bos leaves its place
+        room = n_positions - P + (A > 0)  # the prompt replaces the bos
         if room < 1:
             raise ValueError(
                 f"a prompt of {P} tokens leaves no room for a text in {n_positions} positions"
@@ -138,10 +140,10 @@ class PromptSearch(Loop):
     # scores --------------------------------------------------------------------------------------
 
     def nats(self, prompts: Sequence[list[int]], rows: Sequence[Encoded]) -> np.ndarray:
-        """Summed loss of each prompt on the rows, (N,); counted as spent."""
+        """Summed loss of each prompt on the rows, (N,); adds to the row-evaluations spent."""
         self.spent += len(prompts) * len(rows)
         ids = torch.tensor(prompts, dtype=torch.long, device=self.device)
-        A = self.config.after if prompts[0] else 0  # no prompt, and rows of templates, are whole
+        A = self.config.after if prompts[0] else 0  # without a prompt the rows are not opened
         nats = prompt_nats(self.model, ids, rows, self.tokenizer.eos_id, A).cpu().numpy()
         if not np.isfinite(nats).all():
             of = f" of the rows {places}" if (places := named(rows)) else ""
@@ -156,13 +158,13 @@ class PromptSearch(Loop):
     # one step ------------------------------------------------------------------------------------
 
     def draw(self, step: int) -> tuple[np.random.Generator, list[Encoded]]:
-        """The generator of step 1, 2, ... and its minibatch; step 0 makes the starts."""
+        """The random generator of step 1, 2, ... and its minibatch; step 0 is for the starts."""
         rng = np.random.default_rng([self.config.seed, 1, step])
         size = min(len(self.rows), self.config.batch_size << self.level)
         return rng, [self.rows[i] for i in rng.choice(len(self.rows), size, replace=False)]
 
     def step(self) -> dict:
-        """Try to improve one chain; what happened, for the log."""
+        """Try to improve one chain; returns what happened, for the log."""
         rng, rows = self.draw(self.step_done + 1)
         width = max(1, self.config.chains >> (4 * self.step_done // self.config.steps))
         self.chains = sorted(self.chains, key=lambda chain: chain[1])[:width]
@@ -200,10 +202,10 @@ class PromptSearch(Loop):
     def composed(
         self, present: list[int], finalists: list[tuple[list[int], float]], rows: list[Encoded]
     ) -> list[list[int]]:
-        """What to put before the judge: finalists on top of one another, then the best alone.
+        """The prompts for the judge: the combination of the finalists, then the best one alone.
 
-        The replacements of one token each are tried on top of the best, one after the other; those
-        that still lower the loss stay.
+        Starting from the best finalist, the single replacements of the others are added one after
+        the other, and kept if they lower the loss further.
         """
         if not finalists:
             return []
@@ -219,7 +221,7 @@ class PromptSearch(Loop):
         return [joint] if joint == best else [joint, best]
 
     def race_starts(self) -> None:
-        """The best of the starts become chains."""
+        """Turn the best of the starts into chains."""
         config, (rng, rows) = self.config, self.draw(0)
         prompts = starting_prompts(
             self.tokenizer, config.start, self.rows, self.usable.nonzero()[:, 0].tolist(),
@@ -233,7 +235,7 @@ class PromptSearch(Loop):
     # the loop ------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Race the starts, unless that is done, and measure what the prompt has to beat."""
+        """Race the starts, unless that is done, and measure the losses that a prompt must beat."""
         if not self.begun():
             self.race_starts()
             self.before = self.rivals()
@@ -251,7 +253,7 @@ class PromptSearch(Loop):
         return f"loss {min(loss for _, loss in self.chains):.3f}"
 
     def rivals(self) -> dict[str, float]:
-        """The dev loss without a prompt, and of the best written template in its own frame."""
+        """The dev loss without a prompt, and that of the best written template in its own frame."""
         losses = {"dev_loss_without_prompt": float(self.losses([[]], self.dev_rows)[0])}
         longest = self.model.config.n_positions + 1
         written = [
@@ -271,14 +273,14 @@ class PromptSearch(Loop):
             "text": self.form.text(self.best_prompt),
             "tokens": self.best_prompt,
             **self.before,
-            "dev_loss": self.best,  # nats per target token, as those before
+            "dev_loss": self.best,  # nats per target token, as above
             "steps": self.step_done,
             "row_evaluations": self.spent,
             "seconds": round(self.seconds, 1),
         }
 
     def evaluate(self) -> None:
-        """Measure the best chain; all of them at the end."""
+        """Measure the best chain, and at the end all chains."""
         self.measure(len(self.chains) if self.finished() else 1)
 
     def measure(self, n: int) -> None:
@@ -311,11 +313,11 @@ class PromptSearch(Loop):
         return True  # the best prompt is part of the state
 
     def keep(self) -> None:
-        """prompt.json and prefix.safetensors."""
+        """Write prompt.json and prefix.safetensors."""
         before, after = self.form.parts(self.best_prompt)
         if not after:
             self.prefix(before).save(self.out / "prefix.safetensors")
-            after = [self.tokenizer.bos_id]  # what the frame puts there
+            after = [self.tokenizer.bos_id]  # as in the frame
         found: dict[str, Any] = {"text": self.form.text(self.best_prompt)}
         found |= {"before": before, "after": after}
         found |= {"dev_loss": self.best, "linearisation": self.linearisation}
@@ -344,12 +346,12 @@ class PromptSearch(Loop):
 
     @property
     def older_state(self) -> Path:
-        """Where older versions had the state."""
+        """The file in which older versions saved the state."""
         return self.out / "search.json"
 
     def settings(self) -> dict:
-        """Settings, rows, base model."""
+        """The settings, the rows and the base model."""
         rows = (*self.rows, *self.judge_rows, *self.dev_rows)
         settings = asdict(self.config) | {"data": digest(rows)}
-        settings["start"] = list(settings["start"])  # as config.json gives it back
+        settings["start"] = list(settings["start"])  # as read from config.json
         return settings | {"base model": fingerprint(self.exact)}
