@@ -1,1 +1,1 @@
-"""From prompts to texts, plainly and fast; imports all that prefix may, and prefix."""
+"""Generates texts from prompts. May import prefix and whatever prefix may import."""

@@ -1,10 +1,10 @@
-"""Caches that stay where they are, for `fast.py`: keys and values are written once.
+"""Caches with fixed addresses for `fast.py`, in which keys and values are written once.
 
-`RowCache` has one row per prompt. `BeamCache` has the K beams of a prompt as K queries of one row:
-the prompt's keys are there once, the beams' own tokens lie in slots after them, and a mask says
-whose they are. Both attend for the model, as `KVCache` does, and in a step the operator itself
-writes the new keys and values (`append`); the prefix is in neither. Shapes use the letters of
-`models/gpt2.py`; K counts beams.
+`RowCache` has one row per prompt. `BeamCache` treats the K beams of a prompt as K queries of one
+row: the prompt's keys are stored once, the beams' own tokens are in slots after them, and a mask
+gives each beam its own. Both attend for the model, as `KVCache` does, and in a step the attention
+operator itself writes the new keys and values (`append`). Neither holds the prefix. Shapes use the
+letters of `models/gpt2.py`; K counts beams.
 """
 
 from dataclasses import replace
@@ -17,14 +17,14 @@ from minprefix.models.activations import LayerPrefix, Visible, gated_attention
 from minprefix.models.cache import KVCache
 from minprefix.models.config import BARTConfig, GPT2Config
 
-COLUMNS = 64  # columns of a cache are read in multiples of this where shapes are static
+COLUMNS = 64  # with static shapes, columns of a cache are read in multiples of this
 
 
 class RowCache(KVCache):
     """One row per prompt, allocated once; steps read its first `rows` rows and `columns` columns.
 
-    Differs from `KVCache`: nothing is copied to keep rows. What the device counts, which a graph
-    repeats, is counted by `advance`; what the host knows of it, by `count`.
+    Unlike `KVCache`, it copies nothing to keep rows. `advance` updates the counters on the device,
+    which is part of a graph; `count` updates those on the host.
     """
 
     def __init__(
@@ -32,14 +32,14 @@ class RowCache(KVCache):
     ):
         super().__init__(config, rows, max_len, like)
         self.rows, self.max_len, self.static = rows, max_len, static
-        self.equal = False  # the new tokens of all rows stand in the last columns that are read
+        self.equal = False  # whether the new tokens of all rows are in the last columns read
 
     def fill(self, prompts: list[list[int]]) -> None:
-        """Get ready to read prompts, all in one call."""
+        """Prepare for reading these prompts in one call."""
         self.rows, self.longest = len(prompts), 0
         lengths = [len(tokens) for tokens in prompts]
         self.equal = len(set(lengths)) == 1 and not self.static
-        # rows beyond the prompts pretend to hold one token, so that they stay finite
+        # rows beyond the prompts have length 1, so that their values stay finite
         self.lengths.copy_(torch.tensor(lengths + [1] * (len(self.lengths) - len(lengths))))
 
     def longest_after(self, T: int) -> int:
@@ -47,12 +47,12 @@ class RowCache(KVCache):
 
     @property
     def used(self) -> int:
-        """Columns that hold something in some row."""
+        """The number of columns in use."""
         return self.longest
 
     @property
     def columns(self) -> int:
-        """What a step reads: the tokens so far and its own; rounded up where shapes are static."""
+        """How many columns a step reads, its own included; rounded up for static shapes."""
         n = self.longest + 1
         return min(round_up(n, COLUMNS), self.max_len) if self.static else n
 
@@ -63,8 +63,8 @@ class RowCache(KVCache):
         return self.lengths[: self.rows, None]
 
     def attend(self, layer: int, q, k, v, prefix: LayerPrefix, visible: Visible) -> Tensor:
-        """As in `KVCache`, written in place; the queries of a step are a row's beams, if any."""
-        if self.longest == 0:  # the prompts: everything there is to see is in k and v
+        """As in `KVCache`, but in place. In a step with beams, a row's queries are its beams."""
+        if self.longest == 0:  # the prompts: all visible keys are in k and v
             self.k[layer, : self.rows, :, : k.shape[2]] = k
             self.v[layer, : self.rows, :, : v.shape[2]] = v
             return gated_attention(q, k, v, prefix, visible)
@@ -72,18 +72,18 @@ class RowCache(KVCache):
         return gated_attention(q, keys, values, prefix, self.in_a_step(visible), append=(k, v))
 
     def in_a_step(self, visible: Visible) -> Visible:
-        """What a step's queries see."""
+        """The visible keys of a step's queries."""
         return visible if self.equal else replace(visible, q_offset=self.lengths[: self.rows])
 
     def advance(self, lengths: Tensor | None, T: int) -> None:
-        """Count the tokens that all layers have read: those of the prompts, or one in each row."""
+        """Count the tokens that all layers have read: the prompts, or one token in each row."""
         if self.longest == 0:
             self.longest = T
         else:
             self.lengths += 1
 
     def count(self) -> None:
-        """A step is over, on the host's side."""
+        """Count a finished step on the host."""
         self.longest += 1
 
     def move(self, to: Tensor, source: Tensor) -> None:
@@ -93,15 +93,15 @@ class RowCache(KVCache):
         self.lengths[to] = self.lengths[source]
 
     def state(self) -> list[Tensor]:
-        """What a step changes, beside keys and values."""
+        """The tensors that a step changes, apart from keys and values."""
         return [self.lengths]
 
 
 class BeamCache(RowCache):
     """K beams per prompt: the prompt's keys once, then a slot for each new token of each beam.
 
-    Token n of beam i of its prompt is in slot n K + i for good. Beam i sees the prompt and the
-    slots of its ancestors: `seen` is what is reordered when beams are.
+    Token n of beam i is in slot n K + i and stays there. Beam i sees the prompt and the slots of
+    its ancestors; reordering the beams reorders only `seen`.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class BeamCache(RowCache):
         self.seen = like.new_zeros(rows, num_beams, self.max_len, dtype=torch.bool)
         self.column = torch.arange(self.max_len, device=like.device)  # 0, 1, ...
         self.first = torch.full_like(self.lengths, prompt_len)  # (B,) the column of the next slots
-        self.n_new = 0  # tokens of each beam that steps have read
+        self.n_new = 0  # tokens of each beam that the steps have read
 
     def fill(self, prompts: list[list[int]]) -> None:
         super().fill(prompts)
@@ -139,7 +139,7 @@ class BeamCache(RowCache):
         return replace(visible, causal=False, seen=seen, q_offset=first)
 
     def follow(self, parents: Tensor) -> None:
-        """Beam i goes on from parents[:, i] (B, K): it sees what that saw, and its own new slot."""
+        """Beam i continues parents[:, i] (B, K): it sees the same slots and its own new one."""
         R, K = parents.shape
         at = parents[..., None].expand(-1, -1, self.max_len)
         slot = self.first[0] + self.column[:K]  # (K,)

@@ -1,10 +1,11 @@
-"""From the logits of a step to what the next step reads, on the model's device.
+"""Chooses the tokens for the next step from the logits of a step, on the model's device.
 
-`decoding.py` defines what is chosen; `Tokens` (greedy or sampled) and `Beams` choose the same for
-`fast.py`. All that lasts from step to step lies in tensors at fixed addresses: the ids that the
-next step reads, how many tokens are new, the draws, the beams' scores. So a CUDA graph can hold a
-whole step, from ids to ids, and nothing here waits for the device. Read `Forbidden`, `Choice`, then
-the two. Shapes use the letters of `models/gpt2.py`; K counts beams.
+`decoding.py` defines the choice; `Tokens` (greedy or sampled) and `Beams` make the same choice for
+`fast.py`. Everything that persists between steps is in tensors at fixed addresses: the ids that the
+next step reads, the number of new tokens, the random draws, the beams' scores. A CUDA graph can
+therefore contain a whole step, from ids to ids, and nothing here waits for the device. Read
+`Forbidden`, `Choice`, then `Tokens` and `Beams`. Shapes use the letters of `models/gpt2.py`; K
+counts beams.
 """
 
 from collections.abc import Sequence
@@ -27,11 +28,11 @@ from minprefix.generation.decoding import (
 
 
 class Forbidden:
-    """Forbidden tokens, as `decoding.forbid` has them, found on the device.
+    """`decoding.forbid` on the device.
 
     Args:
-        bad_words_ids: words that never come.
-        max_len: tokens of the longest text, with its prompt.
+        bad_words_ids: the tokens of words that must not be generated.
+        max_len: number of tokens of the longest text, with its prompt.
     """
 
     def __init__(
@@ -46,17 +47,17 @@ class Forbidden:
         self.no_repeat, self.penalty = config.no_repeat_ngram_size, config.repetition_penalty
         self.words = [(torch.tensor(word[:-1], device=device, dtype=torch.long), word[-1])
                       for word in bad_words_ids]  # fmt: skip
-        # tokens of a text that are looked at: those before the last of a bad word, or all
+        # how many of a text's last tokens are needed: those of a bad word but its last, or all
         self.window = max((len(word) - 1 for word in bad_words_ids), default=0)
         if self.no_repeat or self.penalty != 1:
             self.window = max(self.window, max_len)
 
     def forbid(self, scores: Tensor, recent: Tensor, n_new: Tensor) -> None:
-        """`decoding.forbid` of scores (rows, V), in place.
+        """`decoding.forbid` for scores (rows, V), in place.
 
         Args:
-            recent: (rows, window), the last tokens of each row, -1 before its first.
-            n_new: (), how many new tokens each has.
+            recent: (rows, window), the last tokens of each row, -1 before its first one.
+            n_new: (), the number of new tokens of each row.
         """
         if self.penalty != 1:
             penalise(scores, recent, self.penalty)
@@ -90,16 +91,16 @@ class Forbidden:
 
 
 class Choice:
-    """What lasts from step to step; `choose` makes the next of it."""
+    """The state that persists between steps, and `choose`, which updates it."""
 
     def __init__(self, words: Forbidden, config: Decided, rows: int, device: torch.device):
         self.words, self.config, K = words, config, config.num_beams
         self.ids = torch.zeros(rows, K, dtype=torch.long, device=device)  # what the next step reads
-        self.recent = self.ids.new_full((rows, K, words.window), -1)  # as `Forbidden` wants them
-        self.n_new = self.ids.new_zeros(())  # tokens chosen, forced ones with them
+        self.recent = self.ids.new_full((rows, K, words.window), -1)  # as in `Forbidden.forbid`
+        self.n_new = self.ids.new_zeros(())  # tokens chosen, including forced ones
 
     def fill(self, beginning: Beginning, seeds: Sequence[int]) -> None:
-        """Get ready for the texts of `beginning`."""
+        """Prepare for the texts of `beginning`."""
         self.n_new.fill_(beginning.given)
         W = self.words.window
         if W:
@@ -107,14 +108,14 @@ class Choice:
             self.recent[: len(recent)] = torch.tensor(recent).to(self.ids.device)[:, None]
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The next tokens, from logits (rows, K, V), K = 1 after the prompts.
+        """Choose the next tokens from logits (rows, K, V), with K = 1 after the prompts.
 
-        Returns what the host looks at, one entry per row; it is overwritten in the next step.
+        Returns the values for the host, one entry per row; the next step overwrites them.
         """
         raise NotImplementedError
 
     def keep(self, tokens: Tensor) -> None:
-        """These (rows, K) come next."""
+        """Make these tokens (rows, K) the next ones."""
         R = len(tokens)
         self.ids[:R] = tokens
         if self.words.window:
@@ -122,7 +123,7 @@ class Choice:
         self.n_new += 1
 
     def per_row(self) -> list[Tensor]:
-        """The tensors with an entry for each row."""
+        """The tensors that have an entry for each row."""
         return [self.ids, self.recent]
 
     def state(self) -> list[Tensor]:
@@ -136,17 +137,17 @@ class Choice:
 
 
 class Tokens(Choice):
-    """The likeliest token of each row, or one that is drawn."""
+    """The most likely token of each row, or a sampled one."""
 
     def __init__(self, words: Forbidden, config: Decided, rows: int, device: torch.device):
         super().__init__(words, config, rows, device)
         n = config.max_new_tokens if config.do_sample else 0
-        # by number of new tokens
+        # indexed by the number of new tokens
         self.u = torch.zeros(rows, n, dtype=widest(device), device=device)
         self.chosen = self.ids.new_zeros(rows)
 
     def fill(self, beginning: Beginning, seeds: Sequence[int]) -> None:
-        """All draws at once, each row's from its own generator on the CPU, as in `sample`."""
+        """Make all draws in advance, each row's with its own CPU generator, as in `sample`."""
         super().fill(beginning, seeds)
         if self.config.do_sample:
             n = self.u.shape[1] - beginning.given
@@ -164,7 +165,7 @@ class Tokens(Choice):
         else:
             tokens = scores.argmax(-1)
         self.chosen[:R] = allowed(tokens, scores)
-        self.keep(self.chosen[:R, None].clamp(min=0))  # something is read after an end, too
+        self.keep(self.chosen[:R, None].clamp(min=0))  # rows that have ended read a token too
         return self.chosen[:R]
 
     def per_row(self) -> list[Tensor]:
@@ -172,7 +173,7 @@ class Tokens(Choice):
 
 
 class Beams(Choice):
-    """The K beams that run on; `BeamSearch` follows on the host and says when a prompt is done."""
+    """The K running beams; `BeamSearch` follows on the host and decides when a prompt is done."""
 
     def __init__(
         self, words: Forbidden, config: Decided, rows: int, cache: BeamCache,
@@ -196,7 +197,7 @@ class Beams(Choice):
         recent = self.recent[:R, :width]
         self.words.forbid(log_p.flatten(0, 1), recent.flatten(0, 1), self.n_new)
         best: Any = (log_p + self.scores[:R, :width, None]).flatten(1).topk(self.n_best)
-        # those that run on: the first K that are no end
+        # the running beams are the first K that do not end
         ends = (best.indices[..., None] % V == self.ends).any(-1).int()
         running = ends.argsort(dim=1, stable=True)[:, :K]
         indices = best.indices.gather(1, running)

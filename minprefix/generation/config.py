@@ -1,6 +1,6 @@
-"""How tokens are chosen: what the caller of `generate` says, and the model where that is silent.
+"""How tokens are chosen: the settings of `generate`, with the model's own settings as defaults.
 
-Imports nothing of PyTorch.
+This file does not import PyTorch.
 """
 
 import math
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minprefix.models.base import LanguageModel
 
-LONGEST = 100  # new tokens where neither says anything
-# what a model's checkpoint may say (`models/settings.py`) by the names of the fields below
+LONGEST = 100  # new tokens, if neither the caller nor the checkpoint gives a number
+# settings that a checkpoint may have (`models/settings.py`), with the names of the fields below
 SAID = (
     "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "early_stopping",
     "no_repeat_ngram_size", "repetition_penalty", "temperature", "top_k", "top_p",
@@ -24,8 +24,8 @@ AT_LEAST = {
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How the next token is chosen: by default it is the most likely one. None = as the model's
-    checkpoint says, and the value in brackets if it says nothing."""
+    """How the next token is chosen; by default it is the most likely one. None = the value in the
+    model's checkpoint, or the value in brackets if it has none."""
 
     max_new_tokens: int | None = None  # longest text (100)
     min_new_tokens: int | None = None  # shortest text: the end token is forbidden before (0)
@@ -72,14 +72,14 @@ class GenerationConfig:
                 raise ValueError(f"{name} must be a tuple of texts, got {texts!r}")
 
     def _check_together(self) -> None:
-        """ValueError for what has no meaning together."""
+        """ValueError for settings that contradict each other."""
         if self.do_sample and (self.num_beams or 1) > 1:
             raise ValueError(f"do_sample=True and num_beams={self.num_beams} exclude each other")
         sampling = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
         usual = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         if not self.do_sample and any(x not in (None, usual[n]) for n, x in sampling.items()):
-            told = ", ".join(f"{n} {usual[n] if x is None else x}" for n, x in sampling.items())
-            raise ValueError(f"{told} have no effect without do_sample=True")
+            given = ", ".join(f"{n} {usual[n] if x is None else x}" for n, x in sampling.items())
+            raise ValueError(f"{given} have no effect without do_sample=True")
         n = self.num_return_sequences
         if not self.do_sample and self.num_beams is not None and n > self.num_beams:
             raise ValueError(
@@ -88,7 +88,7 @@ class GenerationConfig:
             )
 
     def for_model(self, model: "LanguageModel") -> "Decided":
-        """With the model's own values where nothing is said."""
+        """Replace None by the model's own values."""
         theirs = model.config
         values: dict[str, Any] = {
             name: getattr(theirs, name) for name in SAID if getattr(self, name) is None
@@ -99,14 +99,14 @@ class GenerationConfig:
             values |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         longest = values.setdefault("max_new_tokens", self.max_new_tokens) or LONGEST
         values["max_new_tokens"] = longest
-        if "min_new_tokens" in values:  # the model's own, which may be meant for longer texts
+        if "min_new_tokens" in values:  # the model's own may be larger than max_new_tokens
             values["min_new_tokens"] = min(values["min_new_tokens"], longest)
         return Decided(**vars(self) | values | {"stop": self.stop or theirs.stop_strings})
 
 
 @dataclass(frozen=True)
 class Decided(GenerationConfig):
-    """A `GenerationConfig` for one model, in which nothing is left open."""
+    """A `GenerationConfig` for one model, in which no field is None."""
 
     max_new_tokens: int = LONGEST
     min_new_tokens: int = 0

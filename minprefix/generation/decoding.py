@@ -1,21 +1,22 @@
 """Decoding: from logits to tokens. Greedy, sampling and beam search over one batch of prompts.
 
-A batch of prompts is read in one call; after that each call reads one token per row. A prefix is
-made into activations once per batch and then only read (eq. (3) of Li & Liang 2021 [1]): it is no
-part of the cache, so beams and finished rows rearrange the cache without touching it.
+A batch of prompts is read in one call; after that each call reads one token per row. The
+activations of a prefix are computed once per batch and then only read (eq. (3) of Li & Liang 2021
+[1]). They are not part of the cache, so rearranging the cache for beams and finished rows does not
+touch them.
 
 Read `GenerationConfig` and `Decided` in `config.py`, then `forbid`, `sampling_probabilities` and
-`sample` (logits to token), `begin` (what is read first: a BART encodes its prompts once), `Rows`,
+`sample` (logits to token), `begin` (the first input; a BART encodes its prompts once), `Rows`,
 then the two loops, `greedy_or_sampled` and `beam_search`. Shapes use the letters of
 `models/gpt2.py`; b counts prompts, K beams.
 
-A text ends where the model chooses one of its end tokens (`eos_ids`, any number of them), where its
-last token is the last of max_new_tokens, where a stop string appears (`stopping.py`), and where
-every token is forbidden (`ENDED`): a forbidden token is never written.
+A text ends when the model chooses one of its end tokens (`eos_ids`, any number of them), when it
+has max_new_tokens new tokens, when a stop string appears (`stopping.py`), and when every token is
+forbidden (`ENDED`), because a forbidden token is never written.
 
-Beam search, forbidden words, the repetition penalty, top-k and top-p follow `generate` of
-transformers 5 [2] to the token, with one difference: [2] rounds logits to fp32 and adds log p in
-fp32, here an fp64 model is searched in fp64.
+Beam search, forbidden words, the repetition penalty, top-k and top-p give exactly the tokens of
+`generate` in transformers 5 [2], with one difference: [2] rounds logits to fp32 and adds log p in
+fp32; here the search with an fp64 model is in fp64.
 
 [1] https://arxiv.org/abs/2101.00190
 [2] https://github.com/huggingface/transformers/tree/v5.23.0
@@ -34,7 +35,7 @@ from minprefix.models.activations import Activations
 from minprefix.models.base import LanguageModel
 from minprefix.models.cache import KVCache, right_padded
 
-ENDED = -1  # in the place of a token: every token is forbidden, so the text ends
+ENDED = -1  # instead of a token: every token is forbidden, so the text ends
 
 
 class Beginning(NamedTuple):
@@ -42,8 +43,8 @@ class Beginning(NamedTuple):
 
     texts: list[list[int]]  # by prompt: GPT-2 reads the prompt, a BART's decoder its first tokens
     options: dict[str, Any] = {}  # of `hidden_states`: a BART's encoded sources  # noqa: RUF012
-    given: int = 0  # new tokens among the texts: a first one that is forced
-    must_end: int | None = None  # what the last of max_new_tokens can only be
+    given: int = 0  # new tokens that are already in the texts: 1 if the first one is forced
+    must_end: int | None = None  # the forced last token, at max_new_tokens
     never: tuple[int, ...] = ()  # tokens that the model's checkpoint forbids
     never_first: tuple[int, ...] = ()
 
@@ -51,7 +52,7 @@ class Beginning(NamedTuple):
 def begin(
     model: LanguageModel, prompts: list[list[int]], config: Decided, acts: Activations
 ) -> Beginning:
-    """What the model reads of the prompts, whose first new token may be forced."""
+    """What the model reads first for these prompts; the first new token may be forced."""
     given = int(model.config.forced_bos_token_id is not None)
     if config.max_new_tokens <= given:
         raise ValueError(
@@ -65,20 +66,20 @@ def begin(
 
 
 class Bans(NamedTuple):
-    """What may not come after so many new tokens; `bans_after` makes it of the settings."""
+    """Which tokens are forbidden at one step; `bans_after` derives it from the settings."""
 
     bad_words_ids: list[list[int]]
-    no_repeat: int = 0  # n: no n tokens in a row twice
-    tokens: tuple[int, ...] = ()  # the end of text where it may not come yet, and suppressed ones
-    must_end: int | None = None  # the end of text, where nothing else may come
-    repetition_penalty: float = 1.0  # a score s of a token that was there: s / this, or s * this
+    no_repeat: int = 0  # n: no sequence of n tokens may occur twice
+    tokens: tuple[int, ...] = ()  # the end of text, if it is too early, and suppressed tokens
+    must_end: int | None = None  # the end of text, if nothing else may follow
+    repetition_penalty: float = 1.0  # see `penalise`
 
 
 def bans_after(
     n_new: int, config: Decided, beginning: Beginning, bad_words_ids: list[list[int]],
     eos_ids: tuple[int, ...],
 ) -> Bans:  # fmt: skip
-    """For the token that comes after `n_new` others."""
+    """The bans for the token after `n_new` new ones."""
     tokens = beginning.never
     if n_new == beginning.given:
         tokens += beginning.never_first
@@ -92,8 +93,8 @@ def bans_after(
 
 
 def penalise(scores: Tensor, seen: Tensor, penalty: float) -> None:
-    """Make tokens that were there less likely, in place: their scores s become s / penalty, or
-    s * penalty where s < 0.
+    """Make earlier tokens less likely, in place: their scores s become s / penalty, or s * penalty
+    if s < 0.
 
     Args:
         scores: (B, V). seen: (B, n) int, tokens of each row; -1 = none.
@@ -107,21 +108,20 @@ def penalise(scores: Tensor, seen: Tensor, penalty: float) -> None:
 
 
 def repeated(tokens: list[int], n: int) -> list[int]:
-    """What would complete n tokens in a row that `tokens` has already."""
-    end = tokens[len(tokens) - n + 1 :]  # the n - 1 before the next
+    """The tokens that would complete a sequence of n tokens which `tokens` already contains."""
+    end = tokens[len(tokens) - n + 1 :]  # the n - 1 tokens before the next one
     starts = range(len(tokens) - n + 1)
     return [tokens[i + n - 1] for i in starts if tokens[i : i + n - 1] == end]
 
 
 def forbid(scores: Tensor, sequences: list[list[int]], bans: Bans) -> None:
-    """Lower the scores of tokens that were there and set those of tokens that may not come next to
-    -inf, in place.
+    """Lower the scores of earlier tokens and set those of forbidden tokens to -inf, in place.
 
     Args:
         scores: (B, V), logits or log-probabilities.
-        sequences: each row's tokens so far, a prompt of GPT-2 included.
-        bans: where a sequence ends in all but the last token of one of its bad words, that last
-            token is forbidden; one of a single token is forbidden everywhere.
+        sequences: each row's tokens so far, including a prompt of GPT-2.
+        bans: the last token of a bad word is forbidden if the sequence ends in the tokens before
+            it; a bad word of a single token is always forbidden.
     """
     if bans.repetition_penalty != 1:
         longest = max(map(len, sequences))
@@ -142,27 +142,28 @@ def forbid(scores: Tensor, sequences: list[list[int]], bans: Bans) -> None:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """The longest floating-point type that a device has: Apple's GPUs have no fp64."""
+    """The widest floating-point type of a device: Apple's GPUs have no fp64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def allowed(tokens: Tensor, scores: Tensor) -> Tensor:
-    """The chosen tokens (B,), or ENDED where all scores (B, V) are those of forbidden ones."""
+    """The chosen tokens (B,), or ENDED in rows whose scores (B, V) are all those of forbidden
+    tokens."""
     return tokens.masked_fill(scores.amax(-1) == -math.inf, ENDED)
 
 
 def sampling_probabilities(logits: Tensor, config: Decided) -> Tensor:
-    """softmax(logits / temperature), then the top k, then the top p of it: (B, V), fp64 or the
-    device's `widest`; NaN in a row where every token is forbidden."""
+    """softmax(logits / temperature), restricted to the top k and then the top p: (B, V), in the
+    device's `widest` type. A row in which every token is forbidden is NaN."""
     scores = logits.to(widest(logits.device))
-    # the largest is 0 before the division, so that a tiny temperature gives no inf - inf
+    # subtract the largest before the division, so that a tiny temperature gives no inf - inf
     scores = (scores - scores.amax(-1, keepdim=True)) / config.temperature
     if config.top_k:
         kth = scores.topk(min(config.top_k, scores.shape[-1])).values[:, -1:]  # (B, 1)
         scores = scores.masked_fill(scores < kth, -math.inf)
     if config.top_p < 1:
         p, order = scores.softmax(-1).sort(-1, descending=True)
-        dropped = p.cumsum(-1) - p >= config.top_p  # those before it hold top_p already
+        dropped = p.cumsum(-1) - p >= config.top_p  # the tokens before it have reached top_p
         dropped = torch.zeros_like(dropped).scatter(-1, order, dropped)
         scores = scores.masked_fill(dropped, -math.inf)
     return scores.softmax(-1)
@@ -171,8 +172,8 @@ def sampling_probabilities(logits: Tensor, config: Decided) -> Tensor:
 def draw(probabilities: Tensor, u: Tensor) -> Tensor:
     """One token per row, (B, V) -> (B,): the first at which the cumulated probability exceeds u.
 
-    u: (B,), in the type of the probabilities, uniform in [0, 1). A row of NaN gets the last token
-        and so ends no other row.
+    u: (B,), in the type of the probabilities, uniform in [0, 1). A row of NaN gets the last token,
+        so that it does not disturb the other rows.
     """
     cumulated = probabilities.cumsum(-1)  # (B, V)
     drawn = torch.searchsorted(cumulated, u[:, None] * cumulated[:, -1:], right=True)[:, 0]
@@ -182,7 +183,7 @@ def draw(probabilities: Tensor, u: Tensor) -> Tensor:
 def sample(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
     """One token per row, (B, V) -> (B,), by `draw`.
 
-    Row b takes its u from its own generator on the CPU: the draw depends neither on the other rows
+    Row b draws u with its own generator on the CPU, so the token depends neither on the other rows
     nor on the device.
     """
     u = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
@@ -190,7 +191,7 @@ def sample(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
 
 
 class Rows:
-    """What the model has read so far of the rows of a batch, and the prefix that each row has."""
+    """The rows of a batch: what the model has read so far, and the prefix of each row."""
 
     def __init__(self, model: LanguageModel, beginning: Beginning, acts: Activations, n_new: int):
         self.model, self.acts, self.options = model, acts, beginning.options
@@ -199,10 +200,10 @@ class Rows:
         self.cache = KVCache(model.config, len(beginning.texts), max_len, like=model.wte.weight)
 
     def read(self, texts: list[list[int]]) -> Tensor:
-        """Logits after reading these tokens after each row's earlier ones: (B, V), fp32 or fp64.
+        """Append these tokens to the rows; returns the next logits (B, V), fp32 or fp64.
 
         Rows of different lengths are padded on the right, where no real token sees the padding.
-        The first call reads the prompts: an infix stands before the last token of each.
+        The first call reads the prompts; an infix is before the last token of each.
         """
         ids, lengths = right_padded(texts, self.device)
         at = torch.arange(len(texts), device=self.device) * ids.shape[1] + lengths - 1  # last ones
@@ -215,7 +216,7 @@ class Rows:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def select(self, rows: list[int]) -> None:
-        """Keep these rows, in this order and as often as they are named."""
+        """Keep these rows, in this order; a row that is named twice is duplicated."""
         at = torch.tensor(rows, device=self.device)
         self.cache.select(at)
         self.acts = self.acts.select(at)
@@ -227,16 +228,17 @@ def greedy_or_sampled(
     eos_ids: tuple[int, ...], acts: Activations, bad_words_ids: list[list[int]],
     seeds: Sequence[int], stopped: Container[int] = (),
 ) -> Iterator[dict[int, int]]:  # fmt: skip
-    """At each step the next token of every prompt that has not ended: {b: token}, without ends.
+    """Yields, at each step, the next token of every prompt that has not ended: {b: token}. End
+    tokens are not yielded.
 
     Args:
-        stopped: the b that end after the token just given; the caller changes it between steps.
+        stopped: the b that end after their last token; the caller may change it between steps.
     """
     beginning = begin(model, prompts, config, acts)
     batch = Rows(model, beginning, acts, config.max_new_tokens)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     sequences = [list(tokens) for tokens in beginning.texts]  # by b; they grow
-    rows, unread = list(range(len(prompts))), beginning.texts  # the b in each row of the batch
+    rows, unread = list(range(len(prompts))), beginning.texts  # rows: the b of each row
     for n_new in range(beginning.given, config.max_new_tokens):
         logits = batch.read(unread)  # (rows, V)
         now = bans_after(n_new, config, beginning, bad_words_ids, eos_ids)
@@ -264,7 +266,7 @@ def greedy_or_sampled(
 class Beam(NamedTuple):
     """A continuation of one prompt."""
 
-    score: float  # sum of log p of its new tokens, nats; of one that has ended: with the penalty
+    score: float  # sum of log p of its new tokens, nats; once it has ended, with the penalty
     tokens: list[int]  # prompt and new tokens
     parent: int  # the row of the batch that it continues
 
@@ -272,28 +274,31 @@ class Beam(NamedTuple):
 class BeamSearch:
     """The beams of one prompt: K running ones and the K best that have ended, both best first.
 
-    A continuation by a forbidden token has the score -inf. It may run on, so that there are K, but
-    all that comes of it has this score, too, and none of it counts.
+    A continuation by a forbidden token has the score -inf. It may keep running to fill up the K
+    beams, but it and its continuations keep this score and are never chosen.
 
     Args:
-        prompt: what the model (a BART's decoder) reads first.
-        ends: whether the new tokens of a text end it.
+        prompt: what the model (or a BART's decoder) reads first.
+        ends: tells whether the new tokens of a text end it.
     """
 
     def __init__(self, prompt: list[int], config: Decided, ends: Callable[[list[int]], bool]):
         self.config, self.ends, self.prompt_len = config, ends, len(prompt)
-        self.running = [Beam(0.0, prompt, parent=0)]  # one at first
+        self.running = [Beam(0.0, prompt, parent=0)]  # at first a single beam
         self.ended: list[Beam] = []
         self.done = False
 
     def extend(self, candidates: list[Beam], n_new: int) -> None:
-        """Go on with the best continuations (`n_candidates`), which have `n_new` new tokens.
+        """Continue with the best candidates (`n_candidates`), which have `n_new` new tokens.
 
-        So few of them are ends that K remain to run on. An end counts only if it is among the first
-        K. The search is done when K have ended and the best running beam, judged at its present
-        length, does not beat the worst of them (early_stopping: whatever runs on; "never": judged
-        at max_new_tokens, where a longer text costs less); at max_new_tokens, where every beam
-        ends; or where every token is forbidden to every beam: they end there as they are.
+        There are enough candidates that K of them do not end. One that ends counts only if it is
+        among the first K. The search is done
+
+          - when K beams have ended and the best running beam, scored at its present length, does
+            not beat the worst of them (early_stopping=True: as soon as K have ended; "never": the
+            running beam is scored at max_new_tokens if the penalty favours longer texts);
+          - at max_new_tokens, where every beam ends;
+          - when every token is forbidden to every beam: they end as they are.
         """
         K, power = self.config.num_beams, self.config.length_penalty
         ends = [self.ends(beam.tokens[self.prompt_len :]) for beam in candidates]
@@ -309,7 +314,7 @@ class BeamSearch:
             ended = [beam for beam in ended if beam.score > -math.inf]
         self.ended = sorted(self.ended + ended, key=lambda beam: -beam.score)[:K]
         self.running = [beam for beam, end in zip(candidates, ends, strict=True) if not end][:K]
-        # more may end by stop strings: K rows go on in any case
+        # stop strings may end more of them; K rows continue in any case
         short = K - len(self.running)
         self.running += [beam._replace(score=-math.inf) for beam in candidates[:short]]
         never = self.config.early_stopping == "never" and power > 0
@@ -320,19 +325,19 @@ class BeamSearch:
         self.done = at_limit or dead or bool(len(self.ended) == K and settled)
 
     def best(self) -> list[list[int]]:
-        """New tokens, ends included, of the best that have ended, num_return_sequences of them; of
-        the best one more than once where fewer have."""
+        """The new tokens, including end tokens, of the num_return_sequences best ended beams. If
+        fewer have ended, the best one is repeated."""
         n = self.config.num_return_sequences
-        found = self.ended[:n] or self.running[:1]  # none has ended where all scores are NaN
+        found = self.ended[:n] or self.running[:1]  # none has ended if all scores are NaN
         texts = [beam.tokens[self.prompt_len :] for beam in found]
         return texts + texts[:1] * (n - len(texts))
 
 
 def n_candidates(config: Decided, eos_ids: tuple[int, ...], vocab_size: int) -> int:
-    """How many continuations of a prompt's beams are looked at: so many that K do not end.
+    """How many continuations of a prompt's beams are needed so that at least K do not end.
 
     Raises:
-        ValueError: there are fewer tokens.
+        ValueError: the vocabulary has fewer tokens.
     """
     n = max(2, 1 + len(eos_ids)) * config.num_beams
     if vocab_size < n:
@@ -348,11 +353,11 @@ def beam_search(
     eos_ids: tuple[int, ...], acts: Activations, bad_words_ids: list[list[int]],
     ends: Callable[[list[int]], bool],
 ) -> list[list[int]]:  # fmt: skip
-    """The best that `BeamSearch` finds: new tokens, ends included, num_return_sequences texts of
-    the first prompt, then of the second, ...
+    """The new tokens, including end tokens, of the best texts that `BeamSearch` finds:
+    num_return_sequences texts of the first prompt, then those of the second, ...
 
     Args:
-        ends: whether the new tokens of a text end it: one of eos_ids, or a stop string.
+        ends: tells whether the new tokens of a text end it, by one of eos_ids or a stop string.
     """
     V = model.config.vocab_size
     n_best = n_candidates(config, eos_ids, V)

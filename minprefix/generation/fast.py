@@ -1,23 +1,22 @@
-"""Fast generation: the tokens of `decoding.py` from caches that stay where they are.
+"""Fast generation: the same tokens as `decoding.py`, with caches at fixed addresses.
 
-`decoding.py` defines what is generated; this file gives the same tokens and does less for them:
+`decoding.py` defines what is generated; this file generates the same tokens with less work:
 
-  - Keys and values are written once, into memory allocated once (`RowCache`), by the operator that
-    reads them; a row that has ended is overwritten by a running one instead of copying all others
-    (`order_without`).
+  - Keys and values are written once, into memory that is allocated once (`RowCache`), by the
+    operator that reads them. A row that has ended is overwritten by a running one, instead of
+    copying all others (`order_without`).
   - The K beams of a prompt are K queries of one row (`BeamCache`). They read the prompt's keys
     once, not K times, and nothing is copied when beams are reordered: token n of beam i stays in
     slot n K + i, and each beam sees the slots of its ancestors.
-  - Tokens are chosen, and forbidden ones found, on the model's device (`choice.py`). There a step
-    goes from ids to ids, and the host looks at the tokens AHEAD steps later: what came after the
-    end of a text is cut (`Decoding.run`). Nothing waits in between.
+  - Tokens are chosen, and forbidden ones found, on the model's device (`choice.py`). A step goes
+    from ids to ids without waiting for the host, which reads the tokens up to AHEAD steps later and
+    drops those after the end of a text (`Decoding.run`).
   - On a GPU a step is a CUDA graph for each bucket of rows and of columns (`Decoding.step`), so it
     costs one launch. MINPREFIX_CUDA_GRAPHS=0 turns graphs off.
 
-The prefix stays an argument of attention and in no cache, as everywhere. Read `caches.py`,
+The prefix is an argument of attention and not in a cache, as everywhere. Read `caches.py`,
 `choice.py`, `Decoding`, then `greedy_or_sampled` and `beam_search`, whose arguments and results are
-those of their namesakes in `decoding.py`. Shapes use the letters of `models/gpt2.py`; b counts
-prompts, K beams.
+the same as in `decoding.py`. Shapes use the letters of `models/gpt2.py`; b counts prompts, K beams.
 """
 
 from collections import deque
@@ -40,16 +39,16 @@ from minprefix.models.activations import Activations
 from minprefix.models.base import LanguageModel
 from minprefix.models.cache import computed_dtype, right_padded
 
-AHEAD = 4  # steps on a GPU whose tokens the host has not looked at: it may be late by as many
+AHEAD = 4  # how many steps the GPU may be ahead of the host, which reads the tokens
 
 
 def row_bucket(rows: int) -> int:
-    """The power of two at or above."""
+    """The smallest power of two that is not below `rows`."""
     return 1 << (rows - 1).bit_length()
 
 
 def order_without(ended: list[bool]) -> list[int]:
-    """The rows to keep; the last ones stand in the places of those that have ended.
+    """The rows to keep; the last ones replace those that have ended.
 
     [no, yes, no, yes, no] -> [0, 4, 2]: row 4 moves, rows 0 and 2 stay where they are.
     """
@@ -59,7 +58,7 @@ def order_without(ended: list[bool]) -> list[int]:
 
 
 class Sent:
-    """A tensor on its way to the host, while the GPU works on."""
+    """A tensor that is being copied to the host while the GPU continues."""
 
     def __init__(self, x: Tensor):
         self.x = x.to("cpu", non_blocking=True, copy=True)
@@ -74,9 +73,9 @@ class Sent:
 
 
 class Decoding:
-    """A batch of prompts: its cache, its prefix, what is chosen, and the graphs of its steps.
+    """A batch of prompts: its cache, its prefix, its `Choice`, and the graphs of its steps.
 
-    It holds no reference to the model, so that a batch can be kept for as long as its model lives.
+    It holds no reference to the model, so that a batch can be kept as long as its model exists.
     """
 
     def __init__(self, key: tuple, cache: RowCache, choice: Choice, acts: Activations):
@@ -92,7 +91,7 @@ class Decoding:
     def read(
         self, model: LanguageModel, beginning: Beginning, acts: Activations, seeds: Sequence[int]
     ) -> Tensor:
-        """Read the prompts, all in one call, and choose: what `Choice.choose` returns."""
+        """Read the prompts in one call and choose; returns the result of `Choice.choose`."""
         self.acts = self.acts.overwritten(acts.passed())
         self.cache.fill(beginning.texts)
         self.choice.fill(beginning, seeds)
@@ -107,7 +106,7 @@ class Decoding:
         return self.choice.choose(head(model, last)[:, None])
 
     def logits(self, model: LanguageModel) -> Tensor:
-        """After the chosen token of each row or beam: (rows, K, V), fp32 or fp64."""
+        """The logits after the chosen token of each row or beam: (rows, K, V), fp32 or fp64."""
         rows = self.cache.rows
         hidden = model.hidden_states(
             self.choice.ids[:rows], prefix=self.acts.first(rows), cache=self.cache, **self.options
@@ -115,7 +114,7 @@ class Decoding:
         return head(model, hidden)
 
     def step(self, model: LanguageModel) -> Tensor:
-        """Read the chosen tokens and choose the next: what `Choice.choose` returns."""
+        """Read the chosen tokens and choose the next; returns the result of `Choice.choose`."""
 
         def run() -> Tensor:
             return self.choice.choose(self.logits(model))
@@ -126,7 +125,7 @@ class Decoding:
                 state = [*self.cache.state(), *self.choice.state()]
                 before = [x.clone() for x in state]
                 self.graphs[bucket] = capture(run, self.device, self.pool)
-                for x, y in zip(state, before, strict=True):  # capturing has made the step once
+                for x, y in zip(state, before, strict=True):  # undo the step made by capturing
                     x.copy_(y)
             out = self.graphs[bucket]()
         else:
@@ -137,14 +136,14 @@ class Decoding:
     def run(
         self, model: LanguageModel, chosen: Tensor, rows: list, n: int, done: Callable[[Any], bool]
     ) -> Iterator[list[tuple[Any, Any]]]:
-        """What was chosen in each of `n` steps, or until all rows are done.
+        """Make up to `n` choices, or until all rows are done.
 
         Args:
-            chosen: what `read` returned, the first of the n.
-            rows: whom each row is for.
-            done: asked after each step: whether a row is still wanted.
+            chosen: the result of `read`, which is the first choice.
+            rows: the identity (such as b) of each row.
+            done: called after each step; tells whether a row is done.
         Yields:
-            (whom, values) of each row that was not done before.
+            (identity, values) for each row that was not done before.
         """
         on_its_way: deque[tuple[list, Sent]] = deque()
         for step in range(n):
@@ -164,15 +163,15 @@ class Decoding:
                     return
 
     def use(self, rows: int) -> None:
-        """The next steps are for so many rows."""
+        """Set the number of rows of the next steps."""
         self.cache.rows = min(row_bucket(rows), self.max_rows) if self.cache.static else rows
 
     def worth_moving(self, rows: int) -> bool:
-        """Whether steps for so many rows are smaller than they are now."""
+        """Whether steps for this number of rows would be smaller than now."""
         return (row_bucket(rows) if self.cache.static else rows) < self.cache.rows
 
     def keep(self, order: list[int]) -> None:
-        """Row i is from now on what row order[i] was."""
+        """Move row order[i] to row i."""
         self.options = {name: rows_of.keep(order) for name, rows_of in self.options.items()}
         moved = [(to, source) for to, source in enumerate(order) if to != source]
         if moved:
@@ -197,10 +196,10 @@ def take_batch(
     model: LanguageModel, beginning: Beginning, config: Decided, eos_ids: tuple[int, ...],
     acts: Any, bad_words_ids: list[list[int]],
 ) -> Decoding:  # fmt: skip
-    """A batch with room for what is read first; the kept one if it fits.
+    """A batch with room for `beginning`; the kept one if it fits.
 
-    `KEPT` has it back afterwards. While it is taken, another generation with the same model makes
-    its own.
+    `give_back` returns it to `KEPT`. Until then, another generation with the same model makes a
+    batch of its own.
     """
     if fuses(model.wte.weight):
         model.pad_head()
@@ -208,7 +207,7 @@ def take_batch(
     static = uses_graphs(like.device) and model.captures and beginning.must_end is None
     rows, prompt_len = len(beginning.texts), max(map(len, beginning.texts))
     n_new, key = config.max_new_tokens, ()
-    if static:  # what graphs depend on: sizes, the choice, and the addresses of the weights
+    if static:  # graphs depend on sizes, the choice, and the addresses of the weights
         rows = row_bucket(rows)
         prompt_len, n_new = (
             round_up(prompt_len, caches.COLUMNS),
@@ -243,7 +242,7 @@ def greedy_or_sampled(
     eos_ids: tuple[int, ...], acts: Activations, bad_words_ids: list[list[int]],
     seeds: Sequence[int], stopped: Container[int] = (),
 ) -> Iterator[dict[int, int]]:  # fmt: skip
-    """At each step the next token of every prompt that has not ended: {b: token}, without ends."""
+    """As in `decoding.py`."""
     beginning = begin(model, prompts, config, acts)
     batch = take_batch(model, beginning, config, eos_ids, acts, bad_words_ids)
     rows, ends = list(range(len(prompts))), (ENDED, *eos_ids)
@@ -268,13 +267,13 @@ def beam_search(
     eos_ids: tuple[int, ...], acts: Activations, bad_words_ids: list[list[int]],
     ends: Callable[[list[int]], bool],
 ) -> list[list[int]]:  # fmt: skip
-    """As in `decoding.py`; texts end by `eos_ids` alone.
+    """As in `decoding.py`, but only `eos_ids` end a text.
 
-    The beams that run on are chosen on the device; `BeamSearch` follows on the host and says when a
+    The running beams are chosen on the device; `BeamSearch` follows on the host and decides when a
     prompt is done.
     """
     V = model.config.vocab_size
-    n_candidates(config, eos_ids, V)  # an error before any work
+    n_candidates(config, eos_ids, V)  # raises its error before any work
     beginning = begin(model, prompts, config, acts)
     batch = take_batch(model, beginning, config, eos_ids, acts, bad_words_ids)
     searches = [BeamSearch(tokens, config, ends) for tokens in beginning.texts]

@@ -1,8 +1,8 @@
-"""CUDA graphs: a whole step costs the host one launch.
+"""CUDA graphs, with which a whole step costs the host only one launch.
 
-A graph replays fixed kernels on fixed addresses, so what it reads lies in static buffers and shapes
-are rounded up to a few buckets. `fast.py` has one graph per bucket of a decoding step,
-`training/graphs.py` one per bucket of a training step.
+A graph replays fixed kernels on fixed addresses, so its inputs are in static buffers and shapes are
+rounded up to a few buckets. `fast.py` has one graph per bucket for decoding steps, and
+`training/graphs.py` one per bucket for training steps.
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
@@ -26,21 +26,21 @@ def round_up(n: int, multiple: int) -> int:
 def capture(
     run: Callable[[], Tensor], device: torch.device, pool: Any = None
 ) -> Callable[[], Tensor]:
-    """Record what `run` does on the GPU; the result repeats it, into the same tensors.
+    """Record the work of `run` on the GPU; returns a function that repeats it on the same tensors.
 
-    `run` is called twice, and its first call takes effect: the caller undoes it where that matters.
+    `run` is called twice. The first call takes effect, and the caller must undo it if necessary.
 
     Args:
-        pool: memory that graphs share which never run at once, and leave nothing in it that is
-            read later (`torch.cuda.graph_pool_handle`); None = memory of its own.
+        pool: memory shared by graphs that never run at the same time and whose memory is not read
+            later (`torch.cuda.graph_pool_handle`); None = memory of its own.
     Raises:
-        RuntimeError: CUDA cannot capture this step; the message says how to do without.
+        RuntimeError: CUDA cannot capture this step; the message says how to run without graphs.
     """
     with torch.cuda.device(device):
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            run()  # kernels are compiled and workspaces allocated outside the graph
+            run()  # compile kernels and allocate workspaces outside of the graph
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:

@@ -1,9 +1,8 @@
 """Generation: from prompts to texts, in batches or as a stream.
 
-`generate` checks everything, sorts prompts into batches and lets `fast.py` choose the
-tokens, or `decoding.py`, the plain loops that define them;
-`stream` gives the text of one prompt piece by piece. Read `prepare` (what a prompt becomes), then
-`generate`.
+`generate` checks its arguments, sorts prompts into batches and lets `fast.py` choose the tokens, or
+`decoding.py`, the plain loops that define them. `stream` yields the text of one prompt piece by
+piece. Read `prepare` (how a prompt is encoded), then `generate`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +27,7 @@ AnyPrefix = Prefix | BARTPrefix | PrefixBank
 
 
 def check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
-    """ValueError for a prompt without tokens or of tokens that the model does not know."""
+    """ValueError for a prompt without tokens or with tokens outside of the vocabulary."""
     for b, tokens in enumerate(prompts):
         if not tokens:
             raise ValueError(
@@ -40,26 +39,26 @@ def check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
 
 
 def bos_prompt(model: LanguageModel, tokenizer) -> list[int]:
-    """What a text from nothing begins with."""
+    """The prompt for a text that starts from nothing."""
     bos = model.config.bos_token_id
     return [tokenizer.bos_id if bos is None else bos]
 
 
 def frame_of(model: LanguageModel, prefix=None) -> tuple[str, int | None]:
-    """The frame that was trained, (linearisation, max_source): the prefix's, or else the model's;
-    ("", None) = none."""
+    """The frame of training (linearisation, max_source): that of the prefix, or else that of the
+    model; ("", None) = none."""
     return model.frame if prefix is None else (prefix.linearisation, prefix.max_source)
 
 
 def is_framed(model: LanguageModel, prefix) -> bool:
-    """Whether texts of a trained frame may be among those to write."""
+    """Whether some of the texts may have the frame of training."""
     if isinstance(prefix, PrefixBank):
         return any(one.linearisation for one in prefix.prefixes) or bool(model.frame[0])
     return bool(frame_of(model, prefix)[0])
 
 
 def rows_of_prefix(prefix, prefix_index, n_prompts: int) -> tuple[list[int] | None, list[int]]:
-    """By prompt: which prefix of the bank it uses (None without a bank), its position offset."""
+    """For each prompt, its prefix in the bank (None without a bank) and its position offset."""
     if not isinstance(prefix, PrefixBank):
         if prefix_index is not None:
             raise ValueError(f"prefix_index {prefix_index} needs a PrefixBank")
@@ -74,10 +73,10 @@ def rows_of_prefix(prefix, prefix_index, n_prompts: int) -> tuple[list[int] | No
 
 
 class Prompts(NamedTuple):
-    """Prompts as the model reads them; a list entry for each."""
+    """Prompts as the model reads them; each list has one entry per prompt."""
 
     ids: list[list[int]]
-    framed: list[bool]  # whether it is a text that was put into a frame
+    framed: list[bool]  # whether the prompt was a text and has been put into a frame
     prefix_index: list[int] | None  # into the bank
     offsets: list[int]  # position offsets
 
@@ -85,7 +84,7 @@ class Prompts(NamedTuple):
 def prepare(
     model: LanguageModel, tokenizer, prompts, prefix, prefix_index, config: Decided
 ) -> Prompts:
-    """The prompts made ready; ValueError if one is unfit."""
+    """Encode and check the prompts; ValueError if one is invalid."""
     index, offsets = rows_of_prefix(prefix, prefix_index, len(prompts))
     ids, framed, sources = [], [], []
     for b, prompt in enumerate(prompts):
@@ -110,7 +109,7 @@ def prepare(
 
 
 def stripped(pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces of a text without the white space at its ends, which a frame adds."""
+    """The pieces of a text, without the white space that a frame adds at both ends."""
     blank, begun = "", False
     for piece in pieces:
         text = (blank + piece) if begun else piece.lstrip()
@@ -123,11 +122,11 @@ def stripped(pieces: Iterable[str]) -> Iterator[str]:
 def activations_for(
     model: LanguageModel, prefix, index: list[int] | None, offsets: list[int]
 ) -> Activations:
-    """What the model reads of each row's prefix."""
+    """The activations of each row's prefix."""
     if index is None:
         return model.activations_of(prefix)
     acts = model.activations_of(prefix, torch.tensor(index, device=model.wte.weight.device))
-    # the bank's largest offset may be that of a prefix which no row here uses
+    # the bank's largest offset may belong to a prefix that no row here uses
     return replace(acts, max_offset=max(offsets))
 
 
@@ -139,25 +138,25 @@ def generate_ids(
     bad_words_ids: Sequence[Sequence[int]] = (), seeds: Sequence[int] | None = None,
     fast: bool = True,
 ) -> list[list[int]]:  # fmt: skip
-    """Continue one batch of prompts, at least one: the new tokens of each, without eos; with beams
-    num_return_sequences texts of the first, then of the second, ...
+    """Continue a batch of at least one prompt. Returns the new tokens of each, without eos; with
+    beams, num_return_sequences texts of the first prompt, then those of the second, ...
 
-    A BART's prompts are sources, with their <s> and </s>; what is new is the target, without the
-    first token where that is forced.
+    For a BART, prompts are sources with their <s> and </s>, and the new tokens are the target,
+    without a forced first token.
 
     Args:
-        prompts: token ids, of any lengths. They are padded to the longest, so the longest must fit
-            beside the largest position offset (`generate` makes batches that do).
-        config: its bad_words and stop are texts and not read here.
-        eos_id: the token that ends a text, or several of them, or none: (); or a `Stopping`, whose
-            strings end texts with the last of their tokens.
-        prefix, prefix_index: as in `generate`; `prefix.check_base` is left to the caller.
+        prompts: token ids, of any lengths. They are padded to the longest, which must fit into the
+            model together with the largest position offset (`generate` makes such batches).
+        config: its bad_words and stop are texts and are not used here.
+        eos_id: the tokens that end a text: one, several, or none, (); or a `Stopping`, whose
+            strings end a text after the token that completes them.
+        prefix, prefix_index: as in `generate`; the caller must call `prefix.check_base`.
         bad_words_ids: token sequences that are never completed. A lone eos_id among them is
             ignored, as in [2]; min_new_tokens is for that.
         seeds: for sampling, one per prompt; None = config.seed + b.
-        fast: through `fast.py`; False = the plain loops of `decoding.py`, same tokens.
+        fast: use `fast.py`; False = the plain loops of `decoding.py`, with the same tokens.
     Raises:
-        ValueError: a prompt that is empty or too long, an index that does not fit.
+        ValueError: a prompt is empty or too long, or an index does not fit.
     """
     config = config.for_model(model)
     ids = (eos_id,) if isinstance(eos_id, int) else eos_id
@@ -174,7 +173,7 @@ def generate_ids(
     with evaluating(model):
         acts = activations_for(model, prefix, index, offsets)
         args = (model, prompts, config, eos_ids, acts, bad_words_ids)
-        # the fast beams are chosen on the device, where no text is read
+        # fast beams are chosen on the device, where stop strings cannot be checked
         plain = not fast or (stopping.strings and config.num_beams > 1)
         loops = decoding if plain else fast_generation
         if config.num_beams > 1:
@@ -191,18 +190,18 @@ def generate_ids(
 def checked_words(
     model: LanguageModel, bad_words_ids: Sequence[Sequence[int]], eos_ids: tuple[int, ...]
 ) -> list[list[int]]:
-    """These words and those of the model's checkpoint, without lone ends of text and without those
-    that the model's tokens cannot write."""
+    """These bad words and those of the model's checkpoint, without lone end tokens and without
+    words outside of the vocabulary."""
     words = dict.fromkeys(tuple(word) for word in (*bad_words_ids, *model.config.bad_words_ids))
     V, ends = model.config.vocab_size, {(eos_id,) for eos_id in eos_ids}
     return [list(word) for word in words if word not in ends and 0 <= min(word) <= max(word) < V]
 
 
 def batches(lengths: list[int], offsets: list[int], batch_size: int, room: int) -> list[list[int]]:
-    """The numbers of the prompts in batches, the longest first, so that there is little padding.
+    """The indices of the prompts in batches, the longest first, so that there is little padding.
 
-    A prompt is padded to the longest of its batch; with its position offset that may be at most
-    `room`, or the padding would stand past the model's last position.
+    A prompt is padded to the longest of its batch. That length plus its position offset may be at
+    most `room`; otherwise the padding would be past the model's last position.
     """
     result: list[list[int]] = []
     for b in sorted(range(len(lengths)), key=lambda b: -lengths[b]):
@@ -219,9 +218,9 @@ def stream(
     prefix: AnyPrefix | None = None, prefix_index: int | None = None,
     config: GenerationConfig | None = None, fast: bool = True, **options,
 ) -> Iterator[str]:  # fmt: skip
-    """What `generate` gives for one prompt, piece by piece as it comes; greedy or sampling.
+    """Yields the text of `generate` for one prompt piece by piece; greedy or sampled.
 
-    A character that consists of several tokens waits for its last. The model is in eval mode until
+    A character of several tokens is yielded after its last token. The model is in eval mode until
     the iterator ends or is dropped. Beam search knows its text only at the end, so num_beams > 1 is
     a ValueError; other arguments and errors are those of `generate`.
     """
@@ -240,7 +239,7 @@ def stream(
     bad_words_ids = checked_words(model, word_ids(tokenizer, config.bad_words), eos_ids)
     stopping = Stopping(eos_ids, tokenizer, config.stop)
 
-    @torch.inference_mode()  # of a generator: while it runs, not between its tokens
+    @torch.inference_mode()  # for a generator: active while it runs, not between its tokens
     def new_tokens() -> Iterator[int]:
         with evaluating(model):
             acts = activations_for(model, prefix, index, offsets)
@@ -260,28 +259,27 @@ def generate(
     batch_size: int = 64, config: GenerationConfig | None = None,
     progress: Callable[[int, int], None] | None = None, fast: bool = True, **options,
 ) -> list[str]:  # fmt: skip
-    """Continue prompts, or answer them with a BART: the new text of each, in their order; or with
-    num_return_sequences = n the n texts of the first, then of the second, ...
+    """Continue prompts, or answer them with a BART. Returns the new text of each, in their order;
+    with num_return_sequences = n, the n texts of the first, then those of the second, ...
 
         generate(model, tokenizer, ["name : The Eagle"], prefix=prefix, num_beams=5)
 
     Args:
-        prompts: a list of token ids is taken as it is. A text is encoded in the frame that its
-            prefix, adapter or fine-tuned model was trained in (`frame_of`), and what comes back is
-            without the white space at its ends. Where training cut sources, so is the text, with a
-            warning in the log. Without a frame, the text is continued as it is;
-            "" starts from nothing, the bos.
-            For a BART it is the source, which always has its <s> and </s>.
-        prefix: for all prompts, or a bank.
-        prefix_index: with a bank, one int per prompt: which prefix it uses, -1 = none. None = as
-            many prompts as prefixes, in the same order.
-        batch_size: prompts at a time; it changes no text (beyond rounding).
+        prompts: texts or lists of token ids, which are used unchanged. A text is encoded in the
+            frame in which its prefix, adapter or model was trained (`frame_of`), and the result is
+            stripped of white space. If training cut sources, the text is cut too, with a warning in
+            the log. Without a frame, the text is continued as it is; "" starts from nothing, that
+            is, from the bos. For a BART the text is the source, and <s> and </s> are added.
+        prefix: one prefix for all prompts, or a bank.
+        prefix_index: with a bank, one int per prompt: its prefix, or -1 for none. None = as many
+            prompts as prefixes, in the same order.
+        batch_size: prompts at a time; does not change the texts (beyond rounding).
         config, options: how tokens are chosen; options replace fields of config.
-        progress: called after each batch with (prompts done, prompts in all).
-        fast: False = the plain loops, several times slower; the same tokens (beyond rounding).
+        progress: called after each batch with (prompts done, number of prompts).
+        fast: False = the plain loops, several times slower, with the same tokens (beyond rounding).
     Raises:
-        ValueError: before any work, for options that make no sense, a prompt that is empty or too
-            long, an index that does not fit, or a prefix of another model.
+        ValueError: before any work, for contradictory options, a prompt that is empty or too long,
+            an index that does not fit, or a prefix of another model.
     """
     config = replace(config or GenerationConfig(), **options)
     if isinstance(prompts, str):
@@ -314,5 +312,5 @@ def generate(
 
 
 def many(entries: list, times: int) -> list:
-    """Each entry so many times."""
+    """Each entry `times` times."""
     return [entry for entry in entries for _ in range(times)]
