@@ -1,7 +1,7 @@
 """The commands: a class of options for each, whose docstring is the command's help; see `COMMANDS`.
 
-What a command does is the function `run` of the file of its name. It is imported when the command
-runs, so that --help and a usage error need no PyTorch.
+A command is the function `run` in the file with its name. That file is imported only when the
+command runs, so that --help and usage errors do not need PyTorch.
 """
 
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ class GenerateOptions(WithTrained):
 
 
 def template_of(words: list[str]) -> str:
-    """The template that the words after --hard-prompt name: one, or the default."""
+    """The template after --hard-prompt: the one that is given, or the default."""
     if len(words) > 1:
         raise ValueError(f"expected one template, in quotes, got {len(words)} words")
     return words[0] if words else TEMPLATES[0]
@@ -192,11 +192,11 @@ class PretrainOptions(Preset, WithDevice):
     samples: int = 3  # texts to generate at the end
 
     pretrain: Flat[PretrainConfig] = PretrainConfig()
-    words: Suppress[tuple[str, ...]] = ()  # the command line, which goes on with an interrupted run
+    words: Suppress[tuple[str, ...]] = ()  # the command line, which continues an interrupted run
 
     @classmethod
     def parse(cls, words, prog: str, description: str) -> "PretrainOptions":
-        """The preset first: it has the values of the options that are not given."""
+        """Parse the preset first: it has the values of the options that are not given."""
         preset = parse_known(Preset, words, prog).preset
         required, config = tyro.MISSING, PRESETS[preset]
         default = cls(text=required, out=required, preset=preset, pretrain=config, words=words)

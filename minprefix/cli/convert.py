@@ -1,4 +1,4 @@
-"""The command `convert`: prefix files from other systems, and to PEFT (`prefix/convert.py`)."""
+"""The command `convert`: converts prefix files from other systems, or to PEFT's format."""
 
 from minprefix.cli.commands import ConvertOptions
 from minprefix.cli.options import FOREIGN_FILE, KEPT
@@ -6,7 +6,7 @@ from minprefix.prefix.convert import convert
 
 
 def run(options: ConvertOptions) -> dict:
-    """Convert one prefix; nothing that exists is overwritten."""
+    """Convert one prefix; never overwrites anything."""
     offset, source = options.position_offset, options.source
     for there in (options.out, options.out / FOREIGN_FILE):
         if there.is_file():

@@ -1,6 +1,6 @@
-"""The command `data`: official data sets, fetched and checked (`data/download.py`).
+"""The command `data`: downloads and checks official data sets (`data/download.py`).
 
-python -m minprefix data e2e                      into the cache; then `train --data e2e` works
+python -m minprefix data e2e                      fill the cache; then `train --data e2e` works
 python -m minprefix data webnlg --data-dir DIR    check the copies in DIR, fetch what is missing
 """
 
@@ -13,7 +13,7 @@ from minprefix.data.load import data_folder
 
 
 def run(options: DataOptions) -> dict | None:
-    """Print a short list, or return all of it for --json."""
+    """Print a short list, or return the full list for --json."""
     source, folder = SOURCES[options.name], options.data_dir or data_folder(options.name)
     print(f"{options.name}: {source.home}\nlicence: {source.licence}", file=sys.stderr)
     rows = fetch(options.name, folder)

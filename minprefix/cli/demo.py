@@ -1,8 +1,8 @@
-"""The main job on the embedded model and data: tune a prefix, write texts, measure (`make demo`).
+"""The main task on the embedded model and data: tune a prefix, generate texts, score them.
 
-Four methods write about restaurants that training never showed: a hard prompt, a hard prompt with
-examples in context and a prefix of 10 positions, all three with the frozen model, and fine-tuning,
-which makes a copy of the model.
+Four methods describe restaurants that are not in the training data: a hard prompt, a hard prompt
+with examples in context and a prefix of 10 positions, all with the frozen model, and fine-tuning,
+which changes a copy of the model. `make demo` runs it.
 """
 
 import json
@@ -34,13 +34,13 @@ from minprefix.training.precision import cpu_has_bf16
 from minprefix.training.run_folder import read_log
 from minprefix.training.trainer import Trainer
 
-# fewer steps where bf16 is not at hand: fp32 takes more than twice the time, and the demo 4 minutes
+# fewer steps without bf16: fp32 takes more than twice the time, and the demo should take 4 minutes
 BF16 = cpu_has_bf16()
 TRAIN = TrainConfig(
     steps=700 if BF16 else 280, batch_size=16, lr=1e-3, warmup_steps=20,
     precision="bf16" if BF16 else "fp32", eval_every=100, eval_pairs=160,
 )  # fmt: skip
-# all weights, in the few steps that four minutes leave; benchmarks/copying.py trains it for longer
+# few steps, so that the demo takes four minutes; benchmarks/copying.py fine-tunes for longer
 FINETUNE = replace(TRAIN, method="finetune", steps=(TRAIN.steps or 0) // 7, eval_every=50)
 PREFIX = PrefixConfig(prefix_len=10, init="words")
 GENERATE = GenerationConfig(max_new_tokens=60)
@@ -56,12 +56,12 @@ def run(options: DemoOptions) -> dict | None:
 
 
 def run_demo(out: Path) -> tuple[dict, list[dict]]:
-    """Run the demo in the folder `out`: what metrics.json holds, and the rows of its table.
+    """Run the demo in the folder `out`; returns the contents of metrics.json and the table's rows.
 
-    A finished or interrupted training in `out` is gone on with.
+    A finished or interrupted training in `out` is continued.
 
     Raises:
-        Interrupted: a signal; says how to go on.
+        Interrupted: a signal came; the message says how to continue.
     """
     go_on = f"run the same command to continue ({out} keeps what is done)"
     try:
@@ -137,7 +137,7 @@ def tune(trainer: Trainer, out: Path) -> dict:
 
 
 def row(name: str, scores: dict[str, float], n_trained: int, n_kept: int, model) -> dict:
-    """One line of the printed table. Trained: with the MLP; kept: the table that is shipped."""
+    """One line of the printed table. Trained parameters include the MLP; kept ones do not."""
     total = count(model)
     return {
         "method": name,

@@ -1,4 +1,4 @@
-"""The command `download`: an official model into the hub's cache."""
+"""The command `download`: downloads an official model into the hub's cache."""
 
 from minprefix.cli.commands import DownloadOptions
 from minprefix.models import weights

@@ -1,4 +1,4 @@
-"""The command `evaluate`: a text for every table of a split, and their scores. Read `run`."""
+"""The command `evaluate`: generates and scores a text for every table of a split. Read `run`."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from minprefix.training.run_folder import append_scores
 
 
 def run(options: EvaluateOptions) -> dict | None:
-    """Write a text for every table of a split and score them."""
+    """Generate a text for every table of a split and score the texts."""
     check(options)
     model, tokenizer = load_model(options)
     prefix = load_trained(options, model)
@@ -51,7 +51,7 @@ def run(options: EvaluateOptions) -> dict | None:
         write_text(options.outputs, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     result = {"tables": len(examples)} | scores
     for given in (options.prefix, options.adapter, options.prompt, Path(options.model)):
-        if given is not None:  # a file of a run folder, perhaps
+        if given is not None:  # it may be a file in a run folder
             split = options.split
             if was_trained_on(given.parent, options.data, split):
                 split = "train"
@@ -67,8 +67,8 @@ def run(options: EvaluateOptions) -> dict | None:
 
 
 def outputs_of(examples: Sequence[Example], texts: Sequence[str]) -> Iterator[dict]:
-    """What --outputs keeps of each text; of a table also the facts that the text lacks or gets
-    wrong, as (field, value)."""
+    """The entry of --outputs for each text; for a table, with the facts that are missing or wrong,
+    as (field, value)."""
     known = known_values(examples)
     for example, text in zip(examples, texts, strict=True):
         row: dict[str, Any] = {"source": example.source, "text": text}
@@ -80,7 +80,7 @@ def outputs_of(examples: Sequence[Example], texts: Sequence[str]) -> Iterator[di
 
 
 def was_trained_on(folder: Path, data: str, split: str) -> bool:
-    """Whether this is the folder of a run that was trained on `data`: a file, or its split."""
+    """Whether a run folder was trained on `data` (a file) or on this split of it (a folder)."""
     if not ((folder / "config.json").is_file() and (folder / "log.jsonl").is_file()):
         return False
     settings = read_json(folder / "config.json")
@@ -91,7 +91,7 @@ def was_trained_on(folder: Path, data: str, split: str) -> bool:
 
 
 def check(options: EvaluateOptions) -> None:
-    """ValueError for options that do not go together, before anything is loaded."""
+    """ValueError for options that contradict each other, before anything is loaded."""
     methods = ("prefix", "adapter", "hard_prompt", "prompt")
     given = [f"--{m.replace('_', '-')}" for m in methods if getattr(options, m) is not None]
     if len(given) > 1:
@@ -111,7 +111,8 @@ def check(options: EvaluateOptions) -> None:
 
 
 def check_frame(options: EvaluateOptions, learned: str | None, cut: int | None) -> str:
-    """The linearisation to use; ValueError if training had another one, or another --max-source."""
+    """The linearisation to use; ValueError if training used another one, or another
+    --max-source."""
     trained = options.prefix or options.adapter or options.prompt or options.model
     for option, given, known in (
         ("--linearisation", options.linearisation, learned),

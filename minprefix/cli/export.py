@@ -1,5 +1,5 @@
-"""The command `export`: the latest prefix of a run, as the table alone; a folder with a model card,
-or the file."""
+"""The command `export`: writes the latest prefix of a run without its MLP, as a folder with a model
+card or as a file."""
 
 import math
 import sys
@@ -37,7 +37,7 @@ def run(options: ExportOptions) -> dict:
     prefix = make_prefix(model, tokenizer, PrefixConfig(**settings["prefix"]), config.seed)
     if not weights.same_model(state["settings"].get("base model") or "", prefix.base):
         raise ValueError(f"{options.run_folder}: {settings['model']} is not the model of this run")
-    if state["settings"].get("bf16", False):  # virtual tokens were read by the model in bf16
+    if state["settings"].get("bf16", False):  # in training, the model read virtual tokens in bf16
         prefix.bind(in_bf16(model))
     try:
         prefix.load_state_dict(fitted_weights(prefix, state["trained"]))

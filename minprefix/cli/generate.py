@@ -1,4 +1,4 @@
-"""The command `generate`: texts of a model and of what was trained for it. Read `run`."""
+"""The command `generate`: texts from a model, with a prefix or adapter. Read `run`."""
 
 import re
 import sys
@@ -19,7 +19,7 @@ UNSPACED = re.compile(rf"{CELL}(\|{CELL})+")  # "name: The Eagle|food: Chinese"
 
 
 def run(options: GenerateOptions) -> dict | None:
-    """Write texts; one is streamed to stdout."""
+    """Generate texts; a single one is streamed to stdout."""
     if options.data and options.prompts:
         raise ValueError("--data has the prompts: give no others")
     prompts = list(options.prompts) or ([] if options.data else read_prompts())
@@ -54,7 +54,7 @@ def run(options: GenerateOptions) -> dict | None:
     texts = generate(model, tokenizer, prompts, **how)
     if frame != "none":
         texts = [text.strip() for text in texts]
-    if options.data:  # one a line, as `score` reads them
+    if options.data:  # one text per line, as `score` reads them
         texts = [" ".join(text.splitlines()) for text in texts]
     if options.json:
         return {"texts": texts}

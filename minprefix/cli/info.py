@@ -1,4 +1,4 @@
-"""The command `info`: where the parameters are; with --gpu, what attention runs through."""
+"""The command `info`: counts parameters; with --gpu, shows how attention is computed."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
 """The command line: python -m minprefix COMMAND. Each command is a file of this folder.
 
-`commands.py` has the options that the words are parsed into (`parse.py`); a command's file has
-`run`, which prints or returns the result. It is imported when the command runs, so that --help and
-usage errors need no PyTorch.
+`commands.py` has the options, into which `parse.py` parses the words. A command's file has `run`,
+which prints or returns the result. It is imported only when the command runs, so that --help and
+usage errors do not need PyTorch.
 
 Exit codes: 0 done; 1 an error, reported in one line (the traceback comes with --debug); 2 wrong
 usage; 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP. Results go to stdout, as one JSON object with --json;
@@ -29,7 +29,7 @@ PROG = "python -m minprefix"
 
 
 def usage() -> str:
-    """What --help prints."""
+    """The text of --help."""
     lines = [f"  {name:10}{inspect.getdoc(cls)}" for name, cls in COMMANDS.items()]
     return "\n".join([
         f"usage: {PROG} [-h] COMMAND [OPTIONS]", "",
@@ -50,7 +50,7 @@ def describe(error: BaseException) -> str:
 
 
 def show_note(otherwise: Callable, message, category, *where) -> None:
-    """Show a note about a file in one line, and other warnings as Python does."""
+    """Show a `FileNote` in one line, and other warnings as Python does."""
     if issubclass(category, FileNote):
         print(f"minprefix: note: {one_line(str(message))}", file=sys.stderr)
     else:
@@ -61,10 +61,10 @@ def show_note(otherwise: Callable, message, category, *where) -> None:
 def execute(
     cls: type[Common], run: Callable[[Any], dict | None], words: Sequence[str], prog: str
 ) -> int:
-    """Run one command with these words; the exit code.
+    """Run one command with these words; returns the exit code.
 
     Args:
-        cls: its options, with what it does as docstring.
+        cls: its options; the docstring is its description.
         run: prints the result or returns it.
     """
     options = None
@@ -84,7 +84,7 @@ def execute(
         raise
     except BaseException as error:
         if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
-            raise  # a panic of a library in Rust is no Exception
+            raise  # a panic in a Rust library is not an Exception
         if options is not None and options.debug:
             raise
         print(f"minprefix: error: {describe(error)}", file=sys.stderr)
@@ -96,7 +96,7 @@ def execute(
 
 @with_streams
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the first word names; the exit code."""
+    """Run the command named by the first word; returns the exit code."""
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):
         print(usage())

@@ -1,8 +1,8 @@
 """The options that commands share.
 
 The options of each command (`commands.py`) inherit from one of these: `Common` (every command),
-`WithModel`, `WithTrained` (a model with what was trained for it), `WithData`, `WithRun` (a run
-folder). No option needs PyTorch to be known, so that --help comes at once.
+`WithModel`, `WithTrained` (a model with a prefix or adapter), `WithData`, `WithRun` (a run folder).
+This file does not import PyTorch, so that --help is immediate.
 """
 
 import os
@@ -22,8 +22,8 @@ from minprefix.files import brief
 from minprefix.models.config import EMBEDDED, MODELS
 
 Config = TypeVar("Config")
-# a config among the options: a group of the help, without its name in the options; a tuple's option
-# is given once for each of its values
+# a config is a group in the help, and its name is not part of the options; the option of a tuple is
+# given once for each value
 Flat = OmitArgPrefixes[UseAppendAction[Config]]
 
 
@@ -36,7 +36,7 @@ class Common:
 
     @classmethod
     def parse(cls, words: tuple[str, ...], prog: str, description: str):
-        """The options that the words of the command line name."""
+        """Parse the words of the command line."""
         return parse(cls, words, prog, description)
 
 
@@ -54,7 +54,7 @@ class WithDevice(Common):
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# what an option takes of a run folder: `kept` of the methods of training, and that of a search
+# the file of a run folder that each option uses: `kept` of the training methods, and of a search
 KEPT = {
     "prefix": "prefix.safetensors", "adapter": "adapter.safetensors", "model": "model",
     "prompt": "prompt.json",
@@ -63,10 +63,10 @@ FOREIGN_FILE = "adapter_config.json"  # in a folder of PEFT or of adapter-hub
 
 
 def kept_in(option: str, given: Any) -> Any:
-    """What --`option` takes of a run folder; whatever else is given stays as it is.
+    """The file of a run folder that --`option` uses; anything other than a run folder is returned.
 
     Raises:
-        ValueError: a folder without it; says which option takes what the folder has.
+        ValueError: the folder does not have it; names the option for what the folder has.
     """
     folder = Path(given)
     if (folder / KEPT[option]).exists():
@@ -75,7 +75,7 @@ def kept_in(option: str, given: Any) -> Any:
         return given
     found = [other for other, name in KEPT.items() if (folder / name).exists()]
     if option == "model" and not found:
-        return given  # a checkpoint's folder
+        return given  # the folder of a checkpoint
     if found:
         here = " and ".join(KEPT[other] for other in found)
         advice = f"but {here}: give {' or '.join(f'--{other} {folder}' for other in found)}"
@@ -103,7 +103,7 @@ class WithModel(WithDevice):
             self.look_into("model")
 
     def look_into(self, *names: str) -> None:
-        """Where one of these options names a run folder, let it name what the run has kept."""
+        """Replace a run folder in one of these options by the file that the run has kept."""
         for name in names:
             if given := getattr(self, name):
                 object.__setattr__(self, name, kept_in(name, given))
@@ -111,7 +111,7 @@ class WithModel(WithDevice):
 
 @dataclass(frozen=True, kw_only=True)
 class WithTrained(WithModel):
-    """Options of commands with a model and what was trained for it."""
+    """Options of commands with a model and a prefix or adapter for it."""
 
     prefix: Path | None = None  # prefix file, or the run folder of its training
     adapter: Path | None = None  # adapter file, or the run folder of its training
@@ -145,7 +145,7 @@ class WithData(WithModel):
 
 @dataclass(frozen=True, kw_only=True)
 class WithRun(WithData):
-    """Options of commands that make a run folder, or go on with one."""
+    """Options of commands that create or continue a run folder."""
 
     dev: str | None = None  # the dev file, if --data is a file
     subset: int | None = None  # use so many training pairs, and 30 % as many dev pairs
@@ -156,11 +156,11 @@ class WithRun(WithData):
     def check_folder(
         self, has_state: Callable[[Path], bool], may_change: tuple[str, ...] = ()
     ) -> None:
-        """ValueError if the options do not name one folder, a new one or one to go on with.
+        """ValueError if the options do not name exactly one folder, either new or to be continued.
 
         Args:
-            has_state: whether a run folder has a saved state.
-            may_change: options that may be given with --resume, too.
+            has_state: tells whether a run folder has a saved state.
+            may_change: options that are allowed together with --resume.
         """
         if (self.out is None) == (self.resume is None):
             raise ValueError(
@@ -197,13 +197,13 @@ KINDS = {
 
 
 def found_again(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run, whose relative paths are read from the folder in which it began.
+    """The settings of a run, with relative paths resolved in the directory where it was started.
 
-    Where there is no such file (the run was moved, or an older version has written the settings),
-    they are read from the working directory.
+    If there is no such file (the run was moved, or the settings are of an older version), the path
+    stays relative to the working directory.
 
     Raises:
-        ValueError, KeyError: settings of the data or the model that cannot be.
+        ValueError, KeyError: invalid settings of the data or the model.
     """
     older: dict[str, Any] = {"language": None, "subset": None, "subset_seed": 0, "topics": None}
     for name, kind in KINDS.items():
@@ -221,17 +221,17 @@ def found_again(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def examples_of(settings: dict[str, Any]) -> tuple[list, list, str]:
-    """Training and dev examples of a run's settings; without dev data a part is held out.
+    """Training and dev examples of a run's settings; without dev data, some examples are held out.
 
     Returns:
-        the examples, and what to tell the user if there is no dev data, else "".
+        the examples, and a note for the user if there is no dev data, else "".
     """
     note = ""
     train, dev = load_train_and_dev(
         settings["data"], settings["dev"], settings["linearisation"],
         settings.get("language"),  # older runs have none
     )  # fmt: skip
-    if not dev and settings.get("hold_out"):  # older runs did not
+    if not dev and settings.get("hold_out"):  # older runs held out nothing
         total = len(train)
         train, dev = hold_out(train)
         note = (

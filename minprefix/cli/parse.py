@@ -1,8 +1,8 @@
-"""From the words of a command line to a dataclass of options; tyro [1] does the work.
+"""Parses the words of a command line into a dataclass of options, with tyro [1].
 
 Each field of the dataclass is an option: its type and default are the field's, its help is the
-comment beside it. Wrong usage is reported in one line, with exit code 2; abbreviated options are
-not accepted. A ValueError of a dataclass's own checks is raised as it is.
+comment next to it. Wrong usage is reported in one line, with exit code 2; abbreviated options are
+not accepted. A ValueError from a dataclass's own checks is raised unchanged.
 [1] https://brentyi.github.io/tyro
 """
 
@@ -14,14 +14,14 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import tyro
-from tyro import _errors as errors  # private: the one way to an error's parts; tyro is pinned
+from tyro import _errors as errors  # private, but the only way to an error's parts; tyro is pinned
 
 from minprefix.cli.streams import one_line
 
 Options = TypeVar("Options")
 
 # options of transformers' TrainingArguments, GenerationConfig and example scripts, of PEFT's
-# PrefixTuningConfig and of the paper's code, by what ours are called
+# PrefixTuningConfig and of the paper's code, by the names of ours
 ELSEWHERE = {
     "--lr": "learning-rate",
     "--epochs": "num-train-epochs num-epochs",
@@ -58,11 +58,11 @@ def parse(
     cls: type[Options], words: Sequence[str], prog: str, description: str,
     default: Options | None = None,
 ) -> Options:  # fmt: skip
-    """The options that the words name; `default` has the values of those that are not given.
+    """Parse the words; `default` has the values of options that are not given.
 
     Raises:
         SystemExit: wrong usage (2), or --help (0).
-        ValueError: values that a dataclass refuses.
+        ValueError: from the checks of a dataclass.
     """
     given: Any = {} if default is None else {"default": default}
     config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
@@ -78,7 +78,7 @@ def parse_known(cls: type[Options], words: Sequence[str], prog: str) -> Options:
 
 
 def report(event: errors.ParseErrorEvent, known: Sequence[str] = ()) -> NoReturn:
-    """Report a usage error in one line, where tyro would draw a box; `known` are the options."""
+    """Report a usage error in one line instead of tyro's box; `known` are the options."""
     if isinstance(event, errors.InstantiationFailure) and event.argument is None:
         raise ValueError(event.message)
     unknown = {errors.UnrecognizedArgs: "tokens", errors.MissingArgs: "unrecognized_tokens"}
@@ -100,7 +100,7 @@ def options_of(cls: Any) -> Iterator[str]:
 
 
 def hint(word: str, known: Sequence[str]) -> str:
-    """The one of the `known` options that a word on the command line means; "" = none."""
+    """The `known` option that a word on the command line probably means; "" = none."""
     word = word.partition("=")[0].replace("_", "-")
     if not word.startswith("--"):
         return ""
@@ -129,7 +129,7 @@ def explain(event: errors.ParseErrorEvent) -> str:
         case errors.BadValue():
             return f"{name(event.argument)}: a value is missing"
         case errors.InstantiationFailure():
-            reason = event.message.splitlines()[-1].rpartition(">: ")[2]  # what Python says of it
+            reason = event.message.splitlines()[-1].rpartition(">: ")[2]  # Python's own message
             return f"{name(event.argument)}: {reason}"
     return type(event).__name__
 

@@ -1,12 +1,11 @@
-"""The command `pretrain`: a GPT-2 from a folder of text; the same command goes on with its run.
+"""The command `pretrain`: trains a GPT-2 on a folder of text; the same command continues its run.
 
     python -m minprefix pretrain books/ --out runs/books
     python -m minprefix pretrain shards/ --tokenizer mini --preset mini --out runs/mini
     python -m minprefix generate --model runs/books "Once upon a time"
 
-Read `run`. `training/corpus.py` says what the folder may hold and `training/pretrain.py` how the
-model is trained; pretrain.json has what the command was started with and, at the end, what was
-reached.
+Read `run`. `training/corpus.py` describes the folder and `training/pretrain.py` the training;
+pretrain.json holds the options of the command and, at the end, its results.
 """
 
 import json
@@ -28,12 +27,12 @@ from minprefix.training.lock import alone_in
 from minprefix.training.pretrain import Pretrainer
 from minprefix.training.run_folder import has_state, read_log
 
-NOTE = "pretrain.json"  # a folder with it is one of this command's
+NOTE = "pretrain.json"  # marks a folder of this command
 SAMPLE_TOKENS = 60
 
 
 def config_of(options: PretrainOptions) -> PretrainConfig:
-    """The settings of the run; ValueError if they do not go with the tokenizer."""
+    """The settings of the run; ValueError if they do not fit the tokenizer."""
     if options.tokenizer and options.pretrain.vocab_size != PRESETS[options.preset].vocab_size:
         raise ValueError(
             "--vocab-size is for a tokenizer that is trained here; the one of --tokenizer has its "
@@ -43,7 +42,7 @@ def config_of(options: PretrainOptions) -> PretrainConfig:
 
 
 def run(options: PretrainOptions) -> dict | None:
-    """Train and write samples; what was reached and where the model is."""
+    """Train and generate samples; returns the results and the folder of the model."""
     config, out = config_of(options), options.out
     weights.check_device(options.where)
     if (out / "config.json").exists() and not (out / NOTE).exists():
@@ -69,7 +68,7 @@ def run(options: PretrainOptions) -> dict | None:
 
 
 def pretrain(options: PretrainOptions, trainer: Pretrainer, going_on: bool) -> dict:
-    """Train, with the run folder for itself; what was reached."""
+    """Train, once the run folder is locked; returns the results."""
     out, corpus = trainer.out, trainer.corpus
     if has_state(out) != going_on:  # what was read before the lock was taken
         raise ValueError(f"another process was working in {out}: run this command again")
@@ -88,7 +87,7 @@ def pretrain(options: PretrainOptions, trainer: Pretrainer, going_on: bool) -> d
 
 
 def describe(trainer: Pretrainer) -> str:
-    """Sizes of text and model, in one line."""
+    """The sizes of the text and the model, in one line."""
     corpus, config = trainer.corpus, trainer.config
     n = sum(weight.numel() for weight in trainer.model.parameters())
     epochs = config.steps * config.batch_tokens / len(corpus.train)
@@ -100,7 +99,7 @@ def describe(trainer: Pretrainer) -> str:
 
 
 def samples(folder: Path, count: int, device: str) -> list[str]:
-    """Texts that the kept model begins and writes by itself, drawn with seeds 0, 1, ..."""
+    """Texts that the kept model generates from nothing, sampled with seeds 0, 1, ..."""
     model, tokenizer = weights.load(folder, device=device)
     prompts = [[tokenizer.bos_id]] * count
     room = min(SAMPLE_TOKENS, model.config.n_positions - 1)

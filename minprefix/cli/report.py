@@ -1,4 +1,4 @@
-"""What a run leaves to look at: tables of text, samples side by side, and figures."""
+"""The readable results of a run: tables, sample texts of several methods, and figures."""
 
 import sys
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from minprefix.prefix.prefix import Prefix
 
 
 def say(text: str) -> None:
-    """Tell the user something beside the result, on stderr."""
+    """Print a message that is not part of the result, on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -35,7 +35,7 @@ def size_of(path: Path) -> str:
 
 
 def tensorboard(folder: Path) -> Callable[[dict], None]:
-    """A function that writes the numbers of a log line to TensorBoard's files in a folder.
+    """A function that writes the numbers of a log line as TensorBoard files in a folder.
 
     Raises:
         ValueError: the package tensorboard is not installed.
@@ -56,7 +56,7 @@ def tensorboard(folder: Path) -> Callable[[dict], None]:
 
 
 def format_rows(rows: list[dict]) -> str:
-    """Dicts of equal keys as a table; numbers to the right, floats with two digits."""
+    """Format dicts with equal keys as a table: numbers on the right, floats with two digits."""
     if not rows:
         return ""
     heads = [name.replace("slot_coverage", "slot values %") for name in rows[0]]
@@ -81,7 +81,7 @@ def cell(value) -> str:
 
 
 def gpt2_parts(config: GPT2Config) -> list[tuple[str, str, str]]:
-    """Name, shape, and what the names of the part's parameters contain."""
+    """For each part: its name, its shape, and a substring of its parameters' names."""
     L = config.n_layer
     return [
         ("token embedding = head", "(V, C)", ".wte."),
@@ -93,7 +93,7 @@ def gpt2_parts(config: GPT2Config) -> list[tuple[str, str, str]]:
 
 
 def bart_parts(config: BARTConfig) -> list[tuple[str, str, str]]:
-    """The same of a BART."""
+    """The same for a BART."""
     L, E = config.n_layer, config.n_encoder_layer
     return [
         ("token embedding = head", "(V, C)", ".wte."),
@@ -112,7 +112,7 @@ PARTS: dict[str, Callable[[Any], list[tuple[str, str, str]]]] = {
 
 
 def prefix_rows(prefix: Prefix | BARTPrefix) -> list[tuple[str, str, int]]:
-    """Name, shape and number of what is trained and of what is kept of a prefix."""
+    """Name, shape and size of the trained and the kept parameters of a prefix."""
     rows = []
     if prefix.n_trained:
         rows.append((f"trained ({prefix.parametrisation})", "", prefix.n_trained))
@@ -131,8 +131,8 @@ def prefix_rows(prefix: Prefix | BARTPrefix) -> list[tuple[str, str, int]]:
 
 
 def parameter_rows(model: GPT2 | BART, prefix: Prefix | BARTPrefix | None = None) -> list[dict]:
-    """Where the parameters are: part, shape, number, percent of the model. An adapter that is
-    attached to the model has a row of its own."""
+    """Where the parameters are: part, shape, number, percent of the model. An attached adapter has
+    a row of its own."""
     total = sum(weight.numel() for weight in model.parameters())
     config = model.config
     rows = []
@@ -153,10 +153,8 @@ def parameter_rows(model: GPT2 | BART, prefix: Prefix | BARTPrefix | None = None
 
 
 def write_samples(path: Path, examples: list[Example], texts: dict[str, list[str]]) -> None:
-    """For each table: the table, its references, and each method's text below one another.
-
-    Below a text stand the facts that it lacks or gets wrong.
-    """
+    """Write, for each table, the table, its references and each method's text, with the facts that
+    are missing or wrong in the text."""
     width, known = max(map(len, texts)), known_values(examples)
     blocks = []
     for i, example in enumerate(examples):
@@ -165,13 +163,15 @@ def write_samples(path: Path, examples: list[Example], texts: dict[str, list[str
         lines += ["  references:"] + [f"    - {target}" for target in example.targets]
         for name in texts:
             lines.append(f"  {name:<{width}} | {texts[name][i]}")
-            lines += [f"  {'':<{width}} | {line}" for line in told(texts[name][i], example, known)]
+            lines += [
+                f"  {'':<{width}} | {line}" for line in faults(texts[name][i], example, known)
+            ]
         blocks.append("\n".join(lines) + "\n")
     write_text(path, "\n".join(blocks))
 
 
-def told(text: str, example: Example, known: dict[str, tuple[str, ...]]) -> list[str]:
-    """Lines about missing and wrong facts; none where there is no table, or no fault."""
+def faults(text: str, example: Example, known: dict[str, tuple[str, ...]]) -> list[str]:
+    """Lines about missing and wrong facts; [] without a table or without a fault."""
     found = facts(text, example.table or (), known if example.table else {})
     return [
         f"  {name}: " + "; ".join(f"{field} = {value}" for field, value in pairs)
@@ -183,7 +183,7 @@ def told(text: str, example: Example, known: dict[str, tuple[str, ...]]) -> list
 def plot_loss(
     log: list[dict], path: Path, title: str, levels: dict[str, float] | None = None
 ) -> None:
-    """Training and dev loss against the step, beside constant levels to compare with, by name."""
+    """Plot training and dev loss against the step, with named constant levels for comparison."""
     figure, axes = new_figure()
     train = [entry for entry in log if "loss" in entry]
     dev = [entry for entry in log if "dev_loss" in entry]
@@ -201,7 +201,7 @@ def plot_loss(
 
 
 def plot_curves(logs: dict[str, list[dict]], path: Path) -> None:
-    """The dev losses of several runs, by name."""
+    """Plot the dev losses of several runs, by name."""
     figure, axes = new_figure()
     for name, log in logs.items():
         dev = [entry for entry in log if "dev_loss" in entry]
@@ -212,7 +212,8 @@ def plot_curves(logs: dict[str, list[dict]], path: Path) -> None:
 
 
 def plot_comparison(rows: list[dict], path: Path, title: str) -> None:
-    """One group of bars per score, one bar per method. Rows: method and scores in 0 .. 100."""
+    """Plot one group of bars per score, with one bar per method. Rows: method and scores in 0 ..
+    100."""
     scores = {"BLEU": "BLEU", "ROUGE-L": "ROUGE-L", "slots %": "slot values in the text"}
     figure, axes = new_figure()
     width = 0.8 / len(rows)

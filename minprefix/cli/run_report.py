@@ -1,4 +1,4 @@
-"""What the command `train` tells the user: at the start of a run, and at its end."""
+"""What the command `train` prints at the start of a run and at its end."""
 
 import shlex
 from pathlib import Path
@@ -12,11 +12,11 @@ from minprefix.training.trainer import Trainer
 
 
 def tell_start(trainer: Trainer, note: str, resumed: bool) -> None:
-    """Data, length, rate and trained parameters, and what a person would warn of.
+    """Print data, length, learning rate, number of trained parameters, and warnings.
 
     Args:
-        note: about the dev data, "" if there is nothing to say.
-        resumed: whether the run goes on from a saved state.
+        note: about the dev data, or "".
+        resumed: whether the run continues from a saved state.
     """
     if resumed:
         tell_length(trainer)
@@ -49,7 +49,7 @@ def tell_start(trainer: Trainer, note: str, resumed: bool) -> None:
 
 
 def kept_of(trainer: Trainer) -> str:
-    """How much of a prefix that an MLP makes is kept; "" for anything else."""
+    """How much of a prefix with an MLP is kept; "" for anything else."""
     if trainer.prefix is None or trainer.prefix.parametrisation != "mlp":
         return ""
     kept = count(trainer.prefix.export())
@@ -58,7 +58,7 @@ def kept_of(trainer: Trainer) -> str:
 
 
 def tell_length(trainer: Trainer) -> None:
-    """How far a run has come that goes on, and how its rate goes on if its length has changed."""
+    """Print how far a continued run is, and its learning rate if its length has changed."""
     at, config = trainer.step_done, trainer.config
     if trainer.counted_from == at and not trainer.finished():
         rate = f"{trainer.lr_at(at):.2g}"
@@ -70,7 +70,7 @@ def tell_length(trainer: Trainer) -> None:
 
 
 def tell_end(trainer: Trainer, settings: dict, go_on: str) -> None:
-    """What was kept and why, the files with their sizes, and the next command.
+    """Print which weights were kept and why, the files with their sizes, and the next command.
 
     Args:
         go_on: the command that resumes the run.
@@ -83,7 +83,7 @@ def tell_end(trainer: Trainer, settings: dict, go_on: str) -> None:
     for line in [*said, *(f"warning: {warning}" for warning in warnings)]:
         say(line)
     if nothing_learned(trainer.measured):
-        return  # there is nothing to do next with it
+        return  # there is no next command for it
     out, state = trainer.out, state_path(trainer.out).parent
     for path, what in (
         (trainer.kept, "all that is needed to use it, with the model"),

@@ -1,10 +1,10 @@
-"""The command `runs`: compare runs of the command `train`, make them smaller, or delete them.
+"""The command `runs`: compares runs of the command `train`, makes them smaller, or deletes them.
 
     python -m minprefix runs runs/*
     python -m minprefix runs runs/* --figure curves.png
     python -m minprefix runs --slim runs/first
 
-Read `run`. A run folder is one with config.json and log.jsonl, see training/run_folder.py.
+Read `run`. A run folder has config.json and log.jsonl, see training/run_folder.py.
 """
 
 import shutil
@@ -48,13 +48,13 @@ def run(options: RunsOptions) -> dict | None:
 
 
 def dev_data(settings: dict[str, Any]) -> tuple:
-    """What the dev examples of a run follow from."""
+    """The settings that determine the dev examples of a run."""
     names = ("topics", "subset", "subset_seed", "language")
     return settings.get("dev") or settings.get("data"), *(settings.get(name) for name in names)
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict]]:
-    """Settings, flat, and log of a run; ValueError if the folder holds none."""
+    """The flat settings and the log of a run; ValueError if the folder holds no run."""
     if not (folder / "config.json").is_file() or not (folder / "log.jsonl").is_file():
         raise ValueError(f"{folder}: not a run folder (config.json or log.jsonl is missing)")
     settings = dict(flat(read_json(folder / "config.json")))
@@ -64,7 +64,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict]]:
 
 
 def flat(settings: dict) -> Iterator[tuple[str, Any]]:
-    """The settings of all groups side by side."""
+    """The settings of all groups, without the groups."""
     for name, value in settings.items():
         if isinstance(value, dict):
             yield from flat(value)
@@ -73,7 +73,7 @@ def flat(settings: dict) -> Iterator[tuple[str, Any]]:
 
 
 def remove(folder: Path, whole: bool) -> dict[str, str]:
-    """Remove a run, or what only resuming needs; its size before and after."""
+    """Remove a run, or the files that only resuming needs; returns its size before and after."""
     before = size_of(folder)
     with alone_in(folder):  # ValueError if the run is in progress
         if not whole:
@@ -84,7 +84,7 @@ def remove(folder: Path, whole: bool) -> dict[str, str]:
 
 
 def rows_of(runs: dict[Path, tuple[dict[str, Any], list[dict]]]) -> list[dict]:
-    """For each run: steps, its best dev loss, time, size, last scores; and what differs."""
+    """For each run: steps, best dev loss, time, size, last scores, and settings that differ."""
     settings = [config for config, _ in runs.values()]
     names = differing(settings)
     rows = []
@@ -100,7 +100,7 @@ def rows_of(runs: dict[Path, tuple[dict[str, Any], list[dict]]]) -> list[dict]:
             "seconds": max((entry.get("seconds", 0) for entry in log), default=0),
             "size": size_of(folder),
         }
-        for entry in scores:  # of the last evaluation
+        for entry in scores:  # the last evaluation wins
             what = f"{Path(str(entry.get('data'))).name} {entry.get('split')}"
             row |= {f"{what} {k}": v for k, v in entry.items() if isinstance(v, float)}
         rows.append(row | {name: str(config.get(name, "-")) for name in names})

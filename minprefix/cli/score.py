@@ -1,12 +1,13 @@
 """The command `score`: official scores of text files, without a model.
 
-One output a line. References in one of two forms:
+The outputs are one per line. References have one of two forms:
 
-    one file        as the official E2E scorer takes it [1]: one a line, a blank line between those
-                    of different outputs. Without a blank line, one for each output, or, where there
-                    is a single output, all for that.
-    several files   as WebNLG [2] and DART have them: reference0, reference1, ..., each with a line
-                    for each output, blank where an output has fewer; or a folder with these.
+    one file        in the format of the official E2E scorer [1]: one reference per line, and a
+                    blank line between those of different outputs. Without blank lines, there is one
+                    reference for each output, or all belong to a single output.
+    several files   in the format of WebNLG [2] and DART: reference0, reference1, ..., each with a
+                    line for each output, which is blank if the output has fewer references; or a
+                    folder with these files.
 
 [1] https://github.com/tuetschek/e2e-metrics
 [2] https://gitlab.com/webnlg/webnlg-automatic-evaluation
@@ -23,7 +24,7 @@ from minprefix.metrics.quick import check_tokenizer, corpus_bleu, rouge_l, scrip
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text file without their ends; a last line end begins no further line."""
+    """The lines of a text file, without line ends; the last line end does not begin a line."""
     text = read_text(path).removeprefix("\ufeff")
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
@@ -51,13 +52,13 @@ def read_groups(path: Path, outputs: list[str], outputs_file: Path) -> list[list
 
 
 def _number(path: Path) -> int:
-    """k of a file named ...referenceK, so that 10 comes after 9; -1 for other names."""
+    """The number K of a file named ...referenceK, for sorting; -1 for other names."""
     named = re.search(r"reference(\d+)(?:\.\w+)?$", path.name)
     return int(named[1]) if named else -1
 
 
 def read_columns(paths: list[Path], outputs: list[str], outputs_file: Path) -> list[list[str]]:
-    """The references of each output from several files, a line of each for each output."""
+    """The references of each output from several files, which have one line for each output."""
     columns = []
     for path in sorted(paths, key=_number):
         lines = read_text(path).removeprefix("\ufeff").replace("\r\n", "\n")

@@ -1,10 +1,10 @@
-"""The command `search`: a discrete prompt for a data set, in a run folder that can be gone on with.
+"""The command `search`: searches for a discrete prompt, in a run folder that can be continued.
 
     python -m minprefix search --data e2e-dataset/ --prompt-len 10 --steps 100 --out runs/prompt
     python -m minprefix search --resume runs/prompt
 
-Read `run`. `methods/search/search.py` says how it searches and what the folder holds; config.json
-has what the command was started with.
+Read `run`. `methods/search/search.py` describes the search and the files of the folder; config.json
+holds the options of the command.
 """
 
 import json
@@ -26,7 +26,8 @@ KEYS = ("model", "device", "data", "dev", "linearisation", "search")
 
 
 def run(options: SearchOptions) -> dict | None:
-    """Search; the prompt, its dev loss and that of no prompt and of the written templates."""
+    """Search; prints or returns the prompt, and the dev losses with it, without a prompt and with
+    the written templates."""
     out, settings = run_to_search(options)
     search = make_search(settings, out)
     with alone_in(out):
@@ -38,7 +39,7 @@ def run(options: SearchOptions) -> dict | None:
     result["kept"] = str(out / ("prompt.json" if search.config.after else "prefix.safetensors"))
     if options.json:
         return result
-    for name, value in result.items():  # a text as JSON: line breaks and the like escaped
+    for name, value in result.items():  # a text as JSON, so that line breaks are escaped
         print(f"{name}: {json.dumps(value, ensure_ascii=False) if name == 'text' else value}")
     return None
 

@@ -1,8 +1,8 @@
-"""Standard output and error of a command, in any state that the shell may have left them in.
+"""Standard output and error of a command, in whatever state the shell has left them.
 
 A stream may be closed from the start, a pipe whose reader has stopped, a full disk, or a terminal
-that knows no character but ASCII's. Messages that cannot be written are lost, and a training goes
-on; a result that cannot be written is an error at the end. Read `with_streams`.
+that supports only ASCII. Messages that cannot be written are lost, so that training continues; a
+result that cannot be written is an error at the end. Read `with_streams`.
 """
 
 import io
@@ -13,12 +13,12 @@ from contextlib import suppress
 from functools import wraps
 from typing import Any
 
-LONGEST = 400  # characters of a message; most have less than 200
+LONGEST = 400  # characters of a message; most have fewer than 200
 
 
 def one_line(text: str) -> str:
-    """A message without line ends and control characters, and without the middle of a long one:
-    it begins with the file and ends with what to do."""
+    """A message without line ends and control characters. A long one is cut in the middle, because
+    its start names the file and its end says what to do."""
     text = " ".join(text.split())
     if len(text) > LONGEST:
         text = f"{text[: LONGEST - 100]} ... {text[-95:]}"
@@ -26,13 +26,13 @@ def one_line(text: str) -> str:
 
 
 class Messages:
-    """A stream that loses what it cannot write, so that nothing stops for a message."""
+    """A stream that drops what it cannot write, so that no message can stop the program."""
 
     def __init__(self, stream: Any):
         self.stream = stream
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):  # the latter of a closed stream
+        with suppress(OSError, ValueError):  # a ValueError comes from a closed stream
             self.stream.write(text)
         return len(text)
 
@@ -45,8 +45,8 @@ class Messages:
 
 
 def open_closed() -> None:
-    """Open what the shell has closed, to go nowhere: the first file to be opened would else be
-    taken for standard output or error."""
+    """Connect streams that the shell has closed to the null device. Otherwise the next file that is
+    opened would get the number of standard output or error."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
@@ -56,7 +56,7 @@ def open_closed() -> None:
 
 
 def forget(stream: Any) -> None:
-    """What the stream still holds, and Python would write at its end, goes nowhere."""
+    """Discard what the stream still holds, which Python would write at exit."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -64,8 +64,8 @@ def forget(stream: Any) -> None:
 
 
 def flush_output() -> Exception | None:
-    """Write what standard output still holds; the error, if it is one. A pipe whose reader has
-    stopped is none."""
+    """Flush standard output; returns the error, if any. A pipe whose reader has stopped is not an
+    error."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as error:
@@ -75,16 +75,16 @@ def flush_output() -> Exception | None:
 
 
 def with_streams(run: Callable[..., int]) -> Callable[..., int]:
-    """Around a command, which returns its exit code.
+    """Wrap a command, which returns its exit code.
 
-    A pipe whose reader has stopped, as head does, ends it quietly with exit code 0.
+    If the reader of a pipe stops, as head does, the command ends quietly with exit code 0.
     """
 
     @wraps(run)
     def guarded(*args, **kwargs) -> int:
         open_closed()
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal may have no character for it
+            sys.stdout.reconfigure(errors="replace")  # the terminal may lack a character
         before, sys.stderr, code, failed = sys.stderr, Messages(sys.stderr), 0, None
         try:
             code = run(*args, **kwargs)

@@ -1,11 +1,11 @@
-"""The command `train`: a run folder from the options, or one to go on with.
+"""The command `train`: creates a run folder from the options, or continues one.
 
     python -m minprefix train --data e2e --out runs/e2e
     python -m minprefix train --resume runs/e2e
     python -m minprefix train --resume runs/e2e --steps 400    a longer run
 
-Read `run`. `trainer.py` says what a step is and `run_folder.py` what the folder holds; config.json
-has what the command was started with, and what followed from the data.
+Read `run`. `trainer.py` describes a step and `run_folder.py` the files of the folder; config.json
+holds the options of the command, and the settings that were derived from the data.
 """
 
 import json
@@ -34,25 +34,25 @@ from minprefix.training.ranks import joined
 from minprefix.training.run_folder import has_state, lost_state, read_log, remove_state
 from minprefix.training.trainer import Trainer
 
-LENGTH = ("steps", "epochs", "time")  # of a run: one of them may be given
+LENGTH = ("steps", "epochs", "time")  # the length of a run: only one of them may be given
 MAY_CHANGE = (
     "--steps", "--epochs", "--time", "--patience", "--auto-batch", "--track", "--no-keep-state",
 )  # fmt: skip
 
 
 def run(options: TrainOptions) -> dict | None:
-    """Train; where the weights are kept and the best dev loss. None on ranks but the first."""
+    """Train; returns the file or folder of the weights and the best dev loss, on the first rank."""
     options = after_restart(options)
     out, settings = run_to_train(options)
     with joined(settings["device"]) as ranks:
-        ranks.wait()  # all have looked into `out` before one writes there
+        ranks.wait()  # all ranks must have looked into `out` before one of them writes there
         trainer, note = make_trainer(settings, out)
         with alone_in(out) if ranks.first else nullcontext():
             return train(options, settings, trainer, note)
 
 
 def train(options: TrainOptions, settings: dict, trainer: Trainer, note: str) -> dict | None:
-    """The work of `run`, with the run folder for itself; `note` is about the dev data."""
+    """The work of `run`, once the run folder is locked; `note` is about the dev data."""
     out, first = trainer.out, trainer.ranks.first
     if first:
         options.check_folder(has_state, MAY_CHANGE)  # another process may have finished a run there
@@ -84,7 +84,7 @@ def train(options: TrainOptions, settings: dict, trainer: Trainer, note: str) ->
 
 
 def draw(trainer: Trainer) -> None:
-    """loss.png from the log."""
+    """Write loss.png from the log."""
     if log := read_log(trainer.out):
         plot_loss(log, trainer.out / "loss.png", f"Loss of the run {trainer.out.name}")
 
@@ -115,7 +115,7 @@ def run_to_train(options: TrainOptions) -> tuple[Path, dict]:
 
 
 def new_settings(options: TrainOptions) -> dict:
-    """What config.json says of a new run with these options."""
+    """The contents of config.json for a new run with these options."""
     check_read(options)
     if options.preset:
         options = with_preset(options, options.preset)
@@ -124,15 +124,15 @@ def new_settings(options: TrainOptions) -> dict:
 
 
 def after_restart(options: TrainOptions) -> TrainOptions:
-    """The options; those that go on with the run in --out if torchrun (--max-restarts) has started
-    this command again and the run there is its own, that is, has the same settings."""
+    """The options. If torchrun (--max-restarts) has restarted this command, and the run in --out
+    has the same settings, they are changed to resume that run."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or options.out is None:
         return options
     if not (options.out / "config.json").is_file():
         return options
     ours = json.loads(json.dumps(new_settings(options)))
     theirs = read_json(options.out / "config.json")
-    # what was left open (None, auto) has followed from the data; epochs have become steps
+    # in config.json, None and "auto" were replaced by values from the data, and epochs by steps
     given = {n: x for n, x in ours.pop("train").items() if x not in (None, "auto")}
     given.pop("epochs", None)
     if not given.items() <= theirs.pop("train", {}).items() or ours != theirs:
@@ -142,7 +142,7 @@ def after_restart(options: TrainOptions) -> TrainOptions:
 
 
 def with_preset(options: TrainOptions, data: str) -> TrainOptions:
-    """The options with the paper's settings, where they say nothing else."""
+    """The options, with the paper's settings for those that are not given."""
     length = any(getattr(options.train, name) is not None for name in LENGTH)
     paper, prefix_len = paper_settings(options.train.method, data)
     given = asdict(options.train)
@@ -164,7 +164,7 @@ def check_read(options: TrainOptions) -> None:
 
 @names_file
 def read_settings(run_folder: Path) -> dict:
-    """What config.json of a run says, checked: the options that `train` was started with."""
+    """The checked contents of a run's config.json: the options with which `train` was started."""
     path = run_folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{run_folder}: not a run of the command train ({path.name} is missing)")
@@ -174,7 +174,7 @@ def read_settings(run_folder: Path) -> dict:
             settings["train"]["patience"] = 0
             if settings["device"] == "cpu" and settings["train"]["precision"] == "auto":
                 settings["train"]["precision"] = "fp32"
-        if str(settings["train"].get("time"))[-1:].isdigit():  # older runs: seconds without a unit
+        if str(settings["train"].get("time"))[-1:].isdigit():  # in older runs, seconds
             settings["train"]["time"] += "s"
         from_saved(TrainConfig, settings["train"])
         from_saved(PrefixConfig, settings["prefix"])
@@ -187,7 +187,7 @@ def read_settings(run_folder: Path) -> dict:
 
 @contextmanager
 def named_in(path: Path) -> Iterator[None]:
-    """Within the block, an error of an earlier run's settings is told with their file."""
+    """Within the block, errors about the settings of an earlier run also name their file."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -197,7 +197,7 @@ def named_in(path: Path) -> Iterator[None]:
 
 
 def make_trainer(settings: dict, out: Path) -> tuple[Trainer, str]:
-    """The run that the settings describe, at step 0, and a note about its dev data, if any."""
+    """The run for these settings, at step 0, and a note about its dev data, or ""."""
     config = TrainConfig(**settings["train"])
     prefix, baseline = PrefixConfig(**settings["prefix"]), BaselineConfig(**settings["baseline"])
     with named_in(out / "config.json"):

@@ -1,4 +1,4 @@
-"""What --prefix and --adapter name, loaded."""
+"""Loads the model, and the prefix or adapter that --prefix or --adapter names."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from minprefix.prefix.prefix import Prefix
 
 
 def load_model(options: WithTrained) -> tuple:
-    """The model, in the dtype that --dtype names on the device, and its tokenizer."""
+    """The model, with the dtype and device of the options, and its tokenizer."""
     return weights.load(options.model, dtype=getattr(torch, options.dtype), device=options.where)
 
 
 def load_trained(options: WithTrained, model) -> Prefix | None:
-    """The prefix that --prefix names, on the model's device and checked to be made for it.
+    """The prefix of --prefix, on the model's device, checked to belong to the model.
 
-    An adapter that --adapter names is attached to the model instead.
+    For --adapter, the adapter is attached to the model instead.
     """
     if options.adapter and options.prefix:
         raise ValueError("--prefix and --adapter are different methods: choose one")
@@ -35,7 +35,7 @@ def load_trained(options: WithTrained, model) -> Prefix | None:
 
 
 def check_base(trained: Prefix | Adapter, model, path: Path) -> None:
-    """`trained.check_base`; the message also says which model the run beside the file was of."""
+    """`trained.check_base`; the message also names the model of the run next to the file."""
     try:
         trained.check_base(model)
     except ValueError as error:

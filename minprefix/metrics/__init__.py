@@ -1,1 +1,1 @@
-"""Scores of texts, quick ones and those of the official scripts; imports models and data."""
+"""Scores of texts: quick ones, and those of the official scripts. May import models and data."""

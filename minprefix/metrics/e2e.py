@@ -3,8 +3,9 @@
 Implements the metrics of tuetschek/e2e-metrics [1], commit 1b9c4d8, that no library computes in the
 same way. `nist` takes raw texts, `rouge_l_max` and `cider` take texts tokenised by `ptb.ptb_lines`.
 Units: NIST in bits per word, about 0 to 15; ROUGE-L from 0 to 1; CIDEr from 0 to 10.
-NIST follows [1]'s default, the Perl script mteval-v13a: its figures are the published ones. With
-`-p` [1] runs a Python version, which takes another reference length and is a little lower.
+NIST follows the default of [1], the Perl script mteval-v13a, which gave the published figures. With
+`-p`, [1] runs a Python version, which uses another reference length and gives slightly lower
+scores.
 [1] https://github.com/tuetschek/e2e-metrics
 [2] Doddington 2002, Automatic evaluation of machine translation quality using n-gram co-occurrence
 [3] https://arxiv.org/abs/1411.5726 (CIDEr; CIDEr-D is its section 6.1)
@@ -17,8 +18,8 @@ from collections.abc import Sequence
 from minprefix.metrics.quick import lower_ascii
 
 NIST_ORDER, CIDER_ORDER = 5, 4  # longest n-grams
-NIST_BETA = math.log(2) / math.log(1.5) ** 2  # outputs of 2/3 of the length halve the score, [2]
-CIDER_SIGMA = 6.0  # bigrams: width of the Gaussian penalty for another length, [3]
+NIST_BETA = math.log(2) / math.log(1.5) ** 2  # outputs of 2/3 the length get half the score, [2]
+CIDER_SIGMA = 6.0  # bigrams: width of the Gaussian penalty for a different length, [3]
 ROUGE_BETA = 1.2  # recall weighs beta^2 times as much as precision
 
 
@@ -31,14 +32,14 @@ def _ngrams(tokens: Sequence[str], longest: int) -> list[Counter]:
 
 
 def nist(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """NIST-5 of the corpus: n-gram hits, each counted by its information in bits.
+    """NIST-5 of the corpus: n-gram hits, each weighted by its information in bits.
 
         info(w_1..w_n) = log2(count(w_1..w_{n-1}) / count(w_1..w_n))      over all references
         NIST = sum_n [sum of info over the hits / number of output n-grams]
                * exp(-beta ln^2 min(1, L_out / L_ref)),    beta = ln 2 / ln^2 1.5
 
     L_ref is pooled: all reference words / (number of references / number of outputs).
-    Tokens as for BLEU (13a, lower-cased). Source: [2]; the pooled length: mteval-v13a in [1].
+    Tokens are those of BLEU (13a, lower-cased). Source: [2]; pooled length: mteval-v13a in [1].
     """
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
@@ -94,8 +95,8 @@ def rouge_l_max(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
         F = (1 + beta^2) P R / (R + beta^2 P),   P, R each the maximum over the references
 
-    The two may come from different references, as in [1]. Tokens are what one blank separates, so
-    an empty text is one empty token.
+    P and R may come from different references, as in [1]. Texts are split at each blank, so an
+    empty text is one empty token.
     """
     scores = []
     for output, texts in zip(outputs, references, strict=True):
@@ -124,8 +125,8 @@ def cider(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         10 / (4 m) sum_{refs r, n = 1..4} min(h, r) . r / (|h| |r|) * exp(-(l_h - l_r)^2 / (2 6^2))
 
     h, r: count * idf of each n-gram, idf = ln(number of outputs / number of outputs with the n-gram
-    in one of their m references, at least 1); l counts *bigrams*. One output alone gives 0: no
-    n-gram then tells it from others. Source: [3]; bigrams and plain counts as in the code of [1].
+    in one of their m references, at least 1); l counts *bigrams*. A single output scores 0, because
+    then all idf are 0. Source: [3]; bigrams and plain counts as in the code of [1].
     """
     grams = {
         text: _ngrams(text.split(), CIDER_ORDER)
@@ -135,7 +136,7 @@ def cider(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     for texts in references:
         seen_in.update({g for text in texts for counts in grams[text] for g in counts})
     idf = {g: math.log(len(outputs) / n) for g, n in seen_in.items()}
-    idf[None] = math.log(len(outputs))  # n-grams that no reference has
+    idf[None] = math.log(len(outputs))  # for n-grams that are in no reference
     vectors = {text: _vector(counts, idf) for text, counts in grams.items()}
     total = 0.0
     for output, texts in zip(outputs, references, strict=True):

@@ -1,8 +1,8 @@
-"""METEOR 1.5 by its own program, which needs Java; nothing is downloaded.
+"""METEOR 1.5, computed by the original program, which needs Java; nothing is downloaded.
 
-Read `meteor`. The program is the jar that the official evaluations run [1]; the package
-pycocoevalcap [2] brings the same file with its tables and is used for nothing else. Without Java or
-the jar `why_not` says so in one line, and METEOR is left out.
+Read `meteor`. The program is the jar of the official evaluations [1]. The package pycocoevalcap [2]
+contains the same file with its tables, and is used for nothing else. Without Java or the jar,
+`why_not` says so in one line, and METEOR is left out.
 [1] https://www.cs.cmu.edu/~alavie/METEOR/   [2] https://github.com/salaniz/pycocoevalcap
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def _jar() -> Path | None:
-    """MINPREFIX_METEOR if it is set, else the jar inside pycocoevalcap, where that is installed."""
+    """MINPREFIX_METEOR if it is set, else the jar in pycocoevalcap if that is installed."""
     if named := os.environ.get("MINPREFIX_METEOR"):
         return Path(named)
     package = importlib.util.find_spec("pycocoevalcap")
@@ -26,7 +26,7 @@ def _jar() -> Path | None:
 
 
 def why_not() -> str | None:
-    """What METEOR lacks on this machine, in one line; None if it can run."""
+    """What METEOR needs but this machine does not have, in one line; None if it can run."""
     lacks = []
     if shutil.which("java") is None:
         lacks.append("Java (the command java)")
@@ -45,11 +45,12 @@ def _line(text: str) -> str:
 def meteor(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """METEOR of the corpus, from 0 to 1: English, exact, stem, synonym and paraphrase matches.
 
-    For each output its best reference counts; the figure comes from the sums of all matches and is
-    not the mean of the outputs' scores. As the official scripts call it: -l en -norm.
+    Each output is compared with its best reference. The score is computed from the sums of all
+    matches; it is not the mean of the outputs' scores. Options as in the official scripts: -l en
+    -norm.
 
     Args:
-        outputs, references: tokenised as the data set's script does it (METEOR adds its own -norm).
+        outputs, references: tokenised as in the script of the data set (METEOR adds its own -norm).
     Raises:
         OSError: Java or the jar is missing, or the program failed (2 GB of memory are needed).
     """
@@ -57,7 +58,7 @@ def meteor(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float
         raise OSError(problem)
     jar = _jar().resolve()  # type: ignore[union-attr]
     most = max(len(texts) for texts in references)
-    # The program reads `most` lines for each output; empty ones match nothing.
+    # The program reads `most` references for each output; empty ones match nothing.
     padded = [text for texts in references for text in [*texts, *[""] * (most - len(texts))]]
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "outputs"), Path(folder, "references")
@@ -71,4 +72,4 @@ def meteor(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float
         said = _line(done.stderr.strip())[-300:] or f"exit code {done.returncode}"
         raise OSError(f"METEOR ({jar}) failed: {said}")
     value = float(score[1])
-    return value if value == value else 0.0  # NaN where nothing matched anything
+    return value if value == value else 0.0  # NaN if there is no match at all

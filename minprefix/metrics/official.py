@@ -1,21 +1,22 @@
-"""The scores that the prefix-tuning paper prints, as the official scripts compute them.
+"""The scores in the tables of the prefix-tuning paper, as the official scripts compute them.
 
-Read `official_scores`; SUITES says which columns each data set has. What each figure follows, and
-what it was compared with:
+Read `official_scores`; SUITES has the columns of each data set. The source of each suite, and what
+it was compared with:
 
     e2e     tuetschek/e2e-metrics 1b9c4d8 [1], its default (Perl) mode. All five columns agree with
             its output to 8 digits on five sets, one of them the published TGen baseline.
-    webnlg  webnlg-automatic-evaluation [2] as Yale-LILY/dart ships it: texts split at every
-            character that is no letter or digit, lower-cased, made ASCII; three references at most.
-            BLEU multi-bleu.perl -lc, METEOR 1.5, TER tercom 0.7.25. All three agree with the
-            published files of two systems on the 21 entries with 7 triples: METEOR and TER to all
-            digits, BLEU to its two. Whole test sets and unseen categories were not compared.
-    dart    run_eval_on_dart.sh [3]: the same three programs; its reference files are split and
-            lower-cased in the same way, but keep their accents. They are not of v1.1.1 (issue 6
-            there), and no official figures were at hand: these columns are not compared.
-    xsum    the package rouge-score, which the paper names, F1 with stemming as transformers'
-            summarisation examples of that time call it [4]; the plain mean, where they take the
-            median of bootstrap samples, which is random and near it. Not compared.
+    webnlg  webnlg-automatic-evaluation [2], the copy in Yale-LILY/dart: texts are split at every
+            character that is not a letter or digit, lower-cased, and converted to ASCII; at most
+            three references. BLEU by multi-bleu.perl -lc, METEOR 1.5, TER by tercom 0.7.25. All
+            three agree with the published files of two systems on the 21 entries with 7 triples:
+            METEOR and TER in all digits, BLEU in its two digits. Whole test sets and unseen
+            categories were not compared.
+    dart    run_eval_on_dart.sh [3], with the same three programs; its reference files are split and
+            lower-cased in the same way, but keep their accents. They do not belong to v1.1.1 (issue
+            6 there), and we have no official figures, so these columns were not compared.
+    xsum    the package rouge-score, which the paper names: F1 with stemming, as in transformers'
+            summarisation examples of that time [4], but with the plain mean instead of the median
+            of bootstrap samples, which is random and close to it. Not compared.
 
 DART's MoverScore, BERTScore and BLEURT need models of their own and are not computed.
 [1] https://github.com/tuetschek/e2e-metrics
@@ -49,8 +50,8 @@ SUITES = {
     "dart": ("BLEU", "MET", "TER"),
     "xsum": ("R-1", "R-2", "R-L"),
 }
-METRICS = ("quick", *SUITES, "auto")  # what `methods.evaluate.measure` knows
-MAX_REFERENCES = 3  # of WebNLG and DART: the scripts take the first three
+METRICS = ("quick", *SUITES, "auto")  # the choices of `methods.evaluate.measure`
+MAX_REFERENCES = 3  # for WebNLG and DART: the scripts use the first three
 
 
 def _e2e(outputs: Texts, references: References) -> dict[str, float]:
@@ -65,12 +66,12 @@ def _e2e(outputs: Texts, references: References) -> dict[str, float]:
 
 
 def _split(text: str) -> str:
-    """One blank around each character that is no letter, digit or underscore."""
+    """Put blanks around each character that is not a letter, digit or underscore."""
     return " ".join(re.sub(r"(\W)", r" \1 ", text).split())
 
 
 def _webnlg_output(text: str) -> str:
-    from text_unidecode import unidecode  # here: most commands compute no score
+    from text_unidecode import unidecode  # imported here, because most commands compute no score
 
     return _split(unidecode(unidecode(text.strip()).lower()))
 
@@ -86,10 +87,11 @@ def _lower(text: str) -> str:
 
 
 def _multi_bleu(outputs: Texts, references: References) -> float:
-    """BLEU-4 in percent of split texts, as multi-bleu.perl -lc: unsmoothed, 0 without a 4-gram hit.
+    """BLEU-4 of split texts in percent, as by multi-bleu.perl -lc: not smoothed, so it is 0 without
+    a common 4-gram.
 
-    An output with fewer references than three gets empty ones, as in the scripts' files: for a
-    very short output "nothing" is then the closest length.
+    An output with fewer than three references gets empty ones, as in the scripts' files. For a very
+    short output, the closest reference length is then 0.
     """
     from sacrebleu.metrics import BLEU
 
@@ -102,7 +104,7 @@ def _edits(outputs: Texts, references: References) -> list[tuple[float, float]]:
     """(fewest edits to a reference, mean reference length) of each output, by sacrebleu's TER."""
     from sacrebleu.metrics import TER
 
-    ter = TER()  # tercom's defaults: any case, tokens are what blanks separate
+    ter = TER()  # tercom's defaults: ignore case, split at blanks
     scores = [ter.sentence_score(o, list(r)) for o, r in zip(outputs, references, strict=True)]
     return [(score.num_edits, score.ref_length) for score in scores]
 
@@ -110,7 +112,7 @@ def _edits(outputs: Texts, references: References) -> list[tuple[float, float]]:
 def _translation_scores(
     outputs: Texts, references: References, parts: dict[str, list[int]]
 ) -> dict[str, float]:
-    """BLEU, MET and TER of each part (its name -> numbers of the outputs) of split texts."""
+    """BLEU, MET and TER of each part of the split texts (its name -> indices of the outputs)."""
     edits = _edits(outputs, references)
     columns: dict[str, dict[str, float]] = {"BLEU": {}, "MET": {}, "TER": {}}
     for name, numbers in parts.items():
@@ -164,7 +166,7 @@ def _xsum(outputs: Texts, references: References) -> dict[str, float]:
 
 
 def suite_of(examples: Sequence[Example]) -> str:
-    """The suite that the examples' form shows: "e2e", "webnlg" or "dart"; else "quick"."""
+    """The suite for examples of this form: "e2e", "webnlg" or "dart"; else "quick"."""
     if all(e.table and {f.lower() for f, _ in e.table} <= _E2E_NAMES for e in examples):
         return "e2e"
     groups = {example.group for example in examples}
@@ -183,19 +185,19 @@ def official_scores(
     groups: Sequence[str] | None = None,
     note: Callable[[str], object] = lambda text: print(text, file=sys.stderr),
 ) -> dict[str, float]:
-    """The columns of SUITES[suite], in the paper's scale; METEOR only where Java and its jar are.
+    """The columns of SUITES[suite], in the paper's scale; METEOR only if Java and its jar exist.
 
-    Score a test set as a whole: NIST and CIDEr weigh n-grams by how rare they are in its references
-    (CIDEr of one output is 0). Detokenised texts, as people write them, are expected: each suite
-    tokenises and lower-cases by itself.
+    Score a test set as a whole: NIST and CIDEr weight n-grams by how rare they are in its
+    references (CIDEr of one output is 0). The texts must not be tokenised: each suite tokenises and
+    lower-cases them itself.
 
     Args:
-        references: one list for each output, not empty; WebNLG and DART use the first three.
-        groups: WebNLG's category of each output, for S (seen in training), U (unseen) and A (all);
-            without groups, or where a part is empty, only the other columns.
-        note: gets the one line that says why METEOR is left out.
+        references: one non-empty list for each output; WebNLG and DART use the first three.
+        groups: WebNLG's category of each output, for the columns S (seen in training), U (unseen)
+            and A (all); without groups, and for an empty part, these columns are left out.
+        note: is called with the line that says why METEOR is left out.
     Raises:
-        ValueError: unknown suite or category, other lengths, something that is no text.
+        ValueError: unknown suite or category, lengths that differ, or a value that is not a text.
         OSError: METEOR's program failed.
     """
     check_choice("suite", suite, tuple(SUITES))

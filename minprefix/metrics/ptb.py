@@ -1,10 +1,10 @@
-"""English tokens as METEOR, ROUGE-L and CIDEr of the E2E scorer see them, without Java.
+"""The English tokens for METEOR, ROUGE-L and CIDEr in the E2E scorer, without Java.
 
 The official scorer [1] runs Stanford's PTBTokenizer 3.4.1 [2] with -preserveLines -lowerCase, then
-drops most punctuation. This file writes down what that does to restaurant, WebNLG and DART texts.
-Read `ptb_lines`; `_PATTERNS` holds the rules: at each place the longest match is the next token.
-Differs from [2]: no rules for XML, e-mail headers or other scripts' marks; a few rare words
-("dunno"). Single and double quotes need no left and right: both are dropped.
+drops most punctuation. This file gives the same result for restaurant, WebNLG and DART texts. Read
+`ptb_lines`; `_PATTERNS` holds the rules: at each place the longest match is the next token. Unlike
+[2], it has no rules for XML, e-mail headers and the marks of other scripts, and it differs in a few
+rare words ("dunno"). It does not distinguish left and right quotes, because both are dropped.
 [1] https://github.com/tuetschek/e2e-metrics   [2] https://nlp.stanford.edu/software/tokenizer.html
 """
 
@@ -16,7 +16,7 @@ _LETTER = r"[^\W\d_]"
 _QUOTE = "['’‘`]"
 _INITIALS = rf"[A-Za-z](?:\.[A-Za-z])+(?!{_LETTER})"  # U.S, p.m; the last full stop follows
 
-# Words whose full stop is theirs: in any case, and as names only ("Pa.", but "my pa .").
+# Words whose full stop belongs to them: in any case, or only as names ("Pa.", but "my pa .").
 _SHORT = (
     "jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri"
     "|ala|ariz|calif|colo|conn|fla|ga|ind|kans?|ky|md|mich|minn|mo|mont|neb|nev|okla|penn|tenn"
@@ -26,7 +26,7 @@ _SHORT = (
 )
 _SHORT_NAMES = "Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
 _SHORT_BEFORE_DIGITS = "ca|figs?|prop|nos?|arts?|pp|op"
-# "Serie B. The": a letter's full stop ends the sentence before one of these words.
+# "Serie B. The": before one of these words, the full stop after a letter ends the sentence.
 _STARTERS = (
     "A|About|According|Additionally|After|All|Also|Although|An|And|Any|A[sS]|At|But|For|From|He|Her"
     "|His|However|I|If|In|It|Many|More|Most|Now|Once|One|Other|Our|She|Since|So|Some|Such"
@@ -69,7 +69,7 @@ _PATTERNS = [
     r"\S",
 ]
 _TOKENS = [re.compile(pattern, re.IGNORECASE) for pattern in _PATTERNS]
-_PLAIN = re.compile(r"[A-Za-z]+(?=\s|,\s|$)")  # nothing but letters: most tokens, found first
+_PLAIN = re.compile(r"[A-Za-z]+(?=\s|,\s|$)")  # only letters: most tokens, so it is tried first
 
 _PARTS = {
     "cannot": ["can", "not"], "gonna": ["gon", "na"], "gotta": ["got", "ta"],
@@ -81,12 +81,12 @@ _SIGNS = {
     "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&nbsp;": "''",
     "…": "...", "–": "--", "—": "--", "―": "--",
 } | dict.fromkeys(("'", "’", "‘", "`", '"', "“", "”", "«", "»"), "''")  # fmt: skip
-# [1] drops these; a bracket comes out of [2] in lower case and therefore stays.
+# [1] drops these; the names of brackets, which [2] writes in lower case, are not among them.
 _DROPPED = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
 
 
 def _spelling(token: str) -> list[str]:
-    """What becomes of one match: lower case, signs by their names."""
+    """The tokens of one match: in lower case, with the names of signs."""
     token = token.lower()
     if token in _PARTS:
         return _PARTS[token]
@@ -106,7 +106,7 @@ def _spelling(token: str) -> list[str]:
 
 
 def _tokens(text: str, following: str) -> list[str]:
-    """The tokens of `text`; `following` is the next line, which one rule looks at."""
+    """The tokens of `text`; `following` is the next line, which one rule needs."""
     tokens, place = [], 0
     context = f"{text}\n{following} "
     while place < len(text):
@@ -122,10 +122,10 @@ def _tokens(text: str, following: str) -> list[str]:
 
 
 def ptb_lines(texts: Sequence[str]) -> list[str]:
-    """Each text as its tokens, one blank between them; line breaks count as blanks.
+    """The tokens of each text, joined by blanks; line breaks count as blanks.
 
-    The texts are lines of one file, in this order: whether the last word of a line keeps its full
-    stop ("Serie B.") can depend on the first word of the next.
+    The texts are treated as lines of one file: whether the last word of a line keeps its full stop
+    ("Serie B.") can depend on the first word of the next line.
     """
     lines = [" ".join(text.split("\n")) for text in texts]
     pairs = zip(lines, [*lines[1:], ""], strict=True)

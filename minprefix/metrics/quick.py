@@ -1,12 +1,12 @@
 """Scores of generated texts: BLEU, ROUGE-L and slot coverage, each from 0 to 100.
 
-Read `score`, then `slot_coverage`: quick scores for every day. BLEU is sacrebleu's [1], and the
-official E2E scorer's figure [3]; ROUGE-L is the package rouge-score's [2], which is not (other
-tokens, another F). What the paper prints is in `official.py`. All of these are made for texts in
-Latin letters: TOKENIZERS has others, and `script_note` says when one of them is needed.
+Read `score`, then `slot_coverage`. BLEU is that of sacrebleu [1] and equals the official E2E
+scorer's [3]. ROUGE-L is that of the package rouge-score [2], which differs from the official one
+(other tokens, another F). `official.py` has the paper's scores. The default tokenizer is for texts
+in Latin letters; TOKENIZERS has others, and `script_note` says when one is needed.
 [1] https://github.com/mjpost/sacrebleu   [2] https://github.com/google-research/google-research/tree/master/rouge
 [3] https://github.com/tuetschek/e2e-metrics
-Both packages are imported when a score is asked for: all other commands run without them.
+Both packages are imported only when a score is computed.
 """
 
 import re
@@ -19,8 +19,8 @@ from typing import Any
 from minprefix.checks import check_choice
 from minprefix.data.examples import Example
 
-# What a text says about a yes/no field: {field: (yes, no)}; a yes counts only outside of every no.
-# The patterns meet text from `_plain`: lower case, hyphens as blanks ("kid friendly").
+# How a text states a yes/no field: {field: (yes, no)}. A yes inside a no does not count. The
+# patterns match text from `_plain`: lower case, with blanks for hyphens ("kid friendly").
 _CHILDREN = r"\b(?:famil(?:y|ies)|kids?|child|children)\b"
 YES_NO_PHRASES = {
     "family friendly": (
@@ -37,9 +37,9 @@ YES_NO_PHRASES = {
 
 _LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
 
-# How a text is split, by sacrebleu's names. 13a: for Latin letters; ROUGE-L then has rouge-score's
-# own tokens. intl: any script with blanks between its words. zh: Chinese characters one by one, the
-# rest as 13a. char: all characters one by one, as for Japanese or Thai.
+# sacrebleu's names of ways to split a text. 13a: Latin letters; ROUGE-L then uses rouge-score's own
+# tokens. intl: any script with blanks between words. zh: single Chinese characters, and 13a for the
+# rest. char: single characters, for example for Japanese or Thai.
 TOKENIZERS = ("13a", "intl", "zh", "char")
 LAST_LATIN = "\u024f"  # letters up to here are Latin (and a few signs that count as letters)
 
@@ -65,25 +65,26 @@ def check_references(outputs: Sequence[str], references: Sequence[Sequence[str]]
 
 
 def lower_ascii(text: str) -> str:
-    """A-Z in lower case, all else as it is: what the Perl script mteval-v13a does in [3]."""
+    """Lower-case A-Z and nothing else, as the Perl script mteval-v13a in [3] does."""
     return text.translate(_LOWER)
 
 
 def streams(references: Sequence[Sequence[str]]) -> list[list[Any]]:
-    """References as sacrebleu wants them: first ones, second ones, ...; None where one lacks."""
+    """References in sacrebleu's order: all first ones, all second ones, ...; None for a missing
+    one."""
     most = max(len(texts) for texts in references)
     return [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
 
 
 def check_tokenizer(metrics: str, tokenizer: str) -> None:
-    """ValueError for an unknown tokenizer, or one beside official scores, which have their own."""
+    """ValueError for an unknown tokenizer, or for one with official scores, which set their own."""
     check_choice("the tokenizer of scores", tokenizer, TOKENIZERS)
     if metrics != "quick" and tokenizer != "13a":
         raise ValueError(f"{metrics} uses its own tokenizer: {tokenizer} needs --metrics quick")
 
 
 def script_note(texts: Iterable[str], metrics: str, tokenizer: str = "13a") -> str | None:
-    """One line where scores of these texts would be 0, or nearly, for their script's sake."""
+    """A warning if scores of these texts would be about 0 because of their script, else None."""
     letters = [c for text in texts for c in text if c.isalpha()]
     if tokenizer != "13a" or 2 * sum(c > LAST_LATIN for c in letters) <= len(letters):
         return None
@@ -99,9 +100,9 @@ def script_note(texts: Iterable[str], metrics: str, tokenizer: str = "13a") -> s
 def corpus_bleu(
     outputs: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "13a"
 ) -> float:
-    """BLEU-4 of the corpus in percent: sacrebleu, lower-cased, the closest length.
+    """BLEU-4 of the corpus in percent: sacrebleu, lower-cased, with the closest reference length.
 
-    Each output may have its own number of references, at least one.
+    Outputs may have different numbers of references, but at least one each.
 
     Args:
         tokenizer: one of TOKENIZERS.
@@ -118,7 +119,7 @@ def corpus_bleu(
 
 
 class _Words:
-    """What rouge-score takes as a tokenizer: sacrebleu's tokens that are not punctuation alone."""
+    """A tokenizer for rouge-score: sacrebleu's tokens without those of punctuation only."""
 
     def __init__(self, tokenizer: str):
         from sacrebleu.metrics import BLEU
@@ -126,7 +127,7 @@ class _Words:
         self.split = BLEU(tokenize=tokenizer, force=True).tokenizer
 
     def tokenize(self, text: str) -> list[str]:
-        """Tokens with a letter, a mark or a digit of any script."""
+        """The tokens that contain a letter, mark or digit of any script."""
         tokens = self.split(text.lower()).split()
         return [t for t in tokens if any(unicodedata.category(c)[0] in "LMN" for c in t)]
 
@@ -134,12 +135,12 @@ class _Words:
 def rouge_l(
     outputs: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "13a"
 ) -> float:
-    """ROUGE-L in percent: F1 of the longest common subsequence with the best reference, mean.
+    """ROUGE-L in percent: mean F1 of the longest common subsequence with the best reference.
 
-    Without stemming, as the official E2E scorer.
+    Without stemming, as in the official E2E scorer.
 
     Args:
-        tokenizer: one of TOKENIZERS; under "13a" tokens are runs of a-z and 0-9 only.
+        tokenizer: one of TOKENIZERS; with "13a", tokens are runs of a-z and 0-9.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -160,7 +161,7 @@ def _plain(text: str) -> str:
 
 
 def _says(text: str, field: str, value: str, blanks: bool = True) -> bool | None:
-    """Whether the `_plain` text states a field's value; None if that cannot be told."""
+    """Whether the `_plain` text states a field's value; None if that cannot be determined."""
     field, value = _plain(field), _plain(value)
     if value not in ("yes", "no"):
         if not blanks:
@@ -177,19 +178,20 @@ def _says(text: str, field: str, value: str, blanks: bool = True) -> bool | None
 def slot_coverage(
     outputs: Sequence[str], tables: Sequence[Sequence[tuple[str, str]]], tokenizer: str = "13a"
 ) -> float:
-    """The share of the tables' values, in percent, that the outputs state; over all values.
+    """The percentage of all values in the tables that the outputs state.
 
-    A value counts as stated where it occurs as whole words, in any case, with hyphens and white
-    space alike ("fast-food"). "yes" and "no" count by the phrases of YES_NO_PHRASES; those of other
-    fields are left out. Words decide, not meaning: "5 stars" does not state "5 out of 5", and one
-    "high" states two fields that have this value; so people's own texts stay below 100.
+    A value counts as stated if it occurs as whole words, ignoring case, and with hyphens equal to
+    white space ("fast-food"). For "yes" and "no", the phrases of YES_NO_PHRASES count; fields that
+    are not in it are left out. Only words are compared, not their meaning: "5 stars" does not state
+    "5 out of 5", and one "high" states two fields with this value. Texts written by people
+    therefore score below 100.
 
     Args:
-        tables: one for each output, as `Example.table`: (field, value) pairs.
+        tables: one for each output, as in `Example.table`: (field, value) pairs.
         tokenizer: one of TOKENIZERS; zh and char are for scripts without blanks, in which a value
-            may stand anywhere.
+            may begin anywhere.
     Raises:
-        ValueError: other lengths, or no value that can be told.
+        ValueError: lengths that differ, or no value that can be searched for.
     """
     _check_lengths(outputs, tables, "tables")
     blanks = tokenizer in ("13a", "intl")
@@ -200,16 +202,16 @@ def slot_coverage(
     ]
     told = [answer for answer in stated if answer is not None]
     if not told:
-        raise ValueError(f"none of the {len(stated)} values in the tables can be looked for")
+        raise ValueError(f"none of the {len(stated)} values in the tables can be searched for")
     return 100 * sum(told) / len(told)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a text does with the values of its table."""
+    """The faults of a text, compared with its table."""
 
-    missing: tuple[tuple[str, str], ...]  # (field, value) that the text does not state
-    wrong: tuple[tuple[str, str], ...]  # (field, value) that it states and the table does not
+    missing: tuple[tuple[str, str], ...]  # (field, value) only in the table
+    wrong: tuple[tuple[str, str], ...]  # (field, value) only in the text
 
 
 def known_values(examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:
@@ -222,14 +224,14 @@ def known_values(examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:
 
 
 def facts(text: str, table: Sequence[tuple[str, str]], known: dict[str, tuple[str, ...]]) -> Facts:
-    """Missing and wrong facts of a text, as `slot_coverage` looks for them.
+    """Missing and wrong facts of a text, found in the same way as by `slot_coverage`.
 
-    A wrong fact is a value of `known`, of a field that the table has or lacks, that the text states
-    outside of the table's own values. Facts that stand in no table are not found.
+    A wrong fact is a value in `known`, of any field, that the text states outside of the table's
+    own values. Facts that are not in `known` are not found.
 
     Args:
-        table: (field, value) pairs, as `Example.table`.
-        known: the values that fields can have, see `known_values`.
+        table: (field, value) pairs, as in `Example.table`.
+        known: the possible values of the fields, see `known_values`.
     """
     plain, own = _plain(text), [_plain(value) for _, value in table]
     rest = plain
