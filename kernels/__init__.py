@@ -1,10 +1,10 @@
-"""Attention over [prefix; sequence], and what else of a model has a kernel, with their checks.
+"""Attention over [prefix; sequence] and the other operations with kernels, with their checks.
 
-`prefix_attention` is what the models call, `prefix_attention_qkv` is self-attention while training.
-On a GPU they run the Triton kernels of `attention.py`, `backward.py` and `decode.py`; on a CPU, and
-for what the kernels lack (fp64, other head sizes), `reference.py`, plain PyTorch, which is also the
-definition of correct. In the same way `cross_entropy_` and `add_norm` run `cross_entropy.py` and
-`layer_norm.py`. Importing this package imports torch and nothing else.
+The models call `prefix_attention`, and `prefix_attention_qkv` for self-attention in training. On a
+GPU they run the Triton kernels of `attention.py`, `backward.py` and `decode.py`. On a CPU, and for
+cases without a kernel (fp64, other head sizes), they run `reference.py`, plain PyTorch, which is
+also the definition of correct. In the same way `cross_entropy_` and `add_norm` run
+`cross_entropy.py` and `layer_norm.py`. Importing this package imports only torch.
 """
 
 import importlib.util
@@ -50,13 +50,13 @@ def prefix_attention(  # noqa: PLR0913
         k, v: (B, H, S, D), q's dtype: keys and values of the sequence, without the prefix.
         prefix_k, prefix_v: (H, P, D), one prefix for the batch, or a bank (N, H, P, D); q's dtype
             or fp32 (the gradient is then fp32). P = 0 is plain attention.
-        causal: query i sees sequence columns j <= q_offset + i only.
+        causal: query i sees only the sequence columns j <= q_offset + i.
         scale: multiplies q.k, no unit; None means D ** -0.5.
-        prefix_index: (B,) int, the prefix of the bank that each row uses; -1 = none. A bank without
-            it needs N = 1 or N = B.
+        prefix_index: (B,) int, the prefix of the bank that each row uses; -1 = none. Without it, a
+            bank must have N = 1 or N = B.
         prefix_lens: (N,) or (1,) int: columns from prefix_lens[n] on are not seen; None = all P.
         kv_lens: (B,) int, columns j >= kv_len are not seen; None = all S.
-        q_offset: (B,) int, the place in the sequence of each row's first query; None = S - T.
+        q_offset: (B,) int, the sequence column of each row's first query; None = S - T.
         append: new_k, new_v, each (B, H, T, D) in q's dtype: the keys and values of the queries'
             own tokens. They are first written into k and v, a KV cache, in place, at the columns
             q_offset + i; no query sees columns after those. Without gradients and kv_lens.
@@ -92,13 +92,14 @@ def prefix_attention_qkv(  # noqa: PLR0913
     prefix_index: Tensor | None = None, prefix_lens: Tensor | None = None,
     kv_lens: Tensor | None = None, q_offset: Tensor | None = None, return_lse: bool = False,
 ):  # fmt: skip
-    """Self-attention from the fused projection, whose gradient comes back as one tensor.
+    """Self-attention from the fused projection, whose gradient is one tensor.
 
-    Separate q, k and v, views of one qkv, get three gradients that autograd then copies into one.
+    With separate q, k and v, which are views of one qkv, autograd would copy three gradients into
+    one.
 
     Args:
-        qkv: (B, T, 3, H, D), the projection's output viewed; the last dimension contiguous.
-        The rest, results and errors: as in `prefix_attention`, with S = T.
+        qkv: (B, T, 3, H, D), a view of the projection's output; the last dimension contiguous.
+        The other arguments, results and errors are those of `prefix_attention`, with S = T.
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be (B, T, 3, H, D), got {tuple(qkv.shape)}")
@@ -124,17 +125,17 @@ def cross_entropy_(
     """-log softmax(logits + bias) at each label, in nats; the logits are overwritten.
 
     Args:
-        logits: (n, V') of V' >= V columns, of which those from V on are not looked at, contiguous
-            in the last dimension. Overwritten by their gradient, softmax(logits + bias) less 1 at
-            the label, and 0 from column V on; without `gradient` by anything.
+        logits: (n, V') with V' >= V, contiguous in the last dimension; columns from V on are
+            ignored. They are overwritten by their gradient, which is softmax(logits + bias), minus
+            1 at the label, and 0 from column V on; without `gradient`, by arbitrary values.
         labels: (n,) int64 in [0, V).
-        bias: (V',), of which entries from V on are not looked at; None = zero.
+        bias: (V',), of which entries from V on are ignored; None = zero.
         vocab_size: V; None = V'.
-        gradient: whether it is wanted.
+        gradient: whether the gradient is needed.
     Returns:
         (n,), fp32 (fp64 from fp64).
     Raises:
-        ValueError: shapes that disagree, or a V that the columns do not reach.
+        ValueError: shapes that disagree, or V > V'.
     """
     V = logits.shape[-1] if vocab_size is None else vocab_size
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or not 1 <= V <= logits.shape[1]:
@@ -152,17 +153,17 @@ def cross_entropy_(
 def add_norm(
     x: Tensor, y: Tensor | None, gain: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """s = x + y and its layer norm: a layer's residual add with the norm that follows it.
+    """s = x + y and its layer norm: the residual sum of a layer and the norm after it.
 
         n = (s - mean(s)) / sqrt(var(s) + eps) * gain + shift, over the last dimension
 
     Args:
-        x: (..., C). y: likewise, in x's dtype; None = zero: s is x.
+        x, y: (..., C), of the same dtype; y = None means zero, and s is x.
         gain, shift: (C,).
         eps: added to the variance, no unit.
     Returns:
-        s, n: (..., C). Differentiable in x and y; in gain and shift, too, which takes PyTorch's own
-        kernels.
+        s, n: (..., C). Differentiable in x and y, and also in gain and shift, but then computed by
+        PyTorch's own kernels.
     Raises:
         ValueError: shapes that disagree.
     """
@@ -177,47 +178,47 @@ def add_norm(
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests of the kernels
-MOST_NEW = 16  # T that the kernel appends, its tile of queries
-HEAD_DIMS = (16, 32, 64, 80, 128)  # D that the kernels have
+MOST_NEW = 16  # largest T that the kernel can append, its tile of queries
+HEAD_DIMS = (16, 32, 64, 80, 128)  # D for which there are kernels
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def on_triton(q: Tensor) -> bool:
-    """Whether the kernels of attention take these queries; reference.py takes all others.
+    """Whether the attention kernels are used for these queries; otherwise reference.py is.
 
-    The interpreter gives wrong products in bf16.
+    They are not used for bf16 in the interpreter, whose bf16 products are wrong.
     """
     wrong = INTERPRETED and q.dtype == torch.bfloat16
     return takes(q) and q.shape[-1] in HEAD_DIMS and not wrong
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether the kernels beside attention take x; MINPREFIX_FUSED=0 turns them off.
+    """Whether the kernels other than attention are used for x; MINPREFIX_FUSED=0 turns them off.
 
-    What torch.compile sees of a layer it fuses itself.
+    They are not used under torch.compile, which fuses these operations itself.
     """
     off = os.environ.get("MINPREFIX_FUSED") == "0" or torch.compiler.is_compiling()
     return not off and takes(x)
 
 
 def takes(x: Tensor) -> bool:
-    """Whether Triton runs where x is, and knows its dtype."""
+    """Whether Triton runs on x's device and supports its dtype."""
     device = INTERPRETED or (x.is_cuda and not why_not(x.device.index or 0))
     return device and HAVE_TRITON and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
 def why_not(index: int) -> str:
-    """Why no kernel runs on a GPU; empty where they do.
+    """Why no kernel can run on a GPU; "" if they run.
 
-    Before Ampere there are no matrix instructions that Triton uses. An assembler that miscompiles
-    the kernels is told once, as a warning; AMD GPUs need none.
+    GPUs before Ampere lack the matrix instructions that Triton uses. If the assembler miscompiles
+    the kernels, one warning is given; AMD GPUs need no assembler.
     """
     if index not in _why_not:
         _why_not[index] = _look(index)
     return _why_not[index]
 
 
-# torch.compile calls it, and does not look inside
+# torch.compile calls it instead of tracing it
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _why_not: dict[int, str] = {}
 

@@ -1,19 +1,20 @@
-"""Which ptxas makes machine code of our kernels, and the rule that nothing older may.
+"""Chooses the ptxas that assembles our kernels, and rejects versions that miscompile them.
 
-Triton writes PTX, and a program of NVIDIA's, ptxas, assembles it. Versions before 12.9 miscompile
-our kernels for Hopper (sm_90): the matrix products of a prefix read shared memory at wrong
-addresses, and gradients come out wrong without any error. So before a kernel is compiled, `choose`
-takes the user's assembler (TRITON_PTXAS_PATH) or else the newest one at hand, and `refusal` says
-what is wrong with it. `kernels.on_triton` then takes the reference path instead.
+Triton generates PTX, which NVIDIA's program ptxas assembles to machine code. Versions before 12.9
+miscompile our kernels for Hopper (sm_90): the matrix products of a prefix read shared memory at
+wrong addresses, and gradients are wrong without any error. Before a kernel is compiled, `choose`
+therefore takes the user's assembler (TRITON_PTXAS_PATH), or else the newest one available, and
+`refusal` says if it cannot be used. `kernels.on_triton` then chooses the reference path.
 
-Only our kernels are compiled this way. `assembled` marks them: it wraps what their JITFunction
-calls when it has nothing in memory, and costs a launch nothing. Triton finds its assembler through
-process-wide knobs, so `assembling` sets these for the time of one compilation, under a lock. Other
-Triton code that compiles at that moment in another thread gets our assembler too, which is newer
-than its own.
+Only our kernels are compiled in this way. The decorator `assembled` wraps the function that their
+JITFunction calls when a kernel is not yet compiled, so it adds no cost to a launch. Triton finds
+its assembler through process-wide knobs, which `assembling` sets during one compilation, under a
+lock. Other Triton code that compiles at that moment in another thread also gets our assembler,
+which is newer than its own.
 
-Sources: CUDA 13.3's release notes name a second fault, a register that is used again while a wgmma
-still reads it (triton-lang/triton#11781, #9433); our own is like triton-lang/triton#7196, #11366.
+Sources: the release notes of CUDA 13.3 describe a second fault, a register that is reused while a
+wgmma still reads it (triton-lang/triton#11781, #9433). The first is similar to
+triton-lang/triton#7196 and #11366.
 """
 
 import functools
@@ -32,15 +33,15 @@ from typing import Any, NamedTuple
 import torch
 
 Version = tuple[int, ...]  # 12.8.93 is (12, 8, 93)
-RECOMMENDED: Version = (13, 3)  # for sm_90: has both faults repaired
+RECOMMENDED: Version = (13, 3)  # for sm_90: both faults are fixed
 
 
 class Assembler(NamedTuple):
-    """A ptxas that runs, or (version None) one that the user names and that does not."""
+    """A ptxas that runs, or (version None) one that the user has named and that does not run."""
 
     path: str
     version: Any  # a Version, or None
-    origin: str  # who brings it
+    origin: str  # where it comes from
 
     def __str__(self) -> str:
         return f"ptxas {dotted(self.version)} ({self.path}, {self.origin})"
@@ -53,15 +54,15 @@ def dotted(version: Version | None) -> str:
 def least(arch: int) -> Version:
     """The oldest version that is accepted for an architecture, 90 for sm_90."""
     if arch == 90:
-        return (12, 9)  # the miscompiled descriptors
-    return (12, 8) if arch >= 100 else (0,)  # the first that knows Blackwell
+        return (12, 9)  # older ones miscompile descriptors
+    return (12, 8) if arch >= 100 else (0,)  # the first that supports Blackwell
 
 
 def choose(arch: int) -> Assembler | None:
-    """The assembler of our kernels for an NVIDIA architecture; None where there is none.
+    """The assembler of our kernels for an NVIDIA architecture; None if there is none.
 
-    The user's, whatever it is; else the newest, of those whose code the driver can load where one
-    of them is new enough.
+    It is the user's, if one is named. Otherwise it is the newest one whose code the driver can
+    load, or, if none of these is new enough, the newest of all.
     """
     if user := _users(arch):
         name, path = user
@@ -74,7 +75,7 @@ def choose(arch: int) -> Assembler | None:
 
 @functools.cache
 def refusal(arch: int) -> str:
-    """Why no kernel of ours may be compiled for an architecture; empty where it may."""
+    """Why our kernels must not be compiled for an architecture; "" if they may be."""
     found, wanted = choose(arch), dotted(least(arch))
     if found is None:
         return f"no ptxas was found to assemble for sm_{arch}"
@@ -92,16 +93,16 @@ def refusal(arch: int) -> str:
 
 @functools.cache
 def _users(arch: int) -> tuple[str, str] | None:
-    """The variable that names the user's assembler, and its path. Read once: inside `assembling`
-    Triton's knobs set the same variables."""
+    """The environment variable that names the user's assembler, and its path. It is read only once,
+    because inside `assembling` Triton's knobs set the same variables."""
     names = ["TRITON_PTXAS_PATH"]
-    if arch >= 90:  # Triton reads the second one for sm_100, from 3.9 on for sm_90 too
+    if arch >= 90:  # Triton reads the second one for sm_100, and from 3.9 on also for sm_90
         names.insert(0 if arch >= 100 else 1, "TRITON_PTXAS_BLACKWELL_PATH")
     return next(((name, os.environ[name]) for name in names if os.environ.get(name)), None)
 
 
 def tools(*names: str) -> list[Assembler]:
-    """NVIDIA's programs of these names that run: Triton's, a CUDA toolkit's, those of pip."""
+    """NVIDIA's programs with these names that run: from Triton, a CUDA toolkit, or pip packages."""
     places: list[tuple[str, Path]] = []
     for package, pattern in (("triton", "backends/nvidia/bin"), ("nvidia", "*/bin")):
         spec = importlib.util.find_spec(package)
@@ -118,7 +119,7 @@ def tools(*names: str) -> list[Assembler]:
 
 @functools.cache
 def version_of(path: str) -> Version | None:
-    """What `path --version` says, (12, 8, 93); None where it does not run."""
+    """The version in the output of `path --version`, such as (12, 8, 93); None if it fails."""
     try:
         result = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
@@ -130,7 +131,7 @@ def version_of(path: str) -> Version | None:
 
 @functools.cache
 def driver_version() -> int:
-    """The newest CUDA that the driver knows, 13000 for 13.0; 0 where there is no driver."""
+    """The newest CUDA that the driver supports, 13000 for 13.0; 0 without a driver."""
     known: Any = torch._C
     return known._cuda_getDriverVersion() if torch.cuda.is_available() else 0
 
@@ -140,7 +141,8 @@ def _driver() -> Version:
 
 
 def _beyond_driver(assembler: Assembler) -> bool:
-    """Machine code of CUDA 13 has a file format that drivers for CUDA 12 do not know."""
+    """Whether the driver cannot load the assembler's code: the file format of CUDA 13 is unknown to
+    drivers for CUDA 12."""
     return 0 < driver_version() // 1000 < assembler.version[0]
 
 
@@ -149,12 +151,12 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def assembling(path: str) -> Iterator[None]:
-    """Triton compiles with this ptxas, for every NVIDIA architecture; afterwards as before.
+    """Within the block, Triton compiles with this ptxas for every NVIDIA architecture.
 
-    Triton 3.6 to 3.8 look at one knob for sm_90 and 3.9 at another, so both are set. It also
-    remembers the version, which is part of the key of its cache on disk, and what follows from the
-    version for the PTX: both are forgotten at the entry and at the exit, or a kernel that another
-    assembler made would be found under our key.
+    For sm_90, Triton 3.6 to 3.8 use one knob and 3.9 another, so both are set. Triton also caches
+    the assembler's version, which is part of the key of its cache on disk, and the PTX version that
+    follows from it. Both are cleared at entry and exit; otherwise a kernel from another assembler
+    would be found under our key.
     """
     import triton
     from triton.backends.nvidia import compiler
@@ -167,7 +169,7 @@ def assembling(path: str) -> Iterator[None]:
         try:
             with triton.knobs.nvidia.scope():
                 triton.knobs.nvidia.ptxas = triton.knobs.nvidia.ptxas_blackwell = path
-                if triton.knobs.nvidia.ptxas.path != path:  # Triton would quietly take its own
+                if triton.knobs.nvidia.ptxas.path != path:  # Triton would silently use its own
                     raise RuntimeError(f"Triton cannot run the assembler {path}")
                 forget()
                 yield
@@ -176,9 +178,9 @@ def assembling(path: str) -> Iterator[None]:
 
 
 def compile_kernel(source, target=None, options=None, *, path: str | None = None, **more) -> Any:
-    """`triton.compile` with our assembler, or with the one at `path`, which may be a refused one.
+    """`triton.compile` with our assembler, or with the one at `path`, which is not checked.
 
-    RuntimeError where `refusal` has something to say: no kernel is better than a wrong one.
+    RuntimeError if `refusal` gives a reason: no kernel is better than a wrong one.
     """
     import triton
 
@@ -194,17 +196,17 @@ def compile_kernel(source, target=None, options=None, *, path: str | None = None
 
 
 def assembled(kernel):
-    """Decorator above `@triton.jit`: what the kernel compiles, our assembler assembles.
+    """Decorator above `@triton.jit`: makes our assembler assemble the kernel.
 
-    A JITFunction comes to `_do_compile` when it has no machine code for a call, and to its
-    `compile` from there: at once, or later in a thread (Triton's asynchronous compilation).
+    A JITFunction calls `_do_compile` when it has no machine code for a call, and `_do_compile`
+    calls its `compile`: at once, or later in a thread (Triton's asynchronous compilation).
     """
-    if not hasattr(kernel, "_do_compile"):  # TRITON_INTERPRET=1: nothing is compiled
+    if not hasattr(kernel, "_do_compile"):  # with TRITON_INTERPRET=1 nothing is compiled
         return kernel
     compile_missing = kernel._do_compile
 
     def do_compile(*args, **kwargs):
-        kernel.compile = compile_kernel  # each new device sets Triton's own again
+        kernel.compile = compile_kernel  # each new device sets it to Triton's own again
         return compile_missing(*args, **kwargs)
 
     kernel._do_compile = do_compile
@@ -212,7 +214,7 @@ def assembled(kernel):
 
 
 def report() -> dict[str, str]:
-    """What `python -m minprefix info --gpu` prints: which path attention takes here, and why."""
+    """The output of `python -m minprefix info --gpu`: how attention is computed here, and why."""
     from kernels import HAVE_TRITON, why_not
 
     rows = {"gpu": "none", "torch": torch.__version__, "triton": "not installed"}
@@ -235,7 +237,7 @@ def report() -> dict[str, str]:
 
 
 def advice(assembler: Assembler | None) -> str:
-    """What to think of an assembler for sm_90, in a few words."""
+    """A short judgement of an assembler for sm_90."""
     if assembler is None or assembler.version is None or assembler.version < least(90):
         return f"at least {dotted(least(90))} is needed"
     if assembler.version < RECOMMENDED:

@@ -1,31 +1,31 @@
-"""Attention over [prefix; sequence] in Triton: the forward kernel, and the operator around both.
+"""Attention over [prefix; sequence] in Triton: the forward kernel and the registered operator.
 
 Forward. With x_ij = scale <q_i, k_j> over the columns j that query i sees, prefix and sequence,
 
     lse_i = log sum_j exp(x_ij),    o_i = sum_j exp(x_ij - lse_i) v_j                          [1]
 
-Nothing says that the columns must lie in one tensor. The sum is made tile by tile with the running
-maximum m_i of the scores so far, and what was summed under an older maximum shrinks by
-exp(m_old - m_new) [2]: a tile may come from the sequence's keys or from the prefix's. So nothing is
-concatenated, no prefix is copied per row, and no mask exists in memory. Exponentials are powers of
-two, 2^(x log2(e)), with scale log2(e) multiplied in once.
+The columns need not be in one tensor. The sum is computed tile by tile with the running maximum m_i
+of the scores so far, and sums under an older maximum are multiplied by exp(m_old - m_new) [2]. A
+tile may contain keys of the sequence or of the prefix. Therefore nothing is concatenated, no prefix
+is copied per row, and there is no mask in memory. Exponentials are computed as powers of two,
+2^(x log2(e)), with scale log2(e) as one factor.
 
-One program makes one tile of queries of one row b and head h: the prefix first, whose first tile
-(up to 64 columns) it requests together with q, then the sequence. (The other way round would hide
-that latency, but ptxas then makes Hopper's matrix products wait for one another.) Tiles that no
-query of the tile sees are not visited, those that all of them see are not masked. Only lse is kept
-for the backward pass (backward.py).
+One program computes one tile of queries of one row b and head h. It reads the prefix first, whose
+first tile (up to 64 columns) it requests together with q, and then the sequence. (The reverse order
+would hide that latency, but ptxas then makes Hopper's matrix products wait for one another.) Tiles
+that no query sees are skipped, and tiles that all queries see are not masked. Only lse is saved for
+the backward pass (backward.py).
 
-    bytes   read q, k, v, write o: 4 B H T D e (e = bytes of an element; k, v once more per further
-            tile of queries where L2 does not hold them), lse: 4 B H T, prefix: 2 N H P D e
-    FLOPs   4 D B H (visible pairs): T (T + 1) / 2 + P T where causal and T = S, T (S + P) if not
+    bytes   read q, k, v, write o: 4 B H T D e (e = bytes of an element; k, v again for each further
+            tile of queries if L2 does not hold them), lse: 4 B H T, prefix: 2 N H P D e
+    FLOPs   4 D B H (visible pairs): T (T + 1) / 2 + P T if causal and T = S, else T (S + P)
 
-The operator. `minprefix::attention`, its backward and `minprefix::attention_append`, which writes
-into the keys and values it is given, are registered with torch.library, each with
-a fake, for torch.compile and torch.export. In eager mode an autograd.Function around the same two
-functions takes their place, which costs less per call (`python -m benchmarks.kernels.overhead`).
-Both take qkv in the place of q, with neither k nor v: then one dqkv comes back instead of dq, dk
-and dv. There is no second derivative, and torch.func's transforms are not supported.
+The operator. `minprefix::attention`, its backward, and `minprefix::attention_append`, which writes
+into the given keys and values, are registered with torch.library, each with a fake, for
+torch.compile and torch.export. In eager mode an autograd.Function around the first two is used
+instead, because it costs less per call (`python -m benchmarks.kernels.overhead`). Both accept qkv
+instead of q, with neither k nor v, and then return one dqkv instead of dq, dk and dv. There is no
+second derivative, and torch.func's transforms are not supported.
 
 [1] Li & Liang 2021, https://arxiv.org/abs/2101.00190, eq. (3)
 [2] Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867; Dao 2023, arXiv:2307.08691, alg. 1
@@ -67,7 +67,7 @@ from kernels.tiles import (
 
 @triton.jit
 def attend_tile(o, z, m, q, k, v, n0, limit, whole, scale2, BLOCK_N: tl.constexpr):
-    """One tile of keys, from column n0 on, of which query i sees those below limit_i."""
+    """Add one tile of keys, from column n0 on, of which query i sees the columns below limit_i."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if n0 + BLOCK_N > whole:
         s = tl.where((n0 + tl.arange(0, BLOCK_N))[None, :] < limit[:, None], s, float("-inf"))
@@ -86,10 +86,10 @@ def _fwd_kernel(
     CAUSAL: tl.constexpr, Q_SIGN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, MORE_P: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of one tile of queries of one row and head."""
+    """o and lse for one tile of queries of one row and head."""
     tiles_m = tl.cdiv(seq_len, BLOCK_M)
     pid = tl.program_id(0)
-    m0 = (tiles_m - 1 - pid % tiles_m) * BLOCK_M  # under causality the last tile takes longest
+    m0 = (tiles_m - 1 - pid % tiles_m) * BLOCK_M  # if causal, the last tile takes longest
     b, h = (pid // tiles_m // n_head).to(tl.int64), (pid // tiles_m % n_head).to(tl.int64)
     n, columns = row_prefix(b, prefix_index_ptr, prefix_lens_ptr, stride_lens, prefix_len)
     keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len, CAUSAL)
@@ -130,13 +130,13 @@ def _fwd_kernel(
     o = o / tl.where(z > 0.0, z, 1.0)[:, None]
     o_ptr += (b * seq_len * n_head + h) * D  # memory order (B, T, H, D)
     store_rows(o_ptr, o, m0, seq_len, n_head * D, BLOCK_M, D, BLOCK_D)
-    lse = (m + tl.log2(z)) * LN2  # -inf where nothing was seen
+    lse = (m + tl.log2(z)) * LN2  # -inf if no column is visible
     offs_m = m0 + tl.arange(0, BLOCK_M)
     tl.store(lse_ptr + (b * n_head + h) * seq_len + offs_m, lse, mask=offs_m < seq_len)
 
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:
-    """o, lse of `kernels.prefix_attention`, from the arguments of `Inputs`, checked already."""
+    """o, lse of `kernels.prefix_attention`, from the arguments of `Inputs`, which were checked."""
     inputs = Inputs(*arguments).split()
     if decode.wanted(inputs.q):
         return decode.decode(inputs)
@@ -144,7 +144,7 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
     (B, H, T, D), P = q.shape, inputs.prefix_k.shape[-2]
     o, lse = empty_results(q)
     scale = D**-0.5 if inputs.scale is None else inputs.scale
-    # the kernel's maximum needs a positive factor: the sign (or zero) goes to q
+    # the kernel's running maximum needs a positive scale, so its sign (or zero) is applied to q
     a = kernel_arguments(inputs)
     a |= {"Q_SIGN": (scale > 0) - (scale < 0), "scale2": (abs(scale) or 1.0) * LOG2E.value}
 
@@ -159,12 +159,12 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
 
 
 def empty_forward(*arguments) -> tuple[Tensor, Tensor]:
-    """What `forward` returns, not filled in."""
+    """The results of `forward`, uninitialised."""
     return empty_results(Inputs(*arguments).split().q)
 
 
 def forward_append(*arguments) -> tuple[Tensor, Tensor]:
-    """o, lse from the arguments of `Inputs` and of `Append`; k and v are written to."""
+    """o, lse from the arguments of `Inputs` and `Append`; writes into k and v."""
     return decode.decode(Inputs(*arguments[:11]), Append(*arguments[11:]))
 
 
@@ -192,7 +192,7 @@ def attention_backward(
 def empty_backward(
     do, dlse, o, lse, need_q: bool, need_kv: bool, need_prefix: bool, *arguments
 ) -> tuple[Tensor, ...]:
-    """What `attention_backward` returns, not filled in."""
+    """The results of `attention_backward`, uninitialised."""
     inputs, nothing = Inputs(*arguments), o.new_empty(0)
     if inputs.k is None:
         dqkv = (inputs.q.new_empty(inputs.q.shape if need_q else 0), nothing, o.new_empty(0))
@@ -203,7 +203,7 @@ def empty_backward(
     return (*dqkv, *(x.new_empty(x.shape if need_prefix else 0) for x in prefix))
 
 
-INPUTS = (  # those of `Inputs`
+INPUTS = (  # the arguments of `Inputs`
     "Tensor q, Tensor? k, Tensor? v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_index, "
     "Tensor? prefix_lens, Tensor? kv_lens, Tensor? q_offset, bool causal, float? scale"
 )
@@ -228,14 +228,14 @@ torch.library.register_fake("minprefix::attention_backward", empty_backward, lib
 
 
 def save(ctx, inputs, output) -> None:
-    """Keep what the backward pass reads: all inputs, o and lse."""
+    """Save the inputs of the backward pass: all inputs, o and lse."""
     ctx.save_for_backward(*inputs[:9], *output)
     ctx.rule = inputs[9:]  # causal, scale
     ctx.set_materialize_grads(False)
 
 
 def gradients(ctx, do, dlse, backward=torch.ops.minprefix.attention_backward.default):
-    """The gradient of each argument, None where none is needed or can be."""
+    """The gradient of each argument; None if it is not needed or does not exist."""
     *inputs, o, lse = ctx.saved_tensors
     need = ctx.needs_input_grad
     flags = need[0], need[1] or need[2], need[3] or need[4]
@@ -262,7 +262,7 @@ class EagerAttention(torch.autograd.Function):
 
 
 def watched(inputs: tuple) -> bool:
-    """Whether somebody watches or replaces operators: a tracer, a mode, a tensor subclass."""
+    """Whether something observes or replaces operators: a tracer, a mode, a tensor subclass."""
     plain = all(type(x) in (Tensor, Parameter) for x in inputs if isinstance(x, Tensor))
     return not plain or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
@@ -274,6 +274,6 @@ def attention(*inputs) -> tuple[Tensor, Tensor]:
 
 
 def attention_append(*inputs) -> tuple[Tensor, Tensor]:
-    """o, lse from the arguments of `Inputs` and of `Append`, without gradients."""
+    """o, lse from the arguments of `Inputs` and `Append`, without gradients."""
     run = torch.ops.minprefix.attention_append.default if watched(inputs) else forward_append
     return run(*inputs)

@@ -1,30 +1,32 @@
 """The backward kernels of attention over [prefix; sequence].
 
 With x_ij = scale <q_i, k_j>, p_ij = exp(x_ij - lse_i) and o_i = sum_j p_ij v_j, let do and dlse be
-the gradients that arrive at o and lse. By the chain rule, d lse_i / d x_ij = p_ij and
+the gradients of the loss in o and lse. By the chain rule, d lse_i / d x_ij = p_ij and
 d o_i / d x_ij = p_ij (v_j - o_i), so
 
     dx_ij = p_ij (<do_i, v_j> - delta_i),    delta_i = <do_i, o_i> - dlse_i
     dq_i = scale sum_j dx_ij k_j,    dk_j = scale sum_i dx_ij q_i,    dv_j = sum_i p_ij do_i.
 
-A prefix column is a column j like any other, but one that many rows b see: dprefix is the sum of
-dk_j, dv_j over them too. p is computed again from q, k and lse: besides the inputs only o and lse
-are kept, 4 B H T bytes more than o itself. One function does all of this arithmetic, `tile_grads`:
-one tile of queries against one of keys, wherever they come from. Around it (`plan.py` chooses):
+A prefix column is a column j like any other, except that many rows b see it: dprefix is the sum of
+dk_j, dv_j over these rows as well. p is recomputed from q, k and lse, so besides the inputs only o
+and lse are saved, which is 4 B H T bytes more than o. All of this arithmetic is in one function,
+`tile_grads`, for one tile of queries and one tile of keys of either kind. It is used by these
+kernels, among which `plan.py` chooses:
 
   - `_bwd_short_kernel`, for rows of one tile or a few: one program per row and head reads
-    everything once and writes dq, dk, dv and the row's part of dprefix. delta exists in registers
-    only. 5 products per pair of query and column.
-  - else `_bwd_dq_kernel` (a program per tile of queries: delta, dq and, for short prefixes, a part
-    of dprefix), then `_bwd_dkdv_kernel` (a program per tile of keys, over the queries that see
-    them). s and dp are made twice: 7 products.
+    everything once and writes dq, dk, dv and the row's part of dprefix. delta exists only in
+    registers. It computes 5 products per pair of query and column.
+  - Otherwise `_bwd_dq_kernel` (a program per tile of queries: delta, dq and, for short prefixes, a
+    part of dprefix), then `_bwd_dkdv_kernel` (a program per tile of keys, over the queries that see
+    them). They compute s and dp twice: 7 products.
   - `_bwd_dprefix_kernel`, for longer prefixes: a program per tile of prefix columns, over all
-    queries of `rows` rows, its sums in registers. 4 products more per pair with a prefix column.
+    queries of `rows` rows, with its sums in registers. It adds 4 products per pair with a prefix
+    column.
 
-No atomics: parts of dprefix go to memory in fp32 (`partial_k`, `partial_v`), and `_reduce_kernel`
-adds those of each prefix in their order, which follows from the shapes and the index: results
-repeat bit for bit. Where a prefix has one part only, because one row uses it, the program that
-makes the part writes the gradient itself (`store_part`).
+There are no atomics: parts of dprefix are written in fp32 (`partial_k`, `partial_v`), and
+`_reduce_kernel` adds the parts of each prefix in an order that follows from the shapes and the
+index, so results repeat bit for bit. If a prefix has only one part, because one row uses it, the
+program of that part writes the gradient itself (`store_part`).
 
 FLOPs: 2 D B H times the number of products per pair of a query and a column that it sees. `plan.py`
 counts the bytes.
@@ -43,8 +45,8 @@ SIZES = ["seq_len", "kv_len", "prefix_len", "batch_size", "rows"]  # change from
 
 @triton.jit
 def load_terms(lse_ptr, delta_ptr, m0, seq_len, BLOCK_M: tl.constexpr):
-    """lse2_i and delta_i of a tile of queries; p_ij = 2^(.. - inf) = 0 for those that see nothing
-    and for those past seq_len."""
+    """lse2_i and delta_i of a tile of queries. For queries that see nothing or are past seq_len,
+    lse2_i is inf, so that p_ij = 2^(.. - inf) = 0."""
     offs_m = m0 + tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + offs_m, mask=offs_m < seq_len, other=float("-inf"))
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
@@ -56,7 +58,7 @@ def load_queries(
     q_ptr, do_ptr, o_ptr, lse_ptr, dlse_ptr, stride_qt, stride_dot, stride_ot, m0, seq_len,
     BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """q, do, lse2 and delta_i = <do_i, o_i> - dlse_i of a tile of queries; o is read only here."""
+    """q, do, lse2 and delta_i = <do_i, o_i> - dlse_i of a tile of queries; only this reads o."""
     q = load_rows(q_ptr, m0, seq_len, stride_qt, BLOCK_M, D, BLOCK_D)
     do = load_rows(do_ptr, m0, seq_len, stride_dot, BLOCK_M, D, BLOCK_D)
     o = load_rows(o_ptr, m0, seq_len, stride_ot, BLOCK_M, D, BLOCK_D)
@@ -74,10 +76,11 @@ def tile_grads(
     dq, dk, dv, q, do, k, v, lse2, delta, n0, limit, whole, scale2,
     NEED_DQ: tl.constexpr, NEED_DKDV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of queries and one of keys add to dq / scale [BLOCK_M, BLOCK_D] and, both
+    """The contribution of one tile of queries and one of keys to dq / scale [BLOCK_M, BLOCK_D] and,
     transposed, to dk / scale and dv [BLOCK_D, BLOCK_N].
 
-    Query i sees the columns below limit_i, every query those below `whole`; the tile begins at n0.
+    The tile of keys begins at n0. Query i sees the columns below limit_i, and all queries see those
+    below `whole`.
     """
     # p_ij = exp(scale <q_i, k_j> - lse_i)                                    [BLOCK_M, BLOCK_N]
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -88,8 +91,8 @@ def tile_grads(
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     ds = (p * (dp - delta[:, None])).to(q.dtype)
     if NEED_DKDV:
-        # dv_j = sum_i p_ij do_i, dk_j = scale sum_i ds_ij q_i: transposed, so that do and q are
-        # left operands as they lie in shared memory, and p and ds right ones
+        # dv_j = sum_i p_ij do_i, dk_j = scale sum_i ds_ij q_i: computed transposed, so that do and
+        # q are left operands in their layout in shared memory, and p and ds right operands
         dv = tl.dot(tl.trans(do), p.to(q.dtype), dv, input_precision="ieee")
         dk = tl.dot(tl.trans(q), ds, dk, input_precision="ieee")
     if NEED_DQ:
@@ -105,7 +108,7 @@ def key_grads(
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale and dv of one tile of keys, n0 <= j < end, over the queries from m_start on."""
+    """dk / scale and dv for one tile of keys, n0 <= j < end, over the queries from m_start on."""
     dq = 0.0
     for m0 in range(m_start, seq_len, BLOCK_M):
         q = load_rows(q_ptr, m0, seq_len, stride_qt, BLOCK_M, D, BLOCK_D)
@@ -135,8 +138,8 @@ def store_part(
     partial_k_ptr, partial_v_ptr, dprefix_k_ptr, dprefix_v_ptr,
     DIRECT: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv [BLOCK_D, BLOCK_N] of prefix columns: the gradient itself where no other part is
-    added to it (DIRECT, or an index that names prefix n once), else into the parts."""
+    """Store dk and dv [BLOCK_D, BLOCK_N] of prefix columns: as the gradient if there is no other
+    part (DIRECT, or an index that names prefix n once), else as a part."""
     dk, dv = tl.trans(dk), tl.trans(dv)
     at = (part * n_head + h) * prefix_len * D
     at_prefix = (n * n_head + h) * prefix_len * D
@@ -147,7 +150,7 @@ def store_part(
         store_rows(partial_k_ptr + at, dk, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
         store_rows(partial_v_ptr + at, dv, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
     else:
-        own = tl.load(prefix_index_ptr + part)  # -1: no prefix, so nothing may reach prefix 0
+        own = tl.load(prefix_index_ptr + part)  # -1: no prefix; must not be added to prefix 0
         if (own >= 0) & (uses_of(own, prefix_index_ptr, batch_size) == 1):
             store_rows(dprefix_k_ptr + at_prefix, dk, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
             store_rows(dprefix_v_ptr + at_prefix, dv, p0, prefix_len, D, BLOCK_N, D, BLOCK_D)
@@ -175,7 +178,7 @@ def _bwd_short_kernel(
 ):  # fmt: skip
     """All gradients of one row and head: TILES_M tiles of queries, TILES_N of keys, one of prefix.
 
-    The loops are unrolled. SQUARE: query i is at place i, so tiles above the diagonal are left out.
+    The loops are unrolled. SQUARE: query i is at column i, so tiles above the diagonal are skipped.
     """
     dtype = q_ptr.dtype.element_ty
     pid = tl.program_id(0)
@@ -204,7 +207,7 @@ def _bwd_short_kernel(
     dpk = tl.zeros([BLOCK_D, max(BLOCK_P, 16)], tl.float32)
     dpv = tl.zeros([BLOCK_D, max(BLOCK_P, 16)], tl.float32)
 
-    queries, dq = (), ()  # of the tiles of queries met so far: the last one, the one before, ..
+    queries, dq = (), ()  # of the tiles of queries so far: the last one, the one before, ..
     for j in tl.static_range(TILES_N - 1, -1, -1):
         if NEED_DQKV:
             k = load_rows(k_ptr, j * BLOCK_N, keys, stride_ks, BLOCK_N, D, BLOCK_D)
@@ -264,10 +267,10 @@ def _bwd_dq_kernel(
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, MORE_P: tl.constexpr,
 ):  # fmt: skip
-    """delta, dq and a part of dprefix of one tile of queries of one row and head."""
+    """delta, dq and a part of dprefix for one tile of queries of one row and head."""
     tiles_m = tl.cdiv(seq_len, BLOCK_M)
     pid = tl.program_id(0)
-    tile_m = tiles_m - 1 - pid % tiles_m  # under causality the last tile takes longest
+    tile_m = tiles_m - 1 - pid % tiles_m  # if causal, the last tile takes longest
     m0 = tile_m * BLOCK_M
     b, h = (pid // tiles_m // n_head).to(tl.int64), (pid // tiles_m % n_head).to(tl.int64)
     NEED_DQ: tl.constexpr = dq_ptr is not None
@@ -288,7 +291,7 @@ def _bwd_dq_kernel(
     tl.store(delta_ptr + at_terms + offs_m, delta, mask=offs_m < seq_len)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if BLOCK_P > 0:  # first, as in the forward kernel
+    if BLOCK_P > 0:  # the prefix first, as in the forward kernel
         at_p = n * stride_pn + h * stride_ph
         pk = load_rows(prefix_k_ptr + at_p, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(q.dtype)
         pv = load_rows(prefix_v_ptr + at_p, 0, columns, stride_pp, BLOCK_P, D, BLOCK_D).to(q.dtype)
@@ -297,7 +300,7 @@ def _bwd_dq_kernel(
             dq, dpk, dpv, q, do, pk, pv, lse2, delta, 0, every, columns, scale2,
             NEED_DQ, NEED_PREFIX, BLOCK_P,
         )  # fmt: skip
-        if MORE_P and NEED_DQ:  # then dprefix is made by _bwd_dprefix_kernel
+        if MORE_P and NEED_DQ:  # then _bwd_dprefix_kernel computes dprefix
             for p0 in range(BLOCK_P, columns, BLOCK_P):
                 k = load_rows(prefix_k_ptr + at_p, p0, columns, stride_pp, BLOCK_P, D, BLOCK_D)
                 v = load_rows(prefix_v_ptr + at_p, p0, columns, stride_pp, BLOCK_P, D, BLOCK_D)
@@ -339,10 +342,10 @@ def _bwd_dkdv_kernel(
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of keys of one row and head."""
+    """dk and dv for one tile of keys of one row and head."""
     tiles_n = tl.cdiv(kv_len, BLOCK_N)
     pid = tl.program_id(0)
-    n0 = pid % tiles_n * BLOCK_N  # under causality the first tile takes longest
+    n0 = pid % tiles_n * BLOCK_N  # if causal, the first tile takes longest
     b, h = (pid // tiles_n // n_head).to(tl.int64), (pid // tiles_n % n_head).to(tl.int64)
     keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len, CAUSAL)
     k_at, v_at = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
@@ -377,7 +380,7 @@ def _bwd_dprefix_kernel(
     DIRECT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A part of dprefix: one tile of prefix columns of one head, over `rows` rows that share it."""
+    """A part of dprefix: one tile of prefix columns of one head, summed over `rows` rows."""
     tiles_p = tl.cdiv(prefix_len, BLOCK_N)
     pid = tl.program_id(0)
     p0, chunk = pid % tiles_p * BLOCK_N, pid // tiles_p // n_head
@@ -414,9 +417,9 @@ def _reduce_kernel(
     n_partials, n_elements, per_row, batch_size,
     BANK: tl.constexpr, LEFT_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The sum over the parts of each prefix, in their order: BLOCK_N of its H P D elements.
+    """The sum over the parts of each prefix, in order, for BLOCK_N of its H P D elements.
 
-    LEFT_OUT: prefixes that the index names once have their gradient already (`store_part`).
+    LEFT_OUT: skip prefixes that the index names once; `store_part` has written their gradients.
     """
     tiles = tl.cdiv(n_elements, BLOCK_N)
     pid = tl.program_id(0)
@@ -425,7 +428,7 @@ def _reduce_kernel(
     mask_e = offs_e < n_elements
     dk, dv = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     start, end = 0, n_partials
-    if BANK and prefix_index_ptr is None:  # prefix n is that of row n
+    if BANK and prefix_index_ptr is None:  # prefix n belongs to row n
         start, end = n * per_row, (n + 1) * per_row
     if BANK and prefix_index_ptr is not None:
         uses = uses_of(n, prefix_index_ptr, batch_size)

@@ -5,25 +5,26 @@ For a position with logits s_v over a vocabulary of V, b_v an optional bias and 
     loss = log sum_v exp(s_v + b_v) - (s_y + b_y)
     d loss / d s_v = exp(s_v + b_v) / sum_w exp(s_w + b_w) - [v = y].
 
-The gradient needs the logits once and its own sum, so nothing else is ever in memory: one program
-takes a row, finds the largest score m and z = sum_v exp(s_v + b_v - m) tile by tile in a first pass
-(the running softmax of attention.py, with numbers in the place of vectors), and writes
-exp(s_v + b_v - m) / z - [v = y] over the logits in a second one. A row of GPT-2's vocabulary in
-bf16 is 100 KB, so the second pass finds it in the L2 cache. All arithmetic is fp32 on scores less
-m: subtracting before multiplying by log2(e) keeps a small loss exact beside scores of 1e4.
+The gradient replaces the logits, so nothing else is in memory. One program processes a row. Its
+first pass finds the largest score m and z = sum_v exp(s_v + b_v - m), tile by tile (the running
+softmax of attention.py, with numbers instead of vectors). Its second pass overwrites the logits by
+exp(s_v + b_v - m) / z - [v = y]. A row of GPT-2's vocabulary in bf16 is 100 KB, so the second pass
+finds it in the L2 cache. All arithmetic is in fp32 on scores minus m: subtracting before
+multiplying by log2(e) keeps a small loss accurate even if scores are as large as 1e4.
 
-Rows may have columns past V, which make the products on both sides of this kernel faster: cuBLAS
-has no good kernel for an odd V. They take no part in the sums, and their gradient is written as 0.
+Rows may have columns past V, which make the matrix products before and after this kernel faster,
+because cuBLAS has no good kernel for an odd V. They are not part of the sums, and their gradient is
+0.
 
     bytes   read the logits (again from L2), write the gradient: 2 n V e (e = bytes of an element)
 
-It is called between the two products of `minprefix/models/losses.py`, which holds the autograd
-function; nothing that torch.compile sees calls it, so it is no registered operator. The definition
-is `reference.cross_entropy_plain_`. One write to each place, no atomics: results repeat bit for
-bit.
+It is called between the two products of `minprefix/models/losses.py`, which has the autograd
+function. torch.compile never traces a call, so it need not be a registered operator. The definition
+is `reference.cross_entropy_plain_`. Each element is written once, without atomics, so results
+repeat bit for bit.
 
-Source: Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867 (the sum in one pass); in place
-of the logits as in Liger Kernel, https://arxiv.org/abs/2410.10989.
+Source: Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867 (the sum in one pass); Liger
+Kernel, https://arxiv.org/abs/2410.10989 (the gradient in the place of the logits).
 """
 
 import torch
@@ -35,15 +36,15 @@ from kernels.assembler import assembled
 from kernels.launch import Tile, launch
 from kernels.tiles import LN2, LOG2E
 
-TILE = Tile(1, 4096, 8, 1)  # columns of a step of both loops; 16 of them a thread
+TILE = Tile(1, 4096, 8, 1)  # 4096 columns in a step of both loops, 16 for each thread
 
 
 @triton.jit
 def load_scores(logits_ptr, bias_ptr, offs, vocab_size, columns):
     """Scores with their bias in fp32: [BLOCK_N], -inf past the vocabulary.
 
-    The loads end with the columns: 16 divides their number, not that of the vocabulary, and a mask
-    that may change within 16 bytes would make them loads of a number each.
+    The mask of the loads is the number of columns, a multiple of 16, not the vocabulary: a mask
+    that may change within 16 bytes would split the loads into single numbers.
     """
     s = tl.load(logits_ptr + offs, mask=offs < columns, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -57,7 +58,7 @@ def _cross_entropy_kernel(
     logits_ptr, bias_ptr, labels_ptr, losses_ptr, stride_n, vocab_size, columns,
     GRADIENT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The loss of one row, and its gradient in the place of the logits."""
+    """The loss of one row; its gradient replaces the logits."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_n
     y = tl.load(labels_ptr + row)
@@ -69,7 +70,7 @@ def _cross_entropy_kernel(
         s = load_scores(logits_ptr, bias_ptr, offs, vocab_size, columns)
         # m <- max(m, max_v s_v); what was summed under the old maximum shrinks
         m_new = tl.maximum(m, tl.max(s, 0))
-        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing but -inf so far
+        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # only -inf so far
         z = z * tl.exp2((m - m_finite) * LOG2E) + tl.exp2((s - m_finite) * LOG2E)
         m = m_new
     total = tl.sum(z, 0)
@@ -87,7 +88,7 @@ def cross_entropy_(
     logits: Tensor, labels: Tensor, bias: Tensor | None, vocab_size: int, gradient: bool,
     tile: Tile = TILE,
 ) -> Tensor:  # fmt: skip
-    """The losses of `kernels.cross_entropy_`, from arguments that were checked already."""
+    """The losses of `kernels.cross_entropy_`, from checked arguments."""
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     launch(
         _cross_entropy_kernel, len(logits), tile, logits_ptr=logits, bias_ptr=bias,

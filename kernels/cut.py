@@ -1,7 +1,8 @@
-"""How `decode.py` cuts the columns of a call: splits, and a prefix that all rows share.
+"""How `decode.py` divides the columns of a call into splits, also for a prefix shared by all rows.
 
-Shapes alone decide, never the lengths of the rows, so CUDA graphs replay a call whatever they are.
-`plans_for` has the default first; tuning and `benchmarks/gpu.sh decode` time the others.
+This depends only on shapes, never on the lengths of the rows, so that a CUDA graph can replay a
+call for any lengths. `plans_for` has the default first; tuning and `benchmarks/gpu.sh decode` time
+the others.
 """
 
 from collections.abc import Iterator
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from kernels.launch import Tile, bucket, cdiv, programs_wanted, tiles_of
 
-SPLIT_BYTES = 128 * 2**10  # one program reads them in 3 us, in which a second launch is over
+SPLIT_BYTES = 128 * 2**10  # one program reads them in 3 us, the time of a second launch
 EARLY_BYTES = 16 * 2**10  # prefix that a program holds in registers: 32 for each of 128 threads
-PREFIX_TILES = 4  # in one split of a stacked prefix: like a short split of the cache
-STACK_BYTES = 16 * 2**20  # reads saved from which stacking pays: 3 us of L2, one more launch
+PREFIX_TILES = 4  # in one split of a stacked prefix, as in a short split of the cache
+STACK_BYTES = 16 * 2**20  # stacking pays if it saves these reads: 3 us of L2, for one more launch
 
 
 class Plan(NamedTuple):
-    """How a call is made: its tile, and whether its columns are split."""
+    """The tile of a call, and whether its columns are split."""
 
     tile: Tile
     split: bool
@@ -28,10 +29,10 @@ class Plan(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How the columns of a call are cut."""
+    """How the columns of a call are divided."""
 
     splits: int  # programs per row and head
-    chunk: int  # columns of each, in whole tiles
+    chunk: int  # columns of each program, in whole tiles
     prefix_splits: int  # programs per head and stack; 0: the prefix is not stacked
     prefix_chunk: int
 
@@ -42,10 +43,10 @@ class Cut(NamedTuple):
 
 
 def stacks(q: Tensor, prefix_k: Tensor, prefix_index: Tensor | None, tile: Tile) -> bool:
-    """Whether the queries of all rows are stacked on the prefix; from the shapes alone.
+    """Whether the queries of all rows are stacked for the prefix; depends only on the shapes.
 
-    They can be where all rows share it. It pays where the reads that it saves take longer than
-    merging one partial result more; a short prefix comes from the L2 cache in less than that.
+    This is possible if all rows share the prefix. It pays if the reads that it saves take longer
+    than merging one more partial result, which is not so for a short prefix in the L2 cache.
     """
     (B, H, T, D), P = q.shape, prefix_k.shape[-2]
     shared = prefix_index is None and (prefix_k.dim() == 3 or prefix_k.shape[0] == 1)
@@ -54,9 +55,9 @@ def stacks(q: Tensor, prefix_k: Tensor, prefix_index: Tensor | None, tile: Tile)
 
 
 def cut_for(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None, plan: Plan) -> Cut:
-    """The splits, from the shapes and the tables above; never from the lengths of the rows.
+    """The splits, which depend on the shapes and the plan, never on the lengths of the rows.
 
-    So many that PROGRAMS_EACH programs run on each multiprocessor, if there are as many tiles.
+    There are enough for PROGRAMS_EACH programs on each multiprocessor, if there are enough tiles.
     """
     (B, H, _, _), S, P, tile = q.shape, k.shape[2], prefix_k.shape[-2], plan.tile
     tiles, prefix_splits = cdiv(S, tile.block_n), 0
@@ -73,10 +74,10 @@ def cut_for(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None,
 def plans_for(
     q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None
 ) -> Iterator[Plan]:
-    """The default first, then what else there is to try: the other split, and other tiles.
+    """The default plan first, then the alternatives: the other choice of splitting, other tiles.
 
-    A split pays where it spares a program more than SPLIT_BYTES of keys and values, or where there
-    are partial results anyway.
+    Splitting pays if it saves a program more than SPLIT_BYTES of keys and values, or if there are
+    partial results anyway.
     """
     for n, tile in enumerate(tiles_of("decode", q)):
         cuts = {x: cut_for(q, k, prefix_k, prefix_index, Plan(tile, x)) for x in (False, True)}
@@ -88,9 +89,9 @@ def plans_for(
 
 
 def prefix_tiles(prefix_k: Tensor, block_d: int) -> dict[str, int | bool]:
-    """BLOCK_P: prefix columns in a tile (0: none), a power of two; MORE_P: are there more tiles?
+    """BLOCK_P: prefix columns in a tile, a power of two (0: none); MORE_P: whether there are more.
 
-    The first tile of a row waits in registers while the cache is read, so its size is limited.
+    The first tile is held in registers while the cache is read, so its size is limited.
     """
     prefix_len = prefix_k.shape[-2]
     most = EARLY_BYTES // (2 * block_d * prefix_k.element_size())
@@ -101,7 +102,7 @@ def prefix_tiles(prefix_k: Tensor, block_d: int) -> dict[str, int | bool]:
 def workspace_bytes(
     q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None = None
 ) -> int:
-    """What `decode` allocates beside o and lse, by the default plan: 4 C B H T (D + 1)."""
+    """Bytes that `decode` allocates besides o and lse by the default plan: 4 C B H T (D + 1)."""
     (B, H, T, D), call = q.shape, (q, k, prefix_k, prefix_index)
     parts = cut_for(*call, next(plans_for(*call))).parts
     return 4 * parts * B * H * T * (D + 1) if parts > 1 else 0

@@ -1,8 +1,9 @@
 """Attention of a few queries over [prefix; KV cache], forward only: one step of decoding in Triton.
 
 Decoding reads every cached key once for one query, so it is bound by memory, and with few rows one
-program per row and head leaves most of the GPU idle. So the columns of a row are cut into splits
-that run as separate programs. A program c that sees the columns C_c leaves, as [1] and [2] do,
+program per row and head leaves most of the GPU idle. Therefore the columns of a row are divided
+into splits that run as separate programs. A program c with the columns C_c computes, as in [1] and
+[2],
 
     lse_c = log sum_(j in C_c) exp(s_ij),   o_c = sum_(j in C_c) exp(s_ij - lse_c) v_j
 
@@ -10,27 +11,28 @@ and the softmax over all columns follows from these partial results alone:
 
     lse = log sum_c exp(lse_c),   o = sum_c exp(lse_c - lse) o_c.                              (*)
 
-`decode` is the entry; it plans from the shapes alone (`cut_for`), so CUDA graphs replay it whatever
-the lengths of the rows. Read `_decode_kernel`, then `_merge_kernel`, which is (*). Its programs:
+`decode` is the entry. It plans from the shapes alone (`cut_for`), so a CUDA graph can replay it for
+any lengths of the rows. Read `_decode_kernel`, then `_merge_kernel`, which computes (*). The
+programs of `_decode_kernel` are
 
-  - (row, head, split): the row's T queries, padded to a tile of 16, on `chunk` columns of the
+  - (row, head, split): the row's T queries, padded to a tile of 16, and `chunk` columns of the
     row's [prefix; cache], each part rounded up to whole tiles. Splits past a row's length see no
-    column and leave o_c = 0, lse_c = -inf, which (*) ignores.
-  - (head, split of the prefix, stack), where all rows share the prefix and `stacks` says that it
-    pays: BLOCK_M of the batch's B T queries as one matrix, so that a tile of the prefix is read
-    B T / BLOCK_M times instead of B times. The programs above then see the cache only.
+    column and give o_c = 0, lse_c = -inf, which (*) ignores.
+  - (head, split of the prefix, stack), if all rows share the prefix and stacking pays (`stacks`):
+    BLOCK_M of the batch's B T queries as one matrix, so that a tile of the prefix is read
+    B T / BLOCK_M times instead of B times. The programs above then read only the cache.
 
-Nothing is added atomically, and (*) sums in the order of c: results repeat bit for bit. Where one
-program sees all columns of its queries it writes o and lse itself: one launch, no workspace. Splits
-pay only where a program reads so much less that it makes up for the second launch (SPLIT_BYTES).
-(A cache that grows from call to call, as a longer and longer view, passes from the one to the other
-once, which compiles a second form of the kernel; a static cache never does.)
+There are no atomics, and (*) sums in the order of c, so results repeat bit for bit. If one program
+sees all columns of its queries, it writes o and lse itself: one launch, no workspace. Splits pay
+only if each program reads so much less that this makes up for the second launch (SPLIT_BYTES). (A
+cache that grows from call to call passes once from one form to the other, which compiles a second
+form of the kernel; a static cache never does.)
 
-With `append` the kernel also writes the cache: the keys and values of the row's own T tokens, which
-stand in tensors of their own, to the columns from `first` on. They are a tile of 16 columns that
-split 0 sees, from those tensors; no program reads the cache from column `first` on, so it does not
-matter which of them runs before the columns are written. `seen` says column by column what a query
-sees (beams: the tokens that led to it); columns that no query of a row sees are not read.
+With `append` the kernel also writes the cache: it copies the keys and values of the row's own T
+tokens, which are in separate tensors, to the columns from `first` on. Split 0 reads them from those
+tensors, as a tile of 16 columns. No program reads the cache from column `first` on, so the order of
+the programs does not matter. `seen` says for each column which queries see it (for beams: those
+that descend from its token); columns that no query of a row sees are not read.
 
 With e the bytes of an element and C the number of partial results per query (`Cut.parts`):
 
@@ -41,7 +43,7 @@ With e the bytes of an element and C the number of partial results per query (`C
     FLOPs of `_merge_kernel`:    2 C B H T (D + 1)
     workspace, in bytes:         4 C B H T (D + 1) for C > 1, else 0    (`workspace_bytes`)
 
-Of the P R reads of the prefix only the first comes from memory, the others from the L2 cache.
+Only the first of the P R reads of the prefix comes from memory, the others from the L2 cache.
 
 [1] Dao et al. 2023, https://pytorch.org/blog/flash-decoding/   [2] Milakov & Gimelshein 2018,
 https://arxiv.org/abs/1805.02867   [3] Hydragen, stacked queries on a shared prefix: Juravsky et al.
@@ -80,7 +82,7 @@ def prefix_steps(
     o, z, m, q, k_ptr, v_ptr, start, end, stride, scale2,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Prefix columns start <= p < end into the running softmax of queries q [M, BLOCK_D]."""
+    """Add the prefix columns start <= p < end to the running softmax of queries q [M, BLOCK_D]."""
     for p0 in range(start, end, BLOCK):
         k = load_rows(k_ptr, p0, end, stride, BLOCK, D, BLOCK_D)
         v = load_rows(v_ptr, p0, end, stride, BLOCK, D, BLOCK_D)
@@ -99,7 +101,7 @@ def stacked_prefix(
     Q_SIGN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """o_c, lse_c of BLOCK_M of the batch's B T queries, of one head, on one split of the prefix."""
+    """o_c, lse_c for BLOCK_M of the batch's B T queries of one head and one split of the prefix."""
     blocks = tl.cdiv(batch_size * seq_len, BLOCK_M)
     c = (pid // blocks % prefix_splits).to(tl.int64)
     h = (pid // blocks // prefix_splits).to(tl.int64)
@@ -143,7 +145,7 @@ def load_seen(ptr, n0, end, stride, seq_len, BLOCK_T: tl.constexpr, BLOCK_N: tl.
 
 @triton.jit
 def load_some(ptr, start, some, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """As `load_rows`: the rows start.. for which `some` [ROWS] holds, else zeros."""
+    """Like `load_rows`: the rows start.. for which `some` [ROWS] is true, else zeros."""
     rows, columns = tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK_D)
     mask = some[:, None] & (columns < D)[None, :]
     return tl.load(ptr + (start + rows)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
@@ -155,7 +157,7 @@ def appended(
     first, seq_len, kv_len, stride_nt, stride_ks, stride_vs, stride_st, scale2,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Split 0: the new tokens join the softmax of q, and go to the columns first.. of k and v."""
+    """In split 0, add the new tokens to the softmax of q, and write them to k and v at `first`."""
     if c == 0:
         i, end = tl.arange(0, BLOCK_T), first + seq_len
         k = load_rows(new_k_ptr, 0, seq_len, stride_nt, BLOCK_T, D, BLOCK_D)
@@ -194,7 +196,7 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr, MORE_P: tl.constexpr,
 ):  # fmt: skip
-    """o_c (parts, B, H, T, D) and lse_c (parts, B, H, T), in nats: the two kinds of programs."""
+    """o_c (parts, B, H, T, D) and lse_c (parts, B, H, T), in nats, by both kinds of programs."""
     pid = tl.program_id(0)
     stacked = tl.cdiv(batch_size * seq_len, BLOCK_M) * prefix_splits * n_head
     if STACKED and pid < stacked:
@@ -212,7 +214,7 @@ def _decode_kernel(
         n, columns = row_prefix(b, prefix_index_ptr, prefix_lens_ptr, stride_lens, prefix_len)
         keys, first = row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len, CAUSAL)
         if new_k_ptr is not None:
-            keys = tl.minimum(keys, first)  # those in the cache
+            keys = tl.minimum(keys, first)  # the keys in the cache
         if seen_ptr is not None:
             seen_ptr += b * stride_sb
         k_ptr += b * stride_kb + h * stride_kh
@@ -220,7 +222,7 @@ def _decode_kernel(
         prefix_k_ptr += n * stride_pn + h * stride_ph
         prefix_v_ptr += n * stride_pn + h * stride_ph
 
-        # query t sees the sequence columns below limit_t, some query those below last
+        # query t sees the sequence columns below limit_t; at least one query sees those below last
         offs_m, offs_n = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N)
         limit, last = tl.full([BLOCK_T], 0, tl.int32) + keys, keys
         if CAUSAL:
@@ -231,7 +233,7 @@ def _decode_kernel(
         if BLOCK_P > 0 and not STACKED:
             padded = tl.cdiv(prefix_len, BLOCK_N) * BLOCK_N
             prefix_end = tl.minimum(columns, start + chunk)
-            # requested first, used last
+            # this load is issued first and used last
             pk = load_rows(prefix_k_ptr, start, prefix_end, stride_pp, BLOCK_P, D, BLOCK_D)
             pv = load_rows(prefix_v_ptr, start, prefix_end, stride_pp, BLOCK_P, D, BLOCK_D)
         last = tl.minimum(last, start + chunk - padded)
@@ -281,7 +283,7 @@ def _decode_kernel(
         o_ptr += c * stride_oc + b * stride_ob + h * stride_oh
         store_rows(o_ptr, o, 0, seq_len, stride_ot, BLOCK_T, D, BLOCK_D)
         lse_ptr += ((c * batch_size + b) * n_head + h) * seq_len
-        lse = (m + tl.log2(z)) * LN2  # -inf where nothing was seen
+        lse = (m + tl.log2(z)) * LN2  # -inf if no column is visible
         tl.store(lse_ptr + offs_m, lse, mask=offs_m < seq_len)
 
 
@@ -318,16 +320,16 @@ def _merge_kernel(
 
 
 def wanted(q: Tensor) -> bool:
-    """Whether `decode` is taken rather than `attention.forward`: up to MAX_QUERIES queries.
+    """Whether to use `decode` rather than `attention.forward`: for at most MAX_QUERIES queries.
 
-    Then a program's work is to read keys, whatever their number, and its tile of 16 queries wastes
-    the least of the matrix product. More queries share the keys that a larger tile reads.
+    With few queries the time goes into reading keys, and a tile of 16 queries wastes least of the
+    matrix products. More queries profit from larger tiles, which share the keys that they read.
     """
     return q.shape[2] <= MAX_QUERIES
 
 
 def append_arguments(append: Append | None) -> dict[str, Any]:
-    """What the kernel takes of `Append`."""
+    """The arguments of the kernel from `Append`."""
     if append is None:
         return dict.fromkeys(APPEND)
     new_k, new_v, seen = append
@@ -344,7 +346,7 @@ APPEND = ("new_k_ptr", "new_v_ptr", "seen_ptr",
 
 
 def decode(inputs: Inputs, append: Append | None = None) -> tuple[Tensor, Tensor]:
-    """o, lse of `kernels.prefix_attention` for T <= 8, or 16 with `append`; all is checked already.
+    """o, lse of `kernels.prefix_attention` for T <= 8, or 16 with `append`; inputs were checked.
 
     Returns:
         o: (B, H, T, D) in q's dtype, in the memory order (B, T, H, D); lse: (B, H, T), fp32, nats.

@@ -1,6 +1,6 @@
 """The arguments of one call of the operator, and the check that they fit together.
 
-Everything between `kernels.prefix_attention` and a kernel passes them on as one `Inputs`.
+All functions between `kernels.prefix_attention` and a kernel pass them on as one `Inputs`.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """What `kernels.prefix_attention` takes, in the order of the registered operators."""
+    """The arguments of `kernels.prefix_attention`, in the order of the registered operators."""
 
     q: Tensor  # (B, H, T, D); or qkv (B, T, 3, H, D), and then k and v are None
     k: Any  # Tensor (B, H, S, D), or None
@@ -33,11 +33,11 @@ class Inputs(NamedTuple):
 
 
 class Append(NamedTuple):
-    """The keys and values of the queries' own tokens, for a step that also writes the cache."""
+    """The keys and values of the queries' own tokens, for a step that writes them to the cache."""
 
     new_k: Tensor  # (B, H, T, D); to column q_offset + i of `Inputs.k`
     new_v: Tensor
-    seen: Tensor | None = None  # (B, T, S) bool: the columns each query sees; None = by the rules
+    seen: Tensor | None = None  # (B, T, S) bool: the columns each query sees; None = causal
 
 
 def heads(qkv: Tensor) -> tuple[Tensor, ...]:
@@ -46,7 +46,7 @@ def heads(qkv: Tensor) -> tuple[Tensor, ...]:
 
 
 def check(inputs: Inputs) -> None:
-    """ValueError where the arguments of `prefix_attention` do not fit together."""
+    """ValueError if the arguments of `prefix_attention` do not fit together."""
     q, k, v, prefix_k, prefix_v, prefix_index, prefix_lens, kv_lens, q_offset, _, _ = inputs
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q and k must be (B, H, T, D), got {shape(q)} and {shape(k)}")
@@ -56,7 +56,7 @@ def check(inputs: Inputs) -> None:
     if prefix_k.shape != prefix_v.shape or prefix_k.dim() not in (3, 4):
         raise ValueError(f"prefix_k {shape(prefix_k)} and prefix_v {shape(prefix_v)} do not fit")
     if (prefix_k.shape[-3], prefix_k.shape[-1]) != (H, D):
-        raise ValueError(f"prefix_k {shape(prefix_k)} does not fit q {shape(q)}: want H, P, D last")
+        raise ValueError(f"prefix_k {shape(prefix_k)} must end in H, P, D like q {shape(q)}")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}")
     if prefix_k.dtype != prefix_v.dtype or prefix_k.dtype not in (q.dtype, torch.float32):
@@ -79,7 +79,8 @@ def check(inputs: Inputs) -> None:
 
 
 def check_append(inputs: Inputs, append: Any, seen: Tensor | None) -> Append | None:
-    """The arguments as one, None without `append`; ValueError where they do not fit the others."""
+    """The arguments as `Append`, or None without `append`; ValueError if they do not fit the
+    others."""
     q, k = inputs.q, inputs.k
     if append is None:
         if seen is not None:
@@ -109,7 +110,7 @@ def check_append(inputs: Inputs, append: Any, seen: Tensor | None) -> Append | N
 def check_int(x: Tensor | None, name: str, want: tuple, low: Any, high: Any, also=None):
     """ValueError unless x is None or an integer tensor of the wanted shape with low <= x <= high.
 
-    Values are looked at on the CPU only: on a GPU that would wait for it.
+    Values are checked only on the CPU, because on a GPU the check would wait for it.
     """
     if x is None:
         return

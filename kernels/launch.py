@@ -1,10 +1,10 @@
-"""Where the kernels meet a device: its tile sizes, the launch, and tuning on request.
+"""How the kernels are launched on a device: tile sizes, launches, and optional tuning.
 
-`TILES` is the table of defaults: for each target, kernel, size of an element and width of a head,
-the tiles that are tried when MINPREFIX_AUTOTUNE=1, of which the first is what runs without it. All
-of them fit the target's shared memory (`SHARED_MEMORY`); `kernels.tools.compile_offline` shows what
-each one takes. `recorded` collects launches instead of making them: so the compiler's tests
-compile exactly what the launchers would launch on a GPU that is not there.
+`TILES` is the table of tiles for each target, kernel, size of an element and width of a head. The
+first tile is the default; with MINPREFIX_AUTOTUNE=1 all are tried. All of them fit into the
+target's shared memory (`SHARED_MEMORY`); `kernels.tools.compile_offline` shows how much each one
+uses. `recorded` collects launches instead of executing them, so that the tests can compile exactly
+the kernels that would be launched on a GPU that this machine does not have.
 """
 
 import os
@@ -20,16 +20,16 @@ import triton
 from kernels.inputs import Inputs
 
 KIB = 1024
-SHARED_MEMORY = {  # bytes that one program may take
-    "sm_80": 99 * KIB,  # A100 has 163, the other NVIDIA GPUs that these tiles serve 99 (RTX)
+SHARED_MEMORY = {  # bytes that one program may use
+    "sm_80": 99 * KIB,  # the A100 has 163; the other NVIDIA GPUs with these tiles (RTX) have 99
     "sm_90": 227 * KIB,  # H100, H200
     "sm_100": 227 * KIB,  # B200
-    "gfx942": 64 * KIB,  # MI300; its tiles serve every other AMD GPU
+    "gfx942": 64 * KIB,  # MI300; its tiles are used for every other AMD GPU
 }
 
 
 class Tile(NamedTuple):
-    """How a kernel cuts its work."""
+    """How a kernel divides its work."""
 
     block_m: int  # queries in a tile
     block_n: int  # keys in a tile
@@ -44,12 +44,12 @@ class Launch(NamedTuple):
     programs: int
     tile: Tile
     arguments: dict[str, Any]
-    default: bool  # made without tuning
+    default: bool  # whether it is made without tuning
 
 
 # (kernel, bytes of an element, BLOCK_D; 32 also stands for 16): tiles as (block_m, block_n,
-# num_warps, num_stages). The defaults spill a dozen registers at most, except IEEE products in fp32
-# at D >= 80. An empty list: the kernel is not used.
+# num_warps, num_stages). The defaults spill at most a dozen registers, except for IEEE products in
+# fp32 with D >= 80. With an empty list the kernel is not used.
 _FP32 = {
     ("fwd", 4, 32): [(32, 32, 4, 1)],
     ("fwd", 4, 64): [(32, 32, 8, 1)],
@@ -65,7 +65,7 @@ _REDUCE = {  # block_m: parts in a step of the loop, block_n: elements of the pr
        for n in (2, 4) for d in (32, 64, 128)},
 }  # fmt: skip
 _COMMON = _FP32 | _REDUCE
-_DECODE = {  # block_m: stacked queries of a shared prefix; a row's own are a tile of 16
+_DECODE = {  # block_m: stacked queries of a shared prefix; a row's own queries are a tile of 16
     ("decode", 2, 32): [(32, 64, 4, 3), (32, 128, 4, 2)],
     ("decode", 2, 64): [(32, 64, 4, 3), (32, 32, 4, 4), (32, 128, 4, 2)],
     ("decode", 2, 128): [(32, 64, 4, 3), (32, 32, 4, 3)],
@@ -74,7 +74,7 @@ _DECODE = {  # block_m: stacked queries of a shared prefix; a row's own are a ti
     ("decode", 4, 128): [(16, 32, 8, 2), (16, 16, 8, 3)],
 }
 # D = 64: measured on one H200, 2026-11-26, torch 2.11.0, triton 3.6.0, ptxas 13.0.88
-# (benchmarks/gpu). Kept though slower there: what another length or prefix may prefer.
+# (benchmarks/gpu). Slower tiles are kept because other lengths or prefixes may prefer them.
 _SM_90 = (
     _COMMON
     | _DECODE
@@ -98,7 +98,7 @@ _SM_90 = (
         ("bwd_dprefix", 2, 128): [(64, 64, 8, 2), (64, 64, 8, 1)],
     }
 )
-_SM_100 = _SM_90 | {  # one 128-wide tile would need more tensor memory than there is
+_SM_100 = _SM_90 | {  # a 128-wide tile would need more tensor memory than there is
     ("bwd_short", 2, 64): [(64, 64, 4, 1), (64, 64, 8, 1)],
 }
 _SM_80 = (
@@ -146,7 +146,7 @@ _INTERPRETER = {
 
 
 def _table(rows: dict) -> dict[tuple[str, int, int], list[Tile]]:
-    """The rows as Tiles; "fwd_short" is as "fwd" where there is no row of its own (`by_length`)."""
+    """The rows as Tiles; "fwd_short" defaults to "fwd" (see `by_length`)."""
     short = {
         (f"{name}_short", *key): tiles
         for (name, *key), tiles in rows.items()
@@ -156,7 +156,7 @@ def _table(rows: dict) -> dict[tuple[str, int, int], list[Tile]]:
 
 
 def by_length(kernel: str, seq_len: int) -> str:
-    """The name of "fwd" or "bwd_dq" in the table: short rows prefer other tiles."""
+    """The name of "fwd" or "bwd_dq" in the table, because short rows prefer other tiles."""
     return f"{kernel}_short" if seq_len <= 256 else kernel
 
 
@@ -169,22 +169,22 @@ TILES = {
 }
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 8}
-PROGRAMS_EACH = 2  # programs wanted on each: two pipelines hide each other's latency
+PROGRAMS_EACH = 2  # programs on each multiprocessor: two pipelines hide each other's latency
 
 _tuned: dict[tuple, Tile] = {}
 
 
 @dataclass
 class Recording:
-    """What `recorded` collects, for which target; `every`: of all tiles, not of the defaults."""
+    """The launches that `recorded` collects for a target; `every`: for all tiles."""
 
     target: str
     every: bool
     launches: list[Launch] = field(default_factory=list)
-    default: bool = True  # whether what is launched now is
+    default: bool = True  # whether the present launch is the default
 
     def all_of(self, tiles: list, run: Callable[[Any], Any]) -> Any:
-        """Run with each tile, the default last, so that its results stay."""
+        """Run with each tile, and with the default last, so that its results remain."""
         outer = self.default
         for tile in reversed(tiles):
             self.default = outer and tile == tiles[0]
@@ -197,8 +197,8 @@ _recording: Recording | None = None
 
 
 def launch(kernel, programs: int, tile: Tile, **arguments) -> None:
-    """Run `programs` programs of a kernel. Of the arguments it gets those that it names; tiles give
-    the rest. None stands for a pointer that is not given."""
+    """Run `programs` programs of a kernel. It gets the arguments that it names; the others come
+    from the tile. None stands for a missing pointer."""
     arguments |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     arguments = {name: arguments[name] for name in kernel.arg_names}
     if _recording is not None:
@@ -206,16 +206,16 @@ def launch(kernel, programs: int, tile: Tile, **arguments) -> None:
         _recording.launches.append(one)
     elif programs:
         first = next(iter(arguments.values()))  # a tensor, in every kernel
-        # Triton launches on the current device, which need not be the tensors'
+        # Triton launches on the current device, which may differ from that of the tensors
         with torch.cuda.device_of(first):
             kernel[(programs,)](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 @contextmanager
 def recorded(target: str, every: bool = False):
-    """Collect the launches made inside, with the tiles of `target`; tensors may be "meta" ones.
+    """Collect the launches in the block, with the tiles of `target`; tensors may be "meta" ones.
 
-    With `every` each choice of `run_best` is recorded, not the default alone.
+    With `every`, each choice of `run_best` is recorded, not only the default.
     """
     global _recording
     _recording = Recording(target, every)
@@ -245,12 +245,12 @@ def _gpu_target(index: int) -> str:
 
 
 def programs_wanted(x: torch.Tensor) -> int:
-    """How many programs keep x's device busy."""
+    """The number of programs that keeps x's device busy."""
     return PROGRAMS_EACH * MULTIPROCESSORS[target_of(x.device)]
 
 
 def tiles_of(kernel: str, x: torch.Tensor) -> list[Tile]:
-    """The tiles to try for a kernel over heads like those of x (..., D), the default first."""
+    """The tiles of a kernel for heads like those of x (..., D), the default first."""
     block_d = max(16, bucket(x.shape[-1]))
     return TILES[target_of(x.device)][kernel, x.element_size(), max(32, block_d)]
 
@@ -258,10 +258,11 @@ def tiles_of(kernel: str, x: torch.Tensor) -> list[Tile]:
 def run_best(
     kernel: str, x: torch.Tensor, key: tuple, run: Callable[[Any], Any], tiles=None
 ) -> Any:
-    """`run(tile)` with the table's default; if MINPREFIX_AUTOTUNE=1 with the fastest of its tiles.
+    """`run(tile)` with the default tile, or with MINPREFIX_AUTOTUNE=1 the fastest of the table.
 
     The fastest is measured once per kernel, device, dtype, D and `key` (buckets of T and P), and
-    never while a CUDA graph is captured. `run` allocates what it writes, launches and returns it.
+    never during the capture of a CUDA graph. `run` allocates its results, launches and returns
+    them.
     """
     tiles = tiles_of(kernel, x) if tiles is None else tiles
     if _recording is not None and _recording.every:
@@ -271,7 +272,7 @@ def run_best(
         return run(tiles[0])
     key = (kernel, x.device, x.dtype, x.shape[-1], *key)
     if key not in _tuned:
-        with torch.cuda.device_of(x):  # its stream, its clock
+        with torch.cuda.device_of(x):  # for its stream and events
             if torch.cuda.is_current_stream_capturing():
                 return run(tiles[0])
             _tuned[key] = min(tiles, key=lambda tile: triton.testing.do_bench(lambda: run(tile)))
@@ -279,7 +280,7 @@ def run_best(
 
 
 def bucket(n: int) -> int:
-    """The power of two at or above n, 0 for 0: what tuning sees of T and P."""
+    """The smallest power of two >= n, or 0 for 0: the key of T and P in tuning."""
     return 1 << (n - 1).bit_length() if n else 0
 
 
@@ -289,9 +290,10 @@ def cdiv(a: int, b: int) -> int:
 
 
 def prefix_blocks(prefix_len: int, q: torch.Tensor) -> dict[str, int | bool]:
-    """Width of a prefix tile (0: there is none), and whether there is more than one.
+    """The width of a prefix tile (0: none), and whether there is more than one tile.
 
-    Up to 64 columns for 16-bit q (32 on an A100), 16 for fp32: wider ones would spill registers.
+    It is at most 64 columns for 16-bit q (32 on an A100) and 16 for fp32; wider tiles would spill
+    registers.
     """
     widest = 16 if q.element_size() == 4 else 32 if target_of(q.device) == "sm_80" else 64
     block = min(widest, max(16, bucket(prefix_len))) if prefix_len else 0
@@ -301,16 +303,16 @@ def prefix_blocks(prefix_len: int, q: torch.Tensor) -> dict[str, int | bool]:
 def empty_results(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """o (B, H, T, D) in the memory order (B, T, H, D), and lse (B, H, T) in fp32."""
     B, H, T, D = q.shape
-    o = q.new_empty_strided((B, H, T, D), (T * H * D, D, H * D, 1))  # no view: it may be changed
+    o = q.new_empty_strided((B, H, T, D), (T * H * D, D, H * D, 1))  # not a view, may be modified
     return o, q.new_empty(B, H, T, dtype=torch.float32)
 
 
 def kernel_arguments(inputs: Inputs) -> dict[str, Any]:
-    """What every kernel takes: inputs, index tensors or None, strides and sizes.
+    """The arguments of every kernel: inputs, index tensors or None, strides and sizes.
 
-    Rows are read through strides, so views of the qkv projection or of a cache are not copied. A
-    copy is made only where the last dimension is not contiguous, or prefix_k and prefix_v differ in
-    strides.
+    Tensors are read through their strides, so views of the qkv projection or of a cache are not
+    copied. A copy is made only if the last dimension is not contiguous, or if the strides of
+    prefix_k and prefix_v differ.
     """
     q, k, v, prefix_k, prefix_v = (
         x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in inputs[:5]

@@ -161,7 +161,7 @@ def is_sealed(path: Path, start: int) -> bool:
 
 def note_unsealed(path: Path) -> None:
     """Warn that damage to a file cannot be detected."""
-    note = "an older version wrote this file without a checksum, so damage cannot be detected"
+    note = "it has no checksum (an older version wrote it), so damage cannot be detected"
     warnings.warn(f"{path}: {note}", FileNote, stacklevel=4)
 
 
