@@ -2,8 +2,11 @@
 
 import json
 import os
+import resource
 import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,15 +66,13 @@ def tiny_gpt2(seed: int = 0, dtype=torch.float64, **changes) -> GPT2:
     return model.to(dtype).eval()
 
 
-# several processes share the tests (`make test`): a thread for each, and for what each starts
-ALONE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) == 1
-if not ALONE:
-    os.environ["OMP_NUM_THREADS"] = "1"
+# processes share the tests, whose calls are small: a thread for each, and for what each starts
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
-def some_threads():
-    torch.set_num_threads(2 if ALONE else 1)
+def one_thread():
+    torch.set_num_threads(1)
 
 
 def is_here(host) -> bool:
@@ -99,12 +100,6 @@ def no_network(request, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", connect_here)
     monkeypatch.setattr(socket, "getaddrinfo", ask_here)
-
-
-@pytest.fixture
-def one_thread(some_threads):
-    """For many small calls: they are faster on one thread, above all beside other work."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -168,6 +163,33 @@ def in_process(capsys, main):
         return out, err
 
     return run
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Writing past `size` bytes of a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def signalled(after: int, number: int = signal.SIGINT, times: int = 1) -> Iterator[None]:
+    """This process gets a signal in the training step that follows step `after`."""
+    step = Trainer.step
+
+    def interrupted(self):
+        if self.step_done == after:
+            for _ in range(times):
+                signal.raise_signal(number)
+        return step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        yield
 
 
 @pytest.fixture

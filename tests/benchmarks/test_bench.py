@@ -20,7 +20,6 @@ from benchmarks.peft.traces import PARTS, REST, WAITING, kernel_rows, of_one, pa
 from minprefix.models.gpt2 import GPT2Config
 from minprefix.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ("--device", "cpu", "--seconds", 0, "--steps", 1, "--warm-up", 0)
 
 

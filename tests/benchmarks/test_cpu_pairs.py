@@ -7,8 +7,6 @@ import pytest
 from benchmarks import cpu_pairs, machine
 from benchmarks.machine import read_rows
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Here:
     """A `Side` without a process of its own."""

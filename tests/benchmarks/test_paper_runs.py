@@ -36,7 +36,6 @@ from tests.conftest import tiny_with_words
 from tests.paper_data import write_e2e, write_webnlg
 
 CHANGING = ("train_seconds", "decode_seconds", "threads")  # what runs need not share
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

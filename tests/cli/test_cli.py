@@ -7,12 +7,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ASSETS, an_adapter, few_tables
+from conftest import ASSETS, an_adapter, few_tables, signalled
 
 from minprefix.cli import evaluate as evaluate_command
 from minprefix.cli import generate as generate_command
@@ -25,9 +24,7 @@ from minprefix.models.weights import load
 from minprefix.prefix.prefix import Prefix
 from minprefix.tensors import load_tensors
 from minprefix.training.run_folder import read_state
-from minprefix.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("--batch-size", 4, "--steps", 4, "--eval-every", 2, "--log-every", 1, "--samples", 1,
          "--lr", 1e-2)  # fmt: skip
@@ -525,16 +522,7 @@ def test_ctrl_c_outside_of_training(cli, tiny_folder, monkeypatch):
 
 
 def test_a_second_ctrl_c_stops_at_once_and_the_run_can_go_on(cli, tiny_folder, tables, tmp_path):
-    step = Trainer.step
-
-    def twice(self):
-        if self.step_done == 3:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-        return step(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", twice)
+    with signalled(after=3, times=2):
         _, err = train(cli, tiny_folder, tables, tmp_path / "run", code=130)
     assert "stopped at once; the last saved step is 2. Go on with: " in err
     assert f"train --resume {tmp_path / 'run'}\n" in err
@@ -543,50 +531,22 @@ def test_a_second_ctrl_c_stops_at_once_and_the_run_can_go_on(cli, tiny_folder, t
     assert steps_in_log(tmp_path / "run") == [1, 2, 3, 4]
 
 
-SLOWED = """
-import sys, time
-from minprefix.cli.main import main
-from minprefix.training.trainer import Trainer
-step = Trainer.step
-Trainer.step = lambda self: (time.sleep(0.1), step(self))[1]
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_leaves_a_run_that_can_be_used_and_resumed(
     cli, tiny_folder, tables, tmp_path, name, code
 ):
     if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
-        pytest.skip(f"{name} is ignored here, as below nohup, and so by what is started here")
+        pytest.skip(f"{name} is ignored here, as below nohup")
     out = tmp_path / "my run"
-    argv = ["train", "--model", tiny_folder, "--data", tables, "--out", out, *QUICK]
-    argv += ["--mid-dim", 8]
-    argv += ["--steps", 100, "--eval-every", 100]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOWED, *map(str, argv)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    limit = time.monotonic() + 120  # s
-    log = out / "log.jsonl"
-    while not (log.exists() and log.stat().st_size):
-        assert process.poll() is None and time.monotonic() < limit, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(getattr(signal, name))
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == code, stderr
-    last = stderr.splitlines()[-1]
+    with signalled(after=2, number=getattr(signal, name)):
+        stdout, stderr = train(cli, tiny_folder, tables, out, code=code)
     assert stdout == "" and "Traceback" not in stderr
-    found = re.fullmatch(
-        r"minprefix: stopped after step (\d+) of 100; state saved\. "
-        rf"Go on with: python -m minprefix train --resume '{out}'",
-        last,
+    assert stderr.splitlines()[-1] == (
+        "minprefix: stopped after step 3 of 4; state saved. "
+        f"Go on with: python -m minprefix train --resume '{out}'"
     )
-    assert found, last
-    assert read_state(out)["step"] == int(found[1]) < 100
+    assert read_state(out)["step"] == 3
     prefix = ("--prefix", out / "prefix.safetensors", "--max-new-tokens", 3)
     cli("generate", TABLE, "--model", tiny_folder, *prefix)
-    assert only_json(cli("train", "--resume", out, "--json")[0])["steps"] == 100
-    assert steps_in_log(out) == list(range(1, 101))
+    assert only_json(cli("train", "--resume", out, "--json")[0])["steps"] == 4
+    assert steps_in_log(out) == [1, 2, 3, 4]

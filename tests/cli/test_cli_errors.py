@@ -3,27 +3,21 @@
 import io
 import itertools
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_with_words
+from conftest import files_up_to, signalled, tiny_with_words
 
 from minprefix.cli.options import KEPT, kept_in
 from minprefix.methods.by_name import TUNED
 from minprefix.prefix.prefix import Prefix
 from minprefix.tensors import load_tensors, save_tensors
 from minprefix.training.run_folder import earlier_path, write_state
-from minprefix.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("--batch-size", 4, "--steps", 4, "--eval-every", 2, "--log-every", 1, "--samples", 0,
          "--mid-dim", 8, "--device", "cpu")  # fmt: skip
 PAIR = {"source": "a boat", "target": "It is a boat."}
@@ -453,41 +447,21 @@ def test_unwritable_places_are_named(refused, tiny_folder, tables, run, tmp_path
     assert file.read_bytes() == TEXT_FILE
 
 
-FULL_DISK = """
-import resource, signal, sys
-from minprefix.cli.main import main
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-sys.exit(main(sys.argv[2:]))
-"""
-
-
-def on_a_full_disk(limit: int, *argv) -> str:
+def on_a_full_disk(cli, limit: int, *argv) -> str:
     """Run a command that can write `limit` bytes to a file; its last line on stderr."""
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(limit), *map(str, argv)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1 and done.stdout == "", done.stderr
-    assert "Traceback" not in done.stderr and done.stderr.count("minprefix: error") == 1
-    return done.stderr.splitlines()[-1]
+    with files_up_to(limit):
+        out, err = cli(*argv, code=1)
+    assert out == "" and "Traceback" not in err and err.count("minprefix: error") == 1
+    return err.splitlines()[-1]
 
 
 @pytest.fixture
 def begun(cli, tiny_folder, tables, tmp_path) -> Path:
     """A run that Ctrl-C stopped after step 3 of 4."""
-    step, run = Trainer.step, tmp_path / "run"
-
-    def stop(self):
-        if self.step_done == 2:
-            signal.raise_signal(signal.SIGINT)
-        return step(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", stop)
-        argv = ("--model", tiny_folder, "--data", tables, "--out", run, *QUICK)
+    argv = ("--model", tiny_folder, "--data", tables, "--out", tmp_path / "run", *QUICK)
+    with signalled(after=2):
         cli("train", *argv, "--lr", 1e-2, code=130)
-    return run
+    return tmp_path / "run"
 
 
 @pytest.mark.parametrize("fails", ["prefix.safetensors", "state.pt"])
@@ -499,7 +473,7 @@ def test_full_disk_in_training_leaves_the_earlier_files(cli, begun, fails):
     limit = (
         small - 500 if fails == "prefix.safetensors" else large - 200
     )  # a later state may be a little smaller
-    message = on_a_full_disk(limit, "train", "--resume", begun)
+    message = on_a_full_disk(cli, limit, "train", "--resume", begun)
     assert message.startswith("minprefix: error: ") and fails in message
     assert "File too large" in message
     assert state.read_bytes() == before[state]
@@ -510,10 +484,10 @@ def test_full_disk_in_training_leaves_the_earlier_files(cli, begun, fails):
     cli("train", "--resume", begun)  # with room again it goes on
 
 
-def test_full_disk_in_export_leaves_the_earlier_file(begun, tmp_path):
+def test_full_disk_in_export_leaves_the_earlier_file(cli, begun, tmp_path):
     path = tmp_path / "p.safetensors"
     path.write_bytes(TEXT_FILE)
-    message = on_a_full_disk(1000, "export", begun, "--out", path)
+    message = on_a_full_disk(cli, 1000, "export", begun, "--out", path)
     assert str(path) in message and "File too large" in message
     assert path.read_bytes() == TEXT_FILE
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.safetensors", "run"]

@@ -3,48 +3,26 @@
 import errno
 import os
 import stat
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import files_up_to
 
 from minprefix import files
 from minprefix.files import atomic_write, read_json, read_text, write_text
 from minprefix.tensors import load_tensors, save_tensors
 
-# the disk is full after 100 kB: RLIMIT_FSIZE ends a write in the middle, as ENOSPC does
-FULL_DISK = """
-import resource, signal, sys, torch
-from minprefix.files import write_text
-from minprefix.tensors import save_tensors
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    if sys.argv[1] == "tensors":
-        save_tensors(sys.argv[2], {"x": torch.ones(100_000)})
-    else:
-        write_text(sys.argv[2], "x" * 400_000)
-except OSError as error:
-    print(error)
-    sys.exit(7)
-"""
 
-
-@pytest.mark.parametrize("kind", ["tensors", "text"])
-def test_full_disk_leaves_the_earlier_file(tmp_path, kind):
+@pytest.mark.parametrize(
+    "write, content", [(save_tensors, {"x": torch.ones(100_000)}), (write_text, "x" * 400_000)]
+)
+def test_full_disk_leaves_the_earlier_file(tmp_path, write, content):
+    """It ends a write in the middle."""
     path = tmp_path / "earlier"
     path.write_bytes(b"what was there")
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, kind, str(path)],
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 7, done.stderr
-    assert done.stdout.count("\n") == 1
-    assert str(path) in done.stdout and "File too large" in done.stdout
+    with files_up_to(100_000), pytest.raises(OSError, match="File too large") as error:
+        write(path, content)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert path.read_bytes() == b"what was there"
     assert os.listdir(tmp_path) == ["earlier"]
 

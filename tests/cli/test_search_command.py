@@ -3,13 +3,9 @@
 import json
 import signal
 
-import pytest
-
 from minprefix.cli import search as search_command
 from minprefix.methods.search.search import PromptSearch
 from minprefix.training.run_folder import read_state
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = ("--prompt-len", 3, "--steps", 2, "--candidates", 6, "--batch-size", 4, "--starts", 4,
          "--device", "cpu")  # fmt: skip

@@ -10,8 +10,6 @@ from test_cli import only_json, train
 from minprefix.cli.train import read_settings
 from minprefix.training.run_folder import read_log, read_state
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def run(cli, tiny_folder, tables, tmp_path):

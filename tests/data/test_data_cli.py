@@ -11,8 +11,6 @@ from minprefix.generation.texts import generate
 from minprefix.models.weights import load
 from minprefix.prefix.prefix import Prefix
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def articles(tmp_path):

@@ -27,11 +27,6 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_calls(one_thread):
-    pass
-
-
 def writer(**own):
     """A random model whose texts differ with the source, and in length."""
     model = tiny_bart(**own)

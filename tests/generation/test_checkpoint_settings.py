@@ -50,11 +50,6 @@ CASES = [("GPT-2", case) for cases in BOTH.values() for case in cases] + [
 ]
 
 
-@pytest.fixture(autouse=True)
-def small_calls(one_thread):
-    pass
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """By family: a random model that often ends, its tokenizer, its twin, its folder."""

@@ -18,11 +18,6 @@ from minprefix.prefix.prefix import Prefix
 WAYS = [{}, {"do_sample": True}, {"num_beams": 2}]
 
 
-@pytest.fixture(autouse=True)
-def small_calls(one_thread):
-    pass
-
-
 @pytest.fixture(scope="module")
 def mini():
     return load("mini")

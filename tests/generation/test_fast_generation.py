@@ -27,12 +27,6 @@ OPTIONS = {
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(some_threads):
-    """Tiny matrices: a second thread costs more than it brings."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def captured(monkeypatch):
     """Static shapes on the CPU: what would be captured runs at each replay. Counts the captures."""

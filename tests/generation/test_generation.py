@@ -38,12 +38,6 @@ class Chars:
         return "".join(chr(token + 32) for token in ids)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(some_threads):
-    """Tiny matrices: a second thread costs more than it brings."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def mini():
     from minprefix.models.weights import load

@@ -16,8 +16,6 @@ from minprefix.training.blocks import unwrap_blocks, wrap_blocks
 from minprefix.training.config import TrainConfig
 from minprefix.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("design", DESIGNS)
 @torch.no_grad()

@@ -29,8 +29,6 @@ from minprefix.models.weights import fingerprint, load, save_model
 from minprefix.training.config import TrainConfig
 from minprefix.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def literal(model: GPT2, adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
     """Logits (T, V) of one row (T,): every product of GPT-2 and of its adapters, written out."""

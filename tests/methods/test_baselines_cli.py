@@ -16,7 +16,6 @@ from minprefix.models.weights import ASSETS, fingerprint, load, save_model
 from minprefix.prefix.config import PrefixConfig
 from minprefix.training.config import METHOD_NAMES, TrainConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ("--batch-size", 4, "--steps", 4, "--eval-every", 2, "--log-every", 1, "--samples", 1,
          "--lr", 1e-2, "--device", "cpu")  # fmt: skip
 TABLE = "boat : Gull 20 | colour : green"

@@ -16,8 +16,6 @@ from minprefix.methods.search.scores import (
 from minprefix.models.activations import PrefixActivations
 from minprefix.prefix.parametrisations import token_activations
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def rows_of(tokenizer, n: int = 5):
     return encode_examples(tokenizer, pairs(n))

@@ -22,7 +22,6 @@ from minprefix.models.weights import fingerprint
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.run_folder import earlier_path, read_state, state_path
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = {"candidates": 8, "batch_size": 4, "judge_rows": 4, "starts": 6, "eval_every": 2}
 
 

@@ -13,7 +13,6 @@ from minprefix.models.tokenizer import Tokenizer
 from minprefix.models.weights import ASSETS
 from minprefix.prefix.prefix import Prefix
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TRAIN = [Example(f"boat : Gull {n}", (f"Gull {n} floats.", "Other.")) for n in range(5)]
 
 

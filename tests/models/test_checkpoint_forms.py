@@ -36,11 +36,6 @@ GEN = GenerationConfig(max_new_tokens=8)
 TINY = {"vocab_size": 8192, "n_positions": 48, "n_embd": 16, "n_layer": 2, "n_head": 2}
 
 
-@pytest.fixture(autouse=True)
-def small_calls(one_thread):
-    pass
-
-
 @pytest.fixture(scope="module")
 def saved_by_transformers(tmp_path_factory):
     """By family, a folder as transformers 5 saves it: tokenizer.json alone."""

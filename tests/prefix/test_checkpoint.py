@@ -1,12 +1,10 @@
 """Prefix files: what is written comes back, and what cannot be used is refused in one line."""
 
 import copy
-import resource
-from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import random_ids, tiny_gpt2
+from conftest import files_up_to, random_ids, tiny_gpt2
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -245,17 +243,6 @@ def test_damaged_files_are_named(tmp_path):
         load_prefix(tmp_path / "nowhere.safetensors")
     with pytest.raises(ValueError, match=f"{tmp_path.name}: not a file, but a folder"):
         load_prefix(tmp_path)
-
-
-@contextmanager
-def files_up_to(size: int):
-    """Writing past `size` bytes fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_failed_save_leaves_the_earlier_file(tmp_path):

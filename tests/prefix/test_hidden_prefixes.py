@@ -103,13 +103,11 @@ def check_batches(models, seeds) -> None:
         (check_texts if seed % 4 == 0 else check_forward)(model, seed, *case)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_poisoned_prefix_reaches_no_other_row(models):
     check_batches(models, range(60))
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_a_poisoned_prefix_reaches_no_other_row_in_1000_batches(models):
     check_batches(models, range(60, 1060))
 

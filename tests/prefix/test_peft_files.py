@@ -5,9 +5,16 @@ import warnings
 
 import pytest
 import torch
-from conftest import assert_close, hf_bart_twin, hf_twin, random_ids, tiny_bart, tiny_gpt2
+from conftest import (
+    assert_close,
+    files_up_to,
+    hf_bart_twin,
+    hf_twin,
+    random_ids,
+    tiny_bart,
+    tiny_gpt2,
+)
 from safetensors.torch import load_file, save_file
-from test_checkpoint import files_up_to
 from test_generation import EOS, hf_generate
 
 from minprefix.generation.config import GenerationConfig

@@ -16,11 +16,6 @@ from minprefix.training.run_folder import read_log
 from minprefix.training.trainer import Trainer
 
 
-@pytest.fixture(autouse=True)
-def small_calls(one_thread):
-    pass
-
-
 @pytest.fixture(scope="session")
 def bart_tokenizer() -> Tokenizer:
     """Of mini-bart."""

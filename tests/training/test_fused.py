@@ -28,7 +28,6 @@ from minprefix.prefix.prefix import Prefix
 from minprefix.training import blocks
 from minprefix.training.blocks import wrap_blocks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = {
     "table": {},
     "mlp": {"parametrisation": "mlp", "mid_dim": 8},

@@ -16,7 +16,6 @@ from minprefix.training.memory import OutOfMemory, is_out_of_memory, keep_freed
 from minprefix.training.pretrain import Pretrainer
 from minprefix.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 CPU = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"
 ERRORS = [

@@ -29,8 +29,6 @@ PRETRAIN = (
 RESUME = {name: ("train", "--resume", name) for name in ("prefix", "adapter", "top")}
 RESUME |= {"search": ("search", "--resume", "search"), "pretrain": PRETRAIN}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def old(tmp_path, monkeypatch) -> Path:

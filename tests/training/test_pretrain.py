@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import re
 import signal
@@ -23,8 +22,6 @@ from minprefix.training.config import PRESETS, PretrainConfig
 from minprefix.training.corpus import load_corpus
 from minprefix.training.pretrain import BETAS, MOMENTUM, Pretrainer, make_optimizers, schedule
 from minprefix.training.run_folder import read_log, read_state
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = PretrainConfig(
@@ -330,7 +327,7 @@ def test_ctrl_c_leaves_a_model_and_the_same_command_goes_on(cli, folder, tmp_pat
     argv = ["pretrain", folder, "--out", out, *OPTIONS, "--steps", 40, "--eval-every", 40]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOWED, *map(str, argv)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     limit = time.monotonic() + 240  # s

@@ -17,7 +17,7 @@ from test_training import log_of
 from minprefix.models.weights import save_model
 
 ROOT = Path(__file__).resolve().parents[2]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 TABLE = (
     2 * 2 * 16 * 4
@@ -37,14 +37,6 @@ def train(tokenizer, tmp_path) -> list[str]:
     return ["-m", "minprefix", "train", *map(str, options)]
 
 
-def finished(command: list, **options) -> dict:
-    """Run a command; what it printed as JSON."""
-    words = [str(word) for word in command]
-    done = subprocess.run(words, env=ENV, cwd=ROOT, capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def worker(rank: int) -> int | None:
     """The process of torchrun with this rank."""
     for folder in Path("/proc").glob("[0-9]*"):
@@ -59,7 +51,7 @@ def worker(rank: int) -> int | None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for a worker in /proc")
-def test_a_killed_worker_is_restarted_and_nothing_changes(train, tmp_path):
+def test_a_killed_worker_is_restarted_and_nothing_changes(cli, train, tmp_path):
     """Two ranks, one of them killed in the middle, against one process with twice the accumulation.
 
     Bit for bit: each sum has two terms, and a + b is b + a. The dev loss is of other batches: fp32
@@ -67,7 +59,7 @@ def test_a_killed_worker_is_restarted_and_nothing_changes(train, tmp_path):
     """
     train += ["--batch-size", "2", "--steps", "60", "--eval-every", "5"]
     alone, both = tmp_path / "alone", tmp_path / "both"
-    finished([sys.executable, *train, "--accumulation", 2, "--out", alone])
+    cli(*train[2:], "--accumulation", 2, "--out", alone)
     words = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", *train]
     process = subprocess.Popen(
         [*words, "--out", str(both)], cwd=ROOT,
@@ -140,7 +132,7 @@ def sent(name: str) -> int:
 
 
 @pytest.mark.slow
-def test_two_machines_send_twice_the_bytes_of_what_is_trained(train, cable, tmp_path):
+def test_two_machines_send_twice_the_bytes_of_what_is_trained(cli, train, cable, tmp_path):
     """One worker in each namespace, and the same steps by one process."""
     steps, P, started = 60, 64, []
     words = [*train, "--batch-size", 1, "--prefix-len", P, "--steps", steps]
@@ -154,7 +146,7 @@ def test_two_machines_send_twice_the_bytes_of_what_is_trained(train, cable, tmp_
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     per_step, trained = sent(cable[0]) / steps, TABLE * P
-    finished([sys.executable, *words, "--accumulation", 2, "--out", tmp_path / "alone"])
+    cli(*words[2:], "--accumulation", 2, "--out", tmp_path / "alone")
     assert log_of(tmp_path / "both") == log_of(tmp_path / "alone")
     # headers, answers and the start of the processes come to 0.33 of what is trained
     print(f"{per_step:.0f} bytes a step on the wire, {trained} trained")

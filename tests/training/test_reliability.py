@@ -12,16 +12,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks and reads /proc")
-@pytest.mark.parametrize("part", ["kills", "flips", "races", "ranks"])
-def test_what_reliability_counts(part, tmp_path):
+def test_what_reliability_counts(tmp_path):
     """A few of each; tests/reliability.py says what they are."""
-    script = [sys.executable, "-m", "tests.reliability", "--only", part, "--kills", "4", "--flips"]
-    command = [*script, "5", "--races", "1", "--out", str(tmp_path / "rows.csv")]
+    few = ["--kills", "4", "--flips", "5", "--races", "1", "--out", str(tmp_path / "rows.csv")]
+    command = [sys.executable, "-m", "tests.reliability", *few]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()
-    assert rows and all("'failures': 0" in row for row in rows), done.stdout
-    for row in rows if part == "ranks" else []:
+    assert len(rows) == 7 and all("'failures': 0" in row for row in rows), done.stdout
+    for row in rows[3:]:  # of several ranks
         summed, trained = map(int, re.findall(r"(\d+) bytes", row))
         assert 0 < summed - trained <= 16, row  # beside the gradients: losses and the wish to stop
 

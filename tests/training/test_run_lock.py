@@ -18,7 +18,6 @@ from minprefix.files import FileNote
 from minprefix.training import lock
 from minprefix.training.lock import FolderInUse, alone_in
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
 import sys

@@ -25,8 +25,6 @@ from minprefix.training.run_folder import (
 )
 from minprefix.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def run(tokenizer, tmp_path) -> Trainer:

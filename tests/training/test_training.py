@@ -2,19 +2,17 @@
 
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import pairs, small_model, trainer
+from conftest import pairs, signalled, small_model, trainer
 
 from minprefix.data.examples import Example
 from minprefix.models.config import GPT2Config
@@ -150,31 +148,13 @@ def test_gate_stays_non_negative(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activation_checkpointing_changes_no_loss(tokenizer, tmp_path, method, checkpointing):
+def test_activation_checkpointing_changes_no_loss(tokenizer, tmp_path, method):
     """Dropout masks included: a step recomputes what it computed."""
-    folders = tmp_path / "plain", tmp_path / "checkpointed"
-    for folder, on in zip(folders, (False, checkpointing), strict=True):
-        trainer(tokenizer, folder, method=method, steps=3, activation_checkpointing=on).run(
-            progress=False
-        )
-    assert log_of(folders[0]) == pytest.approx(log_of(folders[1]), rel=1e-5)
-
-
-SCRIPT = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}, {tests!r} + "/training"]
-from pathlib import Path
-from conftest import ASSETS, Tokenizer
-from test_training import *
-run = trainer(Tokenizer.from_folder(ASSETS / "mini"), Path({out!r}), steps=24, eval_every=5,
-              method={method!r}, prefix_options={{"parametrisation": "mlp", "mid_dim": 8}})
-if {resume}:
-    run.load_state()
-step = run.step
-run.step = lambda: (time.sleep({delay}), step())[1]
-run.run(progress=False)
-"""
+    losses = []
+    for on in (False, True):
+        run = trainer(tokenizer, tmp_path, method=method, activation_checkpointing=on)
+        losses.append([float(run.step()["nats"]) for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -197,26 +177,31 @@ def test_compiled_layers_change_no_step(tokenizer, tmp_path, checkpointing):
     assert 3 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
 
 
-def script(out: Path, method: str, *, resume=False, delay=0.0) -> list[str]:
-    code = textwrap.dedent(SCRIPT).format(
-        root=str(ROOT),
-        tests=str(ROOT / "tests"),
-        out=str(out),
-        method=method,
-        resume=resume,
-        delay=delay,
-    )
-    return [sys.executable, "-c", code]
+def run_of_24_steps(tokenizer, out: Path, method: str) -> Trainer:
+    options = {"parametrisation": "mlp", "mid_dim": 8}
+    return trainer(tokenizer, out, steps=24, eval_every=5, method=method, prefix_options=options)
+
+
+SLOWED = """
+import sys
+sys.path[:0] = sys.argv[1:4]
+from conftest import ASSETS, Tokenizer
+from test_training import *
+run = run_of_24_steps(Tokenizer.from_folder(ASSETS / "mini"), Path(sys.argv[4]), sys.argv[5])
+step = run.step
+run.step = lambda: (time.sleep(0.2), step())[1]
+run.run(progress=False)
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHOD_NAMES)
-def test_killed_run_continues_to_the_same_losses(tmp_path, method):
+def test_killed_run_continues_to_the_same_losses(tokenizer, tmp_path, method):
     """kill -9 in the middle; every later loss and the dev losses are those of an unbroken run."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(script(whole, method), check=True, env=env)
-    process = subprocess.Popen(script(broken, method, delay=0.2), env=env)
+    run_of_24_steps(tokenizer, whole, method).run(progress=False)
+    paths = (ROOT, ROOT / "tests", ROOT / "tests" / "training", broken)
+    process = subprocess.Popen([sys.executable, "-c", SLOWED, *map(str, paths), method])
     log = broken / "log.jsonl"
     limit = time.monotonic() + 120
     while not (log.exists() and len(log.read_text().splitlines()) >= 10):
@@ -227,7 +212,9 @@ def test_killed_run_continues_to_the_same_losses(tmp_path, method):
     assert 7 < len(log_of(broken)) < 24
     with open(log, "a") as file:  # what a kill in the middle of a line leaves
         file.write('{"step": 3')
-    subprocess.run(script(broken, method, resume=True), check=True, env=env)
+    again = run_of_24_steps(tokenizer, broken, method)
+    again.load_state()
+    again.run(progress=False)
     assert log_of(broken) == log_of(whole)
     assert log_of(broken, "dev_loss") == log_of(whole, "dev_loss")
     if method == "prefix":
@@ -244,15 +231,7 @@ def test_a_kill_before_the_first_saved_state_leaves_no_line_twice(tokenizer, tmp
 
 def test_ctrl_c_finishes_the_step_and_saves(tokenizer, tmp_path):
     run = trainer(tokenizer, tmp_path, steps=50, eval_every=50)
-    step = run.step
-
-    def interrupted_step():
-        if run.step_done == 2:
-            signal.raise_signal(signal.SIGINT)
-        return step()
-
-    run.step = interrupted_step
-    with pytest.raises(Interrupted, match="after step 3 of 50"):
+    with signalled(after=2), pytest.raises(Interrupted, match="after step 3 of 50"):
         run.run(progress=False)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     Prefix.load(tmp_path / "prefix.safetensors")
@@ -326,17 +305,10 @@ def test_the_bar_has_the_evaluation_above_it(tokenizer, tmp_path, monkeypatch, c
 
 def test_a_run_by_the_clock_says_where_ctrl_c_stopped_it(tokenizer, tmp_path, monkeypatch):
     run = trainer(tokenizer, tmp_path, steps=None, time="3m", dev=0)
-    fake_clock(monkeypatch, run)
-    step = run.step
-
-    def interrupted_step():
-        if run.step_done == 29:
-            signal.raise_signal(signal.SIGINT)
-        return step()
-
-    run.step = interrupted_step
     monkeypatch.setattr(run, "eval_every", 1000)
-    with pytest.raises(Interrupted, match=r"after step 30 \(60 s of 3m\); state saved"):
+    stopped = pytest.raises(Interrupted, match=r"after step 30 \(60 s of 3m\); state saved")
+    with signalled(after=29), stopped:
+        fake_clock(monkeypatch, run)
         run.run(progress=False)
 
 
