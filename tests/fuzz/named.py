@@ -1,5 +1,6 @@
 """The cases that an attack found, each of which must be refused, or read, in one way only."""
 
+import functools
 import gzip
 import io
 import json
@@ -14,10 +15,12 @@ from pathlib import Path
 import torch
 
 from minprefix.data.articles import ARCHIVE
+from minprefix.limits import FREE, LINE
 from minprefix.tensors import load_tensors, save_tensors
 from minprefix.training.run_folder import write_state
 
 MANY = 10**9
+BOMB = FREE + 2**22  # bytes: just beyond what any archive may unpack to
 Case = tuple[str, str, Callable[[Path], None], bool]  # name, kind of file, damage, must be refused
 
 
@@ -53,8 +56,8 @@ def expanded(path: Path) -> None:
 
 
 def deflated(path: Path) -> None:
-    """An archive of torch.save that is packed: 300 MB in 300 KB."""
-    torch.save({"wte.weight": torch.zeros(75_000_000)}, raw := io.BytesIO())
+    """An archive of torch.save that is packed: a thousandth of what is in it."""
+    torch.save({"wte.weight": torch.zeros(BOMB // 4)}, raw := io.BytesIO())
     with zipfile.ZipFile(raw) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
             new.writestr(entry.filename, old.read(entry))
@@ -94,7 +97,7 @@ def state(**changes) -> Callable[[Path], None]:
 def tar_bomb(path: Path) -> None:
     with tarfile.open(path, "w:gz") as tar:
         member = tarfile.TarInfo("bbc/2.summary")
-        member.size = 300_000_000
+        member.size = BOMB
         tar.addfile(member, io.BytesIO(bytes(member.size)))
 
 
@@ -134,14 +137,14 @@ def named() -> Iterator[Case]:
     yield "state: best", "state", state(best=float("nan")), True
     yield "state: moment", "state", state(moment=torch.zeros(1)), True
     yield "state: rubbish", "state", contents(b"PK\3\4" + bytes(1000)), True
-    bomb = bytes(300_000_000)
-    yield "text: gz", "a.txt.gz", contents(lambda: gzip.compress(bomb)), True
-    yield "text: xz", "a.txt.xz", contents(lambda: lzma.compress(bomb, preset=0)), True
+    yield "text: gz", "a.txt.gz", contents(lambda: gzip.compress(bytes(BOMB))), True
+    xz = functools.cache(lambda: lzma.compress(bytes(BOMB), preset=0))
+    yield "text: xz", "a.txt.xz", contents(xz), True
     yield "text: npy", "a.npy", npy_header, True
-    yield "text: npy in xz", "a.npy.xz", contents(lambda: lzma.compress(bomb, preset=0)), True
+    yield "text: npy in xz", "a.npy.xz", contents(xz), True
     yield "xsum: bomb", f"xsum {ARCHIVE}", tar_bomb, True
     for name in ("rows.jsonl", "pairs.txt", "news.source", "e2e.csv"):
-        yield f"{name}: long line", name, contents(b"a" * 100_000_000), True
+        yield f"{name}: long line", name, contents(b"a" * (2 * LINE.usual)), True
         yield f"{name}: pipe", name, instead(os.mkfifo), True
         yield f"{name}: device", name, instead(lambda path: path.symlink_to("/dev/zero")), True
     yield "rows.parquet: pipe", "rows.parquet", instead(os.mkfifo), True

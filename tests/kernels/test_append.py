@@ -27,7 +27,7 @@ from kernels import cut as cut_rules  # noqa: E402  (imports Triton)
 from kernels import decode, launch  # noqa: E402
 
 pytestmark = [
-    pytest.mark.usefixtures("poisoned", "one_thread"),
+    pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
 ]
 BANK = {"N": 3, "prefix_index": [2, -1, 0], "prefix_lens": [3, 0, 5]}

@@ -22,7 +22,7 @@ from kernels import cut as cut_rules  # noqa: E402  (imports Triton)
 from kernels import decode, launch  # noqa: E402
 
 pytestmark = [
-    pytest.mark.usefixtures("poisoned", "one_thread"),
+    pytest.mark.usefixtures("poisoned"),
     # log2(0) = -inf is meant: a query that sees nothing
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
 ]

@@ -12,7 +12,6 @@ needs_kernels()
 
 from kernels import attention  # noqa: E402  (imports Triton)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = ("prefix_index", "prefix_lens", "kv_lens", "q_offset")
 
 

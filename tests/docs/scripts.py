@@ -1,0 +1,12 @@
+"""What a process does that runs a script, apart from the tests: it imports nothing of theirs."""
+
+import os
+import runpy
+
+
+def run_script(path: str, told: str) -> None:
+    """Run a file as `python PATH` does; what it prints goes into the file `told`."""
+    with open(told, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    runpy.run_path(path, run_name="__main__")
