@@ -1,27 +1,28 @@
-"""Residual add and layer norm in one Triton kernel, and both of their gradients in another.
+"""Residual add and layer norm in one Triton kernel, and their gradients in another.
 
-Forward, for a row of C numbers of the residual stream x and what a layer adds to it, y:
+Forward, for C numbers of the residual stream x and the output y of a layer:
 
-    s = x + y                                  the stream from here on
+    s = x + y                                  the stream after the layer
     n = xhat * gain + shift,   xhat = (s - mean) * rstd,   rstd = 1 / sqrt(var + eps)
 
-where mean and var are those of the row. s is rounded to its dtype before it is normalised, as it is
-where two kernels do this. All arithmetic is fp32.
+where mean and var are those of the C numbers. s is rounded to its dtype before it is normalised, as
+with two separate kernels. All arithmetic is in fp32.
 
-Backward. Since d xhat_j / d s_i = rstd ([i = j] - 1/C - xhat_i xhat_j / C), what comes through n is
-rstd (g - mean(g) - xhat mean(g xhat)) with g = dn * gain. The stream goes on past the norm, so the
-gradient ds that arrives at s is added, and as s = x + y the sum is the gradient of x and that of y:
+Backward. Since d xhat_j / d s_i = rstd ([i = j] - 1/C - xhat_i xhat_j / C), the gradient through n
+is rstd (g - mean(g) - xhat mean(g xhat)) with g = dn * gain. The stream also continues past the
+norm, so its gradient ds is added. As s = x + y, the sum is the gradient of x and of y:
 
     dx = dy = ds + rstd (g - mean(g) - xhat mean(g xhat))
 
-One tensor serves both. mean and rstd are computed again from s, which costs nothing where a program
-holds a whole row: s is all that is kept. Gain and shift are frozen and get no gradient.
+One tensor serves for both. mean and rstd are recomputed from s, which costs nothing because a
+program holds all C numbers, so only s is saved. Gain and shift are frozen and get no gradient.
 
-    bytes   of N rows, forward: read x, y, write s, n: 4 N C e (without y: 2); backward: read s, dn,
-            ds, write dx: 4 N C e. PyTorch, whose sums are kernels of their own, moves 5 and 6.
+    bytes   for N positions, forward: read x, y, write s, n: 4 N C e (without y: 2); backward: read
+            s, dn, ds, write dx: 4 N C e. PyTorch, with separate kernels for sums, moves 5 and 6.
 
-One program per row, no atomics: results repeat bit for bit. `torch.compile` fuses the plain form by
-itself and never meets these kernels, so they are no registered operators.
+There is one program per position and there are no atomics, so results repeat bit for bit.
+`torch.compile` fuses the plain form itself and never sees these kernels, so they need not be
+registered operators.
 
 Source: Ba et al. 2016, https://arxiv.org/abs/1607.06450; Triton's tutorial 05 has the same backward
 pass without the residual.
@@ -39,7 +40,7 @@ from kernels.launch import Tile, bucket, launch
 
 @triton.jit
 def normalised(s, mask, width, eps):
-    """xhat [BLOCK_N] of a row, zeros past its end, and rstd."""
+    """xhat [BLOCK_N] of one position, zeros past its end, and rstd."""
     d = tl.where(mask, s - tl.sum(s, 0) / width, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(d * d, 0) / width + eps)
     return d * rstd, rstd
@@ -50,7 +51,7 @@ def normalised(s, mask, width, eps):
 def _add_norm_kernel(
     x_ptr, y_ptr, gain_ptr, shift_ptr, s_ptr, n_ptr, width, eps, BLOCK_N: tl.constexpr
 ):
-    """s and n of one row; without y there is no s, which is x."""
+    """s and n of one position; without y, s is x and is not written."""
     start = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, BLOCK_N)
     mask = columns < width
@@ -70,11 +71,11 @@ def _add_norm_kernel(
 @assembled
 @triton.jit
 def _norm_grad_kernel(s_ptr, gain_ptr, ds_ptr, dn_ptr, dx_ptr, width, eps, BLOCK_N: tl.constexpr):
-    """dx of one row; ds may be missing, which is zero."""
+    """dx of one position; a missing ds means zero."""
     start = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, BLOCK_N)
     mask = columns < width
-    # all loads come first: the sums below wait for a whole row
+    # all loads come first, because the sums below wait for all C numbers
     s = tl.load(s_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(dn_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
     g *= tl.load(gain_ptr + columns, mask=mask, other=0.0).to(tl.float32)
@@ -87,7 +88,7 @@ def _norm_grad_kernel(s_ptr, gain_ptr, ds_ptr, dn_ptr, dx_ptr, width, eps, BLOCK
 
 
 def tile_of(width: int) -> Tile:
-    """One row, 8 numbers a thread: a load of 16 bytes in bf16."""
+    """One position, with 8 numbers per thread: a load of 16 bytes in bf16."""
     columns = bucket(width)
     return Tile(1, columns, min(16, max(1, columns // 256)), 1)
 
@@ -95,7 +96,7 @@ def tile_of(width: int) -> Tile:
 def forward(
     x: Tensor, y: Tensor | None, gain: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """s and n of contiguous x and y (..., C); s is x itself where y is None."""
+    """s and n of contiguous x and y (..., C); s is x itself if y is None."""
     s, n = x if y is None else torch.empty_like(x), torch.empty_like(x)
     launch(
         _add_norm_kernel, x[..., 0].numel(), tile_of(x.shape[-1]), x_ptr=x, y_ptr=y,
@@ -105,7 +106,7 @@ def forward(
 
 
 def backward(s: Tensor, gain: Tensor, ds: Tensor | None, dn: Tensor, eps: float) -> Tensor:
-    """The gradient of x, which is that of y."""
+    """The gradient of x, which is also that of y."""
     dx = torch.empty_like(s)
     launch(
         _norm_grad_kernel, s[..., 0].numel(), tile_of(s.shape[-1]), s_ptr=s, gain_ptr=gain,

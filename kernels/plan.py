@@ -1,20 +1,20 @@
-"""Which kernels make the gradients of a call, with which tiles, and where they put them.
+"""Chooses the kernels and tiles that compute the gradients of a call, and allocates the results.
 
-`backward` is the entry; `plans_of` decides between one kernel for a whole row and several. Sizes
-alone decide, so CUDA graphs replay a call and results repeat.
+`backward` is the entry; `plans_of` chooses between one kernel for a whole row and several kernels.
+The choice depends only on sizes, so CUDA graphs can replay a call and results repeat.
 
-A part of dprefix per tile of queries costs 16 P D bytes, written and read; where that is more than
-reading q and do of the tile once more, 2 e BLOCK_M D bytes, a third kernel makes dprefix (`fuses`).
+A part of dprefix per tile of queries costs 16 P D bytes, written and read. If that is more than
+reading q and do of the tile again, 2 e BLOCK_M D bytes, a third kernel computes dprefix (`fuses`).
 
 Bytes, with e per element, M = ceil(T / BLOCK_M) tiles of queries and G parts:
 
     short            e B H D (3 T + 2 S) read, e B H D (T + 2 S) written
     dq, dkdv         e B H D (3 T + 2 S) + e B H D (2 T + 2 S) read, e B H D (T + 2 S) written;
-                     keys, or queries, once more per further tile where L2 does not hold them
+                     keys, or queries, again for each further tile if L2 does not hold them
     dprefix          2 e B H D T read (all from L2 or memory once per tile of prefix columns)
     parts            8 G H P D written, then read; G = B (short), B M (dq), the number of chunks of
-                     rows (dprefix); nothing for prefixes with one part, which is their gradient
-    workspace        4 B H T (delta; not where short) + 8 G H P D: `workspace_bytes`
+                     rows (dprefix); none for prefixes with one part, which is their gradient
+    workspace        4 B H T (delta; not if short) + 8 G H P D: `workspace_bytes`
 """
 
 from functools import partial
@@ -50,12 +50,13 @@ NO_PARTS = dict.fromkeys(("partial_k_ptr", "partial_v_ptr", "dprefix_k_ptr", "dp
 
 
 class Gradients(NamedTuple):
-    """Where gradients go; None where none is needed. dk and dv, and the last two, go together."""
+    """Tensors for the gradients; None if one is not needed. dk and dv, and the last two, are either
+    both None or both tensors."""
 
     dq: Tensor | None  # (B, H, T, D), a contiguous last dimension
     dk: Tensor | None  # (B, H, S, D), likewise
-    dv: Tensor | None  # as dk, of the same strides
-    dprefix_k: Tensor | None  # as prefix_k, contiguous
+    dv: Tensor | None  # like dk, with the same strides
+    dprefix_k: Tensor | None  # like prefix_k, contiguous
     dprefix_v: Tensor | None
 
 
@@ -65,9 +66,9 @@ def backward(
     """Write the gradients of `kernels.prefix_attention`.
 
     Args:
-        inputs: with q, k and v apart.
-        o, lse: its results, (B, H, T, D) and (B, H, T).
-        do, dlse: their gradients, dlse in fp32; None is zero.
+        inputs: with separate q, k and v.
+        o, lse: the results, (B, H, T, D) and (B, H, T).
+        do, dlse: their gradients, dlse in fp32; None means zero.
     """
     q, k, causal, scale = inputs.q, inputs.k, inputs.causal, inputs.scale
     (B, _, T, D), S, P = q.shape, k.shape[2], inputs.prefix_k.shape[-2]
@@ -88,8 +89,8 @@ def backward(
     a |= NO_PARTS
     if P > 0 and to.dprefix_k is not None:
         a |= {"dprefix_k_ptr": to.dprefix_k, "dprefix_v_ptr": to.dprefix_v}
-    aligned = causal and inputs.q_offset is None and T == S  # query i is at place i
-    whole = (to.dq is None) == (to.dk is None)  # the short kernel makes all three or none
+    aligned = causal and inputs.q_offset is None and T == S  # query i is at column i
+    whole = (to.dq is None) == (to.dk is None)  # the short kernel computes all three or none
     plans = plans_of(q, k, P, aligned) if whole else [None]
 
     def run(tile: Tile | None) -> None:
@@ -102,11 +103,11 @@ def backward(
 
 
 def plans_of(q: Tensor, k: Tensor, prefix_len: int, aligned: bool) -> list[Tile | None]:
-    """How a row's gradients can be made, the default first: a tile of `_bwd_short_kernel`, or None
-    for one kernel by query and one by key.
+    """How a row's gradients can be computed, the default first: a tile of `_bwd_short_kernel`, or
+    None for one kernel by query and one by key.
 
-    One tile that holds the row comes first. Several smaller ones (up to UNROLLED pairs of them)
-    take `aligned` rows: causal ones whose query i is at place i.
+    One tile that holds the whole row comes first. Several smaller tiles (up to UNROLLED pairs) are
+    possible for `aligned` rows, which are causal with query i at column i.
     """
     T, S = q.shape[2], k.shape[2]
     if prefix_blocks(prefix_len, q)["MORE_P"]:
@@ -124,7 +125,7 @@ def plans_of(q: Tensor, k: Tensor, prefix_len: int, aligned: bool) -> list[Tile 
 
 
 def fuses(q: Tensor, prefix_len: int) -> bool:
-    """Whether `_bwd_dq_kernel` also makes the prefix's gradient: see the header."""
+    """Whether `_bwd_dq_kernel` also computes the prefix's gradient: see the header."""
     block_m = tiles_of(by_length("bwd_dq", q.shape[2]), q)[0].block_m
     cheaper = 16 * prefix_len <= 2 * q.element_size() * block_m
     return cheaper and not prefix_blocks(prefix_len, q)["MORE_P"]
@@ -157,7 +158,8 @@ def run_split(a: dict) -> None:
 
 
 def run_dq(a: dict, need_prefix: bool, tile: Tile) -> tuple[dict[str, Any], int]:
-    """Also writes delta. Parts of the prefix's gradient, if needed, and how many a row has."""
+    """Compute dq and delta. Returns the parts of the prefix's gradient, if needed, and their number
+    per row."""
     tiles_m = cdiv(a["seq_len"], tile.block_m)
     parts = new_parts(a, a["batch_size"] * tiles_m, may_be_direct=False) if need_prefix else {}
     launch(_bwd_dq_kernel, a["batch_size"] * a["n_head"] * tiles_m, tile, **a | parts)
@@ -179,19 +181,19 @@ def run_dprefix(a: dict, tile: Tile) -> dict[str, Any]:
 
 
 def rows_a_program(q: Tensor, programs_a_row: int) -> int:
-    """Over how many rows of the batch one program sums the gradient of a shared prefix.
+    """The number of rows over which one program sums the gradient of a shared prefix.
 
-    Given by the shapes alone, so that the sum is always made in the same order.
+    It depends only on the shapes, so that the order of summation is always the same.
     """
     chunks = max(1, min(q.shape[0], programs_wanted(q) // max(1, programs_a_row)))
     return max(1, cdiv(q.shape[0], chunks))
 
 
 def new_parts(a: dict, n: int, may_be_direct: bool = True) -> dict[str, Any]:
-    """Room for n parts of the prefix's gradient, and how they are added up.
+    """Space for n parts of the prefix's gradient, and flags that say how they are summed.
 
-    DIRECT: none, each part is the gradient itself: there is one, or one for each prefix of a bank.
-    LEFT_OUT: an index says which of them are (`store_part`).
+    DIRECT: each part is the gradient itself, since there is one part, or one for each prefix of a
+    bank. LEFT_OUT: the index determines which parts are gradients (`store_part`).
     """
     if a["dprefix_k_ptr"] is None:
         return {"DIRECT": True}
@@ -210,7 +212,7 @@ def reduce_parts(a: dict, parts: dict, per_row: int) -> None:
     n_partials, H, P, D = parts["partial_k_ptr"].shape
     named = a["BANK"] and a["prefix_index_ptr"] is not None
     tiles = tiles_of("reduce_bank" if named else "reduce", a["q_ptr"])
-    if not named:  # one step of the loop, if there is a tile that is high enough
+    if not named:  # a single step of the loop, if there is a tile that is large enough
         tiles = sorted(tiles, key=lambda tile: tile.block_m < n_partials)
     n_prefixes, n_elements = a["dprefix_k_ptr"].numel() // (H * P * D), H * P * D
 
@@ -224,7 +226,7 @@ def reduce_parts(a: dict, parts: dict, per_row: int) -> None:
 
 
 def workspace_bytes(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index=None) -> int:
-    """Memory, in bytes, that all gradients take besides themselves: delta and parts of dprefix.
+    """The workspace of all gradients in bytes: delta and the parts of dprefix.
 
     For the default tiles. Arguments as in `kernels.prefix_attention`.
     """
@@ -244,7 +246,7 @@ def workspace_bytes(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index=None) -
 
 
 def strides(name: str, x: Tensor | None) -> dict[str, int]:
-    """Strides of an output (B, H, T or S, D); zeros where it is not needed."""
+    """Strides of an output (B, H, T or S, D); zeros if it is not needed."""
     b, h, rows = (0, 0, 0) if x is None else x.stride()[:3]
     return {
         f"stride_{name}b": b,

@@ -1,28 +1,27 @@
-"""What the kernels compute, in plain PyTorch: the definition of correct, and the CPU path.
+"""The functions of the kernels in plain PyTorch: the definition of correct, and the CPU path.
 
 Attention over [prefix; sequence]: query i of a row attends to the whole prefix and to the visible
 part of the sequence [1, eq. (3)],
 
     s_ij = scale <q_i, k_j>,   lse_i = log sum_j exp(s_ij),   o_i = sum_j exp(s_ij - lse_i) v_j
 
-with j over the columns [prefix; sequence] of which query i sees
+where j runs over the columns of [prefix; sequence] that query i sees:
 
     prefix column p:    p < prefix_len of the row (0 if the row has no prefix)
     sequence column j:  j < kv_len of the row, and j <= q_offset + i when causal.
 
-With `append` the keys and values of the queries' own tokens are first written into k and v, to the
+With `append` the keys and values of the queries' own tokens are first written into k and v, at the
 columns q_offset + i (`write_new`). No query sees later columns; `seen` may hide earlier ones.
 
-Columns that no query of a row sees are zeros before anything is multiplied (`hide`): a mask over
-the scores alone would let them in where they hold inf or NaN, as 0 x inf is NaN.
+Columns that no query of a row sees are set to zero before the products (`hide`). A mask over the
+scores would not be enough if they contain inf or NaN, because 0 x inf is NaN.
 
-`prefix_attention_eager` writes this down literally, in any floating dtype up to fp64.
-`prefix_attention_lean` gives the same through PyTorch's fused attention and builds a mask only
-where one is needed: it is what runs on a CPU. Neither checks its arguments:
-`kernels.prefix_attention`, whose docstring has all shapes, does that. Shapes use batch B,
-queries T, keys S, prefix positions P, heads H and head width D. `cross_entropy_plain_` and
-`add_norm_plain`, at the end, are those of `cross_entropy.py` and `layer_norm.py`, whose headers
-have the equations.
+`prefix_attention_eager` implements this literally, in any floating dtype up to fp64.
+`prefix_attention_lean` computes the same with PyTorch's fused attention, and builds a mask only if
+one is needed; it runs on a CPU. Neither checks its arguments; `kernels.prefix_attention` does, and
+its docstring has all shapes. Shapes use batch B, queries T, keys S, prefix positions P, heads H and
+head width D. `cross_entropy_plain_` and `add_norm_plain`, at the end, correspond to
+`cross_entropy.py` and `layer_norm.py`, whose headers have the equations.
 
 [1] Li & Liang 2021, https://arxiv.org/abs/2101.00190
 """
@@ -33,13 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# where `scores_side_by_side` is taken (measured on two cores, fp32 and bf16, H = 6, D = 64)
-FEW_QUERIES = 8  # T, up to
-MANY_KEYS = 2**18  # elements of k, from: fewer are copied in less time than four products start
+# limits for `scores_side_by_side` (measured on two cores, fp32 and bf16, H = 6, D = 64)
+FEW_QUERIES = 8  # largest T
+MANY_KEYS = 2**18  # least elements of k; copying fewer takes less time than starting four products
 
 
 def hide(x: Tensor, shown: Tensor | None) -> Tensor:
-    """x (B, H, S, D) with zeros in the columns that are not shown (B or 1, S); None = x itself."""
+    """x (B, H, S, D) with zeros in the columns that `shown` (B or 1, S) hides; None = x itself."""
     return x if shown is None else x.masked_fill(~shown[:, None, :, None], 0)
 
 
@@ -53,7 +52,7 @@ def prefix_rows(
     """
     if prefix.dim() == 3 or prefix_index is None:  # (H, P, D), (1, H, P, D) or (B, H, P, D)
         rows = prefix.expand(q.shape[0], -1, -1, -1)
-    else:  # -1 = no prefix: any one is read, and all of it hidden
+    else:  # -1 = no prefix: read an arbitrary one, and hide all of it
         rows = prefix[prefix_index.clamp(min=0).long()]
     if row_lens is not None:
         rows = hide(rows, torch.arange(rows.shape[2], device=q.device) < row_lens[:, None])
@@ -76,7 +75,7 @@ def prefix_row_lens(
 def write_new(
     k: Tensor, v: Tensor, append: tuple[Tensor, Tensor], q_offset: Tensor | None
 ) -> Tensor | None:
-    """Write the new keys and values (B, H, T, D) into k and v (B, H, S, D), in place.
+    """Write new keys and values (B, H, T, D) into k and v (B, H, S, D), in place.
 
     Returns the number of columns up to the last new one in each row, (B,); None = all S.
     """
@@ -97,7 +96,7 @@ def seen_columns(
     k: Tensor, T: int, causal: bool, kv_lens: Tensor | None, q_offset: Tensor | None,
     seen: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
-    """The sequence columns that some query of each row sees: (B, S) bool; None = all."""
+    """The sequence columns that at least one query of each row sees: (B, S) bool; None = all."""
     reach = kv_lens
     if causal and q_offset is not None:
         reach = q_offset + T if reach is None else torch.minimum(q_offset + T, reach)
@@ -114,7 +113,7 @@ def prefix_attention_eager(  # noqa: PLR0913
 ):  # fmt: skip
     """The definition: concatenate, mask, softmax, multiply. See `kernels.prefix_attention`.
 
-    Products are made in q's dtype, the softmax in fp32 (fp64 for fp64).
+    Products are computed in q's dtype, the softmax in fp32 (fp64 for fp64).
     """
     (B, _, T, D), S, P = q.shape, k.shape[2], prefix_k.shape[-2]
     device, softmax_dtype = q.device, torch.promote_types(q.dtype, torch.float32)
@@ -141,7 +140,7 @@ def prefix_attention_eager(  # noqa: PLR0913
         visible[:, :, P:] &= seen
     visible = visible[:, None]  # (B, 1, T, P + S)
 
-    # a query that sees nothing keeps finite scores here, so that no inf - inf arises; zeroed below
+    # a query that sees nothing keeps finite scores here, to avoid inf - inf; it is zeroed below
     blind = ~visible.any(-1, keepdim=True)  # (B, 1, T, 1)
     s = (scale * (q @ keys.mT)).to(softmax_dtype)  # (B, H, T, P + S)
     s = s.masked_fill(~(visible | blind), float("-inf"))
@@ -155,19 +154,19 @@ def prefix_attention_lean(  # noqa: PLR0913
     q, k, v, prefix_k, prefix_v, *, causal=True, scale=None, prefix_index=None, prefix_lens=None,
     kv_lens=None, q_offset=None, return_lse=False, append=None, seen=None,
 ):  # fmt: skip
-    """The CPU path: a mask only where needed. See `kernels.prefix_attention`.
+    """The CPU path, with a mask only if needed. See `kernels.prefix_attention`.
 
-    While decoding, `scores_side_by_side`; otherwise concatenated keys.
-    PyTorch's fused attention, except while training in bf16: there its backward pass on a CPU takes
-    longer than the batched products of `masked_products` do (benchmarks/cpu_attention.csv).
-    It gives no lse, so with return_lse the scores are made once more.
+    Decoding uses `scores_side_by_side`; everything else concatenates the keys and uses PyTorch's
+    fused attention. Training in bf16 uses `masked_products` instead, because the fused backward
+    pass is slower than batched products on a CPU (benchmarks/cpu_attention.csv). Fused attention
+    returns no lse, so with return_lse the scores are computed a second time.
     """
     (_, _, T, D), S, P = q.shape, k.shape[2], prefix_k.shape[-2]
     scale = D**-0.5 if scale is None else scale
     row_lens = prefix_row_lens(prefix_k, prefix_index, prefix_lens) if P > 0 else None
     if append is not None:
         columns = write_new(k, v, append, q_offset)
-        kv_lens = None if causal else columns  # causality says it already
+        kv_lens = None if causal else columns  # if causal, it is implied
     mask = lean_mask(T, S, P, q.device, causal, row_lens, kv_lens, q_offset, seen)
     shown = seen_columns(k, T, causal, kv_lens, q_offset, seen)
     training = torch.is_grad_enabled() and any(
@@ -193,7 +192,7 @@ def prefix_attention_lean(  # noqa: PLR0913
     if not return_lse:
         return o
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):  # it would round the scores to bf16
+    with torch.autocast(q.device.type, enabled=False):  # autocast would round the scores to bf16
         s = scale * (q.to(lse_dtype) @ keys.to(lse_dtype).mT)  # (B, H, T, P + S)
     if mask is None:
         return o, s.logsumexp(-1)
@@ -206,12 +205,12 @@ def scores_side_by_side(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor,
     mask: Tensor | None, shown: Tensor | None, scale: float, return_lse: bool,
 ):  # fmt: skip
-    """o (and lse) of few queries without gradients: scores are concatenated, keys are not.
+    """o (and lse) of few queries without gradients; concatenates scores instead of keys.
 
-    Scores are T / D of the size of the keys; copying those, the whole cache in each layer of each
-    step, takes longer than the attention itself (measured: 3x at B = 64). So hidden columns stay
-    as they are: the mask replaces the scores of hidden keys, and hidden values are zeroed only
-    where they spoil the result.
+    Scores have T / D of the size of the keys. Copying the keys, which are the whole cache in each
+    layer of each step, takes longer than the attention itself (measured: 3x at B = 64). Therefore
+    hidden columns are not zeroed: the mask replaces the scores of hidden keys, and hidden values
+    are zeroed only if they would spoil the result.
 
     Args:
         prefix_k, prefix_v: (H, P, D), or (B, H, P, D) from `prefix_rows`.
@@ -227,7 +226,7 @@ def scores_side_by_side(
         s.masked_fill_(~(mask | blind), float("-inf"))
     p = s.softmax(-1).to(q.dtype)
     o = p[..., P:] @ v + product(p[..., :P], prefix_v)
-    # a GPU is not waited for, and a tracer takes no branch by value: there they always go
+    # on a GPU (which we do not wait for) and under a tracer they are always zeroed
     always = q.is_cuda or torch.compiler.is_compiling()
     if shown is not None and (always or not o.isfinite().all()):
         o = p[..., P:] @ hide(v, shown) + product(p[..., :P], prefix_v)
@@ -241,8 +240,8 @@ def scores_side_by_side(
 def query_key_products(q: Tensor, k: Tensor) -> Tensor:
     """q k^T: (B, H, T, S).
 
-    A 16-bit product on a CPU makes its own copy of strided keys, column by column: a plain copy
-    before it leaves a third of the time (B = 64, S = 74: 0.23 ms instead of 0.76).
+    A 16-bit product on a CPU copies strided keys column by column. Making a plain copy first takes
+    a third of the time (B = 64, S = 74: 0.23 ms instead of 0.76).
     """
     if k.device.type == "cpu" and k.element_size() == 2:
         k = k.contiguous()
@@ -250,9 +249,9 @@ def query_key_products(q: Tensor, k: Tensor) -> Tensor:
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """x (B, H, T, X) times y, (B, H, X, Y) or (H, X, Y), which all rows share: (B, H, T, Y).
+    """x (B, H, T, X) times y, (B, H, X, Y) or (H, X, Y) shared by all rows: (B, H, T, Y).
 
-    A shared y is not copied for each row: the rows of x become one matrix per head.
+    A shared y is not copied for each row; instead, all of x becomes one matrix per head.
     """
     if y.dim() == 4:
         return x @ y
@@ -272,7 +271,8 @@ def masked_products(
         bias = q.new_zeros(()).where(mask | blind, float("-inf"))
     bias = bias.expand(B, H, T, S).flatten(0, 1)
     q, keys, values = (x.flatten(0, 1) for x in (q, keys, values))
-    with torch.autocast(q.device.type, enabled=False):  # it would cast the softmax to fp32 and back
+    # autocast would cast the softmax to fp32 and back
+    with torch.autocast(q.device.type, enabled=False):
         p = torch.baddbmm(bias, q, keys.mT, alpha=scale).softmax(-1)  # (B H, T, S)
         o = (p @ values).view(B, H, T, D)
     return o if blind is None else o.masked_fill(blind, 0.0)
@@ -285,8 +285,8 @@ def lean_mask(
 ) -> Tensor | None:  # fmt: skip
     """What each query sees, as small as broadcasting allows: (B or 1, 1, T or 1, P + S) bool.
 
-    None where every query sees every key, as a single query at the end of the keys does. Column
-    c < P is prefix column c, column c >= P is sequence column c - P.
+    None if every query sees every key, like a single query at the end of the keys. Column c < P is
+    prefix column c, column c >= P is sequence column c - P.
     """
     parts = [] if seen is None else [F.pad(seen, (P, 0), value=True)[:, None]]
     causal = causal and not (q_offset is None and T == 1)
@@ -306,7 +306,7 @@ def lean_mask(
 
 
 def merged_order(o: Tensor) -> Tensor:
-    """o (B, H, T, D) in the memory order (B, T, H, D): merging the heads is then a view."""
+    """o (B, H, T, D) in the memory order (B, T, H, D), so that merging the heads is a view."""
     return o.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -320,7 +320,7 @@ def cross_entropy_plain_(
     logp = s.log_softmax(-1, dtype=wide)
     losses = -logp.gather(-1, y)
     if gradient:
-        p = logp.exp_()  # softmax(s), in the place of log p
+        p = logp.exp_()  # softmax(s), overwriting log p
         scores.copy_(p.scatter_(-1, y, torch.expm1(-losses)))
         logits[:, vocab_size:] = 0
     return losses[:, 0]

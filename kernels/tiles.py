@@ -1,7 +1,7 @@
-"""What the Triton kernels share: where a row's keys begin and end, tiles of a matrix, one softmax.
+"""Functions shared by the Triton kernels: the range of a row's keys, loading tiles, the softmax.
 
-Everything here runs inside a kernel. Square brackets give the shapes of tiles, upper case names are
-compile-time constants. A tile's columns past D (where D is no power of two) are zeros.
+Everything here runs inside a kernel. Square brackets give the shapes of tiles; upper case names are
+compile-time constants. A tile's columns past D (if D is not a power of two) are zeros.
 """
 
 import triton
@@ -17,7 +17,7 @@ def row_prefix(b, prefix_index_ptr, prefix_lens_ptr, stride_lens, prefix_len):
     n = b
     if prefix_index_ptr is not None:
         n = tl.load(prefix_index_ptr + b)
-    some = tl.maximum(n, 0).to(tl.int64)  # -1 = none: any one is named, no column is seen
+    some = tl.maximum(n, 0).to(tl.int64)  # -1 = none: name prefix 0, of which no column is seen
     columns = prefix_len
     if prefix_lens_ptr is not None:
         columns = tl.load(prefix_lens_ptr + some * stride_lens).to(tl.int32)
@@ -27,9 +27,9 @@ def row_prefix(b, prefix_index_ptr, prefix_lens_ptr, stride_lens, prefix_len):
 
 @triton.jit
 def row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len, CAUSAL: tl.constexpr):
-    """(keys, first): row b's number of keys, and the place of its first query among them.
+    """(keys, first): row b's number of keys, and the column of its first query.
 
-    Keys that no query of the row sees are not counted, and never read.
+    Keys that no query of the row sees are not counted and never read.
     """
     keys = kv_len
     if kv_lens_ptr is not None:
@@ -44,7 +44,7 @@ def row_sequence(b, kv_lens_ptr, q_offset_ptr, seq_len, kv_len, CAUSAL: tl.const
 
 @triton.jit
 def limits(m0, keys, first, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Query i of a tile sees the keys j < limit_i [BLOCK_M]; each one sees those below `whole`."""
+    """(limit, whole): query i of a tile sees the keys j < limit_i [BLOCK_M]; all see j < whole."""
     if CAUSAL:
         return (
             tl.minimum(first + m0 + tl.arange(0, BLOCK_M) + 1, keys),
@@ -80,14 +80,14 @@ def store_rows(
 
 @triton.jit
 def softmax_step(o, z, m, s, v, scale2):
-    """One tile of keys into the running softmax; s = <q_i, k_j>, -inf where i does not see j.
+    """Add one tile of keys to the running softmax; s = <q_i, k_j>, -inf where i does not see j.
 
     So far o_i = sum_j 2^(s_ij scale2 - m_i) v_j, z_i is the same sum without v, and
     m_i = max_j s_ij scale2, with scale2 = |scale| log2(e).
     """
-    # m_i <- max(m_i, max_j S_ij); sums made under the old maximum shrink by alpha_i
+    # m_i <- max(m_i, max_j S_ij); sums under the old maximum are multiplied by alpha_i
     m_new = tl.maximum(m, tl.max(s, 1) * scale2)  # [M]
-    # a query that has seen nothing yet: 2^(-inf - 0) = 0, where -inf - -inf would be NaN
+    # for a query that has seen nothing yet, 2^(-inf - 0) = 0, whereas -inf - -inf would be NaN
     m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s * scale2 - m_finite[:, None])  # [M, N]
     alpha = tl.exp2(m - m_finite)

@@ -1,1 +1,2 @@
-"""What is known of the kernels without a GPU: compiled code, and calls for a memory checker."""
+"""Tools that check the kernels: their compiled code, without a GPU, and calls for compute-sanitizer
+on one."""

@@ -1,8 +1,8 @@
-"""The calls whose kernels are compiled without a GPU, and what each of them launches.
+"""The calls whose kernels are compiled without a GPU, and the launches of each call.
 
-`cover` and `every_case` combine all that a kernel can be asked for; `calls` are those that training
-and decoding make. `launches_of` records what the launchers would launch for tensors on the "meta"
-device, with all tiles of any target.
+`cover` and `every_case` combine all options of a kernel; `calls` are those of training and
+decoding. `launches_of` records the launches for tensors on the "meta" device, with all tiles of a
+target.
 """
 
 from collections.abc import Iterator
@@ -31,8 +31,8 @@ DIMENSIONS: dict[str, tuple] = {
     "op": ("forward", "backward", "decode", "cross_entropy", "add_norm"),
     "dtype": tuple(DTYPES),
     "head_dim": HEAD_DIMS,
-    "batch_size": (2, 1, 1000),  # decode cuts them differently; the last is past 2 GB of q
-    "n_head": (12, 16),  # 16 divides the second, of which the compiler makes use
+    "batch_size": (2, 1, 1000),  # decode splits them differently; with the last, q exceeds 2 GB
+    "n_head": (12, 16),  # 16 divides the second, which the compiler exploits
     "seq_len": (50, 128, 1000),  # decode: see QUERIES
     "prefix_len": (0, 10, 33, 200),  # none; a tile of 16; of 64; more than one tile
     "prefix_dtype": ("same", "fp32"),
@@ -41,13 +41,13 @@ DIMENSIONS: dict[str, tuple] = {
     "prefix_lens": (False, True),
     "kv_lens": (False, True),
     "q_offset": (False, True),
-    "need": ("all", "prefix", "qkv", "q"),  # which gradients the backward pass makes
-    "dlse": (False, True),  # whether it gets one
-    "append": ("no", "rows", "slots"),  # of decode: the kernel writes the cache; slots: of beams
+    "need": ("all", "prefix", "qkv", "q"),  # which gradients the backward pass computes
+    "dlse": (False, True),  # whether there is a gradient of lse
+    "append": ("no", "rows", "slots"),  # in decode: the kernel writes the cache; slots: for beams
 }
-BESIDE = ("cross_entropy", "add_norm")  # not attention; `call_beside` has what a case means there
-QUERIES = {50: 1, 128: 2, 1000: 5}  # of decode, on 1000 keys; any other seq_len: 1 on that many
-# The calls that people make: every length with every prefix, and one thing more at a time.
+BESIDE = ("cross_entropy", "add_norm")  # not attention; see `call_beside` for the use of a case
+QUERIES = {50: 1, 128: 2, 1000: 5}  # in decode, with 1000 keys; other seq_len: 1, with seq_len keys
+# The usual calls: every length with every prefix, and one additional option at a time.
 CALLS: dict[str, tuple] = {
     "op": DIMENSIONS["op"][:3],
     "head_dim": HEAD_DIMS,
@@ -62,7 +62,7 @@ ONE_MORE: tuple[dict[str, Any], ...] = (
     {"q_offset": True},
     {"prefix_dtype": "fp32"},
     {"need": "prefix"},  # the gradients of the first layer
-    {"batch_size": 1},  # nothing is added up
+    {"batch_size": 1},  # there is only one part to sum
     {"append": "rows", "q_offset": True},
     {"append": "rows", "q_offset": True, "batch_size": 1},
     {"append": "slots", "q_offset": True, "causal": False},
@@ -71,9 +71,9 @@ Case = NamedTuple("Case", [(name, Any) for name in DIMENSIONS])  # one value of 
 
 
 def pairwise(dimensions: dict[str, tuple]) -> list[dict[str, Any]]:
-    """Few cases in which each pair of values of two dimensions appears: greedy, deterministic."""
+    """Few cases in which each pair of values of two dimensions occurs: greedy, deterministic."""
     open_pairs = {
-        ((a, x), (b, y)): None  # a dict, since it keeps its order
+        ((a, x), (b, y)): None  # a dict, because it keeps its order
         for a, b in combinations(dimensions, 2)
         for x, y in product(dimensions[a], dimensions[b])
     }
@@ -94,14 +94,14 @@ def pairwise(dimensions: dict[str, tuple]) -> list[dict[str, Any]]:
 
 
 def pairs_with(case: dict[str, Any], name: str, value: Any) -> Iterator[tuple]:
-    """The pairs of (name, value) with what a case has, each in both orders."""
+    """The pairs of (name, value) with each value of a case, in both orders."""
     for item in case.items():
         yield item, (name, value)
         yield (name, value), item
 
 
 def cover(**chosen: tuple) -> list[Case]:
-    """A pairwise cover for each op, of the dimensions or of the `chosen` part of them."""
+    """A pairwise cover for each op, of all dimensions or restricted to the `chosen` values."""
     dimensions = DIMENSIONS | chosen
     one_op = [dimensions | {"op": (op,)} for op in dimensions["op"]]
     return [Case(**case) for part in one_op for case in pairwise(part)]
@@ -113,9 +113,9 @@ def every_case(**chosen: tuple) -> Iterator[Case]:
 
 
 def calls(**chosen: tuple) -> Iterator[Case]:
-    """Training and decoding as people call them, or the `chosen` part of that: CALLS x ONE_MORE.
+    """The usual calls of training and decoding (CALLS x ONE_MORE), or the `chosen` ones of them.
 
-    bf16 on sm_90, unless `chosen` says otherwise.
+    In bf16 on sm_90, unless `chosen` has others.
     """
     usual = {name: values[:1] for name, values in DIMENSIONS.items()}
     usual |= {"target": ("sm_90",), "dtype": ("bf16",)} | CALLS
@@ -126,7 +126,7 @@ def calls(**chosen: tuple) -> Iterator[Case]:
         case = Case(*values)
         for change in ONE_MORE:
             if not case.prefix_len and change.keys() & {"prefix_index", "prefix_dtype", "need"}:
-                continue  # of no prefix
+                continue  # there is no prefix
             one = case._replace(**change)
             wanted = all(getattr(one, name) in values for name, values in chosen.items())
             of_op = {"need": "backward", "append": "decode"}
@@ -142,14 +142,14 @@ def calls(**chosen: tuple) -> Iterator[Case]:
 
 
 def launches_of(case: Case) -> list[Launch]:
-    """What a case launches: with the default tiles, and with each other one that tuning tries."""
+    """The launches of a case, with the default tiles and with all others that tuning tries."""
     with recorded(case.target, every=True) as launches:
         call(case)
     return launches
 
 
 def call(case: Case) -> None:
-    """Call the launcher of a case, with a bank of 3 prefixes where there is an index.
+    """Call the launcher of a case, with a bank of 3 prefixes if there is an index.
 
     q, k, v and their gradients are views of one projection, as in training.
     """
@@ -190,9 +190,9 @@ def call(case: Case) -> None:
 
 
 def call_beside(case: Case) -> None:
-    """Launch a kernel that is not of attention, for rows as wide as all heads together.
+    """Launch a kernel other than attention, with the width of all heads together.
 
-    With `q_offset` there is a bias, or no y; with `need` "q" no gradient is made; where `causal`
+    With `q_offset` there is a bias, or no y; with `need` "q" no gradient is computed; with `causal`
     the head is padded.
     """
     n, C, V = case.batch_size * case.seq_len, case.n_head * case.head_dim, 50257

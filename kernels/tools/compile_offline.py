@@ -1,25 +1,29 @@
-"""Compile the kernels for GPUs that are not here, and show what they take.
+"""Compile the kernels for GPUs that this machine does not have, and show what they use.
 
     python -m kernels.tools.compile_offline          a cover of the cases, and the usual calls
     python -m kernels.tools.compile_offline --target sm_90 --op forward --all
 
-`kernels.tools.cases` has the calls and records what they would launch, on the "meta" device. Each
-launch is specialised by Triton's own binder and compiled by its own compiler, so what is compiled
-here is what runs there. Launches that come to the same kernel are compiled once.
+`kernels.tools.cases` has the calls and records their launches on the "meta" device. Each launch is
+specialised by Triton's own binder and compiled by its own compiler, so the result is the code that
+would run on the GPU. Launches of the same kernel are compiled once.
 
-A row of the table gives the registers of a thread, the shared memory of a program and the bytes of
-local memory of a thread, which is where registers are spilled; "wgmma one by one" means that ptxas
-could not keep Hopper's matrix products in flight beside other work. A row fails where a kernel does
-not compile, takes more shared or tensor memory than the target has, or spills with a default tile
-(more than SPILLED allows) and is not in ALLOWED_SPILLS, or where a default tile of heads of 64 on
-Hopper is "one by one", or where the machine code looks miscompiled (`kernels.tools.sass`). The exit
-code is then 1. On NVIDIA a row of 32 registers and thousands of spilled bytes is ptxas giving up:
-the tile is far too large.
+Each line of the table gives the registers of a thread, the shared memory of a program and the bytes
+of local memory of a thread, into which registers are spilled. "wgmma one by one" means that ptxas
+could not overlap Hopper's matrix products with other work. A line fails, and the exit code is 1,
 
-Without --all two sets are compiled. One is a pairwise cover: a few cases in which each two values
-of different dimensions meet at least once. The other (`calls`) is what training and decoding call
-on Hopper in bf16, each length with each prefix: a miscompiled product depends on three values and
-more, and the cover met none of those that were found. Other defects of that kind are left to --all.
+  - if the kernel does not compile, or needs more shared or tensor memory than the target has,
+  - if a default tile spills more than SPILLED and is not in ALLOWED_SPILLS,
+  - if a default tile for heads of 64 on Hopper is "one by one",
+  - if the machine code looks miscompiled (`kernels.tools.sass`).
+
+On NVIDIA, 32 registers with thousands of spilled bytes mean that ptxas has given up, because the
+tile is far too large.
+
+Without --all, two sets are compiled. One is a pairwise cover: a few cases in which any two values
+of different dimensions occur together at least once. The other (`calls`) has the calls of training
+and decoding on Hopper in bf16, each length with each prefix. It is needed because a miscompiled
+product depends on three values or more, and the cover contained none of those that were found.
+Only --all finds further defects of that kind.
 """
 
 import argparse
@@ -54,7 +58,7 @@ from kernels.tools.cases import (
 )
 from kernels.tools.sass import signs
 
-TENSOR_MEMORY = 512  # columns; a kernel that needs more compiles, to nothing but a trap
+TENSOR_MEMORY = 512  # columns; a kernel that needs more compiles to a mere trap
 
 # Bytes that a default tile may spill: a dozen registers of a thread. On an H200 a tile of
 # `_bwd_dprefix_kernel` that spills 40 is twice as fast as one that spills none (benchmarks/gpu).
@@ -77,17 +81,17 @@ class Compiled(NamedTuple):
     shared: int  # bytes, of a program
     spills: int  # bytes of local memory, of a thread
     tensor_memory: int  # columns of it, of a program (Blackwell)
-    one_by_one: bool  # wgmma instructions wait for each other
+    one_by_one: bool  # whether wgmma instructions wait for each other
     seconds: float
     assembly: str  # PTX or GCN
     binary: bytes = b""  # cubin; empty on AMD
 
 
 def specialise(launch: Launch, target: str) -> tuple[ASTSource, Any, str]:
-    """What Triton's compiler gets for a launch on a target, and a key that says if two are equal.
+    """The input of Triton's compiler for a launch on a target, and a key that identifies it.
 
-    A tensor becomes a pointer with its alignment, None and the integer 1 become constants, an
-    integer that 16 divides says so, except where the kernel asks not to.
+    A tensor becomes a pointer with its alignment. None and the integer 1 become constants. An
+    integer that 16 divides is marked, unless the kernel disables that.
     """
     kernel, backend = launch.kernel, make_backend(GPU_TARGETS[target])
     options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
@@ -101,9 +105,9 @@ def specialise(launch: Launch, target: str) -> tuple[ASTSource, Any, str]:
 
 
 def at_a_glance(launch: Launch, target: str) -> tuple:
-    """What `specialise` looks at: launches that are equal here are equal there.
+    """A cheap key for `specialise`: launches with equal keys are the same kernel.
 
-    Of an integer: its value where that is a constant, else whether it is 1, whether 16 divides it,
+    It has the value of an integer that is a constant, else whether it is 1, whether 16 divides it,
     and whether it needs 64 bits.
     """
     seen: list[Any] = [target, id(launch.kernel), *launch.tile]
@@ -121,7 +125,7 @@ def at_a_glance(launch: Launch, target: str) -> tuple:
 def compile_launch(launch: Launch, target: str, ptxas: str | None = None) -> Compiled:
     """Compile a recorded launch, or take it from Triton's cache on disk.
 
-    ptxas: path of an assembler, which may be one that is refused; None takes ours.
+    ptxas: path of an assembler, which may be one that we reject; None = ours.
     """
     source, options, _ = specialise(launch, target)
     began = time.perf_counter()
@@ -153,7 +157,7 @@ def nvidia_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def ptxas_messages(ptx: str, ptxas: str | None) -> str:
-    """What an assembler (None: ours) says of PTX for sm_90."""
+    """The messages of an assembler (None = ours) about PTX for sm_90."""
     ptxas = ptxas or assembler.choose(90).path  # type: ignore[union-attr]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -176,7 +180,7 @@ class Job(NamedTuple):
 class Result(NamedTuple):
     job: Job
     compiled: Compiled | None
-    problem: str  # empty where all is well
+    problem: str  # empty if there is none
 
 
 def jobs_of(cases: Iterable[Case]) -> list[Job]:
@@ -186,7 +190,7 @@ def jobs_of(cases: Iterable[Case]) -> list[Job]:
     for case in cases:
         try:
             launches = launches_of(case)
-        except Exception:  # `run_job` meets it again, and reports it
+        except Exception:  # occurs again in `run_job`, which reports it
             jobs[str(case)] = Job(case, 0, case.op, "-", False)
             continue
         if not launches:
@@ -196,7 +200,7 @@ def jobs_of(cases: Iterable[Case]) -> list[Job]:
             key = keys[seen] = keys.get(seen) or specialise(launch, case.target)[2]
             tile = "{} x {}, {} warps, {} stages".format(*launch.tile)
             name = launch.kernel.fn.__name__.strip("_").removesuffix("_kernel")
-            # where a default and another tile are the same kernel, it counts as the default
+            # if a default and another tile give the same kernel, it counts as the default
             default = launch.default or (key in jobs and jobs[key].default)
             jobs[key] = Job(case, n, name, tile, default)
     return list(jobs.values())
@@ -208,13 +212,13 @@ def run_job(job: Job) -> Result:
         return Result(job, None, "")
     try:
         compiled = compile_launch(launches_of(job.case)[job.n], job.case.target)
-    except Exception as error:  # whatever the compiler does, it is this row's result
+    except Exception as error:  # any failure of the compiler is the result of this job
         return Result(job, None, f"{type(error).__name__}: {str(error).strip()[:300]}")
     return Result(job, compiled, problem(job, compiled))
 
 
 def problem(job: Job, compiled: Compiled) -> str:
-    """What is wrong with a compiled kernel; empty where nothing is."""
+    """The problem of a compiled kernel, or ""."""
     case = job.case
     room = SHARED_MEMORY[case.target]
     if compiled.shared > room:
@@ -234,7 +238,7 @@ def problem(job: Job, compiled: Compiled) -> str:
 
 
 def run_jobs(jobs: list[Job], processes: int) -> Iterator[Result]:
-    """Compile, in a few new processes, in order."""
+    """Compile in a few new processes; yields the results in order."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         yield from pool.map(run_job, jobs)
@@ -259,7 +263,7 @@ def row(result: Result) -> str:
 
 
 def csv_row(result: Result) -> dict[str, Any]:
-    """The columns that name a kernel come first."""
+    """The row of the CSV; the columns that name a kernel come first."""
     case = result.job.case
     compiled: Any = result.compiled
     of = {"kernel": result.job.name, "tile": result.job.tile, "target": case.target}
@@ -272,7 +276,7 @@ def csv_row(result: Result) -> dict[str, Any]:
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A row per kernel, tile, shape and target; of equal ones the last."""
+    """Write one row per kernel, tile, shape and target; of equal ones the last."""
     names = ("kernel", "tile", "target", "default", "dtype", "head_dim", "seq_len", "prefix_len")
     found = {tuple(row[name] for name in names): row for row in rows}
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -282,7 +286,7 @@ def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile the kernels for GPUs that are not here.")
+    parser = argparse.ArgumentParser(description="Compile the kernels for absent GPUs.")
     parser.add_argument("--all", action="store_true", help="every combination, not a cover")
     parser.add_argument("--processes", type=int, default=2, help="compile in this many (default 2)")
     parser.add_argument("--out", type=Path, help="also write the rows to this CSV")

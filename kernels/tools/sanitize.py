@@ -1,13 +1,13 @@
-"""One small call of each kernel, at odd shapes: what compute-sanitizer watches.
+"""One small call of each kernel, at odd shapes, to be run under compute-sanitizer.
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     compute-sanitizer --tool memcheck python -m kernels.tools.sanitize
 
-Forward and backward for tiles cut by T, S, P and D, with each option, and decoding; then the
-kernels beside attention. Nothing is compared with the definition here, the tests do that; but each
-call is made twice and must repeat bit for bit. Without PyTorch's memory cache each tensor is an
-allocation of its own, so that reading past one is seen. On a CPU the same calls run through the CPU
-path.
+The calls are forward and backward passes with incomplete tiles in T, S, P and D, with each option,
+and decoding; then the kernels other than attention. Results are not compared with the definition,
+which the tests do, but each call is made twice and must repeat bit for bit. Without PyTorch's
+memory cache each tensor is a separate allocation, so that reading past its end is detected. On a
+CPU the same calls use the CPU path.
 """
 
 from typing import Any
@@ -58,13 +58,13 @@ def call(B: int, T: int, S: int, P: int, D: int, dtype: torch.dtype, options: st
         q_offset=integers(-3, S, B) if "q_offset" in options else None,
     )  # fmt: skip
     inputs, do = (q, k, v, prefix_k, prefix_v), torch.ones_like(o)
-    seen = lse.masked_fill(lse.isinf(), 0.0)  # -inf where a query sees nothing
+    seen = lse.masked_fill(lse.isinf(), 0.0)  # -inf if a query sees nothing
     grads = torch.autograd.grad((o, seen), inputs, (do, torch.ones_like(lse)), allow_unused=True)
-    with torch.no_grad():  # the way of a decoder
+    with torch.no_grad():  # as in decoding
         again = prefix_attention(q, k, v, prefix_k, prefix_v, causal="full" not in options,
                                  prefix_index=integers(-1, N - 1, B) if N else None)  # fmt: skip
         results = [o, seen, again, *(x for x in grads if x is not None)]
-        if min(S, MOST_NEW) >= T:  # a step that also writes its keys and values, of beams and not
+        if min(S, MOST_NEW) >= T:  # a step that also writes the cache, with and without beams
             cache, at = (k.clone(), v.clone()), integers(0, S - T, B)
             mask = torch.ones(B, T, S, dtype=torch.bool, device=device)
             rules: list[dict[str, Any]] = [{}, {"causal": False, "seen": mask}]
@@ -77,7 +77,7 @@ def call(B: int, T: int, S: int, P: int, D: int, dtype: torch.dtype, options: st
     return results
 
 
-BESIDE = [  # n, C, V, columns, dtype: a padded vocabulary, and a width and one that are odd
+BESIDE = [  # n, C, V, columns, dtype: a padded vocabulary, and odd widths
     (5, 96, 5003, 5056, torch.bfloat16),
     (3, 101, 77, 77, torch.float32),
 ]

@@ -4,30 +4,30 @@
     python -m kernels.tools.sass --ptxas PATH      all sizes and tiles, by any assembler
 
 compiles the calls of training and decoding (`kernels.tools.cases.calls`) and prints each kernel
-that shows a sign or does not compile. The last line counts them and names the assembler; the exit
-code is 1 where there is one. No GPU is needed. `signs` judges the code of one kernel.
+that shows a sign or does not compile. The last line has their number and the assembler; the exit
+code is 1 if there are any. No GPU is needed. `signs` judges the code of one kernel.
 
-A wgmma of Hopper (HGMMA in SASS) and a tcgen05.mma of Blackwell (UTCHMMA) find a matrix in shared
-memory by a descriptor of 64 bits in two uniform registers: address / 16 in the low word; stride and
-swizzle, constants of the layout, in the high word. PTX adds the constant to the address. ptxas 12.8
-and before turns that into
+A wgmma of Hopper (HGMMA in SASS) and a tcgen05.mma of Blackwell (UTCHMMA) address a matrix in
+shared memory by a descriptor of 64 bits in two uniform registers: address / 16 in the low word;
+stride and swizzle, which are constants of the layout, in the high word. PTX adds the constant to
+the address. ptxas 12.8 and earlier turns that into
 
     UIADD3   URa, UP0, URx, 0x20           low word
     UIADD3.X URb, URx, 0xc0000010, UP0     high word: URx again, which should be 0 here
 
-so that the high word is not the layout's, or neither word is, where nothing has written URx yet
-(like triton-lang/triton#7196, #11366, #10486). The signs:
+so that the high word is wrong, or both words are, if URx has not been written yet (similar to
+triton-lang/triton#7196, #11366, #10486). The signs are
 
-* `unset`: a uniform register, or a predicate, is read that no path has written, or nothing at a
-  smaller address. Registers of a thread are left out, since byte permutations read them for
-  nothing. For every architecture.
-* `twice`: the pair above: one register is a term of both words of a sum.
+* `unset`: a uniform register or a predicate is read although no path, or no instruction at a
+  smaller address, has written it. Registers of a thread are not checked, because byte permutations
+  read some without using them. Applies to every architecture.
+* `twice`: the pair above, in which one register is a term of both words of a sum.
 * `descriptor`: the high word of a descriptor is a constant that no layout has, or the sum of a
-  layout's constant and an address. A high word that comes from elsewhere, such as a register of the
+  layout's constant and an address. A high word from another source, such as a register of the
   thread, is not judged.
 * `running`: a register that an asynchronous wgmma may still read or add to is used before the wait.
-  ptxas before 13.3 can do this to an operand in registers (triton-lang/triton#9433, #11781); no
-  kernel of ours has shown it. Only Hopper has such registers.
+  ptxas before 13.3 can do this to an operand in registers (triton-lang/triton#9433, #11781), but
+  none of our kernels has shown it. Only Hopper has such registers.
 """
 
 import argparse
@@ -49,20 +49,20 @@ VERSION = {"HGMMA": 0, "UTCHMMA": 1 << 14}  # bit 46 of the descriptor: Blackwel
 
 
 class Sign(NamedTuple):
-    """Something in the code of a kernel that should not be there."""
+    """A sign of a miscompiled kernel."""
 
     kind: str  # unset, twice, descriptor, running; fails: there is no code
-    text: str  # the instruction, and what is wrong with it
+    text: str  # the instruction, and its fault
 
 
 def signs(cubin: bytes) -> list[Sign]:
-    """What is wrong with the code of a kernel; nothing, most of the time."""
+    """The signs in the code of a kernel; usually none."""
     return signs_of(parse(disassemble(cubin, nvdisasm())))
 
 
 @functools.cache
 def nvdisasm() -> str:
-    """The newest nvdisasm at hand. RuntimeError where there is none."""
+    """The path of the newest nvdisasm. RuntimeError if there is none."""
     found = assembler.tools("nvdisasm")
     if not found:
         raise RuntimeError("nvdisasm was not found: it comes with Triton and with the CUDA toolkit")
@@ -74,7 +74,7 @@ def signs_of(code: list[Instruction]) -> list[Sign]:
     found, written = twice(code), set()  # at smaller addresses
     states = zip(code, solve(code, VALUES), solve(code, IN_FLIGHT), strict=True)
     for instruction, values, running in states:
-        if values is not None:  # some path leads here
+        if values is not None:  # the instruction can be reached
             found += unset(instruction, values.keys() & written)
             found += descriptor(instruction, values) + overtaken(instruction, running)
         written |= registers(instruction).writes
@@ -82,7 +82,8 @@ def signs_of(code: list[Instruction]) -> list[Sign]:
 
 
 def unset(instruction: Instruction, written: set[str]) -> list[Sign]:
-    """A loop's own writes do not count: they come after its first reads."""
+    """Registers that are read but not written. A loop's own writes do not count, because they come
+    after its first reads."""
     return [
         Sign("unset", f"{instruction.text}  ({name} was never written)")
         for name in sorted(registers(instruction).reads - written)
@@ -91,9 +92,9 @@ def unset(instruction: Instruction, written: set[str]) -> list[Sign]:
 
 
 def twice(code: list[Instruction]) -> list[Sign]:
-    """Both words of one sum have the same register as a term, with nothing written to it between.
+    """Sums whose two words have the same register as a term, without a write to it in between.
 
-    The words belong together where the predicate that the second adds is the first's carry.
+    Two words belong to one sum if the second adds the carry predicate of the first.
     """
     found, low = [], {}  # carry: (its instruction, terms that have not been written since)
     for instruction in code:
@@ -117,7 +118,7 @@ def twice(code: list[Instruction]) -> list[Sign]:
 
 
 def descriptor(instruction: Instruction, values: dict) -> list[Sign]:
-    """A high word that is known and wrong."""
+    """High words that are known and wrong."""
     if instruction.name not in VERSION:
         return []
     found = []
@@ -126,7 +127,7 @@ def descriptor(instruction: Instruction, values: dict) -> list[Sign]:
             continue
         first = int(named[1])
         high = [first + 1]
-        if instruction.name == "HGMMA":  # operand A's and B's; A's is missing where A is registers
+        if instruction.name == "HGMMA":  # of operands A and B; none for A if it is in registers
             high = [first + 1, first + 3] if place == 1 else [first + 3]
         for word in (values.get(f"UR{n}") for n in high):
             constant = (
@@ -149,9 +150,9 @@ def is_layout(word: int, version: int) -> bool:
 
 
 def overtaken(instruction: Instruction, running: frozenset) -> list[Sign]:
-    """Use of what wgmma instructions that may still run read from, or add to.
+    """Uses of registers that a wgmma, which may still be running, reads or adds to.
 
-    They run in order: a later one may add to the same sums.
+    wgmma instructions run in order, so a later one may add to the same sums.
     """
     touched, found = registers(instruction), []
     for wgmma, _ in running:
@@ -181,7 +182,7 @@ def check(job, ptxas: str | None) -> tuple[str, list[Sign]]:
     row += f"H={case.n_head} T={case.seq_len:<4} P={case.prefix_len:<3} {' '.join(also)}"
     try:
         found = signs(compile_launch(launches_of(case)[job.n], case.target, ptxas).binary)
-    except Exception as error:  # whatever the compiler does, it is this row's result
+    except Exception as error:  # any failure of the compiler is the result of this job
         found = [Sign("fails", f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}")]
     return row.rstrip(), found
 

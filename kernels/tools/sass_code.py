@@ -1,10 +1,10 @@
-"""Machine code of an NVIDIA GPU (SASS) as instructions that say which registers they touch.
+"""Parses machine code of an NVIDIA GPU (SASS) into instructions with the registers they use.
 
 `disassemble` turns a cubin into text with NVIDIA's nvdisasm, `parse` turns the text into
-`Instruction`s in address order. The register sets are those that `kernels.tools.sass` needs:
+`Instruction`s in address order. The register sets for `kernels.tools.sass` are
 
-* `reads`: what an instruction certainly reads. A width that is not known counts as one register.
-* `writes`: what it certainly writes.
+* `reads`: registers that an instruction certainly reads. An unknown width counts as one register.
+* `writes`: registers that it certainly writes.
 
 Registers are named as in the text: R7 (of a thread), UR7 (uniform: one for a warp), P0 and UP0
 (their predicates). RZ, URZ, PT and UPT are constants and appear in no set. NVIDIA publishes the
@@ -21,7 +21,7 @@ from typing import NamedTuple
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?)(U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 LABEL = re.compile(r"^(\.L_\w+):", re.MULTILINE)
 REGISTER = re.compile(r"\b(UR|R|UP|P)(\d+)\b((?:\.\w+)*)")
-FORM = {"64": 2, "128": 4, "WIDE": 2}  # registers of a value, by a modifier
+FORM = {"64": 2, "128": 4, "WIDE": 2}  # number of registers of a value, by modifier
 PREDICATES = re.compile(r"!?U?P(\d+|T)")
 # instructions whose first register is a source: stores, barriers, tensor memory and the like
 NO_RESULT = (
@@ -41,7 +41,7 @@ class Instruction(NamedTuple):
     guard: str  # the predicate that must hold, "" for always; "!P0" is a predicate that must not
     opcode: str  # with its modifiers, as in HGMMA.64x64x16.F32.BF16
     operands: tuple[str, ...]
-    labels: tuple[str, ...]  # that stand before it
+    labels: tuple[str, ...]  # labels directly before it
 
     @property
     def name(self) -> str:
@@ -54,14 +54,14 @@ class Instruction(NamedTuple):
 
 
 class Registers(NamedTuple):
-    """What an instruction touches."""
+    """The registers that an instruction reads and writes."""
 
     reads: frozenset[str]
     writes: frozenset[str]
 
 
 def disassemble(cubin: bytes, nvdisasm: str) -> str:
-    """The listing of a cubin's code, by that nvdisasm. RuntimeError where it cannot read it."""
+    """The listing of a cubin's code. RuntimeError if nvdisasm cannot read it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -88,12 +88,12 @@ def parse(listing: str) -> list[Instruction]:
 
 
 def results(instruction: Instruction) -> int:
-    """How many of the operands are written: they come first."""
+    """How many operands are written; these come first."""
     name, operands = instruction.name, instruction.operands
     if name in NO_RESULT and "FIND_AND_SET" not in instruction.opcode:
         return 0
     if name in ("VOTE", "VOTEU", "ELECT"):
-        return len(operands) - 1  # the last one is what is voted on
+        return len(operands) - 1  # the last one is the predicate that is voted on
     if name.endswith(("SETP", "PLOP3")):
         return 2
     count = 0
@@ -101,7 +101,7 @@ def results(instruction: Instruction) -> int:
         count += 1
     if count < len(operands) and re.fullmatch(r"U?R(\d+|Z)", operands[count]):
         count += 1
-        # a carry out stands after the sum, and before the terms
+        # a carry out comes after the sum and before the terms
         while count < len(operands) and re.fullmatch(r"U?P(\d+|T)", operands[count]):
             count += 1
     return count
@@ -112,7 +112,7 @@ def span(kind: str, first: int, count: int) -> set[str]:
 
 
 def width(instruction: Instruction) -> int:
-    """Registers of the result."""
+    """The number of registers of the result."""
     name, *modifiers = instruction.opcode.split(".")
     if name == "HGMMA":
         return int(modifiers[0].split("x")[1]) // (2 if modifiers[1] == "F32" else 4)
@@ -133,7 +133,7 @@ def width(instruction: Instruction) -> int:
 
 @lru_cache(maxsize=1 << 14)
 def registers(instruction: Instruction) -> Registers:
-    """What an instruction reads and writes."""
+    """The registers that an instruction reads and writes."""
     reads, writes = set(), set()
     operands, count = instruction.operands, results(instruction)
     for kind, number, _ in REGISTER.findall(instruction.guard):

@@ -1,8 +1,8 @@
-"""What is known before each instruction of SASS, on every path that leads to it.
+"""Data-flow analysis of SASS: the state before each instruction that holds on all paths to it.
 
-`solve` walks the control flow with any kind of state. Two kinds are made here: the values of the
-uniform registers as far as they are constants (`VALUES`), and the wgmma instructions that may still
-be running (`IN_FLIGHT`). `kernels.tools.sass` judges them.
+`solve` follows the control flow with any kind of state. There are two kinds: the values of uniform
+registers, as far as they are constants (`VALUES`), and the wgmma instructions that may still be
+running (`IN_FLIGHT`). `kernels.tools.sass` judges them.
 """
 
 import re
@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 from kernels.tools.sass_code import Instruction, registers, results
 
-UNKNOWN = "unknown"  # the value of a register that was written, with what is not followed
-ADDRESS = "address"  # one that is computed from a place in shared memory, so no constant
+UNKNOWN = "unknown"  # a register that was written with a value that is not tracked
+ADDRESS = "address"  # a value that is computed from an address in shared memory
 WORD = 0xFFFFFFFF
 ENDS = ("BRA", "BRX", "JMP", "EXIT", "CALL", "RET", "BSYNC", "KILL")
 
 
 class Flow(NamedTuple):
-    """How a state changes: `start` at the entry, `step` over an instruction, `join` where two paths
-    meet. `step` returns a new state."""
+    """A kind of state: `start` at the entry, `step` over an instruction, `join` of two paths.
+    `step` returns a new state."""
 
     start: Any
     step: Callable[[Any, Instruction], Any]
@@ -27,10 +27,10 @@ class Flow(NamedTuple):
 
 
 def blocks(code: list[Instruction]) -> dict[int, tuple[int, list[int]]]:
-    """Straight pieces of the code: first instruction -> (end, first instructions of what follows).
+    """Basic blocks of the code: first instruction -> (end, first instructions of the successors).
 
-    A jump through a register and a return lead nowhere; what they would reach has a label, and
-    keeps what other paths bring there.
+    A jump through a register and a return have no successors. Their targets have labels, and get
+    their state from the other paths.
     """
     starts = [0]
     for n in range(1, len(code)):
@@ -52,7 +52,7 @@ def blocks(code: list[Instruction]) -> dict[int, tuple[int, list[int]]]:
 
 
 def solve(code: list[Instruction], flow: Flow) -> list[Any]:
-    """The state before each instruction; None where no path leads."""
+    """The state before each instruction; None if it cannot be reached."""
     if not code:
         return []
     after = blocks(code)
@@ -78,7 +78,7 @@ def solve(code: list[Instruction], flow: Flow) -> list[Any]:
 
 
 def join_values(one: dict, other: dict) -> dict:
-    """What holds on both paths. A register counts as written if one path writes it."""
+    """The values that hold on both paths. A register counts as written if one path writes it."""
     joined = one | other
     for name in one.keys() & other.keys():
         if one[name] != other[name]:
@@ -87,10 +87,10 @@ def join_values(one: dict, other: dict) -> dict:
 
 
 def step_values(values: dict[str, int | str], instruction: Instruction) -> dict[str, int | str]:
-    """The registers that are written, each with its constant, ADDRESS, "address + N" or UNKNOWN.
+    """The written registers, each with its constant, ADDRESS, "address + N" or UNKNOWN.
 
-    Addresses come from the number of the block's part of shared memory (S2UR), are divided by 16
-    (USHF) and cut to 14 bits (USGXT).
+    Addresses start from the base of the block's shared memory (S2UR), are divided by 16 (USHF) and
+    truncated to 14 bits (USGXT).
     """
     writes = registers(instruction).writes
     new: dict[str, int | str] = dict.fromkeys(writes, UNKNOWN)
@@ -109,13 +109,13 @@ def step_values(values: dict[str, int | str], instruction: Instruction) -> dict[
         instruction.name in ("S2UR", "USGXT") or instruction.opcode == "USHF.R.U32.HI"
     ):
         new[first] = ADDRESS
-    if instruction.guard:  # it may not happen
+    if instruction.guard:  # it may not be executed
         new = {x: y if values.get(x, y) == y else UNKNOWN for x, y in new.items()}
     return values | new
 
 
 def value(values: dict[str, int | str], operand: str) -> int | str:
-    """A term of a sum: its constant modulo 2^32, or what else is known of it."""
+    """A term of a sum: its constant modulo 2^32, or another known value."""
     if operand == "URZ":
         return 0
     if found := re.fullmatch(r"([-~]?)(UR\d+)", operand):
@@ -132,8 +132,8 @@ def value(values: dict[str, int | str], operand: str) -> int | str:
 def pair(values: dict[str, int | str], operand: str) -> tuple[int | str, int | str]:
     """A 64-bit term: its low and its high word.
 
-    Addresses are small: sums of them carry nothing into the high word, and what is taken away from
-    one borrows 1 if its low word is a large constant.
+    Addresses are small, so their sums carry nothing into the high word. Subtracting a term from an
+    address borrows 1 if the low word of the term is a large constant.
     """
     if not (found := re.fullmatch(r"(-?)UR(\d+)", operand)):
         return value(values, operand), 0
@@ -146,7 +146,7 @@ def pair(values: dict[str, int | str], operand: str) -> tuple[int | str, int | s
 
 
 def total(terms: Sequence[Any]) -> int | str:
-    """A sum as far as it is constant."""
+    """A sum, as far as it is constant."""
     if not any(isinstance(term, str) for term in terms):
         return sum(terms) & WORD
     words = [term for term in terms if isinstance(term, str)]
@@ -160,7 +160,8 @@ VALUES = Flow({}, step_values, join_values)
 
 
 def step_in_flight(running: frozenset, instruction: Instruction) -> frozenset:
-    """The wgmma that may still run: (instruction, groups closed since; 0: its own is open)."""
+    """The wgmma that may still run: (instruction, number of groups closed since it, counting its
+    own; 0 while its own is open)."""
     if instruction.name == "HGMMA":
         running |= {(instruction, 0)}
         if "gsb0" in instruction.operands:  # closes a group
