@@ -1,1 +1,1 @@
-"""Measurements, their results and their pictures; may import everything, and nothing imports it."""
+"""Measurements, their results and figures. May import everything; nothing imports it."""

@@ -1,18 +1,19 @@
-"""What prefix-tuning a full-size BART costs here: one training step, one text by beam search.
+"""The cost of prefix-tuning a full-size BART: one training step, and one text by beam search.
 
     python -m benchmarks.bart                                  # bart-large's sizes, P = 200
     python -m benchmarks.bart --device cuda --dtype bfloat16 --batch-size 16
-    python -m benchmarks.bart --peers                          # beside transformers and PEFT
+    python -m benchmarks.bart --peers                          # also transformers and PEFT
     python -m benchmarks.bart --out benchmarks/bart.csv        # adds rows to a CSV
 
-Weights are random: times do not depend on them. The step is XSum's in the paper (sources of 512
-tokens, targets of 60, a prefix with MLPs at all three attentions): forward, backward and AdamW; the
-first is warm-up, the median of the others is printed. The text is of 60 new tokens by 6 beams.
+Weights are random, because times do not depend on them. The step is that of XSum in the paper
+(sources of 512 tokens, targets of 60, a prefix with MLPs in all three attentions): forward,
+backward and AdamW. The first step is warm-up, and the median of the others is printed. The text has
+60 new tokens and is generated with 6 beams.
 
-Peers make such a step, too: `transformers` with frozen weights and no prefix, for gradients of the
-source's embeddings, and PEFT. PEFT's prefix is the decoder's alone, so nothing goes back through
-its encoder; "minprefix, decoder" is ours with that one prefix. Peak memory is the process's largest
-resident set so far on a CPU, allocated memory on a GPU; MiB = 2**20.
+The peers make the same step: `transformers` with frozen weights and no prefix, for gradients of the
+source's embeddings, and PEFT. PEFT's prefix is only in the decoder, so its backward pass does not
+reach the encoder; "minprefix, decoder" is ours with only that prefix. Peak memory is the largest
+resident set of the process on a CPU, and allocated memory on a GPU; MiB = 2**20.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def peak_mib(device: str) -> float:
 
 
 def timed(call, device: str) -> float:
-    """Seconds of one call; a GPU is waited for before and after."""
+    """Seconds of one call, synchronised with the GPU before and after."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
     begin = time.perf_counter()
@@ -70,7 +71,7 @@ def transformers_bart(model: BART, attention: str):
 
 
 def our_losses(model: BART, args, sites=SITES):
-    """What is trained, and losses of (sources, what the decoder reads, labels)."""
+    """The trained module, and a function (sources, decoder inputs, labels) -> losses."""
     options = {"parametrisation": "mlp", "mid_dim": MID_DIM, "sites": sites}
     prefix = BARTPrefix.random(model.config, args.prefix_len, 0, **options).to(args.device)
 
@@ -81,7 +82,7 @@ def our_losses(model: BART, args, sites=SITES):
 
 
 def transformers_losses(model: BART, args):
-    """Likewise, without a prefix; nothing is trained."""
+    """Like `our_losses`, without a prefix; nothing is trained."""
     twin = transformers_bart(model, "sdpa").requires_grad_(False)
 
     def losses(sources, inputs, labels):
@@ -93,7 +94,7 @@ def transformers_losses(model: BART, args):
 
 
 def peft_losses(model: BART, args):
-    """Likewise, with PEFT's prefix."""
+    """Like `our_losses`, with PEFT's prefix."""
     import peft
 
     settings = peft.PrefixTuningConfig(

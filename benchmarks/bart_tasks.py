@@ -4,11 +4,11 @@
     python -m benchmarks.bart_tasks notes               # the embedded notes; ROUGE beside lead-1
     python -m benchmarks.bart_tasks news-to-sports      # topics held out, or within-news
 
-Each: learning rates compared in short runs on the dev set, one run at full length for each method
-and seed (the weights kept are those of the lowest dev loss), texts for the dev and the test set by
-both ways of decoding. It can be stopped and started again with the same command. Short runs go to
-benchmarks/bart_select.csv, the others to benchmarks/bart_tasks.csv. The rates of the whole of
-`notes` serve its topics, too. The test set is read by the final scoring only.
+Each command compares learning rates in short runs on the dev set, trains at full length for each
+method and seed (keeping the weights with the lowest dev loss), and generates texts for the dev and
+test sets in two ways of decoding. It can be stopped, and continued by the same command. Short runs
+are written to benchmarks/bart_select.csv, the others to benchmarks/bart_tasks.csv. The topics of
+`notes` use the learning rates chosen on all of `notes`. Only the final scoring reads the test set.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Task:
     """What is trained and how it is scored."""
 
     metrics: str  # `evaluate.measure`
-    best: str  # the score that chooses a learning rate
+    best: str  # the score by which a learning rate is chosen
     decoding: dict[str, GenerationConfig]
     common: TrainConfig
     select_steps: int
@@ -67,7 +67,7 @@ TASKS = {
     "news-to-sports": dataclasses.replace(NOTES, topics="news-to-sports"),
     "within-news": dataclasses.replace(NOTES, topics="within-news"),
 }  # fmt: skip
-DEV_EXAMPLES = 200  # at least so many of the dev set, if it has them, choose a learning rate
+DEV_EXAMPLES = 200  # least number of dev examples (if there are enough) for choosing a rate
 
 
 def load_sets(name: str, data: str) -> dict[str, list[Example]]:
@@ -122,7 +122,7 @@ def final(name: str, method: str, lr: float, sets: dict, out: Path, seed: int) -
             model, tokenizer, examples, prefix=prefix, config=task.decoding[key["decoding"]]
         )
         if task.metrics == "xsum":
-            scores = {}  # BLEU and slots are for tables
+            scores = {}  # BLEU and slots are only for tables
         scores |= measure(texts, examples, task.metrics)
         row = key | {"examples": len(examples)}
         row |= {score: round(value, 2) for score, value in scores.items()}

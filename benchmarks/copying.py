@@ -1,10 +1,11 @@
-"""What each choice buys in facts: the demo's prefix with one setting changed at a time.
+"""How settings change the facts in the texts: the demo's prefix, with one setting changed at a
+time.
 
     python -m benchmarks.copying [--minutes 30]
 
 Each row of benchmarks/copying.csv is one way to train and to decode on the embedded restaurants:
 BLEU and slot coverage on the test tables, and missing and wrong facts per text
-(`metrics.quick.facts`). The first row is the demo. Rows that the CSV has are not made again.
+(`metrics.quick.facts`). The first row is the demo. Rows that are in the CSV are not recomputed.
 """
 
 import argparse
@@ -27,7 +28,7 @@ CSV = Path(__file__).parent / "copying.csv"
 
 @dataclass(frozen=True)
 class Choice:
-    """What differs from the demo."""
+    """The differences from the demo."""
 
     name: str
     train: dict[str, Any] = field(default_factory=dict)  # fields of TrainConfig
@@ -53,7 +54,7 @@ DECODING = {
 
 
 def measure(choice: Choice) -> None:
-    """Train as the choice says, then decode in each way; adds the rows that the CSV lacks."""
+    """Train with the choice, then decode in each way; adds the rows that the CSV lacks."""
     wanted = DECODING if choice.name in ("demo", CHOICES[1].name) else {"greedy": GENERATE}
     keys = [{"choice": choice.name, "decoding": name} for name in wanted]
     if all(rows_of(CSV, key) for key in keys):

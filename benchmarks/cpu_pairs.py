@@ -1,12 +1,12 @@
-"""Each row of cpu/bench.csv as it was at a commit and as it is now, in turn on the same machine.
+"""Compares each row of cpu/bench.csv at an earlier commit and now, in turn on the same machine.
 
     python -m benchmarks.cpu_pairs [--before 01f771b] [--minutes 10] [--e2e FOLDER]
 
 Two processes, one with each version of the code, make the same call one after the other, in pairs
-whose order changes, so that other work on the machine meets both alike. A row of cpu/pairs.csv has
-the medians, and the ratio now / before of each pair: its median, and that of the fastest and the
-slowest fifth. All rows get the same share of the minutes, and at least MIN_PAIRS. The packages have
-moved since 01f771b: `Side` knows both places.
+of alternating order, so that other work on the machine affects both equally. A row of cpu/pairs.csv
+has the medians, and the ratios now / before of the pairs: the median, and the fastest and slowest
+fifth. All rows get the same share of the minutes, and at least MIN_PAIRS. The packages have moved
+since 01f771b, so `made` and `Side` import either path.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 SIZES = ("work", "model", "dtype", "data", "labels", "mlp", "B", "T", "P", "beams", "new")
 MIN_PAIRS, MAX_PAIRS = 3, 25
-SLOWER = 1.03  # now / before that counts as slower, where four fifths of the pairs say so, too
+SLOWER = 1.03  # now / before that counts as slower, if four fifths of the pairs agree
 
 
 # in a process of one version -------------------------------------------------------------------
@@ -54,7 +54,7 @@ def made(case: dict[str, str], data: str | None, folder: str) -> Callable[[], ob
 
 
 def work() -> None:
-    """Answer requests: a case is made ready, `null` is one call, whose seconds are the answer."""
+    """Answer requests: a case is prepared; `null` makes one call and returns its seconds."""
     answers = os.fdopen(os.dup(1), "w")
     sys.stdout = sys.stderr
     call: Callable[[], object] | None = None
@@ -66,7 +66,7 @@ def work() -> None:
                 assert call is not None
                 call()
             else:
-                call = None  # what was measured before is freed first
+                call = None  # free the previous case first
                 call = made(*request, folder)
                 call()
             print(json.dumps(time.perf_counter() - began), file=answers, flush=True)
@@ -103,7 +103,7 @@ def checkout_of(commit: str) -> Iterator[Path]:
 
 
 def pairs(before: Side, now: Side, seconds: float) -> list[tuple[float, float]]:
-    """Seconds of a call before and now, of as many pairs as fit."""
+    """Seconds of a call before and now, for as many pairs as fit into the time."""
     found: list[tuple[float, float]] = []
     began = time.perf_counter()
     while len(found) < MIN_PAIRS or (
@@ -146,7 +146,7 @@ def main() -> None:
     cases = [{name: row[name] for name in SIZES} for row in rows if row["method"] == "minprefix"]
     cases = [case for case in cases if case["data"] != "e2e" or args.e2e][: args.rows]
     end, slower = time.monotonic() + 60 * args.minutes, 0
-    machine()  # the commit that runs, not the one at the end
+    machine()  # record the commit at the start, not at the end
     with checkout_of(args.before) as checkout:
         before, now = Side(checkout), Side(ROOT)
         for n, case in enumerate(cases):

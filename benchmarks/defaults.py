@@ -1,12 +1,13 @@
-"""The rule for settings that are left open (`training.config.settle`) against a grid around it.
+"""The rule for settings that are not given (`training.config.settle`), compared with a grid.
 
     python -m benchmarks.defaults run --e2e DIR [--minutes 30]
     python -m benchmarks.defaults figure
 
 Each case is a model and some training pairs. The rule runs with three subsets and seeds; the grid
-halves and doubles its peak learning rate and its number of steps, for the first seed. A row of
-benchmarks/defaults.csv is one run: its lowest dev loss on the same dev pairs. Runs that the CSV has
-are not made again. `figure` draws the rule's loss over that of the best of the grid, and prints it.
+halves and doubles its peak learning rate and its number of steps, for the first seed. Each row of
+benchmarks/defaults.csv is one run, with its lowest dev loss on the same dev pairs. Runs that are in
+the CSV are not repeated. `figure` plots and prints the rule's loss relative to the best of the
+grid.
 """
 
 import argparse
@@ -104,7 +105,7 @@ def summary() -> list[dict]:
 
 
 def draw(rows: list[dict]) -> None:
-    """How far the rule's dev loss lies above the best of the grid, in percent, a bar a case."""
+    """Plot how far the rule's dev loss is above the best of the grid, in percent, for each case."""
     figure, axes = new_figure()
     names = [f"{row['model']}\n{row['data']}\n{row['pairs']:,}" for row in rows]
     bars = axes.bar(range(len(rows)), [row["excess"] for row in rows], 0.6, color=PREFIX)

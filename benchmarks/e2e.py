@@ -5,13 +5,12 @@
     python -m benchmarks.e2e finetune --data DIR
     python -m benchmarks.e2e hard-prompt --data DIR templates and examples chosen on the dev set
 
-DIR holds the official CSVs (https://github.com/tuetschek/e2e-dataset). On a GPU --device cuda does
-the same, with the scores in the file --csv (`benchmarks/gpu.sh train`). Every stage can be stopped
-and started again with the same command: training goes on from its last state, and rows that the
-CSVs have are not made again. `select` writes benchmarks/e2e_select.csv, the others
-benchmarks/e2e.csv. Learning rates are compared after few steps, the numbers of steps below are what
-the time allows, and the weights kept are those of the lowest dev loss. The test set is read by the
-final scoring only.
+DIR holds the official CSVs (https://github.com/tuetschek/e2e-dataset). --device cuda does the same
+on a GPU, with the scores in the file --csv (`benchmarks/gpu.sh train`). Every stage can be stopped,
+and continued by the same command: training continues from its last state, and rows that are in the
+CSVs are not recomputed. `select` writes benchmarks/e2e_select.csv, the others benchmarks/e2e.csv.
+Learning rates are compared after few steps. The numbers of steps below were limited by time, and
+the kept weights are those with the lowest dev loss. Only the final scoring reads the test set.
 """
 
 import argparse
@@ -93,7 +92,8 @@ def final(method: str, data: str, out: Path, seed: int, device: str, path: Path)
 
 
 def hard_prompts(data: str) -> None:
-    """With and without examples in context: what is best on the first dev tables, then the test."""
+    """Choose the best hard prompt, with or without examples, on the first dev tables; score it on
+    the test set."""
     model, tokenizer = load("mini")
     train_set, dev, test = (load_examples(data, split) for split in ("train", "dev", "test"))
     best: dict[bool, tuple[float, HardPrompt]] = {}
@@ -125,7 +125,7 @@ def score_row(
     path: Path, model, tokenizer, examples: list[Example], decoding: str, key: dict, kept: int,
     settings: dict, **method,
 ) -> None:  # fmt: skip
-    """Score one method on one split and put the row into the CSV at `path`."""
+    """Score one method on one split and add the row to the CSV at `path`."""
     if rows_of(path, key | {"decoding": decoding}):
         return
     began = time.perf_counter()
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where prefix and finetune train")
     parser.add_argument("--csv", type=Path, default=HERE / "e2e.csv", help="their scores")
     args = parser.parse_args()
-    machine()  # the commit that runs, not the one at the end
+    machine()  # record the commit at the start, not at the end
     try:
         if args.stage == "select":
             select(args.data, args.out)

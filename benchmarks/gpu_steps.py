@@ -1,12 +1,13 @@
-"""Whole steps of GPT-2's shapes on a GPU, one process for all, in the order of their worth.
+"""Times whole steps with GPT-2's shapes on a GPU, in one process, the most important first.
 
     python -m benchmarks.gpu_steps train --out FOLDER [--data FOLDER] [--seconds 150]
 
-`RUNS` are calls of `python -m benchmarks.peft` in bf16 with a prefix of 10 positions; one process
-loads and imports once. `train` and `generate` are the parts `steps` and `generate` of gpu.sh, which
-ends them where the time is over: a row is written as soon as it is measured. A run that fails is
-told and does not stop the others; the exit code is then 1. Profiles come after the times of the
-targets, which the profiler might change, and PEFT's compiled step, which takes long, after them.
+`RUNS` are calls of `python -m benchmarks.peft` in bf16 with a prefix of 10 positions; using one
+process saves repeated imports. `train` and `generate` are the parts `steps` and `generate` of
+gpu.sh, which stops them when the time is over; therefore each row is written as soon as it is
+measured. A run that fails is reported and does not stop the others; the exit code is then 1.
+Profiles come after the times of the targets, which the profiler might affect, and PEFT's compiled
+step, which takes long, comes last.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from benchmarks.machine import machine
 from benchmarks.peft.run import BenchConfig, run_bench
 
 MEDIUM, LARGE = "random-medium", "random-large"
-TEXTS = {"data": "restaurants"}  # or --data: real rows, of which no two batches are alike
+TEXTS = {"data": "restaurants"}  # or --data: real rows, so that batches have different shapes
 RUNS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "train": [
         (MEDIUM, {"batch_size": "10", "peers": "eager,unfused,peft"}),
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(arguments)
     began, failed = time.monotonic(), 0
-    machine()  # the commit that runs, not the one at the end
+    machine()  # record the commit at the start, not at the end
     for model, options in RUNS[args.work]:
         spent = time.monotonic() - began
         if spent > args.seconds:

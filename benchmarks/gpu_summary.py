@@ -1,8 +1,9 @@
 """The table at the end of a part of gpu.sh: `python -m benchmarks.gpu_summary PART OUT`.
 
-What was reached of what was aimed at, the tiles that are faster than the defaults, ratios to PEFT;
-from the rows that this commit measured. Of what `benchmarks.gpu_steps` and `benchmarks.e2e` wrote
-it also makes the files in OUT: steps-DEVICE.csv, profile-, kernels- and train-DEVICE.csv, pictures.
+It shows which targets were reached, the tiles that are faster than the defaults, and ratios to
+PEFT, from the rows that this commit measured. From the results of `benchmarks.gpu_steps` and
+`benchmarks.e2e` it also makes the files in OUT: steps-DEVICE.csv, profile-, kernels- and
+train-DEVICE.csv, and figures.
 """
 
 import argparse
@@ -28,7 +29,7 @@ SHOWN = {"work": 8, "model": 13, "data": 11, "B": 3, "T": 4, "beams": 5, "method
 
 
 class Aim(NamedTuple):
-    """Of one measurement of `benchmarks.gpu_steps`: ours over a peer, or a share of its memory."""
+    """A target for a measurement of `benchmarks.gpu_steps`: a ratio to a peer's speed or memory."""
 
     work: str
     model: str
@@ -38,7 +39,7 @@ class Aim(NamedTuple):
     peer: str
     target: float
     stretch: float
-    memory: bool = False  # the share of the peer's peak memory: at most so much
+    memory: bool = False  # whether it is the largest allowed share of the peer's peak memory
 
 
 MEDIUM = "random-medium"
@@ -55,7 +56,7 @@ AIMS = (
 
 
 def tests(log: str) -> list[str]:
-    """The runner's counts, what failed, and what compute-sanitizer found."""
+    """The runner's counts, the failures, and the findings of compute-sanitizer."""
     wanted = re.compile(r"^(tests: |verdict: |=+ (ERROR SUMMARY|RACECHECK SUMMARY))")
     return [line for line in log.splitlines() if wanted.match(line)]
 
@@ -77,13 +78,13 @@ def decode(out: Path) -> list[str]:
 
 
 def of_work(row: Row) -> tuple[str, ...]:
-    """What `Aim` calls a measurement; rows of one measurement have it in common."""
+    """The fields that identify a measurement, as in `Aim`."""
     data = "random" if row["data"] == "random" else "texts"
     return row["work"], row["model"], data, row["B"], row["beams"]
 
 
 def steps(out: Path, work: Path, kind: str) -> list[str]:
-    """Writes steps-DEVICE.csv and moves the other files; a line per row, verdicts, kernels."""
+    """Write steps-DEVICE.csv, move the other files; returns lines for rows, verdicts, kernels."""
     path = out / f"steps-{device_name()}.csv"
     lines = [" ".join(f"{name:>{width}}" for name, width in SHOWN.items())]
     for row in read_rows(work / "bench.csv"):
@@ -101,7 +102,7 @@ def steps(out: Path, work: Path, kind: str) -> list[str]:
 
 
 def kernel_lines(rows: list[Row]) -> list[str]:
-    """The kernels that take longest, of a training step or of a token."""
+    """The kernels that take longest in a training step or in the step of a token."""
     lines = []
     for work, found in groupby(rows, key=lambda row: row["work"]):
         what = "a training step" if work == "train" else "a token"
@@ -115,7 +116,7 @@ def kernel_lines(rows: list[Row]) -> list[str]:
 
 
 def verdict(name: str, value: float | None, target: float, stretch: float, most: bool) -> str:
-    """One line: what was reached of a target, and whether the stretch was, too."""
+    """One line: the value, the target and the stretch target, and whether they were reached."""
     sign = "<=" if most else ">="
     aims = f"{sign} {target:g} (stretch {stretch:g})"
     if value is None:
@@ -126,7 +127,7 @@ def verdict(name: str, value: float | None, target: float, stretch: float, most:
 
 
 def verdicts(rows: list[Row], work: str) -> list[str]:
-    """A line for each aim, and for ours with a switch off beside ours as it is."""
+    """A line for each aim, and one for ours compared with ours with a switch off."""
     lines = []
     by_work: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
@@ -154,7 +155,7 @@ def verdicts(rows: list[Row], work: str) -> list[str]:
 
 
 def train(out: Path, work: Path) -> list[str]:
-    """The README's training run, in train-DEVICE.csv, and the kernels beside attention."""
+    """The README's training run, in train-DEVICE.csv, and the kernels other than attention."""
     rows = read_rows(work / "e2e.csv")
     lines = [] if rows else ["mini, 2,500 steps: not measured"]
     for row in rows:

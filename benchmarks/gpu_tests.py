@@ -1,12 +1,12 @@
-"""The tests of the kernels on a GPU, in parallel processes that may each lose it.
+"""Runs the tests of the kernels on a GPU, in parallel processes that survive a CUDA error in one.
 
     python -m benchmarks.gpu_tests [--workers 15] [--seconds 160] [FILE ...]
 
 After an illegal memory access every later call of CUDA in that process fails, so one wrong kernel
-would fail all tests that come after it. Here a process stops at the first test whose failure looks
-like that; it is run once more, alone in a fresh process, and its result there counts. What that
-process had left goes to another one. A test that does not end, or ends its process, is run again in
-the same way, and fails if that repeats itself. Needs pytest, no plugin of it.
+would fail all later tests. Here a process stops at the first test whose failure looks like that.
+The test is run again, alone in a new process, and that result counts; the remaining tests go to
+another process. A test that hangs or ends its process is run again in the same way, and fails if
+that happens a second time. Needs pytest, but no plugin.
 
 Read `main`, then `Pool`. The module is also the plugin that each process loads
 (`pytest_runtest_logreport`): it writes a line for each test to the file that RESULTS names.
@@ -34,13 +34,13 @@ FILES = [
     )
 ]  # fmt: skip
 RESULTS = "MINPREFIX_TEST_RESULTS"  # environment: where the plugin writes
-CHUNK = 12  # tests that a process is given at once: its start takes as long as a few tests
+CHUNK = 12  # tests for a process: starting it takes as long as a few tests
 TEST_SECONDS = 75  # of one test, its compilations included
 DEAD = re.compile(r"CUDA error|CUBLAS_STATUS|cudaError|illegal memory access|device-side assert")
 
 
 def pytest_runtest_logreport(report) -> None:
-    """pytest's hook: one line for each test, and the end of the process where CUDA is lost."""
+    """pytest's hook: write one line for each test, and end the process after a CUDA error."""
     if RESULTS not in os.environ or (report.when == "teardown" and report.passed):
         return
     if report.when == "setup" and report.passed:
@@ -51,11 +51,11 @@ def pytest_runtest_logreport(report) -> None:
     with open(os.environ[RESULTS], "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     if dead:
-        os._exit(3)  # without the cleaning up, which would wait for a GPU that does not answer
+        os._exit(3)  # without cleaning up, which would wait for a GPU that does not answer
 
 
 class Worker:
-    """One process and the tests that it was given."""
+    """One process and its tests."""
 
     def __init__(self, tests: list[str], folder: Path, number: int) -> None:
         self.tests, self.path = tests, folder / f"{number}.jsonl"
@@ -88,7 +88,7 @@ class Pool:
         self.n, self.end = workers, time.monotonic() + seconds
         self.queue: deque[list[str]] = deque()
         self.results: dict[str, dict] = {}
-        self.alone: set[str] = set()  # tests that were given a process of their own
+        self.alone: set[str] = set()  # tests that have run in a process of their own
         self.running: list[Worker] = []
 
     def run(self, tests: list[str]) -> None:
@@ -107,8 +107,8 @@ class Pool:
                 worker.process.wait()
 
     def look(self, worker: Worker) -> None:
-        """Take a worker's results; where it has ended or hangs, share out what it left."""
-        ended = worker.process.poll() is not None  # before its results are read
+        """Read a worker's results; if it has ended or hangs, redistribute its remaining tests."""
+        ended = worker.process.poll() is not None  # must be checked before reading the results
         for row in worker.results():
             if row["dead"] and row["id"] not in self.alone:
                 self.again(row["id"])
@@ -122,7 +122,7 @@ class Pool:
             worker.process.wait()
         self.running.remove(worker)
         left = worker.left()
-        if left and worker.process.returncode not in (0, 1, 3):  # it broke off in the first of them
+        if left and worker.process.returncode not in (0, 1, 3):  # it ended in the first of them
             reason = f"exit code {worker.process.returncode}: {worker.log.read_text()[-600:]}"
             reason = f"no end after {TEST_SECONDS} s" if hangs else reason
             first, *left = left
@@ -140,7 +140,7 @@ class Pool:
 
 
 def chunks(tests: list[str], size: int) -> list[list[str]]:
-    """Tests of one file each, the files in turn: if time runs out, each has been tried."""
+    """Chunks of tests of one file, the files in turn, so that all are tried if time runs out."""
     by_file: dict[str, list[str]] = {}
     for test in tests:
         by_file.setdefault(test.split("::")[0], []).append(test)
@@ -149,7 +149,7 @@ def chunks(tests: list[str], size: int) -> list[list[str]]:
 
 
 def collect(files: list[str]) -> list[str]:
-    """Ids of the tests of these files; exits where pytest finds none."""
+    """The ids of the tests in these files; exits if pytest finds none."""
     words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run([*words, *files], capture_output=True, text=True)
     tests = [line for line in done.stdout.splitlines() if "::" in line and " - " not in line]

@@ -1,4 +1,4 @@
-"""On what a figure was measured: goes into every row of a CSV here."""
+"""Describes the machine of a measurement, for every row of the CSVs."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ from minprefix.files import write_text
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """The name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -23,11 +23,10 @@ def cpu_name() -> str:
 
 @cache
 def machine() -> dict[str, str | int]:
-    """CPU, threads, versions and commit, as they are at the first call: make it at the start.
+    """CPU, threads, versions and commit, as they are at the first call, so call it at the start.
 
-    A "+" after the commit: with changes that are not committed. Empty: git is not there to ask.
-    Where there is a GPU also its name, the versions of CUDA and Triton, and the assembler that the
-    kernels are given (on NVIDIA).
+    A "+" after the commit means uncommitted changes; without git it is empty. With a GPU, also its
+    name, the versions of CUDA and Triton, and (on NVIDIA) the assembler of the kernels.
     """
 
     def git(*words: str) -> str:
@@ -55,7 +54,7 @@ def machine() -> dict[str, str | int]:
 
 
 def assembler_name() -> str:
-    """As "ptxas 13.0.88"; empty on AMD, or where there is none."""
+    """Such as "ptxas 13.0.88"; empty on AMD, or if there is none."""
     from kernels.assembler import choose, dotted
 
     major, minor = torch.cuda.get_device_capability()
@@ -69,9 +68,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def add_row(path: Path, row: dict, key: tuple[str, ...]) -> None:
-    """Add a row to a CSV, in the place of one with the same values of the `key` columns.
+    """Add a row to a CSV, replacing one with the same values in the `key` columns.
 
-    Columns that only other rows have stay, after those of this row; a cell without value is empty.
+    Columns that only other rows have come after those of this row; missing values are empty.
     """
     same = [str(row[name]) for name in key]
     rows = [old for old in read_rows(path) if [old[name] for name in key] != same] + [row]

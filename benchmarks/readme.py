@@ -1,6 +1,6 @@
-"""Tables and pictures of the README and the guides, from the CSVs: python -m benchmarks.readme
+"""Writes the tables and figures of the README and the guides: python -m benchmarks.readme
 
-`PAGES` says which table stands in which page. The README has the short ones.
+They are made from the CSVs. `PAGES` lists the tables of each page; the README has the short ones.
 """
 
 from functools import partial
@@ -64,10 +64,10 @@ def e2e_table() -> str:
 
 
 def bart_table(short: bool = False) -> str:
-    """mini-bart on tables and on notes: the test rows, parts of the notes as summaries among them.
+    """mini-bart on tables and on notes: the test rows, including parts of the notes as summaries.
 
-    Of a method with several seeds the mean, with the standard deviation and their number. The short
-    table has only beam search, and of the parts of the notes only the first sentence.
+    For a method with several seeds: the mean, the standard deviation and the number of seeds. The
+    short table has only beam search, and among the parts of the notes only the first sentence.
     """
     columns = ("bleu", "slot_coverage", "R-1", "R-2", "R-L")
     lines = [
@@ -97,7 +97,7 @@ def bart_table(short: bool = False) -> str:
 
 
 def speed_table(short: bool = False) -> str:
-    """Ours beside PEFT on a CPU, P = 10. The short table has only `mini`, in a few cases."""
+    """Ours and PEFT on a CPU, P = 10. The short table has only `mini`, in a few cases."""
     lines = [
         "| work | dtype | tokens/s | PEFT | ratio |",
         "|---|---|---|---|---|",
@@ -108,7 +108,7 @@ def speed_table(short: bool = False) -> str:
         if short and not shown_in_short(row):
             continue
         (peft,) = (r for r in rows if r["method"] == "peft" and case(r) == case(row))
-        if not peft["ms"]:  # its results were refused, see its note
+        if not peft["ms"]:  # its results were wrong, see its note
             continue
         lines.append(
             f"| {work_of(row)} | {row['dtype']} | {float(row['tokens_per_s']):,.0f} "
@@ -118,7 +118,7 @@ def speed_table(short: bool = False) -> str:
 
 
 def shown(row: dict[str, str]) -> bool:
-    """Not every row: those of mini at T = 128 or with real tables, and few batch sizes."""
+    """Whether a row is shown: of mini only T = 128 or real tables, and few batch sizes."""
     if row["model"] != "mini":
         return True
     if row["work"] == "generate":
@@ -127,7 +127,8 @@ def shown(row: dict[str, str]) -> bool:
 
 
 def shown_in_short(row: dict[str, str]) -> bool:
-    """Of `mini`: batches of 10 random rows in training, one greedy text, and many beams."""
+    """Whether a row is in the short table: `mini`, training on 10 random rows, one greedy text, and
+    many beams."""
     if row["work"] == "generate":
         return row["model"] == "mini" and (row["B"], row["beams"]) in (("1", "1"), ("16", "5"))
     return (
@@ -139,7 +140,7 @@ def shown_in_short(row: dict[str, str]) -> bool:
 
 
 def case(row: dict[str, str]) -> tuple[str, ...]:
-    """What two methods were measured on together."""
+    """The case on which several methods were measured."""
     return tuple(value for name, value in row.items() if name in KEY and name != "method")
 
 
@@ -155,7 +156,7 @@ def work_of(row: dict[str, str]) -> str:
 
 
 def gpu_attention_table() -> str:
-    """Ours beside attention without a prefix and the best peer, at the shapes with targets."""
+    """Ours, attention without a prefix, and the best peer, at the shapes with targets."""
     times = attention.Times(read_rows(GPU / "attention-h200.csv"))
     noted = {tuple(r[n] for n in ("B", "T", "H", "P", "pass")): float(r["ratio"])
              for r in read_rows(GPU / "peers-h200.csv")}  # fmt: skip
@@ -197,7 +198,7 @@ def gpu_decode_table() -> str:
 
 
 def gpu_steps_table() -> str:
-    """Whole steps and texts beside PEFT where that was measured, too."""
+    """Whole steps and texts, with PEFT where it was also measured."""
     rows = read_rows(GPU / "steps-h200.csv")
     lines = ["| work | ours, ms | PEFT, ms | ratio | peak memory |", "|---|---|---|---|---|"]
     peers = {case(row): row for row in rows if row["method"] == "peft" and row["ratio"]}
@@ -239,7 +240,7 @@ def defaults_table() -> str:
 
 
 def copying_table() -> str:
-    """What each choice buys in facts."""
+    """How each choice changes the facts in the texts."""
     lines = [
         "| choice | decoding | steps | BLEU | slot values | missing per text | wrong per text |",
         "|---|---|---|---|---|---|---|",
@@ -262,7 +263,7 @@ def threads_table() -> str:
 
 
 def reliability_table() -> str:
-    """What tests/reliability.py has counted."""
+    """The counts of tests/reliability.py."""
     lines = ["| what | cases | failures | | commit |", "|---|---|---|---|---|"]
     for row in read_rows(HERE / "reliability.csv"):
         cells = ("what", "cases", "failures", "more", "commit")
@@ -271,7 +272,7 @@ def reliability_table() -> str:
 
 
 def environments_table() -> str:
-    """What tools/environments.py has run."""
+    """The results of tools/environments.py."""
     columns = ("environment", "python", "torch", "triton", "numpy", "passed", "failed", "skipped")
     lines = [f"| {' | '.join(columns)} | |", f"|{'---|' * (len(columns) + 1)}"]
     for row in read_rows(HERE / "environments.csv"):
@@ -279,7 +280,7 @@ def environments_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {  # page: {the CSV in the mark before a table: what makes the table}
+PAGES = {  # page: {CSV named in the mark before a table: function that makes the table}
     README: {
         "benchmarks/e2e.csv": e2e_table,
         "benchmarks/bart_tasks.csv": partial(bart_table, short=True),
@@ -305,7 +306,7 @@ PAGES = {  # page: {the CSV in the mark before a table: what makes the table}
 
 
 def with_tables(page: Path) -> str:
-    """The page's text with each of its tables between the table's two marks."""
+    """The text of a page, with each table inserted between its two marks."""
     text = page.read_text(encoding="utf-8")
     for name, table in PAGES[page].items():
         begin = f"<!-- table: {name} -->\n"

@@ -2,9 +2,9 @@
 
     python -m benchmarks.threads [--busy]
 
-Steps of `mini` on batches of 16 restaurants. Each row of benchmarks/threads.csv is a process of
-its own, as the policy counts at the import of PyTorch. `--busy` runs another training step beside
-it, on one thread. Run it on a machine with nothing else to do.
+It times steps of `mini` on batches of 16 restaurants. Each row of benchmarks/threads.csv is
+measured in a new process, because PyTorch reads the policy when it is imported. `--busy` runs
+another training at the same time, on one thread. Run it on an otherwise idle machine.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the benchmarks that tune share: a run that goes on where it stopped, and what it kept."""
+"""Shared by the benchmarks that train: a run that can be continued, and its result."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ def train(
     name: str, config: TrainConfig, prefix: PrefixConfig, data: tuple[list[Example], list[Example]],
     out: Path, device: str = "cpu",
 ) -> Trainer:  # fmt: skip
-    """Train model `name` on (train, dev) in `out`, from its last state if it has one; `out` then
-    holds the best on dev. `prefix` is read by method "prefix" alone."""
+    """Train model `name` on (train, dev) in `out`, from its last state if it has one. `out` then
+    holds the best weights on dev. Only the method "prefix" reads `prefix`."""
     model, tokenizer = load(name, device=device)
     made = None
     if config.method == "prefix":
@@ -29,7 +29,7 @@ def train(
 
 
 def best_of(name: str, method: str, out: Path, device: str = "cpu"):
-    """Model, tokenizer and prefix (or None) that a training of model `name` kept in `out`."""
+    """Model, tokenizer and prefix (or None) that the training of model `name` kept in `out`."""
     model, tokenizer = load(out / "model" if method == "finetune" else name, device=device)
     prefix = None
     if method == "prefix":

@@ -1,1 +1,1 @@
-"""The attention operator timed beside what PyTorch offers."""
+"""Times the kernels and compares them with what PyTorch offers."""

@@ -1,12 +1,12 @@
-"""Prefix attention timed beside what PyTorch offers: forward, and forward + backward.
+"""Times prefix attention and PyTorch's alternatives: forward, and forward + backward.
 
     python -m benchmarks.kernels.attention [--out FOLDER] [--part targets] [--seconds 100]
     python -m benchmarks.kernels.attention --draw benchmarks/gpu/attention-h200.csv
 
-bf16, D = 64, causal; methods and their check: `peers.py`; the clock: `clock.py`.
-Everything that is timed is first compared with the definition, `prefix_attention_eager`, in fp64 on
-the same inputs. A small shape is measured first and not kept (`WARM_UP`): without it CUDA could not
-capture the first calls of a process that stack a gradient of qkv, seen on an H200.
+All calls are in bf16, D = 64, causal. `peers.py` has the methods and their check, `clock.py` the
+clock. Everything that is timed is first compared with the definition, `prefix_attention_eager`, in
+fp64 on the same inputs. A small shape is measured first and discarded (`WARM_UP`): without it, CUDA
+on an H200 could not capture the first calls of a process that stack a gradient of qkv.
 
 Work per call, with W = B H (T P + T (T + 1) / 2) visible pairs of query and key, e = 2 bytes:
 
@@ -15,13 +15,13 @@ Work per call, with W = B H (T P + T (T + 1) / 2) visible pairs of query and key
             forward + backward  e (12 B T H D + 6 N H P D) + 8 B H T
             (forward; then q, k, v, o, do, lse and the prefix are read, all gradients are written)
 
-"Work-adjusted" to bare: the time of bare times 1 + 2 P / (T + 1), the ratio of both W. bare is the
-best of cuDNN and the flash kernels; where there is a backward pass, on three leaves. `TARGETS` has
-what is aimed at.
+"Work-adjusted" means relative to the time of bare times 1 + 2 P / (T + 1), the ratio of the two W.
+bare is the best of cuDNN and the flash kernels, with a backward pass on three leaves. `aims` has
+the targets.
 
-us is the median time of a call, in microseconds, us_20 and us_80 are the quantiles; mib_inputs is
-the size of all sets of inputs, and mib_peak what one call allocates at its highest, outputs
-included, both in MiB. The rows go to attention-DEVICE.csv, with a picture beside it.
+us is the median time of a call in microseconds, and us_20 and us_80 are quantiles. mib_inputs is
+the size of all sets of inputs, and mib_peak the peak allocation of one call including its outputs,
+both in MiB. The rows are written to attention-DEVICE.csv, with a figure next to it.
 """
 
 import argparse
@@ -84,7 +84,7 @@ MORE_THAN_ONE_PREFIX = 1.1  # a bank of 64 against one prefix, P <= 32: at most,
 
 
 def aims(shape: Shape) -> dict[str, float]:
-    """The targets: time over that of bare, work-adjusted, at most; by pass."""
+    """The targets by pass: the largest work-adjusted ratio to the time of bare."""
     long = shape.T > 256 or shape.P >= 100
     both = 1.0 if long else 0.75 if shape.T <= 128 else 0.85
     return dict(zip(PASSES, (1.1 if long else 1.0, both), strict=True))
@@ -101,7 +101,7 @@ def work(shape: Shape, which: str, prefixed: bool = True) -> tuple[float, float]
 
 
 def bench_shape(shape: Shape, names: tuple[str, ...], device: str) -> Iterator[dict]:
-    """A row for each method and pass; where a method does not run or is wrong, a note says why."""
+    """A row for each method and pass; if a method fails or is wrong, a note says why."""
     first = make_sample(shape, device, 0)
     bytes_of_one = first.qkv.nbytes + 2 * first.prefix_k.nbytes + first.do.nbytes
     sets = sets_of(bytes_of_one, device)
@@ -123,13 +123,13 @@ def bench_shape(shape: Shape, names: tuple[str, ...], device: str) -> Iterator[d
                     flops, moved = work(shape, which, not name.startswith("bare"))
                     row["tflops"] = round(flops / row["us"] / 1e6, 2)
                     row["gbs"] = round(moved / row["us"] / 1e3, 1)
-                except Exception as error:  # what a peer cannot do is part of the result
+                except Exception as error:  # a peer's failure is part of the result
                     row["note"] = reason(error)
             yield row
 
 
 class Times:
-    """Median times out of rows, in microseconds; NaN where there is none."""
+    """Median times from rows, in microseconds; NaN if there is none."""
 
     def __init__(self, rows: list[dict]) -> None:
         self.us = {
@@ -141,12 +141,12 @@ class Times:
         return min(self.by_method(shape, which, *names).values(), default=math.nan)
 
     def by_method(self, shape: Shape, which: str, *names: str) -> dict[str, float]:
-        """Those of the methods that were measured."""
+        """The times of the methods that were measured."""
         keys = {name: tuple(map(str, (*shape, which, name))) for name in names}
         return {name: self.us[key] for name, key in keys.items() if key in self.us}
 
     def bare(self, shape: Shape, which: str) -> float:
-        """Attention without a prefix, the best there is."""
+        """The best time of attention without a prefix."""
         return self.of(shape, which, *BARE_LEAVES, *(BARE if which == PASSES[0] else ()))
 
     def adjusted(self, shape: Shape, which: str, name: str = "ours_qkv") -> float:
@@ -156,7 +156,7 @@ class Times:
 
 
 def verdicts(rows: list[dict]) -> list[str]:
-    """What was reached of what was aimed at; a line each."""
+    """One line for each target: its value and whether it was reached."""
     times, lines = Times(rows), []
 
     def line(what: str, shape: Shape, value: float, aim: float, after: str) -> None:
@@ -182,7 +182,7 @@ def verdicts(rows: list[dict]) -> list[str]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Times against T and P, ratios to bare, and the roofline: the panels that have points."""
+    """Plot times against T and P, ratios to bare, and the roofline; skips empty panels."""
     from matplotlib.figure import Figure
 
     times = Times(rows)
@@ -241,11 +241,11 @@ def bars(axis, times: Times) -> None:
 
 
 def roofline(axis, rows: list[dict], times: Times) -> None:
-    """FLOP/s against FLOPs per byte, under what the machine reached in this run."""
+    """FLOP/s against FLOPs per byte, below the limits that the machine reached in this run."""
     limits = {row["method"]: row for row in rows if row["method"] in ("matmul", "copy")}
     if len(limits) == 2:
         peak, copy = float(limits["matmul"]["tflops"]), float(limits["copy"]["gbs"])
-        x = [8.0, 1e3 * peak / copy, 2048.0]  # the corner is where both limits meet
+        x = [8.0, 1e3 * peak / copy, 2048.0]  # both limits meet at the corner
         axis.plot(x, [min(peak, copy * i / 1e3) for i in x], "k-", label="measured limits")
     for which, colour in zip(PASSES, (PALE, PREFIX), strict=True):
         at = [work(shape, which) for shape in ISSUE]
@@ -264,7 +264,7 @@ def roofline(axis, rows: list[dict], times: Times) -> None:
 
 
 def plan(device: str, part: str) -> list[tuple[Shape, tuple[str, ...]]]:
-    """Shapes and methods, what matters first; what is compiled takes longest and comes last."""
+    """Shapes and methods, the most important first; compiled ones take longest and come last."""
     everything = tuple(name for name in METHODS if name not in missing())
     if device != "cuda":
         return [(shape, IN_BANKS if shape.N else everything) for shape in SMALL]
@@ -279,7 +279,7 @@ def plan(device: str, part: str) -> list[tuple[Shape, tuple[str, ...]]]:
 def steps_left(
     steps: list[tuple[Shape, tuple[str, ...]]], rows: list[dict]
 ) -> list[tuple[Shape, tuple[str, ...]]]:
-    """The plan without what has rows, and each method of a shape once."""
+    """The plan without methods that have rows, and each method of a shape only once."""
     counts: dict[tuple, int] = {}
     for row in rows:
         key = tuple(str(row[name]) for name in KEY if name != "pass")
@@ -338,12 +338,12 @@ def main(arguments: list[str] | None = None) -> int:
                 untold = [name for name in untold if name != row["method"]]
                 if row["note"]:
                     go_on_if_lost(args, began)
-        except Exception as error:  # of the inputs or the definition: nothing to compare with
+        except Exception as error:  # the inputs or the definition failed
             note = {"pass": PASSES[0], "us": "", "note": reason(error)}
             for name in untold:
                 put(shape._asdict() | {"method": name} | note)
             go_on_if_lost(args, began)
-    if device == "cuda":  # the small shapes of a CPU are on no axis
+    if device == "cuda":  # the small shapes of a CPU are not plotted
         show(rows, path)
     wrong = [row for row in rows if row["method"].startswith("ours") and row["note"]]
     print(f"{time.monotonic() - began:.0f} s; {len(wrong)} rows of ours failed")
@@ -351,7 +351,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(rows: list[dict], path: Path | None) -> None:
-    """The verdicts, and the picture beside the CSV."""
+    """Print the verdicts, and write the figure next to the CSV."""
     print("\n".join(verdicts(rows)))
     if path:
         draw(rows, path.with_suffix(".png"))

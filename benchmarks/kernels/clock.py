@@ -1,9 +1,9 @@
-"""Time on a GPU without the host in it: CUDA graphs, replayed.
+"""Measures time on a GPU without the host's share, by replaying CUDA graphs.
 
 Read `graph_times`, then `measure`. A graph holds one call on each of several sets of inputs,
-together 160 MB where 32 sets reach that (an H100's L2 cache has 50 MB), so inputs come from memory
-as they do between the layers of a model. On a CPU small shapes run once or twice through the same
-code: those times mean nothing.
+together 160 MB if 32 sets are enough (an H100's L2 cache has 50 MB), so that inputs come from
+memory, as between the layers of a model. On a CPU small shapes run once or twice through the same
+code, and the times mean nothing.
 """
 
 import argparse
@@ -25,7 +25,7 @@ INPUT_BYTES, MOST_SETS = 160e6, 32
 
 
 def sets_of(bytes_of_one: int, device: str) -> int:
-    """How many sets of inputs one graph works on."""
+    """The number of sets of inputs of a graph."""
     return min(MOST_SETS, max(2, math.ceil(INPUT_BYTES / bytes_of_one))) if device == "cuda" else 1
 
 
@@ -33,7 +33,7 @@ def graph_times(calls: list[Callable[[], object]], replays: int = 20) -> list[fl
     """Microseconds per call of CUDA graphs that hold all the calls, one after the other."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, plans and loads, which a capture may not do
+    with torch.cuda.stream(side):  # compile, plan and load, which is not allowed in a capture
         for call in (calls * 3)[:3]:
             call()
     torch.cuda.current_stream().wait_stream(side)
@@ -45,7 +45,7 @@ def graph_times(calls: list[Callable[[], object]], replays: int = 20) -> list[fl
     graph.replay()
     torch.cuda.synchronize()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    # the GPU waits about a millisecond, so that replays are queued before they can start
+    # let the GPU wait about a millisecond, so that replays are queued before they can start
     torch.cuda._sleep(2_000_000)
     graph.replay()
     events[0].record()
@@ -85,7 +85,7 @@ def measure(calls: list[Callable[[], object]], device: str) -> dict[str, float]:
 
 
 def machine_limits(device: str) -> Iterator[dict]:
-    """Rows of what the machine reaches: a large bf16 product, and a large copy."""
+    """Rows with the limits of the machine: a large bf16 product, and a large copy."""
     n = 8192 if device == "cuda" else 64
     a, b, c = (torch.randn(n, n, device=device).bfloat16() for _ in range(3))
     for name, call, flops, moved in (
@@ -99,7 +99,7 @@ def machine_limits(device: str) -> Iterator[dict]:
 
 
 def need_kernels() -> None:
-    """End where this GPU is refused: what would be timed as ours is then plain PyTorch."""
+    """Exit if the kernels do not run on this GPU, since ours would then be plain PyTorch."""
     if not on_triton(torch.empty(1, 64, dtype=torch.bfloat16, device="cuda")):
         sys.exit("The Triton kernels do not run on this GPU, so there is nothing to time.")
 
@@ -116,13 +116,13 @@ def device_name() -> str:
 
 
 def rows_of_this_commit(path: Path) -> list[dict[str, str]]:
-    """What a CSV has of the commit that runs now; writing a committed CSV is no other commit."""
+    """The rows of a CSV from the present commit; a changed CSV does not make it another commit."""
     here = machine()["commit"].rstrip("+")
     return [row for row in read_rows(path) if row["commit"].rstrip("+") == here]
 
 
 def go_on_if_lost(args: argparse.Namespace, began: float) -> None:
-    """Where CUDA is lost to this process, begin it again with --resume and the time that is left.
+    """After a CUDA error, restart this process with --resume and the remaining time.
 
     After an illegal memory access every later call fails; the CSV has the rows so far.
     """

@@ -1,33 +1,34 @@
-"""One step of decoding timed beside what users have: one query a row over [prefix; cached keys].
+"""Times one step of decoding, one query per row over [prefix; cached keys], and alternatives.
 
     python -m benchmarks.kernels.decode [--out FOLDER] [--seconds 100]
     python -m benchmarks.kernels.decode --draw benchmarks/gpu/decode-h200.csv
 
-bf16, D = 64, T = 1. A step puts the new key and value into the cache and attends to all of it. Each
+bf16, D = 64, T = 1. A step writes the new key and value to the cache and attends to all of it. Each
 method's o is first compared with the definition, `prefix_attention_eager`, in fp64. Methods:
 
   - grown: Hugging Face's default. Each row's cache holds its prefix, and `torch.cat` makes a new
     one with the new key and value at each step; then SDPA.
   - static: the cache holds the prefix and has room; `index_copy_`, then SDPA on the filled part.
-  - ours: the cache has room and no prefix; `kernels.decode` with the places of the new tokens as a
-    tensor, as a CUDA graph needs them, writes them and attends. The prefix is read where it lies.
-  - copies: the same with `index_copy_` before the kernel, as it was before it could `append`.
+  - ours: the cache has room and no prefix; `kernels.decode` writes the new tokens and attends. It
+    gets their columns as a tensor, as in a CUDA graph. The prefix is not copied.
+  - copies: ours with `index_copy_` before the kernel, as it was before the kernel had `append`.
   - split: ours with splits wherever there are multiprocessors for them, which was the rule before
     `kernels.cut.SPLIT_BYTES`; up to 8 rows.
-  - ours_only: `kernels.decode` without the update of the cache: what its bandwidth is taken from.
+  - ours_only: `kernels.decode` without the update of the cache, from which its bandwidth follows.
 
-Bytes that any method has to move, with e = 2, S keys with the new one and R different prefixes:
+The bytes that any method must move, with e = 2, S keys including the new one, and R different
+prefixes, are
 
     attention: e (2 D H (B S + R P) + 2 B H D) + 4 B H,    the update: 4 e B H D
 
-gbs is this by the median time of a step, in GB/s; of_copy is its ratio to the GB/s of a large copy,
-read and written bytes together, in the same run. What a method moves beyond that (`grown` writes
-the cache anew) shows as fewer GB/s.
+gbs is this number divided by the median time of a step, in GB/s. of_copy is its ratio to the GB/s
+of a large copy (bytes read and written) in the same run. A method that moves more bytes, such as
+`grown`, has fewer GB/s.
 
 us is the median time of a step in microseconds, us_20 and us_80 are the quantiles, by CUDA graphs
-that read each step's cache from memory (`clock.py`). The rows go to decode-DEVICE.csv, with a
-picture beside it. On a CPU small shapes run once or twice, with `prefix_attention_lean` in place of
-the kernels: those times say nothing about a GPU.
+that read each step's cache from memory (`clock.py`). The rows are written to decode-DEVICE.csv,
+with a figure next to it. On a CPU small shapes run once or twice, with `prefix_attention_lean`
+instead of the kernels; those times say nothing about a GPU.
 """
 
 import argparse
@@ -74,7 +75,7 @@ SMALL = [Shape(2, 2, 16, 5), Shape(3, 2, 24, 0), Shape(4, 2, 16, 5, 3)]  # on a 
 
 
 class Sample(NamedTuple):
-    """Inputs of one step. The new key and value belong at place S - 1."""
+    """Inputs of one step. The new key and value belong to column S - 1."""
 
     q: Tensor  # (B, H, 1, D)
     new: Tensor  # (2, B, H, 1, D)
@@ -85,7 +86,7 @@ class Sample(NamedTuple):
     q_offset: Tensor  # (B,), S - 1 in each row
 
     def keys(self) -> Tensor:
-        """What a step reads of the cache: (2, B, H, S, D)."""
+        """The part of the cache that a step reads: (2, B, H, S, D)."""
         return self.cache[:, :, :, : self.cache.shape[3] - 32]
 
 
@@ -99,7 +100,7 @@ def make_sample(shape: Shape, device: str, seed: int) -> Sample:
     bank = (2, N, H, P, D) if N else (2, H, P, D)
     lens = torch.full((B,), S, device=device)
     index = torch.arange(B, device=device) % N if N else None
-    # some room after them, as a cache has for the tokens to come
+    # with some room for later tokens
     cache = normal(2, B, H, S + 32, D)
     return Sample(
         normal(B, H, 1, D), normal(2, B, H, 1, D), cache, normal(*bank), index, lens, lens - 1
@@ -127,7 +128,7 @@ def grown(s: Sample) -> Callable[[], Tensor]:
 
 def static(s: Sample) -> Callable[[], Tensor]:
     k, v = with_prefix(s, room=32)
-    last = k.shape[2] - 32  # the place of the new key
+    last = k.shape[2] - 32  # the column of the new key
     place = torch.tensor([last], device=k.device)
 
     def step() -> Tensor:
@@ -143,7 +144,7 @@ def ours(s: Sample) -> Callable[[], Tensor]:
     if not s.q.is_cuda:
         options = {"prefix_index": s.index, "q_offset": s.q_offset, "append": s.new}
         return lambda: prefix_attention_lean(s.q, k, v, *s.prefix, **options)
-    from kernels.decode import decode  # here, since a CPU has no Triton
+    from kernels.decode import decode  # imported here, because a CPU has no Triton
 
     inputs = Inputs(s.q, k, v, *s.prefix, s.index, None, None, s.q_offset)
     new = Append(s.new[0], s.new[1])
@@ -175,7 +176,7 @@ def copies(s: Sample) -> Callable[[], Tensor]:
 
 
 def ours_only(s: Sample) -> Callable[[], Tensor]:
-    """The kernel, on a cache that has the new key and value already."""
+    """The kernel, on a cache that already has the new key and value."""
     s.cache[:, :, :, s.cache.shape[3] - 33 : s.cache.shape[3] - 32] = s.new
     if not s.q.is_cuda:
         options = {"prefix_index": s.index, "kv_lens": s.kv_lens, "q_offset": s.q_offset}
@@ -203,7 +204,7 @@ class Truth:
         self.exact = prefix_attention_eager(*(x.double() for x in inputs), prefix_index=s.index)
 
     def problem(self, o: Tensor) -> str:
-        """Empty where |o - exact| <= 2 |low - exact| + 4 eps max|exact|: the order of the sums."""
+        """Empty if |o - exact| <= 2 |low - exact| + 4 eps max|exact|: sums in another order."""
         error, low = ((x.double() - self.exact).abs().max().item() for x in (o, self.low))
         budget = 2 * low + 4 * torch.finfo(o.dtype).eps * self.exact.abs().max().item()
         return "" if error <= budget else f"wrong: error {error:.1e}, budget {budget:.1e}"
@@ -218,7 +219,7 @@ def work(shape: Shape, method: str) -> int:
 
 
 def bench_shape(shape: Shape, copy_gbs: float, device: str) -> Iterator[dict]:
-    """A row for each method; where one fails or is wrong, a note says how and no time is given."""
+    """A row for each method; if it fails or is wrong, there is a note instead of a time."""
     bytes_of_one = work(shape, "ours")
     sets = sets_of(bytes_of_one, device)
     samples = [make_sample(shape, device, seed) for seed in range(sets)]
@@ -236,13 +237,13 @@ def bench_shape(shape: Shape, copy_gbs: float, device: str) -> Iterator[dict]:
                 row |= measure(steps, device)
                 gbs = work(shape, method) / row["us"] / 1e3
                 row |= {"gbs": round(gbs, 1), "of_copy": round(gbs / copy_gbs, 3)}
-        except Exception as error:  # what a peer cannot do is part of the result
+        except Exception as error:  # a peer's failure is part of the result
             row["note"] = reason(error)
         yield row
 
 
 class Times:
-    """Columns of the rows by shape and method; NaN where there is none."""
+    """Columns of the rows by shape and method; NaN if there is none."""
 
     def __init__(self, rows: list[dict]) -> None:
         self.rows = {tuple(str(row[name]) for name in KEY): row for row in rows}
@@ -252,7 +253,7 @@ class Times:
 
 
 def verdicts(times: Times) -> list[str]:
-    """What was reached of what was aimed at, on an H100; a line each."""
+    """One line for each target (for an H100): its value and whether it was reached."""
     lines = []
 
     def line(shape: Shape, what: str, value: float, aim: float, most: bool = False) -> None:
@@ -285,7 +286,7 @@ def verdicts(times: Times) -> list[str]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Times over S, B and P, and the bandwidth that the kernel reaches; the panels with points."""
+    """Plot times against S, B and P, and the kernel's bandwidth; skips empty panels."""
     from matplotlib.figure import Figure
 
     times = Times(rows)
@@ -339,7 +340,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def show(rows: list[dict], path: Path | None) -> None:
-    """The verdicts, and the picture beside the CSV."""
+    """Print the verdicts, and write the figure next to the CSV."""
     print("\n".join(verdicts(Times(rows))))
     if path:
         draw(rows, path.with_suffix(".png"))
@@ -376,7 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(*shown, flush=True)
             if path:
                 add_row(path, row | {"copy_gbs": copy_gbs} | where, KEY)
-    if device == "cuda":  # the small shapes of a CPU are on no axis
+    if device == "cuda":  # the small shapes of a CPU are not plotted
         show(rows, path)
     wrong = [row for row in rows if row["method"].startswith("ours") and row["note"]]
     print(f"{time.monotonic() - began:.0f} s; {len(wrong)} rows of ours failed")

@@ -1,20 +1,20 @@
-"""The kernels beside attention timed beside PyTorch: the head's loss, and add with layer norm.
+"""Times the kernels other than attention, and PyTorch: the head's loss, and add + layer norm.
 
     python -m benchmarks.kernels.fused [--out FOLDER] [--seconds 25]
 
-bf16, at the shapes of GPT-2 medium: C = 1024, V = 50257, n positions. What is timed:
+bf16, at the shapes of GPT-2 medium: C = 1024, V = 50257, n positions. It times
 
-  - head: hidden states to losses and their gradient. `plain`: V rows and PyTorch's softmax in fp32;
-    `ours`: rows padded to a multiple of 64, and one kernel between the two products; `products`:
-    these two alone, padded, which is what the head costs at least.
+  - head: from hidden states to losses and their gradient. `plain` is PyTorch's softmax in fp32 with
+    V columns; `ours` pads V to a multiple of 64 and has one kernel between the two products;
+    `products` has only these two, padded, which is the least cost of the head.
   - cross_entropy: that kernel alone, with each of TILES.
   - add_norm, norm_grad: x + y with its layer norm, and the gradient of both; `plain` is PyTorch's
-    two kernels for each. Neither has inputs in the L2 cache.
+    two kernels for each. Inputs are not in the L2 cache.
 
-Ours is first compared with `plain`. gbs is the bytes that the header of each kernel counts, over
-the median time. us, us_20, us_80 as in `decode.py`. The rows go to fused-DEVICE.csv; the summary of
-`benchmarks/gpu.sh train` judges them (`verdicts`). On a CPU small shapes run once or twice, without
-the kernels: those times say nothing about a GPU.
+Ours is first compared with `plain`. gbs is the bytes from the header of each kernel, divided by the
+median time. us, us_20 and us_80 are as in `decode.py`. The rows are written to fused-DEVICE.csv;
+the summary of `benchmarks/gpu.sh train` judges them (`verdicts`). On a CPU small shapes run once or
+twice, without the kernels; those times say nothing about a GPU.
 """
 
 import argparse
@@ -41,7 +41,7 @@ EPS = 1e-5
 
 
 class Shape(NamedTuple):
-    """Of a step: positions, width, vocabulary."""
+    """The sizes of a step: positions, width, vocabulary."""
 
     n: int
     C: int
@@ -53,7 +53,7 @@ SMALL = [Shape(12, 32, 101)]
 
 
 class Timed(NamedTuple):
-    """One method: calls on several inputs, and the bytes that one moves (0: not counted)."""
+    """One method: calls on several inputs, and the bytes that one call moves (0: not counted)."""
 
     what: str
     method: str
@@ -66,7 +66,8 @@ def normal(*size: int, device: str) -> Tensor:
 
 
 def agree(ours: Tensor, plain: Tensor, what: str) -> None:
-    """Both round to bf16 once or twice: within 4 units in the last place of the largest."""
+    """Assert that both agree within 4 units in the last place of the largest value, since both
+    round to bf16 once or twice."""
     error, most = ((x).abs().max().item() for x in (ours.float() - plain.float(), plain.float()))
     assert error <= 4 * torch.finfo(torch.bfloat16).eps * most, f"{what}: they differ by {error}"
 
@@ -94,7 +95,7 @@ def head(shape: Shape, device: str) -> Iterator[Timed]:
 
 
 def cross_entropy(shape: Shape, device: str) -> Iterator[Timed]:
-    """The kernel alone; it works on its own results, which takes it as long."""
+    """The kernel alone, applied to its own results, which takes as long."""
     n, _, V = shape
     n = min(n, 2048)  # one chunk
     logits, labels = normal(n, -(-V // 64) * 64, device=device), torch.randint(V, (n,)).to(device)
@@ -146,7 +147,7 @@ def norms(shape: Shape, device: str) -> Iterator[Timed]:
 
 
 def verdicts(rows: list[dict[str, str]]) -> list[str]:
-    """What was reached of what was aimed at, and the fastest tile of each shape; a line each."""
+    """One line for each target, and one for the fastest tile of each shape."""
     us = {(row["what"], row["method"], row["n"]): float(row["us"]) for row in rows}
     lines = [] if rows else ["the kernels beside attention: not measured"]
     for n in dict.fromkeys(row["n"] for row in rows):

@@ -1,12 +1,12 @@
-"""What a call of the operator costs in Python, before a kernel is launched.
+"""Times the Python part of a call of the operator, before a kernel is launched.
 
     python -m benchmarks.kernels.overhead [--out FILE.csv]
 
-Launches are recorded, not made, so this runs anywhere that Triton is installed: all of the time is
-the operator's own (checks, allocation, arguments, autograd) except what Triton's launch adds on a
-GPU. Two forms of the same functions: the op registered with torch.library, which torch.compile
-needs, and the autograd.Function that eager mode takes in its place. Microseconds per call, the
-median of 20 batches of 50.
+Launches are recorded, not executed, so this runs wherever Triton is installed. It measures the
+operator's own time (checks, allocation, arguments, autograd) without Triton's launch. There are two
+forms of the same functions: the op registered with torch.library, which torch.compile needs, and
+the autograd.Function that eager mode uses instead. Times are microseconds per call, the median of
+20 batches of 50.
 """
 
 import argparse

@@ -1,22 +1,22 @@
-"""What prefix attention is timed beside, and the check that comes before the clock.
+"""The methods that are timed together with prefix attention, and the check before the timing.
 
 bf16, D = 64, causal. Methods (`METHODS`):
 
   - ours: `prefix_attention` on views of one qkv; ours_qkv: `prefix_attention_qkv`.
-  - peers (`PEERS`). Those that first concatenate the prefix, expanded over the batch, with k and v:
-    flash: SDPA's flash kernel, bottom-right causal; fa3, fa4: the same with FlashAttention-3 or -4
-    in its place, where torch offers it and the package is installed; cudnn: SDPA's cuDNN kernel, P
-    rows put before the queries so that plain causality holds; efficient: SDPA's memory-efficient
-    kernel with a mask; flex: FlexAttention, compiled; eager: the definition.
-    The one that does not: flex_merged, FlexAttention over the sequence (causal) and over the
-    prefix, whose keys and values have a batch of 1, merged by their log-sum-exp [1] in the same
+  - peers (`PEERS`) that first concatenate the prefix, expanded over the batch, with k and v. flash:
+    SDPA's flash kernel, bottom-right causal; fa3, fa4: the same with FlashAttention-3 or -4, if
+    torch supports it and the package is installed; cudnn: SDPA's cuDNN kernel, with P additional
+    queries in front, so that ordinary causality applies; efficient: SDPA's memory-efficient kernel
+    with a mask; flex: FlexAttention, compiled; eager: the definition.
+  - a peer that does not concatenate. flex_merged: FlexAttention over the sequence (causal) and over
+    the prefix, whose keys and values have a batch of 1, merged by their log-sum-exp [1] in the same
     compiled function.
-  - bare, attention with no prefix at all: bare_flash and bare_cudnn on views of one qkv, whose
-    gradient autograd stacks (a copy); the same with _leaves on the same views as three leaves,
-    whose gradients are not copied.
+  - bare, attention without a prefix: bare_flash and bare_cudnn on views of one qkv, whose gradient
+    autograd stacks (a copy); with _leaves, the same on three separate leaves, whose gradients are
+    not copied.
 
 [1] o = o_S + sigmoid(lse_P - lse_S) (o_P - o_S): He et al. 2022, https://arxiv.org/abs/2110.04366;
-    the form that attention over shared prefixes takes elsewhere (cascade inference, attention-gym).
+    also used for shared prefixes elsewhere (cascade inference, attention-gym).
 """
 
 import math
@@ -35,7 +35,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from kernels import prefix_attention, prefix_attention_eager, prefix_attention_qkv
 
 D = 64
-PEER_SLACK = 4  # so much more may a peer round: only what is wrong is refused, not what is rough
+PEER_SLACK = 4  # factor on a peer's error budget: only wrong results are rejected, not rough ones
 
 
 class Shape(NamedTuple):
@@ -72,7 +72,7 @@ def make_sample(shape: Shape, device: str, seed: int, dtype=torch.bfloat16) -> S
 
 
 def with_leaves(sample: Sample, dtype: torch.dtype | None = None) -> Sample:
-    """The same values, in another dtype perhaps, as leaves of autograd."""
+    """The same values as leaves of autograd, in `dtype` if given."""
     qkv, prefix_k, prefix_v, do = (
         x.detach().to(dtype or x.dtype)
         for x in (sample.qkv, sample.prefix_k, sample.prefix_v, sample.do)
@@ -90,14 +90,14 @@ def heads(qkv: Tensor) -> tuple[Tensor, ...]:
 
 
 def backend(wanted: SDPBackend, x: Tensor):
-    """SDPA takes the wanted kernel, on CUDA; elsewhere its plain one."""
+    """Make SDPA use the wanted kernel on CUDA; elsewhere its plain one."""
     return sdpa_kernel(wanted if x.is_cuda else SDPBackend.MATH)
 
 
 def concatenated(s: Sample) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, H, T, D) and k, v (B, H, P + T, D), as the peers need them."""
+    """q (B, H, T, D) and k, v (B, H, P + T, D) for the peers."""
     q, k, v = heads(s.qkv)
-    if s.prefix_k.shape[-2] == 0:  # then nobody would concatenate
+    if s.prefix_k.shape[-2] == 0:  # there is nothing to concatenate
         return q, k, v
     rows = (x if s.index is None else x[s.index] for x in (s.prefix_k, s.prefix_v))
     prefix_k, prefix_v = (x.expand(len(q), -1, -1, -1) for x in rows)
@@ -114,7 +114,7 @@ def additive_mask(T: int, P: int, device: torch.device, dtype: torch.dtype) -> T
 
 @lru_cache(maxsize=4)
 def block_mask(T: int, P: int, device: torch.device):
-    """Of [prefix; sequence]: query i sees the columns up to P + i."""
+    """The mask over [prefix; sequence]: query i sees the columns up to P + i."""
     return create_block_mask(
         lambda b, h, i, j: j <= i + P, None, None, T, P + T, device=str(device)
     )
@@ -122,7 +122,8 @@ def block_mask(T: int, P: int, device: torch.device):
 
 @lru_cache(maxsize=4)
 def whole_mask(B: int, T: int, P: int, device: torch.device):
-    """Of the prefix, which every query sees. Keys of batch 1 need a mask of the queries' batch."""
+    """The mask over the prefix, which every query sees. It needs the queries' batch size, although
+    the keys have a batch of 1."""
     return create_block_mask(lambda b, h, i, j: j >= 0, B, None, T, P, device=str(device))
 
 
@@ -138,7 +139,7 @@ def merged(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, 
 
 @lru_cache(maxsize=1)
 def compiled(function: Callable, sizes: tuple, device: torch.device) -> Callable:
-    """A function compiled anew for each shape: Dynamo would give up after a few otherwise."""
+    """A function compiled separately for each shape; otherwise Dynamo gives up after a few."""
     if device.type != "cuda":
         return function
     torch._dynamo.reset()
@@ -234,10 +235,10 @@ NEWER = {"fa3": "FA3", "fa4": "FA4", "bare_fa3_leaves": "FA3", "bare_fa4_leaves"
 
 @contextmanager
 def implementation(name: str):
-    """Inside, SDPA's flash kernel is the one that the method of this name asks for.
+    """Within the block, SDPA's flash kernel is the one for the method of this name.
 
     Raises:
-        what torch raises where it does not offer it, or where its package is missing.
+        torch's own error if torch does not support it or its package is missing.
     """
     if name not in NEWER:
         yield
@@ -294,7 +295,7 @@ def reason(error: Exception) -> str:
 
 
 class Truth:
-    """What results are compared with, for one sample: fp64, and the same formula in its dtype."""
+    """The expected results of one sample: in fp64, and by the same formula in its dtype."""
 
     def __init__(self, sample: Sample) -> None:
         self.sample = sample
@@ -308,17 +309,17 @@ class Truth:
             self.exact[prefixed] = results("eager", eager, with_leaves(s, torch.float64))
 
     def problem(self, name: str, attend: Callable[[Sample], Tensor]) -> str:
-        """What is wrong with a method; empty where nothing is.
+        """The fault of a method, or "".
 
-        |actual - exact| <= 2 |low - exact| + 4 eps max|exact|: another order of summation, and the
-        roundings of a recomputation. Eager rounds more: its scores are bf16. Peers may be off by
-        PEER_SLACK times as much.
+        |actual - exact| <= 2 |low - exact| + 4 eps max|exact| allows for another order of summation
+        and the rounding of a recomputation. Eager rounds more, since its scores are in bf16. The
+        budget of peers is PEER_SLACK times as large.
         """
         prefixed = not name.startswith("bare")
         try:
             with implementation(name):
                 actual = results(name, attend, self.sample)
-        except Exception as error:  # what a peer cannot do is part of the result
+        except Exception as error:  # a peer's failure is part of the result
             return reason(error)
         low, exact = self.low[prefixed], self.exact[prefixed]
         if set(actual) != set(exact):

@@ -1,10 +1,10 @@
-"""The CPU path of the operator, timed: why bf16 training takes `masked_products`.
+"""Times the CPU path of the operator, to show why bf16 training uses `masked_products`.
 
     python -m benchmarks.kernels.reference [--out FILE.csv]        (or: make bench)
 
-For each dtype and length: forward + backward through a fused qkv leaf and a shared fp32 prefix, by
-PyTorch's fused attention and by two batched products, after both were compared. Times are medians
-of 20 runs, in ms. They say nothing about a GPU.
+For each dtype and length, it times forward + backward through a fused qkv leaf and a shared fp32
+prefix, by PyTorch's fused attention and by two batched products, after comparing their results.
+Times are medians of 20 runs, in ms. They say nothing about a GPU.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
             t_fused, o_fused = milliseconds(fused, T, dtype)
             t_products, o_products = milliseconds(masked_products, T, dtype)
             gap = (o_fused - o_products).abs().max().item()
-            # both round: a few units in the last place of outputs of order 1
+            # both round, so allow a few units in the last place of outputs of order 1
             assert gap < 16 * torch.finfo(dtype).eps, f"{dtype} T={T}: they differ by {gap:.1e}"
             row = {"dtype": str(dtype).removeprefix("torch."), "B": B, "H": H, "D": D, "P": P}
             row |= {

@@ -1,18 +1,19 @@
-"""Every tile and plan of the kernels timed alone, at the shapes with targets; the winner is named.
+"""Times every tile and plan of the kernels at the shapes with targets, and names the fastest.
 
     python -m benchmarks.kernels.tiles [--out FOLDER] [--what attention] [--seconds 60]
 
-`kernels.launch.TILES` has several tiles for a kernel, of which the first is what runs. Whatever
-passes through `launch.run_best` with its candidates is found by itself: while a call of training or
-of decoding is made, `Choice` stands in the place of `run_best`. A candidate that launches several
-kernels is a plan; the stages in it are found in the same way, and have its name after theirs
-(`bwd_dq in split`). Each candidate is first compared with the definition in fp64, as part of a
-whole call; then its launches are timed in a CUDA graph (`clock.py`) on the inputs of 160 MB.
-The stages inside a plan come first, so that a plan is timed with their winners.
+`kernels.launch.TILES` has several tiles for a kernel, of which the first is the default. The
+candidates are found automatically: during a call of training or decoding, `Choice` replaces
+`launch.run_best`, which receives them. A candidate that launches several kernels is a plan; its
+stages are found in the same way and are named after it (`bwd_dq in split`). Each candidate is first
+compared with the definition in fp64, as part of a whole call; then its launches are timed in a CUDA
+graph (`clock.py`) on inputs of 160 MB. The stages inside a plan come first, so that the plan is
+timed with the best of them.
 
-A row of tiles-DEVICE.csv: a stage, a candidate and its time in microseconds; default is 1 for what
-runs without tuning. Stage "whole" is the call, with the defaults and with all winners. The table at
-the end has what to change in TILES: `stage | shape | default us | best us tile`.
+A row of tiles-DEVICE.csv has a stage, a candidate and its time in microseconds; default is 1 for
+the candidate that runs without tuning. Stage "whole" is the whole call, with the defaults and with
+all winners. The table at the end shows what to change in TILES: `stage | shape | default us | best
+us tile`.
 """
 
 import argparse
@@ -57,12 +58,12 @@ def label(candidate: Any) -> str:
 
 @dataclass
 class Stage:
-    """What one call of `run_best` chooses among, seen in several calls."""
+    """The candidates of one call of `run_best`, collected from several calls."""
 
     kernel: str
     tiles: list[Any]
-    path: dict[str, Any]  # choices of the stages around it that lead here
-    under: str  # the same, as it stands after the name
+    path: dict[str, Any]  # the choices in outer stages that lead to it
+    under: str  # the path as text, for the name
     runs: list[Callable[[Any], Any]] = field(default_factory=list)
 
     @property
@@ -71,9 +72,9 @@ class Stage:
 
 
 class Choice:
-    """In the place of `run_best`: takes `chosen`, by the names of stages, else the default.
+    """A replacement for `run_best` that takes `chosen`, by the names of stages, or the default.
 
-    With `record` it also runs every plan, to find the stages in it; with `every` each tile, too.
+    With `record` it also runs every plan, to find its stages; with `every` it also runs each tile.
     """
 
     def __init__(self, chosen: dict[str, Any] | None = None, record=False, every=False) -> None:
@@ -89,7 +90,7 @@ class Choice:
             stage = self.stages.setdefault(name, Stage(kernel, tiles, path, under))
             stage.runs.append(run)
             candidates = [x for x in tiles if x != taken and (self.every or not is_tile(x))]
-            candidates.append(taken)  # the last one, so that its results stay
+            candidates.append(taken)  # the last one, so that its results remain
         for candidate in candidates:
             self.path = path | {name: candidate}
             self.under = under + ("" if candidate == tiles[0] else f" in {label(candidate)}")
@@ -100,7 +101,7 @@ class Choice:
 
     @contextmanager
     def at_work(self):
-        """Inside, the launchers ask this object."""
+        """Within the block, the launchers use this object."""
 
         def run_best(kernel, x, key, run, tiles=None):
             return self(kernel, launch.tiles_of(kernel, x) if tiles is None else tiles, run)
@@ -123,7 +124,7 @@ def is_tile(candidate: Any) -> bool:
 
 @dataclass
 class Case:
-    """A shape: its columns, whole calls on several inputs, and what is wrong with the first."""
+    """A shape: its columns, whole calls on several inputs, and a check of the first."""
 
     columns: dict[str, int | str]
     calls: list[Callable[[], Any]]
@@ -149,7 +150,7 @@ def attention_case(
 
 
 def decode_case(shape: steps.Shape, device: str, sets: int | None = None) -> Case:
-    """One step of ours, which writes the cache, too."""
+    """One step of ours, which also writes the cache."""
     n = sets or sets_of(steps.work(shape, "ours"), device)
     samples = [steps.make_sample(shape, device, seed) for seed in range(n)]
     calls, truth = [steps.ours(s) for s in samples], None
@@ -163,7 +164,7 @@ def decode_case(shape: steps.Shape, device: str, sets: int | None = None) -> Cas
 
 
 def stages_of(case: Case) -> list[Stage]:
-    """Those of a case, inner ones first."""
+    """The stages of a case, inner ones first."""
     with Choice(record=True).at_work() as choice:
         for call in case.calls:
             call()
@@ -201,7 +202,7 @@ def explore(case: Case, done: set[tuple]) -> Iterator[dict]:
                 if not one["note"]:
                     us = time_of(case.calls, winners | {stage.name: tile}, stage)
                     one |= dict(zip(("us", "us_20", "us_80"), us, strict=True))
-            except Exception as error:  # a tile that does not fit this GPU is part of the result
+            except Exception as error:  # a tile that this GPU cannot run is part of the result
                 one["note"] = reason(error)
             if one["us"] and one["us"] < best:
                 best, winners[stage.name] = one["us"], tile

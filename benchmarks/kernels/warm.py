@@ -1,12 +1,12 @@
-"""Compile what the benchmarks of a GPU will run, in many processes, before a clock runs.
+"""Compiles the kernels for the GPU benchmarks in many processes, before anything is timed.
 
     python -m benchmarks.kernels.warm [--what attention] [--seconds 70]
 
-Compiling on first use takes seconds for a kernel and half a minute for FlexAttention, one after
-the other. Here a process compiles one of those peers at one shape, or every n-th launch of our
-kernels: each tile at the shapes with targets, found as in `tiles.py` but recorded instead of
-run; then the defaults at the shapes of the sweeps. Triton and Inductor keep what they compile on
-disk, where the benchmarks find it. Nothing is timed; what fails here is noted there.
+Compiling on first use takes seconds for each kernel and half a minute for FlexAttention. Here a
+process compiles one of those peers at one shape, or every n-th launch of our kernels: each tile at
+the shapes with targets, found as in `tiles.py` but recorded instead of run; then the defaults at
+the shapes of the sweeps. Triton and Inductor cache the results on disk, where the benchmarks find
+them. Nothing is timed, and failures are reported by the benchmarks.
 """
 
 import argparse
@@ -30,7 +30,7 @@ OWN = 10  # processes for our kernels
 
 
 def launches(cases: Iterable, every: bool, target: str) -> Iterator[launch.Launch]:
-    """What the cases would launch on a target, each kernel once; nothing runs."""
+    """The launches of the cases on a target, each kernel once; nothing runs."""
     seen = set()
     for case in cases:
         with launch.recorded(target) as made, Choice(record=True, every=every).at_work():
@@ -44,7 +44,8 @@ def launches(cases: Iterable, every: bool, target: str) -> Iterator[launch.Launc
 
 
 def key_of(value):
-    """What Triton may compile anew for: a pointer's dtype, constants; of integers, roughly."""
+    """The properties for which Triton may compile again: a pointer's dtype, constants, and roughly
+    those of integers."""
     if torch.is_tensor(value):
         return value.dtype
     if isinstance(value, int) and not isinstance(value, bool):
@@ -65,7 +66,7 @@ def peers() -> Iterator[Callable[[], object]]:
 
 
 def own(what: str) -> Iterator[Callable[[], object]]:
-    """Our launches, what matters first. One case is made at a time, as memory allows."""
+    """Our launches, the most important first. One case is made at a time, to limit memory."""
     make = decode_case if what == "decode" else attention_case
     tried = DECODE if what == "decode" else ATTENTION
     others = steps.OVER_S + steps.OVER_B + steps.ONE_ROW + steps.OVER_P
@@ -74,7 +75,7 @@ def own(what: str) -> Iterator[Callable[[], object]]:
     target = launch.target_of(torch.device("cuda", 0))
     for shapes, every in ((tried, True), (others, False)):
         for one in launches((make(shape, "cuda", sets=1) for shape in shapes), every, target):
-            # one program is enough: what its arguments hold does not matter
+            # one program is enough, and the values of its arguments do not matter
             yield partial(launch.launch, one.kernel, 1, one.tile, **one.arguments)
 
 
