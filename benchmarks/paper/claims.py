@@ -1,10 +1,10 @@
 """The paper's claims, each with a function that judges it by the rows of our runs.
 
-Read `Verdict` and `decided`, then the claims in the order of the paper. A claim "holds here" or
-"does not hold here" by the sign of the mean difference if 0 lies outside of its 95 % interval (by
-Student's t, over seeds or subsets). Otherwise it is undecided, as it is with a single pair, which
-has no interval. That two are alike holds only where all of the interval is within `ALIKE`, and is
-undecided where the interval is wide. Without rows to judge by a claim is "not tested".
+Read `Verdict` and `decided`, then the claims in the order of the paper. If 0 is outside of the 95 %
+interval of a mean difference (by Student's t, over seeds or subsets), its sign decides whether a
+claim "holds here" or "does not hold here". Otherwise, and with a single pair, which has no
+interval, it is undecided. A claim that two methods are alike holds only if the whole interval is
+within `ALIKE`, and is undecided if the interval is wide. Without rows a claim is "not tested".
 
 Sections and tables: [v1] https://arxiv.org/abs/2101.00190v1, [ACL]
 https://aclanthology.org/2021.acl-long.353.
@@ -22,7 +22,7 @@ from benchmarks.paper.results import Difference, Row, difference, gaps, mean_gap
 HOLDS, FAILS, UNDECIDED, UNTESTED = "holds here", "does not hold here", "undecided", "not tested"
 MARKS = {HOLDS: "✓", FAILS: "✗", UNDECIDED: "?", UNTESTED: "–"}
 ONE_LENGTH = f"the learning rate of all lengths n was chosen at n = {MINI_LEN} only"
-# So many times as many parameters are still "as many". The paper's own pair on E2E and WebNLG, both
+# Numbers of parameters up to this ratio count as equal. The paper's pair on E2E and WebNLG, both
 # "0.1 %" of GPT-2 medium, is our adapter of 368,784 and its prefix of 245,760: 1.5006.
 SAME_SIZE = 1.6
 ALIKE = 1.0  # BLEU, below the smallest gap that [v1] argues with (e2e: 69.7 against 68.2)
@@ -30,7 +30,7 @@ ALIKE = 1.0  # BLEU, below the smallest gap that [v1] argues with (e2e: 69.7 aga
 
 @dataclass(frozen=True)
 class Verdict:
-    """What our rows say of a claim."""
+    """The judgement of a claim by our rows."""
 
     status: str
     numbers: str = ""
@@ -44,7 +44,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, where, and how our rows judge it."""
+    """A claim of the paper, its source, and the function that judges it by our rows."""
 
     text: str
     source: str
@@ -60,7 +60,7 @@ def decided(gap: Difference) -> str:
 
 
 def compare(a: Sequence[Row], b: Sequence[Row], column: str, what: str) -> Verdict:
-    """Whether a is above b; `what` says which difference it is."""
+    """Whether a is above b; `what` names the difference."""
     gap = difference(a, b, column)
     if gap is None:
         return Verdict(UNTESTED)
@@ -80,7 +80,7 @@ def better(a: str, b: str, column: str = "BLEU", **where: str):
 def alike(
     judge: Callable[[Sequence[Row]], Difference | None], column: str, what: str, above: bool = False
 ):
-    """A judge: the 95 % interval of a difference is within +-ALIKE; `above`: or wholly higher."""
+    """A judge: the 95 % interval of a difference is within +-ALIKE or, with `above`, higher."""
 
     def judged(rows: Sequence[Row]) -> Verdict:
         gap = judge(rows)
@@ -103,8 +103,7 @@ def alike(
 
 
 def size_ratio(a: Sequence[Row], b: Sequence[Row]) -> float:
-    """How many times the parameters of the smaller one the larger one keeps; infinite where rows
-    do not say."""
+    """Ratio of the larger to the smaller number of kept parameters; infinite if rows lack it."""
     kept = [mean_sd(rows, "kept") for rows in (a, b)]
     return math.inf if None in kept else max(kept).mean / min(kept).mean
 
@@ -117,8 +116,8 @@ def nearest_adapter(rows: Sequence[Row]) -> str:
 
 
 def adapter_gap(rows: Sequence[Row]) -> Verdict:
-    """Mean of PREFIX - the adapter nearest to it in size, over the data sets where both keep as
-    many parameters; the pairs are the seeds that all of these have."""
+    """Mean of PREFIX minus the adapter nearest to it in size, over the data sets on which both keep
+    equally many parameters; the pairs are the seeds that all of these have."""
     found, said, unequal = [], [], []
     for data, column in ON.items():
         of = pick(rows, data=data)
@@ -146,7 +145,7 @@ def adapter_gap(rows: Sequence[Row]) -> Verdict:
 
 
 ON = {"e2e": "BLEU", "webnlg": "BLEU A", "dart": "BLEU"}
-SAID = {  # what v1 prints
+SAID = {  # the numbers in v1
     "e2e": ("69.7 against 68.2", "68.1"),
     "webnlg": ("55.1 against 46.5", "36.0"),
     "dart": ("46.4 against 46.2", "41.0"),
@@ -232,7 +231,7 @@ TABLE4 = (
         lengths=True,
     ),
     Claim(
-        # by construction: as many tokens in the same places, and one-hot choices are embeddings
+        # by construction: equally many tokens in the same places, and tokens are embeddings
         "embedding-only bounds discrete prompts of as many tokens from above",
         "[v1] 7.2",
         better("EMB-10", "DISCRETE"),
@@ -294,7 +293,7 @@ def lengths(a: str, b: str, column: str = "BLEU"):
     """A judge: length a is above length b."""
 
     def at(rows: Sequence[Row], x: str) -> list[Row]:
-        return [row | {"x": ""} for row in pick(rows, x=x)]  # what is compared, not what pairs
+        return [row | {"x": ""} for row in pick(rows, x=x)]  # x is compared, so it must not pair
 
     def judge(rows: Sequence[Row]) -> Verdict:
         return compare(at(rows, a), at(rows, b), column, f"length {a} - length {b}")
@@ -337,7 +336,7 @@ def words_beat_random(rows: Sequence[Row]) -> Verdict:
 
 
 def random_varies_more(rows: Sequence[Row]) -> Verdict:
-    """Spread over subsets and seeds, of random and of the mean word."""
+    """Compare the spread over subsets and seeds of random starts with that of the mean word."""
     sds = {}
     for name in ("random", *TASK_WORDS, *OTHER_WORDS):
         found = mean_sd(words(rows, (name,)), "BLEU")
@@ -406,7 +405,7 @@ CLAIMS = {
 
 
 def verdicts(experiment: str, rows: Sequence[Row]) -> list[tuple[Claim, Verdict]]:
-    """What the rows say of each claim of a table or figure. Quick runs test nothing."""
+    """The verdict on each claim of a table or figure. Quick runs do not test a claim."""
     done = [row for row in rows if not row.get("problem")]
     quick = any(row["scale"].startswith("quick") for row in done)
     swept = any(row["model"] == "mini" and NO_SWEEP not in row["scale"] for row in done)
@@ -422,7 +421,7 @@ def verdicts(experiment: str, rows: Sequence[Row]) -> list[tuple[Claim, Verdict]
 
 
 def judge(experiment: str, rows: Sequence[Row]) -> list[str]:
-    """`verdicts`, one line for each claim: the claim, its source, what holds here."""
+    """`verdicts` as one line for each claim: the claim, its source, and the verdict."""
     return [
         f"{claim.text} ({claim.source}): {said.marked}"
         + (f" ({said.numbers})" if said.numbers else "")

@@ -1,12 +1,12 @@
-"""The command: a table or figure of the paper, from its runs to CSV, figure and claims.
+"""The command: runs a table or figure of the paper, and writes its CSV, figure and claims.
 
-    python -m benchmarks.paper sweep --data-dir DATA      what the dev set chooses for mini
-    python -m benchmarks.paper table4 --data-dir DATA     the same command goes on where it was
-    python -m benchmarks.paper all --quick                a look around, in minutes
+    python -m benchmarks.paper sweep --data-dir DATA      choose settings for mini on the dev set
+    python -m benchmarks.paper table4 --data-dir DATA     the same command continues a stopped one
+    python -m benchmarks.paper all --quick                a quick try, in minutes
     python -m benchmarks.paper report --out benchmarks/paper
 
-DATA holds the folders e2e, webnlg and dart; without it they are those that `python -m minprefix
-data` fetched. Read `run`, then `run_experiment`.
+DATA holds the folders e2e, webnlg and dart; by default they are those that `python -m minprefix
+data` has downloaded. Read `run`, then `run_experiment`.
 """
 
 import itertools
@@ -54,7 +54,7 @@ class Options(WithModel):
     quick: FlagCreatePairsOff[bool] = False  # to look around: few steps, few tables, one seed
     seeds: int | None = None  # number of seeds; None = 3, and 2 for low data
     subsets: int | None = None  # low data: number of subsets; None = 5
-    # optimiser steps, instead of the preset's; low data: at most so many
+    # optimizer steps, instead of the preset's; low data: at most so many
     steps: int | None = None
     num_beams: int | None = None  # None = 5 as in the paper, and 1 with --quick
     precision: Literal[*PRECISIONS] = "auto"  # of training
@@ -68,11 +68,11 @@ class Options(WithModel):
 
 
 def run(options: Options) -> dict | None:
-    """The command; a dict with --json.
+    """Run the command; returns a dict with --json.
 
     Raises:
-        ValueError: options that make no sense, or runs that failed (the others are done).
-        Interrupted: Ctrl-C; the same command goes on.
+        ValueError: options that contradict each other, or failed runs (the others are done).
+        Interrupted: Ctrl-C; the same command continues.
     """
     out = options.out or options.runs / "results"
     if options.what == "report":
@@ -133,9 +133,9 @@ def plan_of(options: Options) -> Plan:
 
 
 def with_jobs(options: Options) -> tuple[Options, list[str]]:
-    """The options with device and number of processes, and the GPUs that these are spread over."""
+    """The options with device and number of processes, and the GPUs that the processes use."""
     device = options.where
-    gpus = free_gpus() if device == "cuda" else []  # cuda:1 is that one
+    gpus = free_gpus() if device == "cuda" else []  # cuda:1 means exactly that GPU
     jobs = options.jobs or max(1, len(gpus))
     if jobs == 1 and gpus and "CUDA_VISIBLE_DEVICES" not in os.environ:
         device = f"cuda:{gpus[0]}"
@@ -161,10 +161,10 @@ def cells_of(name: str, plan: Plan, options: Options) -> tuple[list[Cell], dict[
 def run_experiment(
     name: str, plan: Plan, options: Options, out: Path, gpus: list[str]
 ) -> tuple[Path, list[str]]:
-    """Run what is missing of a table or figure; its CSV, and for each run why it failed, or "".
+    """Run what is missing of a table or figure; returns its CSV and each run's failure, or "".
 
-    CSV and figure are written anew after each run, so that they show what there is. Rows with
-    scores that are in the file stay (`stay`).
+    CSV and figure are rewritten after each run, so that they are up to date. Rows with scores that
+    are already in the file are kept (`stay`).
     """
     cells, missing = cells_of(name, plan, options)
     model = Path(options.model).name
@@ -186,7 +186,7 @@ def run_experiment(
         rows = []
         for cell in cells:
             why, problem = missing.get(cell.run.data), problem_of(cell.run, options.runs)
-            if why and problem:  # it has no scores, and cannot have
+            if why and problem:  # it has no scores, and cannot get any
                 problem = f"not tested: {why}"
             record = record_of(options.runs / cell.run.id)
             rows.append(row_of(name, plan.scale_of(cell.run), model, cell, record, problem))
@@ -204,8 +204,8 @@ def run_experiment(
 
 
 def check_ready(runs: list[Run], todo: list[Run], options: Options) -> None:
-    """Load the model once, before the first run: its errors are all runs' errors. And compare what
-    finished runs were made from with what is here (`run.check_origin`)."""
+    """Load the model once before the first run, since its errors would be those of all runs. Also
+    compare the model and data of finished runs with the present ones (`run.check_origin`)."""
     finished = [(run, record) for run in runs if (record := record_of(options.runs / run.id))]
     finished = [(run, record) for run, record in finished if "origin" in record]
     if not todo and not finished:
@@ -227,11 +227,11 @@ def check_ready(runs: list[Run], todo: list[Run], options: Options) -> None:
 def stay(
     rows: list[dict], before: list[dict], wanted: set[str], trials: bool = False
 ) -> list[dict]:
-    """The new rows of a CSV, with those that were in it before and stay.
+    """The new rows of a CSV, and the old ones that are kept.
 
-    A run's name is a digest of its settings: what was scored under it stands, also where its folder
-    or data is no longer at hand. So do all rows of data that --only leaves out, and scored rows at
-    other places of the table (of more seeds, say) at the same scale; trials of a sweep do not.
+    A run's name is a digest of its settings, so its old scores are kept even if its folder or data
+    no longer exists. Rows of data that --only leaves out are kept too, and so are scored rows in
+    other places of the table (for example of more seeds) at the same scale, except in a sweep.
     """
     scored = {row["run"]: row for row in before if not row["problem"]}
     rows = [scored.get(row["run"], row) if row["problem"] else row for row in rows]
@@ -246,7 +246,7 @@ def stay(
 
 
 def keep_old(path: Path, before: list[dict], rows: list[dict]) -> None:
-    """The CSV as it was, beside the new one, if that lost rows with scores."""
+    """Keep a copy of the old CSV if the new one has lost rows with scores."""
     here = {row["run"] for row in rows}
     lost = [row for row in before if not row["problem"] and row["run"] not in here]
     if lost:
@@ -288,7 +288,7 @@ def go(
 
 
 def tell(name: str, rows: list[dict], path: Path, stream) -> None:
-    """Draw the figure, print the claims."""
+    """Draw the figure and print the claims."""
     if name == "sweep":
         say(f"wrote {path}")
         return
@@ -301,13 +301,13 @@ def tell(name: str, rows: list[dict], path: Path, stream) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them."""
+    """Format a number of seconds for people."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
+    """Run the command line; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
     return execute(Options, run, words, "python -m benchmarks.paper")

@@ -1,8 +1,8 @@
-"""How long the runs will take: from finished runs like them, else from a few timed steps.
+"""Estimates how long the runs will take, from similar finished runs or from a few timed steps.
 
 Read `seconds_of`, the estimate before the first run, and `seconds_left`, which corrects it by the
-time that runs have taken since. Dev evaluations are not in the first, texts are timed as long as
-they may get, and what part of an interrupted run is done is not looked at.
+time of the runs so far. The estimate does not include dev evaluations, assumes texts of the
+greatest length, and ignores how much of an interrupted run is done.
 """
 
 import math
@@ -18,15 +18,15 @@ from benchmarks.paper.run import Run, data_path, make_training, spread, write_te
 from minprefix.data.load import load_examples
 from minprefix.files import read_json
 
-STEPS = 3  # timed, after one that is not
-TABLES = 8  # decoded, to time it
-SHORT = 10 * (STEPS + 1)  # steps of a run that is not worth a timing of its own
+STEPS = 3  # timed steps, after one that is not timed
+TABLES = 8  # tables that are decoded for the timing
+SHORT = 10 * (STEPS + 1)  # runs of up to this many steps are not timed themselves
 
 
 class Speed(NamedTuple):
-    """Of one kind of run."""
+    """The speed of one kind of run."""
 
-    step: float  # s per optimiser step
+    step: float  # s per optimizer step
     table: float  # s per text
     start: float = 0.0  # s to load model and data
 
@@ -38,7 +38,7 @@ def kind(run: Run) -> tuple:
 
 
 def measured(run: Run, data_dir: Path | None, device: str) -> Speed:
-    """From a few steps in a folder that is then deleted."""
+    """Measure the speed with a few steps in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         training = make_training(run, data_dir, Path(folder), device)
@@ -57,7 +57,7 @@ def measured(run: Run, data_dir: Path | None, device: str) -> Speed:
 
 
 def steps_of(run: Run, pairs: int) -> int:
-    """Optimiser steps; `pairs` are those of all training data."""
+    """The number of optimizer steps; `pairs` is that of the whole training data."""
     if run.train is None or run.train.steps is not None:
         return (run.train or run.search).steps
     pairs = run.size or round((run.share or 1) * pairs)
@@ -67,10 +67,10 @@ def steps_of(run: Run, pairs: int) -> int:
 def seconds_of(
     runs: Sequence[Run], root: Path, data_dir: Path | None, device: str
 ) -> dict[str, float | None]:
-    """Seconds that each run takes from its start, on one process; by the run's id.
+    """The seconds that each run takes from its start on one process, by the run's id.
 
-    A search for a prompt has no steps of equal cost: where no like one has been finished, its
-    seconds are None. Runs of so few steps that timing takes a good part of them (--quick) are taken
+    The steps of a search for a prompt differ in cost, so its seconds are None unless a similar one
+    has been finished. Short runs (--quick), for which the timing would take too long, are assumed
     to be as fast as the first kind that was timed.
     """
     speeds: dict[tuple, list[Speed]] = {}
@@ -116,10 +116,10 @@ def seconds_of(
 def seconds_left(
     seconds: dict[str, float | None], todo: Sequence[str], done: Sequence[str], elapsed: float
 ) -> float:
-    """How long the rest of some runs will take, by the time that the first of them took.
+    """How long the remaining runs will take, given the time of the finished ones.
 
     Args:
-        seconds: what `seconds_of` said; a run of unknown time is taken for one of average time.
+        seconds: the result of `seconds_of`; a run of unknown time counts as an average one.
         todo, done: ids of all runs and of those that are done, at least one.
         elapsed: s since the first began.
     """

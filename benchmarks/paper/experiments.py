@@ -1,9 +1,9 @@
-"""What is run for each table and figure of the paper, in its order.
+"""The runs of each table and figure of the paper, in its order.
 
-An experiment is a list of cells: a run, under the name that its row or curve has in the paper, at
-its place x of the figure. Runs that two of them share are run once (`Run.id`). Which settings a run
-has: `presets.py`. Numbers of tables and figures: the ACL version has those of v1 plus one for the
-tables (v1 Table 1 = ACL Table 2), as v1 is the one whose numbers are used here.
+An experiment is a list of cells. A cell is a run with the name of its row or curve in the paper and
+its place x in the figure. A run that two experiments share is run once (`Run.id`). `presets.py` has
+the settings of runs. Tables and figures are numbered as in v1; in the ACL version the numbers of
+tables are larger by one (v1 Table 1 = ACL Table 2).
 """
 
 from collections.abc import Callable
@@ -24,12 +24,12 @@ SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, None)  # ACL Figure 6; None, all data, is our
 TASK_WORDS = ("summarize", "table-to-text:")
 OTHER_WORDS = ("active", "elephant", "banana", "beautiful", "divide", "keep")
 INITS = ("random", *OTHER_WORDS, *TASK_WORDS)  # Figure 5
-SWEEP_TABLES = 200  # dev inputs that a setting is judged by
+SWEEP_TABLES = 200  # dev inputs by which a setting is judged
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run and where it stands in the table or figure."""
+    """One run and its place in the table or figure."""
 
     name: str  # row or curve
     run: Run
@@ -37,7 +37,7 @@ class Cell:
 
 
 def table1_names(plan: Plan) -> tuple[str, ...]:
-    """The rows of table 1; `mini` has one more, the adapter that is as large as its prefix."""
+    """The rows of table 1; `mini` has one more, an adapter of the same size as its prefix."""
     return TABLE1_MINI if plan.model == "mini" else TABLE1
 
 
@@ -52,15 +52,15 @@ def table1(plan: Plan) -> list[Cell]:
 
 
 def table3(plan: Plan) -> list[Cell]:
-    """Table 3 (ACL 4) and section 6.4: topics that training never saw, on WebNLG (columns U)."""
+    """Table 3 (ACL 4) and section 6.4: topics that are not in training, on WebNLG (columns U)."""
     return [cell for cell in table1(plan) if cell.run.data == "webnlg"]
 
 
 def table4(plan: Plan) -> list[Cell]:
-    """Table 4 (ACL 5): embedding-only and infix; and searched discrete prompts beneath them.
+    """Table 4 (ACL 5): embedding-only and infix, and also searched discrete prompts.
 
-    DISCRETE are tokens before the table, one-hot choices among the embeddings of EMB-10; DISCRETE
-    AROUND are as many, three of them after the table: another frame, that of an instruction.
+    DISCRETE has tokens before the table, a special case of the embeddings of EMB-10. DISCRETE
+    AROUND has the same number of tokens, three of them after the table, as in an instruction.
     """
     return [Cell(name, plan.run("e2e", name, seed)) for name in TABLE4 for seed in plan.seeds]
 
@@ -118,7 +118,7 @@ def figure5(plan: Plan) -> list[Cell]:
 
 
 def share_run(plan: Plan, name: str, seed: int, share: float | None) -> Run:
-    """A part of the data, another one for each seed; all of it is the run of table 1."""
+    """A run on a share of the data, which differs for each seed; None is the run of table 1."""
     part = {} if share is None else {"share": share, "subset": seed}
     return plan.run("e2e", name, seed, **part)
 
@@ -142,7 +142,7 @@ EXPERIMENTS = {
     "figure5": figure5,
     "figure6": figure6,
 }
-# What of it is not run here, for the report.
+# Parts of the paper that are not run here, for the report.
 NOT_HERE = {
     "table1": "not tested: DART's MoverScore, BERTScore and BLEURT (they need models of their own)",
     "table3": "not tested: XSUM news-to-sports and within-news (BART on XSum, v1 Tables 2 and 3)",
@@ -162,7 +162,7 @@ def full_trials(plan: Plan, data: str, names: tuple[str, ...], judged: dict) -> 
 
 
 def low_trials(plan: Plan, judged: dict) -> list[Cell]:
-    """Low data: four learning rates x two numbers of steps, on a subset that no figure uses."""
+    """Low data: four learning rates x two numbers of steps, on a subset used by no figure."""
     cells = []
     for size in sorted(set(SWEPT_SIZE.values()))[: 1 if plan.quick else None]:
         low = {"size": size, "subset": SWEEP_SUBSET} | judged
@@ -180,10 +180,10 @@ def low_trials(plan: Plan, judged: dict) -> list[Cell]:
 
 
 def sweep(plan: Plan) -> list[Cell]:
-    """What chooses the settings of `mini`: equally many trials for each method, on the dev set.
+    """The trials that choose the settings of `mini` on the dev set, equally many for each method.
 
-    What most tables and figures need comes first. The dev inputs are SWEEP_TABLES of the official
-    dev set, greedily.
+    Trials that most tables and figures need come first. Each decodes SWEEP_TABLES inputs of the
+    official dev set greedily.
     """
     plan = replace(plan, sweep=None)
     greedy = GenerationConfig(max_new_tokens=plan.decoding().max_new_tokens, num_beams=1)
@@ -203,7 +203,7 @@ def sweep(plan: Plan) -> list[Cell]:
 
 
 def restaurants_for(cells: list[Cell]) -> list[Cell]:
-    """The same on the embedded tables instead of E2E, to look around without any download."""
+    """The same on the embedded tables instead of E2E, for a try without downloads."""
     return [
         replace(cell, run=replace(cell.run, data="restaurants"))
         for cell in cells

@@ -1,6 +1,6 @@
 """Figures like the paper's, from the rows of a CSV: means with one standard deviation.
 
-Read `draw`. Tables become bars beside the paper's numbers, the others curves over the figure's x.
+Read `draw`. Tables become bars with the paper's numbers, and figures become curves.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from minprefix.files import atomic_write
 from minprefix.palette import INK, PREFIX, colour_of
 
 BAND, DOT = 0.18, 0.5  # opacity of a band and of a single run
-SCORES = {  # what a figure shows: column, label
+SCORES = {  # the scores in each figure: column, label
     "figure3": (("BLEU", "BLEU"), ("R-L", "ROUGE-L")),
     "figure4": (
         ("BLEU", "BLEU"),
@@ -22,7 +22,7 @@ SCORES = {  # what a figure shows: column, label
     ),
     "figure6": (("BLEU", "BLEU"), ("R-L", "ROUGE-L")),
 }
-AXES = {  # what the figure's x is
+AXES = {  # the label of each figure's x axis
     "figure3": "training pairs",
     "figure4": "prefix length (positions)",
     "figure5": "training pairs",
@@ -49,7 +49,7 @@ def new_figure(panels: int, width: float = 4.6):
 
 
 def bars(axes, rows: Sequence[Row], experiment: str, data: str, column: str) -> None:
-    """A bar for each name, the paper's number (GPT-2 medium) as a black mark."""
+    """A bar for each name, with the paper's number (GPT-2 medium) as a black mark."""
     names = [name for name in names_of(rows) if mean_sd(pick(rows, name=name), column)]
     for i, name in enumerate(names):
         mean, sd, n = mean_sd(pick(rows, name=name), column)
@@ -97,7 +97,7 @@ def draw_starts(rows: Sequence[Row]):
 
 
 def place(x: str) -> float:
-    """Where an x stands: a number of pairs or positions, or percent."""
+    """The position of an x on the axis: a number of pairs or positions, or percent."""
     return float(x.rstrip("%"))
 
 
@@ -136,7 +136,7 @@ def draw_curves(experiment: str, rows: Sequence[Row]):
 
 
 def draw(experiment: str, rows: Sequence[Row], path: Path) -> bool:
-    """Write the figure of a table or figure; False where no row has a score."""
+    """Write the figure of a table or figure; returns False if no row has a score."""
     rows = [row for row in rows if not row.get("problem")]
     if experiment == "figure5":
         figure = draw_starts(rows)

@@ -1,9 +1,9 @@
-"""Many runs on several processes: each worker takes the next run that nobody has.
+"""Runs many runs on several processes: each worker takes the next run that is not taken.
 
-Read `work` (what a worker does) and `run_all`. A run is taken with the lock on its folder, which
-the system releases when a process ends however it ends: nothing is left behind by
-a kill, and two commands on the same folder share the work. A run that fails leaves its reason and
-the others go on; the next command tries it again.
+Read `work` (the loop of a worker) and `run_all`. A worker takes a run by locking its folder. The
+system releases the lock however the process ends, so a killed process leaves no lock, and two
+commands on the same folder share the work. A failed run writes its reason, and the others continue;
+the next command tries it again.
 """
 
 import gc
@@ -38,20 +38,20 @@ def attempt(run: Run, folder: Path, data_dir: Path | None, device: str) -> None:
         execute(run, folder, data_dir, device)
     except KeyboardInterrupt:
         raise
-    except Exception as error:  # whatever it is, the other runs go on
+    except Exception as error:  # whatever the error is, the other runs continue
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         write_text(folder / "failure.json", json.dumps({"reason": reason}) + "\n")
-    gc.collect()  # the model, before the next one is loaded
+    gc.collect()  # free the model before the next one is loaded
 
 
 def work(
     runs: Sequence[Run], root: Path, data_dir: Path | None, device: str,
     done: Callable[[Run], object] = lambda run: None,
 ) -> None:  # fmt: skip
-    """Take one run after the other until all are settled, at last waiting for those of others.
+    """Take one run after the other until all are settled; finally wait for those of others.
 
     Raises:
-        Interrupted: Ctrl-C, the state of the run is saved.
+        Interrupted: Ctrl-C; the state of the run is saved.
     """
     for wait in (False, True):
         for run in runs:
@@ -65,7 +65,7 @@ def work(
 
 
 def work_alone(runs, root: Path, data_dir: Path | None, device: str, threads: int) -> None:
-    """`work` in a process of its own; it stops with its parent, and prints no progress."""
+    """`work` in a separate process, which stops with its parent and prints no progress."""
     os.setpgid(0, 0)  # Ctrl-C reaches the parent, which passes it on once
     parent = os.getppid()
 
@@ -82,9 +82,9 @@ def work_alone(runs, root: Path, data_dir: Path | None, device: str, threads: in
 
 
 def free_gpus() -> list[str]:
-    """The GPUs that this process may use and that no other computes on, by number.
+    """The numbers of the GPUs that this process may use and that no other process is using.
 
-    Every one of them if the driver's tool is not there to ask, or if all are busy.
+    All of them if the driver's tool is missing, or if all are busy.
     """
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -106,11 +106,11 @@ def run_all(
     runs: Sequence[Run], root: Path, data_dir: Path | None, device: str, jobs: int,
     gpus: Sequence[str], done: Callable[[Run], object],
 ) -> None:  # fmt: skip
-    """Settle all runs with `jobs` processes; `done` is called for each that is newly settled.
+    """Settle all runs with `jobs` processes; calls `done` for each run that gets settled.
 
     Args:
-        jobs: 1 = in this process. Else worker i computes on gpus[i % n], or on its part of the
-            CPU's threads.
+        jobs: 1 = in this process. Otherwise worker i uses gpus[i % n], or its share of the CPU's
+            threads.
     Raises:
         Interrupted: Ctrl-C; every worker has saved its state.
     """
@@ -135,16 +135,16 @@ def run_all(
         raise Interrupted("stopped; every run has saved its state") from None
     for run in waiting.values():
         folder = root / run.id
-        if not settled(folder):  # a process that was killed, by the system for its memory perhaps
+        if not settled(folder):  # its process was killed, perhaps by the system for its memory
             codes = sorted({worker.exitcode for worker in workers if worker.exitcode})
             reason = f"its process ended with exit code {', '.join(map(str, codes)) or 'unknown'}"
-            folder.mkdir(parents=True, exist_ok=True)  # where no process came to take the run
+            folder.mkdir(parents=True, exist_ok=True)  # missing if no process has taken the run
             write_text(folder / "failure.json", json.dumps({"reason": reason}) + "\n")
         done(run)
 
 
 def start(jobs: int, runs, root: Path, data_dir, device: str, gpus: Sequence[str]) -> list:
-    """Worker processes; a new one has its GPU and its threads from the environment."""
+    """Start worker processes, whose GPU and number of threads are set in their environment."""
     threads = max(1, torch.get_num_threads() // (jobs if device == "cpu" else 1))
     context = multiprocessing.get_context("spawn")
     before = dict(os.environ)

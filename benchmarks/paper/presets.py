@@ -1,10 +1,10 @@
-"""Settings of each method: the paper's for official models, those that the dev set chose for mini.
+"""Settings of each method: the paper's for official models, and for mini the best on the dev set.
 
-Read `METHODS` (how the methods differ), `PAPER` in methods/paper.py, `GRID` (what the sweep tries
-for mini), then `Plan.run`, which makes a `Run` from them. Plan is all that a user chooses; the
-tables and figures are functions of it (`experiments.py`).
+Read `METHODS` (how the methods differ), `PAPER` in methods/paper.py, `GRID` (the trials of the
+sweep for mini), then `Plan.run`, which makes a `Run` from them. A Plan holds the user's choices;
+the tables and figures are functions of it (`experiments.py`).
 
-Numbers are those of Li & Liang 2021, arXiv v1 Table 5 [1] and ACL appendix A.2, Tables 6 and 8 [2].
+Numbers are from Li & Liang 2021, arXiv v1 Table 5 [1] and ACL appendix A.2, Tables 6 and 8 [2].
 
 [1] https://arxiv.org/abs/2101.00190v1   [2] https://aclanthology.org/2021.acl-long.353
 """
@@ -25,7 +25,7 @@ from minprefix.training.config import TrainConfig
 
 SWEEP = Path(__file__).parents[2] / "benchmarks" / "paper" / "sweep-mini.csv"
 LOW_INIT, LOW_LEN = "table-to-text:", 6  # [2] A.2: the start and length of low-data prefixes
-EMBEDDING = "embedding-mlp"  # the authors' code trains virtual tokens through an MLP, too
+EMBEDDING = "embedding-mlp"  # the authors' code also trains virtual tokens through an MLP
 
 
 def emb(n: int) -> dict:
@@ -36,9 +36,9 @@ def infix(n: int) -> dict:
     return {"method": "prefix", "prefix": {"place": "infix", "prefix_len": n}}
 
 
-# By the paper's name: the training method, and what differs from the defaults of its configs. The
+# By the paper's name: the training method, and differences from the defaults of its configs. The
 # paper's narrow adapter keeps as many parameters as its prefix, 0.1 % of GPT-2 medium; the prefix
-# of `mini` is 0.35 % of it, so there an adapter of that size stands beside it.
+# of `mini` is 0.35 % of the model, so for mini there is also an adapter of that size.
 METHODS = {
     "FT-FULL": {"method": "finetune"},
     "FT-TOP2": {"method": "ft-top", "baseline": {"top_layers": 2}},
@@ -61,10 +61,10 @@ PAPER_LOW_STEPS = {
 
 # no warm-up and no early stop, as in the paper; dev pairs of an evaluation, at most
 PLAIN = {"warmup_steps": 0, "patience": 0, "eval_every": 200, "eval_pairs": 1000}
-# mini: what is the same for all methods, so that the effort is
+# mini: the same for all methods, so that their effort is equal
 MINI = {"steps": 2500, "batch_size": 16}
 MINI_LEN = 10  # prefix length
-EVAL_PAIRS = 500  # of the dev set, in an evaluation
+EVAL_PAIRS = 500  # dev pairs in an evaluation
 MINI_LOW = {"batch_size": 10}
 # mini: four learning rates for each method, by what it trains; chosen on the dev set
 GRID = {
@@ -76,37 +76,37 @@ GRID = {
 # mini, low data: learning rates x most steps, for each method; chosen on the dev set
 GRID_LOW = dict.fromkeys(("finetune", "prefix"), ((1e-4, 3e-4, 1e-3, 3e-3), (100, 400)))
 NO_SWEEP = "no sweep"  # in the scale of rows whose learning rate is the default
-SWEPT = "e2e"  # whose choices a data set takes that was not swept itself
-SWEPT_SIZE = {50: 100, 100: 100, 200: 100, 500: 500}  # low data: size -> the size it was swept at
-SWEEP_SUBSET = 100  # a subset of its own, none of those that are reported
+SWEPT = "e2e"  # data sets without a sweep use the settings chosen on this one
+SWEPT_SIZE = {50: 100, 100: 100, 200: 100, 500: 500}  # low data: size -> size of the sweep it uses
+SWEEP_SUBSET = 100  # the seed of a separate subset, not one of those that are reported
 
 QUICK = {"steps": 12, "batch_size": 8, "eval_every": 12, "eval_pairs": 16}
 QUICK_TABLES = 16
 
 
 def family(name: str) -> str:
-    """The method whose settings it takes: INFIX-20 those of INFIX-10, and EMB-n those of EMB-10."""
+    """The method whose settings are used: INFIX-10 for INFIX-20, and EMB-10 for EMB-n."""
     kind = name.split("-")[0]
     return f"{kind}-10" if kind in ("EMB", "INFIX") else name
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a user chooses for all experiments. See `presets` for a model's settings."""
+    """The user's choices for all experiments. See `presets` for a model's settings."""
 
     model: str = "mini"  # "mini", or an official model: a name or a folder
-    quick: bool = False  # a minute for each, to look around and for tests
+    quick: bool = False  # about a minute for each, for a quick try and for tests
     seeds: tuple[int, ...] = (0, 1, 2)  # of experiments on all data
     low_seeds: tuple[int, ...] = tuple(range(LOW_DATA_SEEDS))  # of each subset of low data
     subsets: tuple[int, ...] = tuple(range(LOW_DATA_SUBSETS))
     sizes: tuple[int, ...] = LOW_DATA_SIZES  # training pairs
-    steps: int | None = None  # instead of the preset's; low data: at most so many
-    beams: int | None = None  # None = 5 as in the paper, 1 where quick
+    steps: int | None = None  # instead of the preset's; for low data, the maximum
+    beams: int | None = None  # None = 5 as in the paper, 1 with quick
     precision: str = "auto"  # of training
     batch_size: int = 64  # tables decoded at a time
-    length_data: str = "dart"  # of figure 4: the paper's, or another where that is not at hand
-    sweep: Path | None = SWEEP  # what the dev set chose; None = choose nothing
-    swept: bool = False  # a model other than mini takes mini's settings and what `sweep` chose
+    length_data: str = "dart"  # for figure 4: the paper's, or another one if it is missing
+    sweep: Path | None = SWEEP  # trials on the dev set; None = use the defaults
+    swept: bool = False  # whether a model other than mini uses mini's settings and `sweep`
 
     @property
     def presets(self) -> str:
@@ -114,15 +114,15 @@ class Plan:
 
     @property
     def scale(self) -> str:
-        """How far the runs are from the preset."""
+        """How the runs differ from the preset."""
         words = ["quick"] if self.quick else []
         if self.steps is not None:
             words.append(f"{self.steps} steps")
         return ", ".join(words) or f"preset ({self.presets})"
 
     def scale_of(self, run: Run) -> str:
-        """`scale`, as it stands in the run's row: also whether no dev set chose its settings, and
-        whether trials of another length or on another data set did."""
+        """`scale` for the run's row. It also says if its settings were not chosen on a dev set, or
+        by trials of another length or on another data set."""
         if run.train is None or self.quick:
             return self.scale
         if run.train.lr is None:
@@ -146,7 +146,7 @@ class Plan:
         """The run of a method in `METHODS`.
 
         Args:
-            size: low data: so many training pairs, the prefix from words; None = all.
+            size: number of training pairs in low data, with a prefix from words; None = all.
             changes: fields of the run; "prefix" holds changes to its PrefixConfig, "train" to
                 its TrainConfig.
         """
@@ -175,11 +175,11 @@ class Plan:
     def search(self, seed: int, after: int) -> SearchConfig:
         """The search for a discrete prompt.
 
-        For mini it may evaluate as many rows as a training and the four trials that chose its
-        learning rate do, where a row's gradient counts as `GRADIENT_COST`. For official models
-        `--steps` leaves it alone.
+        For mini it may evaluate as many rows as a training run and the four trials for its learning
+        rate together, where the gradient of a row counts as `GRADIENT_COST`. For official models,
+        `--steps` does not change it.
 
-        after: how many of its tokens stand after the table (in the place of the bos).
+        after: how many of its tokens come after the table (instead of the bos).
         """
         if self.quick:
             return SearchConfig(
@@ -222,10 +222,10 @@ class Plan:
         return many | steps, length
 
     def _chosen(self, data: str, name: str, size: int | None, init: str | None) -> dict:
-        """lr (and, in low data, steps) with the best dev BLEU in the sweep; {} without one.
+        """lr (and, in low data, steps) with the best dev BLEU in the sweep; {} without a sweep.
 
-        A data set that was not swept takes what was chosen on `SWEPT`. Trials that failed are
-        trials.
+        A data set without trials uses the settings chosen on `SWEPT`. Failed trials count as
+        finished.
 
         Raises:
             ValueError: the sweep has not finished all trials of the method.

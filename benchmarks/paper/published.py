@@ -1,7 +1,8 @@
-"""The paper's own numbers, which stand beside ours in the report.
+"""The paper's own numbers, for comparison in the report.
 
-v1 is arXiv 2101.00190v1 (1 Jan 2021) [1], ACL the published version [2]; where both print a row,
-v1's numbers are here, and ACL's under ACL. GPT-2 medium, but for XSUM. Figures print no numbers.
+v1 is arXiv 2101.00190v1 (1 Jan 2021) [1], ACL the published version [2]. If both have a row, the
+number is v1's, and that of ACL is under ACL. They are for GPT-2 medium, except for XSUM. The
+paper's figures have no numbers.
 
 [1] https://arxiv.org/abs/2101.00190v1   [2] https://aclanthology.org/2021.acl-long.353
 """
@@ -66,7 +67,7 @@ COLUMNS = {"e2e": E2E, "webnlg": WEBNLG, "dart": DART}
 
 
 def published(experiment: str, data: str, name: str) -> dict[str, float]:
-    """v1's scores of a row by column; {} if it has none."""
+    """The scores of a row in v1, by column; {} if it has none."""
     if experiment in ("table1", "table3"):
         numbers = TABLE1.get(data, {}).get(name, ())
     elif experiment == "table4" and data == "e2e":

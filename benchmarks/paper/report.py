@@ -1,4 +1,4 @@
-"""RESULTS.md: every table and figure with the paper's numbers beside ours, from the CSVs alone.
+"""Writes RESULTS.md from the CSVs: every table and figure, with the paper's numbers and ours.
 
 `python -m benchmarks.paper report --out FOLDER` writes it; a test keeps the committed one equal to
 what the committed CSVs give. Read `report`.
@@ -30,13 +30,13 @@ The claims are judged by n paired differences; seeds, or in low data subsets, ar
 
 
 def digits(data: str, column: str) -> int:
-    """Decimal places, as the paper has them."""
+    """The number of decimal places in the paper."""
     small = column.startswith(("NIST", "CIDEr", "TER"))
     return 2 if small or (column.startswith("MET") and data in ("webnlg", "dart")) else 1
 
 
 def cell(found: Mean | None, places: int, said: float | None) -> str:
-    """One cell of a table: ours, then the paper's."""
+    """One cell of a table: our number, then the paper's."""
     ours = "" if found is None else f"{found.mean:.{places}f}"
     if found is not None and found.n > 1:
         ours += f" ± {found.sd:.{places}f}"
@@ -86,7 +86,7 @@ def problems(rows: Sequence[Row]) -> list[str]:
 
 
 def settings(rows: Sequence[Row]) -> str:
-    """One line: what the runs were."""
+    """One line with the settings of the runs."""
 
     def said(column: str) -> str:
         return ", ".join(dict.fromkeys(v for row in rows if (v := row.get(column)))) or "none"
@@ -98,7 +98,7 @@ def settings(rows: Sequence[Row]) -> str:
 
 
 def passes(rows: Sequence[Row]) -> str:
-    """How often runs saw their training pairs, at the ends of x; "" where they differ in steps."""
+    """How often runs saw their training pairs at the ends of x; "" if they differ in steps."""
     drawn = {int(r["steps"]) * int(r["batch_size"]) if r.get("steps") else None for r in rows}
     pairs = {row["x"]: int(row["pairs"]) for row in rows if row.get("pairs")}
     if len(drawn) != 1 or None in drawn or len(pairs) < 2:
@@ -109,7 +109,7 @@ def passes(rows: Sequence[Row]) -> str:
 
 
 def results(path: Path) -> list[Row]:
-    """The rows of a CSV; ValueError if it is empty or no CSV of the command."""
+    """The rows of a CSV; ValueError if it is empty or is not a CSV of this command."""
     rows = read_rows(path)
     if not rows or not {"name", "data", "problem", "scale", "model"} <= set(rows[0]):
         raise ValueError(
@@ -136,7 +136,7 @@ def section(path: Path, experiment: str) -> str:
 
 
 def summary(folder: Path) -> str:
-    """A line for each claim: whether it holds here. The numbers stand in its section."""
+    """A line for each claim: whether it holds here. The numbers are in its section."""
     lines = []
     for experiment in EXPERIMENTS:
         for path in sorted(folder.glob(f"{experiment}-*.csv")):
@@ -148,7 +148,7 @@ def summary(folder: Path) -> str:
 
 
 def sweep_section(path: Path) -> str:
-    """What was tried on the dev set, and what was chosen: best dev BLEU by method and size."""
+    """The trials on the dev set and the choice: the best dev BLEU for each method and size."""
     rows = [row for row in read_rows(path) if quality(row) is not None]
     lines = []
     for data in names_of(rows, "data"):

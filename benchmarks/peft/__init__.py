@@ -1,1 +1,1 @@
-"""Training steps and generation timed beside transformers + PEFT."""
+"""Times training steps and generation, and those of transformers + PEFT."""

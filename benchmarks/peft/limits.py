@@ -1,22 +1,24 @@
-"""What the benchmark's work costs at least, what the machine can do, and memory.
+"""The least cost of the benchmark's work, the limits of the machine, and peak memory.
 
 Training, in useful FLOPs, with N the parameters of the layers' matrices, m labels and
 W = sum over rows of T_b P + T_b (T_b + 1) / 2 visible pairs, T_b a row's real tokens:
 
     4 N tokens  +  4 C V m  +  12 L C W
 
-Weights are frozen, so a parameter costs 2 forward and 2 backward; a visible pair 4 and 8 a channel.
-What is computed for padding, without a label or twice does not count; the prefix's MLP, P rows, is
-left out. `percent` of a training step is of a square matrix product (4096; CPU: 1024) timed just
-before; it is a little too high: what is not computed (the first layer's c_attn backward, the last
-layer's MLP where there is no label) is not subtracted. `padding` is the percentage of positions
-that are padding in the batches, without what CUDA graphs add to fill their buckets.
+Weights are frozen, so a parameter costs 2 FLOPs forward and 2 backward, and a visible pair 4 and 8
+per channel. Work for padding, for positions without a label, and recomputation do not count; the
+prefix's MLP, for P positions, is left out. `percent` of a training step is relative to a square
+matrix product (4096; CPU: 1024) timed just before. It is slightly too high, because work that is
+not done (the first layer's c_attn backward, the last layer's MLP at positions without a label) is
+not subtracted. `padding` is the percentage of padding in the batches, without what CUDA graphs add
+to fill their buckets.
 
-A step of decoding reads every weight once and multiplies each row by it, 2 FLOPs: it takes at least
-the longer of the two times; `percent` is of that. Keys and values are left out.
+A step of decoding reads every weight once and multiplies each row by it, 2 FLOPs. It takes at least
+the longer of these two times, and `percent` is relative to it. Keys and values are left out.
 
-Peak memory is of building a method and its first steps, weights included: what the allocator gave
-out on CUDA (and what it held from the driver); on Linux's CPU the growth of the resident set.
+Peak memory covers building a method and its first steps, including weights: on CUDA, the memory
+that the allocator gave out (and that it held from the driver); on a Linux CPU, the growth of the
+resident set.
 """
 
 import ctypes
@@ -42,14 +44,14 @@ def train_flops(config: GPT2Config, lengths: list[int], n_labels: int, prefix_le
 
 
 def decode_limit(model: GPT2, rows: int, read_speed: float, flops: float) -> float:
-    """Seconds that a decoding step of so many rows takes at least, by the header."""
+    """The least number of seconds of a decoding step with `rows` rows, see the header."""
     weights = [w for name, w in model.named_parameters() if name != "wpe.weight"]
     n_bytes = sum(w.numel() * w.element_size() for w in weights)
     return max(n_bytes / read_speed, 2 * rows * sum(w.numel() for w in weights) / flops)
 
 
 def best_rate(call: Callable[[], object], amount: float, calls: int, device: str) -> float:
-    """amount / s of so many calls, the best of 5 turns."""
+    """amount / s over `calls` calls, the best of 5 repetitions."""
     best = 0.0
     for _ in range(5):
         wait(device)
@@ -69,14 +71,14 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float:
 
 
 def read_speed(device: str) -> float:
-    """Bytes/s of a sum over much memory."""
+    """Bytes/s of a sum over a large tensor."""
     n, calls = (2**30, 20) if device.startswith("cuda") else (2**28, 2)
     x = torch.ones(n // 4, device=device)
     return best_rate(x.sum, n, calls, device)
 
 
 class Peak:
-    """The most memory in use since it was made, in MiB, beyond what was in use then."""
+    """The peak of memory in MiB since this object was made, minus the memory in use then."""
 
     def __init__(self, device: str):
         gc.collect()
@@ -87,7 +89,7 @@ class Peak:
             self.before = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         else:
             try:
-                ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
+                ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
                 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
                 self.before = (self._resident("VmRSS"),)
             except (AttributeError, OSError):  # not Linux, or not the GNU C library
@@ -99,7 +101,7 @@ class Peak:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
     def row(self) -> dict:
-        """Columns for the CSV; empty where it cannot be measured."""
+        """Columns for the CSV; empty if it cannot be measured."""
         if self.cuda:
             now = (
                 torch.cuda.max_memory_allocated(self.device),

@@ -1,11 +1,12 @@
-"""Who is measured: this library, transformers + PEFT [1], and a plain model that is right.
+"""The methods that are measured: this library, transformers + PEFT [1], and a plain reference.
 
 All get one `Task`: the same weights, prefix and batches. Read `Task`, then `Ours`, `Peft` (training
-steps) and `OurTexts`, `PeftTexts` (generation); `PlainSteps` and `log_p_of_texts` are the plain
-model in fp64, which needs no kernel. Shapes use the letters of `minprefix/models/gpt2.py`.
+steps) and `OurTexts`, `PeftTexts` (generation). `PlainSteps` and `log_p_of_texts` are the
+reference, the plain model in fp64 without kernels. Shapes use the letters of
+`minprefix/models/gpt2.py`.
 
-A peer is used as its users would and as it is fastest: SDPA, a fused AdamW, no dropout, no mask
-where nothing is padded, gradients clipped at 1 as `transformers.Trainer` does. Its loss is its own.
+A peer is used in its fastest usual form: SDPA, a fused AdamW, no dropout, no mask without padding,
+gradients clipped at 1 as in `transformers.Trainer`. It computes its own loss.
 
 [1] https://github.com/huggingface/peft (prefix-tuning)
 """
@@ -34,23 +35,23 @@ from minprefix.training.graphs import GraphedPasses
 from minprefix.training.trainer import Trainer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-EXACT = torch.float64  # the precision that judges
-CHECKED = 2  # steps compared: the second one also sees what the optimizer did
+EXACT = torch.float64  # the precision of the reference
+CHECKED = 2  # steps that are compared; the second one depends on the optimizer
 # |difference| from the plain model in fp64, relative. Worst seen with mini: loss
 # 2e-7 and 3e-3, norm 1e-4 (a sum of 3 million squares in fp32) and 2e-2
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 NORM_TOLERANCE = {"fp32": 1e-3, "bf16": 1e-1}
-# beams part at near-ties and may find another text: how much less likely it may be on average, nats
-# per token. Largest seen in bf16 0.08 (8 texts of 64 tokens); greedy texts are 0.19 below 5 beams
+# after a near-tie, beams may find another text: how much less likely it may be on average, in nats
+# per token. Largest seen in bf16: 0.08 (8 texts of 64 tokens); greedy texts are 0.19 below 5 beams
 BEAM_TOLERANCE = {"fp32": 0.05, "bf16": 0.15}
 LR, CLIP = 1e-3, 1.0  # AdamW's; the largest norm of the gradient
 SWITCHES = {"eager": "MINPREFIX_CUDA_GRAPHS", "unfused": "MINPREFIX_FUSED"}  # ours, one set to 0
-KNOWN = 50  # steps in a row without a new bucket: one that comes later is rare
+KNOWN = 50  # consecutive steps without a new bucket, after which new ones are rare
 CHUNK = 4  # rows at a time of the plain model, which keeps all activations in fp64
 
 
 class Numbers:
-    """A tokenizer of texts that are token ids already: "17 4" <-> [17, 4]."""
+    """A tokenizer for texts of token ids: "17 4" <-> [17, 4]."""
 
     def __init__(self, eos_id: int):
         self.bos_id = self.eos_id = eos_id
@@ -64,16 +65,16 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Task:
-    """What all methods do in one measurement."""
+    """The work of all methods in one measurement."""
 
     model: GPT2  # weights of `dtype`, on the CPU
     prefix: Prefix  # fp32, on the CPU
     tokenizer: object
-    examples: list[Example]  # of which training batches are made
+    examples: list[Example]  # for the training batches
     dtype: str
     device: str
     batch_size: int  # B
-    shuffled: bool = False  # batches of any lengths, as transformers' Trainer makes them by default
+    shuffled: bool = False  # do not sort batches by length: the default of transformers' Trainer
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -88,7 +89,7 @@ class Task:
         return BatchOrder([len(row.ids) for row in self.encoded], self.batch_size, seed=0)
 
     def rows(self, step: int) -> list[Encoded]:
-        """The batch of a training step: the same as `Trainer` takes, unless `shuffled`."""
+        """The batch of a training step: that of `Trainer`, unless `shuffled`."""
         if not self.shuffled:
             return [self.encoded[i] for i in self.order.batch(step)]
         rng = np.random.default_rng([1, step])
@@ -96,20 +97,20 @@ class Task:
 
 
 def without(switch: str | None) -> AbstractContextManager:
-    """Inside, one of `SWITCHES` is off; None = all are as they were."""
+    """Within the block, one of `SWITCHES` is off; None = all are unchanged."""
     return patch.dict(os.environ, {SWITCHES[switch]: "0"}) if switch else nullcontext()
 
 
 class Ours:
-    """`Trainer.step`, as `python -m minprefix train` runs it, with --compile or without.
+    """`Trainer.step`, as in `python -m minprefix train`, with or without --compile.
 
-    switch: what of `SWITCHES` is off while it is made and runs.
+    switch: which of `SWITCHES` is off while it is built and runs.
     """
 
     def __init__(self, task: Task, folder, compiled: bool = False, switch: str | None = None):
         model = copy.deepcopy(task.model).to(task.device)
         prefix = copy.deepcopy(task.prefix).to(task.device)
-        # so many steps that the learning rate stays as it is
+        # enough steps that the learning rate hardly changes
         config = TrainConfig(
             steps=10**6, batch_size=task.batch_size, lr=LR, clip=CLIP, precision=task.dtype,
             warmup_steps=0,
@@ -125,7 +126,7 @@ class Ours:
         return self.trainer.step_done
 
     def warm_up(self, steps: int) -> None:
-        """Steps before those that are timed; with CUDA graphs until batches meet no new bucket."""
+        """Steps before the timing; with CUDA graphs, until batches need no new buckets."""
         for _ in range(steps):
             self.step()
         passes, known = self.trainer.passes, 0
@@ -135,14 +136,15 @@ class Ours:
             known = known + 1 if len(passes.replays) == before else 0
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """One step: loss, nats per target token, and norm of the gradient. Waits for no GPU."""
+        """One step: loss (nats per target token) and norm of the gradient, without waiting for the
+        GPU."""
         with without(self.switch):
             entry = self.trainer.step()
         return entry["nats"] / entry["targets"], entry["norm"]
 
 
 class PlainSteps:
-    """The loop written out, with the plain model in fp64: what the others must give."""
+    """The training loop with the plain model in fp64: the reference for the others."""
 
     def __init__(self, task: Task):
         self.task, self.done = task, 0
@@ -168,7 +170,7 @@ class PlainSteps:
 
 
 def peft_model(task: Task, prefix: Prefix):
-    """transformers' GPT-2 and PEFT's prefix with our weights: weights of `dtype`, prefix fp32."""
+    """transformers' GPT-2 and PEFT's prefix with our weights, in `dtype`; the prefix in fp32."""
     import peft
     import transformers
 
@@ -185,7 +187,7 @@ def peft_model(task: Task, prefix: Prefix):
         prefix_projection=mlp is not None,
         encoder_hidden_size=None if mlp is None else mlp.linear_in.out_features,
     )
-    with warnings.catch_warnings(action="ignore"):  # of names that will change
+    with warnings.catch_warnings(action="ignore"):  # about names that will change
         model = peft.get_peft_model(twin, settings)
     encoder = model.prompt_encoder["default"].float()
     with torch.no_grad():
@@ -221,7 +223,7 @@ class Peft:
         mask = None
         if batch.lengths.min() < ids.shape[1]:
             mask = (torch.arange(ids.shape[1]) < batch.lengths[:, None]).long().to(device)
-        # labels that are shifted already, so that both have the loss at the same positions
+        # labels are already shifted, so that both have the loss at the same positions
         loss = self.forward(
             input_ids=ids, attention_mask=mask, labels=labels, shift_labels=labels
         ).loss
@@ -233,7 +235,7 @@ class Peft:
 
 
 class OurTexts:
-    """`minprefix.generate` with the exported prefix; `switch` as for `Ours`."""
+    """`minprefix.generate` with the exported prefix; `switch` as in `Ours`."""
 
     def __init__(
         self, task: Task, num_beams: int, exact: bool = False, switch: str | None = None
@@ -244,7 +246,7 @@ class OurTexts:
         self.prefix = task.prefix.export().to(task.device, EXACT if exact else torch.float32)
 
     def texts(self, prompts: list[list[int]], n: int) -> list[list[int]]:
-        """The n new tokens of each prompt; no text ends before."""
+        """The n new tokens of each prompt; no text ends earlier."""
         config = GenerationConfig(max_new_tokens=n, min_new_tokens=n, num_beams=self.num_beams)
         with without(self.switch):
             texts = generate(
@@ -276,11 +278,11 @@ class PeftTexts:
 def log_p_of_texts(
     task: Task, prompts: list[list[int]], texts: list[list[int]]
 ) -> tuple[Tensor, Tensor, float]:
-    """log p of texts by the plain fp64 model that reads them whole, nats; and what rounding does.
+    """log p (nats) of whole texts by the plain fp64 model, and the rounding error.
 
     Returns:
-        chosen, best: (B, n), of the texts' tokens, and of the likeliest but the end of text.
-        error: the largest |log p in the task's dtype - log p| of any token at any place.
+        chosen, best: (B, n), of the texts' tokens, and of the most likely ones except end of text.
+        error: the largest |log p in the task's dtype - log p| of any token at any position.
     """
     exact, low = (copy.deepcopy(task.model).to(task.device, d) for d in (EXACT, task.torch_dtype))
     prefix = task.prefix.export().to(task.device)
@@ -303,11 +305,11 @@ def log_p_of_texts(
 
 
 class WrongResult(Exception):
-    """A method computes something else than the plain model."""
+    """The results of a method differ from those of the plain model."""
 
 
 def first_steps(method) -> list[tuple[float, float]]:
-    """Loss and gradient norm of the steps that are compared."""
+    """Loss and gradient norm of the first steps, for the comparison."""
     return [tuple(float(x) for x in method.step()) for _ in range(CHECKED)]
 
 
@@ -328,10 +330,10 @@ def check_steps(dtype: str, got: list[tuple], exact: list[tuple]) -> dict:
 
 
 def check_texts(task, prompts, texts, reference, num_beams: int) -> dict:
-    """Compare the tokens of texts with what the plain model, reading them, would choose.
+    """Compare the tokens of texts with the choices of the plain model.
 
-    Greedy: each token has the highest logit, or one so close to it that rounding decides: within 4
-    times the largest error of a log p in this dtype (2 tokens, each up to twice that error).
+    Greedy: each token has the highest logit, or is so close to it that rounding may decide: within
+    4 times the largest error of a log p in this dtype (2 tokens, each with up to twice that error).
     Beams: texts are on average as likely as those of the same search in fp64.
     """
     n = len(reference[0])

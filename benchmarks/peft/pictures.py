@@ -13,9 +13,9 @@ AXES = {"B": "batch size B (rows)", "T": "tokens per row T", "P": "prefix positi
 
 
 def longest_series(rows: list[dict[str, str]], x: str) -> tuple[dict, list[dict[str, str]]]:
-    """The rows that differ in column x (and method and beams) only, and what they have in common.
+    """The rows that differ only in column x (and method and beams), and their common values.
 
-    Of several such series the one with most values of x.
+    Among several such series, the one with most values of x.
     """
     same = [n for n in ("B", "T", "P", "data", "labels", "mlp", "new") if n != x]
     series: dict[tuple, list[dict[str, str]]] = {}
@@ -26,9 +26,9 @@ def longest_series(rows: list[dict[str, str]], x: str) -> tuple[dict, list[dict[
 
 
 def draw(rows: list[dict[str, str]], path: Path, title: str) -> None:
-    """Throughput against those of B, T and P that vary, from the CSV's rows; nothing if none does.
+    """Plot throughput against those of B, T and P that vary; nothing if none does.
 
-    A panel's title says what stays the same.
+    The title of a panel names the fixed values.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a run of the benchmark writes: bench.csv, profile.csv, kernels.csv and the pictures."""
+"""Writes the results of a benchmark: bench.csv, profile.csv, kernels.csv and figures."""
 
 import sys
 from pathlib import Path
@@ -24,12 +24,12 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
 
     def picture(self, name: str) -> Path:
-        """One for each model and dtype."""
+        """The path of a figure, one for each model and dtype."""
         model = Path(self.common["model"]).name
         return self.path.with_name(f"{name}-{model}-{self.common['dtype']}.png")
 
     def add(self, sizes: dict, method: str, columns: dict) -> None:
-        """Write a row at once, and show it."""
+        """Write a row immediately, and print it."""
         row = self.common | sizes | {"method": method, "ms": "", "note": ""} | columns
         add_row(self.path, row | self.versions | machine(), KEY)
         self.rows.append({name: row.get(name, "") for name in SHOWN})
@@ -37,14 +37,14 @@ class Results:
         print("  ".join(cells), file=sys.stderr, flush=True)
 
     def draw(self) -> None:
-        """The picture of all rows of this model, dtype and device."""
+        """Plot all rows of this model, dtype and device."""
         same = ("model", "dtype", "device")
         here = [self.common[name] for name in same]
         rows = [row for row in read_rows(self.path) if [row[name] for name in same] == here]
         draw(rows, self.picture("bench"), ", ".join(here))
 
     def add_kernels(self, sizes: dict, found: Kernels, total: float | None) -> None:
-        """kernels.csv: one step of ours, or one token, of `total` microseconds."""
+        """Write kernels.csv for one step or token of ours, which takes `total` microseconds."""
         for n, row in enumerate(kernel_rows(found, total)):
             whole = self.common | sizes | {"method": "minprefix"} | row | machine()
             add_row(self.path.with_name("kernels.csv"), whole, (*KEY, "kernel"))
@@ -53,7 +53,8 @@ class Results:
                       file=sys.stderr)  # fmt: skip
 
     def profile_steps(self, task: Task, sizes: dict, methods: dict, rows: dict) -> None:
-        """profile.csv and its picture, of each method; kernels.csv. One training step."""
+        """Profile one training step: write profile.csv and its figure for each method, and
+        kernels.csv."""
         drawn = []
         for name, method in methods.items():
             run, ms = traced(method.step, task.device)
@@ -69,7 +70,8 @@ class Results:
         draw_profile(drawn, self.picture("profile"), title)
 
     def profile_token(self, task: Task, sizes: dict, method, prompts: list, row: dict) -> None:
-        """kernels.csv of a step of generation: how all tokens and the first half of them differ."""
+        """Write kernels.csv for a step of generation, from the difference between all tokens and
+        the first half of them."""
         found = []
         for n in (sizes["new"], sizes["new"] // 2):
             method.texts(prompts, n)  # records its graphs

@@ -1,14 +1,14 @@
-"""The benchmark: training steps and generation, beside transformers + PEFT where installed.
+"""The benchmark: times training steps and generation, and transformers + PEFT if installed.
 
     python -m benchmarks.peft train --model random-medium --batch-size 10,64 --seq-len 128
     python -m benchmarks.peft generate --batch-size 1,16 --num-beams 1,5
 
-Every method gets the same weights, batches, labels and dtype (`peers.py`). What they compute
-is first compared with the plain model in fp64: a training step's loss and gradient norm, a text's
-tokens. If ours is wrong the command fails; a wrong peer is a row that says so. Only then is time
-taken, of blocks of calls in turn, so that other work on the machine meets all alike.
+Every method gets the same weights, batches, labels and dtype (`peers.py`). Results are first
+compared with the plain model in fp64: the loss and gradient norm of a training step, the tokens of
+a text. If ours is wrong, the command fails; if a peer is wrong, its row says so. Then blocks of
+calls are timed in turn, so that other work on the machine affects all methods equally.
 
-What the work costs at least, and `percent` of what the machine can do: `limits.py`.
+`limits.py` has the least cost of the work and the limits of the machine, for `percent`.
 Read `BenchConfig`, `alternate`, `measure_train`, `measure_texts`, then `run_bench`.
 """
 
@@ -116,11 +116,11 @@ def numbers(name: str, text: str, low: int) -> list[int]:
 def alternate(
     methods: dict[str, Callable[[], object]], config: BenchConfig, device: str
 ) -> tuple[dict[str, list[float]], int]:
-    """Seconds per call of each method, for each block of calls, and the calls of a block.
+    """Seconds per call of each method in each block, and the number of calls in a block.
 
-    A block has one call on a CPU. On a GPU it has as many as fill a fifth of a second, unless the
-    slowest method then takes more than one; it ends with one wait as in training. The methods run
-    in turn, and make the same calls.
+    On a CPU a block has one call. On a GPU it has enough calls for a fifth of a second, unless the
+    slowest method would then need more than one second; as in training, it ends with a single wait.
+    The methods run in turn and make the same calls.
     """
 
     def turn(size: int) -> dict[str, float]:
@@ -147,7 +147,7 @@ def alternate(
 
 
 def quantiles(times: list[float], mean: bool) -> dict:
-    """ms of a call, and of the fastest and the slowest fifth."""
+    """Milliseconds of a call, and those of the fastest and slowest fifth."""
     ordered = sorted(1e3 * t for t in times)
     middle = statistics.fmean(ordered) if mean else statistics.median(ordered)
     low, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8))
@@ -174,7 +174,7 @@ def make_task(model, tokenizer, config: BenchConfig, dtype: str, device: str, B,
 
 
 def mean_len(task: Task) -> int:
-    """Tokens of a row of real data, the mean."""
+    """The mean number of tokens of a row of real data."""
     return round(statistics.fmean(len(row.ids) - 1 for row in task.encoded))
 
 
@@ -186,10 +186,10 @@ def random_ids(config: GPT2Config, n: int, length: int) -> list[list[int]]:
 
 
 def built(makers: dict[str, Callable], device: str, check: Callable) -> tuple[dict, dict]:
-    """Make each method and check it: columns of all, and the methods that are right.
+    """Build and check each method; returns the columns of all and the methods that are right.
 
     Raises:
-        what ours raises; what a peer raises is its note.
+        any error of ours; an error of a peer becomes its note.
     """
     methods, rows = {}, {}
     for name, make in makers.items():
@@ -209,7 +209,7 @@ def built(makers: dict[str, Callable], device: str, check: Callable) -> tuple[di
 
 
 def measure_train(task: Task, config: BenchConfig, peers: list[str], peak_flops: float) -> tuple:
-    """Rows by method of training steps, and the methods; `calls` is how many steps were timed."""
+    """Rows of training steps by method, and the methods; `calls` is the number of timed steps."""
     tasks = {name: task for name in ("minprefix", *peers)}
     if "peft-shuffled" in tasks:
         tasks["peft-shuffled"] = replace(task, shuffled=True)
@@ -241,7 +241,7 @@ def measure_train(task: Task, config: BenchConfig, peers: list[str], peak_flops:
 
 
 def throughput(task: Task, steps: list[list[Encoded]], ms: float, peak_flops: float) -> dict:
-    """Columns of these training steps, `ms` each on average."""
+    """Columns for these training steps, which take `ms` each on average."""
     lengths = [[len(row.ids) - 1 for row in rows] for rows in steps]
     labels = [sum(len(row.ids) - row.prompt_len for row in rows) for rows in steps]
     flops = sum(
@@ -304,7 +304,7 @@ def measure_texts(
 
 @lru_cache(maxsize=2)
 def random_model(name: str, dtype: torch.dtype) -> GPT2:
-    """A model of `RANDOM`. Kept, since another measurement may want it: all of them copy it."""
+    """A model of `RANDOM`. It is cached for other measurements, which all copy it."""
     n_layer, n_head, n_embd = RANDOM[name]
     config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     return GPT2(config).init_weights(0).to(dtype).eval()
@@ -319,7 +319,7 @@ def load_model(name: str, dtype: torch.dtype, device: str) -> tuple[GPT2, object
 
 
 def peers_here(config: BenchConfig) -> list[str]:
-    """The peers that are asked for and installed."""
+    """The requested peers that are installed."""
     names = [name for name in dict.fromkeys(config.peers.split(",")) if name != "none"]
     missing = [m for m in ("transformers", "peft") if importlib.util.find_spec(m) is None]
     theirs = set(names) - set(OURS)
@@ -335,7 +335,7 @@ def peers_here(config: BenchConfig) -> list[str]:
 def measure(
     results: Results, model: GPT2, tokenizer, config: BenchConfig, device: str, peers: list[str]
 ) -> None:
-    """Measure each combination of `config`, and profile the first one if that is asked for."""
+    """Measure each combination of `config`, and profile the first one if requested."""
     dtype, train = results.common["dtype"], results.common["work"] == "train"
     flops, speed = 0.0, 0.0
     lists = [numbers(n, getattr(config, n), 1) for n in ("batch_size", "seq_len", "prefix_len")]
@@ -346,7 +346,7 @@ def measure(
     for B, T, P, beams in product(*lists):
         task = make_task(model, tokenizer, config, dtype, device, B, T, P)
         sizes = {"B": B, "T": T or mean_len(task), "P": P}
-        # other work on the machine can only slow it down: the best so far
+        # other work on the machine can only slow it down, so keep the best so far
         flops = max(flops, matmul_flops(device, DTYPES[dtype]))
         if train:
             rows, methods = measure_train(task, config, peers, flops)
@@ -371,14 +371,14 @@ def measure(
 
 
 def run_bench(work: str, name: str, device: str, config: BenchConfig) -> list[dict]:
-    """Measure each combination of `config`; its rows, in short. The folder config.out has more.
+    """Measure each combination of `config`; returns short rows. The folder config.out has more.
 
     Args:
         work: "train" or "generate".
         name: of a model, see `load_model`.
     Raises:
         WrongResult: our own losses, gradients or tokens are not those of the plain model.
-        ValueError: an option that makes no sense here.
+        ValueError: options that contradict each other.
     """
     if config.data is not None and work != "train":
         raise ValueError(f"--data {config.data} goes with train; prompts are random tokens")

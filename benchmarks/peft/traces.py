@@ -1,8 +1,8 @@
-"""Where the time of a training step or of a token goes, by PyTorch's profiler.
+"""The parts of the time of a training step or of a token, from PyTorch's profiler.
 
-Read `traced`, then `parts_of`, a step's parts in ms, and `kernels_of`, the table of its kernels:
-how often each one ran and for how long. `results.py` writes both. On a GPU a kernel is what ran
-there, also inside a CUDA graph; on a CPU an operator stands in its place, with its own time.
+Read `traced`, then `parts_of`, the parts of a step in ms, and `kernels_of`, a table of how often
+and how long each kernel ran. `results.py` writes both. On a GPU the table has kernels, also those
+in a CUDA graph; on a CPU it has operators, each without the time of those that it calls.
 """
 
 import re
@@ -14,12 +14,12 @@ import torch
 
 
 def wait(device: str) -> None:
-    """Until the GPU has done all that it was given."""
+    """Wait until the GPU has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
 
 
-PARTS = {  # of a step: what is in the names of operators and kernels; the first that fits
+PARTS = {  # parts of a step: patterns in the names of operators and kernels; the first match counts
     "optimizer": "optimizer|adam|foreach|multi_tensor",
     "head + loss": "log_softmax|nll_loss|cross_entropy|logsoftmax",
     "attention": "attention|attn|fmha|flash|_fwd_kernel|_bwd_|bmm|softmax",
@@ -31,7 +31,7 @@ WAITING = "no kernel runs"
 
 
 def part_of(names: list[str], shapes: list, vocab_size: int) -> str:
-    """Which part of a step an event belongs to; names: its own, then those around it."""
+    """The part of a step to which an event belongs; names: its own, then those of outer events."""
     text = " ".join(names).lower()
     for part, pattern in PARTS.items():
         of_head = any(vocab_size in s for s in shapes if isinstance(s, (list, tuple)))
@@ -63,9 +63,9 @@ def on_gpu(event: Any) -> bool:
 
 
 def parts_of(run: Any, device: str, vocab_size: int, total: float) -> dict[str, float]:
-    """Milliseconds of each part of the step in a profile; they add up to `total`.
+    """Milliseconds of each part of the step in a profile, which add up to `total`.
 
-    On a GPU: of the kernels; what is missing to the total is the time in which the GPU waits.
+    On a GPU these are the times of kernels; the rest of the total is the time in which it waits.
     """
     parts = dict.fromkeys([*PARTS, REST], 0.0)
     loose: dict[str, float] = {}  # kernels, such as those of a CUDA graph, that no operator names
@@ -108,10 +108,10 @@ def kernels_of(run: Any, device: str) -> Kernels:
 
 
 def kernel_rows(found: Kernels, total: float | None = None) -> list[dict[str, Any]]:
-    """Rows of the table, the longest first; the last one is the time in which nothing runs.
+    """Rows of the table, the longest first; the last row is the time in which nothing runs.
 
     Args:
-        total: microseconds of the whole without a profiler; None = no time but the kernels'.
+        total: microseconds without the profiler; None = only the time of the kernels.
     """
     busy = sum(us for _, us in found.values())
     total = max(busy, total or 0.0)
@@ -124,7 +124,7 @@ def kernel_rows(found: Kernels, total: float | None = None) -> list[dict[str, An
 
 
 def of_one(more: Kernels, fewer: Kernels, times: int) -> Kernels:
-    """What one more token costs, where two profiles differ by so many tokens."""
+    """The kernels of one token, from two profiles that differ by `times` tokens."""
     each = {}
     for name, (count, us) in more.items():
         less = fewer.get(name, (0, 0.0))
