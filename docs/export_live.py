@@ -58,13 +58,13 @@ def weights() -> dict[str, Tensor]:
     return kept
 
 
-def dequantised(dtype: torch.dtype = torch.float64) -> tuple[GPT2, object]:
-    """(model, tokenizer): mini with the weights that the page computes with."""
-    model, tokenizer = load("mini", dtype=dtype)
+def dequantised() -> tuple[GPT2, object]:
+    """(model, tokenizer): mini in fp64, with the weights that the page computes with."""
+    model, tokenizer = load("mini", dtype=torch.float64)
     kept, own = weights(), model.state_dict()
     for name, x in own.items():
         if x.dim() == 2:
-            whole, scale = kept[name].to(dtype), kept[name.replace(".weight", ".scale")].to(dtype)
+            whole, scale = kept[name].double(), kept[name.replace(".weight", ".scale")].double()
             x.copy_(as_rows(name, whole * scale[:, None]))
     return model, tokenizer
 

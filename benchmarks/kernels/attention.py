@@ -149,10 +149,10 @@ class Times:
         """The best time of attention without a prefix."""
         return self.of(shape, which, *BARE_LEAVES, *(BARE if which == PASSES[0] else ()))
 
-    def adjusted(self, shape: Shape, which: str, name: str = "ours_qkv") -> float:
+    def adjusted(self, shape: Shape, which: str) -> float:
         """Time over that of bare, times the ratio of their work."""
         factor = 1 + 2 * shape.P / (shape.T + 1)
-        return self.of(shape, which, name) / (self.bare(shape, which) * factor)
+        return self.of(shape, which, "ours_qkv") / (self.bare(shape, which) * factor)
 
 
 def verdicts(rows: list[dict]) -> list[str]:

@@ -22,6 +22,7 @@ from benchmarks.machine import machine, read_rows
 from kernels import on_triton
 
 INPUT_BYTES, MOST_SETS = 160e6, 32
+REPLAYS = 20  # of a graph
 
 
 def sets_of(bytes_of_one: int, device: str) -> int:
@@ -29,7 +30,7 @@ def sets_of(bytes_of_one: int, device: str) -> int:
     return min(MOST_SETS, max(2, math.ceil(INPUT_BYTES / bytes_of_one))) if device == "cuda" else 1
 
 
-def graph_times(calls: list[Callable[[], object]], replays: int = 20) -> list[float]:
+def graph_times(calls: list[Callable[[], object]]) -> list[float]:
     """Microseconds per call of CUDA graphs that hold all the calls, one after the other."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -44,7 +45,7 @@ def graph_times(calls: list[Callable[[], object]], replays: int = 20) -> list[fl
             call()
     graph.replay()
     torch.cuda.synchronize()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
     # let the GPU wait about a millisecond, so that replays are queued before they can start
     torch.cuda._sleep(2_000_000)
     graph.replay()

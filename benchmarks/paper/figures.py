@@ -37,11 +37,11 @@ def names_of(rows: Sequence[Row], column: str = "name") -> list[str]:
     return list(dict.fromkeys(row[column] for row in rows))
 
 
-def new_figure(panels: int, width: float = 4.6):
+def new_figure(panels: int):
     """A figure and its panels, drawn without a display."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * panels, 4.0), dpi=120, layout="constrained")
+    figure = Figure(figsize=(4.6 * panels, 4.0), dpi=120, layout="constrained")
     axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)

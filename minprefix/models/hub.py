@@ -284,7 +284,7 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
     return folder
 
 
-def download_prefix(name: str, *, progress: bool = True) -> Path:
+def download_prefix(name: str) -> Path:
     """The folder, in the cache, of the newest version of a prefix on the hub; of it those files
     that a prefix may have. Offline the version in the cache is taken.
 
@@ -296,7 +296,7 @@ def download_prefix(name: str, *, progress: bool = True) -> Path:
         validate_repo_id(name)
     except hub_errors.HFValidationError as error:
         raise ValueError(f"{name!r}: neither a file nor the name of a prefix on the hub") from error
-    repo = _Repo(name, "main", progress)
+    repo = _Repo(name, "main", progress=True)
     for filename in ("adapter_config.json", "prefix.safetensors", "config.json"):
         try:
             newest: Any = repo.head(filename, "no file or folder of this name, and asking for")

@@ -75,6 +75,12 @@ def test_streams_that_are_closed_are_no_file_s(tmp_path, closed):
     assert (tmp_path / "texts").read_text() == "a b\n"
 
 
+def test_without_stderr_stdout_is_the_result_alone(tmp_path):
+    """Python prints what is for a closed stderr to stdout."""
+    done = start([*score(tmp_path)[:2], tmp_path / "none"], "os.close(2)", stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (1, b"")
+
+
 @pytest.mark.slow
 @needs_full
 @pytest.mark.parametrize("stream", ["full", "pipe"])

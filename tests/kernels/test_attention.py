@@ -19,7 +19,7 @@ from conftest import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_reference import NAMES, Case, magnitudes, make_case, named_case, run
+from test_reference import NAMES, Case, magnitudes, make_case, merged, named_case, run
 
 from kernels import prefix_attention, prefix_attention_eager, prefix_attention_qkv
 
@@ -398,19 +398,7 @@ def test_the_order_of_the_sum_over_rows_is_fixed():
 
 
 def test_merging_two_calls_by_their_lse():
-    """[prefix; first keys] and [later keys] merged give the whole: values, lse and gradients."""
     case = on_device(make_case(T=20, S=30, D=16, P=3, causal=False).to(torch.float32))
-
-    def merged(q, k, v, prefix_k, prefix_v, **_):
-        none = prefix_k[:, :0]
-        first = (q, k[:, :, :9], v[:, :, :9], prefix_k, prefix_v)
-        later = (q, k[:, :, 9:], v[:, :, 9:], none, none)
-        (o1, lse1), (o2, lse2) = (
-            prefix_attention(*x, causal=False, return_lse=True) for x in (first, later)
-        )
-        lse = torch.logaddexp(lse1, lse2)
-        return (lse1 - lse).exp()[..., None] * o1 + (lse2 - lse).exp()[..., None] * o2, lse
-
     actual, exact = run(merged, case), run(prefix_attention, case)
     for name in NAMES:
         # a few roundings of fp32 numbers of order 1 to 10; worst seen 1e-6

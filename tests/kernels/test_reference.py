@@ -307,21 +307,18 @@ def test_fp32_prefix_with_bf16_queries(attention):
         assert_close(summed[name], each[name].float().sum(0), 1e-6, name)
 
 
+def merged(q, k, v, prefix_k, prefix_v, **_):
+    """[prefix; 5 keys] and [the other keys], merged by their lse."""
+    none, options = prefix_k[:, :0], {"causal": False, "return_lse": True}
+    o1, lse1 = prefix_attention(q, k[:, :, :5], v[:, :, :5], prefix_k, prefix_v, **options)
+    o2, lse2 = prefix_attention(q, k[:, :, 5:], v[:, :, 5:], none, none, **options)
+    lse = torch.logaddexp(lse1, lse2)
+    return (lse1 - lse).exp()[..., None] * o1 + (lse2 - lse).exp()[..., None] * o2, lse
+
+
 def test_merging_two_calls_by_their_lse():
-    """[prefix; first keys] and [later keys] merged give the whole: values, lse and gradients."""
+    """It gives the whole: values, lse and gradients."""
     case = make_case(T=4, S=9, P=3, causal=False)
-
-    def merged(q, k, v, prefix_k, prefix_v, **_):
-        none = prefix_k[:, :0]
-        o1, lse1 = prefix_attention(
-            q, k[:, :, :5], v[:, :, :5], prefix_k, prefix_v, causal=False, return_lse=True
-        )
-        o2, lse2 = prefix_attention(
-            q, k[:, :, 5:], v[:, :, 5:], none, none, causal=False, return_lse=True
-        )
-        lse = torch.logaddexp(lse1, lse2)
-        return (lse1 - lse).exp()[..., None] * o1 + (lse2 - lse).exp()[..., None] * o2, lse
-
     # a few more roundings in fp64 than one call has; worst seen: 4.5e-16
     assert_equal_results(run(merged, case), run(prefix_attention_eager, case), 1e-14)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import assert_close, hf_twin, random_ids, tiny_gpt2
 
 from minprefix.models.cache import KVCache
-from minprefix.models.config import GPT2Config
+from minprefix.models.config import MODELS, GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.losses import IGNORE
 from minprefix.prefix.bank import PrefixBank
@@ -63,19 +63,16 @@ def test_padded_batch_equals_transformers():
 
 
 def test_mini_equals_transformers():
-    from pathlib import Path
-
     from transformers import GPT2LMHeadModel
 
-    import minprefix.assets
-    from minprefix.models.weights import load
+    from minprefix.models.weights import ASSETS, load
 
-    folder = Path(minprefix.assets.__file__).parent / "mini"
-    twin = GPT2LMHeadModel.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager"
-    ).eval()
-    model, _ = load("mini", dtype=torch.float64)
+    options = {"dtype": torch.float64, "attn_implementation": "eager"}
+    twin = GPT2LMHeadModel.from_pretrained(ASSETS / "mini", **options).eval()
+    model, tokenizer = load("mini", dtype=torch.float64)
     assert model.wte.weight.dtype == torch.float64 and not model.training
+    assert sum(p.numel() for p in model.parameters()) == MODELS["mini"]
+    assert tokenizer.vocab_size == model.config.vocab_size
     ids, lengths = random_ids(model, 3, 30), torch.tensor([30, 11, 20])
     real = torch.arange(30) < lengths[:, None]
     with torch.no_grad():

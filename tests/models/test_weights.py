@@ -138,14 +138,6 @@ def test_what_is_saved_gives_transformers_the_same_logits(tmp_path, model, token
     ]  # fmt: skip
 
 
-def test_mini_equals_transformers():
-    ours, tokenizer = load("mini", dtype=torch.float64)
-    theirs = GPT2LMHeadModel.from_pretrained(ASSETS / "mini", dtype=torch.float64).eval()
-    assert_same_logits(logits(ours), logits(theirs))
-    assert sum(p.numel() for p in ours.parameters()) == MODELS["mini"]
-    assert tokenizer.vocab_size == ours.config.vocab_size
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_parameters_have_the_dtype_asked_for(folder, dtype):
     loaded, _ = load(str(folder), dtype=dtype)

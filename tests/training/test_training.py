@@ -347,16 +347,6 @@ def test_a_row_that_is_too_long_is_named(tokenizer, tmp_path):
         Trainer(model, tokenizer, config, long, [], tmp_path, prefix)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"method": "lora"}, {"loss": "x"}, {"precision": "fp8"}, {"lr": 0.0}, {"steps": 0},
-              {"lr": float("nan")}, {"batch_size": 0}, {"warmup_steps": -1}, {"clip": -1.0}]
-)  # fmt: skip
-def test_wrong_settings_are_named(wrong):
-    (name,) = wrong
-    with pytest.raises(ValueError, match=name):
-        TrainConfig(**wrong)
-
-
 def test_bf16_works_on_a_copy_of_the_frozen_weights(tokenizer, tmp_path):
     """The model given stays as it is; the prefix is fp32; the run belongs to the same base."""
     model = small_model()
