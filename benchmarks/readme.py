@@ -3,6 +3,7 @@
 They are made from the CSVs. `PAGES` lists the tables of each page; the README has the short ones.
 """
 
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,13 @@ BART_METHODS = {
 }
 
 
+def markdown(columns: str, rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table. `columns` is its first line, with | between the names."""
+    lines = [f"| {columns} |", f"|{'---|' * len(columns.split('|'))}"]
+    lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
 def final_rows() -> list[dict[str, str]]:
     """Rows of the test set, in the order of ORDER, then decoding, then seed."""
     rows = [row for row in read_rows(HERE / "e2e.csv") if row["split"] == "test"]
@@ -47,20 +55,16 @@ def final_rows() -> list[dict[str, str]]:
 
 def e2e_table() -> str:
     """The Markdown table of the test rows."""
-    lines = [
-        "| method | decoding | seed | BLEU | ROUGE-L | slot values in the text | parameters kept "
-        "| training |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = "method | decoding | seed | BLEU | ROUGE-L | slot values in the text"
+    rows = []
     for row in final_rows():
         minutes = float(row["train_seconds"]) / 60
-        training = f"{minutes:.0f} min" if minutes else "none"
-        lines.append(
-            f"| {NAMES[row['method']]} | {row['decoding']} | {row['seed']} | {row['bleu']} "
-            f"| {row['rouge_l']} | {row['slot_coverage']} % | {int(row['parameters']):,} "
-            f"| {training} |"
-        )
-    return "\n".join(lines) + "\n"
+        rows.append((
+            NAMES[row["method"]], row["decoding"], row["seed"], row["bleu"], row["rouge_l"],
+            f"{row['slot_coverage']} %", f"{int(row['parameters']):,}",
+            f"{minutes:.0f} min" if minutes else "none",
+        ))  # fmt: skip
+    return markdown(f"{columns} | parameters kept | training", rows)
 
 
 def bart_table(short: bool = False) -> str:
@@ -70,10 +74,7 @@ def bart_table(short: bool = False) -> str:
     short table has only beam search, and among the parts of the notes only the first sentence.
     """
     columns = ("bleu", "slot_coverage", "R-1", "R-2", "R-L")
-    lines = [
-        "| data | method | decoding | BLEU | slot values | R-1 | R-2 | R-L | training |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in read_rows(HERE / "bart_tasks.csv"):
         left_out = short and (row["decoding"] == "greedy" or "oracle" in row["method"])
@@ -91,17 +92,14 @@ def bart_table(short: bool = False) -> str:
             cells.append(f"{np.mean(found):.1f}{spread}" if found else "")
         seconds = [float(row["train_seconds"]) for row in rows if row["train_seconds"]]
         training = f"{np.mean(seconds) / 60:.0f} min" if seconds else "none"
-        name = BART_METHODS[method]
-        lines.append(f"| {task} | {name} | {decoding} | {' | '.join(cells)} | {training} |")
-    return "\n".join(lines) + "\n"
+        lines.append((task, BART_METHODS[method], decoding, *cells, training))
+    head = "data | method | decoding | BLEU | slot values | R-1 | R-2 | R-L | training"
+    return markdown(head, lines)
 
 
 def speed_table(short: bool = False) -> str:
     """Ours and PEFT on a CPU, P = 10. The short table has only `mini`, in a few cases."""
-    lines = [
-        "| work | dtype | tokens/s | PEFT | ratio |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     rows = [row for row in read_rows(HERE / "cpu" / "bench.csv") if row["P"] == "10"]
     ours = [row for row in rows if row["method"] == "minprefix" and shown(row)]
     for row in sorted(ours, key=lambda r: (r["work"] != "train", r["model"] != "mini")):
@@ -110,11 +108,9 @@ def speed_table(short: bool = False) -> str:
         (peft,) = (r for r in rows if r["method"] == "peft" and case(r) == case(row))
         if not peft["ms"]:  # its results were wrong, see its note
             continue
-        lines.append(
-            f"| {work_of(row)} | {row['dtype']} | {float(row['tokens_per_s']):,.0f} "
-            f"| {float(peft['tokens_per_s']):,.0f} | {float(peft['ratio']):.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+        both = [f"{float(one['tokens_per_s']):,.0f}" for one in (row, peft)]
+        lines.append((work_of(row), row["dtype"], *both, f"{float(peft['ratio']):.2f}"))
+    return markdown("work | dtype | tokens/s | PEFT | ratio", lines)
 
 
 def shown(row: dict[str, str]) -> bool:
@@ -160,47 +156,39 @@ def gpu_attention_table() -> str:
     times = attention.Times(read_rows(GPU / "attention-h200.csv"))
     noted = {tuple(r[n] for n in ("B", "T", "H", "P", "pass")): float(r["ratio"])
              for r in read_rows(GPU / "peers-h200.csv")}  # fmt: skip
-    lines = [
-        "| B, T, H, P | pass | ours, µs | no prefix, µs | ratio, work-adjusted | aim, at most "
-        "| best peer / ours |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for shape in attention.ISSUE + attention.MORE:
         for which, aim in attention.aims(shape).items():
             ours = times.of(shape, which, "ours_qkv")
             peer = [times.of(shape, which, *attention.PEERS) / ours]
             peer += [noted[key]] if (key := (*map(str, shape[:4]), which)) in noted else []
             peer = [ratio for ratio in peer if ratio > 0]  # NaN where none was measured
-            lines.append(
-                f"| {', '.join(map(str, shape[:4]))} | {which.replace('+', ' + ')} | {ours:.1f} "
-                f"| {times.bare(shape, which):.1f} | {times.adjusted(shape, which):.2f} | {aim:g} "
-                f"| {f'{min(peer):.1f}' if peer else ''} |"
-            )
-    return "\n".join(lines) + "\n"
+            lines.append((
+                ", ".join(map(str, shape[:4])), which.replace("+", " + "), f"{ours:.1f}",
+                f"{times.bare(shape, which):.1f}", f"{times.adjusted(shape, which):.2f}",
+                f"{aim:g}", f"{min(peer):.1f}" if peer else "",
+            ))  # fmt: skip
+    head = "B, T, H, P | pass | ours, µs | no prefix, µs | ratio, work-adjusted | aim, at most"
+    return markdown(f"{head} | best peer / ours", lines)
 
 
 def gpu_decode_table() -> str:
     """One step of decoding: ours, and a cache that holds the prefix."""
     times = decode.Times(read_rows(GPU / "decode-h200.csv"))
-    lines = [
-        "| B, H, S, P | prefixes | ours, µs | static cache, µs | grown cache, µs "
-        "| the kernel's share of a copy's bandwidth |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for shape in dict.fromkeys(decode.REFERENCE + decode.BANKS):
         us = [times.of(shape, method) for method in ("ours", "static", "grown")]
-        lines.append(
-            f"| {', '.join(map(str, shape[:4]))} | {max(1, shape.N)} | "
-            + " | ".join(f"{x:.1f}" for x in us)
-            + f" | {100 * times.of(shape, 'ours_only', 'of_copy'):.0f} % |"
-        )
-    return "\n".join(lines) + "\n"
+        share = f"{100 * times.of(shape, 'ours_only', 'of_copy'):.0f} %"
+        sizes = (", ".join(map(str, shape[:4])), max(1, shape.N))
+        lines.append((*sizes, *(f"{x:.1f}" for x in us), share))
+    head = "B, H, S, P | prefixes | ours, µs | static cache, µs | grown cache, µs"
+    return markdown(f"{head} | the kernel's share of a copy's bandwidth", lines)
 
 
 def gpu_steps_table() -> str:
     """Whole steps and texts, with PEFT where it was also measured."""
     rows = read_rows(GPU / "steps-h200.csv")
-    lines = ["| work | ours, ms | PEFT, ms | ratio | peak memory |", "|---|---|---|---|---|"]
+    lines = []
     peers = {case(row): row for row in rows if row["method"] == "peft" and row["ratio"]}
     for row in rows:
         peft = peers.get(case(row))
@@ -217,67 +205,56 @@ def gpu_steps_table() -> str:
             work = f"{row['model'].replace('random-', 'GPT-2 ')}: {work}"
         peaks = [f"{int(r['peak_mib']):,}" for r in (row, peft) if r["peak_mib"]]
         memory = f"{peaks[0]} MiB, PEFT {peaks[1]} MiB" if len(peaks) == 2 else ""
-        lines.append(
-            f"| {work} | {row['ms']} | {peft['ms']} | {float(peft['ratio']):.1f} | {memory} |"
-        )
-    return "\n".join(lines) + "\n"
+        lines.append((work, row["ms"], peft["ms"], f"{float(peft['ratio']):.1f}", memory))
+    return markdown("work | ours, ms | PEFT, ms | ratio | peak memory", lines)
 
 
 def defaults_table() -> str:
     """The rule for open settings against the best of a grid around it."""
-    lines = [
-        "| model | data | pairs | dev loss by the rule, seed 0 | best of the grid | above it | "
-        "runs of the grid | rule, largest minus smallest over seeds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in defaults.summary():
-        spread = f"{row['spread']:.3f} ({row['seeds']})" if row["seeds"] > 1 else "one seed"
-        lines.append(
-            f"| {row['model']} | {row['data']} | {row['pairs']:,} | {row['seed 0']:.3f} "
-            f"| {row['best of grid']:.3f} | {row['excess']:.1f} % | {row['grid']} | {spread} |"
-        )
-    return "\n".join(lines) + "\n"
+        lines.append((
+            row["model"], row["data"], f"{row['pairs']:,}", f"{row['seed 0']:.3f}",
+            f"{row['best of grid']:.3f}", f"{row['excess']:.1f} %", row["grid"],
+            f"{row['spread']:.3f} ({row['seeds']})" if row["seeds"] > 1 else "one seed",
+        ))  # fmt: skip
+    head = "model | data | pairs | dev loss by the rule, seed 0 | best of the grid | above it"
+    return markdown(f"{head} | runs of the grid | rule, largest minus smallest over seeds", lines)
 
 
 def copying_table() -> str:
     """How each choice changes the facts in the texts."""
-    lines = [
-        "| choice | decoding | steps | BLEU | slot values | missing per text | wrong per text |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in read_rows(HERE / "copying.csv"):
-        lines.append(
-            f"| {row['choice']} | {row['decoding']} | {row['steps']} | {row['bleu']} "
-            f"| {row['slot_coverage']} % | {row['missing_per_text']} | {row['wrong_per_text']} |"
-        )
-    return "\n".join(lines) + "\n"
+    names = ("choice", "decoding", "steps", "bleu", "slot_coverage")
+    names += ("missing_per_text", "wrong_per_text")
+    head = "choice | decoding | steps | BLEU | slot values | missing per text | wrong per text"
+    rows = read_rows(HERE / "copying.csv")
+    rows = [row | {"slot_coverage": f"{row['slot_coverage']} %"} for row in rows]
+    return markdown(head, [[row[name] for name in names] for row in rows])
+
+
+def of_columns(file: str, names: Sequence[str], head: str) -> str:
+    """A table of these columns of a CSV."""
+    return markdown(head, [[row[name] for name in names] for row in read_rows(HERE / file)])
 
 
 def threads_table() -> str:
     """Seconds of a training step by threads and by how they wait."""
-    lines = ["| precision | threads | OMP_WAIT_POLICY | seconds a step |", "|---|---|---|---|"]
-    for row in read_rows(HERE / "threads.csv"):
-        cells = (row["precision"], row["threads_set"], row["policy"], row["seconds"])
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    names = ("precision", "threads_set", "policy", "seconds")
+    return of_columns(
+        "threads.csv", names, "precision | threads | OMP_WAIT_POLICY | seconds a step"
+    )
 
 
 def reliability_table() -> str:
     """The counts of tests/reliability.py."""
-    lines = ["| what | cases | failures | | commit |", "|---|---|---|---|---|"]
-    for row in read_rows(HERE / "reliability.csv"):
-        cells = ("what", "cases", "failures", "more", "commit")
-        lines.append(f"| {' | '.join(row[name] for name in cells)} |")
-    return "\n".join(lines) + "\n"
+    names = ("what", "cases", "failures", "more", "commit")
+    return of_columns("reliability.csv", names, "what | cases | failures | | commit")
 
 
 def environments_table() -> str:
     """The results of tools/environments.py."""
-    columns = ("environment", "python", "torch", "triton", "numpy", "passed", "failed", "skipped")
-    lines = [f"| {' | '.join(columns)} | |", f"|{'---|' * (len(columns) + 1)}"]
-    for row in read_rows(HERE / "environments.csv"):
-        lines.append(f"| {' | '.join(row[name] for name in (*columns, 'note'))} |")
-    return "\n".join(lines) + "\n"
+    names = ("environment", "python", "torch", "triton", "numpy", "passed", "failed", "skipped")
+    return of_columns("environments.csv", (*names, "note"), f"{' | '.join(names)} |")
 
 
 PAGES = {  # page: {CSV named in the mark before a table: function that makes the table}

@@ -260,8 +260,7 @@ def test_extreme_scores(sequence, dtype):
     check(case, dtype, low=flash)
 
 
-@pytest.mark.parametrize("sequence", [ONE_TILE, TILES])
-@pytest.mark.parametrize("prefix_len", [5, 40])
+@pytest.mark.parametrize("sequence, prefix_len", [(ONE_TILE, 5), (TILES, 40)])
 def test_only_the_gradients_that_are_needed(sequence, prefix_len):
     """Any of the five inputs alone, and the prefix alone, as in the first layer."""
     case = named_case("bank, index, ragged", "square", prefix_len, **sequence, D=16)

@@ -59,9 +59,12 @@ def check(arguments: list) -> None:
         assert_within_rounding(a.cpu(), b, c, c.abs().max().item(), 0.0, name)
 
 
+WIDTHS = (2, 100, 128, 768, 1280)  # tiny, odd for a tile, whole tiles, cut
+MISSING = [(C, missing) for C in (100, 1280) for missing in ("y", "ds", "y ds")]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("C", [2, 100, 128, 768, 1280])  # tiny, odd for a tile, whole tiles, cut
-@pytest.mark.parametrize("missing", ["", "y", "ds", "y ds"])
+@pytest.mark.parametrize("C, missing", [*((C, "") for C in WIDTHS), *MISSING])
 @pytest.mark.usefixtures("poisoned")
 def test_within_rounding(C, missing, dtype):
     x, y, gain, shift, ds, dn = inputs(C, dtype)
