@@ -1,6 +1,6 @@
-"""Triton kernels of the tutorials in two columns: the comments that stand above lines, the lines.
+"""Shows the tutorials' Triton kernels in two columns: the comments above lines, and the lines.
 
-Comments at the end of a line stay there. On a narrow window each comment stands above its lines.
+Comments at the end of a line stay there. In a narrow window each comment is above its lines.
 """
 
 import re
@@ -24,7 +24,7 @@ def chunks(code: str) -> list[tuple[str, str]]:
 
 
 def place_beside(app, doctree) -> None:
-    """Sphinx's event `doctree-read`: kernels with comments above their lines."""
+    """Sphinx's event `doctree-read`: converts kernels that have comments above their lines."""
     if not app.env.docname.startswith("tutorials/"):
         return
     for block in list(doctree.findall(nodes.literal_block)):

@@ -1,13 +1,13 @@
-"""Whether a built site holds together: its links, that it loads nothing from elsewhere, its looks.
+"""Checks a built site: its links, that it loads nothing from other sites, and how it looks.
 
-    python -m docs.check_site runs/docs/html                 # what `make docs` ends with
-    python -m docs.check_site runs/docs/html --shots FOLDER  # and a picture of every page
+    python -m docs.check_site runs/docs/html                 # the last step of `make docs`
+    python -m docs.check_site runs/docs/html --shots FOLDER  # also a picture of every page
 
-Links to other sites are looked at by `make linkcheck`, which needs a network. In a browser
-(Chromium, driven by Playwright; without either this part is left out, and said to be), each page is
-opened at the width of a desk and of a phone: no error on the console, no request but file://,
-nothing wider than the window, equations in the font of the site. The search must lead to the pages
-that SEARCHES names.
+`make linkcheck` checks links to other sites, which needs a network. Each page is opened in a
+browser (Chromium, driven by Playwright; without them this part is skipped with a message), at the
+width of a desktop and of a phone. There must be no error on the console, no request other than
+file://, nothing wider than the window, and equations must have the site's font. The search must
+lead to the pages in SEARCHES.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-WIDTHS = (1280, 390)  # px: a desk, a phone
+WIDTHS = (1280, 390)  # px: a desktop, a phone
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 QUIET = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking",
@@ -29,7 +29,7 @@ QUIET = [
 
 
 class Page(HTMLParser):
-    """What a page links to, what it loads, and the names that can be linked to in it."""
+    """The links of a page, the files that it loads, and the anchors in it."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -46,7 +46,7 @@ class Page(HTMLParser):
 
 
 def link_errors(site: Path) -> list[str]:
-    """Links and loaded files that are not there or not of this site."""
+    """Links and loaded files that are missing or belong to another site."""
     pages = {path.resolve(): Page(path.read_text("utf-8")) for path in site.rglob("*.html")}
     errors = [] if pages else [f"{site}: no pages there"]
     for path, page in pages.items():
@@ -73,7 +73,7 @@ def link_errors(site: Path) -> list[str]:
 
 
 def browser_missing() -> str:
-    """Why there is no browser to look with; "" if there is one."""
+    """Why the browser cannot be used; "" if it can."""
     try:
         import playwright  # noqa: F401
     except ImportError:
@@ -96,13 +96,13 @@ def open_browser() -> Iterator:
 
 @contextmanager
 def watched_page(browser, served: str = "file:", **options) -> Iterator:
-    """A page, and a list that errors and requests of it go into, but for addresses that begin with
-    `served`."""
+    """A page, and a list that collects its errors and its requests, except for addresses that begin
+    with `served`."""
     context, errors = browser.new_context(**options), []
     page = context.new_page()
     page.on("console", lambda m: m.type == "error" and errors.append(f"console: {m.text}"))
     page.on("pageerror", lambda error: errors.append(f"script: {error}"))
-    page.on(  # the icon may still be on its way when the next page is opened
+    page.on(  # the icon may still be loading when the next page is opened
         "requestfailed",
         lambda r: r.failure == "net::ERR_ABORTED" or errors.append(f"failed: {r.url}"),
     )
@@ -131,7 +131,7 @@ FOUND = "#search-results li > a"
 
 
 def search_errors(browser, site: Path) -> list[str]:
-    """Words that the search does not lead to their page."""
+    """Words for which the search does not find the right page first."""
     found = []
     for words, page in SEARCHES.items() if (site / "search.html").exists() else ():
         with watched_page(browser) as (search, _):  # summaries of pages need a server
@@ -143,7 +143,7 @@ def search_errors(browser, site: Path) -> list[str]:
 
 
 def browser_errors(site: Path, shots: Path | None) -> list[str]:
-    """What is wrong with the pages as a browser shows them; writes pictures into `shots`."""
+    """The faults of the pages in a browser; writes pictures to `shots`."""
     found = []
     shown = [p for p in sorted(site.rglob("*.html")) if "_modules" not in p.relative_to(site).parts]
     with open_browser() as browser:

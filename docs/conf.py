@@ -1,8 +1,8 @@
-"""The site (`make docs`): Sphinx with MyST-NB, which runs the tutorials and shows what they print.
+"""The site (`make docs`): Sphinx with MyST-NB, which runs the tutorials and shows their output.
 
-`pages.py` and `reference.py` write the pages that are made from files before Sphinx reads,
-`docstrings.py` makes reST of our docstrings, `equations.py` draws equations, and `finish.py` adds
-what is copied. No page asks a network for anything.
+`pages.py` and `reference.py` write generated pages before Sphinx reads its sources. `docstrings.py`
+converts our docstrings to reST, `equations.py` renders equations, and `finish.py` copies further
+files. No page needs a network.
 """
 
 import os
@@ -15,7 +15,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), str(ROOT / "tutorials")]
 )  # for the kernels that run the tutorials
 
-os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # tqdm's, of widgets that a page does not need
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # from tqdm, about widgets
 
 from docs import beside, docstrings, equations, finish, pages  # noqa: E402
 
@@ -34,12 +34,12 @@ include_patterns = [
     "index.md", "404.md", "guides/*.md", "recipes.md", "log.md", "tutorials/[0-9]*.py",
     "solutions/*.md", "results/*.md", "api/*.md",
 ]  # fmt: skip
-suppress_warnings = ["ref.python"]  # `load` in a docstring is one of several: no link then
-default_role = "py:obj"  # a link where the name is known, code elsewhere
+suppress_warnings = ["ref.python"]  # an ambiguous name, such as `load`, becomes no link
+default_role = "py:obj"  # a link if the name is known, otherwise code
 
-# tutorials: run once, then again only when their code or the library has changed
+# tutorials are run again only when their code or the library has changed
 nb_custom_formats = {".py": "docs.pages.read_tutorial"}
-nb_execution_mode = os.environ.get("MINPREFIX_DOCS_EXECUTE", "cache")  # "off": text alone
+nb_execution_mode = os.environ.get("MINPREFIX_DOCS_EXECUTE", "cache")  # "off": only text
 nb_execution_cache_path = str(ROOT / "runs" / "docs" / "cache" / pages.library_hash())
 nb_execution_timeout = 900  # s a cell, on a busy machine
 nb_execution_raise_on_error = True
@@ -48,19 +48,19 @@ nb_code_prompt_show = "Show the code of this figure"
 nb_code_prompt_hide = "Hide the code of this figure"
 myst_enable_extensions = ["dollarmath", "amsmath", "linkify", "deflist", "colon_fence"]
 myst_heading_anchors = 3
-myst_linkify_fuzzy_links = False  # gpt2.py is no address in Paraguay
+myst_linkify_fuzzy_links = False  # gpt2.py is not an address in Paraguay
 myst_links_external_new_tab = False
 
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
 autodoc_default_options = {"members": True}
-autodoc_preserve_defaults = True  # as the source has them: a path's value names this machine
+autodoc_preserve_defaults = True  # as in the source, because values contain paths of this machine
 maximum_signature_line_length = 72
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_preprocess_types = False
 viewcode_line_numbers = True
-viewcode_follow_imported_members = False  # a name lives where it is written
+viewcode_follow_imported_members = False  # a name belongs to the module that defines it
 
 html_math_renderer = "mathml"
 
@@ -69,7 +69,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_favicon = "_static/favicon.svg"
-html_baseurl = finish.SITE  # the canonical address of each page, where one is known
+html_baseurl = finish.SITE  # the canonical address of each page, if one is known
 if "repository" in finish.ADDRESSES:
     html_theme_options = {
         "footer_icons": [{
@@ -77,7 +77,7 @@ if "repository" in finish.ADDRESSES:
             "class": "",
         }]
     }  # fmt: skip
-highlight_language = "text"  # of blocks that name none: commands and their output
+highlight_language = "text"  # of blocks without a language: commands and their output
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 copybutton_exclude = ".linenos, .gp, .go"
 

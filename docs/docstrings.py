@@ -1,8 +1,9 @@
-"""Our docstrings as reST, just before napoleon reads their Args, Returns and Raises.
+"""Converts our docstrings to reST, just before napoleon reads their Args, Returns and Raises.
 
-They are written to be read as they stand: names in single backticks, formulas indented, shapes as
-(B, H, T, D). So outside backticks reST's signs are escaped. Of indented blocks those that begin as
-a formula does become equations, and all others stay as they are, commands and small tables.
+They are written to be read as plain text: names in single backticks, formulas indented, shapes such
+as (B, H, T, D). Outside of backticks, reST's special characters are therefore escaped. Indented
+blocks that begin like a formula become equations; all others, such as commands and small tables,
+are unchanged.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ FREE_SIGNS = re.compile(r"([*|\\])|(?<=\w)_(?!\w)")  # emphasis, substitution, r
 
 
 def escaped(line: str) -> str:
-    """A line with reST's signs escaped outside of its backticks."""
+    """A line with reST's special characters escaped outside of backticks."""
     parts = re.split(r"(`[^`]*`)", line)
     return "".join(
         part if part.startswith("`") else FREE_SIGNS.sub(r"\\\g<0>", part) for part in parts
@@ -32,8 +33,8 @@ def kind(line: str) -> str:
 
 
 def rest_of(lines: list[str]) -> list[str]:
-    """The lines of one docstring as napoleon and reST want them."""
-    found, block = [], ""  # what indented lines belong to: section, formula, literal, reference
+    """The lines of one docstring, for napoleon and reST."""
+    found, block = [], ""  # the kind of an indented block: section, formula, literal, reference
     for before, line in zip(["", *lines], lines, strict=False):
         text = SOURCE.sub("**Source:** ", escaped(line))
         if not line.strip():

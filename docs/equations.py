@@ -1,7 +1,7 @@
-"""Equations as MathML, which a browser draws without a script, in one font for the whole site.
+"""Equations as MathML, which browsers display without a script, in one font for the whole site.
 
 latex2mathml [1] translates the TeX while the site is built. The font is STIX Two Math (SIL Open
-Font License), which ziamath [2] brings along; `write_font` keeps the signs of mathematics only.
+Font License), which ziamath [2] contains; `write_font` keeps only mathematical characters.
 [1] https://github.com/roniemartinez/latex2mathml   [2] https://github.com/cdelker/ziamath
 """
 

@@ -1,18 +1,18 @@
-"""What the live page loads: the weights in int8, the prefixes in fp16.
+"""Writes the files that the live page loads: the weights in int8, the prefixes in fp16.
 
     python -m docs.export_live steps --runs DIR   # writes docs/interactive/steps.safetensors
-    python -m docs.export_live site --out DIR     # all other files; `make docs` does that itself
+    python -m docs.export_live site --out DIR     # all other files; part of `make docs`
 
-DIR of `steps` has the evaluated steps of e2e-P10, `docs/train_prefixes.py` says where. `site` packs
-mini's weights, its tokenizer and the prefixes in `docs/prefixes/`. A prefix that is not there is
+For `steps`, DIR has the evaluated steps of e2e-P10, see `docs/train_prefixes.py`. `site` packs
+mini's weights, its tokenizer and the prefixes in `docs/prefixes/`. If a prefix is missing, it is
 left out, and the page does not offer it. Prefixes are tables (L, 2, H, P, D) by name: "e2e-P10",
 "e2e-P10/0125".
 
-Every matrix W (n_out, n_in) of the model is kept as whole numbers and one scale for each output,
+Every matrix W (n_out, n_in) of the model is stored as integers and one scale for each output,
 
     scale[o] = max_i |W[o, i]| / 127,   W[o, i] ~ scale[o] * round(W[o, i] / scale[o]),
 
-and `dequantised` is the model that computes with these: the page and its tests agree with it.
+and `dequantised` is the model with these weights, with which the page and its tests agree.
 """
 
 import argparse
@@ -30,24 +30,24 @@ from minprefix.tensors import load_tensors, save_tensors
 PAGE = Path(__file__).parent / "interactive"
 TRAINED = Path(__file__).parent / "prefixes"
 STEPS = PAGE / "steps.safetensors"
-EVALUATED = "e2e-P10"  # the one whose steps are shown
+EVALUATED = "e2e-P10"  # the prefix whose training steps are shown
 COPIED = ("config.json", "vocab.json", "merges.txt")
 LOADED = (*COPIED, "mini.safetensors", "prefixes.safetensors", STEPS.name)
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """W (n_out, n_in) -> whole numbers in int8, of the same shape, and scales (n_out,) in fp32."""
+    """W (n_out, n_in) -> int8 of the same shape, and scales (n_out,) in fp32."""
     scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
     return (weight.float() / scale[:, None]).round().to(torch.int8), scale
 
 
 def as_rows(name: str, weight: Tensor) -> Tensor:
-    """A matrix as (n_out, n_in): the layers' are stored as [in, out], the embeddings are not."""
+    """A matrix as (n_out, n_in): those of layers are stored as [in, out], embeddings are not."""
     return weight.T if name.startswith("h.") else weight
 
 
 def weights() -> dict[str, Tensor]:
-    """mini's tensors as the page reads them: matrices in int8 with scales, the rest in fp32."""
+    """mini's tensors for the page: matrices in int8 with scales, the rest in fp32."""
     model, _ = load("mini")
     kept = {}
     for name, x in model.state_dict().items():
@@ -59,7 +59,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def dequantised() -> tuple[GPT2, object]:
-    """(model, tokenizer): mini in fp64, with the weights that the page computes with."""
+    """(model, tokenizer): mini in fp64, with the weights of the page."""
     model, tokenizer = load("mini", dtype=torch.float64)
     kept, own = weights(), model.state_dict()
     for name, x in own.items():
@@ -93,7 +93,7 @@ def trained() -> dict[str, Tensor]:
 
 
 def write_site(out: Path) -> None:
-    """Everything of LOADED into the folder of the page."""
+    """Write all files of LOADED to the folder of the page."""
     out.mkdir(parents=True, exist_ok=True)
     save_tensors(out / "mini.safetensors", weights())
     save_tensors(out / "prefixes.safetensors", trained())
@@ -103,8 +103,8 @@ def write_site(out: Path) -> None:
 
 
 def prefixes() -> dict[str, Prefix]:
-    """All prefixes of the page in fp64, with the values that it computes with; its text stands at
-    P + t."""
+    """All prefixes of the page in fp64, with the values that the page uses; text token t is at
+    position P + t."""
     tables = trained() | load_tensors(STEPS)[0]
     return {n: Prefix.from_table(x.double(), position_offset=x.shape[3]) for n, x in tables.items()}
 

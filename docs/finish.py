@@ -1,8 +1,8 @@
-"""What Sphinx does not do by itself: at the end of a build, and in the head of each page.
+"""Finishes the site after Sphinx, and adds to the head of each page.
 
-The live page and the notebooks are copied, pages whose source is gone are removed, and the search
-engines' and the host's files are written: sitemap.xml and 404.html. Addresses of the site and of
-the repository are those of [project.urls] in pyproject.toml; without them nothing names one.
+It copies the live page and the notebooks, removes pages whose source is gone, and writes
+sitemap.xml for search engines and 404.html for the host. The addresses of the site and of the
+repository are in [project.urls] in pyproject.toml; without them no page has one.
 """
 
 import json
@@ -22,7 +22,7 @@ from docs.equations import write_font
 from docs.pages import TUTORIALS, copy_live_page, read_tutorial, tutorial_page
 from docs.reference import ROOT
 
-KEYWORDS = {  # what the search finds first: page
+KEYWORDS = {  # search words: the page that the search shows first
     "install": "guides/install",
     "setup": "guides/install",
     "lambda": "tutorials/02_equation_3",
@@ -42,26 +42,27 @@ SITE = ADDRESSES.get("documentation", "").rstrip("/")
 
 
 def offers_files(paragraph: nodes.paragraph) -> bool:
-    """Whether it is the line of a tutorial's downloads."""
+    """Whether a paragraph is the line with a tutorial's downloads."""
     return any(" download>" in raw.astext() for raw in paragraph.findall(nodes.raw))
 
 
 def describe(app, page: str, template: str, context: dict, doctree) -> None:
-    """Sphinx's event `html-page-context`: the page's first paragraph as its description."""
+    """Sphinx's event `html-page-context`: makes the first paragraph the page's description."""
     if doctree is None:
         return
     said = (n for n in doctree.findall(nodes.paragraph) if not offers_files(n))
     text = " ".join(next((n.astext() for n in said), "").split())
-    if len(text) > 160:  # search engines show so many characters
+    if len(text) > 160:  # search engines show 160 characters
         text = text[:157].rsplit(" ", 1)[0] + " ..."
     if text:
         context["metatags"] += f'\n<meta name="description" content="{escape(text)}">'
 
 
 def copy_tutorials(out: Path, pages: set[str], cache: Path) -> None:
-    """The tutorials as scripts, and as notebooks with what they have printed and drawn.
+    """Copy the tutorials as scripts, and as notebooks with their output.
 
-    The outputs come from the cache of the build; what MyST-NB writes lacks them when it hits it.
+    The outputs come from the cache of the build, because MyST-NB omits them from its own notebooks
+    when it uses the cache.
     """
     runs = get_cache(cache) if cache.exists() else None
     for path in TUTORIALS.glob("[0-9]*.py"):
@@ -69,15 +70,15 @@ def copy_tutorials(out: Path, pages: set[str], cache: Path) -> None:
             continue
         shutil.copyfile(path, out / "tutorials" / path.name)
         notebook = read_tutorial(tutorial_page(path))
-        with suppress(KeyError):  # not run: the site was built without
+        with suppress(KeyError):  # the site may have been built without running it
             notebook = runs.merge_match_into_notebook(notebook)[1] if runs else notebook
-        title = notebook.cells[0]  # a notebook offers no download of itself
+        title = notebook.cells[0]  # remove the downloads from the notebook itself
         title.source = re.sub(r"\n.* download>.*\n", "", title.source)
         nbformat.write(notebook, out / "tutorials" / f"{path.stem}.ipynb")
 
 
 def remove_stale(out: Path, pages: set[str]) -> None:
-    """Pages and notebooks of an earlier build whose source is gone."""
+    """Remove pages and notebooks of an earlier build whose source is gone."""
     for folder in ("api", "guides", "results", "solutions", "tutorials"):
         for path in [*(out / folder).glob("*.html"), *(out / folder).glob("*.ipynb")]:
             if f"{folder}/{path.stem}" not in pages:
@@ -85,9 +86,9 @@ def remove_stale(out: Path, pages: set[str]) -> None:
 
 
 def add_keywords(index: Path) -> None:
-    """KEYWORDS as main index entries of searchindex.js, which come first in a search.
+    """Add KEYWORDS as main index entries to searchindex.js; these come first in a search.
 
-    An index directive does not do: Sphinx 9.0 forgets the entries of pages that have not changed.
+    An index directive is not enough: Sphinx 9.0 loses the entries of pages that have not changed.
     """
     before, data, after = re.fullmatch(
         r"(.*?\()(.*)(\).*)", index.read_text("utf-8"), re.S
@@ -107,7 +108,7 @@ def sitemap(pages: set[str], site: str) -> str:
 
 
 def not_found(html: str, site: str) -> str:
-    """404.html from the page that Sphinx wrote: a host shows it at any address, however deep."""
+    """404.html from Sphinx's page, with absolute links, because a host shows it at any address."""
     return html.replace("<head>", f'<head><base href="{escape(site)}/">', 1) if site else html
 
 

@@ -1,7 +1,7 @@
-"""Formulas of docstrings as TeX: `o_i = sum_j exp(x_ij - lse_i) v_j`.
+"""Converts formulas in docstrings to TeX: `o_i = sum_j exp(x_ij - lse_i) v_j`.
 
-They are written to be read as text. `tex_of` knows what stands in them: subscripts of letters,
-words and brackets, sums, Greek letters and functions by name, scalar products in angle brackets.
+They are written to be read as text. `tex_of` supports subscripts of letters, words and brackets,
+sums, Greek letters and functions by name, and scalar products in angle brackets.
 """
 
 import re
@@ -17,14 +17,14 @@ TOKEN = re.compile(
 
 
 def word(text: str) -> str:
-    """A name of several letters: a Greek letter or a function, else upright."""
+    """A name of several letters: a Greek letter, a function, or upright text."""
     if text == "in":
         return r"\in "
     return rf"\{text} " if text in GREEK | FUNCTIONS else rf"\mathrm{{{text}}}"
 
 
 def subscript(text: str) -> str:
-    """What stands under or over a letter: `_ij`, `_(j in C)`, `_visible(i)`, `^T`."""
+    """A subscript or superscript: `_ij`, `_(j in C)`, `_visible(i)`, `^T`."""
     sign, inside = text[0], text[1:]
     if inside[0] in "({":
         inside = inside[1:-1]

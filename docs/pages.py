@@ -1,9 +1,9 @@
-"""Pages of the site that are made from files, and the tutorials as the site shows them.
+"""Generates pages of the site from files, and prepares the tutorials for it.
 
-Before Sphinx reads, `write_all` makes `docs/api/` (`reference.py`), `docs/results/` (from the
-committed CSVs), `docs/solutions/` and `docs/tutorials/`, copies whose end says how to run the
-script. Git ignores all four. Links of tutorials and guides hold in a checkout; `site_links` makes
-them links of the site.
+Before Sphinx reads its sources, `write_all` makes `docs/api/` (`reference.py`), `docs/results/`
+(from the committed CSVs), `docs/solutions/` and `docs/tutorials/`, copies that end with how to run
+the script. Git ignores all four. Links in tutorials and guides work in a checkout; `site_links`
+converts them for the site.
 """
 
 import csv
@@ -28,7 +28,7 @@ LONG = 16  # rows; a longer table of a CSV is folded
 
 
 def library_hash() -> str:
-    """Changes with whatever the tutorials run beside their own code: 16 hex digits."""
+    """A hash (16 hex digits) of all code that the tutorials use, besides their own."""
     paths = [p for folder in ("minprefix", "kernels") for p in (ROOT / folder).rglob("*.py")]
     paths += [*TUTORIALS.glob("[!0-9]*.py"), *(DOCS / "prefixes").glob("*.safetensors")]
     digest = hashlib.sha256()
@@ -38,7 +38,7 @@ def library_hash() -> str:
 
 
 def write_all() -> None:
-    """All pages that are made from files; those of files that are gone go, too."""
+    """Write all generated pages, and remove those whose files are gone."""
     pages = api_pages() | tutorial_pages() | solution_pages() | result_pages()
     for folder in MADE:
         for path in (DOCS / folder).glob("*.*"):
@@ -47,13 +47,14 @@ def write_all() -> None:
     for name, text in pages.items():
         path = DOCS / name
         path.parent.mkdir(exist_ok=True)
-        if not path.exists() or path.read_text(encoding="utf-8") != text:  # Sphinx looks at times
+        # leave unchanged files alone, because Sphinx looks at modification times
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
 
 
 # results ------------------------------------------------------------------------------------------
 
-KNOWN = {  # what a CSV holds, for those that have no table of their own below
+KNOWN = {  # a description of each CSV that is not part of another page
     "e2e.csv": "E2E with `mini`: all runs, dev and test",
     "e2e_select.csv": "E2E with `mini`: learning rates, chosen by dev loss in short runs",
     "e2e_hard_prompts.csv": "E2E with `mini`: hard prompts, chosen on the dev set",
@@ -63,11 +64,11 @@ KNOWN = {  # what a CSV holds, for those that have no table of their own below
     "cpu_attention.csv": "The attention operator's CPU path: fused attention against two products",
     "call_overhead.csv": "What a call of the operator costs in Python, µs",
     "compiled.csv": "The kernels compiled for four GPUs, no run: registers, shared memory, spills",
-    "cpu/bench.csv": "Training and generation beside PEFT: all that was measured",
+    "cpu/bench.csv": "Training and generation, ours and PEFT: all measurements",
     "cpu/profile.csv": "Where the time of one training step goes, ms",
-    "gpu/attention-h200.csv": "On an H200: attention beside PyTorch's kernels, µs",
+    "gpu/attention-h200.csv": "On an H200: attention, ours and PyTorch's kernels, µs",
     "gpu/decode-h200.csv": "On an H200: one step of decoding, µs",
-    "gpu/steps-h200.csv": "On an H200: training steps and generation beside PEFT",
+    "gpu/steps-h200.csv": "On an H200: training steps and generation, ours and PEFT",
     "gpu/parts-h200.csv": "On an H200: where the time of a step and of a token goes, ms",
     "gpu/tiles-h200.csv": "On an H200: each kernel alone with several tiles, µs",
     "gpu/peers-h200.csv": "On an H200: the best peer's time over ours",
@@ -84,8 +85,8 @@ machine, the versions and the commit of its numbers.
 | What does a frozen small GPT-2 learn, and how near is it to fine-tuning? | [E2E with `mini`](../guides/e2e.md) |
 | And an encoder-decoder? | [BART](../guides/bart.md) |
 | Do the paper's claims hold here? | [The paper, run here](paper.md) |
-| How fast is it on a CPU, beside PEFT? | [Speed on a CPU](../guides/speed_cpu.md) |
-| And on a GPU, the kernels included? | [Results on a GPU](../guides/speed_gpu.md), [all that was found there](gpu.md) |
+| How fast is it on a CPU, compared with PEFT? | [Speed on a CPU](../guides/speed_cpu.md) |
+| And on a GPU, with the kernels? | [Results on a GPU](../guides/speed_gpu.md), [all findings](gpu.md) |
 | What was verified? | [What was verified, and what was not](../guides/verification.md) |
 | What did not work? | [The log](../log.md) |
 
@@ -101,7 +102,7 @@ gpu
 
 
 def result_pages() -> dict[str, str]:
-    """The results' page, that of the GPU, and that of the paper's experiments."""
+    """The page of results, that of the GPU, and that of the paper's experiments."""
     lines = [RESULTS]
     for path in sorted(BENCHMARKS.rglob("*.csv")):
         name = str(path.relative_to(BENCHMARKS))
@@ -147,7 +148,7 @@ def tutorials() -> list[Path]:
 
 
 def solution_pages() -> dict[str, str]:
-    """Each file of solutions as it is, under the name of its tutorial."""
+    """A page for each file of solutions, with the name of its tutorial."""
     pages = {}
     for path in sorted((TUTORIALS / "solutions").glob("[0-9]*.py")):
         pages[f"solutions/{path.stem}.md"] = (
@@ -160,12 +161,12 @@ def solution_pages() -> dict[str, str]:
 
 
 def tutorial_pages() -> dict[str, str]:
-    """The tutorials as they are run and shown."""
+    """The pages of the tutorials, for running and showing them."""
     return {f"tutorials/{path.name}": tutorial_page(path) for path in tutorials()}
 
 
 def tutorial_page(path: Path) -> str:
-    """One tutorial, with what can be downloaded below its title and how to run it at its end."""
+    """One tutorial, with downloads below its title and how to run it at its end."""
     text = site_links(path.read_text(encoding="utf-8"), "tutorials")
     title = re.search(r"^# # .*\n", text, re.MULTILINE)
     files = " or a ".join(
@@ -176,7 +177,7 @@ def tutorial_page(path: Path) -> str:
 
 
 def read_tutorial(text: str):
-    """A percent script as a notebook of this Python; cells that only draw are folded."""
+    """A percent script as a notebook for this Python; cells that only draw are folded."""
     notebook = jupytext.reads(text, fmt="py:percent")
     for one in notebook.cells:
         if one.cell_type == "code" and DRAWS.search(one.source) and not KEPT.search(one.source):
@@ -188,17 +189,17 @@ def read_tutorial(text: str):
 
 
 def site_links(text: str, folder: str, page: str | None = None) -> str:
-    """Markdown links to files of the checkout, as links of the site.
+    """Convert Markdown links to files of the checkout into links of the site.
 
     Args:
-        folder: where the text lies, from the root of the checkout.
-        page: folder of its page, from `docs/`; None = `folder`.
+        folder: folder of the text, relative to the root of the checkout.
+        page: folder of its page, relative to `docs/`; None = `folder`.
     """
     page = folder if page is None else page
 
     def link(match: re.Match) -> str:
         path = os.path.normpath(Path(folder) / match[1])
-        if not (ROOT / path).exists():  # Python, such as `x[i](y)`
+        if not (ROOT / path).exists():  # Python code such as `x[i](y)`
             return match[0]
         there = target(path)
         offered = "path:" if there.startswith("../") and there.endswith((".py", ".md")) else ""
@@ -208,9 +209,9 @@ def site_links(text: str, folder: str, page: str | None = None) -> str:
 
 
 def target(path: str) -> str:
-    """The page of the site, from `docs/`, for a file of the checkout, from its root.
+    """The page of the site (relative to `docs/`) for a file of the checkout (relative to its root).
 
-    A file that has no page is offered as it is ("path:" says so to MyST, for what could be a page).
+    A file without a page is offered as a download ("path:" tells MyST not to look for a page).
     """
     module = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     if module in modules():
@@ -228,14 +229,14 @@ def target(path: str) -> str:
 
 
 def link_guides(app, name: str, source: list[str]) -> None:
-    """Sphinx's event `source-read`: links of the pages that are written by hand."""
+    """Sphinx's event `source-read`: converts the links of pages that are written by hand."""
     folder = os.path.dirname(name)
     if folder not in MADE:
         source[0] = site_links(source[0], os.path.join("docs", folder), folder)
 
 
 def last_cell(name: str) -> str:
-    """A Markdown cell: how to run this page, and where the solutions are."""
+    """A Markdown cell that says how to run this page and where the solutions are."""
     lines = [
         "",
         "# %% [markdown]",
@@ -249,7 +250,7 @@ def last_cell(name: str) -> str:
 
 
 def name_pictures(app, doctree) -> None:
-    """Sphinx's event `doctree-read`: a figure that a cell has drawn is named by its section."""
+    """Sphinx's event `doctree-read`: names the figures drawn by cells after their sections."""
     for image in doctree.findall(nodes.image):
         section = image.parent
         while section is not None and not isinstance(section, nodes.section):
@@ -265,7 +266,7 @@ NOT_COPIED = (".py", ".md")
 
 
 def on_site(html: str) -> str:
-    """The live page's links: in the checkout to files, on the site to the pages of these."""
+    """Convert the live page's links, which point to files of the checkout, to pages of the site."""
 
     def link(match: re.Match) -> str:
         page = target(match[1])
@@ -275,7 +276,7 @@ def on_site(html: str) -> str:
 
 
 def copy_live_page(out: Path, live: Path = LIVE) -> None:
-    """The live page with all of its files, also those that were made for this build."""
+    """Copy the live page with all of its files, including those that were made for this build."""
     shutil.rmtree(out, ignore_errors=True)
     for path in live.rglob("*"):
         if path.is_file() and path.suffix not in NOT_COPIED:

@@ -5,10 +5,10 @@
     python -m docs.record_live --e2e E2E --finetuned runs/live/finetuned \\
         --searched runs/live/searched
 
-E2E is the folder of the official CSVs. Without a fine-tuned model or a searched prompt the page
-does not show that way. The page's own scripts write the texts, in node, so they are what a reader
-sees after loading the model; the tests compare them with the Python model. Only the fine-tuned
-model's are written here.
+E2E is the folder of the official CSVs. Without a fine-tuned model or a searched prompt, the page
+does not show that method. The page's own scripts generate the texts in node, so they are what a
+reader sees after loading the model; the tests compare them with the Python model. Only those of the
+fine-tuned model are generated here.
 """
 
 import argparse
@@ -35,7 +35,7 @@ DATA = PAGE / "data.js"
 BEGIN = "window.LIVE = "
 MAX_NEW = 80  # tokens, as in writing.js
 TEMPLATE = TEMPLATES[2]  # the one with the best dev BLEU of benchmarks/e2e_hard_prompts.csv
-NOTE = 0  # which of the embedded test notes is shown
+NOTE = 0  # the number of the embedded test note that is shown
 FIELDS = (
     "name", "type", "food", "price", "customer rating", "area", "family friendly", "near",
 )  # fmt: skip
@@ -50,8 +50,8 @@ PRESETS = (  # four tables of the E2E test set, one of the embedded restaurants
     "name : Sumac Gate | type : pub | food : Indian | customer rating : excellent"
     " | family friendly : no | near : Matilda's Pantry",
 )
-# By task: the prompt's tokens, the written ones (with "promptOnly" none), the text, and with
-# "traced" what happened inside.
+# For each task: the prompt's tokens, the generated ones (none with "promptOnly"), the text, and
+# with "traced" the values inside the model.
 RUN = """(Live, Writing, files, tasks, simd) => {
     const live = new Live(files, simd);
     return tasks.map((task) => {
@@ -78,7 +78,7 @@ console.log(JSON.stringify(({RUN})(Live, Writing, files, tasks, simd)));
 
 
 def put_together(folder: Path) -> None:
-    """The page with its weights, and what node asks for, in a folder."""
+    """Put the page, its weights and node's files into a folder."""
     shutil.copytree(PAGE, folder, dirs_exist_ok=True)
     write_site(folder)
     write_text(folder / "package.json", '{"type": "module"}')
@@ -86,7 +86,7 @@ def put_together(folder: Path) -> None:
 
 
 def in_node(folder: Path, tasks: list[dict], simd: bool = True) -> list[dict]:
-    """What the page's scripts write, without a browser; `writing.js` says what a task is."""
+    """The results of the page's scripts, without a browser; `writing.js` describes a task."""
     done = subprocess.run(
         ["node", "run.js"], cwd=folder, input=json.dumps({"tasks": tasks, "simd": simd}),
         capture_output=True, text=True, check=False,
@@ -97,13 +97,13 @@ def in_node(folder: Path, tasks: list[dict], simd: bool = True) -> list[dict]:
 
 
 def task(source: str, keys: str | None = EVALUATED, values: str | None = None, **changes) -> dict:
-    """To write with the keys and values of these prefixes; None = the frozen model alone."""
+    """A task with the keys and values of these prefixes; None = only the frozen model."""
     prefix = None if keys is None else {"keys": keys, "values": values or keys, **changes}
     return {"source": source, "ask": {}, "prefix": prefix}
 
 
 def searched_prompt(folder: Path) -> dict:
-    """The prompt that a search has found, as the page asks with it."""
+    """The prompt that a search has found, in the form that the page uses."""
     _, tokenizer = load("mini")
     kept = TokenPrompt.load(folder / "prompt.json", tokenizer)
     return {
@@ -115,7 +115,7 @@ def searched_prompt(folder: Path) -> dict:
 
 
 def tasks_of(source: str, names: list[str], searched: dict | None) -> dict[str, dict]:
-    """All that is recorded of one source, by the key under which the page looks for it."""
+    """All tasks to record for one source, by the page's keys."""
     tasks = {"frozen": task(source, None)} | {name: task(source, name) for name in names}
     for name in names:
         if name.startswith("notes"):
@@ -128,7 +128,7 @@ def tasks_of(source: str, names: list[str], searched: dict | None) -> dict[str, 
 
 
 def record(e2e: str, finetuned: Path | None, searched: Path | None) -> dict:
-    """All that data.js holds."""
+    """The contents of data.js."""
     whole, steps = trained(), load_tensors(STEPS)[0]
     kept = [name for name, table in steps.items() if torch.equal(table, whole[EVALUATED])]
     prompt = None if searched is None else searched_prompt(searched)
@@ -192,7 +192,7 @@ def small(trace: dict) -> dict:
 
 
 def read_data() -> dict:
-    """What data.js holds."""
+    """Read the contents of data.js."""
     return json.loads(DATA.read_text("utf-8").split(BEGIN, 1)[1].rstrip().removesuffix(";"))
 
 

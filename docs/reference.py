@@ -16,7 +16,7 @@ GROUPS = {  # heading: packages
     "Kernels": ["kernels"],
 }
 LEFT_OUT = re.compile(r"kernels\.tools|.*\.__main__")
-NAMES = {  # the names that matter in each of the two packages: where each is written
+NAMES = {  # the important names of the two packages, and the module that defines each
     "minprefix": [
         "minprefix.models.weights.load",
         "minprefix.generation.texts.generate",
@@ -53,7 +53,7 @@ def modules() -> list[str]:
 
 
 def grouped() -> dict[str, list[str]]:
-    """{heading: modules}; whatever GROUPS does not name stands in the last group."""
+    """{heading: modules}; modules that are not in GROUPS are in the last group."""
     names = [name for name in modules() if name not in NAMES]
     groups = {"Start": list(NAMES)}
     for heading, packages in GROUPS.items():
@@ -77,7 +77,7 @@ def first_paragraph(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
 
 
 def described(target: str) -> str:
-    """The first paragraph of what `target` names, a function or class of a module."""
+    """The first paragraph of the docstring of `target`, a function or class of a module."""
     module, name = target.rsplit(".", 1)
     return next(
         first_paragraph(n) for n in source_of(module).body if getattr(n, "name", "") == name
@@ -85,7 +85,7 @@ def described(target: str) -> str:
 
 
 def cell(text: str) -> str:
-    """Text for a Markdown table: no bar, no line end, no Markdown but code."""
+    """Text for a Markdown table: without bars, line ends, and Markdown other than code."""
     text = text.replace("\n", " ").replace("|", r"\|").replace("*", r"\*").replace("<", "&lt;")
     return text.replace("{", "&#123;").replace("[", r"\[").replace("$", r"\$")
 
@@ -110,7 +110,7 @@ def api_pages() -> dict[str, str]:
 def module_page(name: str) -> str:
     """A module's page: its docstring, then its public names in the order of the source.
 
-    The two packages have a table of the names that matter, then those that are written in them.
+    The two packages have a table of the important names, then the names that they define.
     """
     lines = [f"# {name}", "", "```{eval-rst}", f".. automodule:: {name}"]
     if name in NAMES:

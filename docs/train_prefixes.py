@@ -2,11 +2,11 @@
 
     python -m docs.train_prefixes --e2e DIR [--only e2e-P10 notes-P10]
 
-The prefixes of E2E are trained on all pairs, with as many steps as the README's: 2,500 of 32 pairs.
-The prefix of the embedded notes has the steps and the rate that the command line chooses. All other
-settings are defaults. DIR is the folder of the official CSVs, whose licence is CC BY-SA 4.0. A
-prefix that exists is not trained again. Each run adds a row to `docs/prefixes/prefixes.csv`, with
-the dev loss in nats per target token. The weights that every evaluation of e2e-P10 saw are kept in
+The prefixes of E2E are trained on all pairs, with 2,500 steps of 32 pairs as in the README. The
+prefix of the embedded notes uses the default number of steps and learning rate of the command line.
+All other settings are defaults. DIR is the folder of the official CSVs, whose licence is CC BY-SA
+4.0. A prefix that exists is not trained again. Each run adds a row to `docs/prefixes/prefixes.csv`,
+with the dev loss in nats per target token. For e2e-P10, the prefix at every evaluation is kept in
 `runs/prefixes/e2e-P10/steps`.
 """
 
@@ -36,11 +36,11 @@ PREFIXES = {
     "e2e-P5": ("e2e", 5, E2E),
     "e2e-P2": ("e2e", 2, E2E),
 }
-EVALUATED = "e2e-P10"  # of which the weights of every evaluation are kept
+EVALUATED = "e2e-P10"  # the run in which the prefix is kept at every evaluation
 
 
 class KeepsAll(Trainer):
-    """Keeps the prefix of every evaluation beside the run's files, not only the best."""
+    """Keeps the prefix of every evaluation in the run folder, not only the best one."""
 
     def evaluate(self) -> None:
         super().evaluate()
@@ -50,7 +50,7 @@ class KeepsAll(Trainer):
 
 
 def train(name: str, e2e: str) -> None:
-    """Train one of PREFIXES, or go on with it; write its file and its row."""
+    """Train one of PREFIXES, or continue its run; write its file and its row."""
     data, prefix_len, config = PREFIXES[name]
     folder = e2e if data == "e2e" else data
     model, tokenizer = load("mini")

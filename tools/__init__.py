@@ -1,1 +1,2 @@
-"""Generators of the embedded data sets; import minprefix, and nothing imports them."""
+"""Generators of the embedded data sets, and other tools. They import minprefix; nothing imports
+them."""

@@ -1,14 +1,14 @@
-"""Run a few tests with other versions of what minprefix needs: `make environments`.
+"""Runs a few tests with other versions of minprefix's requirements: `make environments`.
 
-    python -m tools.environments                                 all that can be had here
+    python -m tools.environments                                 all that are available here
     python -m tools.environments --only "triton 3.8.0" --out environments.csv
 
-A layer is one package of another version in a folder of its own (runs/environments/NAME), which
-stands before the others on PYTHONPATH. A layer that is there is used as it is; else pip fetches it.
-Another PyTorch or Python needs a wheel of PyTorch without CUDA, which pip has or has not; other
-Pythons that are on this machine then only compile the sources. `TESTS` is what is run, the Triton
-kernels in Triton's interpreter. Each environment is a row of benchmarks/environments.csv, with the
-reason where nothing was run; `python -m benchmarks.readme` puts the table into the guides.
+A layer is another version of one package, in a separate folder (runs/environments/NAME) that comes
+first on PYTHONPATH. An existing layer is used as it is; otherwise pip installs it. Another PyTorch
+or Python needs a wheel of PyTorch without CUDA, which pip may not find; other Pythons on this
+machine then only compile the sources. `TESTS` are run, with the Triton kernels in Triton's
+interpreter. Each environment is a row of benchmarks/environments.csv, with the reason if nothing
+was run; `python -m benchmarks.readme` copies the table to the guides.
 """
 
 import argparse
@@ -29,7 +29,7 @@ TESTS = (
     "tests/data/test_batches.py", "tests/models/test_losses.py",
 )  # fmt: skip
 HERE, NONE = "requirements.txt", "without triton"
-# the interpreter of Triton 3.6.0 takes an array of one element for a number: NumPy 2.4 refuses it
+# the interpreter of Triton 3.6.0 uses an array of one element as a number, which NumPy 2.4 rejects
 PACKAGES = (
     "triton 3.6.0, numpy 1.26.4", "triton 3.7.1", "triton 3.8.0", "triton 3.9.0", "numpy 1.26.4",
 )  # fmt: skip
@@ -46,14 +46,14 @@ print(platform.python_version(), torch.__version__, version, numpy.__version__)
 
 
 def pip(*words: str) -> str:
-    """Run pip; the last line of its error, or nothing."""
+    """Run pip; returns the last line of its error, or ""."""
     command = [sys.executable, "-m", "pip", *words, "--no-deps", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True)
     return "" if done.returncode == 0 else f"pip: {done.stderr.strip().splitlines()[-1]}"
 
 
 def layer_of(package: str) -> tuple[Path, str]:
-    """The folder of a layer, made if it is not there; and why it could not be made, or nothing."""
+    """The folder of a layer, created if necessary, and why it could not be created, or ""."""
     folder = LAYERS / package.replace(" ", "-")
     if folder.is_dir():
         return folder, ""
@@ -70,7 +70,7 @@ def layer_of(package: str) -> tuple[Path, str]:
 
 
 def tested(layers: list[Path]) -> dict[str, str | int]:
-    """Run the tests with layers: versions, and how many tests have passed, failed and skipped."""
+    """Run the tests with layers; returns versions and the numbers of passed, failed and skipped."""
     path = os.pathsep.join(map(str, (*layers, ROOT)))
     interpreted = "0" if LAYERS / NONE.replace(" ", "-") in layers else "1"
     environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": interpreted}
@@ -100,7 +100,7 @@ def compiled(name: str) -> dict[str, str | int]:
     for interpreter in filter(None, found):
         command = [interpreter, "-c", "import platform; print(platform.python_version())"]
         answer = subprocess.run(command, capture_output=True, text=True)
-        if answer.returncode == 0:  # a shim of pyenv may lead nowhere
+        if answer.returncode == 0:  # a shim of pyenv may not work
             break
     else:
         return {"note": "this Python is not on this machine"}

@@ -1,7 +1,7 @@
-"""The page of licences: python -m tools.licences (part of `make sbom`).
+"""Writes the page of licences: python -m tools.licences (part of `make sbom`).
 
-docs/guides/licences.md has what requirements.txt brings along, which every user installs, and what
-else is installed here for tests and docs. A licence is what a package says of itself.
+docs/guides/licences.md lists the packages that requirements.txt installs for every user, and those
+that are also installed here for tests and docs. Licences are taken from the packages' metadata.
 """
 
 import importlib.metadata as metadata
@@ -29,20 +29,20 @@ def plain(name: str) -> str:
 
 
 def licence_of(package: metadata.Distribution) -> str:
-    """In a few words; "not named" where the package's metadata do not say."""
+    """The licence in a few words; "not named" if the package's metadata lack it."""
     said = package.metadata
     classed = [
         name.split("::")[-1].strip() for name in said.get_all("Classifier") or ()
         if name.startswith("License ::")
     ]  # fmt: skip
     all_said = (said.get("License-Expression"), said.get("License"), ", ".join(classed))
-    texts = [one for one in all_said if one]  # of some packages the whole text of the licence
+    texts = [one for one in all_said if one]  # some packages give the whole text of the licence
     short = [one for one in texts if len(one) <= 200 and "\n" not in one]
     return (short + [one.split("\n")[0] for one in texts] + ["not named"])[0]
 
 
 def needed(requirements: Path) -> set[str]:
-    """The packages that a file of requirements names, and all that they require in turn."""
+    """The packages that a file of requirements names, and all their requirements."""
     lines = (line.split("#")[0].strip() for line in requirements.read_text().splitlines())
     todo, found = [Requirement(line) for line in lines if line], set()
     while todo:

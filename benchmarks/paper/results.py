@@ -1,7 +1,8 @@
-"""Rows of results: from finished runs to a CSV, and means with their spread from its rows.
+"""Rows of results: writes finished runs to a CSV, and computes means and spreads of its rows.
 
-Read `row_of` (one run), `write_rows`, then `mean_sd` and `difference`, which the claims, figures
-and the report are made with. A row holds texts, as a CSV does; an empty cell has no value.
+Read `row_of` (one run), `write_rows`, then `mean_sd` and `difference`, which are used by the
+claims, figures and the report. The values of a row are strings, as in a CSV; an empty string means
+no value.
 """
 
 import csv
@@ -17,7 +18,7 @@ from scipy import stats
 from minprefix.files import read_text, write_text
 
 Row = dict[str, str]
-KEY = ("name", "x", "data", "size", "subset", "seed")  # what tells the rows of one CSV apart
+KEY = ("name", "x", "data", "size", "subset", "seed")  # identify a row of a CSV
 # columns before and after the scores
 FIRST = ("experiment", "model", "scale", *KEY, "split", "decoding")
 LAST = (
@@ -29,8 +30,8 @@ LAST = (
 
 
 def row_of(experiment: str, scale: str, model: str, cell, record: dict | None, problem: str) -> Row:
-    """The CSV row of a cell whose run left `record` (its scores.json), or did not because of
-    `problem`."""
+    """The CSV row of a cell, from its run's `record` (scores.json), or the `problem` if it has
+    none."""
     run = cell.run
     beams = run.decoding.num_beams
     row = {
@@ -71,7 +72,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def scales_of(rows: Sequence[Row]) -> str:
-    """How far the runs are from the preset; by data set, where that is not the same for all."""
+    """How the runs differ from the preset; for each data set, if that is not the same for all."""
     found: dict[str, dict[str, None]] = {}
     for row in rows:
         found.setdefault(row["scale"], {})[row["data"]] = None
@@ -86,17 +87,17 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def value(row: Row, column: str) -> float | None:
-    """A score; None where the row has none."""
+    """A score; None if the row has none."""
     return float(row[column]) if row.get(column) else None
 
 
 def quality(row: Row) -> float | None:
-    """BLEU of all tables: what settings are chosen by."""
+    """BLEU of all tables, by which settings are chosen."""
     return value(row, "BLEU") if row.get("BLEU") else value(row, "BLEU A")
 
 
 def pick(rows: Sequence[Row], **same: str) -> list[Row]:
-    """The rows with these cells."""
+    """The rows with these values."""
     return [row for row in rows if all(row.get(name, "") == v for name, v in same.items())]
 
 
@@ -109,7 +110,7 @@ class Mean(NamedTuple):
 
 
 def mean_sd(rows: Sequence[Row], column: str) -> Mean | None:
-    """Of a column, over the rows that have a value; None if none has."""
+    """`Mean` of a column over the rows that have a value; None if none has."""
     values = [v for row in rows if (v := value(row, column)) is not None]
     if not values:
         return None
@@ -118,7 +119,8 @@ def mean_sd(rows: Sequence[Row], column: str) -> Mean | None:
 
 
 class Difference(NamedTuple):
-    """Mean of paired differences a - b, its standard error (None from one pair), pairs."""
+    """The mean of paired differences a - b, its standard error (None for one pair), and the number
+    of pairs."""
 
     mean: float
     error: float | None
@@ -126,14 +128,14 @@ class Difference(NamedTuple):
 
     @property
     def margin(self) -> float:
-        """Half of the 95 % interval; infinite from one pair."""
+        """Half of the 95 % interval; infinite for one pair."""
         if self.error is None:
             return math.inf
         return float(stats.t.ppf(0.975, self.n - 1)) * self.error
 
     @property
     def noise(self) -> bool:
-        """Whether 0 is in its 95 % interval, or nothing is known of its error."""
+        """Whether 0 is in its 95 % interval, or its error is unknown."""
         return abs(self.mean) < self.margin
 
     def __str__(self) -> str:
@@ -155,11 +157,11 @@ def means_by_cell(rows: Sequence[Row], column: str) -> dict[tuple[str, str, str]
 
 
 def gaps(a: Sequence[Row], b: Sequence[Row], column: str) -> dict[str, float]:
-    """a - b in a column, by what is paired: low data's subsets where there are several, else seeds.
+    """a - b in a column for each pair; pairs are low-data subsets if there are several, else seeds.
 
-    Matched first: cells of the same x, subset and seed that both sides have, so that half-finished
-    runs compare like with like. Then averaged: seeds on one subset share its data and are no
-    independent trials; so are values at several x.
+    First, cells of the same x, subset and seed that both sides have are matched, so that unfinished
+    experiments compare like with like. Then they are averaged: seeds on one subset share its data
+    and are not independent trials, and the same holds for values at several x.
     """
     subsets = {row["subset"] for row in [*a, *b] if row["size"]}
     unit = 1 if len(subsets) > 1 else 2
@@ -172,7 +174,7 @@ def gaps(a: Sequence[Row], b: Sequence[Row], column: str) -> dict[str, float]:
 
 
 def mean_gap(values: Sequence[float]) -> Difference | None:
-    """Of paired differences; None without any."""
+    """`Difference` from paired differences; None without any."""
     if not values:
         return None
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -180,5 +182,5 @@ def mean_gap(values: Sequence[float]) -> Difference | None:
 
 
 def difference(a: Sequence[Row], b: Sequence[Row], column: str) -> Difference | None:
-    """a - b in a column, paired as `gaps` does; None where nothing pairs."""
+    """a - b in a column, paired by `gaps`; None if there are no pairs."""
     return mean_gap(list(gaps(a, b, column).values()))

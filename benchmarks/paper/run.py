@@ -1,17 +1,17 @@
-"""One run of an experiment: train one method on one data set with one seed, write texts, score.
+"""One run of an experiment: train a method on a data set with one seed, generate texts, score them.
 
-Read `Run` (the definition, a value), then `execute` (from it to scores.json). Everything a run does
-follows from its definition, the data and the model's weights. Its name, `Run.id`, is a digest of
-the definition: two tables that need the same run share its folder. Weights and data are named in
-scores.json (`check_origin`), so that results of others are not taken for those of yours. The folder
-holds what `training.Trainer` (or `search.PromptSearch`) leaves, and at the end
+Read `Run` (the definition), then `execute` (which leads to scores.json). A run depends only on its
+definition, the data and the model's weights. Its name, `Run.id`, is a digest of the definition, so
+two tables that need the same run share its folder. scores.json also identifies the weights and the
+data (`check_origin`), so that results from others are not mistaken for those from yours. The folder
+holds the files of `training.Trainer` (or `search.PromptSearch`), and at the end
 
-    scores.json    scores, counts, seconds: a run that has it is finished
-    texts.jsonl    what was written for each table
-    failure.json   instead of both: why it failed
+    scores.json    scores, counts, seconds: the mark of a finished run
+    texts.jsonl    the text generated for each table
+    failure.json   instead of both: why the run failed
 
-Fine-tuned weights and the training state are deleted once the scores are written (a model each);
-prefixes and adapters stay.
+Fine-tuned weights and the training state, each as large as a model, are deleted once the scores are
+written; prefixes and adapters are kept.
 """
 
 import hashlib
@@ -47,27 +47,27 @@ from minprefix.training.config import TrainConfig
 from minprefix.training.run_folder import read_log
 from minprefix.training.trainer import Trainer
 
-SUITES = {"restaurants": "e2e"}  # official scores of a data set whose name is no suite
+SUITES = {"restaurants": "e2e"}  # official scores of data sets whose name is not a suite
 
 
-# newer fields of TrainConfig: what runs did before them
+# newer fields of TrainConfig, with the values for runs that are older
 LATER = {"time": None, "patience": 0, "auto_batch": False}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained on what, and how it is scored."""
+    """The method and data of a run, and how it is scored."""
 
     data: str  # "e2e", "webnlg", "dart" or "restaurants"
-    model: str  # as `weights.load` takes it
+    model: str  # a name for `weights.load`
     train: TrainConfig | None = None  # None: a searched prompt
     prefix: PrefixConfig | None = None  # of method "prefix"
     baseline: BaselineConfig | None = None  # of methods "ft-top" and "adapter"
     search: SearchConfig | None = None  # of a searched prompt
     size: int | None = None  # low data: training pairs, and 30 % of it dev pairs; None = all
-    share: float | None = None  # part of the training pairs; dev as it is
-    subset: int = 0  # which pairs a size or share takes
-    split: str = "test"  # what is scored: the sweep has "dev"
+    share: float | None = None  # share of the training pairs; the dev data is unchanged
+    subset: int = 0  # the seed by which pairs are chosen for a size or share
+    split: str = "test"  # the split that is scored; the sweep uses "dev"
     tables: int | None = None  # inputs of the split that are scored, evenly spread; None = all
     decoding: GenerationConfig = field(default_factory=GenerationConfig)
     batch_size: int = 64  # tables decoded at a time
@@ -82,9 +82,9 @@ class Run:
 
     @property
     def id(self) -> str:
-        """A name for people, then a digest of all fields."""
+        """A readable name, followed by a digest of all fields."""
         definition = asdict(self)
-        # as the fields were when the committed results were made
+        # with the fields that existed when the committed results were made
         if self.search is not None:
             definition["search"]["behind"] = definition["search"].pop("after")
         if self.train is not None:
@@ -112,7 +112,7 @@ class Run:
 
 
 def data_path(data: str, data_dir: Path | None) -> str | Path:
-    """What `load_examples` takes: a folder in `data_dir`, or a name that it knows."""
+    """The argument of `load_examples`: a folder in `data_dir`, or the name of a data set."""
     return data if data_dir is None or data == "restaurants" else data_dir / data
 
 
@@ -129,7 +129,7 @@ def why_missing(data: str, data_dir: Path | None) -> str:
 
 
 def spread(examples: list, most: int | None) -> list:
-    """`most` of them, evenly spread."""
+    """At most `most` of the examples, evenly spaced."""
     if most is None or most >= len(examples):
         return examples
     return [examples[int(i)] for i in np.linspace(0, len(examples) - 1, most)]
@@ -148,7 +148,7 @@ def training_data(run: Run, data_dir: Path | None) -> tuple[list[Example], list[
 
 
 def data_digest(data: str, data_dir: Path | None) -> str:
-    """64 hexadecimal digits that name all examples of a data set by content."""
+    """A sha256 of all examples of a data set, in hexadecimal."""
     digest = hashlib.sha256()
     for split in ("train", "dev", "test"):
         for example in load_examples(data_path(data, data_dir), split):
@@ -157,7 +157,7 @@ def data_digest(data: str, data_dir: Path | None) -> str:
 
 
 def check_origin(folder: Path, record: dict, origin: dict[str, str]) -> None:
-    """ValueError if a finished run is of other weights or data; older records do not say."""
+    """ValueError if a finished run has other weights or data, which older records do not name."""
     for name, now in origin.items():
         if not same_model(record.get("origin", {}).get(name, now), now):
             raise ValueError(
@@ -177,7 +177,7 @@ def make_training(run: Run, data_dir: Path | None, folder: Path, device: str):
 
 
 def trained(run: Run, folder: Path, device: str):
-    """Model (with its adapter), tokenizer, and prefix or searched prompt (or None), as kept."""
+    """The kept model (with its adapter), tokenizer, and prefix or searched prompt (or None)."""
     tuned = run.method in ("finetune", "ft-top")
     model, tokenizer = weights.load(folder / "model" if tuned else run.model, device=device)
     if run.method == "adapter":
@@ -205,7 +205,7 @@ def write_texts(
 
 
 def score_texts(run: Run, texts: list[str], examples: list[Example]) -> dict[str, float]:
-    """The official columns of the data set; of tables also the values found in the texts."""
+    """The official columns of the data set; for tables also the values found in the texts."""
     suite = SUITES.get(run.data, run.data)
     groups = [example.group for example in examples] if suite == "webnlg" else None
     references = [example.targets for example in examples]
@@ -216,15 +216,17 @@ def score_texts(run: Run, texts: list[str], examples: list[Example]) -> dict[str
 
 
 def execute(run: Run, folder: Path, data_dir: Path | None = None, device: str = "cpu") -> dict:
-    """Train (from the last state, if there is one), write texts, score: what scores.json holds.
+    """Train (from the last state, if there is one), generate texts and score them.
 
+    Returns:
+        the contents of scores.json.
     Raises:
         Interrupted: Ctrl-C; the state is saved.
-        ValueError, OSError, FloatingPointError: as loading, training and scoring raise them.
+        ValueError, OSError, FloatingPointError: from loading, training and scoring.
     """
-    from benchmarks.machine import machine  # beside the package, in the checkout
+    from benchmarks.machine import machine  # in the checkout, next to the package
 
-    machine()  # the commit that runs, not the one at the end
+    machine()  # record the commit at the start, not at the end
     training = make_training(run, data_dir, folder, device)
     origin = {"weights": fingerprint(training.model), "data": data_digest(run.data, data_dir)}
     precision = "bf16" if training.bf16 else "fp32"
@@ -274,7 +276,7 @@ def execute(run: Run, folder: Path, data_dir: Path | None = None, device: str = 
 
 
 def record_of(folder: Path) -> dict | None:
-    """What scores.json of a finished run holds."""
+    """The contents of scores.json of a finished run."""
     path = folder / "scores.json"
     return read_json(path) if path.exists() else None
 

@@ -1,11 +1,11 @@
 """The embedded summarisation data: invented notes from small towns, written by rule.
 
-`python -m tools.notes.make` rewrites train.jsonl, dev.jsonl and test.jsonl beside this
-file, byte for byte the same each time; with --show N it prints some pairs instead. `measure.py` has
-the data card's figures. A line has XSum's keys [1] and a topic:
+`python -m tools.notes.make` rewrites train.jsonl, dev.jsonl and test.jsonl in the assets, byte for
+byte the same each time; with --show N it prints some pairs instead. `measure.py` has the data
+card's figures. A line has XSum's keys [1] and a topic:
 {"document": ..., "summary": ..., "id": ..., "topic": "news/council"}.
-Read `telling.Story`, one of the scenarios in `council.py`, then `build` here: a scenario draws its
-facts first; document and summary are told from the same facts by different templates.
+Read `telling.Story`, one of the scenarios in `council.py`, then `build` here: a scenario first
+draws its facts; document and summary are then written from the same facts by different templates.
 [1] https://github.com/EdinburghNLP/XSum
 """
 
@@ -30,7 +30,7 @@ SCENARIOS = (
 
 @dataclass(frozen=True)
 class Note:
-    """A story as it was told: what tests need to know beside the row of the file."""
+    """A note, with information for tests that is not in the file."""
 
     story: Story
     document: str
@@ -39,7 +39,7 @@ class Note:
 
 
 def build() -> dict[str, list[Note]]:
-    """All splits; the scenarios take turns, and no facts, document or summary come twice."""
+    """All splits; the scenarios alternate, and no facts, document or summary occur twice."""
     seen, splits = set(), {}
     for split, size in SPLITS.items():
         rng = random.Random(f"{SEED} {split}")

@@ -1,8 +1,8 @@
-"""The data card's figures: sizes, lengths, variety, and what a summary owes to its document.
+"""The data card's figures: sizes, lengths, variety, and how much summaries copy from documents.
 
-`python -m tools.notes.measure` prints them as two Markdown tables. ROUGE is the one that
-`score --metrics xsum` reports; the baselines give a part of the document as its summary. Read
-`baselines` first: a lead that scores high would make the task a copy.
+`python -m tools.notes.measure` prints them as two Markdown tables. ROUGE is that of `score
+--metrics xsum`; the baselines use a part of the document as its summary. Read `baselines` first: if
+the first sentence scored high, the task would be mere copying.
 """
 
 import random
@@ -36,7 +36,7 @@ def bigrams(text: str) -> list[tuple[str, str]]:
 
 
 def novelty(examples: list[Example]) -> float:
-    """Percent of the summaries' bigrams that their documents do not have."""
+    """Percentage of the summaries' bigrams that are not in their documents."""
     new = total = 0
     for example in examples:
         known = set(bigrams(example.source))

@@ -1,9 +1,9 @@
-"""Invented names and everyday words of the notes; what is listed per split is said nowhere else.
+"""Invented names and everyday words for the notes; names listed for a split occur in no other.
 
-Written for this project. `telling.py` beside this file draws from them; nothing here runs.
+Written for this project. `telling.py` draws from these lists; this file has no code.
 """
 
-# Towns, surnames: dev's and test's do not occur in train, so a model has to copy them.
+# Towns, surnames: those of dev and test do not occur in train, so a model must copy them.
 TOWNS = {
     "train": """Aldermere Bramhollow Brockmere Calderwick Colnebridge Crandale Dunhallow Eastermouth
 Fernmouth Greywater Hallowmere Hartlow Hazelmouth Kestreldale Larchfield Lindenbury Marlhaven

@@ -1,9 +1,9 @@
-"""How a note is told: facts that are drawn, sentence templates, and what a summary may claim.
+"""Writes a note from random facts and sentence templates, and defines what a summary may claim.
 
-Read `Story` (what a scenario gives back), then `tell`, which makes document and summary of it.
-A template is a sentence with {facts} and [one way|another way] to say a part of it; brackets may be
-nested. Numbers up to twelve are written as words ({n:d}: as digits), larger ones with commas. A
-person is named in full once and then by the surname, as newspapers do.
+Read `Story` (the result of a scenario), then `tell`, which makes a document and a summary from it.
+A template is a sentence with {facts} and [one way|another way] to express a part of it; brackets
+may be nested. Numbers up to twelve are written as words ({n:d}: as digits), larger ones with
+commas. A person has the full name once and then the surname, as in newspapers.
 """
 
 import ast
@@ -21,7 +21,7 @@ Ways = str | tuple[str, ...]  # a sentence, or several ways to say the same
 
 @dataclass(frozen=True)
 class Person:
-    """`{p}` is the full name; a template may also say {p.last}, {p.he}, {p.his} and {p.him}."""
+    """`{p}` is the full name; a template may also use {p.last}, {p.he}, {p.his} and {p.him}."""
 
     first: str
     last: str
@@ -43,7 +43,7 @@ class Person:
 
 
 class Draw:
-    """Random facts of one note; towns and surnames of its split. No name comes twice."""
+    """Random facts for one note, with towns and surnames of its split. No name occurs twice."""
 
     def __init__(self, rng: random.Random, split: str):
         self.rng = rng
@@ -75,27 +75,27 @@ class Draw:
         return self.rng.random() < probability
 
     def months(self, gap: int) -> tuple[str, str]:
-        """A month and the one `gap` later in the same year."""
+        """A month, and the month `gap` months later in the same year."""
         first = self.number(0, 11 - gap)
         return MONTHS[first], MONTHS[first + gap]
 
 
 @dataclass(frozen=True)
 class Story:
-    """What one note is made of. Facts that the summary needs stand in parts, not in extras."""
+    """The material of one note. Facts that the summary needs are in parts, not in extras."""
 
     topic: str
     facts: dict  # name: str, int or Person
-    parts: dict[str, Ways]  # name: a sentence or two; those of one order are told
+    parts: dict[str, Ways]  # name: a sentence or two; the parts of one order are used
     orders: Sequence[str]  # names of parts, in orders that read well
-    extras: Sequence[Ways]  # one to three of them are told, anywhere behind the second sentence
+    extras: Sequence[Ways]  # one to three of them are inserted after the second sentence
     summary: Ways
     derived: dict[str, str] = field(default_factory=dict)  # facts computed from others: formula
-    claims: tuple[str, ...] = ()  # what the summary says without numbers, as formulas of facts
+    claims: tuple[str, ...] = ()  # statements of the summary without numbers, as formulas of facts
 
 
 class _Telling(string.Formatter):
-    """Formats facts; remembers which were asked for and who has been introduced."""
+    """Formats facts; records which were used and which persons have been introduced."""
 
     def __init__(self):
         self.used: set[str] = set()
@@ -120,18 +120,18 @@ def spell(number: int) -> str:
 
 
 def names_in(formula: str) -> list[str]:
-    """The facts that a formula of `derived` or `claims` is about."""
+    """The facts in a formula of `derived` or `claims`."""
     nodes = ast.walk(ast.parse(formula))
     return [node.id for node in nodes if isinstance(node, ast.Name) and node.id != "month"]
 
 
 def evaluate(formula: str, facts: dict):
-    """A formula of ours, such as "this - last" or "month(now) - month(planned)", over the facts."""
+    """The value of a formula such as "this - last" or "month(now) - month(planned)"."""
     return eval(formula, {"__builtins__": {}, "month": MONTHS.index}, facts)
 
 
 def choose_ways(text: Ways, rng: random.Random) -> str:
-    """One way to say it, all brackets resolved, innermost first."""
+    """One random wording, with all brackets resolved, innermost first."""
     text = text if isinstance(text, str) else rng.choice(text)
     while match := re.search(r"\[([^\[\]]*)\]", text):
         text = text[: match.start()] + rng.choice(match[1].split("|")) + text[match.end() :]
@@ -139,7 +139,7 @@ def choose_ways(text: Ways, rng: random.Random) -> str:
 
 
 def polish(text: str) -> str:
-    """Blanks, capitals behind full stops, "an" before a vowel, "Lions'" for "Lions's"."""
+    """Correct blanks, capitals after full stops, "an" before a vowel, "Lions'" for "Lions's"."""
     text = re.sub(r" +", " ", text).replace(" ,", ",").replace(" .", ".").strip()
     text = re.sub(r"(?<=[a-z]s)'s\b", "'", text)
     text = re.sub(r"\b([Aa]) (?=[aeiouAEIOU]|8\b|1[18]\b|8\d\b)", r"\1n ", text)
@@ -147,12 +147,12 @@ def polish(text: str) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """A document's sentences; no abbreviation in it has a full stop."""
+    """The sentences of a document, in which no abbreviation has a full stop."""
     return re.split(r"(?<=[.?!]) ", text)
 
 
 def _say(text: Ways, facts: dict, telling: _Telling, rng: random.Random) -> str:
-    """A template filled in; facts may have brackets of their own."""
+    """A filled template; facts may contain brackets too."""
     return polish(choose_ways(telling.format(choose_ways(text, rng), **facts), rng))
 
 

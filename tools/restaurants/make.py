@@ -1,11 +1,11 @@
 """The embedded table-to-text data: invented restaurants, written by rule.
 
-`python -m tools.restaurants.make` rewrites train.jsonl, dev.jsonl and test.jsonl beside
-this file, byte for byte the same each time; with --counts it prints the data card's figures.
-A line is {"table": {field: value, ...}, "text": [reference, ...]} with the eight fields of the
-E2E challenge [1] under the names that Li & Liang 2021 [2] print. No sentence comes from E2E.
-Read `build`, then `write_reference`, which cuts a table's facts into one to three sentences,
-deals the facts of a sentence to the slots of a frame, and tries again until the text reads well.
+`python -m tools.restaurants.make` rewrites train.jsonl, dev.jsonl and test.jsonl in the assets,
+byte for byte the same each time; with --counts it prints the data card's figures. A line is
+{"table": {field: value, ...}, "text": [reference, ...]} with the eight fields of the E2E challenge
+[1] under the names in Li & Liang 2021 [2]. No sentence comes from E2E. Read `build`, then
+`write_reference`, which divides a table's facts among one to three sentences, distributes the facts
+of a sentence over the slots of a frame, and repeats this until the text reads well.
 [1] https://arxiv.org/abs/1706.09254   [2] https://arxiv.org/abs/2101.00190
 """
 
@@ -44,7 +44,7 @@ SPLITS = {  # references per table differ: several are needed to score a test se
     "dev": {"tables": 80, "references": 4, "names": 60, "landmarks": 25},
     "test": {"tables": 100, "references": 5, "names": 75, "landmarks": 35},
 }
-FIELD_WEIGHTS = {  # how readily a table has the field
+FIELD_WEIGHTS = {  # relative frequency of each field in tables
     "type": 4, "food": 3, "price": 2, "customer rating": 2, "area": 2, "family friendly": 2,
     "near": 2,
 }  # fmt: skip
@@ -78,10 +78,10 @@ AWKWARD = re.compile(
 
 @dataclass(frozen=True)
 class Fact:
-    """One or two fields of a table that are said together."""
+    """One or two fields of a table that are expressed together."""
 
     kind: str  # a key of PHRASES
-    slots: dict[str, str]  # what its phrases are filled with
+    slots: dict[str, str]  # the values for its phrases
     pre: str = ""  # the words before a noun, if it can stand there
     mood: int = 0  # +1 praises, -1 deters
 
@@ -117,7 +117,7 @@ def state_menu(table: dict[str, str], rng: random.Random) -> list[Fact]:
 
 
 def state_facts(table: dict[str, str], rng: random.Random) -> list[Fact]:
-    """What a part of a table says besides name and type, in random order."""
+    """The facts of a part of a table besides name and type, in random order."""
     facts = state_menu(table, rng)
     if table.keys() & {"area", "near"}:
         facts.append(state_place(table, rng))
@@ -133,14 +133,14 @@ def state_facts(table: dict[str, str], rng: random.Random) -> list[Fact]:
 
 
 def join(parts: list[str], facts: list[Fact]) -> str:
-    """Parts as a list in prose; "but" joins two of which one praises and the other deters."""
+    """Join parts in prose; "but" joins two if one of them praises and the other deters."""
     contrast = len(parts) == 2 and facts[0].mood * facts[1].mood < 0
     head = ", ".join(parts[:-1])
     return f"{head} {'but' if contrast else 'and'} {parts[-1]}" if head else parts[0]
 
 
 def noun_phrase(noun: str, tail: str, facts: list[Fact], rng: random.Random) -> str:
-    """The noun with up to two facts before it and the others behind it."""
+    """The noun with up to two facts before it and the others after it."""
     before, behind = [], []
     for fact in facts:
         fits = fact.pre and len(before) < 2 and (fact.kind != "food" or noun not in DRY_NOUNS)
@@ -172,7 +172,7 @@ def fill_slot(slot: str, name: str, noun: str, facts: list[Fact], rng: random.Ra
 
 
 def fill(frame: str, name: str, noun: str, facts: list[Fact], rng: random.Random) -> str | None:
-    """The frame with each fact in one of its slots, or None where they do not fit."""
+    """The frame with each fact in one of its slots, or None if they do not fit."""
     parts, rest = {"name": name, "noun": noun}, list(facts)
     slots = re.findall(r"{(\w+)}", frame)
     for slot in slots:
@@ -221,7 +221,7 @@ def reads_well(sentences: list[str], table: dict[str, str]) -> bool:
 def write_reference(
     table: dict[str, str], taken: dict[str, str], rng: random.Random
 ) -> tuple[str, str]:
-    """An opener that is not taken and a text that opens with it and says all of the table."""
+    """An unused opener, and a text that begins with it and states the whole table."""
     moods = (RATINGS.get(table.get("customer rating"), 0), PRICES.get(table.get("price"), 0))
     inviting = min(moods) >= 0 and len(taken.keys() & set(INVITATIONS)) < 2
     openers = [frame for frame in OPENERS + INVITATIONS * inviting if frame not in taken]
@@ -246,7 +246,7 @@ def write_reference(
 
 
 def invent_names(patterns: tuple, count: int, rng: random.Random) -> list[str]:
-    """Distinct names of which none contains another, so that a split's names are its own."""
+    """Distinct names, none of which contains another, so that no name occurs in two splits."""
     names = []
     while len(names) < count:
         ((pattern, _, first, second),) = rng.choices(patterns, [pattern[1] for pattern in patterns])

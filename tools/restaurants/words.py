@@ -1,6 +1,6 @@
-"""What the embedded restaurant data is made of: values, name parts, phrases and sentence frames.
+"""The material of the embedded restaurant data: values, name parts, phrases and sentence frames.
 
-Written for this project. `make.py` beside this file puts them together; nothing here runs.
+Written for this project. `make.py` combines them; this file has no code.
 """
 
 # Values. A price or a rating has a mood: +1 praises, -1 deters; "but" joins opposites.
@@ -26,7 +26,7 @@ AREAS = {
     "northern suburbs": ("in the northern suburbs",),
 }
 NEAR = ("near", "close to", "not far from", "a short walk from", "round the corner from")
-# Words that stand before the noun, for values that can.
+# Words before the noun, for values that have them.
 PRE = {
     "affordable": ("affordable",),
     "moderate": ("moderately priced",),
@@ -74,10 +74,10 @@ LANDMARK_PATTERNS = (
     ),
 )
 
-# What can be said of each kind of fact, by grammatical role. `post` follows a noun; `with` is what
-# a "with" takes; `vps` has the place as its subject; `clauses` stand alone ({there} is empty after
-# "At <name>, ..."); `want` is what a guest looks for; `front` opens a sentence; `where` is a bare
-# adverbial; `lead` wraps the name, which stands at the "|".
+# The phrases for each kind of fact, by grammatical role. `post` follows a noun; `with` follows
+# "with"; `vps` have the place as their subject; `clauses` are complete ({there} is empty after
+# "At <name>, ..."); `want` is the object of a guest's wish; `front` opens a sentence; `where` is a
+# bare adverbial; `lead` surrounds the name, whose place is the "|".
 PHRASES = {
     "food": {
         "post": ("serving {food}", "offering {food}", "with {food} on the menu",
