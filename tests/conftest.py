@@ -1,4 +1,4 @@
-"""Shared helpers: tiny random models and runs, and the data beside a development checkout."""
+"""Shared helpers: tiny random models and runs, and the data of a development checkout."""
 
 import json
 import os
@@ -27,13 +27,13 @@ from minprefix.prefix.prefix import Prefix
 from minprefix.training.config import TrainConfig
 from minprefix.training.trainer import Trainer
 
-# a shell starts what runs in its background with Ctrl-C ignored, which children inherit
+# background jobs of a shell ignore Ctrl-C, and their children inherit that
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU
-DEVICE = "cpu" if INTERPRETED else "cuda"  # of the kernels' tests
-# of the kernels' tests: the interpreter's bf16 products are wrong
+DEVICE = "cpu" if INTERPRETED else "cuda"  # for tests of the kernels
+# for tests of the kernels; bf16 products are wrong in the interpreter
 KERNEL_DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WORDS = ["amber", "brook", "cedar", "dune", "ember", "fjord", "grove", "harbour", "inlet", "jetty"]
@@ -43,12 +43,12 @@ TINY = GPT2Config(
 
 
 def pytest_collection_modifyitems(items):
-    """Long tests come first, so that no process is left with one at the end."""
+    """Run long tests first, so that no process is left with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def needs_kernels() -> None:
-    """Skip a whole module where the Triton kernels cannot run."""
+    """Skip a whole module if the Triton kernels cannot run."""
     if not (INTERPRETED or torch.cuda.is_available()):
         reason = "kernel tests: `make test-kernels` (TRITON_INTERPRET=1) or a GPU"
         pytest.skip(reason, allow_module_level=True)
@@ -56,7 +56,7 @@ def needs_kernels() -> None:
 
 def tiny_gpt2(seed: int = 0, dtype=torch.float64, **changes) -> GPT2:
     """A random GPT-2 of a few thousand parameters, in eval mode. Weights are larger than GPT-2's
-    own start, so that logits differ clearly."""
+    initial ones, so that logits differ clearly."""
     config = GPT2Config(**{**TINY.__dict__, **changes})
     model = GPT2(config).init_weights(seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -66,7 +66,7 @@ def tiny_gpt2(seed: int = 0, dtype=torch.float64, **changes) -> GPT2:
     return model.to(dtype).eval()
 
 
-# processes share the tests, whose calls are small: a thread for each, and for what each starts
+# tests run in several processes and make small calls: one thread for each and for its children
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
@@ -76,14 +76,14 @@ def one_thread():
 
 
 def is_here(host) -> bool:
-    """Whether a host, as a name or an address, is this machine."""
+    """Whether a host name or address is this machine."""
     names = (None, "", "localhost", "::1", "::", "0.0.0.0", socket.gethostname())
     return host in names or str(host).startswith("127.")
 
 
 @pytest.fixture(autouse=True)
 def no_network(request, monkeypatch):
-    """No test asks another machine for anything but those of the official weights."""
+    """Only the tests of the official weights may connect to another machine."""
     if request.node.get_closest_marker("official"):
         return
     connect, ask = socket.socket.connect, socket.getaddrinfo
@@ -104,14 +104,14 @@ def no_network(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Data for development; users do not have it."""
+    """The folder of development data, which users do not have."""
     if not SHARED.is_dir():
         pytest.skip("needs the development data in ../shared, which is not here")
     return SHARED
 
 
 def tiny_with_words(seed: int = 0, **changes) -> GPT2:
-    """A tiny random model, fp32, whose vocabulary is that of mini's tokenizer."""
+    """A tiny random model in fp32 with the vocabulary of mini's tokenizer."""
     sizes = {"vocab_size": 8192, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 96}
     ends = {"bos_token_id": 8191, "eos_token_id": 8191}
     return tiny_gpt2(seed, torch.float32, **{**sizes, **ends, **changes})
@@ -119,7 +119,7 @@ def tiny_with_words(seed: int = 0, **changes) -> GPT2:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
-    """`tiny_with_words` as a checkpoint's folder; tests that change it copy it first."""
+    """`tiny_with_words` saved in a folder; tests that change it copy it first."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_model(tiny_with_words(), Tokenizer.from_folder(ASSETS / "mini"), folder)
     return folder
@@ -150,13 +150,14 @@ def few_tables(tables: Path, folder: Path) -> Path:
 
 
 def in_process(capsys, main):
-    """What runs a command line in this process: run("info", code=0) -> (stdout, stderr)."""
+    """A function that runs a command line in this process: run("info", code=0) -> (stdout,
+    stderr)."""
 
     def run(*argv, code: int = 0) -> tuple[str, str]:
         capsys.readouterr()
         try:
             got = main([str(word) for word in argv])
-        except SystemExit as stop:  # of --help and of wrong usage
+        except SystemExit as stop:  # from --help and wrong usage
             got = stop.code
         out, err = capsys.readouterr()
         assert got == code, f"exit code {got}: {err}"
@@ -167,7 +168,7 @@ def in_process(capsys, main):
 
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """Writing past `size` bytes of a file fails, as on a full disk."""
+    """Within the block, writing more than `size` bytes to a file fails, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -178,7 +179,7 @@ def files_up_to(size: int) -> Iterator[None]:
 
 @contextmanager
 def signalled(after: int, number: int = signal.SIGINT, times: int = 1) -> Iterator[None]:
-    """This process gets a signal in the training step that follows step `after`."""
+    """Within the block, this process gets a signal in the training step after step `after`."""
     step = Trainer.step
 
     def interrupted(self):
@@ -200,7 +201,7 @@ def cli(capsys):
 
 @pytest.fixture
 def paper(capsys):
-    """Run `python -m benchmarks.paper` in this process, as `cli`."""
+    """Run `python -m benchmarks.paper` in this process, like `cli`."""
     from benchmarks.paper.command import main
 
     return in_process(capsys, main)
@@ -208,7 +209,7 @@ def paper(capsys):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """New tensors hold NaN, so that what a kernel leaves unwritten shows."""
+    """Fill new tensors with NaN, so that elements which a kernel does not write are found."""
 
     def filled(make):
         def made(*args, **kwargs):
@@ -263,7 +264,7 @@ def assert_within_rounding(actual, low, exact, magnitude, max_score, name):
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """Of the embedded model."""
+    """The tokenizer of the embedded model."""
     return Tokenizer.from_folder(ASSETS / "mini")
 
 
@@ -277,7 +278,7 @@ def pairs(n: int, start: int = 0) -> list[Example]:
 
 
 def small_model(dtype=torch.float32, **changes) -> GPT2:
-    """With the embedded model's tokens."""
+    """A small random model with the embedded model's tokens."""
     sizes = {"vocab_size": 8192, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 128}
     return tiny_gpt2(
         dtype=dtype, **{**sizes, "bos_token_id": 8191, "eos_token_id": 8191, **changes}
@@ -304,7 +305,7 @@ def trainer(
 
 
 def an_adapter(model: GPT2, design: str = "lin", width: int = 5) -> Adapter:
-    """With random weights everywhere, so that each of them matters."""
+    """An adapter with random weights everywhere, so that each of them matters."""
     adapter = Adapter.random(model.config, width, 0, design)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -315,7 +316,7 @@ def an_adapter(model: GPT2, design: str = "lin", width: int = 5) -> Adapter:
 
 
 def another_model(**changes) -> GPT2:
-    """As `small_model`, with other weights."""
+    """Like `small_model`, with other weights."""
     model = small_model(**changes)
     with torch.no_grad():
         model.h[0].mlp.c_fc.weight += 0.1
@@ -323,12 +324,12 @@ def another_model(**changes) -> GPT2:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token per byte, and the end of text: 257."""
+    """A tokenizer with one token per byte, and the end of text: 257 tokens."""
     return Tokenizer({c: i for i, c in enumerate([*BYTE_CHARS, ENDOFTEXT])}, [])
 
 
 def bart_bytes() -> Tokenizer:
-    """One token per byte, and BART's special ones before them: 260."""
+    """A tokenizer with BART's special tokens and one token per byte: 260 tokens."""
     tokens = ["<s>", "<pad>", "</s>", "<unk>", *BYTE_CHARS]
     return Tokenizer({token: n for n, token in enumerate(tokens)}, [], "bart")
 

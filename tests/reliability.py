@@ -1,11 +1,11 @@
-"""What RELIABILITY.md counts: kills, flipped bytes, two processes at once, several ranks.
+"""Makes the counts in RELIABILITY.md: kills, flipped bytes, two processes at once, several ranks.
 
-    python -m tests.reliability                all of it, into benchmarks/reliability.csv
+    python -m tests.reliability                all counts, written to benchmarks/reliability.csv
     python -m tests.reliability --only kills --kills 100 --out kills.csv
 
-Runs are of a tiny random model, and their processes are forks of this one, which has imported
-PyTorch and computed nothing: a fork is there in milliseconds. Read `killed_runs`. Needs Linux.
-test_reliability.py does a few of each; `python -m benchmarks.readme` puts the rows into the page.
+Runs train a tiny random model. Their processes are forks of this one, which has imported PyTorch
+but computed nothing, so that a fork starts in milliseconds. Read `killed_runs`. Needs Linux.
+test_reliability.py makes a few of each; `python -m benchmarks.readme` copies the rows to the page.
 """
 
 import argparse
@@ -76,12 +76,12 @@ def go_on(folder: Path) -> None:
 
 
 def computed(pid: int) -> float:
-    """Seconds that a process was on a processor, which do not depend on other work."""
+    """CPU seconds of a process, which do not depend on other work."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 def left_by(folder: Path) -> dict:
-    """What two equal runs have in common: losses, weights, moments, and the bytes of the prefix."""
+    """The results that equal runs share: losses, weights, moments, and the bytes of the prefix."""
     timed = ("seconds", "tokens_per_s")
     state = read_state(folder)
     moments = state["optimizer"]["state"].values()
@@ -94,11 +94,11 @@ def left_by(folder: Path) -> dict:
 
 
 def killed_runs(kills: int, folder: Path, seed: int = 0) -> dict:
-    """Kill training at random moments (SIGKILL), start it again until it ends, compare.
+    """Kill training at random moments (SIGKILL), restart it until it ends, and compare.
 
     Returns:
-        kills; the runs that they hit and how many of these differ from an unbroken run; how often
-        a kill came before the first saved state, and how often it left a file half written.
+        kills; the number of killed runs and how many of them differ from an uninterrupted run; how
+        often a kill came before the first saved state, and how often it left a partial file.
     """
     rng, told, whole = random.Random(seed), folder / "told", folder / "whole"
     pid = fork(lambda: go_on(whole), told)
@@ -127,7 +127,7 @@ def killed_runs(kills: int, folder: Path, seed: int = 0) -> dict:
         found["kills"] += hit
         found["runs"] += hit > 0
         found["failures"] += left_by(run) != expected or any(run.rglob(".*.tmp*"))
-        if not hit:  # it ended before it was killed: the next one takes its place
+        if not hit:  # it ended before it was killed, so another one replaces it
             for path in sorted(run.rglob("*"), reverse=True):
                 path.unlink() if path.is_file() else path.rmdir()
     return found
@@ -137,10 +137,10 @@ def killed_runs(kills: int, folder: Path, seed: int = 0) -> dict:
 
 
 def flipped_bytes(count: int, folder: Path, seed: int = 0) -> dict:
-    """Change one byte of a prefix file and of a state, `count` times each; failures: not seen."""
+    """Change one byte of a prefix file and of a state, `count` times each; failures: undetected."""
     told = folder / "told"
     ended(fork(lambda: go_on(folder / "run"), told), told)
-    (folder / "run" / "state" / "before.pt").unlink()  # it would stand in for the damaged one
+    (folder / "run" / "state" / "before.pt").unlink()  # it would replace the damaged one
     rng, found = random.Random(seed), {"flips": 0, "failures": 0}
     loaders: dict[Path, Callable] = {
         folder / "run" / "prefix.safetensors": Prefix.load,
@@ -169,8 +169,8 @@ def flipped_bytes(count: int, folder: Path, seed: int = 0) -> dict:
 def raced(count: int, folder: Path) -> dict:
     """Start train, search and pretrain twice at once, `count` times each.
 
-    failures: both have gone on, one of them does not say why not, or the log has a step twice. One
-    that starts late finds a finished run; pretrain then ends as the other has.
+    failures: both continue, one stops without naming the other, or the log has a step twice. One
+    that starts late finds a finished run; pretrain then ends with the same result.
     """
     save_model(tiny_with_words(), TOKENIZER, folder / "model")
     rows = [{"source": f"boat {n}", "target": f"Gull {n} is a green boat."} for n in range(12)]
@@ -214,7 +214,7 @@ def raced(count: int, folder: Path) -> dict:
 
 
 def rank_of(rank: int, count: int, dtype: torch.dtype, folder: Path) -> None:
-    """Train as one of `count` ranks (gloo); the first writes what it saw into sums.json."""
+    """Train as one of `count` ranks (gloo); the first rank writes its measures to sums.json."""
     meet = f"file://{folder}/meet"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=count)
     sent: list[int] = []
@@ -236,7 +236,7 @@ def rank_of(rank: int, count: int, dtype: torch.dtype, folder: Path) -> None:
     run.log_every = 1
     evaluate = run.evaluate
 
-    def evaluated():  # sums of an evaluation are none of the step before it
+    def evaluated():  # sums of an evaluation do not belong to the step before it
         before = list(sent)
         evaluate()
         sent[:] = before
@@ -253,8 +253,8 @@ def ranks(count: int, dtype: torch.dtype, folder: Path) -> dict:
     """The same steps on `count` ranks and on one.
 
     Returns:
-        the largest relative difference of a training or dev loss; bytes that each rank gives to be
-        summed in a step, beside the flags of the loop; bytes of what is trained.
+        the largest relative difference of a training or dev loss; bytes that each rank contributes
+        to sums in a step, except the flags of the loop; bytes of the trained weights.
     """
     runs = []
     for n in (1, count):

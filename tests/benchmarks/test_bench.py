@@ -1,4 +1,4 @@
-"""The benchmark: end to end on tiny sizes, wrong results are refused, FLOPs, bad options."""
+"""The benchmark: a run with tiny sizes, rejection of wrong results, FLOPs, bad options."""
 
 import os
 from dataclasses import fields

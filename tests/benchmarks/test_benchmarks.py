@@ -1,4 +1,4 @@
-"""The figures of the README and the guides are those of the committed CSVs."""
+"""The figures of the README and the guides equal those in the committed CSVs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rows of the CPU's benchmark before and now, in pairs: this version on both sides."""
+"""The comparison of the CPU benchmark at two commits, here with this version on both sides."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels beside attention."""
+"""The benchmark of the kernels other than attention."""
 
 import csv
 

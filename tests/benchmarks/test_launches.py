@@ -1,4 +1,4 @@
-"""Launches of a step, counted without a GPU."""
+"""The count of a step's launches, without a GPU."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Settings, statistics, claims, figures and the report, on rows written here."""
+"""Settings, statistics, claims, figures and the report of the paper's results, on small rows."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The commands: what each does, what goes to stdout and what to stderr, exit codes, Ctrl-C."""
+"""The commands: their results, output on stdout and stderr, exit codes, Ctrl-C."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The main job from one end to the other, with few steps and tables; what it leaves."""
+"""The whole demo, with few steps and tables, and the files that it writes."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and errors are one line that names the file."""
+"""Files are written whole or not at all, and each error is one line that names the file."""
 
 import errno
 import os

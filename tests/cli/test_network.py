@@ -1,4 +1,4 @@
-"""Nothing asks for a network but what downloads."""
+"""Only downloads use the network."""
 
 import socket
 import subprocess

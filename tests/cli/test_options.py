@@ -1,4 +1,4 @@
-"""Options and help from dataclass fields: each field has one, of its type, with its default."""
+"""Options and help from dataclass fields: each field is an option with its type and default."""
 
 import re
 import subprocess

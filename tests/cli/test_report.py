@@ -1,4 +1,4 @@
-"""What a run leaves to look at: tables of text, parameters, samples, figures."""
+"""The readable results of a run: tables, parameters, samples, figures."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the command `runs` says of settings and dev data; test_train_command.py has the rest."""
+"""The command `runs`: settings and dev data; test_train_command.py has the rest."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The command search: what it prints and leaves, what it refuses, Ctrl-C."""
+"""The command `search`: its output and files, its errors, Ctrl-C."""
 
 import json
 import signal

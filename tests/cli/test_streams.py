@@ -1,4 +1,4 @@
-"""Standard output and error that are closed, full, or know no character but ASCII's."""
+"""Standard output and error that are closed, full, or support only ASCII."""
 
 import io
 import os

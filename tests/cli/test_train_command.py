@@ -1,4 +1,4 @@
-"""What the command `train` says, how a run is extended, and the command `runs`."""
+"""The messages of the command `train`, extending a run, and the command `runs`."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The embedded data: what minprefix/assets/restaurants/README.md says of it holds."""
+"""The embedded data agrees with its description in minprefix/assets/restaurants/README.md."""
 
 import csv
 import json

@@ -1,7 +1,7 @@
-"""Data: what each kind of file becomes, what is refused.
+"""Data: the examples from each kind of file, and the errors.
 
-All samples are written here by hand; the tests on the real data sets need the folder `shared`
-beside the checkout and are skipped without it.
+All samples are written here by hand; tests on the real data sets need the folder `shared` next to
+the checkout and are skipped without it.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What the commands do with the data's options: names, topics, subsets, sources that are cut."""
+"""The options of commands for data: names, topics, subsets, cut sources."""
 
 import json
 

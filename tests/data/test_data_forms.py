@@ -1,5 +1,5 @@
-"""Data as official releases and users have it: every form of one content becomes one set of
-examples, and what cannot be used is counted once, in the same way for every reader."""
+"""Data in the formats of official releases and users: all formats of the same contents give the
+same examples, and all readers count unusable parts in the same way."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Splits by topic and small subsets: who is in them, and that they can be had again."""
+"""Splits by topic and small subsets: their examples, and that they are reproducible."""
 
 import itertools
 

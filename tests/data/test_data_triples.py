@@ -1,4 +1,4 @@
-"""Sets of triples: what WebNLG's XML and DART's JSON and XML become."""
+"""Sets of triples: the examples from WebNLG's XML and DART's JSON and XML."""
 
 import json
 

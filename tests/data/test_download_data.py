@@ -1,4 +1,4 @@
-"""Official data sets from a small server on 127.0.0.1: fetched, checked, told of in one line."""
+"""Official data sets from a small server on 127.0.0.1: downloads, checks, one-line errors."""
 
 import hashlib
 import json

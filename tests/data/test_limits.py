@@ -1,4 +1,4 @@
-"""Bounds on data: lines, pipes, devices, archives, downloads; and errors of libraries by name."""
+"""Limits on data: lines, pipes, devices, archives, downloads; and errors of libraries."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""The embedded notes: what minprefix/assets/notes/README.md says of them holds for every note."""
+"""The embedded notes agree with their description in minprefix/assets/notes/README.md."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""What a process does that runs a script, apart from the tests: it imports nothing of theirs."""
+"""Runs a script in a process of its own. This file imports nothing of the tests."""
 
 import os
 import runpy

@@ -1,4 +1,4 @@
-"""The site without building it: what its pages are made of, and the live page's links."""
+"""The site, without building it: its generated pages, and the live page's links."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""The live page: its model against the Python model, and what a reader does in a browser."""
+"""The live page: its model agrees with the Python model, and its controls work in a browser."""
 
 import functools
 import http.server

@@ -1,4 +1,4 @@
-"""The page of licences and the table of environments, which scripts make from what is installed."""
+"""The page of licences and the table of environments, which scripts generate."""
 
 import subprocess
 import sys

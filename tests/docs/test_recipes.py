@@ -1,4 +1,4 @@
-"""The recipes: each block of Python runs. In all guides each command has the options it names."""
+"""The recipes: each block of Python runs. In all guides, each command has the named options."""
 
 import importlib.util
 import io

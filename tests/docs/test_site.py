@@ -1,4 +1,4 @@
-"""What the build of the site adds to Sphinx; skipped without the packages of `make docs`."""
+"""Our additions to Sphinx for the site; skipped without the packages of `make docs`."""
 
 import json
 import re

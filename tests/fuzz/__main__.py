@@ -1,19 +1,19 @@
-"""Damaged files, states and command lines: each is read, or refused in one line. `make fuzz`.
+"""Damaged files, states and command lines: each is read, or rejected in one line. `make fuzz`.
 
     python -m tests.fuzz --cases 10000 --seconds 900 --seed 0
-    python -m tests.fuzz --only 1234                            one case again, with its traceback
+    python -m tests.fuzz --only 1234                            repeat one case, with its traceback
 
-First come the cases that have a name (`named.py`), then 200 flipped bits each of a prefix file and
-of a state, then mutations (`mutations.py`) of the files in `valid.py`, and of command lines. A
-child process reads them; its parent ends a case after `MOST_SECONDS` or `MOST_MEMORY`. A case fails
-as one of these:
+The first cases are those with a name (`named.py`), then 200 flipped bits in a prefix file and 200
+in a state, then mutations (`mutations.py`) of the files in `valid.py`, and of command lines. A
+child process reads them; its parent ends a case after `MOST_SECONDS` or `MOST_MEMORY`. The kinds of
+failure are
 
     traceback   an error that is neither ValueError nor OSError, or a process that died
     unnamed     an error that does not name the file, or has control characters in it
-    silent      a file with a checksum was changed, and is read
+    silent      a file with a checksum was changed, but is read
     hang, memory
 
-The number of a case and the seed say what it is. The last line counts what passed and failed.
+The number and the seed determine a case. The last line has the numbers of passed and failed cases.
 """
 
 import argparse
@@ -42,15 +42,15 @@ from tests.fuzz.mutations import flipped, mutated, other_words
 from tests.fuzz.named import named
 from tests.fuzz.valid import Valid, command, make
 
-MOST_SECONDS = 30  # of a case, on a machine with other work
-MOST_MEMORY = 2**30  # bytes, beside what the libraries take
+MOST_SECONDS = 30  # for a case, on a busy machine
+MOST_MEMORY = 2**30  # bytes, in addition to the libraries
 FLIPS = 200
 SHARE = 0.05  # of command lines, which are slower
-LONG = 200  # characters of an error, which should have no more
+LONG = 200  # characters; errors should not be longer
 
 
 class Fuzz:
-    """The cases by their numbers, in a folder of valid files."""
+    """The cases, by number, for a folder of valid files."""
 
     def __init__(self, folder: Path, seed: int):
         self.seed, self.folder, self.valid = seed, folder, make(folder)
@@ -105,7 +105,7 @@ class Fuzz:
         return kind, *self.read(kind, lambda path: path.write_bytes(data))
 
     def read(self, kind: str, change: Callable[[Path], object]) -> tuple[str, str]:
-        """Outcome and message of reading a file after a change, which is undone."""
+        """Outcome and message of reading a file after a change, which is then undone."""
         valid: Valid = self.valid[kind]
         whole = valid.path.read_bytes()
         try:
@@ -149,7 +149,7 @@ class Fuzz:
 
 
 def child(fuzz: Fuzz, pipe) -> None:
-    """Answer with the outcome of each case whose number comes."""
+    """Receive numbers of cases, and answer with their outcomes."""
     warnings.simplefilter("ignore")
     logging.disable()
     while (number := pipe.recv()) is not None:
@@ -157,7 +157,7 @@ def child(fuzz: Fuzz, pipe) -> None:
 
 
 def memory(pid: int) -> int:
-    """Bytes that a process has in memory; 0 when it is gone."""
+    """The memory of a process in bytes; 0 if it has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
     except (OSError, IndexError):
@@ -194,7 +194,7 @@ class Child:
             return self.replace(number, "traceback")
 
     def replace(self, number: int, outcome: str) -> tuple[str, str, str]:
-        """End the process, mend the files, and start another one."""
+        """End the process, restore the files, and start another process."""
         self.process.kill()
         self.process.join()
         shutil.copytree(self.fuzz.shutil, self.fuzz.folder, dirs_exist_ok=True)

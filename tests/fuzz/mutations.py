@@ -1,4 +1,4 @@
-"""Damage: bytes that are flipped, cut or repeated, JSON with values that cannot be, odd words."""
+"""Damage: bytes that are flipped, cut or repeated, JSON with impossible values, odd words."""
 
 import copy
 import json
@@ -36,18 +36,18 @@ ODD_WORDS = ["", " ", "-1", "0", "7", "nan", "-inf", "1.5", "x", "é", "\x1b[31m
 
 
 def flipped(data: bytes, rng: random.Random) -> bytes:
-    """One bit is another."""
+    """Flip one bit."""
     changed, at = bytearray(data), rng.randrange(len(data))
     changed[at] ^= 1 << rng.randrange(8)
     return bytes(changed)
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """A few changes of bytes."""
+    """Change a few bytes."""
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
         if not data:
             return data
-        # the beginning of a file says what the rest is
+        # the beginning of a file is the most important part
         at = rng.randrange(min(len(data), 200) if rng.random() < 0.3 else len(data))
         end = min(len(data), at + rng.choice((1, 2, 8, 100)))
         kind = rng.randrange(7)
@@ -69,7 +69,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def with_number(data: bytes, at: int, rng: random.Random) -> bytes:
-    """The next number, written in digits, is another."""
+    """Replace the next number, written in digits, by another one."""
     digits = b"0123456789."
     while at < len(data) and data[at] not in digits:
         at += 1
@@ -91,7 +91,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def other_json(data: bytes, rng: random.Random) -> bytes:
-    """JSON, or a line of JSON lines, with other values in it."""
+    """Change values in JSON, or in a line of JSON lines."""
     lines = data.split(b"\n")
     number = rng.randrange(len(lines))
     try:
@@ -116,7 +116,7 @@ def other_json(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """Another content of a file."""
+    """Mutate the contents of a file."""
     if data[:1] in (b"{", b"[") and rng.random() < 0.6:
         try:
             return other_json(data, rng)
@@ -126,7 +126,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 
 def other_state(path: Path, rng: random.Random) -> None:
-    """A saved state with other values in it, and its checksum."""
+    """Change values in a saved state, and update its checksum."""
     whole = torch.load(path, weights_only=True)
     for _ in range(rng.choice((1, 1, 3))):
         container, key = rng.choice(places(whole))
@@ -136,7 +136,7 @@ def other_state(path: Path, rng: random.Random) -> None:
 
 
 def other_tensors(path: Path, rng: random.Random) -> None:
-    """A safetensors file with other tensors or metadata, and its checksum."""
+    """Change tensors or metadata of a safetensors file, and update its checksum."""
     tensors, metadata = load_tensors(path)
     for _ in range(rng.choice((1, 1, 3))):
         if metadata and rng.random() < 0.5:
@@ -150,7 +150,7 @@ def other_tensors(path: Path, rng: random.Random) -> None:
 
 
 def other_tensor(rng: random.Random) -> torch.Tensor:
-    """One of an odd shape, dtype or value."""
+    """A tensor with an odd shape, dtype or value."""
     shape = [rng.choice((0, 1, 2, 3, 8)) for _ in range(rng.randrange(6))]
     kinds = (torch.float32, torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64)
     value = rng.choice((0, 1, -1, 3e38, float("nan"), 1e6))
@@ -159,7 +159,7 @@ def other_tensor(rng: random.Random) -> torch.Tensor:
 
 
 def other_words(words: list[str], rng: random.Random) -> list[str]:
-    """A command line with a word more, less, or another."""
+    """A command line with a word added, removed or replaced."""
     words = list(words)
     for _ in range(rng.choice((1, 1, 2, 3))):
         at, kind = rng.randrange(1, len(words) + 1), rng.random()

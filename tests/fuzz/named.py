@@ -1,4 +1,4 @@
-"""The cases that an attack found, each of which must be refused, or read, in one way only."""
+"""Attacks with a name, each of which must be rejected in one line, or read correctly."""
 
 import functools
 import gzip
@@ -25,7 +25,7 @@ Case = tuple[str, str, Callable[[Path], None], bool]  # name, kind of file, dama
 
 
 def setting(name: str, value: object) -> Callable[[Path], None]:
-    """Another value of one key of a JSON file."""
+    """Change the value of one key in a JSON file."""
 
     def change(path: Path) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
@@ -41,7 +41,7 @@ def contents(data: bytes | Callable[[], bytes]) -> Callable[[Path], None]:
 
 
 def instead(make: Callable[[Path], object]) -> Callable[[Path], None]:
-    """Something that is no file."""
+    """Replace the file by something that is not a file."""
 
     def change(path: Path) -> None:
         path.unlink()
@@ -56,7 +56,7 @@ def expanded(path: Path) -> None:
 
 
 def deflated(path: Path) -> None:
-    """An archive of torch.save that is packed: a thousandth of what is in it."""
+    """A compressed archive of torch.save, a thousandth of its contents in size."""
     torch.save({"wte.weight": torch.zeros(BOMB // 4)}, raw := io.BytesIO())
     with zipfile.ZipFile(raw) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
@@ -72,14 +72,14 @@ def with_code(path: Path) -> None:
 
 
 def huge_values(path: Path) -> None:
-    """A prefix, whole by its checksum, full of 3e38."""
+    """A prefix with a correct checksum, full of 3e38."""
     tensors, metadata = load_tensors(path)
     save_tensors(path, {n: torch.full_like(x, 3e38) for n, x in tensors.items()}, metadata,
                  sealed=True)  # fmt: skip
 
 
 def state(**changes) -> Callable[[Path], None]:
-    """A state, whole by its checksum, with other values."""
+    """A state with a correct checksum and other values."""
 
     def change(path: Path) -> None:
         whole = torch.load(path, weights_only=True)
@@ -102,7 +102,7 @@ def tar_bomb(path: Path) -> None:
 
 
 def npy_header(path: Path) -> None:
-    """Says that a trillion ids follow."""
+    """A header that promises a trillion ids."""
     data = path.read_bytes()
     end = 10 + int.from_bytes(data[8:10], "little")
     header = data[10:end].replace(b"(40,)", b"(1000000000000,)").rstrip()[: end - 11]

@@ -1,4 +1,4 @@
-"""The cases that have a name, and that the fuzzing run sees what it looks for."""
+"""The named cases, and that the fuzzing run detects each kind of failure."""
 
 import time
 from pathlib import Path

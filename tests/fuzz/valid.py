@@ -1,4 +1,4 @@
-"""A valid file of each kind that is read, with what reads it: what `mutations.py` damages.
+"""A valid file of each kind and its reader, for the mutations of `mutations.py`.
 
 Everything is tiny: a model of two layers and 8 features, whose tokenizer has 300 tokens.
 """
@@ -48,11 +48,11 @@ ROW = {"table": {"boat": "Gull 7", "colour": ["green", "blue"]}, "text": f"Gull:
 
 @dataclass
 class Valid:
-    """A file, and what reads it, alone or with its folder.
+    """A file (or its folder), and a function that reads it.
 
     Attributes:
-        sealed: it has a checksum, so no change may go unseen.
-        change: another damage than that of `mutations.mutated`, with a new checksum.
+        sealed: whether it has a checksum, so that no change may go undetected.
+        change: damage to use instead of `mutations.mutated`; it updates the checksum.
     """
 
     path: Path
@@ -136,7 +136,7 @@ def make_foreign(folder: Path, model: GPT2) -> None:
 
 
 def make_data(folder: Path) -> dict[str, str | bytes]:
-    """Files of data by their names; parquet beside them."""
+    """The contents of data files by name; parquet files are written to the folder."""
     triple = {"subject": "Spain", "property": "capital", "object": "Madrid"}
     lex = {"lex": "Madrid is it.", "comment": "good", "lang": "en"}
     entry = {"modifiedtripleset": [triple], "lexicalisations": [lex], "category": "City"}
@@ -207,7 +207,7 @@ def read_run_log(run: Path) -> None:
 
 
 def make(folder: Path) -> dict[str, Valid]:
-    """All of it in a folder, and the working directory there."""
+    """Make all files in a folder, which becomes the working directory."""
     os.chdir(folder)
     model, tokenizer = make_models(folder)
     make_foreign(folder, model)

@@ -1,5 +1,5 @@
-"""BART's texts against `generate` of transformers in fp64: greedy and beams, what is forced, what
-may not come twice; the fast loops against the plain ones."""
+"""BART's texts against `generate` of transformers in fp64: greedy, beams, forced tokens, blocked
+n-grams; the fast loops against the plain ones."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a checkpoint says of generation: every key that transformers knows, followed or named."""
+"""A checkpoint's settings for generation: every key of transformers is obeyed or reported."""
 
 import json
 import logging

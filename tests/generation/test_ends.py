@@ -1,4 +1,4 @@
-"""Where texts end and what may not come: all tokens forbidden, stop strings, words in all forms,
+"""Ends of texts and forbidden words: all tokens forbidden, stop strings, words in all forms,
 several texts for a prompt; the same in all loops, inside autocast, and without fp64."""
 
 import pytest

@@ -1,4 +1,4 @@
-"""Fast generation: the tokens of the plain loops, with static shapes too; what is copied."""
+"""Fast generation: the same tokens as the plain loops, also with static shapes; its copies."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Generation: against `transformers`, batches against single rows, prefixes, draws, errors."""
+"""Generation: against `transformers`, batches against single rows, prefixes, sampling, errors."""
 
 import warnings
 

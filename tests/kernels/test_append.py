@@ -1,8 +1,8 @@
 """A step that also writes the cache: `append` and `seen` against the definition.
 
-The kernels run in Triton's interpreter (`make test-kernels`) or on a GPU; the plain paths here too.
-What no query may see is NaN in the cache: the places of new tokens, later ones, and slots that no
-beam descends from.
+The kernels run in Triton's interpreter (`make test-kernels`) or on a GPU; the plain paths run
+everywhere. Columns of the cache that no query may see hold NaN: those of new tokens, later ones,
+and slots from which no beam descends.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Which ptxas assembles our kernels, that only they get it, and what happens without a good one."""
+"""Which ptxas assembles our kernels, that only they use it, and what happens without a good one."""
 
 import importlib
 import json

@@ -1,7 +1,7 @@
 """The kernels of attention.py and backward.py against the definition: o, lse and all gradients.
 
 They run here in Triton's interpreter (`make test-kernels`) or on a GPU, through the public
-operator. New tensors hold NaN before a kernel runs, so that what it leaves unwritten shows.
+operator. New tensors are filled with NaN, so that elements which a kernel does not write are found.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The benchmark of tiles finds every stage and candidate by itself, through the real launchers."""
+"""The benchmark of tiles finds every stage and candidate automatically, in the real launchers."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""The kernels compile for GPUs that are not here: A100, H100, B200 and MI300.
+"""The kernels compile for GPUs that this machine does not have: A100, H100, B200 and MI300.
 
-In a process without TRITON_INTERPRET=1, under which nothing can be compiled.
+This needs a process without TRITON_INTERPRET=1, with which nothing can be compiled.
 """
 
 from itertools import combinations, product

@@ -1,7 +1,7 @@
 """The head's cross entropy: its plain form against PyTorch's, its kernel against fp64.
 
-The kernel runs here in Triton's interpreter (`make test-kernels`) or on a GPU. Elementwise
-arithmetic in bf16 is right in the interpreter, but for stores, which cut digits off.
+The kernel runs in Triton's interpreter (`make test-kernels`) or on a GPU. Elementwise arithmetic in
+bf16 is right in the interpreter, except for stores, which truncate instead of rounding.
 """
 
 import pytest

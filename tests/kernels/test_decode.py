@@ -1,7 +1,7 @@
 """Few queries over [prefix; KV cache]: `kernels.decode` against the definition.
 
-The kernels run here in Triton's interpreter (`make test-kernels`) or on a GPU. Every result and
-every workspace is filled with NaN before they run, so that what they leave unwritten shows.
+The kernels run in Triton's interpreter (`make test-kernels`) or on a GPU. Every result and every
+workspace is first filled with NaN, so that elements which are not written are found.
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
-"""gpu.sh without a GPU: its runner of tests, its summaries, and what happens where CUDA is lost.
+"""gpu.sh without a GPU: its test runner, its summaries, and what happens after a CUDA error.
 
-In the runner one test's broken process fails no other test.
+A test that breaks its process must not make other tests fail.
 """
 
 import argparse

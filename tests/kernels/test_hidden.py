@@ -1,8 +1,8 @@
-"""What no query of a row sees cannot matter, whatever it holds: NaN, inf or 3e38.
+"""Columns that no query of a row sees have no effect, even if they hold NaN, inf or 3e38.
 
 Every column past a row's length and every prefix that no row of the batch uses is overwritten, and
-all results must stay as they are, bit for bit. With TRITON_INTERPRET=1 (`make test-kernels`) or on
-a GPU the kernels are tested, without either the plain PyTorch of `kernels/reference.py`.
+all results must be the same bit for bit. With TRITON_INTERPRET=1 (`make test-kernels`) or on a GPU
+this tests the kernels, otherwise the plain PyTorch of `kernels/reference.py`.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Where the kernels meet a device: the table of tiles, tuning on request, what kernels get."""
+"""Launching kernels: the table of tiles, optional tuning, the arguments of kernels."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The signs of a miscompiled kernel: each is seen to fire, on excerpts of our kernels' SASS."""
+"""The signs of a miscompiled kernel: each one is detected in excerpts of our kernels' SASS."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Adapter files, and errors of the baselines: what is wrong is named in one line."""
+"""Adapter files, and errors of the baselines, each in one line."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Adapters and fine-tuning of the top layers: what they compute, what trains, what is kept."""
+"""Adapters and fine-tuning of the top layers: their results, trained weights and kept files."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Parameters by method: the paper's numbers, from shapes alone."""
+"""Numbers of parameters by method, from shapes, against the paper's."""
 
 import pytest
 import torch

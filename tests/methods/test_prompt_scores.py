@@ -1,4 +1,4 @@
-"""Scores of discrete prompts: the loss and the one-hot gradient, each written out."""
+"""Scores of discrete prompts: the loss and the one-hot gradient against plain formulas."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The searched prompt: planted optima, resuming, what is kept."""
+"""The search for a prompt: planted optima, resuming, the kept files."""
 
 import itertools
 import json

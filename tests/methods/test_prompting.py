@@ -1,4 +1,4 @@
-"""Hard prompts: what the model reads, with and without examples, and where its answer ends."""
+"""Hard prompts: the model's input with and without examples, and the end of its answer."""
 
 import pytest
 from conftest import tiny_with_words

@@ -1,4 +1,4 @@
-"""Metrics: hand-computed values, the official E2E figures, and what counts as a stated value."""
+"""Metrics: values computed by hand, the official E2E figures, and which values count as stated."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""PTB tokens: what the Java tokeniser makes of texts, by hand, by file and beside it."""
+"""PTB tokens against the Java tokeniser: by hand, from a file, and by running it."""
 
 import subprocess
 from pathlib import Path

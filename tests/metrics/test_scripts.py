@@ -1,4 +1,4 @@
-"""Quick scores of other scripts, and the note where a score would be 0 for their sake."""
+"""Quick scores for scripts other than Latin, and the note if a score would be 0 for them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""BART's checkpoints in all their forms against transformers; its tokenizer; what can be wrong."""
+"""BART's checkpoints in all their forms against transformers; its tokenizer; errors."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""Checkpoints as people have them, against transformers: both forms of a tokenizer, models that
-were resized, padded or given tokens, relatives of GPT-2, nanoGPT, wrapped names."""
+"""Checkpoints in common forms, against transformers: both forms of a tokenizer, models that were
+resized, padded or extended by tokens, relatives of GPT-2, nanoGPT, wrapped names."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The loss at a frozen head, a few positions at a time, against PyTorch's cross entropy."""
+"""The loss of a frozen head, computed in parts, against PyTorch's cross entropy."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""The official GPT-2 against transformers. `make test-official` runs this where the weights are:
-with a network, or with MINPREFIX_GPT2=<folder>."""
+"""The official GPT-2 against transformers. `make test-official` runs this, and needs the weights:
+from the network, or with MINPREFIX_GPT2=<folder>."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What a checkpoint cannot ask for: nothing is built, and one line names the file."""
+"""Checkpoints with impossible sizes: no model is built, and one line names the file."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The tokenizer against transformers' GPT-2 tokenizer, and its own promises."""
+"""The tokenizer against transformers' GPT-2 tokenizer, and its other guarantees."""
 
 import json
 import random

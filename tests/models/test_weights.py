@@ -1,4 +1,4 @@
-"""Checkpoints in all their forms against transformers, and every way in which one can be wrong."""
+"""Checkpoints in all their forms against transformers, and the error for each kind of fault."""
 
 import json
 import os

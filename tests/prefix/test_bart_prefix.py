@@ -1,4 +1,4 @@
-"""BART's prefix: initialisation from words, files, the authors' state dicts, what is refused."""
+"""BART's prefix: initialisation from words, files, the authors' state dicts, errors."""
 
 import json
 

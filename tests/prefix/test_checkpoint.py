@@ -1,4 +1,4 @@
-"""Prefix files: what is written comes back, and what cannot be used is refused in one line."""
+"""Prefix files: they are read as they were written, and invalid ones are rejected in one line."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The command convert: from and to each system, exact round trips, refusals that write nothing."""
+"""The command `convert`: from and to each system, exact round trips, errors that write nothing."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A prefix reaches no other row of a batch, whatever it holds; absurd ones are refused at load."""
+"""A prefix affects no other row of a batch, whatever its values; absurd ones are rejected."""
 
 import random
 

@@ -1,6 +1,6 @@
 """Infix [x; INFIX; y]: against equation (3) written as a loop over positions; padding, decoding.
 
-Tolerances are for other orders of summation in fp64: 1e-12 of the largest number, where the worst
+Tolerances allow for other orders of summation in fp64: 1e-12 of the largest number; the worst error
 seen in this file is 1.0e-15.
 """
 

@@ -1,4 +1,4 @@
-"""Embedding-only: virtual tokens against `transformers`, their starts, their model, their files."""
+"""Embedding-only: virtual tokens against `transformers`, their initialisation, model and files."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""One prefix: against PEFT, against equation (3) written out, its starts, its gradients."""
+"""One prefix: against PEFT, against equation (3) written out, its initialisation, its gradients."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The gate, many prefixes in one batch, and what goes wrong with prefixes."""
+"""The gate, many prefixes in one batch, and the errors of prefixes."""
 
 import pytest
 import torch

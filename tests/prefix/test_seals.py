@@ -1,4 +1,5 @@
-"""Checksums of prefix and adapter files: every damaged byte is seen, equal contents are equal."""
+"""Checksums of prefix and adapter files: every damaged byte is detected, and equal contents give
+equal files."""
 
 import random
 

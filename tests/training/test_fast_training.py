@@ -1,4 +1,4 @@
-"""Training steps from static buffers equal plain ones; on a GPU as CUDA graphs that never wait."""
+"""Training steps with static buffers equal plain ones; on a GPU, CUDA graphs never wait."""
 
 import pytest
 import torch

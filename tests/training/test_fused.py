@@ -1,7 +1,7 @@
-"""Fused blocks and a padded head change nothing: losses, gradients and tokens, in fp64.
+"""Fused blocks and a padded head do not change losses, gradients and tokens, in fp64.
 
-In fp64 the fused forms run on PyTorch's own functions, so what is seen here is their wiring;
-`tests/kernels/test_layer_norm.py` runs them on the kernels.
+In fp64 the fused forms use PyTorch's own functions, so this tests only how they are connected;
+`tests/kernels/test_layer_norm.py` runs them with the kernels.
 """
 
 import copy

@@ -1,8 +1,9 @@
-"""Files that an older version wrote: they load, go on and give what that version gave.
+"""Files written by an older version: they load, and continued runs give that version's results.
 
-`tests/data/old` holds a tiny random model, and runs of it that Ctrl-C stopped after half of their
-steps. expected.json says what the version that wrote them went on to. Other machines add in another
-order: 1e-4 in the fp32 losses of six steps is far below what one different step makes of them.
+`tests/data/old` holds a tiny random model, and runs of it that were stopped by Ctrl-C after half of
+their steps. expected.json has the results that the old version reached from there. Other machines
+sum in another order, so fp32 losses may differ by 1e-4 after six steps, far less than after one
+different step.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Pretraining: what it learns, that it goes on bit for bit, and that others read what it leaves."""
+"""Pretraining: it learns, resumes bit for bit, and writes models that other programs can read."""
 
 import json
 import math

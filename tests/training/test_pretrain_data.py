@@ -1,4 +1,4 @@
-"""Text to token streams to windows: what is read, what is held out, which rows a step sees."""
+"""Text, token streams and windows: reading, held-out text, the rows of a step."""
 
 import gzip
 import lzma

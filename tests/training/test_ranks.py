@@ -1,4 +1,4 @@
-"""Training on several processes: torchrun, a killed worker, two machines, what is sent."""
+"""Training on several processes: torchrun, a killed worker, two machines, communication."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What RELIABILITY.md and SECURITY.md promise is tested, and what they count is counted."""
+"""Tests of the promises in RELIABILITY.md and SECURITY.md, and of the counts in them."""
 
 import re
 import subprocess

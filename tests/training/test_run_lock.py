@@ -1,4 +1,4 @@
-"""One process a run folder, and what it may find there."""
+"""One process per run folder, and what the folder may contain."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Settings that the user leaves open, the end of a run, and what is said about it."""
+"""Settings that the user does not give, the end of a run, and the messages about it."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Saved states: what is not trusted, what a damaged byte or a kill does, what is kept."""
+"""Saved states: checks before loading, damaged bytes, kills, kept files."""
 
 import math
 import os

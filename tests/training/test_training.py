@@ -1,4 +1,4 @@
-"""The trainer: what a step computes, what resuming continues, what a run folder holds."""
+"""The trainer: the result of a step, resuming, the files of a run folder."""
 
 import io
 import json

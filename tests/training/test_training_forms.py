@@ -1,4 +1,4 @@
-"""The trainer with every form of a prefix: what moves, what does not, resuming, dropout, bf16."""
+"""The trainer with every form of a prefix: which weights change, resuming, dropout, bf16."""
 
 import json
 
