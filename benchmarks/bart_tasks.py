@@ -1,7 +1,7 @@
 """What the embedded mini-bart learns on a CPU: tables to texts, and notes to one sentence.
 
     python -m benchmarks.bart_tasks e2e --data DIR      # DIR: the official CSVs of E2E
-    python -m benchmarks.bart_tasks notes               # the embedded notes; ROUGE beside lead-1
+    python -m benchmarks.bart_tasks notes               # the embedded notes; ROUGE, also of lead-1
     python -m benchmarks.bart_tasks news-to-sports      # topics held out, or within-news
 
 Each command compares learning rates in short runs on the dev set, trains at full length for each

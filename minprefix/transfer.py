@@ -29,7 +29,7 @@ class Watched:
 def watched(fetch: Callable[[Any], object], file: BinaryIO, what: str) -> None:
     """Call `fetch` in a thread, with a file to which it writes pieces of `limits.PIECE` bytes.
 
-    If the download is abandoned, the thread goes on, but can no longer write.
+    If the download is abandoned, the thread continues but can no longer write.
 
     Args:
         what: the name of the download in error messages.

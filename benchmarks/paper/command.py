@@ -54,7 +54,7 @@ class Options(WithModel):
     quick: FlagCreatePairsOff[bool] = False  # to look around: few steps, few tables, one seed
     seeds: int | None = None  # number of seeds; None = 3, and 2 for low data
     subsets: int | None = None  # low data: number of subsets; None = 5
-    # optimizer steps, instead of the preset's; low data: at most so many
+    # optimizer steps, instead of the preset's; for low data, their largest number
     steps: int | None = None
     num_beams: int | None = None  # None = 5 as in the paper, and 1 with --quick
     precision: Literal[*PRECISIONS] = "auto"  # of training

@@ -19,7 +19,7 @@ NAMES += f"{', '.join(RANDOM)} (official sizes, random weights)"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(WithDevice):
-    """Time training steps or generation, beside transformers + PEFT where installed."""
+    """Time training steps or generation, also with transformers + PEFT if installed."""
 
     work: Positional[Literal["train", "generate"]]  # what is timed
     model: Annotated[str, arg(help=NAMES)] = "mini"

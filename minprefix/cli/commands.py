@@ -107,8 +107,8 @@ class EvaluateOptions(WithTrained, WithData):
     # use a prompt that the command search found: its prompt.json, or the run folder
     prompt: Path | None = None
     shots: int = 0  # training examples to put into the hard prompt
-    limit: int | None = None  # only the first so many tables
-    max_source: int | None = None  # cut sources to so many tokens; None = as in training
+    limit: int | None = None  # use only this many tables, from the first on
+    max_source: int | None = None  # cut sources to this many tokens; None = as in training
     batch_size: int = 64  # tables per batch
     # write to this file, as JSON lines, sources, texts and references, and of tables the facts that
     # a text lacks or gets wrong

@@ -148,7 +148,7 @@ class WithRun(WithData):
     """Options of commands that create or continue a run folder."""
 
     dev: str | None = None  # the dev file, if --data is a file
-    subset: int | None = None  # use so many training pairs, and 30 % as many dev pairs
+    subset: int | None = None  # use this many training pairs, and 30 % as many dev pairs
     subset_seed: int = 0  # seed of the choice of a subset's pairs
     out: Path | None = None  # new run folder
     resume: Path | None = None  # run folder to continue; a run keeps its settings

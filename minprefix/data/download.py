@@ -116,7 +116,7 @@ def _download(url: str, path: Path, known: str | None, published: str | None, si
     sha = known and f"sha256:{known}"
     try:
         pooch.retrieve(url, sha, path.name, path.parent, downloader=with_unix_ends)
-    except OSError as error:  # of the network, too
+    except OSError as error:  # includes errors of the network
         answer = getattr(error, "response", None)
         reason = type(error).__name__ if answer is None else f"status {answer.status_code}"
         reason = str(error) if type(error) is OSError else reason

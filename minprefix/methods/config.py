@@ -58,7 +58,7 @@ class SearchConfig:
     prompt_len: int = 10  # P, tokens
     after: int = 0  # A, how many of them come after the source, in place of the bos token
     steps: int = 100  # rounds of gradient, race and decision
-    budget: int | None = None  # begin no step after so many evaluations of training pairs
+    budget: int | None = None  # start no step after this many evaluations of training pairs
     candidates: int = 64  # prompts in a race
     top_k: int = 64  # tokens per position to draw candidates from, by their gradient
     batch_size: int = 64  # training pairs for the gradient and for the last round of the race
@@ -71,7 +71,7 @@ class SearchConfig:
     precision: str = "auto"  # "fp32", "bf16", or "auto" = bf16 on CUDA and fp32 on a CPU
     seed: int = 0  # of all random choices
     eval_every: int = 10  # steps between evaluations on the dev set
-    eval_pairs: int = 1000  # at most so many dev pairs in an evaluation, evenly spread
+    eval_pairs: int = 1000  # largest number of dev pairs in an evaluation, evenly spaced
 
     def __post_init__(self):
         check_choice("precision", self.precision, PRECISIONS)

@@ -87,12 +87,12 @@ class PrefixActivations(Activations):
     """h_i for i in P_idx: the keys and values of one prefix, or of a bank, in all layers."""
 
     table: Tensor  # (L, 2, H, P, D), one prefix; (L, 2, N, H, P, D), a bank
-    position_offset: Any  # int or Tensor: token t stands at position t + offset; (B,) with a bank
+    position_offset: Any  # int or Tensor: token t is at position t + offset; (B,) with a bank
     max_offset: int  # the largest offset
     gate: Tensor | None = None  # (L, H) or (L, N, H): weight >= 0 on the prefix's softmax terms
     index: Tensor | None = None  # (B,) which prefix of the bank each row uses, -1 = none
     lens: Tensor | None = None  # (N,) lengths of ragged prefixes
-    infix: bool | Tensor = False  # the prefix stands before token `starts`; (B,) with a bank
+    infix: bool | Tensor = False  # whether it is before token `starts`; (B,) with a bank
 
     @classmethod
     def empty(cls, config: GPT2Config | BARTConfig, like: Tensor) -> "PrefixActivations":
@@ -101,8 +101,8 @@ class PrefixActivations(Activations):
         return cls(like.new_empty(shape), position_offset=0, max_offset=0)
 
     def layers(self) -> list[LayerPrefix]:
-        """What each layer reads. One `unbind` for all layers gives one gradient table; slices
-        taken one by one would each give a table that is zero elsewhere."""
+        """The prefix of each layer. One `unbind` for all layers gives one gradient table; separate
+        slices would each give a table that is zero elsewhere."""
         parts = self.table.flatten(0, 1).unbind()  # k and v of layer 0, k and v of layer 1, ..
         gates = [None] * len(self.table) if self.gate is None else self.gate.unbind()
         return [LayerPrefix(*x) for x in zip(parts[::2], parts[1::2], gates, strict=True)]
@@ -137,7 +137,7 @@ class PrefixActivations(Activations):
         return [x for x in (self.table, self.gate) if x is not None]
 
     def check_fit(self, config: GPT2Config | BARTConfig, batch_size: int, n_tokens: int) -> None:
-        """ValueError if a model of this config cannot read it together with so many tokens."""
+        """ValueError if a model of this config cannot read it together with `n_tokens` tokens."""
         shape = tuple(self.table.shape)
         want = (config.n_layer, 2, config.n_head, config.head_dim)
         if (*shape[:2], shape[-3], shape[-1]) != want:

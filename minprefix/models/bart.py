@@ -8,11 +8,11 @@ has three tables, since a layer's prefix is a key and a value for each attention
     decoder   target token t sees P prefix positions and the targets up to t
     cross     target token t sees P prefix positions and the whole encoded source
 
-Nothing in here knows how they came about: they are arguments of attention, as in `gpt2.py`, from
-which self-attention is; `base.py` has the head and the loss. What differs from
-GPT-2: layer norms stand after each sum (post-LN), GELU is exact, positions begin in row 2 of their
-table, a layer norm follows the embeddings, and the head has a bias. Read `EncoderBlock`,
-`DecoderBlock`, `BART`. `weights_bart.py` has the official checkpoints' names of all this [3].
+The prefixes are arguments of attention, as in `gpt2.py`, from which self-attention is imported;
+`base.py` has the head and the loss. Unlike in GPT-2, layer norms come after each sum (post-LN),
+GELU is exact, positions begin in row 2 of their table, a layer norm follows the embeddings, and the
+head has a bias. Read `EncoderBlock`, `DecoderBlock`, `BART`. `weights_bart.py` has the names in the
+official checkpoints [3].
 
 Shapes use the letters of `models/gpt2.py`; S counts source tokens, T target tokens.
 
@@ -33,7 +33,7 @@ from minprefix.models.cache import KVCache, right_padded
 from minprefix.models.config import BARTConfig
 from minprefix.models.gpt2 import Attention
 
-FIRST_POSITION = 2  # row of the position table at which token 0 stands, as in the checkpoints
+FIRST_POSITION = 2  # row of the position table for token 0, as in the checkpoints
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class EncodedSource:
     kv: Any = None  # Tensor (L, 2, B, H, S, D): keys and values of all layers; None = not yet
 
     def select(self, rows: Tensor) -> "EncodedSource":
-        """These rows, in this order and as often as they are named."""
+        """These rows, in this order; a row that is named twice is duplicated."""
         lens = None if self.lens is None else self.lens[rows]
         return EncodedSource(
             self.states[rows], lens, None if self.kv is None else self.kv[:, :, rows]
         )
 
     def keep(self, order: list[int]) -> "EncodedSource":
-        """`select` in place, with kv: only rows that another takes the place of are written."""
+        """`select` in place, also for kv; writes only rows that are replaced."""
         assert self.lens is not None
         moved = [(to, source) for to, source in enumerate(order) if to != source]
         if moved:
@@ -65,7 +65,7 @@ class EncodedSource:
 
 
 class SelfAttention(Attention):
-    """GPT-2's, causal or not; the weights lie as `nn.Linear` has them, (out, in)."""
+    """GPT-2's attention, causal or not, with weights stored as in `nn.Linear`, (out, in)."""
 
     linear = nn.Linear
 
@@ -81,7 +81,7 @@ class CrossAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def keys_and_values(self, states: Tensor) -> Tensor:
-        """Of the encoder's states (B, S, C): (2, B, H, S, D)."""
+        """Keys and values of the encoder's states (B, S, C): (2, B, H, S, D)."""
         B, S, C = states.shape
         kv = self.c_kv(states).view(B, S, 2, self.n_head, C // self.n_head)
         return kv.permute(2, 0, 3, 1, 4)
@@ -142,9 +142,9 @@ class DecoderBlock(nn.Module):
         """x (B, T, C) -> (B, T, C); with `at` (n,), places b T + t, the results there: (n, C).
 
         Args:
-            prefix, visible, attend: of self-attention, as in `Attention`.
-            cross: of cross attention: the encoder's states (B, S, C), or None with kv
-                (2, B, H, S, D), made of them before; its prefix and what is visible.
+            prefix, visible, attend: for self-attention, as in `Attention`.
+            cross: for cross attention: the encoder's states (B, S, C), or None and their kv
+                (2, B, H, S, D); then its prefix and `Visible`.
         """
         x = self.ln_1(x + self.drop(self.attn(x, prefix, visible, attend)))
         states, kv, *read = cross
@@ -166,7 +166,7 @@ class Stack(nn.Module):
         self.h: Any = nn.ModuleList(block(config) for _ in range(n_layer))
 
     def embed(self, embd: Tensor, positions: Tensor) -> Tensor:
-        """What the first layer reads of embeddings (B, T, C) at positions (T,) or (B, T)."""
+        """The input of the first layer, for embeddings (B, T, C) at positions (T,) or (B, T)."""
         return self.drop(self.ln_embd(embd + self.wpe(FIRST_POSITION + positions)))
 
 
@@ -192,8 +192,8 @@ class BART(LanguageModel):
         return self.head(self.hidden_states(input_ids, source_ids=source_ids, **kwargs))
 
     def begin(self, prompts: list[list[int]], acts: BARTActivations) -> tuple[list, dict]:
-        """What generation reads first for each prompt, and what beside: the decoder's start (and
-        the token that is forced after it), and the prompts, encoded."""
+        """What generation feeds to the decoder first, its start token (and a forced token after
+        it), and further arguments: the encoded prompts."""
         first = [self.config.decoder_start_token_id]
         if self.config.forced_bos_token_id is not None:
             first.append(self.config.forced_bos_token_id)
@@ -211,7 +211,7 @@ class BART(LanguageModel):
             source_ids: (B, S) int.
             source_lens: (B,) int, how many of the S tokens of each row are real (right padding).
             prefix, prefix_index: as in `hidden_states`.
-            recorder: `parametrisations.Recorder` to note keys and values of the layers.
+            recorder: a `parametrisations.Recorder` that records the layers' keys and values.
         """
         prefix = self.activations_of(prefix, prefix_index)
         (B, S), virtual = source_ids.shape, prefix.virtual
@@ -232,7 +232,7 @@ class BART(LanguageModel):
         return EncodedSource(x, source_lens)
 
     def with_keys(self, source: EncodedSource) -> EncodedSource:
-        """With the keys and values that cross attention reads, made once for a whole text."""
+        """Add the keys and values for cross attention, which are computed once for a whole text."""
         kv = [block.cross.keys_and_values(source.states) for block in self.decoder.h]
         return replace(source, kv=torch.stack(kv))
 
@@ -242,15 +242,15 @@ class BART(LanguageModel):
         prefix=None, prefix_index: Tensor | None = None, kv_lens: Tensor | None = None,
         cache: KVCache | None = None, at: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """What the head reads: (B, T) -> (B, T, C), or with `at` (n, C).
+        """The input of the head: (B, T) -> (B, T, C), or with `at` (n, C).
 
         Args:
-            input_ids: (B, T) int, what the decoder reads: decoder_start_token_id, then the target;
+            input_ids: (B, T) int, the decoder's input: decoder_start_token_id, then the target;
                 with a cache, the tokens after those that it holds.
-            source: what `encode` made with the same prefix; None = source_ids, source_lens are
-                encoded, as there.
+            source: the result of `encode` with the same prefix; None = encode source_ids and
+                source_lens.
             prefix: a `BARTPrefix` or ready `BARTActivations`; None = plain BART.
-            prefix_index: not yet: there is no bank of BART prefixes.
+            prefix_index: not supported, because there is no bank of BART prefixes.
             kv_lens, cache, at: as in `GPT2.hidden_states`.
         Raises:
             ValueError: positions past n_positions; a prefix of another shape, or of GPT-2.

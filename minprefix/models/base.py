@@ -1,7 +1,7 @@
-"""What GPT-2 and BART have in common: the head, the loss, random weights.
+"""The common parts of GPT-2 and BART: the head, the loss, random weights.
 
-A model also says here what the rest of the program must know of it, so that nothing else asks
-which of the two it is.
+Differences that the rest of the program must know are methods and attributes here, so that no other
+code needs to ask which of the two a model is.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.losses import IGNORE, MULTIPLE, frozen_head_loss, with_padding
 
 tanh_gelu = partial(F.gelu, approximate="tanh")
-# what may stand inside an MLP, by the names of config.json
+# the functions inside an MLP, by their names in config.json
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": tanh_gelu, "gelu_pytorch_tanh": tanh_gelu, "gelu": F.gelu, "relu": F.relu,
     "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
@@ -27,10 +27,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LanguageModel(nn.Module):
-    """The head is the token embedding `wte` (tied) or a matrix of its own; `hidden_states` makes
-    what it reads."""
+    """A model whose head is the token embedding `wte` (tied) or a separate matrix; `hidden_states`
+    computes the input of the head."""
 
-    reads: ClassVar[type[PrefixActivations] | type[BARTActivations]]  # what it reads of a prefix
+    reads: ClassVar[type[PrefixActivations] | type[BARTActivations]]  # activations that it reads
     reads_name: ClassVar[str]  # the class of such a prefix
     captures: ClassVar[bool]  # CUDA graphs can repeat a step: equal shapes, equal kernels
     head_bias: Tensor | None
@@ -45,7 +45,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def init_std(self, name: str) -> float:
-        """Of the normal distribution from which `init_weights` draws this matrix."""
+        """The standard deviation with which `init_weights` draws this matrix."""
         return 0.02
 
     def init_weights(self, seed: int) -> Self:
@@ -73,11 +73,11 @@ class LanguageModel(nn.Module):
         return logits if len(weight) == V else logits[..., :V]
 
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the head, (V', C) and (V',), without gradients: after `pad_head` of
-        V' > V rows, whose logits nobody may see; else the model's own."""
+        """Weight and bias of the head, (V', C) and (V',), without gradients. After `pad_head`, V' >
+        V, and the logits of the additional rows must be ignored."""
         own: tuple[Tensor, Tensor | None] = self.head_weight.detach(), self.head_bias
         padded = PADDED.get(self, own)
-        # `.to(...)` or loading gave the model other tensors: these are not its own any more
+        # `.to(...)` or loading has given the model other tensors, so these are obsolete
         same = all(
             x is y or (x is not None and y is not None and x.data_ptr() == y.data_ptr())
             for x, y in zip(own, padded, strict=True)
@@ -86,14 +86,13 @@ class LanguageModel(nn.Module):
             PADDED.pop(self)
         return padded if same else own
 
-    @torch.inference_mode(False)  # whatever generation is in: the weights may be trained with later
+    @torch.inference_mode(False)  # also when generation calls it, since the weights may be trained
     @torch.no_grad()
     def pad_head(self) -> None:
-        """Let rows of zeros follow those of the head in memory, which makes its products faster on
-        a GPU.
+        """Pad the head in memory with rows of zeros, which makes its products faster on a GPU.
 
-        Its weight and `head_bias` move into larger tensors, whose first V rows they then are:
-        their shapes, names and values stay, and nothing is kept twice. What is saved is without the
+        The weight and `head_bias` become views of the first V rows of larger tensors. Their shapes,
+        names and values do not change, nothing is stored twice, and files do not contain the
         padding. A CUDA graph that was recorded before has the old addresses.
         """
         if self.head_weights()[0].shape[0] % MULTIPLE == 0:
@@ -114,9 +113,10 @@ class LanguageModel(nn.Module):
         Args:
             input_ids: (B, T) int.
             labels: (B, T) int, the token that follows each input; -100 where there is no loss.
-            at: (n,) int, the places b T + t of the labels: all that are not -100, in this order,
-                which a GPU must be waited for to learn. What only other positions need is left out.
-            kwargs: of `hidden_states`.
+            at: (n,) int, the places b T + t of all labels that are not -100, in this order. It is
+                an argument because computing it would wait for a GPU. Work that only other
+                positions need is left out.
+            kwargs: arguments of `hidden_states`.
         """
         if at is None:
             at = (labels != IGNORE).flatten().nonzero()[:, 0]
@@ -130,7 +130,8 @@ class LanguageModel(nn.Module):
         return F.cross_entropy(logits, labels, reduction="none")
 
     def activations_of(self, prefix, prefix_index: Tensor | None = None) -> Any:
-        """What it reads of a prefix, of a bank with an index, or of None; ready ones stay.
+        """The activations of a prefix, of a bank with an index, or of None; activations are
+        returned unchanged.
 
         Raises:
             ValueError: a prefix of the other family, an index without a bank.
@@ -149,16 +150,16 @@ class LanguageModel(nn.Module):
 
     @property
     def frame(self) -> tuple[str, int | None]:
-        """The frame of text that it learned, (linearisation, max_source), or that the adapter
-        attached to it learned; ("", None) = none."""
+        """The frame (linearisation, max_source) in which it, or the adapter attached to it, was
+        trained; ("", None) = none."""
         learned = adapter_of(self)
         learned = learned if learned is not None and learned.linearisation else self.config
         return learned.linearisation, learned.max_source
 
 
-# weight and bias of the heads that `pad_head` has padded; a copy of a model has none
+# weight and bias of the heads that `pad_head` has padded; a copy of a model is not padded
 PADDED: WeakKeyDictionary[LanguageModel, tuple[Tensor, Tensor | None]] = WeakKeyDictionary()
-# models that compute with an adapter: it, and what takes its hooks away
+# models with an adapter: the adapter, and the function that removes its hooks
 ATTACHED: WeakKeyDictionary[LanguageModel, tuple[nn.Module, list]] = WeakKeyDictionary()
 
 
@@ -175,7 +176,7 @@ def check_free(model: LanguageModel) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; each module's own mode comes back at the end."""
+    """Within the block there is no dropout; each module's mode is restored at the end."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -17,7 +17,7 @@ def right_padded(texts: list[list[int]], device: torch.device) -> tuple[Tensor, 
 
 
 def computed_dtype(like: Tensor) -> torch.dtype:
-    """The type of what a model computes whose weights are as `like`: autocast's within it."""
+    """The dtype in which a model with weights like `like` computes: under autocast, autocast's."""
     kind = like.device.type
     short = torch.is_autocast_enabled(kind) and like.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if short else like.dtype
@@ -26,8 +26,8 @@ def computed_dtype(like: Tensor) -> torch.dtype:
 class KVCache:
     """Keys and values of the tokens so far, row by row, without the prefix: h_<i of eq. (1).
 
-    Row b holds `lengths[b]` tokens; rows of different lengths stand side by side without padding
-    between their tokens. New tokens overwrite whatever padding stood after them.
+    Row b holds `lengths[b]` tokens, without padding between them. New tokens overwrite padding at
+    the end of a row.
     """
 
     def __init__(
@@ -38,20 +38,20 @@ class KVCache:
         self.k = like.new_zeros(shape, dtype=kind)  # (L, B, H, S, D)
         self.v = torch.zeros_like(self.k)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)  # (B,)
-        self.longest = 0  # no row is longer: known without asking the GPU
+        self.longest = 0  # an upper bound of the lengths, known without waiting for the GPU
 
     def longest_after(self, T: int) -> int:
-        """What `longest` will be when each row has read T new tokens."""
+        """The value of `longest` after each row has read T new tokens."""
         return self.longest + T
 
     def places(self, T: int) -> Tensor:
-        """Where in its text each of T new tokens per row stands: (B, T)."""
+        """The place in its text of each of T new tokens per row: (B, T)."""
         return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
 
     def attend(self, layer: int, q, k, v, prefix: LayerPrefix, visible: Visible) -> Tensor:
         """Attention of the new tokens, q, k, v (B, H, T, D), to the prefix and all tokens so far.
 
-        Padding after a row's tokens lies after its queries: causality hides it.
+        Padding after a row's tokens is hidden by causality, because it comes after its queries.
         """
         if self.longest:
             visible = replace(visible, q_offset=self.lengths)
@@ -59,7 +59,7 @@ class KVCache:
         return gated_attention(q, k, v, prefix, visible)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, T, D) after each row's tokens; return the layer's all (B, H, S, D)."""
+        """Write k, v (B, H, T, D) after each row's tokens; returns those of all (B, H, S, D)."""
         T = k.shape[2]
         row, at = torch.arange(k.shape[0], device=k.device)[:, None], self.places(T)
         self.k[layer][row, :, at] = k.transpose(1, 2)
@@ -73,6 +73,6 @@ class KVCache:
         self.longest += T
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order and as often as they are named (beams)."""
+        """Keep these rows, in this order; a row that is named twice (beams) is duplicated."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
         self.lengths = self.lengths[rows]

@@ -1,8 +1,8 @@
 """The sizes of GPT-2 and of BART, and those of the official models.
 
-A config is what config.json says of a model. What the two families do differently and needs only
-numbers to be decided is a method or a constant here: how many positions a prompt may take, what
-the decoder reads first. Imports nothing of PyTorch.
+A config holds the contents of a model's config.json. Differences between the two families that
+depend only on numbers are methods or constants here, such as how many positions a prompt may take.
+This file does not import PyTorch.
 """
 
 from dataclasses import dataclass, replace
@@ -40,11 +40,11 @@ class GPT2Config(GenerationSettings):
     embd_pdrop: float = 0.1  # probability, on embeddings; dropout acts while fine-tuning only
     resid_pdrop: float = 0.1  # probability, on what each layer adds
     attn_pdrop: float = 0.1  # kept for the file; no dropout inside attention here
-    linearisation: str = ""  # of a fine-tuned model: the frame it learned (`batches.encode_prompt`)
-    max_source: int | None = None  # likewise, to how many tokens sources were cut; None = never
+    linearisation: str = ""  # of a fine-tuned model: its frame in training, `batches.encode_prompt`
+    max_source: int | None = None  # of a fine-tuned model: tokens to which sources were cut
 
     family: ClassVar[str] = "GPT-2"
-    default_frame: ClassVar[str] = ""  # of a text, where no frame was learned: it goes in as it is
+    default_frame: ClassVar[str] = ""  # without a frame from training, a text is used as it is
 
     def __post_init__(self):
         check_heads(self)
@@ -54,7 +54,7 @@ class GPT2Config(GenerationSettings):
         return self.n_embd // self.n_head
 
     def query_factor(self, layer: int) -> float:
-        """What the queries of a layer (0 ... L - 1) are multiplied by, beside 1 / sqrt(D)."""
+        """The factor of the queries of a layer (0 ... L - 1), in addition to 1 / sqrt(D)."""
         factor = 1.0 if self.scale_attn_weights else self.head_dim**0.5
         return factor / (layer + 1) if self.scale_attn_by_inverse_layer_idx else factor
 
@@ -96,7 +96,7 @@ class BARTConfig(GenerationSettings):
     dropout: float = 0.1  # probability, on embeddings and sums; it acts while fine-tuning only
     attention_dropout: float = 0.0  # kept for the file; no dropout inside attention here
     activation_dropout: float = 0.0  # kept for the file; no dropout inside the MLPs here
-    linearisation: str = ""  # of a fine-tuned model: the frame it learned, and the next
+    linearisation: str = ""  # this and the next: the frame of a fine-tuned model, as in GPT2Config
     max_source: int | None = None
 
     family: ClassVar[str] = "BART"
@@ -110,11 +110,11 @@ class BARTConfig(GenerationSettings):
         return self.n_embd // self.n_head
 
     def at(self, site: str) -> "BARTConfig":
-        """With the number of layers that a prefix has at one of SITES."""
+        """A copy with the number of layers of one of SITES."""
         return replace(self, n_layer=self.n_encoder_layer) if site == "encoder" else self
 
     def room_for_prompt(self, n_new: int) -> int:
-        """How many positions a prompt may take: all, since it has the encoder for itself."""
+        """How many positions a prompt may take: all, since only the prompt is in the encoder."""
         return self.n_positions
 
     def room_for_new(self, prompt_len: int) -> int:
@@ -144,5 +144,5 @@ OFFICIAL: dict[str, tuple[GPT2Config | BARTConfig, int]] = {
     "facebook/bart-large": (BARTConfig(), 406_291_456),
     "facebook/bart-large-cnn": (BARTConfig(vocab_size=50264), 406_290_432),
 }
-EMBEDDED = {"mini": 17_538_816, "mini-bart": 14_462_720}  # the same of those in assets/
+EMBEDDED = {"mini": 17_538_816, "mini-bart": 14_462_720}  # the models in assets/, likewise
 MODELS = EMBEDDED | {name: n for name, (_, n) in OFFICIAL.items()}

@@ -1,13 +1,13 @@
-"""Checkpoints from the hub: only the files that are needed, resumed, and verified once.
+"""Checkpoints from the hub: downloads only necessary files, with resume, and verifies them once.
 
-`download` gives the folder of a model in the cache of `huggingface_hub` [1], shared with other
-programs; HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there. Differs from
-its `hf_hub_download` in two ways: an interrupted download goes on where it stopped, in a new
-process too (version 2 starts the file again), and a file enters the cache when its hash is right.
+`download` returns the folder of a model in the cache of `huggingface_hub` [1], which other programs
+share; HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE have the same meaning. It differs from
+`hf_hub_download` in two ways: an interrupted download continues where it stopped, also in a new
+process (version 2 starts the file again), and a file enters the cache only if its hash is right.
 
-A file's etag on the hub is its sha256 if it is a large (LFS) file, as weights are; of other files
-only the size is checked. Partial files and the record of what was verified lie in `.minprefix/` in
-the model's folder of the cache. `weight_paths` says which files of a folder hold the weights.
+The hub's etag of a large (LFS) file, such as weights, is its sha256; for other files only the size
+is checked. Partial files and the record of verified files are in `.minprefix/` in the model's
+folder of the cache. `weight_paths` finds the files that hold the weights.
 [1] https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
 
@@ -41,14 +41,14 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     NANOGPT,
 )
-# the two forms of a tokenizer, and what may stand beside
+# the two forms of a tokenizer, and optional files
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 OPTIONAL_FILES = (
     "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json",
 )  # fmt: skip
 
-# what a prefix's folder may hold, of PEFT, adapter-hub, the authors' code or ours
+# the files in a folder of a prefix, from PEFT, adapter-hub, the authors' code or ours
 PREFIX_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapter.safetensors",
     "pytorch_adapter.bin", "prefix.safetensors", "config.json", "pytorch_model.bin",
@@ -75,7 +75,7 @@ def weight_paths(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files beside it that an index names."""
+    """The files that an index names, in the same folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map from tensor names to files")
@@ -87,7 +87,7 @@ def _shards(index: Path) -> list[Path]:
 
 @contextmanager
 def _asking(name: str, doing: str) -> Iterator[None]:
-    """Turn what the hub's client raises into one line that names the model and what to do."""
+    """Turn errors of the hub's client into one line that names the model and what to do."""
     try:
         yield
     except hub_errors.OfflineModeIsEnabled as error:
@@ -102,11 +102,11 @@ def _asking(name: str, doing: str) -> Iterator[None]:
         where = f"neither a folder here nor a model on {constants.ENDPOINT}"
         raise ValueError(f"{name}: {where} ({todo})") from error
     except hub_errors.EntryNotFoundError:
-        raise  # which file is missing is known to the caller
+        raise  # the caller knows which file is missing
     except hub_errors.HfHubHTTPError as error:
         status = error.response.status_code
         raise OSError(f"{name}: {doing}: {constants.ENDPOINT} answered {status}") from error
-    # the client's own name for every failure of a connection
+    # the client's own class for every failure of a connection
     except (hub_errors.HTTPError, OSError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         todo = "check the network and run again to go on, or give a folder"
@@ -130,7 +130,7 @@ class _Repo:
 
     @property
     def folder(self) -> Path:
-        """Where the cache keeps the model, all its commits."""
+        """The model's folder in the cache, for all its commits."""
         return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type="model")
 
     def head(self, filename: str, doing: str = "asking for") -> HfFileMetadata:
@@ -147,7 +147,7 @@ class _Repo:
             return meta
 
     def get(self, filename: str) -> Path | None:
-        """The file in the cache, downloaded if need be; None if the model has none."""
+        """The file in the cache, downloaded if necessary; None if the model has no such file."""
         path = find_cached(self.name, filename, revision=self.commit)
         if not isinstance(path, str):
             try:
@@ -173,19 +173,19 @@ class _Repo:
         return Path(path)
 
     def need(self, filename: str) -> Path:
-        """`get`, where a file that the model does not have is an error."""
+        """`get`, but ValueError if the model does not have the file."""
         if (path := self.get(filename)) is None:
             raise ValueError(f"{self.name}: {constants.ENDPOINT} has no {filename} for it")
         return path
 
     def check(self, path: Path) -> None:
-        """Verify a file of the cache, whose blob is named by its etag, if nobody has done so."""
+        """Verify a file of the cache, whose blob is named by its etag, unless it was verified."""
         if path.is_symlink():
             blob = path.parent / os.readlink(path)
             self._verify(blob, path.name, blob.name)
 
     def _download(self, filename: str, size: int | None, partial: Path) -> None:
-        """Write the file to `partial`, going on where an earlier download stopped."""
+        """Write the file to `partial`, continuing where an earlier download stopped."""
         url = hf_hub_url(self.name, filename, revision=self.commit)
         # compressed answers have no byte ranges
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
@@ -207,7 +207,7 @@ class _Repo:
                 raise
 
     def _verify(self, path: Path, filename: str, etag: str) -> None:
-        """Compare a file's sha256 with its etag, once: the record holds its size and time."""
+        """Compare a file's sha256 with its etag; the record of its size and time avoids repeats."""
         if not SHA256.fullmatch(etag):
             return
         record = self.folder / ".minprefix" / f"{etag}.verified"
@@ -231,18 +231,18 @@ class _Repo:
 
 
 def download(name: str, *, check: Callable[[Path], object], progress: bool = True) -> Path:
-    """The folder, in the cache, of the newest version of a model; downloads what is missing.
+    """The folder in the cache of the newest version of a model; downloads what is missing.
 
-    Without a hub (HF_HUB_OFFLINE, no network) the version in the cache is taken if it is whole.
+    Without a hub (HF_HUB_OFFLINE, no network) the version in the cache is used if it is complete.
 
     Args:
         name: the model's id on the hub, such as gpt2.
-        check: called with the folder when config.json is there, before the weights are asked for;
-            raises ValueError if nobody can use such a model.
+        check: called with the folder once config.json is there, before the weights are downloaded;
+            raises ValueError if such a model is not supported.
         progress: show a bar per file, on a terminal.
     Raises:
         OSError: the hub or the disk failed; says what to do.
-        ValueError: no such model, or not one with the files needed, or a damaged file.
+        ValueError: no such model, missing files, or a damaged file.
     """
     try:
         validate_repo_id(name)
@@ -273,7 +273,7 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
         raise ValueError(f"{name}: {constants.ENDPOINT} has no {' or '.join(WEIGHT_FILES)} for it")
     for path in weight_paths(folder):
         repo.need(path.name)
-    # what is read when offline: until here, the version before
+    # the version that is used offline; until here it was the previous one
     main = repo.folder / "refs" / "main"
     if not main.is_file() or main.read_bytes() != repo.commit.encode():
         try:
@@ -285,12 +285,12 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
 
 
 def download_prefix(name: str) -> Path:
-    """The folder, in the cache, of the newest version of a prefix on the hub; of it those files
-    that a prefix may have. Offline the version in the cache is taken.
+    """The folder in the cache of the newest version of a prefix on the hub, with the files that a
+    prefix may have. Offline, the version in the cache is used.
 
     Raises:
         OSError: the hub or the disk failed; says what to do.
-        ValueError: nothing of this name, or no prefix is in it.
+        ValueError: nothing has this name, or it has no prefix.
     """
     try:
         validate_repo_id(name)
@@ -314,7 +314,7 @@ def download_prefix(name: str) -> Path:
 
 
 def _whole_in_cache(repo: _Repo) -> Path | None:
-    """The folder of the version that the cache has, if all of its files are there."""
+    """The folder of the version in the cache, if it is complete."""
     config = find_cached(repo.name, "config.json")
     if not isinstance(config, str):
         return None

@@ -1,18 +1,19 @@
-"""The loss of eq. (2) without the logits: head and cross entropy, a few positions at a time.
+"""The loss of eq. (2) without all logits in memory: head and cross entropy, in parts.
 
 For one target position with hidden state h (C,), label y and head W (V, C), logits s = W h (in BART
 W h + b),
 
     loss = log sum_v exp(s_v) - s_y,     d loss / d h = W^T (softmax(s) - e_y),
 
-e_y being 1 at y and 0 elsewhere. The gradient needs nothing that comes later, so it is made with
-the loss, while the logits of a few positions are at hand; the backward pass only scales it.
-`kernels.cross_entropy_` writes softmax(s) - e_y over the logits, between the two products with W.
-All logits of a batch, (positions, V) in fp32 and again as their gradient, never exist.
+where e_y is 1 at y and 0 elsewhere. The gradient depends on nothing that comes later, so it is
+computed together with the loss, while the logits of some positions are in memory; the backward pass
+only scales it. `kernels.cross_entropy_` overwrites the logits by softmax(s) - e_y, between the two
+products with W. The logits of a whole batch, (positions, V) in fp32, and their gradient never
+exist.
 
-This is for a frozen head. `LanguageModel.token_losses` takes PyTorch's own functions where W is
-trained. A head of many rows is multiplied faster on a GPU where their number is a multiple of 64
-(cuBLAS has no good kernel for V = 50257): `with_padding` makes room for that.
+This is for a frozen head. If W is trained, `LanguageModel.token_losses` uses PyTorch's own
+functions. On a GPU, products with the head are faster if its number of rows is a multiple of 64
+(cuBLAS has no good kernel for V = 50257), which `with_padding` provides.
 """
 
 import torch
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from kernels import cross_entropy_
 
-IGNORE = -100  # a label at which there is no loss
+IGNORE = -100  # the label of positions without a loss
 CHUNK = 1024  # positions at a time: for V = 50257 0.2 GB in fp32
-GPU_CHUNK = 2048  # the same in bf16, and rows enough for a GPU
+GPU_CHUNK = 2048  # 0.2 GB in bf16, and enough rows for a GPU
 MULTIPLE = 64  # rows of a padded head
 
 
@@ -59,10 +60,10 @@ def frozen_head_loss(
     """-log p of each label, in nats: (n,), fp32 (fp64 from fp64).
 
     Args:
-        hidden: (n, C), what the head reads at the positions with a label.
-        weight: (V', C), the head; it gets no gradient. Rows from V on are not looked at.
+        hidden: (n, C), the input of the head at the positions with a label.
+        weight: (V', C), the head; it gets no gradient. Rows from V on are ignored.
         labels: (n,) int64 in [0, V).
-        chunk: positions whose logits exist at once; None = `CHUNK`, on a GPU `GPU_CHUNK`.
+        chunk: number of positions whose logits exist at once; None = `CHUNK` or `GPU_CHUNK`.
         bias: (V',), the head's; it gets no gradient.
         vocab_size: V; None = V'.
     """

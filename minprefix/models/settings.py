@@ -1,8 +1,8 @@
-"""What a checkpoint says of generation, by the names of transformers' `generate` [1].
+"""The settings for generation in a checkpoint, with the names of transformers' `generate` [1].
 
-transformers reads generation_config.json and, where there is none, the same keys of config.json.
-So does `read_settings`. Each of its keys is followed (a field of `GenerationSettings`), harmless
-(`HARMLESS`: it changes no token), or named in one line (`not_followed`).
+transformers reads generation_config.json or, if it is missing, the same keys of config.json. So
+does `read_settings`. Each key is obeyed (a field of `GenerationSettings`), harmless (`HARMLESS`: it
+does not change tokens), or reported in one line (`not_followed`).
 [1] https://huggingface.co/docs/transformers/main_classes/text_generation
 """
 
@@ -21,29 +21,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How `generate` chooses tokens where its caller does not say; None = nothing is said."""
+    """How `generate` chooses tokens unless its caller says otherwise; None = not given."""
 
-    bos_token_id: int | None = None  # what a text from nothing begins with
-    eos_token_id: int | tuple[int, ...] | None = None  # what ends a text; None = nothing does
+    bos_token_id: int | None = None  # the first token of a text that starts from nothing
+    eos_token_id: int | tuple[int, ...] | None = None  # the tokens that end a text; None = no token
     forced_bos_token_id: int | None = None  # the first token of a BART's text
     forced_eos_token_id: int | None = None  # the last of max_new_tokens
     max_new_tokens: int | None = None
     min_new_tokens: int = 0
     num_beams: int = 1
     length_penalty: float = 1.0
-    early_stopping: bool | str = False  # or "never": as long as a better text could still come
+    early_stopping: bool | str = False  # or "never": continue while a better text is possible
     no_repeat_ngram_size: int = 0
     repetition_penalty: float = 1.0
-    temperature: float = 1.0  # this and the next two where the caller asks for samples
+    temperature: float = 1.0  # this and the next two apply if the caller requests sampling
     top_k: int = 0
     top_p: float = 1.0
-    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # never in a row; an end of text may come
-    suppress_tokens: tuple[int, ...] = ()  # never
-    begin_suppress_tokens: tuple[int, ...] = ()  # never first
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # forbidden sequences; a lone eos is ignored
+    suppress_tokens: tuple[int, ...] = ()  # never generated
+    begin_suppress_tokens: tuple[int, ...] = ()  # never generated first
     stop_strings: tuple[str, ...] = ()
 
     def of_model(self) -> dict[str, Any]:
-        """What is not about generation, and the tokens that begin and end a text."""
+        """The fields that are not about generation, and the tokens that begin and end a text."""
         kept = ("bos_token_id", "eos_token_id")
         return {n: x for n, x in vars(self).items() if n not in NAMES or n in kept}
 
@@ -64,9 +64,9 @@ class GenerationSettings:
 
 
 NAMES = tuple(field.name for field in fields(GenerationSettings))
-LENGTHS = ("max_length", "min_length")  # followed with a BART, whose prompt is not counted
+LENGTHS = ("max_length", "min_length")  # obeyed with a BART, whose prompt is not counted
 
-# what changes no token here or there: caches, what is returned, speed, padding that nobody sees
+# keys that do not change tokens: caches, returned values, speed, padding
 HARMLESS = frozenset({
     "_from_model_config", "transformers_version", "pad_token_id", "use_cache",
     "cache_implementation", "cache_config", "max_cache_len", "output_attentions",
@@ -79,7 +79,7 @@ HARMLESS = frozenset({
     "decoder_start_token_id",  # read by `weights_bart.py`; a GPT-2 has no start
 })  # fmt: skip
 
-# the others, with the value that means nothing
+# the other keys, with the value that has no effect
 NEUTRAL: dict[str, Any] = {
     "max_length": None, "min_length": 0, "max_time": None, "min_p": None, "top_h": None,
     "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "encoder_repetition_penalty": 1.0,
@@ -88,18 +88,18 @@ NEUTRAL: dict[str, Any] = {
     "guidance_scale": None, "watermarking_config": None, "num_return_sequences": 1,
     "encoder_no_repeat_ngram_size": 0, "penalty_alpha": None, "dola_layers": None,
     "diversity_penalty": 0.0, "num_beam_groups": 1, "constraints": None, "force_words_ids": None,
-    "do_sample": False,  # a caller asks for it
+    "do_sample": False,  # sampling is requested by the caller
 }  # fmt: skip
 
 
 def file_of(folder: Path) -> Path:
-    """The file of a checkpoint that says how to generate."""
+    """The file with a checkpoint's settings for generation."""
     path = folder / "generation_config.json"
     return path if path.is_file() else folder / "config.json"
 
 
 def read_settings(folder: Path, family: str, silent: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `GenerationSettings` by a checkpoint's file; `silent`: where it says nothing.
+    """The fields of `GenerationSettings` from a checkpoint's file; `silent` has the defaults.
 
     Raises:
         ValueError: a value of the wrong type; names the file, the key and the value.
@@ -107,22 +107,22 @@ def read_settings(folder: Path, family: str, silent: dict[str, Any]) -> dict[str
     path = file_of(folder)
     raw = {key: value for key, value in read_json(path).items() if value is not None}
     if path.name == "config.json":
-        # null says that there is none; where nothing is said, the family's own
+        # null means that there is none; a missing key means the family's default
         raw = {key: value for key, value in silent.items() if key not in read_json(path)} | raw
     if raw.get("forced_bos_token_id") is None and raw.get("force_bos_token_to_be_generated"):
         raw["forced_bos_token_id"] = raw.get("bos_token_id", silent.get("bos_token_id"))
-    if family == "BART":  # its lengths count the start token, which is not new
+    if family == "BART":  # its lengths include the start token, which is not new
         for long, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             if long in raw and new not in raw and isinstance(raw[long], int):
                 raw[new] = max(raw[long] - 1, int(new == "max_new_tokens"))
-    else:  # a first token is forced where a text has one token: never after a prompt
+    else:  # transformers forces a first token only for texts of one token, not after a prompt
         raw.pop("forced_bos_token_id", None)
     values = {name: checked(path, name, raw[name]) for name in NAMES if name in raw}
     return values
 
 
 def checked(path: Path, name: str, value: Any) -> Any:
-    """A value in the form of its field; ValueError if it has none."""
+    """A value converted to the type of its field; ValueError if that is impossible."""
     ids = (int,)
     error = ValueError(f"{path}: {name} is {brief(value)}")
     if name == "bad_words_ids":
@@ -159,15 +159,15 @@ def checked(path: Path, name: str, value: Any) -> Any:
 
 
 def not_followed(folder: Path, family: str) -> list[str]:
-    """Settings of a checkpoint that generation here does not follow, as "key value"."""
+    """Settings of a checkpoint that generation here does not obey, as "key value"."""
     path = file_of(folder)
-    raw = read_json(path) if path.is_file() else {}  # nanoGPT has none
+    raw = read_json(path) if path.is_file() else {}  # nanoGPT has no such file
     followed = {*NAMES, *HARMLESS}
     if family == "BART":
         followed |= {*LENGTHS, "forced_bos_token_id"}
     else:
         followed -= {"forced_bos_token_id"}
-    if path.name == "config.json":  # the rest is about the model
+    if path.name == "config.json":  # its other keys are about the model
         raw = {key: value for key, value in raw.items() if key in NEUTRAL or key in NAMES}
     odd = [
         f"{key} {value!r}"
@@ -178,6 +178,6 @@ def not_followed(folder: Path, family: str) -> list[str]:
 
 
 def warn_not_followed(folder: Path, family: str) -> None:
-    """One line that names them."""
+    """Log one line that names the settings in `not_followed`."""
     if odd := not_followed(folder, family):
         log.warning("%s: not followed by generation here: %s", file_of(folder), ", ".join(odd))

@@ -1,6 +1,6 @@
-"""The tensors of a checkpoint's files, in all forms that the hub and training programs write.
+"""Reads the tensors of a checkpoint, in all forms that the hub and training programs write.
 
-Read `read_weights`, then `unwrapped`. Pickles are read as tensors only: code in them is refused.
+Read `read_weights`, then `unwrapped`. From pickles only tensors are read; code in them is rejected.
 """
 
 import zipfile
@@ -15,7 +15,7 @@ from minprefix.limits import check_unpacked
 from minprefix.models import hub
 from minprefix.tensors import check_seal, load_tensors
 
-# what wrappers of a model put before its names, and training programs around its tensors
+# prefixes of names from wrappers of a model, and keys under which programs store its tensors
 WRAPPERS = ("module.", "_orig_mod.", "model.transformer.")
 INSIDE = ("model", "state_dict", "model_state_dict")
 
@@ -36,15 +36,15 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             raise FileNotFoundError(f"{path}: missing, but the index beside it lists it")
         if path.suffix == ".safetensors":
             tensors |= load_tensors(path)[0]
-            check_seal(path)  # a model that was fine-tuned here has one
+            check_seal(path)  # models that were fine-tuned here have a checksum
         else:
             tensors |= read_pickle(path)
     return tensors
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote, or those that a training program put `INSIDE`
-    something larger."""
+    """The tensors of a file written by torch.save, which may be `INSIDE` the larger object of a
+    training program."""
     tensors = unpickle(path)
     if isinstance(tensors, dict):
         parts = [tensors[name] for name in INSIDE if isinstance(tensors.get(name), dict)]
@@ -63,7 +63,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def unpickle(path: Path, device: torch.device | str = "cpu") -> Any:
-    """What a file of torch.save holds; code in it is refused, not run."""
+    """The contents of a file of torch.save; code in it is rejected, not run."""
     with reading(path):
         need_file(path)
         if zipfile.is_zipfile(path):
@@ -71,14 +71,14 @@ def unpickle(path: Path, device: torch.device | str = "cpu") -> Any:
                 check_unpacked(path, sum(entry.file_size for entry in archive.infolist()))
         try:
             return torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:  # unpickling a damaged file raises almost anything
-            # what PyTorch says is how to run the code in the file
+        except Exception as error:  # unpickling a damaged file can raise anything
+            # PyTorch's own message explains how to run the code in the file
             raise ValueError(f"{path}: damaged, or holds something other than tensors") from error
 
 
 def unwrapped(raw: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The tensors under their own names, without what DataParallel and torch.compile put before
-    all of them; ValueError for a tensor that is there under two names."""
+    """The tensors without the prefixes that DataParallel and torch.compile add to all names;
+    ValueError for a tensor that occurs under two names."""
     tensors = {}
     for key, tensor in raw.items():
         name = key

@@ -1,14 +1,15 @@
 """The byte-level BPE tokenizer of GPT-2 and BART, from tokens, ids and merges.
 
-Text is cut into words by a regular expression, each word becomes UTF-8 bytes, and neighbouring
-tokens are merged, always the pair that stands first in merges.txt, until none of its pairs is left
-[1]. tiktoken [2] does that fast, but numbers tokens by merge priority ("rank"), so its ranks go
-through a table to the ids of the vocabulary: in GPT-2 the two are equal, in BART they are not.
+Text is split into words by a regular expression, and each word into UTF-8 bytes. Then neighbouring
+tokens are merged, always the pair that comes first in merges.txt, until no pair is left [1].
+tiktoken [2] is a fast implementation, but numbers tokens by merge priority ("rank"). A table maps
+its ranks to the ids of the vocabulary, which are equal in GPT-2, but not in BART.
 
-Read `Tokenizer`; `vocabulary.py` reads a checkpoint's files. In them a byte is written as one
-printable character (`BYTE_CHARS`), and a token that neither is a byte nor comes from a merge is
-special, text never turns into it, or was added by somebody (`Added`) and stands in text as a whole.
-`Tokenizer.train` finds the merges in texts (Sennrich et al. 2016 [3]); the library [4] does it.
+Read `Tokenizer`; `vocabulary.py` reads a checkpoint's files. They write a byte as one printable
+character (`BYTE_CHARS`). A token that is neither a byte nor the result of a merge is either
+special, and then never the encoding of text, or it was added by a user (`Added`) and is found in
+text as a whole. `Tokenizer.train` finds merges in texts (Sennrich et al. 2016 [3]) with the library
+[4].
 [1] https://github.com/openai/gpt-2/blob/master/src/encoder.py   [2] https://github.com/openai/tiktoken
 [3] https://arxiv.org/abs/1508.07909   [4] https://github.com/huggingface/tokenizers
 """
@@ -26,15 +27,15 @@ from minprefix.files import write_text
 from minprefix.limits import BLANKS
 
 ENDOFTEXT = "<|endoftext|>"
-# what tokenizer_config.json calls special tokens, the first three as in SPECIAL
+# the names of special tokens in tokenizer_config.json, the first three as in SPECIAL
 ROLES = (
     "bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token",
 )  # fmt: skip
-# by family: the special tokens that stand before a text, after it, and in padding
+# by family: the special tokens before a text, after it, and in padding
 SPECIAL = {"gpt2": (ENDOFTEXT, ENDOFTEXT, ENDOFTEXT), "bart": ("<s>", "</s>", "<pad>")}
 
 # 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ of [1], written as in
-# tiktoken: the same words, but possessive (++), so that long runs cost no backtracking
+# tiktoken: the same words, but possessive (++), which avoids backtracking in long runs
 WORD = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
@@ -59,7 +60,7 @@ def check_blanks(text: str) -> str:
 
 @dataclass(frozen=True)
 class Added:
-    """A token that somebody added to a vocabulary: where its text stands, it is one token."""
+    """A token that was added to a vocabulary: its text is always this one token."""
 
     content: str
     special: bool = False  # left out of decoded text
@@ -80,10 +81,10 @@ class Tokenizer:
     Attributes:
         vocab_size: one more than the largest id, special and added tokens included.
         family: "gpt2" or "bart".
-        bos_id, eos_id, pad_id: in GPT-2 all are <|endoftext|>, which stands between documents,
-            unless its files name others; in BART they are <s>, </s> and <pad>.
-        start_id: what a BART's decoder reads first; mostly its eos.
-        text_ids: ids of text are below it; special and added tokens may lie beyond.
+        bos_id, eos_id, pad_id: in GPT-2 all are <|endoftext|>, which separates documents, unless
+            its files name others; in BART they are <s>, </s> and <pad>.
+        start_id: the first token for a BART's decoder, usually its eos.
+        text_ids: ids of text are below it; special and added tokens may be above.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Tokenizer:
     ):  # fmt: skip
         """
         Args:
-            vocab: the id of each token; every byte and the result of every merge has one.
+            vocab: the id of each token, including every byte and the result of every merge.
             merges: pairs of tokens in order of priority. `from_folder` checks both.
             special: the tokens before a text, after it and in padding; None = the family's.
             added: tokens of `vocab` that are found in text as a whole.
@@ -101,7 +102,7 @@ class Tokenizer:
         self.vocab_size, self.family = max(vocab.values()) + 1, family
         self.bos_id, self.eos_id, self.pad_id = (vocab[t] for t in special or SPECIAL[family])
         self.start_id = self.eos_id
-        # dicts keep the first place of a token: its rank is its best merge's
+        # a dict keeps the first place of a token, so its rank is that of its best merge
         by_id = sorted(BYTE_CHARS, key=vocab.__getitem__)
         ranked = list(dict.fromkeys([*by_id, *(a + b for a, b in merges)]))
         as_bytes = [bytes(BYTE_OF[char] for char in token) for token in ranked]
@@ -121,7 +122,7 @@ class Tokenizer:
         )
 
     def _find(self, added: Sequence[Added]) -> None:
-        """From now on these tokens are found in text, the longest first."""
+        """Find these tokens in text from now on, the longest first."""
         found = [token for token in added if not token.control]
         by_length = sorted(found, key=lambda token: -len(token.content))
         patterns = "|".join(f"({token.pattern()})" for token in by_length)
@@ -129,8 +130,8 @@ class Tokenizer:
         self._added_ids = [self._vocab[token.content] for token in by_length]
 
     def fit(self, vocab_size: int) -> list[str]:
-        """For a model of so many tokens: those beyond it are no longer found in text, and are
-        returned; ids that only the model has decode to nothing."""
+        """Adapt to a model with `vocab_size` tokens. Returns the tokens beyond it, which are no
+        longer found in text; ids that only the model has decode to nothing."""
         lost = [token for token in self._added if self._vocab[token.content] >= vocab_size]
         self._find([token for token in self._added if token not in lost])
         self._bytes_of_id += [b""] * (vocab_size - len(self._bytes_of_id))
@@ -144,7 +145,7 @@ class Tokenizer:
         """Read tokenizer.json, or vocab.json and merges.txt; see `vocabulary.read`.
 
         Args:
-            ids: of the special tokens, where the files name tokens that they do not have.
+            ids: of the special tokens, in case the files name tokens that they do not have.
         Raises:
             FileNotFoundError: there is neither.
             ValueError: malformed, or parts disagree; names the file and the line or token.
@@ -155,9 +156,9 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Byte-level BPE of these texts: again and again the most frequent pair is merged.
+        """Train byte-level BPE on these texts, repeatedly merging the most frequent pair.
 
-        Ids are in the order of GPT-2's: the bytes, the merges as they were found, <|endoftext|>.
+        Ids are ordered as in GPT-2: the bytes, the merges in their order, <|endoftext|>.
         The same texts give the same tokenizer.
 
         Args:

@@ -87,7 +87,7 @@ def _byte_level_bpe(path: Path, raw: dict[str, Any]) -> tuple[dict[str, int], li
 
 
 def _listed(folder: Path) -> list[dict[str, Any]]:
-    """The added tokens of added_tokens.json, with the flags that tokenizer_config.json gives."""
+    """The added tokens of added_tokens.json, with their flags from tokenizer_config.json."""
     path, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
     flags = read_json(config).get("added_tokens_decoder") if config.is_file() else {}
     listed: dict[Any, dict[str, Any]] = {
@@ -103,7 +103,7 @@ def _listed(folder: Path) -> list[dict[str, Any]]:
 def _named(folder: Path) -> dict[str, str]:
     """The special tokens that the files name, by their roles."""
     named = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the latter decides
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins
         raw = read_json(folder / name) if (folder / name).is_file() else {}
         for role in ROLES:
             token = raw.get(role)
@@ -117,7 +117,7 @@ def _special(
     path: Path, vocab: dict[str, int], family: str, named: dict[str, str],
     ids: Sequence[int | None],
 ) -> tuple[str, ...]:  # fmt: skip
-    """The tokens before a text, after it and in padding; a GPT-2 pads with what ends a text."""
+    """The tokens before a text, after it and in padding; a GPT-2 pads with the end token."""
     texts, special = {token_id: text for text, token_id in vocab.items()}, []
     for role, usual, token_id in zip(ROLES, SPECIAL[family], ids, strict=False):
         if role == "pad_token" and family == "gpt2":
@@ -132,10 +132,10 @@ def _special(
 
 
 def _check_vocab(path: Path, vocab: dict[str, int], added: Container[str]) -> None:
-    """ValueError for an id that is none or belongs to two tokens, or a byte without a token."""
+    """ValueError for an invalid id, an id of two tokens, or a byte without a token."""
     owner: dict[int, str] = {}
     for token, token_id in vocab.items():
-        # where a model was padded before tokens were added, these have larger ids
+        # if a model was padded before tokens were added, these have larger ids
         size = 2 * len(vocab) + 1024 if token in added else len(vocab)
         if type(token_id) is not int or not 0 <= token_id < size:
             told = f"the file has {len(vocab)} tokens"
@@ -161,7 +161,7 @@ def _read_merges(path: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def _pairs(path: Path, lines: list[tuple[str, Any]], vocab: dict[str, int]):
-    """Pairs of tokens; one may use bytes and the results of earlier ones."""
+    """Pairs of tokens, which may consist of bytes and the results of earlier pairs."""
     merges, known = [], set(BYTE_CHARS)
     for where, line in lines:
         pair = tuple(line) if isinstance(line, list) else ()

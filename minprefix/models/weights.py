@@ -1,14 +1,14 @@
 """Official GPT-2 and BART checkpoints: from a folder or the hub to a model, and back to a folder.
 
-Read `load`, the public entry: `find` says which folder a name means, `read_config` and
-`read_weights` take it apart, and every tensor is compared with the model by name and shape before
-one is used. `save_model` writes a folder that `transformers` [1] loads. A checkpoint is
-config.json, model.safetensors (or pytorch_model.bin; either may be in shards), tokenizer.json, or
-vocab.json and merges.txt, and perhaps generation_config.json. Names may begin as DataParallel and
-torch.compile leave them; a folder of nanoGPT [2] has its sizes in ckpt.pt.
+Read `load`, the public entry: `find` finds the folder for a name, `read_config` and `read_weights`
+read it, and the names and shapes of all tensors are compared with the model before any is used.
+`save_model` writes a folder that `transformers` [1] loads. A checkpoint consists of config.json,
+model.safetensors (or pytorch_model.bin; either may be in shards), tokenizer.json or vocab.json and
+merges.txt, and optionally generation_config.json. Names may have the prefixes of DataParallel and
+torch.compile; a folder of nanoGPT [2] has its sizes in ckpt.pt.
 
-What differs between the two families is in `weights_gpt2.py` and `weights_bart.py`, which have the
-same functions.
+The differences between the two families are in `weights_gpt2.py` and `weights_bart.py`, which have
+the same functions.
 [1] https://github.com/huggingface/transformers   [2] https://github.com/karpathy/nanoGPT
 """
 
@@ -45,15 +45,15 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 FAMILIES = {family.CONFIG.family: family for family in (weights_gpt2, weights_bart)}
 
 log = logging.getLogger(__name__)
-LISTED = 5  # names of tensors, at most, per kind of error
+LISTED = 5  # most names of tensors in a message, for each kind of error
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The folder of a checkpoint: embedded, a folder of this name, or one fetched from the hub.
+    """The folder of a checkpoint: embedded, a folder of this name, or one downloaded from the hub.
 
     Raises:
         FileNotFoundError: it looks like a path, but there is no such folder.
-        OSError, ValueError: as `fetch`.
+        OSError, ValueError: see `fetch`.
     """
     if name_or_path in EMBEDDED:
         return ASSETS / name_or_path
@@ -71,7 +71,7 @@ def find(name_or_path: str | Path) -> Path:
 
 
 def fetch(name: str, *, progress: bool = True) -> Path:
-    """The folder, in the cache, of a model of the hub; downloads what is missing, with resume.
+    """The folder in the cache of a model on the hub; downloads what is missing, with resume.
 
     Args:
         name: the model's id on the hub, such as gpt2 or facebook/bart-large.
@@ -85,10 +85,10 @@ def fetch(name: str, *, progress: bool = True) -> Path:
 
 @names_file
 def read_config(folder: Path) -> GPT2Config | BARTConfig:
-    """config.json, with the family's defaults for what it does not say.
+    """config.json, with the family's defaults for missing keys.
 
     Raises:
-        ValueError: another kind of model, a part that ours lacks, a value of the wrong type.
+        ValueError: another kind of model, an unsupported part, a value of the wrong type.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -100,7 +100,7 @@ def read_config(folder: Path) -> GPT2Config | BARTConfig:
     for family in FAMILIES.values():
         if raw.get("model_type") in family.ONLY["model_type"]:
             check_only(path, raw, family.ONLY | {"activation_function": activations(family)})
-            settings = dict.fromkeys(family.SILENT)  # what nothing says is none
+            settings = dict.fromkeys(family.SILENT)  # missing keys mean None
             settings |= read_settings(folder, family.CONFIG.family, family.SILENT)
             return make_config(family.CONFIG, family.in_our_names(raw, path), path, settings)
     kind = brief(raw.get("model_type"))
@@ -108,13 +108,13 @@ def read_config(folder: Path) -> GPT2Config | BARTConfig:
 
 
 def activations(family) -> tuple[str, ...]:
-    """What config.json may call the function inside the MLPs; its default first."""
+    """The supported names of the function inside the MLPs in config.json; the default first."""
     usual = family.CONFIG.activation_function
     return (usual, *(name for name in FUNCTIONS if name != usual))
 
 
 def check_only(path: Path, raw: dict, only: dict[str, tuple]) -> None:
-    """ValueError if config.json asks for a part that we have in another form."""
+    """ValueError if config.json has a value that is not supported."""
     for key, allowed in only.items():
         value = raw.get(key, allowed[0])
         if value not in allowed or type(value) is not type(allowed[0]):  # since 1 == True
@@ -123,7 +123,7 @@ def check_only(path: Path, raw: dict, only: dict[str, tuple]) -> None:
 
 
 def make_config(kind: type, raw: dict, path: Path, settings: dict):
-    """A config dataclass of the values by its fields; ValueError for one of the wrong type."""
+    """A config dataclass from the values; ValueError for a value of the wrong type."""
     values = dict(settings)
     for field in fields(kind):
         if field.name in NAMES:
@@ -135,7 +135,7 @@ def make_config(kind: type, raw: dict, path: Path, settings: dict):
         if not fits or (
             isinstance(value, int | float)
             and field.type is not bool
-            and not least <= value < math.inf  # nor NaN
+            and not least <= value < math.inf  # also catches NaN
         ):
             raise ValueError(f"{path}: {field.name} is {brief(value)}")
     try:
@@ -150,7 +150,7 @@ def make_config(kind: type, raw: dict, path: Path, settings: dict):
 
 
 def _check_sizes(tensors: dict[str, Tensor], config: Any, folder: Path) -> None:
-    """ValueError if config.json asks for far more than the weights have: nothing is built then."""
+    """ValueError if config.json has far larger sizes than the weights, before a model is built."""
     widest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     for name in ("n_layer", "n_encoder_layer", "vocab_size", "n_positions", "n_embd", "n_inner"):
         most = len(tensors) if name.endswith("_layer") else widest
@@ -161,7 +161,7 @@ def _check_sizes(tensors: dict[str, Tensor], config: Any, folder: Path) -> None:
 
 
 def _check_fit(tensors: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
-    """Compare names and shapes with the model's; one error lists all that is wrong."""
+    """Compare names and shapes with the model's; one error lists all differences."""
     both = [name for name in wanted if name in tensors]
     problems = {
         "missing": [name for name in wanted if name not in tensors],
@@ -186,7 +186,7 @@ def check_device(device: str) -> None:
     """ValueError if tensors cannot be made on this device."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: builds without CUDA
         reason = str(error).split("\n")[0]
         raise ValueError(f"device {device} cannot be used: {reason}") from error
 
@@ -221,12 +221,12 @@ def load(
 
     Args:
         name_or_path: a name in `MODELS`, any other GPT-2 or BART of the hub, or a checkpoint's
-            folder. Which of the two it is, config.json says.
-        dtype: of the parameters, whatever the file has; mini is stored in bf16.
+            folder. config.json says which of the two it is.
+        dtype: of the parameters, whatever the dtype in the file; mini is stored in bf16.
         device: such as cpu or cuda.
     Raises:
-        OSError: nothing of this name, or it cannot be read or downloaded.
-        ValueError: what is there is damaged, unsupported, or does not fit together.
+        OSError: nothing has this name, or it cannot be read or downloaded.
+        ValueError: the files are damaged, unsupported, or do not fit together.
     """
     if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype {dtype} is not one of float64, float32, float16, bfloat16")
@@ -252,8 +252,8 @@ def load(
 def save_model(model: GPT2 | BART, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write a folder that `load` and `transformers` read: the model in its dtype, the tokenizer.
 
-    All files are written before the first is renamed, and config.json comes last: a full disk
-    changes nothing, and a new folder without config.json is one that was not finished.
+    All files are written before the first is renamed, and config.json is renamed last. A full disk
+    therefore changes nothing, and a new folder without config.json is incomplete.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -270,10 +270,10 @@ def save_model(model: GPT2 | BART, tokenizer: Tokenizer, folder: str | Path) -> 
     texts = {"config.json": json.dumps(config, indent=1) + "\n", **tokenizer.files()}
     said = {name: x for name, x in settings.items() if x != getattr(GenerationSettings, name)}
     ids = ("bos_token_id", "eos_token_id", "decoder_start_token_id")
-    if said.keys() - ids:  # else config.json says it all
+    if said.keys() - ids:  # otherwise config.json has all of it
         said = {name: getattr(model.config, name, None) for name in ids} | said
         texts["generation_config.json"] = json.dumps(said, indent=1) + "\n"
-    with ExitStack() as stack:  # ends, and so renames, in reverse order
+    with ExitStack() as stack:  # closes, and therefore renames, in reverse order
         for name, text in texts.items():
             stack.enter_context(atomic_write(folder / name)).write_bytes(text.encode())
         save_tensors(folder / "model.safetensors", state, {"format": "pt"}, sealed=True)
@@ -288,7 +288,7 @@ def digests(config: GPT2Config | BARTConfig, state: dict[str, Tensor]) -> str:
     family = FAMILIES[config.family]
     fields = {name: getattr(config, name) for name in family.ARCHITECTURE}
     fields["n_inner"] = fields["n_inner"] or 4 * config.n_embd
-    for name in family.RELATIVES:  # said only where it differs, as older fingerprints say nothing
+    for name in family.RELATIVES:  # only non-default values, as older fingerprints omit them
         if (value := getattr(config, name)) != getattr(type(config), name):
             fields[name] = value
     begin = json.dumps(fields, sort_keys=True).encode()
@@ -303,30 +303,30 @@ def digests(config: GPT2Config | BARTConfig, state: dict[str, Tensor]) -> str:
 
 
 def fingerprint(model: GPT2 | BART) -> str:
-    """64 hexadecimal digits that name a model by content; compare with `same_model`.
+    """64 hexadecimal digits that identify a model by its contents; compare with `same_model`.
 
-    sha256 over the fields that shape it and 64 fixed elements of each tensor. Copies in fp32 and
-    bf16 agree in the half that is made of bf16 roundings, copies in fp32 and fp16 in the other. A
-    model that was loaded in a shorter dtype than its file, or shortened since, and not changed
-    otherwise has the file's.
+    It is a sha256 over the fields that determine its shape and 64 fixed elements of each tensor.
+    Copies in fp32 and bf16 agree in the half for bf16 rounding, copies in fp32 and fp16 in the
+    other half. A model that was only converted to a shorter dtype keeps the fingerprint of its
+    file.
     """
     own, origin = digests(model.config, model.state_dict()), getattr(model, "origin", "")
     return origin if origin and same_model(origin, own) else own
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two fingerprints may name copies of one model; older ones are 64 digits of bf16."""
+    """Whether two fingerprints may belong to copies of one model; older ones are only for bf16."""
     return bool(one) and (one[:HALF] == other[:HALF] or one[HALF:] == other[HALF:] != "")
 
 
 def need_gpt2(model: LanguageModel, what: str) -> None:
-    """ValueError for a BART; `what` is for GPT-2 alone."""
+    """ValueError for a BART; `what` is only for GPT-2."""
     if not isinstance(model, GPT2):
         raise ValueError(f"{what} is for GPT-2 only, and the model is a {type(model).__name__}")
 
 
 def check_base(base: str, model: GPT2 | BART, what: str) -> None:
-    """ValueError if `what` names a base model, by its fingerprint, and it is not `model`."""
+    """ValueError if the fingerprint `base` of `what` is not that of `model`; "" passes."""
     if base and not same_model(base, own := fingerprint(model)):
         raise ValueError(
             f"this {what} was made for another model: its base is {base[:12]}, "

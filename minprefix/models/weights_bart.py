@@ -1,9 +1,9 @@
-"""BART's official checkpoints: their names for what `bart.py` has, and what they may say.
+"""BART's official checkpoints: their names for the parts of `bart.py`, and supported settings.
 
-`weights.py` reads and writes files; this is the map between them and the model. Read `LAYERS`, the
-names of a layer's parts, then `clean`, `to_checkpoint`, `from_checkpoint`. A part of ours that is
-several of theirs has their rows one below the other: q, k and v are one product here. `weights.py`
-uses this file and `weights_gpt2.py` through the same functions.
+`weights.py` reads and writes files; this file maps their names to those of the model. Read
+`LAYERS`, the names of a layer's parts, then `clean`, `to_checkpoint`, `from_checkpoint`. A tensor
+of ours that corresponds to several of theirs stacks their rows: q, k and v are one product here.
+`weights.py` uses this file and `weights_gpt2.py` through the same functions.
 """
 
 from pathlib import Path
@@ -19,8 +19,8 @@ from minprefix.models.tokenizer import Tokenizer
 
 CONFIG, MODEL, THEIR_MODEL = BARTConfig, BART, "BartForConditionalGeneration"
 
-# config.json's names, where they differ from the fields of BARTConfig; the first is written
-# first, all must agree
+# names in config.json that differ from the fields of BARTConfig; the first is written, and all must
+# agree
 FIELDS = {
     "n_positions": ("max_position_embeddings",),
     "n_embd": ("d_model",),
@@ -30,7 +30,7 @@ FIELDS = {
     "n_inner": ("encoder_ffn_dim", "decoder_ffn_dim"),
 }
 
-# what config.json may say of parts that `bart.py` has in one form only; the first is the default
+# supported values in config.json of parts that `bart.py` has in one form; the first is the default
 ONLY = {
     "model_type": ("bart",),
     "is_encoder_decoder": (True,),
@@ -47,7 +47,7 @@ SILENT = {
     name: getattr(CONFIG, name) for name in ("bos_token_id", "eos_token_id", "forced_eos_token_id")
 }
 
-# what a fingerprint says of the architecture
+# the fields of the architecture in a fingerprint
 ARCHITECTURE = (
     "vocab_size", "n_positions", "n_embd", "n_encoder_layer", "n_layer", "n_head", "n_inner",
     "scale_embedding",
@@ -74,16 +74,17 @@ LAYERS = {
     },
 }  # fmt: skip
 
-# copies of the embedding, and what old files have beside the weights
+# copies of the embedding, and further entries of old files
 TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 IGNORED = ("encoder.version", "decoder.version")
 
 
 def in_our_names(raw: dict, path: Path) -> dict:
-    """config.json at `path` by the fields of BARTConfig, with generation_config.json beside it.
+    """The values of config.json at `path`, under the names of BARTConfig; the decoder's start token
+    may come from generation_config.json.
 
     Raises:
-        ValueError: encoder and decoder differ in what is one field here.
+        ValueError: encoder and decoder differ in a value that is one field here.
     """
     values = dict(raw)
     for field, names in FIELDS.items():
@@ -102,7 +103,7 @@ def in_our_names(raw: dict, path: Path) -> dict:
 
 
 def in_their_names(values: dict) -> dict:
-    """The fields of BARTConfig as config.json has them."""
+    """The fields of BARTConfig under the names of config.json."""
     theirs = {}
     for name, value in values.items():
         theirs |= dict.fromkeys(FIELDS.get(name, (name,)), value)
@@ -110,7 +111,7 @@ def in_their_names(values: dict) -> dict:
 
 
 def read_tokenizer(folder: Path, config: BARTConfig) -> Tokenizer:
-    """The tokenizer, which begins a target as the model does."""
+    """The tokenizer, with the model's start token for targets."""
     ids = (config.bos_token_id, next(iter(config.eos_ids), None), config.pad_token_id)
     tokenizer = Tokenizer.from_folder(folder, "bart", ids)
     tokenizer.start_id = config.decoder_start_token_id
@@ -118,7 +119,7 @@ def read_tokenizer(folder: Path, config: BARTConfig) -> Tokenizer:
 
 
 def their_names(name: str) -> list[str]:
-    """Of one of our tensors: the tensors of the checkpoint, one below the other."""
+    """The tensors of the checkpoint that are stacked in one of our tensors."""
     if name == "head_bias":
         return [TOP[name]]
     part, kind = name.rsplit(".", 1)  # kind: weight or bias
@@ -132,7 +133,7 @@ def their_names(name: str) -> list[str]:
 
 
 def to_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under the names, and in the pieces, of a checkpoint."""
+    """Our tensors, split and named as in a checkpoint."""
     tensors = {}
     for name, tensor in state.items():
         names = their_names(name)
@@ -142,23 +143,23 @@ def to_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_checkpoint(tensors: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    """Our tensors of these names, of a checkpoint's."""
+    """Our tensors with these names, from those of a checkpoint."""
     state = {name: torch.cat([tensors[part] for part in their_names(name)]) for name in names}
     return state | {"head_bias": state["head_bias"][0]}
 
 
 def file_name(name: str) -> str:
-    """What a tensor of a checkpoint is called in the official files."""
+    """The name of a tensor in the official files."""
     return name if name == "final_logits_bias" else f"model.{name}"
 
 
 def clean(
     raw: dict[str, Tensor], config: BARTConfig, folder: Path
 ) -> tuple[dict[str, Tensor], BARTConfig]:
-    """The tensors of a file, with or without `model.`, each once; and the config.
+    """The tensors of a file without the prefix `model.` and without copies; and the config.
 
     Raises:
-        ValueError: a tensor is there under two names, or a copy of the embedding is none.
+        ValueError: a tensor occurs under two names, or a copy of the embedding differs from it.
     """
     tensors = {}
     for key, tensor in raw.items():
@@ -176,5 +177,5 @@ def clean(
             )
     tensors.setdefault(
         "final_logits_bias", torch.zeros(1, config.vocab_size)
-    )  # older files have none
+    )  # missing in older files
     return tensors, config

@@ -1,7 +1,8 @@
-"""GPT-2's official checkpoints: what they may say, and their tensors.
+"""GPT-2's official checkpoints: supported settings, and their tensors.
 
-Modules have the checkpoint's names, so there is no map, only what `clean` drops and, of nanoGPT's
-[1], turns. `weights.py` uses this file and `weights_bart.py` through the same functions.
+Our modules have the names of the checkpoint, so nothing is renamed; `clean` only drops tensors and
+transposes those of nanoGPT [1]. `weights.py` uses this file and `weights_bart.py` through the same
+functions.
 [1] https://github.com/karpathy/nanoGPT
 """
 
@@ -20,14 +21,14 @@ from minprefix.models.tokenizer import Tokenizer
 
 CONFIG, MODEL, THEIR_MODEL = GPT2Config, GPT2, "GPT2LMHeadModel"
 
-# what config.json may say of parts that a model has here in one form only; the first is the default
+# supported values in config.json of parts that our model has in one form; the first is the default
 ONLY = {
     "model_type": ("gpt2",),
     "add_cross_attention": (False,),
 }
 SILENT = {"bos_token_id": CONFIG.bos_token_id, "eos_token_id": CONFIG.eos_token_id}
 
-# what a fingerprint says of the architecture
+# the fields of the architecture in a fingerprint
 ARCHITECTURE = (
     "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon",
 )  # fmt: skip
@@ -35,25 +36,25 @@ RELATIVES = (
     "activation_function", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
     "tie_word_embeddings",
 )  # fmt: skip
-# what nanoGPT stores as `nn.Linear` has it, (out, in)
+# the matrices that nanoGPT stores as in `nn.Linear`, (out, in)
 TURNED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 
 
 def in_our_names(raw: dict, path: Path) -> dict:
-    """config.json at `path` by the fields of GPT2Config: as it is; one name for one function."""
+    """The values of config.json at `path`, with one name for each activation function."""
     same = {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
     name = raw.get("activation_function", CONFIG.activation_function)
     return raw | {"activation_function": same.get(name, name)}
 
 
 def in_their_names(values: dict) -> dict:
-    """The fields of GPT2Config as config.json has them: as they are."""
+    """The fields of GPT2Config under the names of config.json: unchanged."""
     return values
 
 
 def nanogpt_values(path: Path, unpickle: Callable[[Path], Any]) -> tuple[dict, dict]:
-    """The sizes that nanoGPT keeps beside its weights, by the fields of GPT2Config, and the tokens
-    that begin and end a text; its GELU is the exact one."""
+    """The sizes in nanoGPT's file, under the names of GPT2Config, and the tokens that begin and end
+    a text; its GELU is the exact one."""
     raw = unpickle(path)
     sizes = raw.get("model_args") if isinstance(raw, dict) else None
     names = {"block_size": "n_positions", "dropout": "resid_pdrop"}
@@ -68,7 +69,8 @@ def nanogpt_values(path: Path, unpickle: Callable[[Path], Any]) -> tuple[dict, d
 
 
 def read_tokenizer(folder: Path, config: GPT2Config) -> Tokenizer:
-    """The tokenizer; the model says which tokens begin and end a text if its files do not."""
+    """The tokenizer; if its files do not name the tokens that begin and end a text, the model
+    does."""
     ids = (config.bos_token_id, next(iter(config.eos_ids), None), None)
     return Tokenizer.from_folder(folder, ids=ids)
 
@@ -76,11 +78,11 @@ def read_tokenizer(folder: Path, config: GPT2Config) -> Tokenizer:
 def clean(
     raw: dict[str, Tensor], config: GPT2Config, folder: Path
 ) -> tuple[dict[str, Tensor], GPT2Config]:
-    """The tensors without `transformer.`, the buffers of the causal mask and a copy of the head;
-    and the config, which a head of its own unties, as in transformers.
+    """The tensors without the prefix `transformer.`, without buffers of the causal mask and without
+    a copy of the head; and the config, which is untied if the head differs, as in transformers.
 
     Raises:
-        ValueError: a tensor is there under two names.
+        ValueError: a tensor occurs under two names.
     """
     tensors = {}
     for key, tensor in raw.items():
@@ -101,8 +103,8 @@ def clean(
 
 
 def turn_nanogpt(tensors: dict[str, Tensor], config: GPT2Config) -> None:
-    """Turn the matrices of a nanoGPT, which c_attn's shape gives away; biases that it was trained
-    without are 0."""
+    """Transpose the matrices of a nanoGPT, which is recognised by the shape of c_attn; missing
+    biases become 0."""
     shape = (3 * config.n_embd, config.n_embd)
     if tuple(getattr(tensors.get("h.0.attn.c_attn.weight"), "shape", ())) != shape:
         return
@@ -116,15 +118,15 @@ def turn_nanogpt(tensors: dict[str, Tensor], config: GPT2Config) -> None:
 
 
 def to_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under the names of a checkpoint: the same."""
+    """Our tensors under the names of a checkpoint: unchanged."""
     return state
 
 
 def from_checkpoint(tensors: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    """Our tensors of these names, of a checkpoint's: the same."""
+    """Our tensors with these names, from those of a checkpoint: unchanged."""
     return tensors
 
 
 def file_name(name: str) -> str:
-    """What a tensor of a checkpoint is called in the official files: the same."""
+    """The name of a tensor in the official files: unchanged."""
     return name

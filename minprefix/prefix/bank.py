@@ -56,7 +56,7 @@ class PrefixBank:
         )
 
     def _gates(self, table: Tensor) -> Tensor | None:
-        """(L, N, H), 1 where a prefix has no gate; None if none has."""
+        """The gates (L, N, H), with 1 for a prefix that has none; None if no prefix has a gate."""
         if all(prefix.gate is None for prefix in self.prefixes):
             return None
         ones = table.new_ones(table.shape[0], table.shape[3])

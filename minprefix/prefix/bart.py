@@ -1,19 +1,20 @@
-"""The prefix of a BART: a table for each of its three attentions, any of them switched off.
+"""The prefix of a BART: a table for each of its three attentions, any of which may be left out.
 
-Eq. (3) of Li & Liang 2021 [1] with z = [PREFIX; x; PREFIX'; y]: what the model reads at a prefix
-position are keys and values of its own for the encoder, for the decoder's self-attention and for
-cross attention, as in the authors' code [2]. Each is a `prefix.Prefix`, with its own MLP; all have
-the same P. Positions of source and target begin at 0 as without a prefix, as in [2]; with another
-position_offset token t of either stands at t + offset.
+This is eq. (3) of Li & Liang 2021 [1] with z = [PREFIX; x; PREFIX'; y]: at a prefix position, the
+encoder, the decoder's self-attention and cross attention each read their own keys and values, as in
+the authors' code [2]. Each is a `prefix.Prefix` with its own MLP; all have the same P. Positions of
+source and target begin at 0, as without a prefix and as in [2]; with another position_offset, token
+t of either is at t + offset.
 
-No hard prompt is exactly a prefix here, unlike in a decoder: what words become in the encoder
-depends on the source after them, since it reads in both directions, and what cross attention reads
-of them is the encoder's result. Initialisation from words (`BARTPrefix.from_words`) therefore takes
-what the model makes of the words alone: it is a start, not an equality.
+Unlike in a decoder, no prefix is exactly equal to a hard prompt: the encoder reads in both
+directions, so the activations of words depend on the source after them, and cross attention reads
+the encoder's result. Initialisation from words (`BARTPrefix.from_words`) therefore uses the
+activations of the words alone; it is only a start.
 
-Embedding-only is then no table either: the embeddings of P virtual tokens stand before the source,
-at positions 0 .. P-1, and go through the encoder with it (`BARTActivations.virtual`); the
-decoder reads them through cross attention. Read `BARTPrefix`, then `word_activations`.
+For the same reason, embedding-only has no table: the embeddings of P virtual tokens are placed
+before the source, at positions 0 .. P-1, and go through the encoder with it
+(`BARTActivations.virtual`); the decoder reads them through cross attention. Read `BARTPrefix`, then
+`word_activations`.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning, seq2seq/
 """
@@ -37,7 +38,7 @@ from minprefix.prefix.prefix import Prefix
 
 
 def check_sites(sites: Sequence[str]) -> tuple[str, ...]:
-    """In the order of SITES, each once; none = all. ValueError for others."""
+    """The sites in the order of SITES, each once; empty = all. ValueError for unknown ones."""
     for site in sites:
         check_choice("sites", site, SITES)
     return tuple(site for site in SITES if site in sites) or SITES
@@ -47,10 +48,10 @@ class BARTPrefix(nn.Module):
     """One prefix for one BART. Make it with `random`, `from_words`, `from_tables` or `load`.
 
     Attributes:
-        sites: by site that has a prefix, a `Prefix` (table or MLP, gate).
-        virtual: `VirtualTokens`, for embedding-only; there are then no sites.
-        source_offset: token t of a source without a prefix of its own stands at t + this; None =
-            position_offset. PEFT's prefixes leave it at 0 and move the target by P.
+        sites: a `Prefix` (table or MLP, gate) for each site that has one.
+        virtual: `VirtualTokens` for embedding-only, which has no sites.
+        source_offset: token t of a source whose encoder has no prefix is at t + this; None =
+            position_offset. With PEFT's prefixes it is 0, and only the target is shifted by P.
         prefix_len, position_offset, base, linearisation, max_source, init_residual,
             parametrisation, n_trained: as in `Prefix`.
     """
@@ -58,7 +59,7 @@ class BARTPrefix(nn.Module):
     family = BARTConfig.family  # of the model that reads it
     sites: Any  # nn.ModuleDict of Prefix
     virtual: Any  # VirtualTokens or None
-    place, gate = "prefix", None  # a prefix of GPT-2 may say otherwise; gates are the sites'
+    place, gate = "prefix", None  # fixed here, unlike in GPT-2's; gates belong to the sites
 
     def __init__(
         self, config: BARTConfig, prefix_len: int, sites: Sequence[str] = SITES,
@@ -110,7 +111,7 @@ class BARTPrefix(nn.Module):
 
     @classmethod
     def random(cls, config: BARTConfig, prefix_len: int, seed: int, **options) -> "BARTPrefix":
-        """Each site as `Prefix.random`, one after the other from the same seed.
+        """`Prefix.random` for each site, one after the other with the same generator.
 
         Args:
             options: sites, parametrisation ("table"), mid_dim, gate, position_offset.
@@ -128,11 +129,11 @@ class BARTPrefix(nn.Module):
         cls, model: BART, tokenizer, words: str = "summarize", prefix_len: int | None = None,
         seed: int = 0, **options,
     ) -> "BARTPrefix":  # fmt: skip
-        """Begins with what the model makes of `words` alone, at all sites; see the module's header.
+        """Start from the activations of `words` alone, at all sites; see the module's header.
 
         P is the number of their BPE tokens; with another prefix_len the tokens repeat or are cut.
-        Tables hold `word_activations`, MLPs are fitted to them (`init_residual`: the largest
-        difference at any site), virtual tokens begin as the words' embeddings.
+        Tables hold `word_activations`, MLPs are fitted to them (`init_residual` is the largest
+        difference at any site), and virtual tokens start as the words' embeddings.
         """
         ids = word_ids(tokenizer, words, prefix_len)
         tables = word_activations(model, ids)
@@ -176,7 +177,7 @@ class BARTPrefix(nn.Module):
 
     @classmethod
     def load(cls, path) -> "BARTPrefix":
-        """Read a prefix file; see `files.load_prefix`. ValueError if it is of GPT-2."""
+        """Read a prefix file; see `files.load_prefix`. ValueError if it is for GPT-2."""
         from minprefix.prefix.files import load_prefix
 
         prefix = load_prefix(path)
@@ -185,7 +186,7 @@ class BARTPrefix(nn.Module):
         return prefix
 
     def save(self, path) -> None:
-        """Write what is needed to use it, without the MLPs; see `files.save_prefix`."""
+        """Write what is needed to use the prefix, without the MLPs; see `files.save_prefix`."""
         from minprefix.prefix.files import save_prefix
 
         save_prefix(path, self)
@@ -195,7 +196,7 @@ class BARTPrefix(nn.Module):
         return {site: part.table() for site, part in self.sites.items()}
 
     def gates(self) -> dict[str, Tensor]:
-        """By site, (L, H); none without gates."""
+        """The gates by site: (L, H); {} without gates."""
         return {site: part.gate for site, part in self.sites.items() if part.gate is not None}
 
     def activations(self, prefix_index: Tensor | None = None) -> BARTActivations:
@@ -208,22 +209,22 @@ class BARTPrefix(nn.Module):
         return BARTActivations(sites, offset, virtual)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What its file holds, by name."""
+        """The tensors that its file holds, by name."""
         if self.virtual is not None:
             return {"virtual_embd": self.virtual.embeddings()}
         tensors = {f"{site}.prefix_table": table for site, table in self.tables().items()}
         return tensors | {f"{site}.gate": gate for site, gate in self.gates().items()}
 
     def sizes(self) -> dict[str, int | str]:
-        """Of the model that it is for (layers of the decoder, where it has a table there), and its
-        sites; virtual tokens say nothing."""
+        """The sizes of its model (the number of layers is the decoder's, if it has a table there),
+        and its sites; unknown for virtual tokens."""
         sizes = {"n_layer": 0, "n_head": 0, "head_dim": 0}
         for part in self.sites.values():
             sizes = part.sizes()
         return sizes | {"sites": ",".join(self.sites)}
 
     def settings(self) -> dict:
-        """What must be the same when its training goes on."""
+        """The settings that must be equal when its training continues."""
         settings = {"position_offset": self.position_offset, "place": self.place}
         return settings | {"sites": list(self.sites)}
 
@@ -237,7 +238,7 @@ class BARTPrefix(nn.Module):
 
     @torch.no_grad()
     def export(self) -> "BARTPrefix":
-        """A copy that holds the tables, or the embeddings, alone."""
+        """A copy with only the tables, or the embeddings."""
         virtual = None if self.virtual is None else self.virtual.embeddings()
         copy = BARTPrefix.from_tables(self.tables(), self.position_offset, self.gates(), virtual)
         copy.source_offset = self.source_offset
@@ -247,12 +248,12 @@ class BARTPrefix(nn.Module):
         return copy
 
     def project(self) -> None:
-        """Back to gates >= 0, after an optimizer step."""
+        """Set negative entries of the gates to 0, after an optimizer step."""
         for part in self.sites.values():
             part.project()
 
     def bind(self, model: GPT2 | BART) -> None:
-        """Remember that this prefix belongs to `model`."""
+        """Bind this prefix to `model`."""
         self.base = fingerprint(model)
 
     def check_base(self, model: GPT2 | BART) -> None:
@@ -265,11 +266,11 @@ class BARTPrefix(nn.Module):
 
 @torch.no_grad()
 def word_activations(model: BART, ids: list[int]) -> dict[str, Tensor]:
-    """By site, the model's keys and values of the tokens `ids` alone: (L, 2, H, P, D), at least
+    """The model's keys and values of the tokens `ids` alone, by site: (L, 2, H, P, D), at least
     fp32, without dropout.
 
-    The encoder reads them at positions 0 .. P-1; the decoder reads them there, too, with the
-    encoder's result as its source; cross attention reads that result.
+    The encoder reads the tokens at positions 0 .. P-1. The decoder also reads them there, with the
+    encoder's result as its source, which cross attention reads.
     """
     words = torch.tensor([ids], device=model.wte.weight.device)
     encoder: Any = Recorder(words.device)

@@ -1,7 +1,7 @@
-"""A model card beside a prefix: its folder is then ready for `huggingface-cli upload`.
+"""Writes a model card for a prefix, whose folder is then ready for `huggingface-cli upload`.
 
-README.md in the form of the hub [1]: front matter (base model, tags, metrics), then what the prefix
-is and how it is loaded. Read `write_card`.
+It is a README.md in the hub's format [1]: front matter (base model, tags, metrics), then a
+description of the prefix and how to load it. Read `write_card`.
 [1] https://huggingface.co/docs/hub/model-cards
 """
 
@@ -36,12 +36,12 @@ def write_card(
     folder: Path, prefix: Any, base_model: str | None, peft: str | None = None,
     metrics: dict[str, float] | None = None,
 ) -> bool:  # fmt: skip
-    """Write README.md into the prefix's folder, unless there is one; whether it was written.
+    """Write README.md into the prefix's folder unless it exists; returns whether it was written.
 
     Args:
-        base_model: the model's name or folder; None = not known.
+        base_model: the model's name or folder; None = unknown.
         peft: the kind of a PEFT folder; None = a folder with PREFIX_FILE.
-        metrics: numbers by their names, such as the loss on the dev set.
+        metrics: numbers by name, such as the loss on the dev set.
     """
     path = folder / "README.md"
     if path.exists():

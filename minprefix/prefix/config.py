@@ -1,4 +1,4 @@
-"""How a prefix is made: the settings of `make.make_prefix`. Imports nothing of PyTorch."""
+"""The settings of a new prefix, for `make.make_prefix`. This file does not import PyTorch."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from minprefix.limits import WIDTH
 PARAMETRISATIONS = ("table", "mlp", "embedding", "embedding-mlp")
 PLACES = ("prefix", "infix")
 INITS = ("random", "words", "prompt")
-SYSTEMS = ("minprefix", "peft", "cartridge")  # whose files `convert.convert` writes
+SYSTEMS = ("minprefix", "peft", "cartridge")  # formats that `convert.convert` writes
 
 
 @dataclass(frozen=True)
 class PrefixConfig:
-    """How a prefix is made before training; `make_prefix` follows it."""
+    """The settings of a new prefix, see `make_prefix`."""
 
     prefix_len: int | None = None  # P; None = 10, or the tokens of the prompt with init "prompt"
     parametrisation: str = "mlp"  # "table" (direct), "mlp", "embedding" (only) or "embedding-mlp"
@@ -45,7 +45,7 @@ class PrefixConfig:
 
 
 def check_form(parametrisation: str, place: str) -> None:
-    """ValueError for names that do not exist or do not go together."""
+    """ValueError for names that do not exist or cannot be combined."""
     check_choice("parametrisation", parametrisation, PARAMETRISATIONS)
     check_choice("place", place, PLACES)
     if place == "infix" and parametrisation.startswith("embedding"):

@@ -1,6 +1,6 @@
-"""Prefix files to and from other systems (`foreign.py`, `peft.py`).
+"""Converts prefix files from and to other systems (`foreign.py`, `peft.py`).
 
-Read `convert`: which system a file is of is seen from its content, not asked.
+Read `convert`. The system of a file is recognised from its contents.
 """
 
 import re
@@ -34,8 +34,8 @@ def system_of(source: Path) -> str:
     """Which system made this file or folder: minprefix, peft, adapters or authors.
 
     Raises:
-        ValueError: a folder of none of them.
-        OSError: there is nothing, or it cannot be read.
+        ValueError: the folder belongs to none of them.
+        OSError: it does not exist, or cannot be read.
     """
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
@@ -55,7 +55,7 @@ def system_of(source: Path) -> str:
 
 
 def check_fit(source: Path, prefix: Prefix | BARTPrefix, model: Any) -> None:
-    """ValueError that names the file if the model cannot use the prefix."""
+    """ValueError naming the file if the model cannot use the prefix."""
     theirs = model.config.family
     if prefix.family != theirs:
         raise ValueError(f"{source}: a prefix of a {prefix.family}, but the model is a {theirs}")
@@ -66,7 +66,7 @@ def check_fit(source: Path, prefix: Prefix | BARTPrefix, model: Any) -> None:
 
 
 def read_any(source: Path, model: GPT2 | BART | None = None) -> Prefix | BARTPrefix:
-    """The prefix of any system that `foreign.py` or `files.py` reads, checked for `model`."""
+    """Read a prefix of any system, with `foreign.py` or `files.py`, and check it for `model`."""
     system = system_of(source)
     config: Any = None if model is None else model.config
     if system == "peft":
@@ -108,10 +108,10 @@ def told_to_peft(prefix: Prefix | BARTPrefix) -> str:
 
 
 def find_source(source: str | Path) -> Path:
-    """The file or folder of this name here, or one of the hub, in its cache.
+    """The file or folder of this name, or one from the hub, in its cache.
 
     Raises:
-        OSError, ValueError: as `hub.download_prefix`.
+        OSError, ValueError: see `hub.download_prefix`.
     """
     path = Path(source).expanduser()
     if path.exists() or path.is_absolute() or not HUB_NAME.fullmatch(str(source)):
@@ -125,13 +125,13 @@ def convert(
     source: str | Path, to: str, out: str | Path, model_name: str | None = None,
     position_offset: int | None = None,
 ) -> dict:  # fmt: skip
-    """Read a prefix of any system and write it in the form `to`; says what was written.
+    """Read a prefix of any system and write it in the format `to`; returns a summary.
 
     Args:
-        source: a file, a folder, or the name of a model on the hub that is one of these folders.
+        source: a file, a folder, or the name of such a folder on the hub.
         to: "minprefix" (a prefix file), "peft" or "cartridge" (PEFT's folders).
-        model_name: base model to check the prefix with, and whose fingerprint it then carries.
-        position_offset: token t stands at t + this; None = as the source's system has it.
+        model_name: base model with which the prefix is checked, and whose fingerprint it gets.
+        position_offset: token t is at t + this; None = as in the source's system.
     """
     check_choice("to", to, SYSTEMS)
     if position_offset is not None and position_offset < 0:
@@ -153,7 +153,7 @@ def convert(
             "without --model the prefix names no base model, so loading it checks only sizes"
         )
     if to in KINDS:
-        # PEFT knows no model of the name mini, but its folder
+        # PEFT does not know the name mini, but can load its folder
         base = str(weights.find("mini")) if model_name == "mini" else model_name
         write_peft(out, prefix, base, KINDS[to])
         if not write_card(out, prefix, model_name, KINDS[to]):

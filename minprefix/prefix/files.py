@@ -1,11 +1,11 @@
 """Prefix files: one small safetensors file is all that is needed to use a prefix.
 
-A prefix file holds `prefix_table` (L, 2, H, P, D) in fp32, an optional `gate` (L, H), and as
-metadata the format, the position offset, the place, the frame of the text, the fingerprint of the
-base model, how it was trained and a checksum. The MLP is not in it (section 4.3 of Li & Liang 2021:
-it is dropped after training), nor are virtual tokens: what the model computes of them is. That of a
-BART has a table for each site, `encoder.prefix_table` and so on, or the embeddings of virtual
-tokens, `virtual_embd` (P, C): there the source after them decides what they become.
+A prefix file holds `prefix_table` (L, 2, H, P, D) in fp32 and an optional `gate` (L, H). Its
+metadata are the format, the position offset, the place, the frame of the text, the fingerprint of
+the base model, how it was trained and a checksum. It contains neither the MLP, which is dropped
+after training (section 4.3 of Li & Liang 2021), nor virtual tokens, but the table computed from
+them. The file for a BART has a table for each site, `encoder.prefix_table` and so on, or the
+embeddings of virtual tokens, `virtual_embd` (P, C), whose activations depend on the source.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ FORMATS = {Prefix.family: "minprefix-prefix-1", BARTPrefix.family: "minprefix-ba
 
 
 def save_prefix(path: str | Path, prefix: Prefix | BARTPrefix) -> None:
-    """Write the prefix file, all of it or nothing. OSError if it cannot be written."""
+    """Write the prefix file, atomically. OSError if it cannot be written."""
     prefix = prefix.export()
     tensors = prefix.tensors()
     tensors = {name: x.detach().float().cpu().contiguous() for name, x in tensors.items()}
@@ -45,10 +45,10 @@ def save_prefix(path: str | Path, prefix: Prefix | BARTPrefix) -> None:
 
 @names_file
 def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
-    """Read a prefix file, of GPT-2 or of BART.
+    """Read a prefix file, for GPT-2 or BART.
 
     Raises:
-        ValueError: not such a file, damaged, or tensors of impossible shapes or values.
+        ValueError: the file is not a prefix file, is damaged, or has impossible shapes or values.
         OSError: it cannot be read.
     """
     tensors, metadata = load_tensors(path)
@@ -89,7 +89,8 @@ def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
 def table_and_gate(
     path: str | Path, tensors: dict[str, torch.Tensor], site: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Of the tensors whose names begin with `site`; ValueError for impossible shapes or values."""
+    """The table and gate whose names begin with `site`; ValueError for impossible shapes or
+    values."""
     table, gate = tensors.get(f"{site}prefix_table"), tensors.get(f"{site}gate")
     if table is None or table.dim() != 5 or table.shape[1] != 2 or 0 in table.shape:
         found = None if table is None else tuple(table.shape)
@@ -127,7 +128,7 @@ def bart_prefix_of(
 
 
 def frame_metadata(learned) -> dict[str, str]:
-    """The frame that a prefix or an adapter was trained in, as `read_frame` reads it."""
+    """The frame in which a prefix or adapter was trained, for `read_frame`."""
     cut = {} if learned.max_source is None else {"max_source": str(learned.max_source)}
     return {"linearisation": learned.linearisation} | cut
 

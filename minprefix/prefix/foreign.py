@@ -1,8 +1,8 @@
 """Prefixes of other systems: PEFT's folders, the authors' state dicts, adapter-hub's folders.
 
 All three hold the same rows (P, 2 L C), one per prefix position, with flat feature
-((2 l + kv) H + h) D + d, kv = 0 the key; `table_of_rows` makes P_theta of them. They differ in
-where token t of the text stands, which is part of what a prefix means:
+((2 l + kv) H + h) D + d, where kv = 0 is the key; `table_of_rows` converts them to P_theta. They
+differ in the position of token t of the text, which is part of the meaning of a prefix:
 
 | system | files, of GPT-2 | token t at |
 |---|---|---|
@@ -10,9 +10,9 @@ where token t of the text stands, which is part of what a prefix means:
 | the authors' code [2] | config.json, pytorch_model.bin | P + t; BART's: t |
 | adapter-hub [3] | adapter_config.json, adapter.safetensors or pytorch_adapter.bin | t |
 
-An MLP is computed and dropped: what is used of it is its table (section 4.3 of Li & Liang 2021).
-Read `read_authors`, then `read_adapters`. Pickles are read as tensors only: code in them is
-refused, not run.
+An MLP is replaced by the table that it computes (section 4.3 of Li & Liang 2021). Read
+`read_authors`, then `read_adapters`. From pickles only tensors are read; code in them is rejected,
+not run.
 
 [1] https://github.com/huggingface/peft/tree/main/src/peft/tuners/prefix_tuning
 [2] https://github.com/XiangLi1999/PrefixTuning/blob/cleaned/gpt2/train_control.py
@@ -37,7 +37,7 @@ from minprefix.prefix.parametrisations import computed_table
 from minprefix.prefix.prefix import Prefix
 from minprefix.tensors import check_values, load_tensors
 
-# what adapter-hub's config may say; another value means something that a Prefix is not
+# supported values in adapter-hub's config; a Prefix cannot express others
 ADAPTERS_ONLY = {"use_gating": (False, None), "leave_out": ([], None)}
 
 MLP_KEYS = {
@@ -57,7 +57,7 @@ BART_PARTS = {
 
 @dataclass(frozen=True)
 class AuthorsTokens:
-    """A prefix that only the frozen model turns into keys and values, by running `embeddings`.
+    """A prefix whose keys and values only the frozen model can compute, from `embeddings`.
 
     Embedding-only: at positions 0 .. P-1, before the text (`run_virtual_tokens`). Infix: after the
     S tokens of the source, at S .. S+P-1; `infix_table` is then added to their keys and values.
@@ -126,9 +126,9 @@ def some(names) -> str:
 def mlp_rows(
     path: Path, tensors: dict[str, Tensor], wte: str = "wte", control: str = "control_trans"
 ) -> Tensor:
-    """Linear-tanh-Linear (or one more of both) of the embeddings, as both systems name them.
+    """The output (P, n) of an MLP on the embeddings, with the names that both systems use.
 
-    -> (P, n), n the width of the last layer.
+    The MLP is linear-tanh-linear, or has one more tanh and linear layer; n is its output width.
     """
     x = tensors[f"{wte}.weight"]  # (P, C)
     if x.dim() != 2 or 0 in x.shape:
@@ -147,8 +147,8 @@ def mlp_rows(
 
 
 def table_for(path: Path, rows: Tensor, config: GPT2Config) -> Tensor:
-    """P_theta of rows (P, 2 L C), or of all of them in one (P 2 L C,); ValueError if they do not
-    fit the model."""
+    """P_theta from rows (P, 2 L C), or from a flat (P 2 L C,); ValueError if they do not fit the
+    model."""
     L, H, C = config.n_layer, config.n_head, config.n_embd
     if rows.dim() == 1 and rows.numel() and rows.numel() % (2 * L * C) == 0:
         rows = rows.reshape(-1, 2 * L * C)
@@ -161,7 +161,7 @@ def table_for(path: Path, rows: Tensor, config: GPT2Config) -> Tensor:
 
 
 def table_of_word(path: Path, past: Tensor) -> Tensor:
-    """P_theta of the model's cache on a word, (2 L, 1, H, P, D): key and value, layer by layer."""
+    """P_theta from the model's cache of a word, (2 L, 1, H, P, D): key and value of each layer."""
     if past.shape[0] % 2 or past.shape[1] != 1 or 0 in past.shape:
         raise ValueError(
             f"{path}: control_trans must be (2 L, 1, H, P, D), got {tuple(past.shape)}"
@@ -170,7 +170,7 @@ def table_of_word(path: Path, past: Tensor) -> Tensor:
 
 
 def config_beside(path: Path, config):
-    """What config.json in the same folder says, which must fit `config`; without one, `config`."""
+    """The config from config.json in the same folder, which must fit `config`; or `config`."""
     beside = path.with_name("config.json")
     if not beside.is_file():
         return config
@@ -184,17 +184,17 @@ def config_beside(path: Path, config):
 @torch.no_grad()
 @names_file
 def read_authors(path: str | Path, config: Any = None) -> Prefix | AuthorsTokens | BARTPrefix:
-    """A prefix that the authors' code saved; which kind, its keys say.
+    """Read a prefix saved by the authors' code; its keys determine the kind.
 
     Args:
-        path: the folder that it saved, or a file with the state dict.
-        config: of the base model; None = config.json beside the state dict.
+        path: the folder that was saved, or a file with the state dict.
+        config: of the base model; None = config.json next to the state dict.
     Returns:
-        A Prefix (MLP of two or three layers; direct, random or from a word), text at P + t; of a
-        BART see `read_authors_bart`. For embedding-only and infix the virtual tokens, which need
-        the model.
+        A Prefix (from an MLP of two or three layers; or direct, random or from a word), with the
+        text at P + t; for a BART see `read_authors_bart`. For embedding-only and infix, the virtual
+        tokens, which need the model.
     Raises:
-        ValueError: no such state dict, damaged, shapes that do not fit each other or `config`.
+        ValueError: another kind of state dict, damage, or shapes that do not fit.
         OSError: it cannot be read.
     """
     path = Path(path)
@@ -233,7 +233,7 @@ def read_authors(path: str | Path, config: Any = None) -> Prefix | AuthorsTokens
 def read_authors_bart(
     path: Path, tensors: dict[str, Tensor], config: BARTConfig | None
 ) -> BARTPrefix:
-    """A BART prefix that the authors' code saved: an MLP for each attention, text at t.
+    """A BART prefix saved by the authors' code: an MLP for each attention, text at t.
 
     Their encoder has as many layers as their decoder, and all three have the same P.
     """
@@ -262,7 +262,7 @@ def read_authors_bart(
 
 
 def run_virtual_tokens(model: Any, tokens: AuthorsTokens) -> Prefix:
-    """The table of embedding-only: keys and values that the model has on them at 0 .. P-1."""
+    """The table of embedding-only: the model's keys and values of the tokens at 0 .. P-1."""
     P, C = tokens.embeddings.shape
     if tokens.infix_table is not None:
         raise ValueError(
@@ -284,13 +284,13 @@ def run_virtual_tokens(model: Any, tokens: AuthorsTokens) -> Prefix:
 @torch.no_grad()
 @names_file
 def read_adapters(folder: str | Path, config: GPT2Config | None) -> Prefix:
-    """The prefix of an adapter-hub folder for GPT-2, as its eager attention computes it.
+    """The prefix in an adapter-hub folder for GPT-2, with the meaning of its eager attention.
 
     With its default attention (SDPA, version 1.3.0) that library hides most of the sequence from a
     causal model; the table is the same. A trained head (pytorch_model_head.bin) is not read.
 
     Args:
-        config: of the base model; the folder does not say how many heads there are.
+        config: of the base model, because the folder does not contain the number of heads.
     """
     path = Path(folder) / "adapter_config.json"
     whole = read_json(path)
@@ -322,7 +322,7 @@ def read_adapters(folder: str | Path, config: GPT2Config | None) -> Prefix:
 
 
 def once(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter-hub prefix, which its file repeats under every layer."""
+    """The tensors of an adapter-hub prefix, which its file repeats for every layer."""
     found, places = {}, set()
     for key, tensor in tensors.items():
         parts = re.search(r"prefix_tunings\.([^.]+)\.([^.]+)\.(.+)$", key)

@@ -1,4 +1,4 @@
-"""From settings to a prefix. Read `make_prefix`, the last function."""
+"""Makes a prefix from settings. Read `make_prefix`, the last function."""
 
 from typing import Any
 

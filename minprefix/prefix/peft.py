@@ -1,11 +1,11 @@
-"""PEFT's folders of prefix-tuning [1] and CARTRIDGE [2]: read, and written so that PEFT computes
-the same.
+"""Reads PEFT's folders of prefix-tuning [1] and CARTRIDGE [2], and writes them so that PEFT
+computes the same.
 
-adapter_config.json says the sizes, adapter_model.safetensors (or .bin) holds one tensor,
-prompt_embeddings (P, 2 L C): rows as in `foreign.py`. Token t stands at P + t, always. A CARTRIDGE
-is the same table, of which PEFT trains all but the first positions. For a BART (SEQ_2_SEQ_LM) the
-table is that of the decoder's self-attention; see `decoder_table`. Read `read_peft`, then
-`write_peft`.
+adapter_config.json has the sizes, and adapter_model.safetensors (or .bin) one tensor,
+prompt_embeddings (P, 2 L C), whose rows are as in `foreign.py`. Token t is always at P + t. A
+CARTRIDGE is the same table, of which PEFT trains all but the first positions. For a BART
+(SEQ_2_SEQ_LM) the table is that of the decoder's self-attention; see `decoder_table`. Read
+`read_peft`, then `write_peft`.
 [1] https://github.com/huggingface/peft/tree/main/src/peft/tuners/prefix_tuning
 [2] https://github.com/huggingface/peft/tree/main/src/peft/tuners/cartridge
 """
@@ -34,28 +34,28 @@ from minprefix.prefix.foreign import (
 from minprefix.prefix.prefix import Prefix
 from minprefix.tensors import save_tensors
 
-# what adapter_config.json may say; another value means something that a Prefix is not
+# supported values in adapter_config.json; a Prefix cannot express others
 ONLY = {
     "peft_type": ("PREFIX_TUNING", "CARTRIDGE"),
     "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM"),
     "modules_to_save": (None, []),
 }
 SUBMODULES = {"CAUSAL_LM": (1, None), "SEQ_2_SEQ_LM": (2, None)}
-KINDS = {"peft": "PREFIX_TUNING", "cartridge": "CARTRIDGE"}  # what is written
-# the keys of one kind alone, of width C
+KINDS = {"peft": "PREFIX_TUNING", "cartridge": "CARTRIDGE"}  # the kinds that can be written
+# the keys of only one kind, for width C
 OWN: dict[str, Callable[[int], dict]] = {
     "PREFIX_TUNING": lambda width: {"encoder_hidden_size": width, "prefix_projection": False},
     "CARTRIDGE": lambda width: {"num_frozen_tokens": 1},
 }
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that exists is read
 
 
 def decoder_table(rows: Tensor, n_layer: int, n_head: int) -> Tensor:
-    """P_theta of a BART's decoder, of rows (P, 2 L C): (L, 2, H, P, D).
+    """P_theta of a BART's decoder, (L, 2, H, P, D), from rows (P, 2 L C).
 
-    PEFT 0.21 puts the rows' 2 L keys and values twice in a row and gives layer l the fourth part
-    that begins at 4 l, of which the decoder reads two, key 4 l and value 4 l + 1, both modulo 2 L;
-    the others, meant for cross attention, are dropped.
+    PEFT 0.21 repeats the rows' 2 L keys and values twice, and gives layer l four of them, beginning
+    at 4 l. The decoder reads key 4 l and value 4 l + 1, both modulo 2 L; the other two, meant for
+    cross attention, are ignored.
     """
     every = rows.reshape(rows.shape[0], 2 * n_layer, n_head, -1).permute(1, 2, 0, 3)
     first = 4 * torch.arange(n_layer) % (2 * n_layer)
@@ -64,11 +64,11 @@ def decoder_table(rows: Tensor, n_layer: int, n_head: int) -> Tensor:
 
 @names_file
 def read_peft(folder: str | Path) -> Any:
-    """The prefix of a PEFT folder, a `Prefix` or a `BARTPrefix`; one that was trained with
-    prefix_projection too.
+    """The prefix in a PEFT folder, a `Prefix` or a `BARTPrefix`, also with prefix_projection.
 
-    PEFT saves the MLP's output, never the MLP. Token t stands at P + t in its forward pass, and at
-    P + (real tokens before it) in `generate` of version 0.21: the same, unless the left is padded.
+    PEFT saves the MLP's output, never the MLP. Token t is at P + t in its forward pass, and at P +
+    (number of real tokens before it) in `generate` of version 0.21, which differs only with left
+    padding.
 
     Raises:
         ValueError: another PEFT method or task, damaged files, tensors that do not fit the config.
@@ -100,7 +100,7 @@ def read_peft(folder: str | Path) -> Any:
         prefix.source_offset = 0
     else:
         prefix = Prefix.from_table(table_of_rows(rows, L, H), position_offset=P)
-    # PEFT does not write these, `write_peft` does
+    # written by `write_peft`, not by PEFT
     prefix.base = metadata.get("base", "")
     prefix.linearisation, prefix.max_source = read_frame(path, metadata)
     return prefix
@@ -109,14 +109,14 @@ def read_peft(folder: str | Path) -> Any:
 def write_peft(
     folder: str | Path, prefix: Any, base_model: str | None = None, kind: str = "PREFIX_TUNING"
 ) -> None:
-    """Write a folder that PEFT loads for GPT-2, fp32, all of it or nothing.
+    """Write a folder that PEFT can load for GPT-2, in fp32, atomically.
 
     Args:
-        base_model: its name or folder, which PEFT's `AutoPeftModelForCausalLM` needs; None = not
-            said, enough for `PeftModel.from_pretrained(model, folder)`.
-        kind: "PREFIX_TUNING" or "CARTRIDGE", whose first position PEFT keeps as it is in training.
+        base_model: its name or folder, which PEFT's `AutoPeftModelForCausalLM` needs; None is
+            enough for `PeftModel.from_pretrained(model, folder)`.
+        kind: "PREFIX_TUNING" or "CARTRIDGE", whose first position PEFT does not train.
     Raises:
-        ValueError: PEFT cannot compute what this prefix means.
+        ValueError: PEFT cannot compute the same with this prefix.
         OSError: it cannot be written.
     """
     if not isinstance(prefix, Prefix):
@@ -153,12 +153,12 @@ def write_peft(
         "peft_type": kind,
         "task_type": "CAUSAL_LM",
         "token_dim": H * D,
-    } | OWN[kind](H * D)  # no keys of newer versions: older ones refuse what they do not know
+    } | OWN[kind](H * D)  # no keys of newer versions, because older ones reject unknown keys
     metadata = {"format": "pt", "base": prefix.base} | frame_metadata(prefix)
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with ExitStack() as stack:  # the config comes last, as in `weights.save_model`
+        with ExitStack() as stack:  # the config is renamed last, as in `weights.save_model`
             file = stack.enter_context(atomic_write(folder / "adapter_config.json"))
             file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_tensors(folder / WEIGHTS[0], {"prompt_embeddings": rows}, metadata)

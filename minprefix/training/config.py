@@ -30,11 +30,11 @@ class TrainConfig:
     auto_batch: bool = False  # out of memory: read fewer pairs at a time, in the same steps
     lr: float | None = None  # peak rate of AdamW, then linear to 0; None = by method and width
     warmup_steps: int | None = None  # steps of linear warm-up before the decay
-    patience: int = 5  # stop after so many evaluations without a lower dev loss; 0 = never
+    patience: int = 5  # stop after this many evaluations without a lower dev loss; 0 = never
     weight_decay: float = 0.0  # of AdamW, per step, times the learning rate
     prefix_dropout: float = 0.0  # probability that an entry of the prefix is dropped in a step
     clip: float = 1.0  # largest norm of the gradient of all weights together
-    max_source: int | None = None  # cut sources to so many tokens (XSum: 512); None = never
+    max_source: int | None = None  # cut sources to this many tokens (XSum: 512); None = never
     loss: str = "token"  # mean per target "token", or sum per "sentence" (the authors' code)
     precision: str = "auto"  # "fp32", "bf16", or "auto": bf16 on CUDA and CPUs with bf16 units
     activation_checkpointing: bool = False  # save memory: recompute blocks in the backward pass
@@ -42,7 +42,7 @@ class TrainConfig:
     seed: int = 0  # of the order of batches, dropout and the random start of a prefix
     log_every: int = 10  # steps between lines of the log
     eval_every: int | None = None  # steps between dev evaluations and between saved states
-    eval_pairs: int = 300  # at most so many dev pairs in an evaluation, evenly spread
+    eval_pairs: int = 300  # largest number of dev pairs in an evaluation, evenly spaced
     samples: int = 2  # texts to generate for dev inputs at each evaluation
 
     def __post_init__(self):
@@ -171,7 +171,7 @@ class PretrainConfig:
     compile: bool = False  # torch.compile each layer: slow first steps, then fewer memory passes
     seed: int = 0  # of the first weights, the order of windows and dropout
     val_share: float = 0.02  # share of the text to hold out if no file is named val*
-    eval_tokens: int = 131072  # at most so many held-out tokens in an evaluation, evenly spread
+    eval_tokens: int = 131072  # largest number of held-out tokens in an evaluation, evenly spaced
     eval_every: int = 100  # steps between evaluations and between saved states
     log_every: int = 10  # steps per line of the log
 

@@ -83,7 +83,7 @@ def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
         finally:
             HELD.discard(held)
             with suppress(OSError):
-                file.truncate(0)  # nobody has it any more
+                file.truncate(0)  # the folder is free again
 
 
 def locked(number: int, wait: bool) -> bool:

@@ -6,7 +6,7 @@ Written for this project.
 from tools.notes.names import DAYS, MONTHS
 from tools.notes.telling import Draw, Story, spell
 
-# What is planned, the same in short, an objection and what it comes to, an advantage likewise.
+# A plan, the same in short, an objection and its short form, an advantage and its short form.
 PLANS = (
     {
         "plan": "build {n} flats on the site of the old brewery",
