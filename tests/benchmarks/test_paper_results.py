@@ -24,14 +24,7 @@ from benchmarks.paper.figures import draw
 from benchmarks.paper.presets import GRID, GRID_LOW, METHODS, SWEEP, Plan
 from benchmarks.paper.published import published
 from benchmarks.paper.report import report
-from benchmarks.paper.results import (
-    difference,
-    mean_sd,
-    quality,
-    read_rows,
-    scales_of,
-    write_rows,
-)
+from benchmarks.paper.results import difference, mean_sd, quality, read_rows, scales_of, write_rows
 from benchmarks.paper.run import Run, SearchConfig
 from minprefix.methods.adapters import Adapter, bottleneck_for, count
 from minprefix.methods.paper import PAPER

@@ -278,11 +278,7 @@ def test_a_short_dtype_takes_prefixes_and_adapters(cli, tiny_folder, run, tmp_pa
 def test_generate_takes_every_way_to_choose_tokens(cli, tiny_folder):
     few = ("--model", tiny_folder, "--max-new-tokens", 5, "--device", "cpu")
     model, tokenizer = load(tiny_folder)
-    options = {
-        "num_beams": 3,
-        "length_penalty": 0.5,
-        "bad_words": ("boat",),
-    }
+    options = {"num_beams": 3, "length_penalty": 0.5, "bad_words": ("boat",)}
     argv = ("--num-beams", 3, "--length-penalty", 0.5, "--bad-words", "boat")
     beams = generate(model, tokenizer, ["a boat"], max_new_tokens=5, **options)
     assert cli("generate", "a boat", *few, *argv)[0] == beams[0] + "\n"

@@ -6,16 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from docs import (
-    beside,
-    check_site,
-    docstrings,
-    equations,
-    export_live,
-    formulas,
-    pages,
-    reference,
-)
+from docs import beside, check_site, docstrings, equations, export_live, formulas, pages, reference
 
 CHECKOUT = pages.ROOT
 

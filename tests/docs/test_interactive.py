@@ -331,8 +331,7 @@ def test_a_reader_loads_the_model_and_changes_things(browser, address):
 
 def test_every_control_has_a_label_and_is_reached_by_tab(page):
     names = page.eval_on_selector_all(
-        "input, textarea",
-        "all => all.map(e => [e.id || e.name, e.labels.length + !!e.ariaLabel])",
+        "input, textarea", "all => all.map(e => [e.id || e.name, e.labels.length + !!e.ariaLabel])"
     )
     assert min(n for _, n in names) >= 1 and len(names) > 15
     reached = set()

@@ -16,9 +16,8 @@ from test_reference import Case, named_case, run, visible_matrix
 from kernels import prefix_attention, prefix_attention_eager, prefix_attention_lean, reference
 from kernels.merge import merge_gated
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),  # log2(0) = -inf is meant
-]
+# log2(0) = -inf is meant
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 HOSTILE = [float("nan"), float("inf"), float("-inf"), 3e38]
 KERNELS = INTERPRETED or torch.cuda.is_available()
 CASES = {

@@ -13,10 +13,7 @@ ERRORS = [  # what is wrong, and the two things that the message names
     ({"k": X(3, 1, 7, 8), "v": X(3, 1, 7, 8)}, r"k \(3, 1, 7, 8\) .* q \(3, 2, 7, 8\)"),
     ({"prefix_v": X(2, 4, 8)}, r"prefix_k \(2, 5, 8\) and prefix_v \(2, 4, 8\)"),
     ({"prefix_k": X(5, 8), "prefix_v": X(5, 8)}, r"prefix_k \(5, 8\) and prefix_v \(5, 8\)"),
-    (
-        {"prefix_k": X(2, 5, 4), "prefix_v": X(2, 5, 4)},
-        r"prefix_k \(2, 5, 4\) .* q \(3, 2, 7, 8\)",
-    ),
+    ({"prefix_k": X(2, 5, 4), "prefix_v": X(2, 5, 4)}, r"prefix_k \(2, 5, 4\) .* q \(3, 2, 7, 8\)"),
     ({"v": X(3, 2, 7, 8).half()}, "float32, torch.float32, torch.float16"),
     ({n: X(3, 2, 7, 8).int() for n in "qkv"}, "int32"),
     ({"prefix_k": X(2, 5, 8).double()}, "float64/torch.float32"),

@@ -8,12 +8,7 @@ from conftest import assert_close, assert_within_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import (
-    prefix_attention,
-    prefix_attention_eager,
-    prefix_attention_lean,
-    reference,
-)
+from kernels import prefix_attention, prefix_attention_eager, prefix_attention_lean, reference
 
 NAMES = ("o", "lse", "dq", "dk", "dv", "dprefix_k", "dprefix_v")
 

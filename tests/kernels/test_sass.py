@@ -81,12 +81,7 @@ def kinds(listing: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "listing, want",
-    [
-        (UNSET, ["twice", "unset"]),
-        (TWICE, ["descriptor", "twice"]),
-        (RIGHT, []),
-        (REGISTERS, []),
-    ],
+    [(UNSET, ["twice", "unset"]), (TWICE, ["descriptor", "twice"]), (RIGHT, []), (REGISTERS, [])],
 )
 def test_excerpts(listing, want):
     assert kinds(listing) == want

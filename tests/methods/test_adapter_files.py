@@ -116,10 +116,7 @@ def test_what_does_not_go_together_is_refused(tokenizer, tmp_path):
         "'finetune' does not train a TunedAdapter": ("finetune", adapter),
         "'adapter' does not train a TunedPrefix": ("adapter", Prefix.random(model.config, 2, 0)),
         "belong to another model": ("ft-top", TunedTopLayers(TopLayers(small_model()))),
-        "this adapter was made for another": (
-            "adapter",
-            TunedAdapter(an_adapter(another_model())),
-        ),
+        "this adapter was made for another": ("adapter", TunedAdapter(an_adapter(another_model()))),
     }
     for message, (method, tuned) in wrong.items():
         config = TrainConfig(method=method, steps=1)

@@ -164,8 +164,7 @@ def test_the_literal_formula_without_a_prefix_is_transformers():
 
 @pytest.mark.parametrize("changes", [CONFIGS[0], CONFIGS[3]])
 @pytest.mark.parametrize(
-    "sites, offset",
-    [(SITES, 0), (SITES, 3), (("encoder",), 0), (("decoder",), 0), (("cross",), 0)],
+    "sites, offset", [(SITES, 0), (SITES, 3), (("encoder",), 0), (("decoder",), 0), (("cross",), 0)]
 )
 def test_prefix_is_equation_3_and_every_entry_learns(changes, sites, offset):
     model = tiny_bart(**changes).requires_grad_(False)

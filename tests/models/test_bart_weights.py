@@ -11,14 +11,7 @@ from test_weights import write_weights
 from minprefix.models.bart import BART
 from minprefix.models.config import MODELS, OFFICIAL
 from minprefix.models.tokenizer import BYTE_CHARS, Tokenizer
-from minprefix.models.weights import (
-    ASSETS,
-    fingerprint,
-    load,
-    read_config,
-    save_model,
-    shapes_of,
-)
+from minprefix.models.weights import ASSETS, fingerprint, load, read_config, save_model, shapes_of
 from minprefix.models.weights_bart import TIED, to_checkpoint
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]

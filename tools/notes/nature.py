@@ -140,10 +140,7 @@ def rescue(d: Draw) -> Story:
             "{owner}'s {animal} {name} had been stuck {place} since {start} o'clock.",
             "Since {start} o'clock {name}, the {animal} of {owner}, had been {place}.",
         ),
-        "how": (
-            "{rescuers} {method}.",
-            "It was {rescuers} who came; they {method}.",
-        ),
+        "how": ("{rescuers} {method}.", "It was {rescuers} who came; they {method}."),
         "end": (
             "It was {end} when the animal stood on firm ground again.",
             "The church clock struck {end} when the animal was [free|out] at last.",
