@@ -23,6 +23,7 @@ from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.tokenizer import BYTE_CHARS, ENDOFTEXT, Tokenizer
 from minprefix.models.weights import ASSETS, save_model
+from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.config import TrainConfig
 from minprefix.training.trainer import Trainer
@@ -286,9 +287,10 @@ def small_model(dtype=torch.float32, **changes) -> GPT2:
 
 
 def trainer(
-    tokenizer, out, *, model=None, dev=3, prefix_options=None, baseline_options=None, **config
-) -> Trainer:
-    """A short run on `pairs`; `config` has fields of TrainConfig."""
+    tokenizer, out, *, model=None, prefix=None, dev=3, prefix_options=None, baseline_options=None,
+    **config,
+) -> Trainer:  # fmt: skip
+    """A short run on `pairs`; `config` has fields of TrainConfig. Without a prefix a random one."""
     settings = {
         "batch_size": 4, "steps": 6, "lr": 1e-2, "warmup_steps": 0, "eval_every": 3,
         "log_every": 1, "precision": "fp32",
@@ -296,8 +298,9 @@ def trainer(
     config = TrainConfig(**settings | config)
     model = model or small_model()
     if config.method == "prefix":
-        tuned = Prefix.random(model.config, 3, 0, **(prefix_options or {})).to(model.wte.weight)
-        tuned.bind(model)
+        kind = BARTPrefix if isinstance(model, BART) else Prefix
+        tuned = prefix or kind.random(model.config, 3, 0, **(prefix_options or {}))
+        tuned.to(model.wte.weight).bind(model)
     else:
         baseline = BaselineConfig(**(baseline_options or {}))
         tuned = make_tuned(model, tokenizer, config, baseline=baseline)

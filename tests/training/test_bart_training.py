@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import pairs, tiny_bart
+from conftest import pairs, tiny_bart, trainer
+from test_training import log_of
 
 from minprefix.data.batches import collate, encode_examples, encode_prompt
 from minprefix.data.examples import Example
 from minprefix.models.tokenizer import Tokenizer
 from minprefix.models.weights import ASSETS, fingerprint, load, save_model
 from minprefix.prefix.bart import BARTPrefix
-from minprefix.training.config import TrainConfig
 from minprefix.training.run_folder import read_log
 from minprefix.training.trainer import Trainer
 
@@ -28,21 +28,8 @@ def small_bart(dtype=torch.float32, **changes):
     return tiny_bart(dtype=dtype, **{**sizes, **changes})
 
 
-def bart_trainer(tokenizer, out, *, model=None, prefix=None, dev=3, **config) -> Trainer:
-    """A short run on `pairs`."""
-    settings = {
-        "batch_size": 4, "steps": 6, "lr": 1e-2, "warmup_steps": 0, "eval_every": 3,
-        "log_every": 1, "precision": "fp32",
-    }  # fmt: skip
-    config, model = TrainConfig(**settings | config), model or small_bart()
-    if config.method == "prefix" and prefix is None:
-        prefix = BARTPrefix.random(model.config, 3, 0).to(model.wte.weight)
-        prefix.bind(model)
-    return Trainer(model, tokenizer, config, pairs(10), pairs(dev, 50), out, prefix)
-
-
-def losses(out) -> dict[int, float]:
-    return {entry["step"]: entry["loss"] for entry in read_log(out) if "loss" in entry}
+def bart_trainer(tokenizer, out, *, model=None, **options) -> Trainer:
+    return trainer(tokenizer, out, model=model or small_bart(), **options)
 
 
 def test_rows_are_what_transformers_makes_of_labels(bart_tokenizer):
@@ -125,7 +112,7 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(bart_tokenizer, tmp_pat
     second.load_state()
     assert second.step_done == 3  # the last evaluation
     second.run(progress=False)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
 
 
 def test_resuming_with_other_sites_is_refused(bart_tokenizer, tmp_path):
