@@ -164,7 +164,7 @@ def main() -> None:
                 lr = select(rates_of, method, rate_sets, args.out)
                 final(args.task, method, lr, sets, args.out, seed)
     except KeyboardInterrupt as stop:
-        sys.exit(f"{str(stop) or 'interrupted'}; the same command goes on")
+        sys.exit(f"{str(stop) or 'interrupted'}; run the same command to continue")
 
 
 if __name__ == "__main__":

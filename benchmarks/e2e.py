@@ -156,7 +156,7 @@ def main() -> None:
         else:
             final(args.stage, args.data, args.out, args.seed, args.device, args.csv)
     except KeyboardInterrupt as stop:
-        sys.exit(f"{str(stop) or 'interrupted'}; the same command goes on")
+        sys.exit(f"{str(stop) or 'interrupted'}; run the same command to continue")
 
 
 if __name__ == "__main__":

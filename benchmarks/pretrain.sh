@@ -6,7 +6,7 @@
 # CORPUS holds token shards of the tokenizer TOKENIZER (default: mini), or text. The schedule ends by
 # TIME (such as 500s) of training or by the recipe's steps, whichever comes first: a slower GPU makes
 # fewer steps and still ends with its rates decayed. The model card says 455 s on an H100 for 2.737
-# nats per token. Stopped, the same command goes on.
+# nats per token. If stopped, run the same command to continue.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$(test -x .venv/bin/python && echo .venv/bin/python || echo python3)}

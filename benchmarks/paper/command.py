@@ -88,7 +88,7 @@ def run(options: Options) -> dict | None:
         count += len(problems)
         files += [str(path)] if path.exists() else []
     if not files:
-        raise ValueError("nothing to run: `python -m minprefix data` fetches what is not at hand")
+        raise ValueError("nothing to run: `python -m minprefix data` downloads what is missing")
     report = write_report(out)
     if failed:
         others = ", the others are done" if len(failed) < count else ""
@@ -284,7 +284,8 @@ def go(
     try:
         run_all(todo, options.runs, options.data_dir, options.device, count, gpus, after)
     except KeyboardInterrupt as stop:
-        raise Interrupted(f"{str(stop) or 'interrupted'}. The same command goes on") from None
+        reason = str(stop) or "interrupted"
+        raise Interrupted(f"{reason}. Run the same command to continue") from None
 
 
 def tell(name: str, rows: list[dict], path: Path, stream) -> None:

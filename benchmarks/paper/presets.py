@@ -243,7 +243,7 @@ class Plan:
             if rows and len(tried) < trials:
                 raise ValueError(
                     f"{self.sweep}: {len(tried)} of {trials} trials of {name} on {swept}"
-                    f"{f', {size} pairs,' if size else ''} are finished: the command sweep goes on"
+                    f"{f', {size} pairs,' if size else ''} are finished: run sweep again"
                 )
             scored = [row for row in rows if quality(row) is not None]
             if scored:

@@ -122,9 +122,9 @@ def why_missing(data: str, data_dir: Path | None) -> str:
         try:
             load_examples(data_path(data, data_dir), split)
         except FileNotFoundError:
-            return f"{data} is not at hand"
+            return f"{data} is not available"
         except MissingSplit:
-            return f"the {split} split of {data} is not at hand"
+            return f"the {split} split of {data} is not available"
     return ""
 
 

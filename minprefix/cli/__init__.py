@@ -1,2 +1,1 @@
-"""The command line, one file per command; may import every package of minprefix, and none imports
-it."""
+"""The command line, one file per command. May import all of minprefix; nothing imports it."""

@@ -126,7 +126,7 @@ class WithTrained(WithModel):
 DATA = (
     f"restaurants or notes (embedded), {', '.join(DATA_SETS)} (see the command data), a folder "
     "(with their files, src1_*.txt, *.source or *.jsonl) or a file (.jsonl, .json, .csv, .parquet, "
-    ".xml, .txt with lines src||tgt, .source with .target beside it)"
+    ".xml, .txt with lines src||tgt, .source with .target in the same folder)"
 )
 
 

@@ -1,1 +1,1 @@
-"""Data sets, how a table becomes text, and batches; imports models."""
+"""Data sets, how a table becomes text, and batches. May import models."""

@@ -59,7 +59,7 @@ def columns_of(names: Iterable[str], where: str) -> tuple[str, str]:
     if not found and len(alone) == 1 and fields_of(names):
         return "", alone[0]
     pairs = "; ".join(", ".join(pair) for pair in found or COLUMNS)
-    pairs += "" if found else "; or text beside a column for each field"
+    pairs += "" if found else "; or text, and a column for each field"
     problem = "has more than one of" if found else "needs the columns of one of"
     raise ValueError(f"{where}: {problem}: {pairs}; has {brief(names, str)}")
 

@@ -91,7 +91,7 @@ def script_note(texts: Iterable[str], metrics: str, tokenizer: str = "13a") -> s
     why = (
         "ROUGE-L counts a-z and 0-9 only, and BLEU finds words between blanks"
         if metrics == "quick"
-        else f"the official scores of {metrics} are for English, and some of them 0 here"
+        else f"the official scores of {metrics} are for English, and some of them are 0 here"
     )
     todo = "--metrics quick --score-tokenizer intl (zh or char for a script without blanks)"
     return f"most letters of these texts are not Latin: {why}; {todo} scores them"

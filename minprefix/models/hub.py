@@ -81,7 +81,7 @@ def _shards(index: Path) -> list[Path]:
         raise ValueError(f"{index}: no weight_map from tensor names to files")
     for name in weight_map.values():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
-            raise ValueError(f"{index}: {name!r} is not the name of a file beside it")
+            raise ValueError(f"{index}: {name!r} is not the name of a file in the same folder")
     return [index.with_name(name) for name in sorted(set(weight_map.values()))]
 
 
@@ -109,7 +109,7 @@ def _asking(name: str, doing: str) -> Iterator[None]:
     # the client's own class for every failure of a connection
     except (hub_errors.HTTPError, OSError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
-        todo = "check the network and run again to go on, or give a folder"
+        todo = "check the network and run again to continue, or give a folder"
         raise OSError(f"{name}: {doing} from {constants.ENDPOINT}: {reason} ({todo})") from error
 
 
@@ -133,7 +133,7 @@ class _Repo:
         """The model's folder in the cache, for all its commits."""
         return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type="model")
 
-    def head(self, filename: str, doing: str = "asking for") -> HfFileMetadata:
+    def head(self, filename: str, doing: str = "requesting") -> HfFileMetadata:
         """Etag, size in bytes and commit of a file.
 
         Raises:
@@ -167,7 +167,7 @@ class _Repo:
                     rename(partial, blob)
                     if not SHA256.fullmatch(meta.etag) and filename.endswith(BINARY):
                         log.warning(UNVERIFIED, self.name, filename)
-            with _asking(self.name, f"asking for {filename}"):
+            with _asking(self.name, f"requesting {filename}"):
                 path = hf_hub_download(self.name, filename, revision=self.commit)
         self.check(Path(path))
         return Path(path)
@@ -252,7 +252,7 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
         ) from error
     repo = _Repo(name, "main", progress)
     try:
-        newest: Any = repo.head("config.json", "no folder of this name, and asking for")
+        newest: Any = repo.head("config.json", "no folder of this name, and requesting")
         repo = replace(repo, commit=newest.commit_hash)
     except hub_errors.EntryNotFoundError as error:
         raise ValueError(f"{name}: {constants.ENDPOINT} has no config.json for it") from error
@@ -280,7 +280,7 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
             main.parent.mkdir(exist_ok=True)
             write_text(main, repo.commit)
         except OSError:
-            log.info("%s: the cache is read-only: offline, the version before is read", name)
+            log.info("%s: the cache is read-only: offline, the previous version will be used", name)
     return folder
 
 
@@ -299,7 +299,7 @@ def download_prefix(name: str) -> Path:
     repo = _Repo(name, "main", progress=True)
     for filename in ("adapter_config.json", "prefix.safetensors", "config.json"):
         try:
-            newest: Any = repo.head(filename, "no file or folder of this name, and asking for")
+            newest: Any = repo.head(filename, "no file or folder of this name, and requesting")
         except hub_errors.EntryNotFoundError:
             continue
         except (OSError, ValueError):

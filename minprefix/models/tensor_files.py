@@ -33,7 +33,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     tensors = {}
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing, but the index beside it lists it")
+            raise FileNotFoundError(f"{path}: missing, but the index in the same folder lists it")
         if path.suffix == ".safetensors":
             tensors |= load_tensors(path)[0]
             check_seal(path)  # models that were fine-tuned here have a checksum
@@ -55,9 +55,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: holds something other than tensors by name")
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise ValueError(f"{path}: {brief(name)} is no dense tensor of numbers")
+            raise ValueError(f"{path}: {brief(name)} is not a dense tensor of numbers")
         if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {brief(name)} is larger than what the file holds of it")
+            raise ValueError(f"{path}: {brief(name)} is larger than its data in the file")
     check_unpacked(path, sum(tensor.nbytes for tensor in tensors.values()))
     return tensors
 

@@ -1,9 +1,9 @@
-"""A checkpoint's tokenizer files, in both forms that the hub has.
+"""Reads a checkpoint's tokenizer files, in both forms that exist on the hub.
 
-tokenizer.json [1] holds everything: the vocabulary, the merges, the added tokens. Where there is
-none, vocab.json and merges.txt do, with added_tokens.json and tokenizer_config.json for tokens that
-somebody added. Which tokens stand before and after a text, tokenizer_config.json or
-special_tokens_map.json says, in both forms. Read `read`.
+tokenizer.json [1] holds everything: the vocabulary, the merges, the added tokens. The other form is
+vocab.json and merges.txt, with added_tokens.json and tokenizer_config.json for added tokens. In
+both forms, tokenizer_config.json or special_tokens_map.json names the tokens before and after a
+text. Read `read`.
 [1] https://huggingface.co/docs/tokenizers
 """
 
@@ -16,13 +16,13 @@ from minprefix.files import brief, names_file, read_json, read_text
 from minprefix.models.tokenizer import BYTE_CHARS, ROLES, SPECIAL, Added, Tokenizer
 
 FLAGS = ("special", "lstrip", "rstrip", "single_word")
-# of all families: text never turns into them
+# in all families, text is never encoded as these
 KEPT_OUT = {"<|endoftext|>", "<s>", "</s>", "<pad>", "<unk>", "<mask>"}
 
 
 @names_file
 def read(folder: Path, family: str, ids: Sequence[int | None]) -> Tokenizer:
-    """The tokenizer of a folder; errors and arguments as `Tokenizer.from_folder`."""
+    """The tokenizer of a folder; errors and arguments are those of `Tokenizer.from_folder`."""
     named = _named(folder)
     path = folder / "tokenizer.json"
     if path.is_file():

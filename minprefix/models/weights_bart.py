@@ -91,7 +91,7 @@ def in_our_names(raw: dict, path: Path) -> dict:
         given = [raw.get(name, getattr(BARTConfig, field)) for name in names]
         if len(set(map(repr, given))) > 1:
             told = ", ".join(f"{n} {v!r}" for n, v in zip(names, given, strict=True))
-            raise ValueError(f"{path}: {told}: supported are equal ones")
+            raise ValueError(f"{path}: {told}: only equal values are supported")
         values[field] = given[0]
     generation = read_json(file_of(path.parent))
     starts = [generation.get(name) for name in ("decoder_start_token_id", "bos_token_id")]

@@ -1,2 +1,2 @@
-"""The prefix, what it is computed from, and its files, also those of other systems; imports models,
+"""The prefix, its parametrisations and its files, also those of other systems. May import models,
 data and metrics."""

@@ -64,7 +64,7 @@ def card(
         )
     if metrics:
         head += ["metrics:", *(f"- {json.dumps(metric)}" for metric in metrics)]
-    frame = prefix.linearisation or "none: texts go in as they are"
+    frame = prefix.linearisation or "none: texts are used as they are"
     facts = {
         "base model": name or base_model or "not known",
         "base model's fingerprint": prefix.base or "not known",

@@ -31,7 +31,7 @@ class PrefixConfig:
         object.__setattr__(self, "sites", tuple(self.sites))  # a list in config.json
         if (self.init, self.place) == ("prompt", "infix"):
             raise ValueError("init 'prompt' needs place 'prefix': after a source, a prompt's "
-                             "activations are others for each source")  # fmt: skip
+                             "activations differ for each source")  # fmt: skip
         if self.prefix_len is not None and self.prefix_len < 1:
             raise ValueError(f"prefix_len must be at least 1, got {self.prefix_len}")
         if self.init == "prompt" and self.prefix_len is not None:
@@ -51,5 +51,5 @@ def check_form(parametrisation: str, place: str) -> None:
     if place == "infix" and parametrisation.startswith("embedding"):
         raise ValueError(
             f"parametrisation {parametrisation!r} needs place 'prefix': after a source, the keys "
-            "and values of virtual tokens are others for each source"
+            "and values of virtual tokens differ for each source"
         )

@@ -142,8 +142,8 @@ def convert(
     notes = []
     if position_offset not in (None, prefix.position_offset):
         notes.append(
-            f"token t stands at t + {position_offset}, was t + {prefix.position_offset}: this "
-            "is not the function that was trained"
+            f"token t is at t + {position_offset} instead of t + {prefix.position_offset}, so this "
+            "is not the trained function"
         )
         prefix.position_offset = position_offset
         if model is not None:

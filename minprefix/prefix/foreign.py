@@ -218,7 +218,7 @@ def read_authors(path: str | Path, config: Any = None) -> Prefix | AuthorsTokens
     config = config_beside(path, config)
     if config is None:
         raise ValueError(
-            f"{path}: does not say how many heads there are: needs config.json beside it, or the "
+            f"{path}: does not contain the number of heads: needs config.json beside it or the "
             "base model (--model)"
         )
     table = table_for(path, rows, config)
@@ -252,7 +252,7 @@ def read_authors_bart(
     if config is None or config.family != BARTPrefix.family:
         what = "nothing" if config is None else f"a {config.family}"
         raise ValueError(
-            f"{path}: a prefix of a BART, but config.json beside it, or --model, names {what}"
+            f"{path}: a prefix of a BART, but config.json in its folder, or --model, names {what}"
         )
     rows = {s: mlp_rows(path, tensors, *BART_PARTS[s]) for s in BART_PARTS if s in sites}
     if len({len(x) for x in rows.values()}) > 1:
@@ -302,7 +302,7 @@ def read_adapters(folder: str | Path, config: GPT2Config | None) -> Prefix:
     P = size(path, raw, "prefix_length")
     if config is None:
         raise ValueError(
-            f"{path}: does not say how many heads there are: name the base model (--model)"
+            f"{path}: does not contain the number of heads: name the base model (--model)"
         )
     file = first_of(path.parent, "adapter.safetensors", "pytorch_adapter.bin")
     tensors = once(file, read_tensors(file)[0])

@@ -26,7 +26,7 @@ class Interrupted(KeyboardInterrupt):
 @contextmanager
 def tells_how_to_go_on(command: str) -> Iterator[None]:
     """Within the block, the message of an interrupted run ends with the command that resumes it."""
-    go_on = f"Go on with: {command}"
+    go_on = f"Continue with: {command}"
     try:
         yield
     except Interrupted as stop:

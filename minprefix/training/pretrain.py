@@ -177,8 +177,8 @@ class Pretrainer(Loop):
     def where_memory_ended(self) -> str:
         return (
             f"after step {self.step_done}, with {self.micro_rows} windows of "
-            f"{self.config.n_positions} tokens in a pass: lower --micro-tokens and start the same "
-            "command, which goes on"
+            f"{self.config.n_positions} tokens in a pass: lower --micro-tokens and run the same "
+            "command to continue"
         )
 
     @torch.no_grad()

@@ -103,8 +103,8 @@ def test_table1_in_parts(paper, options, tmp_path):
     assert unscored(done, "BLEU S", "BLEU U", "BLEU A") == []
     counts = {row["name"]: int(row["trained"]) for row in done}
     assert counts["FT-FULL"] > counts["FT-TOP2"] > counts["ADAPTER (0.1%)"]
-    assert {row["problem"] for row in lost} == {"not tested: dart is not at hand"}
-    assert "not tested: dart is not at hand" in err and "dart" in out
+    assert {row["problem"] for row in lost} == {"not tested: dart is not available"}
+    assert "not tested: dart is not available" in err and "dart" in out
     _, err = paper("table3", *options)  # the same runs
     assert f"{len(TABLE1)} of them are done" in err and "to go" not in err
     assert not list((tmp_path / "runs").glob("*finetune*/model")), "weights are deleted"
@@ -236,7 +236,7 @@ def test_ctrl_c_stops_all_processes_which_save(options, tmp_path):
     except BaseException:  # its workers would go on for hours
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    assert process.returncode == 130 and "The same command goes on" in err
+    assert process.returncode == 130 and "Run the same command to continue" in err
     for lock in runs.glob("*/.lock"):
         with alone_in(lock.parent):  # no process has it any more
             pass
@@ -318,7 +318,7 @@ def test_an_interrupted_command_says_that_it_goes_on(paper, options, monkeypatch
 
     monkeypatch.setattr(pool, "execute", stopped)
     _, err = paper("figure3", *options, code=130)
-    assert "The same command goes on" in err
+    assert "Run the same command to continue" in err
 
 
 def test_names_are_digests_of_the_whole_definition():
@@ -369,6 +369,6 @@ def test_texts_are_kept_for_every_table(paper, options, tmp_path):
 def test_data_without_a_training_split_is_missing(tmp_path):
     (tmp_path / "dart").mkdir()
     (tmp_path / "dart" / "dart-v1-dev.json").write_text("[]")
-    assert why_missing("dart", tmp_path) == "the train split of dart is not at hand"
-    assert why_missing("webnlg", tmp_path) == "webnlg is not at hand"
+    assert why_missing("dart", tmp_path) == "the train split of dart is not available"
+    assert why_missing("webnlg", tmp_path) == "webnlg is not available"
     assert why_missing("restaurants", tmp_path) == ""

@@ -493,7 +493,7 @@ def test_ctrl_c_outside_of_training(cli, tiny_folder, monkeypatch):
 def test_a_second_ctrl_c_stops_at_once_and_the_run_can_go_on(cli, tiny_folder, tables, tmp_path):
     with signalled(after=3, times=2):
         _, err = train(cli, tiny_folder, tables, tmp_path / "run", code=130)
-    assert "stopped at once; the last saved step is 2. Go on with: " in err
+    assert "stopped at once; the last saved step is 2. Continue with: " in err
     assert f"train --resume {tmp_path / 'run'}\n" in err
     assert read_state(tmp_path / "run")["step"] == 2
     cli("train", "--resume", tmp_path / "run")
@@ -512,7 +512,7 @@ def test_a_signal_leaves_a_run_that_can_be_used_and_resumed(
     assert stdout == "" and "Traceback" not in stderr
     assert stderr.splitlines()[-1] == (
         "minprefix: stopped after step 3 of 4; state saved. "
-        f"Go on with: python -m minprefix train --resume '{out}'"
+        f"Continue with: python -m minprefix train --resume '{out}'"
     )
     assert read_state(out)["step"] == 3
     prefix = ("--prefix", out / "prefix.safetensors", "--max-new-tokens", 3)

@@ -88,5 +88,5 @@ def test_ctrl_c_ends_after_a_step_and_says_how_to_go_on(
     monkeypatch.setattr(PromptSearch, "step", interrupted)
     common = ("--model", tiny_folder, "--data", tables, "--out", tmp_path / "run")
     _, err = cli("search", *common, *QUICK, code=130)
-    assert f"Go on with: python -m minprefix search --resume {tmp_path / 'run'}" in err
+    assert f"Continue with: python -m minprefix search --resume {tmp_path / 'run'}" in err
     assert read_state(tmp_path / "run", keys=PromptSearch.state_keys)["step"] == 1

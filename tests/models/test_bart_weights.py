@@ -130,7 +130,7 @@ def test_a_mask_beyond_the_model_is_no_error(folder, model):
         ({"activation_function": "mish"}, "activation_function is 'mish'; supported: 'gelu'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"encoder_attention_heads": 2}, "encoder_attention_heads 2, decoder_attention_heads 4"),
-        ({"encoder_ffn_dim": 7, "decoder_ffn_dim": 8}, "supported are equal ones"),
+        ({"encoder_ffn_dim": 7, "decoder_ffn_dim": 8}, "only equal values are supported"),
         ({"d_model": 33}, "n_embd 33 is not a multiple of n_head 4"),
         ({"scale_embedding": 1}, "scale_embedding is 1"),
         ({"decoder_layers": 4}, "26 missing (decoder.layers.3."),

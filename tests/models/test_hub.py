@@ -371,7 +371,7 @@ def test_without_a_server_the_cache_is_used(serve):
 def test_without_a_server_and_cache_the_error_says_what_to_do(serve):
     hub = serve()
     stop(hub)
-    begin = f"{NAME}: no folder of this name, and asking for config.json from {hub.url}: "
+    begin = f"{NAME}: no folder of this name, and requesting config.json from {hub.url}: "
     assert error_of(OSError).startswith(begin)
     assert "check the network" in error_of(OSError)
 

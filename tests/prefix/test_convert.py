@@ -136,8 +136,7 @@ def test_from_adapter_hub(cli, tiny_folder, tmp_path):
     assert torch.equal(Prefix.load(out).prefix_table[1, 1, 0, 4], flat.view(P, 4, 2, 8)[4, 3, 0])
     _, err = cli(*command, "--to", "peft", "--out", tmp_path / "peft", "--position-offset", P)
     assert (
-        err
-        == "note: token t stands at t + 5, was t + 0: this is not the function that was trained\n"
+        err == "note: token t is at t + 5 instead of t + 0, so this is not the trained function\n"
     )
 
 

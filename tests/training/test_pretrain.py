@@ -341,7 +341,7 @@ def test_ctrl_c_leaves_a_model_and_the_same_command_goes_on(cli, folder, tmp_pat
     assert stdout == "" and "Traceback" not in stderr
     last = stderr.splitlines()[-1]
     found = re.fullmatch(
-        r"minprefix: stopped after step (\d+) of 40; state saved\. Go on with: "
+        r"minprefix: stopped after step (\d+) of 40; state saved\. Continue with: "
         rf"python -m minprefix pretrain {re.escape(str(folder))} --out '{out}' .*",
         last,
     )
