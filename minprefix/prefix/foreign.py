@@ -218,8 +218,8 @@ def read_authors(path: str | Path, config: Any = None) -> Prefix | AuthorsTokens
     config = config_beside(path, config)
     if config is None:
         raise ValueError(
-            f"{path}: does not contain the number of heads: needs config.json beside it or the "
-            "base model (--model)"
+            f"{path}: does not contain the number of heads: needs config.json in the same folder, "
+            "or the base model (--model)"
         )
     table = table_for(path, rows, config)
     if keys != INFIX_KEYS:
