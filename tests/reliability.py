@@ -68,7 +68,7 @@ def ended(pid: int, told: Path) -> bool:
 
 
 def go_on(folder: Path) -> None:
-    """A run of 16 steps with an MLP, saved after every other one; goes on if it has begun."""
+    """A run of 16 steps with an MLP, saved after every other one; continued if it has begun."""
     options = {"parametrisation": "mlp", "mid_dim": 8}
     run = trainer(TOKENIZER, folder, steps=16, eval_every=2, samples=0, prefix_options=options)
     run.resume()

@@ -52,7 +52,7 @@ def test_launches_of_a_step_by_hand():
 @pytest.mark.skipif(INTERPRETED, reason="counts what would be launched on a GPU")
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
 def test_a_token_is_one_launch_of_ours_for_each_layer(options):
-    """No copies into the cache, no merging; the host makes a replay and asks for the tokens."""
+    """No copies into the cache, no merging; the host only starts a replay and reads the tokens."""
     config = GPT2Config(n_layer=3, n_head=2, n_embd=32, n_inner=64, vocab_size=200)
     model, prefix = GPT2(config).init_weights(0).eval(), Prefix.random(config, 10, seed=0)
     count = launches.token(model, prefix, 2, True, **options)

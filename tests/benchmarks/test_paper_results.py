@@ -75,7 +75,7 @@ def test_official_models_take_the_papers_settings():
 
 @pytest.mark.slow
 def test_a_folder_of_official_layout_starts_with_them_and_estimates(paper, tokenizer, tmp_path):
-    """A random checkpoint named gpt2-medium: the command says how long, and goes on."""
+    """A random checkpoint named gpt2-medium: the command estimates the time, and can continue."""
     save_model(tiny_with_words(n_positions=160), tokenizer, tmp_path / "gpt2-medium")
     write_e2e(tmp_path / "data" / "e2e")
     words = ["--model", tmp_path / "gpt2-medium", "--data-dir", tmp_path / "data", "--only", "e2e"]
@@ -207,7 +207,7 @@ def test_starts_differ_in_nothing_else():
 
 
 def test_mini_has_an_adapter_as_large_as_its_prefix():
-    """Within the factor that the claim asks for; the paper's own pair is 0.1 % of GPT-2 medium."""
+    """Within the factor of the claim; the paper's own pair is 0.1 % of GPT-2 medium."""
     model, _ = load("mini")
     kept = 2 * model.config.n_layer * 10 * model.config.n_embd  # P = 10
     [name] = set(cell.name for cell in table1(Plan())) - set(TABLE1)

@@ -169,7 +169,7 @@ def test_resume_of_a_run_without_a_saved_state_starts_it(cli, run, folder_is_lef
 
 
 def test_export_gives_the_latest_prefix_and_leaves_the_run_alone(cli, run, tables, tmp_path):
-    with open(run / "log.jsonl", "a") as log:  # a step after the state, as while training goes on
+    with open(run / "log.jsonl", "a") as log:  # a step after the state, as during training
         log.write('{"step": 5, "loss": 1.0}\n')
     files = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     out, _ = cli("export", run, "--out", tmp_path / "p.safetensors", "--json")

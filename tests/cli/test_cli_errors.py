@@ -407,7 +407,7 @@ def test_full_disk_in_training_leaves_the_earlier_files(cli, begun, fails):
         assert prefix.read_bytes() == before[prefix]
     assert set(snapshot(begun)) == set(before)  # no temporary file stays
     Prefix.load(prefix)
-    cli("train", "--resume", begun)  # with room again it goes on
+    cli("train", "--resume", begun)  # with room on the disk it continues
 
 
 def test_full_disk_in_export_leaves_the_earlier_file(cli, begun, tmp_path):

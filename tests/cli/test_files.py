@@ -122,7 +122,7 @@ def is_folder(of) -> bool:
         ("open", errno.EACCES, {"when": is_folder}),  # Windows
         ("fsync", errno.EINVAL, {}),
         ("fsync", errno.ENOTSUP, {}),
-        ("replace", errno.EACCES, {"times": 3}),  # somebody has the file open for a moment
+        ("replace", errno.EACCES, {"times": 3}),  # another program has the file open for a moment
         ("replace", errno.EBUSY, {"times": 3}),
         ("replace", errno.ENOSYS, {}),
         ("chmod", errno.EPERM, {}),

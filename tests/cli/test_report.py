@@ -65,7 +65,7 @@ TRAINED = {  # P C or L 2 C P; (C + 1) mid_dim, mid_dim times the output and its
 
 @pytest.mark.parametrize("parametrisation", TRAINED)
 def test_parameters_of_a_prefix_are_those_trained_and_those_kept(tmp_path, parametrisation):
-    """Of a file, too, which holds the kept ones only."""
+    """Also for a file, which holds only the kept ones."""
     model = tiny_with_words()
     options = {"parametrisation": parametrisation, "mid_dim": 4, "gate": True}
     prefix = Prefix.random(model.config, 3, 0, **options)

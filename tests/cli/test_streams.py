@@ -86,7 +86,7 @@ def test_without_stderr_stdout_is_the_result_alone(tmp_path):
 @pytest.mark.parametrize("stream", ["full", "pipe"])
 def test_a_training_goes_on_without_its_terminal(tiny_folder, tables, tmp_path, stream):
     end, write = os.pipe()
-    os.close(end)  # nobody reads
+    os.close(end)  # there is no reader
     target = FULL.open("w") if stream == "full" else os.fdopen(write, "w")
     argv = ["train", "--model", tiny_folder, "--data", tables, "--out", tmp_path / "run",
             "--mid-dim", 8, "--steps", 4, "--log-every", 1, "--device", "cpu"]  # fmt: skip

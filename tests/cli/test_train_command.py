@@ -50,7 +50,7 @@ def test_a_finished_run_goes_on_to_more_steps(cli, run):
 
 
 def test_a_run_has_one_length(cli, tiny_folder, tables, run, tmp_path):
-    lengths = ("--epochs", 3)  # beside --steps
+    lengths = ("--epochs", 3)  # in addition to --steps
     _, said = train(cli, tiny_folder, tables, tmp_path / "new", *lengths, code=1)
     assert "error: --steps and --epochs set the length of the run: give only one" in said
     assert not (tmp_path / "new").exists()

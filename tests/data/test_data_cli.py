@@ -48,9 +48,7 @@ def test_topics_and_max_source_from_training_to_scores(
 ):
     topics = ("--topics", "within-news")
     _, err = train(cli, tiny_folder, articles, tmp_path / "no", *topics, code=1)
-    assert (
-        "at most 87 are allowed; 1 of 2 pairs is too long" in err
-    )  # nothing is cut unless it is asked for
+    assert "at most 87 are allowed; 1 of 2 pairs is too long" in err  # by default nothing is cut
     run = tmp_path / "run"
     train(cli, tiny_folder, articles, run, *topics, "--max-source", 20)
     chosen = ["A text of news/uk.", "A text of news/world."]

@@ -171,7 +171,7 @@ def benchmark(*entries: str) -> str:
 
 
 def test_the_language_of_a_text_is_never_ignored(tmp_path, caplog):
-    """WebNLG 2020's Russian files hold the English texts beside the Russian ones."""
+    """WebNLG 2020's Russian files hold both English and Russian texts."""
     both = entry("Id1", "lang='en'>It is.", "lang='ru'>Это так.", "lang='ru'>Да.")
     path = write(tmp_path, "a.xml", benchmark(both, entry("Id2", "lang='en'>No.")))
     with pytest.raises(
@@ -350,7 +350,7 @@ def test_inputs_alone_are_those_of_the_files_with_texts():
 
 
 def test_lines_of_source_and_target(tmp_path):
-    """XSum as the paper's code has it: train.source, train.target, val.source, ..."""
+    """XSum in the format of the paper's code: train.source, train.target, val.source, ..."""
     write(tmp_path, "val.source", "First  article.\n\nThird | one\n")
     write(tmp_path, "val.target", "One.\r\n \r\nThree. \r\n")
     first, third = load_examples(tmp_path, "dev")

@@ -31,7 +31,7 @@ ORDINALS = {"second": 2, "third": 3, "fourth": 4, "fifth": 5}
 
 
 def numbers(text: str) -> set[int]:
-    """The numbers in a text, in digits or words ("one" may be a pronoun and is none)."""
+    """The numbers in a text, in digits or words (except "one", which may be a pronoun)."""
     words = re.findall(r"\d[\d,]*|[a-z]+", text.lower())
     small = {word: number for number, word in enumerate(SMALL) if number > 1}
     found = {int(word.replace(",", "")) for word in words if word[0].isdigit()}

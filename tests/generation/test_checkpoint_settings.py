@@ -17,7 +17,7 @@ from minprefix.models.weights import load, read_config, save_model
 
 PROMPTS = [[70, 80, 90], [100], [75, 76, 77, 78, 79]]
 BEAMS = {"num_beams": 3}
-# by family what generation_config.json says, beside max_new_tokens
+# the contents of generation_config.json by family, in addition to max_new_tokens
 BOTH = {
     "eos_token_id": [{"eos_token_id": 11}, {"eos_token_id": [11, 30, 50]}, {"eos_token_id": None},
                      {"eos_token_id": [*range(60, 100)], **BEAMS}, {"eos_token_id": None, **BEAMS}],
@@ -43,7 +43,7 @@ BART_ONLY = {
     "max_length": [{"max_new_tokens": None, "max_length": 7}],
     "min_length": [{"min_length": 9}],
 }
-# what only matters where the caller asks for samples
+# settings that matter only if the caller requests sampling
 SAMPLING = {"temperature", "top_k", "top_p"}
 CASES = [("GPT-2", case) for cases in BOTH.values() for case in cases] + [
     ("BART", case) for cases in (BOTH | BART_ONLY).values() for case in cases

@@ -41,7 +41,7 @@ def test_a_text_ends_where_every_token_is_forbidden(way, fast, eos):
 
 
 def test_beams_are_not_ended_by_forbidden_continuations_alone():
-    """A dead beam beside a living one: the living one goes on, and only it counts."""
+    """A dead beam and a living one: the living one continues, and only it counts."""
     model = tiny_gpt2(vocab_size=8, eos_token_id=7, bos_token_id=7)
     config = GenerationConfig(max_new_tokens=6, num_beams=3)
     bad = [[a, b] for a in range(7) for b in range(8) if b != a]  # each token by itself only

@@ -81,7 +81,7 @@ def make(layout: str, **sizes) -> tuple[Case, tuple, torch.Tensor]:
 
 
 def exact_of(case: Case, new: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, which reads no NaN of a column that nobody sees."""
+    """The definition, which does not read the NaN of columns that no query sees."""
     q, k, v, *prefix = case.tensors
     k, v = k.clone(), v.clone()
     return prefix_attention_eager(q, k, v, *prefix, **case.options, append=new, return_lse=True)
@@ -94,7 +94,7 @@ def call(case: Case, new: tuple, attend=prefix_attention, device="cpu"):
     cache = torch.full((2, *k.shape[:2], S + 3, k.shape[3]), 7.0, dtype=k.dtype, device=device)
     cache[:, :, :, :S] = torch.stack([k, v])
     fused = torch.stack([q, *(x.to(device) for x in new)], 2).transpose(1, 3)  # (B, T, 3, H, D)
-    q, *pair = fused.contiguous().permute(2, 0, 3, 1, 4)  # views, as a layer has them
+    q, *pair = fused.contiguous().permute(2, 0, 3, 1, 4)  # views, as in a layer
     options = {n: x.to(device) if torch.is_tensor(x) else x for n, x in case.options.items()}
     o, lse = attend(q, *cache[:, :, :, :S], *prefix, **options, append=tuple(pair), return_lse=True)
     assert (cache[:, :, :, S:] == 7).all()

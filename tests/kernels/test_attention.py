@@ -359,7 +359,7 @@ def test_o_may_be_changed_in_place():
 
 
 def test_keys_that_no_query_sees_are_not_read():
-    """The unused end of a cache may hold anything, NaN too, wherever it begins."""
+    """The unused end of a cache may hold anything, even NaN, wherever it begins."""
     for T in (3, 20, 40):
         case = make_case(B=2, T=T, S=T + 37, D=16, P=5, q_offset=[0, 0]).to(torch.float32)
         exact = results(case)
@@ -433,7 +433,7 @@ def test_what_the_kernels_lack_goes_to_the_reference(dtype, D, monkeypatch):
 @pytest.mark.parametrize("sequence, short", [(ONE_TILE, True), (TILES, False)])
 @pytest.mark.parametrize("prefix_len", [0, 5, 40])
 def test_workspace(sequence, short, prefix_len, monkeypatch):
-    """What backward allocates is what the header says."""
+    """The backward pass allocates the bytes given in the header."""
     case = make_case(**{"B": 3, "H": 2, "D": 16, "P": prefix_len, **sequence})
     case = on_device(case.to(torch.float32))
     o, lse = prefix_attention(*case.tensors, return_lse=True)
@@ -456,5 +456,5 @@ def test_workspace(sequence, short, prefix_len, monkeypatch):
     assert sum(sizes) == plan.workspace_bytes(*case.tensors[:2], case.tensors[3])
     one_program = plan.plans_of(*case.tensors[:2], prefix_len, True)[0] is not None
     assert one_program == (short and prefix_len <= 16) or not INTERPRETED  # by its table
-    if one_program:  # as the header has it: no delta, one part per row
+    if one_program:  # as in the header: no delta, one part per row
         assert sum(sizes) == 8 * 3 * 2 * prefix_len * 16

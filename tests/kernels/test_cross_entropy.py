@@ -71,7 +71,7 @@ def test_within_rounding(V, with_bias, dtype):
 def test_extreme_scores(factor, dtype):
     """Of order 1e4, within fp16's range: one column has all of the probability; and all equal."""
     logits, labels, _ = inputs(1000, dtype, n=4, factor=factor)
-    labels[1] = logits[1, :1000].argmax()  # a loss of about 0, beside scores of 1e4
+    labels[1] = logits[1, :1000].argmax()  # a loss of about 0 with scores of 1e4
     check(logits, labels, None, 1000)
 
 

@@ -143,7 +143,7 @@ def test_a_stack_for_shared_prefixes_only(monkeypatch):
 
 @pytest.mark.parametrize("programs", [1, 8, 25, 40, 500])
 def test_splits(programs, cut):
-    """Any number of splits, more than one step of the merge too; results repeat bit for bit."""
+    """Any number of splits, also with more than one step of the merge; results repeat exactly."""
     cut(programs)
     case = make_case(B=2, H=2, T=2, S=240, P=20, D=16, kv_lens=[240, 77], q_offset=[238, 230])
     tiles = 17 if INTERPRETED else 9  # of 16 or 32 keys; 1 more than a step of the merge
@@ -260,7 +260,7 @@ def test_random_calls(data):
 
 @pytest.mark.parametrize("programs, stack", [(1, False), (30, False), (30, True), (1, True)])
 def test_workspace_bytes(programs, stack, cut, monkeypatch):
-    """The formula gives what is allocated beside o and lse."""
+    """The formula gives the bytes that are allocated besides o and lse."""
     cut(programs, stack)
     case = make_case(B=3, H=2, T=5, S=90, P=20, D=16).to(torch.float32)
     q, k, _, prefix_k, _ = (x.to(DEVICE) for x in case.tensors)

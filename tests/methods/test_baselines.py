@@ -134,7 +134,7 @@ def test_what_is_copied_or_saved_is_the_model_without_its_adapter(tokenizer, tmp
     for other in (twin, load(tmp_path)[0]):
         assert adapter_of(other) is None and other.frame == ("", None)
         assert torch.equal(other(ids), plain) and not torch.equal(adapted, plain)
-    adapter.attach(twin)  # once, beside the hooks that came with the copy
+    adapter.attach(twin)  # once, in addition to the hooks that came with the copy
     assert torch.equal(twin(ids), adapted)
     adapter.detach(model)
     assert torch.equal(twin(ids), adapted) and torch.equal(model(ids), plain)

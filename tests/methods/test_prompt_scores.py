@@ -111,7 +111,7 @@ def test_the_gradient_predicts_a_small_step_towards_a_token():
         losses.append(model.token_losses(batch.input_ids, batch.labels, prefix=acts).mean())
     difference = ((losses[0] - losses[1]) / (2 * h)).item()
     predicted = (gradient[place, token] - gradient[place, prompt[place]]).item()
-    # h^2 of truncation, eps / h of rounding: 1e-10 each beside derivatives of order 1
+    # truncation error h^2 and rounding error eps / h are 1e-10 each, for derivatives of order 1
     assert predicted == pytest.approx(difference, abs=1e-8)
 
 

@@ -52,7 +52,7 @@ def test_all_five_columns_equal_the_official_ones(official, name, monkeypatch):
 def test_meteor_equals_the_official_one(official, name):
     if why_not():
         pytest.skip(why_not())
-    # 8 digits are given; 1e-6 is the bound that was asked for.
+    # 8 digits are known; 1e-6 is the required bound.
     assert scores_of(official[name])["MET"] / 100 == pytest.approx(
         official[name]["METEOR"], abs=1e-6
     )

@@ -176,7 +176,7 @@ def test_wrong_arguments(call, message):
 
 
 def test_missing_and_wrong_facts_of_a_text():
-    """A value counts as wrong where another table has it and this one does not."""
+    """A value counts as wrong if another table has it and this one does not."""
     tables = (
         (("name", "The Mill"), ("price", "cheap"), ("rating", "low"), ("family friendly", "yes")),
         (("name", "The Wrestlers"), ("price", "high"), ("rating", "high"), ("food", "Thai")),

@@ -67,7 +67,7 @@ def test_meteor_of_equal_and_of_strange_texts():
         pytest.skip(why_not())
     assert meteor(["a cat sat", "é"], [["no", "a cat sat"], ["é"]]) == 1
     assert meteor(["", "||| x"], [["a"], ["b"]]) == 0
-    # A stem counts less than the word, a synonym too; both count.
+    # A stem and a synonym count less than the word itself, but both count.
     stem, none = (meteor([text], [["the cats sat down"]]) for text in ("the cat sat", "the ox sat"))
     assert 0 < none < stem < 1
 
@@ -103,7 +103,7 @@ def test_three_references_count_and_missing_ones_are_empty(quiet):
     # The fourth reference equals the output, but is not looked at.
     references = [["p q", "r s", "t u", "a b c d"]]
     assert official_scores(["a b c d"], references, "dart") == {"BLEU": 0, "TER": 2}
-    # An output of 4 words beside a reference of 9: "no reference" (0 words) is nearer than 9, so
+    # An output of 4 words with a reference of 9: "no reference" (0 words) is closer than 9, so
     # there is no penalty for brevity. multi-bleu.perl reads the empty lines in the same way.
     references = [["a b c d e f g h i"]]
     assert official_scores(["a b c d"], references, "webnlg")["BLEU A"] == pytest.approx(100)

@@ -84,7 +84,7 @@ def test_other_tokenizers_are_refused_in_one_line(saved_by_transformers, tmp_pat
 
 
 def grown(folder, fast: bool):
-    """transformers' GPT-2 with tokens that somebody added, resized to a multiple of 64."""
+    """transformers' GPT-2 with added tokens, resized to a multiple of 64."""
     model = GPT2LMHeadModel(TheirConfig(**TINY, bos_token_id=8191, eos_token_id=8191))
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "mini")
     tokenizer.add_tokens(["[name]", "[name", AddedToken("<area>", lstrip=True, rstrip=True),
@@ -191,7 +191,7 @@ RELATIVES = {
 
 @pytest.mark.parametrize("name", RELATIVES)
 def test_relatives_of_gpt2_equal_transformers(tmp_path, name):
-    """Logits, greedy texts and a prefix; what is saved, too."""
+    """Logits, greedy texts, a prefix, and the saved model."""
     torch.manual_seed(0)
     config = TheirConfig(**TINY, **RELATIVES[name], initializer_range=0.3, bos_token_id=8191,
                          eos_token_id=[8191, 50], attn_implementation="sdpa")  # fmt: skip

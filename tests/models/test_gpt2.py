@@ -239,7 +239,8 @@ def test_config_error_names_the_numbers():
 
 @torch.no_grad()
 def test_dropout_acts_in_train_mode_only():
-    """On embeddings and on what layers add; none inside attention, whatever attn_pdrop says."""
+    """Dropout on embeddings and on the outputs of layers; none inside attention, whatever
+    attn_pdrop is."""
     for name in ("embd_pdrop", "resid_pdrop"):
         rates = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0, name: 0.5}
         model = tiny_gpt2(**rates)

@@ -188,7 +188,7 @@ def test_every_layout_is_downloaded_and_loaded(folder, model, serve, tmp_path, l
 
 
 def test_all_forms_of_a_tokenizer_and_the_settings_are_downloaded(folder, serve, tmp_path):
-    """tokenizer.json in the place of vocab.json and merges.txt; generation_config.json, too."""
+    """tokenizer.json instead of vocab.json and merges.txt; also generation_config.json."""
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "new")

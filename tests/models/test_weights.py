@@ -45,7 +45,7 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor], layout: str) -
 
 
 def official_names(model: GPT2) -> dict[str, torch.Tensor]:
-    """The tensors as old checkpoints have them: prefixed, with mask buffers and the tied head."""
+    """The tensors of old checkpoints: with a prefix, with mask buffers and the tied head."""
     tensors = {f"transformer.{name}": tensor for name, tensor in model.state_dict().items()}
     for layer in range(model.config.n_layer):
         tensors[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 32, 32, dtype=torch.uint8)

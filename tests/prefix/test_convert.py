@@ -47,7 +47,7 @@ def hub(folder, flat):
 
 
 def test_to_peft_and_back(cli, ours, tmp_path):
-    """The same file comes back; the frame is told, since PEFT does not read it."""
+    """The same file comes back; the frame is printed, since PEFT does not read it."""
     out, err = cli("convert", ours, "--to", "peft", "--out", tmp_path / "peft", "--json")
     assert json.loads(out) == {
         "file": str(tmp_path / "peft"), "prefix_len": P, "position_offset": P,
@@ -158,7 +158,7 @@ def test_refusals_write_nothing(cli, ours, tiny_folder, tmp_path):
     model = ("--model", tiny_folder)
     for source, to, more, message in (
         (tmp_path / "gated.safetensors", "peft", (), "no gate"),
-        (flat, "minprefix", (), "adapter_config.json: does not say how many heads"),
+        (flat, "minprefix", (), "adapter_config.json: does not contain the number of heads"),
         (flat, "peft", model, "--position-offset 5"),
         (virtual, "minprefix", (), f"{virtual}: virtual tokens at the input"),
         (

@@ -146,7 +146,9 @@ def test_authors_without_config(authors, tmp_path):
         read_authors(folder, GPT2Config(n_layer=3, n_head=2, n_embd=32))
     (folder / "config.json").unlink()
     assert torch.equal(read_authors(folder / "pytorch_model.bin", CONFIG).prefix_table, table)
-    with pytest.raises(ValueError, match="pytorch_model.bin: does not say how many heads.*--model"):
+    with pytest.raises(
+        ValueError, match="pytorch_model.bin: does not contain the number of heads.*--model"
+    ):
         read_authors(folder)
     torch.save({"control_trans": torch.randn(2 * L, 1, H, P, D)}, folder / "word.pt")
     assert read_authors(folder / "word.pt").prefix_table.shape == (L, 2, H, P, D)
@@ -338,7 +340,7 @@ def test_wrong_adapter_hub_folders_are_named(hub, name):
 
 def test_adapter_hub_needs_the_model(hub):
     folder = hub(FLAT)
-    with pytest.raises(ValueError, match="does not say how many heads.*--model"):
+    with pytest.raises(ValueError, match="does not contain the number of heads.*--model"):
         read_adapters(folder, None)
     (folder / "pytorch_adapter.bin").write_bytes(b"text")
     with pytest.raises(ValueError, match="pytorch_adapter.bin: damaged"):

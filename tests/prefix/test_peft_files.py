@@ -96,7 +96,7 @@ def test_folders_of_old_versions(tmp_path):
 
 
 def test_round_trips_are_exact(tmp_path):
-    """PEFT's rows come back bit for bit, and so does a prefix, with what it says of its base."""
+    """PEFT's rows come back bit for bit, and so does a prefix with the data about its base."""
     folder = peft_saved(tiny_gpt2(), tmp_path / "a")
     write_peft(tmp_path / "b", read_peft(folder))
     theirs, ours = (load_file(tmp_path / x / "adapter_model.safetensors") for x in "ab")

@@ -61,7 +61,7 @@ def run_of(folder: Path, out: Path, **changes) -> Pretrainer:
 
 
 def losses(out: Path) -> list[tuple]:
-    """Of each log line: what a run goes on to bit for bit, without times."""
+    """The parts of log lines that a continued run must repeat bit for bit: all but times."""
     keys = ("step", "loss", "dev_loss", "grad_norm", "lr_share")
     return [tuple(entry.get(key) for key in keys) for entry in read_log(out)]
 

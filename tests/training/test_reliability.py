@@ -22,7 +22,7 @@ def test_what_reliability_counts(tmp_path):
     assert len(rows) == 7 and all("'failures': 0" in row for row in rows), done.stdout
     for row in rows[3:]:  # of several ranks
         summed, trained = map(int, re.findall(r"(\d+) bytes", row))
-        assert 0 < summed - trained <= 16, row  # beside the gradients: losses and the wish to stop
+        assert 0 < summed - trained <= 16, row  # besides gradients: losses and the flag to stop
 
 
 @pytest.mark.parametrize("name", ["RELIABILITY.md", "SECURITY.md"])
