@@ -1,13 +1,14 @@
-"""How many kernels a step of GPT-2 medium's shape launches, and what they move: counted, no GPU.
+"""Counts the kernel launches of a step with GPT-2 medium's shape, and their bytes, without a GPU.
 
     python -m benchmarks.kernels.launches [--out FILE.csv] [--part train generate]
 
-The code runs as on a GPU with graphs: the launches of our kernels are recorded instead of made
-(`kernels.launch.recorded`), PyTorch's operators are counted as they are dispatched (`Count`). A
-view or an allocation launches nothing, any other operator counts as one kernel: some launch more (a
-sort, a sum by parts), so the number is a lower bound. Bytes are those of each tensor that a kernel
-reads or writes, once: of a cache all columns. `us` is what follows from bytes, FLOPs and launches
-where nothing else takes time (`microseconds`); it ignores caches and is no measurement.
+The code runs as on a GPU with graphs, but the launches of our kernels are recorded instead of
+executed (`kernels.launch.recorded`), and PyTorch's operators are counted when they are dispatched
+(`Count`). A view or an allocation launches nothing, and any other operator counts as one kernel.
+Some launch more (a sort, a sum in parts), so the number is a lower bound. Each tensor that a kernel
+reads or writes counts once with all its bytes, a cache with all its columns. `us` is the time that
+follows from bytes, FLOPs and launches alone (`microseconds`); it ignores caches and is not a
+measurement.
 
 A training step is that of `Trainer`, bf16, a prefix of 10 out of an MLP, loss at every position, on
 the "meta" device, which has shapes and no memory; with the kernels of `cross_entropy.py` and
@@ -15,10 +16,10 @@ the "meta" device, which has shapes and no memory; with the kernels of `cross_en
 AdamW, both fused over all tensors, are known without a count (`UPDATE`). A step of generation is
 the difference of two generations with a different number of tokens.
 
-Columns: `triton`, launches of our kernels; `other`, of PyTorch's; `waits`, tensors that the host
-asks for; `calls`, what the host launches itself: a replay, and what is not captured. The rows
-"before" of the committed CSV were counted at the commits that they name, before most of these
-kernels; there only the weights' bytes of a token were counted, and are left out.
+Columns: `triton`, launches of our kernels; `other`, launches of PyTorch's; `waits`, tensors that
+the host reads; `calls`, launches by the host itself: a replay, and everything that is not captured.
+The rows "before" in the committed CSV were counted at the commits that they name, before most of
+these kernels existed; their bytes, which included only weights, are left out.
 """
 
 import argparse
@@ -52,15 +53,16 @@ from minprefix.training.blocks import wrap_blocks
 KEY = ("form", "work", "B", "T", "beams", "sampling", "graphs")
 TARGET = "sm_90"
 BYTES_A_SECOND, FLOPS_A_SECOND = 4.8e12, 700e12  # an H200's memory, and bf16 products there
-LAUNCH_US = 2.0  # from the start of a kernel in a CUDA graph to the start of the next, at least
-SMALL_US = 10.0  # kernels that take less together are not printed apart
+LAUNCH_US = 2.0  # least time between the starts of two kernels in a CUDA graph
+SMALL_US = 10.0  # kernels that together take less are not printed separately
 NOTHING = {"_unsafe_view", "alias", "detach", "device", "empty", "empty_like", "empty_strided",
            "lift_fresh", "new_empty", "new_empty_strided",
            "result_type"}  # launch nothing, as views  # fmt: skip
 GATHERS = {"embedding", "index_select", "index", "gather"}  # read what they write, not the table
 OVERWRITES = {"zero_", "fill_", "copy_"}  # do not read what they write
-# norm (2, and 5 of single numbers), clipping (2), step numbers (1), AdamW (2). In fp32 the gradient
-# is read, is read and written, and is read with weight and moments, which are written
+# norm (2, and 5 of single numbers), clipping (2), step numbers (1), AdamW (2). In fp32, a gradient
+# is read for the norm, read and written for clipping, and read by AdamW with weight and moments,
+# which are also written
 UPDATE = {"launches": 12, "bytes": 4 * (1 + 2 + 4 + 3)}
 OWN = {"attention": attention.forward, "attention_append": attention.forward_append,
        "attention_backward": attention.attention_backward}  # fmt: skip
@@ -81,7 +83,7 @@ class Count(TorchDispatchMode):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if func is torch.ops.aten.dropout.default and not args[2]:
             return args[0]  # its Python form would copy
-        with self:  # an operator that is made of others counts as those
+        with self:  # a composite operator counts as its parts
             made = func.decompose(*args, **kwargs)
         if made is not NotImplemented:
             return made
@@ -114,14 +116,14 @@ class Count(TorchDispatchMode):
 
     @contextmanager
     def graph(self) -> Iterator[None]:
-        """What is launched inside is replayed."""
+        """Launches within the block belong to a replay."""
         before, self.inside = len(self.own), True
         yield
         self.captured, self.inside = self.captured + len(self.own) - before, False
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """As on a GPU: count what is launched inside."""
+        """Count the launches within the block, as on a GPU."""
         on_gpu = patch.object(kernels, "takes", lambda x: True)
         unchecked = patch.object(kernels.inputs, "check_int", lambda *_, **__: None)
         with on_gpu, unchecked, recorded(TARGET) as self.own, self:
@@ -131,7 +133,7 @@ class Count(TorchDispatchMode):
 
 
 def tensors(x: Any) -> list[torch.Tensor]:
-    """Those in nested lists of arguments."""
+    """The tensors in nested lists of arguments."""
     if isinstance(x, dict):
         x = list(x.values())
     if isinstance(x, list | tuple):
@@ -153,7 +155,7 @@ def bytes_of(launch: Launch) -> int:
 def training_step(
     config: GPT2Config, batch_size: int, seq_len: int, fused: bool
 ) -> tuple[Count, dict[str, int]]:
-    """What one step launches, and its bytes of memory by what they are."""
+    """The launches of one step, and its memory in bytes by purpose."""
     kept: dict[int, int] = {}  # storages that the backward pass reads
     count = Count()
 
@@ -209,7 +211,7 @@ def training_step(
 
 
 def token(model: GPT2, prefix: Prefix, B: int, graphed: bool, **options) -> Count:
-    """What a token of B rows launches, or a step of all their beams."""
+    """The launches of one token for B rows, or of one step of all their beams."""
 
     def texts(n: int) -> Count:
         count = Count()
@@ -251,7 +253,7 @@ def microseconds(launches: float, n_bytes: float, flops: float) -> float:
 
 
 def columns(count: Count, graphed: bool) -> dict:
-    """A row's numbers, and the names of the kernels that are launched most."""
+    """The numbers of a row, and the names of the most frequent kernels."""
     launches, n_bytes, flops = (sum(x[i] for x in count.found.values()) for i in range(3))
     names = sorted(count.found.items(), key=lambda one: -one[1][0])
     return {
@@ -265,7 +267,7 @@ def columns(count: Count, graphed: bool) -> dict:
 
 
 def show(count: Count) -> None:
-    """The kernels of a step by the time that follows from them."""
+    """Print the kernels of a step by their computed time."""
     rows = [(name, *found, microseconds(*found)) for name, found in count.found.items()]
     small = [row for row in rows if row[-1] < SMALL_US]
     rows = sorted((row for row in rows if row not in small), key=lambda row: -row[-1])
@@ -291,7 +293,7 @@ def generate_rows() -> Iterator[tuple[dict, Count]]:
     config = GPT2Config(**MEDIUM)
     with torch.device("meta"):
         model = GPT2(config).bfloat16().eval()
-    model = model.to_empty(device="cpu")  # no weight is multiplied by
+    model = model.to_empty(device="cpu")  # its weights are never used in products
     for weight in model.parameters():
         weight.data.zero_()
     prefix = Prefix.random(config, 10, seed=0)

@@ -42,7 +42,7 @@ TRADES = {
 
 
 def results(d: Draw) -> Story:
-    """A firm's sales in two years, why they changed, and what becomes of its staff."""
+    """A firm's sales in two years, why they changed, and the consequences for its staff."""
     goods, rise = d.pick(list(TRADES)), d.chance()
     firm, up, down = TRADES[goods]
     reason, cause = up if rise else down
@@ -123,7 +123,7 @@ def results(d: Draw) -> Story:
     )  # fmt: skip
 
 
-# A firm: its trade, what it is, where it works, two groups of its staff.
+# A firm: its trade, a description, its buildings, two groups of its staff.
 SITES = (
     ("parcel", "a parcel [firm|company]", "depot", "as drivers", "at the sorting belts"),
     ("furniture", "a furniture [maker|firm]", "workshop", "at the saws", "in the paint shop"),

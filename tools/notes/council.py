@@ -76,7 +76,7 @@ PLANS = (
 
 
 def vote(d: Draw) -> Story:
-    """A plan is put to the vote; who won and why is to be found among both sides' arguments."""
+    """A vote on a plan; the winner and the reason must be found among both sides' arguments."""
     plan, passed = d.pick(PLANS), d.chance()
     few, many = d.number(3, 14), d.number(15, 32)
     n = d.number(13, 60) if "flats" in plan["plan"] or "trees" in plan["plan"] else d.number(3, 12)

@@ -123,7 +123,7 @@ BOOKS = {"novel": "novels", "children's book": "children's books", "comic book":
 
 
 def prize(d: Draw) -> Story:
-    """One of three writers wins: who that is and what the book is about stand apart."""
+    """One of three writers wins; the winner and the subject of the book are in different places."""
     writers = [d.person(), d.person(), d.person()]
     jobs, themes, winner = d.some(list(WORK), 3), d.some(list(THEMES), 3), d.number(0, 2)
     wrote = ("wrote one about", "[sent in|submitted] one about", "had chosen to write about")
@@ -199,7 +199,7 @@ EVENTS = (  # how money is raised
 
 
 def school(d: Draw) -> Story:
-    """Three events bring money: the sum is more or less than what is needed."""
+    """Three events raise money; the sum is more or less than the goal."""
     first, second, third = d.some(EVENTS, 3)
     sums = [d.number(150, 980, 10) for _ in range(3)]
     gap, enough = d.number(40, 300, 10), d.chance()

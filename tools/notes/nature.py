@@ -93,7 +93,7 @@ def count(d: Draw) -> Story:
     )
 
 
-TRAPS = {  # an animal and where it is stuck: the same in short, how it gets out
+TRAPS = {  # an animal and its trap: the same in short, how it is freed
     ("pony", "up to its belly in the mud of the river"): ("deep mud", (
         "laid ladders on the ground and pulled with ropes", "dug a ditch to let the water out")),
     ("dog", "at the bottom of a dry well"): ("a well", (

@@ -16,7 +16,7 @@ LOADS = {  # what lies on the road: the same in other words
     "hundreds of live chickens": "poultry",
     "planks and beams": "timber",
 }
-CAUSES = {  # what the driver says: the same from outside
+CAUSES = {  # the cause in the driver's words: the same from outside
     "a deer had jumped out of the trees": "[an animal|a deer] on the road",
     "it had been impossible to see the bend against the light": "low sun",
     "nothing had happened when the pedal was pressed on the hill": "brake failure",
@@ -105,7 +105,7 @@ def crash(d: Draw) -> Story:
     )  # fmt: skip
 
 
-FINDS = {  # what holds the work up: the same in short
+FINDS = {  # why the work takes longer: the same in short
     "rust had eaten much deeper into the steel than anybody had thought": "[hidden|bad] rust",
     "an old wall had come to light under the road": "the discovery of [ruins|an ancient wall]",
     "swallows had built their nests in the arches": "[nesting|protected] birds",
@@ -113,7 +113,7 @@ FINDS = {  # what holds the work up: the same in short
     "the right stone came from a quarry that was closed": "a shortage of stone",
     "something that looked like a bomb lay in the mud": "a [suspected|possible] bomb",
 }
-HELP = {  # what makes it quicker, likewise
+HELP = {  # why the work is faster: the same in short
     "the men had been able to work outside all winter": "mild weather",
     "parts of it had been made in a factory beforehand": "ready-made parts",
     "the firm had brought in a second crane": "an extra crane",

@@ -17,7 +17,7 @@ SHOTS = {  # how the last goal falls: the same in short
 
 
 def football(d: Draw) -> Story:
-    """Goals are told one by one; who won, or saved a point, and how is to be put together."""
+    """Goals are listed one by one; who won, or saved a point, and how must be inferred."""
     course = d.pick(("behind", "level", "only", "draw"))
     shot, names = d.pick(list(SHOTS)), d.pick((HE, SHE))
     facts = {
@@ -137,7 +137,7 @@ def race(d: Draw) -> Story:
     sport = d.pick(list(RACES))
     name, athlete, mishaps = RACES[sport]
     mishap, names = d.pick(list(mishaps)), d.pick((HE, SHE))
-    times = [3 * n + d.number(0, 1) for n in sorted(d.some(range(2, 20), 4))]  # no two near
+    times = [3 * n + d.number(0, 1) for n in sorted(d.some(range(2, 20), 4))]  # well separated
     is_record = d.chance()
     best = times.pop(1 if is_record else 0)
     facts = {
@@ -224,7 +224,7 @@ TEAMS = {"hockey": "Hawks", "handball": "Bears", "basketball": "Giants", "rugby"
 
 
 def injury(d: Draw) -> Story:
-    """A player is out; games of two competitions make up the number that is missed."""
+    """A player is injured; the number of missed games is the sum over two competitions."""
     sport, how = d.pick(list(TEAMS)), d.pick(list(HURT))
     names = d.pick((HE, SHE))
     player = d.person(names)

@@ -76,7 +76,7 @@ def storm(d: Draw) -> Story:
     )  # fmt: skip
 
 
-# What a month may be: what is measured; what comes of it and the same in short.
+# Kinds of months: the measured quantity; a consequence and the same in short.
 MONTHLY = {
     "wettest": ("millimetres of rain fell", {
         "cattle had to be brought down from the meadows by boat": "[stranded|cut off] cattle",
@@ -97,7 +97,7 @@ MONTHLY = {
         "people slept on the beach": "brought people outdoors",
     }),
 }  # fmt: skip
-LEVELS = {  # least and most of the average, of the second most extreme figure and of the extreme
+LEVELS = {  # ranges of the average, of the second most extreme value and of the extreme
     "wettest": ((60, 90), (140, 160), (161, 190)),
     "driest": ((48, 70), (21, 32), (3, 20)),
     "sunniest": ((150, 190), (215, 235), (236, 269)),
@@ -105,7 +105,7 @@ LEVELS = {  # least and most of the average, of the second most extreme figure a
 
 
 def record(d: Draw) -> Story:
-    """A month's figure beside the record and the average: is it a new record or not?"""
+    """A month's value, the record and the average: is it a new record or not?"""
     kind, is_record = d.pick(list(MONTHLY)), d.chance(0.6)
     fell, effects = MONTHLY[kind]
     effect = d.pick(list(effects))
