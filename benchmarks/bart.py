@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         "batch-size": 1, "prefix-len": 200, "source": 512, "target": 60, "steps": 1, "num-beams": 6,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
-    parser.add_argument("--peers", action="store_true", help="the step of the others, too")
+    parser.add_argument("--peers", action="store_true", help="also time the other libraries")
     parser.add_argument("--out", type=Path, help="CSV to add the rows to")
     args = parser.parse_args(argv)
     embedded = args.model in EMBEDDED

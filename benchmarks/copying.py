@@ -82,7 +82,7 @@ def measure(choice: Choice) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so long")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no run after this time")
     end = time.perf_counter() + 60 * parser.parse_args().minutes
     for choice in CHOICES:
         if time.perf_counter() < end:

@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--before", default="01f771b", help="the commit to compare with")
     parser.add_argument("--minutes", type=float, default=10, help="for all rows together")
-    parser.add_argument("--e2e", help="the folder with E2E's CSVs; without it those rows are left")
-    parser.add_argument("--rows", type=int, help="the first so many only")
+    parser.add_argument("--e2e", help="the folder with E2E's CSVs; without it, no such rows")
+    parser.add_argument("--rows", type=int, help="only this many rows, from the first on")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "cpu" / "pairs.csv")
     args = parser.parse_args()
     if args.work:

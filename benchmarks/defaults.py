@@ -114,7 +114,7 @@ def draw(rows: list[dict]) -> None:
     axes.set_xticks(range(len(rows)), names, fontsize=7)
     axes.set(
         ylabel="dev loss above the best of the grid (%)", xlabel="model, data, training pairs",
-        title="The rule for open settings against a grid around it, seed 0",
+        title="The rule for settings that are not given, compared with a grid, seed 0",
     )  # fmt: skip
     axes.legend(frameon=False)
     save_figure(figure, FIGURE)
@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("run", "figure"))
     parser.add_argument("--e2e", default="e2e", help="folder of the official CSVs")
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so long")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no run after this time")
     args = parser.parse_args()
     if args.what == "run":
         run_all(args.e2e, args.minutes)

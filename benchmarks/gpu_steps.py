@@ -42,11 +42,11 @@ RUNS: dict[str, list[tuple[str, dict[str, Any]]]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Time whole steps beside transformers + PEFT.")
+    parser = argparse.ArgumentParser(description="Time whole steps, also of transformers + PEFT.")
     parser.add_argument("work", choices=RUNS)
     parser.add_argument("--out", type=Path, required=True, help="folder for bench.csv and others")
     parser.add_argument("--data", default=TEXTS["data"], help="real tables (restaurants)")
-    parser.add_argument("--seconds", type=float, default=150, help="begin nothing after so many")
+    parser.add_argument("--seconds", type=float, default=150, help="start nothing after this time")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(arguments)
     began, failed = time.monotonic(), 0
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     for model, options in RUNS[args.work]:
         spent = time.monotonic() - began
         if spent > args.seconds:
-            print(f"the time is over after {spent:.0f} s: not measured: {model} {options}")
+            print(f"the time is over after {spent:.0f} s; not measured: {model} {options}")
             continue
         print(f"after {spent:.0f} s: {model} {options}", flush=True)
         if "data" in options:

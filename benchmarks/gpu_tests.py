@@ -160,7 +160,7 @@ def collect(files: list[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Run the kernels' tests, each safe from others.")
+    parser = argparse.ArgumentParser(description="Run the tests of the kernels.")
     workers = max(1, min(15, (os.cpu_count() or 2) - 1))  # compiling takes a core each
     parser.add_argument("--workers", type=int, default=workers, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=160, help="for all")

@@ -295,7 +295,7 @@ def steps_left(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Time prefix attention beside PyTorch's own.")
+    parser = argparse.ArgumentParser(description="Time prefix attention and PyTorch's own.")
     parser.add_argument("--out", type=Path, help="folder for attention-DEVICE.csv and its picture")
     parser.add_argument("--part", choices=("targets", "sweeps", "all"), default="all")
     parser.add_argument("--seconds", type=float, default=270, help="start no shape after this")
@@ -309,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device == "cuda":
         need_kernels()
     else:
-        print("No GPU: small shapes on the CPU, to run the code. These times say nothing.")
+        print("No GPU: small shapes on the CPU, only to run the code. These times mean nothing.")
     path = args.out / f"attention-{device_name()}.csv" if args.out else None
     if path:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,7 @@ def go_on_if_lost(args: argparse.Namespace, began: float) -> None:
     try:
         torch.cuda.synchronize()
     except Exception as error:
-        print(f"CUDA is lost to this process, going on in a new one: {error}"[:200], flush=True)
+        print(f"CUDA has failed in this process, starting a new one: {error}"[:200], flush=True)
         words = [word for word in sys.argv[1:] if word != "--resume"]
         left = max(1.0, args.seconds - (time.monotonic() - began))
         words += ["--resume", "--seconds", f"{left:.0f}"]  # the last one counts

@@ -347,7 +347,7 @@ def show(rows: list[dict], path: Path | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Time a step of decoding beside PyTorch's own.")
+    parser = argparse.ArgumentParser(description="Time a step of decoding.")
     parser.add_argument("--out", type=Path, help="folder for decode-DEVICE.csv and its picture")
     parser.add_argument("--seconds", type=float, default=270, help="start no shape after this")
     parser.add_argument("--draw", type=Path, metavar="CSV", help="only its verdicts and picture")
@@ -363,7 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device == "cuda":
         need_kernels()
     else:
-        print("No GPU: small shapes on the CPU, to run the code. These times say nothing.")
+        print("No GPU: small shapes on the CPU, only to run the code. These times mean nothing.")
     copy_gbs = next(x["gbs"] for x in machine_limits(device) if x["method"] == "copy")
     print(f"a large copy: {copy_gbs} GB/s", flush=True)
     shapes = REFERENCE + BANKS + OVER_S + OVER_B + ONE_ROW + OVER_P

@@ -149,7 +149,7 @@ def norms(shape: Shape, device: str) -> Iterator[Timed]:
 def verdicts(rows: list[dict[str, str]]) -> list[str]:
     """One line for each target, and one for the fastest tile of each shape."""
     us = {(row["what"], row["method"], row["n"]): float(row["us"]) for row in rows}
-    lines = [] if rows else ["the kernels beside attention: not measured"]
+    lines = [] if rows else ["the kernels other than attention: not measured"]
     for n in dict.fromkeys(row["n"] for row in rows):
         for what, above, below, aim, most in (
             ("head", "plain", "ours", 5.0, False),  # 6.9 in a trial on an H200
@@ -175,9 +175,9 @@ def verdicts(rows: list[dict[str, str]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time the kernels beside attention.")
+    parser = argparse.ArgumentParser(description="Time the kernels other than attention.")
     parser.add_argument("--out", type=Path, help="folder for fused-DEVICE.csv")
-    parser.add_argument("--seconds", type=float, default=25, help="begin nothing after so many")
+    parser.add_argument("--seconds", type=float, default=25, help="start nothing after this time")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":

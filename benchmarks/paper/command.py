@@ -116,7 +116,7 @@ def plan_of(options: Options) -> Plan:
         raise ValueError(f"--data-dir {options.data_dir}: there is no such folder")
     needs_sweep = plan.presets == "mini" and not options.quick and options.what != "sweep"
     if needs_sweep and not plan.sweep.exists():
-        say("no sweep: learning rates are the defaults, no dev set chose them (command sweep)")
+        say("no sweep: learning rates are the defaults, not chosen on a dev set (command sweep)")
     if options.quick:
         plan = replace(plan, seeds=(0,), low_seeds=(0,), subsets=(0,), sizes=(50, 100))
     if options.seeds:
@@ -216,7 +216,7 @@ def check_ready(runs: list[Run], todo: list[Run], options: Options) -> None:
     except (OSError, ValueError) as error:
         if todo:
             raise
-        say(f"whether the finished runs are of this model is not known: {error}")
+        say(f"it is unknown whether the finished runs have this model: {error}")
         return
     now = {"weights": weights.fingerprint(model)}
     data = {name: data_digest(name, options.data_dir) for name in {run.data for run, _ in finished}}
@@ -253,7 +253,7 @@ def keep_old(path: Path, before: list[dict], rows: list[dict]) -> None:
         numbers = (path.with_suffix(f".csv.{n}") for n in itertools.count(1))
         old = next(one for one in numbers if not one.exists())
         write_rows(old, before)
-        say(f"{len(lost)} rows of {path} are of other settings: it is kept as {old.name}")
+        say(f"{len(lost)} rows of {path} have other settings: the old file is kept as {old.name}")
 
 
 def go(
@@ -264,7 +264,7 @@ def go(
     seconds = seconds_of(runs, options.runs, options.data_dir, options.device)
     known = [seconds[run.id] for run in todo if seconds[run.id] is not None]
     total, unknown = sum(known) / count, len(todo) - len(known)
-    beside = f", beside {unknown} searches of unknown time" if unknown else ""
+    beside = f", and {unknown} searches of unknown time" if unknown else ""
     say(f"{len(todo)} runs to go, about {duration(total)} with {count} at a time{beside}")
     done, began = [], time.perf_counter()
     of = f" of {name}" if options.what == "all" else ""

@@ -161,7 +161,7 @@ def check_origin(folder: Path, record: dict, origin: dict[str, str]) -> None:
     for name, now in origin.items():
         if not same_model(record.get("origin", {}).get(name, now), now):
             raise ValueError(
-                f"{folder} is a finished run of other {name}: give another --runs, or remove it"
+                f"{folder} is a finished run with other {name}: give another --runs, or remove it"
             )
 
 

@@ -138,7 +138,7 @@ def test_a_run_of_other_weights_or_data_is_not_taken_for_finished(paper, tmp_pat
     shutil.move(tmp_path / "model", tmp_path / "before")
     save_model(model, tokenizer, tmp_path / "model")
     _, err = paper("figure3", *words, code=1)
-    assert "is a finished run of other weights: give another --runs" in err
+    assert "is a finished run with other weights: give another --runs" in err
     shutil.rmtree(tmp_path / "model")
     shutil.move(tmp_path / "before", tmp_path / "model")
     _, err = paper("figure3", *words)
@@ -146,7 +146,7 @@ def test_a_run_of_other_weights_or_data_is_not_taken_for_finished(paper, tmp_pat
     path = tmp_path / "data" / "e2e" / "trainset.csv"
     path.write_text(path.read_text().replace("serves", "sells"))
     _, err = paper("figure3", *words, code=1)
-    assert "is a finished run of other data" in err
+    assert "is a finished run with other data" in err
 
 
 def test_what_all_runs_need_is_said_once_before_the_first(paper, options, tmp_path):

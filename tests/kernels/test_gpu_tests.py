@@ -191,7 +191,7 @@ def test_the_training_run_is_told_with_its_data(tmp_path: Path, capsys):
     gpu_summary.main(["train", str(tmp_path), "--work", str(tmp_path / "work")])
     out = capsys.readouterr().out
     assert "mini, 2500 steps on restaurants in 40 s: test, greedy: BLEU 61.5 (3 s)" in out
-    assert "the kernels beside attention: not measured" in out
+    assert "the kernels other than attention: not measured" in out
     assert read_rows(tmp_path / f"train-{clock.device_name()}.csv")[0]["bleu"] == "61.5"
 
 
