@@ -108,7 +108,7 @@ def sitemap(pages: set[str], site: str) -> str:
 
 
 def not_found(html: str, site: str) -> str:
-    """404.html from Sphinx's page, with absolute links, because a host shows it at any address."""
+    """404.html from Sphinx's page, with a base address, since a host shows it at any address."""
     return html.replace("<head>", f'<head><base href="{escape(site)}/">', 1) if site else html
 
 
