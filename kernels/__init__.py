@@ -3,8 +3,8 @@
 The models call `prefix_attention`, and `prefix_attention_qkv` for self-attention in training. On a
 GPU they run the Triton kernels of `attention.py`, `backward.py` and `decode.py`. On a CPU, and for
 cases without a kernel (fp64, other head sizes), they run `reference.py`, plain PyTorch, which is
-also the definition of correct. In the same way `cross_entropy_` and `add_norm` run
-`cross_entropy.py` and `layer_norm.py`. Importing this package imports only torch.
+also the definition of correct. In the same way `cross_entropy_`, `add_norm` and `fused_linear` run
+`cross_entropy.py`, `layer_norm.py` and `few_rows.py`. Importing this package imports only torch.
 """
 
 import importlib.util
@@ -19,6 +19,7 @@ from kernels.inputs import Inputs, check, check_append, heads
 from kernels.reference import (
     add_norm_plain,
     cross_entropy_plain_,
+    fused_linear_plain,
     prefix_attention_eager,
     prefix_attention_lean,
 )
@@ -26,11 +27,13 @@ from kernels.reference import (
 __all__ = [
     "add_norm",
     "cross_entropy_",
+    "fused_linear",
     "fuses",
     "prefix_attention",
     "prefix_attention_eager",
     "prefix_attention_lean",
     "prefix_attention_qkv",
+    "takes_few",
 ]
 
 
@@ -177,8 +180,45 @@ def add_norm(
     return add_norm_plain(x, y, gain, shift, eps)
 
 
+def fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, *, norm: tuple[Tensor, Tensor, float] | None = None,
+    gelu: bool = False, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """A product with what stands before and after it in a layer; one kernel where `takes_few` says.
+
+        y = residual + act(norm(x) weight + bias)
+
+    Args:
+        x: (..., K). weight: (K, N), as GPT-2 stores it. bias: (N,). All of one dtype.
+        norm: gain (K,), shift (K,) and epsilon of a layer norm; None: x is taken as it is.
+        gelu: act is the tanh form of GELU; else it changes nothing.
+        residual: (..., N); None = zero.
+    Returns:
+        y: (..., N). Differentiable where PyTorch's own kernels make it, so with gradients enabled.
+    Raises:
+        ValueError: shapes that disagree.
+    """
+    (K, N), n = weight.shape, x.shape[:-1]
+    gain, shift = (None, None) if norm is None else norm[:2]
+    tensors = {"x": x, "bias": bias, "gain": gain, "shift": shift, "residual": residual}
+    wanted = {"x": (*n, K), "bias": (N,), "gain": (K,), "shift": (K,), "residual": (*n, N)}
+    given = {name: a for name, a in tensors.items() if a is not None}
+    for name, a in given.items():
+        if a.shape != wanted[name]:
+            found = f"{name} {tuple(a.shape)} does not fit a weight {(K, N)}"
+            raise ValueError(f"{found} and x {tuple(x.shape)}: it must be {wanted[name]}")
+    alike = all(a.dtype == weight.dtype and a.stride(-1) == 1 for a in (weight, *given.values()))
+    if not (alike and takes_few(x)):
+        return fused_linear_plain(x, weight, bias, norm, gelu, residual)
+    from kernels.few_rows import linear
+
+    rest = None if residual is None else residual.reshape(-1, N)
+    return linear(x.reshape(-1, K), weight, bias, norm, gelu, rest).view(*n, N)
+
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests of the kernels
 MOST_NEW = 16  # largest T that the kernel can append, its tile of queries
+FEW_ROWS = 32  # most positions for which `fused_linear` runs its kernel, see `few_rows.py`
 HEAD_DIMS = (16, 32, 64, 80, 128)  # D for which there are kernels
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -199,6 +239,17 @@ def fuses(x: Tensor) -> bool:
     """
     off = os.environ.get("MINPREFIX_FUSED") == "0" or torch.compiler.is_compiling()
     return not off and takes(x)
+
+
+def takes_few(x: Tensor) -> bool:
+    """Whether `fused_linear` takes its kernel for x (..., K): few positions, and no gradients.
+
+    Autocast has products in another dtype than x's. The interpreter gives wrong ones in bf16.
+    """
+    plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+    wrong = INTERPRETED and x.dtype == torch.bfloat16
+    few = 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+    return few and not plain and not wrong and fuses(x)
 
 
 def takes(x: Tensor) -> bool:

@@ -69,7 +69,16 @@ from kernels.launch import (
     launch,
     run_best,
 )
-from kernels.tiles import LN2, LOG2E, load_rows, row_prefix, row_sequence, softmax_step, store_rows
+from kernels.tiles import (
+    LN2,
+    LOG2E,
+    await_previous,
+    load_rows,
+    row_prefix,
+    row_sequence,
+    softmax_step,
+    store_rows,
+)
 
 MAX_QUERIES = 8  # T
 BLOCK_T = tl.constexpr(16)  # a row's queries, padded to the smallest tile of a matrix product
@@ -191,12 +200,13 @@ def _decode_kernel(
     stride_pn, stride_ph, stride_pp, stride_lens, stride_oc, stride_ob, stride_oh, stride_ot,
     batch_size, n_head, seq_len, kv_len, prefix_len,
     splits, chunk, prefix_splits, prefix_chunk, scale2,
-    CAUSAL: tl.constexpr, Q_SIGN: tl.constexpr, STACKED: tl.constexpr,
+    CAUSAL: tl.constexpr, Q_SIGN: tl.constexpr, STACKED: tl.constexpr, PDL: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr, MORE_P: tl.constexpr,
 ):  # fmt: skip
     """o_c (parts, B, H, T, D) and lse_c (parts, B, H, T), in nats, by both kinds of programs."""
+    await_previous(PDL)
     pid = tl.program_id(0)
     stacked = tl.cdiv(batch_size * seq_len, BLOCK_M) * prefix_splits * n_head
     if STACKED and pid < stacked:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from kernels.assembler import driver_version
 from kernels.inputs import Inputs
 
 KIB = 1024
@@ -196,10 +197,18 @@ class Recording:
 _recording: Recording | None = None
 
 
+def options_of(tile: Tile, arguments: dict[str, Any]) -> dict[str, Any]:
+    """How Triton compiles and launches a kernel with such a tile and such arguments."""
+    overlapping = {"launch_pdl": True} if arguments.get("PDL") else {}
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **overlapping}
+
+
 def launch(kernel, programs: int, tile: Tile, **arguments) -> None:
     """Run `programs` programs of a kernel. It gets the arguments that it names; the others come
-    from the tile. None stands for a missing pointer."""
+    from the tile and from `overlaps` (PDL). None stands for a missing pointer."""
     arguments |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    if "PDL" in kernel.arg_names:
+        arguments["PDL"] = overlaps(next(iter(arguments.values())).device)
     arguments = {name: arguments[name] for name in kernel.arg_names}
     if _recording is not None:
         one = Launch(kernel, programs, tile, arguments, _recording.default)
@@ -208,7 +217,7 @@ def launch(kernel, programs: int, tile: Tile, **arguments) -> None:
         first = next(iter(arguments.values()))  # a tensor, in every kernel
         # Triton launches on the current device, which may differ from that of the tensors
         with torch.cuda.device_of(first):
-            kernel[(programs,)](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
+            kernel[(programs,)](**arguments, **options_of(tile, arguments))
 
 
 @contextmanager
@@ -242,6 +251,17 @@ def _gpu_target(index: int) -> str:
     if major in (9, 10):
         return f"sm_{major}0"
     return "sm_80"
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start before the one before it has ended, as `few_rows.py` has it.
+
+    GPUs from Hopper on can, inside CUDA graphs from CUDA 12.3 on; MINPREFIX_FUSED=0 turns it off.
+    """
+    if target_of(device) not in ("sm_90", "sm_100"):
+        return False
+    off = os.environ.get("MINPREFIX_FUSED") == "0"
+    return _recording is not None or (driver_version() >= 12030 and not off)
 
 
 def programs_wanted(x: torch.Tensor) -> int:

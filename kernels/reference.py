@@ -20,8 +20,9 @@ scores would not be enough if they contain inf or NaN, because 0 x inf is NaN.
 `prefix_attention_lean` computes the same with PyTorch's fused attention, and builds a mask only if
 one is needed; it runs on a CPU. Neither checks its arguments; `kernels.prefix_attention` does, and
 its docstring has all shapes. Shapes use batch B, queries T, keys S, prefix positions P, heads H and
-head width D. `cross_entropy_plain_` and `add_norm_plain`, at the end, correspond to
-`cross_entropy.py` and `layer_norm.py`, whose headers have the equations.
+head width D. `cross_entropy_plain_`, `add_norm_plain` and `fused_linear_plain`, at the end,
+correspond to `cross_entropy.py`, `layer_norm.py` and `few_rows.py`, whose headers have the
+equations.
 
 [1] Li & Liang 2021, https://arxiv.org/abs/2101.00190
 """
@@ -332,3 +333,14 @@ def add_norm_plain(
     """See `kernels.add_norm`."""
     s = x if y is None else x + y
     return s, F.layer_norm(s, s.shape[-1:], gain, shift, eps)
+
+
+def fused_linear_plain(
+    x: Tensor, weight: Tensor, bias: Tensor, norm: tuple[Tensor, Tensor, float] | None,
+    gelu: bool, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """See `kernels.fused_linear`."""
+    x = x if norm is None else F.layer_norm(x, x.shape[-1:], *norm)
+    y = F.linear(x, weight.T, bias)
+    y = F.gelu(y, approximate="tanh") if gelu else y
+    return y if residual is None else residual + y

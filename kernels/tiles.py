@@ -12,6 +12,14 @@ LN2 = tl.constexpr(0.6931471805599453)  # ln(2)
 
 
 @triton.jit
+def await_previous(PDL: tl.constexpr):
+    """Wait until the kernels before have ended, and let the next one start (`launch.overlaps`)."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def row_prefix(b, prefix_index_ptr, prefix_lens_ptr, stride_lens, prefix_len):
     """(n, columns): which prefix of the bank row b uses, and how many of its columns it sees."""
     n = b

@@ -46,7 +46,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from kernels import INTERPRETED, assembler
 from kernels.assembler import compile_kernel
-from kernels.launch import SHARED_MEMORY, Launch
+from kernels.launch import SHARED_MEMORY, Launch, options_of
 from kernels.tools.cases import (
     DIMENSIONS,
     GPU_TARGETS,
@@ -94,7 +94,7 @@ def specialise(launch: Launch, target: str) -> tuple[ASTSource, Any, str]:
     integer that 16 divides is marked, unless the kernel disables that.
     """
     kernel, backend = launch.kernel, make_backend(GPU_TARGETS[target])
-    options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
+    options = options_of(launch.tile, launch.arguments)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, kinds, rest = bind(**launch.arguments, **options)
     options, signature, constants, attributes = kernel._pack_args(

@@ -6,7 +6,6 @@ code needs to ask which of the two a model is.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
 
@@ -18,7 +17,11 @@ from minprefix.models.activations import BARTActivations, PrefixActivations
 from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.losses import IGNORE, MULTIPLE, frozen_head_loss, with_padding
 
-tanh_gelu = partial(F.gelu, approximate="tanh")
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 # the functions inside an MLP, by their names in config.json
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": tanh_gelu, "gelu_pytorch_tanh": tanh_gelu, "gelu": F.gelu, "relu": F.relu,

@@ -6,7 +6,8 @@ token has produced. The attention layer takes them as an argument; the cache nev
 infix (section 7.2) stands after some of the tokens, and the tokens before it do not see it.
 
 Read `GPT2Config` in `config.py`, then `Attention`, `Block` and `GPT2` here. `activations.py` holds
-what a layer reads of a prefix; `base.py` has the head and the loss. Modules are named as in the
+what a layer reads of a prefix; `base.py` has the head and the loss; `few_rows.py` has
+what a GPU runs instead of `Block.forward` in a step of decoding. Modules are named as in the
 official checkpoints [2], so the weights load by equal keys. Shapes use these letters: batch B,
 tokens T, keys S, prefix positions P, layers L, heads H, width C, head width D = C / H, and the
 vocabulary V.
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minprefix.models import few_rows
 from minprefix.models.activations import LayerPrefix, PrefixActivations, Visible, self_attention
 from minprefix.models.base import FUNCTIONS, LanguageModel
 from minprefix.models.cache import KVCache
@@ -56,8 +58,12 @@ class Attention(nn.Module):
             attend: attention to the cached tokens as well (`KVCache.attend`); None = only to the
                 tokens in x.
         """
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        return self.c_proj(self.heads(self.c_attn(x), prefix, visible, attend))
+
+    def heads(self, qkv: Tensor, prefix: LayerPrefix, visible: Visible, attend=None) -> Tensor:
+        """What stands between the two products: qkv (B, T, 3 C) -> (B, T, C)."""
+        B, T, C = *qkv.shape[:2], qkv.shape[2] // 3
+        qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head)
         if self.query_factor != 1:  # in some relatives of GPT-2
             qkv = torch.cat([qkv[:, :, :1] * self.query_factor, qkv[:, :, 1:]], dim=2)
         if attend is None:
@@ -65,7 +71,7 @@ class Attention(nn.Module):
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
             o = attend(q, k, v, prefix, visible)
-        return self.c_proj(o.transpose(1, 2).reshape(B, T, C))  # merging the heads is a view
+        return o.transpose(1, 2).reshape(B, T, C)  # merging the heads is a view
 
 
 class MLP(nn.Module):
@@ -95,6 +101,8 @@ class Block(nn.Module):
 
     def forward(self, x, prefix: LayerPrefix, visible: Visible, attend=None, at=None) -> Tensor:
         """x (B, T, C) -> (B, T, C), or only the results at `at` (n,), places b T + t: (n, C)."""
+        if attend is not None and at is None and few_rows.suits(self, x):
+            return few_rows.forward(self, x, prefix, visible, attend)
         x = x + self.drop(self.attn(self.ln_1(x), prefix, visible, attend))
         if at is not None:
             x = x.flatten(0, 1).index_select(0, at)  # (n, C)
