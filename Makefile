@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist works
 # threads of PyTorch that wait for one another sleep: a spinning one takes another process's core
 export OMP_WAIT_POLICY ?= PASSIVE
 KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,attention decode append hidden operator \
-	bench_tiles cross_entropy layer_norm)
+	bench_tiles cross_entropy layer_norm few_rows)
 TUTORIALS = $(wildcard tutorials/$(or $(NAME),[0-9])*.py)
 
 .DEFAULT_GOAL := help

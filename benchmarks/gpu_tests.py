@@ -31,6 +31,7 @@ FILES = [
         "training/test_fast_training", "generation/test_fast_generation", "kernels/test_attention",
         "kernels/test_decode", "kernels/test_append", "kernels/test_operator",
         "kernels/test_bench_tiles", "kernels/test_cross_entropy", "kernels/test_layer_norm",
+        "kernels/test_few_rows",
     )
 ]  # fmt: skip
 RESULTS = "MINPREFIX_TEST_RESULTS"  # environment: where the plugin writes

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from triton.backends.compiler import GPUTarget
 
-from kernels import HEAD_DIMS, attention, cross_entropy, layer_norm
+from kernels import FEW_ROWS, HEAD_DIMS, attention, cross_entropy, few_rows, layer_norm
 from kernels.decode import decode
 from kernels.inputs import Append, Inputs
 from kernels.launch import Launch, recorded
@@ -28,7 +28,7 @@ GPU_TARGETS = {  # architecture, threads of a warp
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMENSIONS: dict[str, tuple] = {
     "target": tuple(GPU_TARGETS),
-    "op": ("forward", "backward", "decode", "cross_entropy", "add_norm"),
+    "op": ("forward", "backward", "decode", "cross_entropy", "add_norm", "few_rows"),
     "dtype": tuple(DTYPES),
     "head_dim": HEAD_DIMS,
     "batch_size": (2, 1, 1000),  # decode splits them differently; with the last, q exceeds 2 GB
@@ -45,7 +45,8 @@ DIMENSIONS: dict[str, tuple] = {
     "dlse": (False, True),  # whether there is a gradient of lse
     "append": ("no", "rows", "slots"),  # in decode: the kernel writes the cache; slots: for beams
 }
-BESIDE = ("cross_entropy", "add_norm")  # not attention; see `call_beside` for the use of a case
+# not attention; see `call_beside` for the use of a case
+BESIDE = ("cross_entropy", "add_norm", "few_rows")
 QUERIES = {50: 1, 128: 2, 1000: 5}  # in decode, with 1000 keys; other seq_len: 1, with seq_len keys
 # The usual calls: every length with every prefix, and one additional option at a time.
 CALLS: dict[str, tuple] = {
@@ -193,7 +194,8 @@ def call_beside(case: Case) -> None:
     """Launch a kernel other than attention, with the width of all heads together.
 
     With `q_offset` there is a bias, or no y; with `need` "q" no gradient is computed; with `causal`
-    the head is padded.
+    the head is padded. "few_rows" launches the products after a norm (with `need` "q" to q, k and v,
+    else of the MLP) and before a sum, for up to FEW_ROWS positions and heads of 64.
     """
     n, C, V = case.batch_size * case.seq_len, case.n_head * case.head_dim, 50257
     empty = partial(torch.empty, device="meta", dtype=DTYPES[case.dtype])
@@ -202,6 +204,12 @@ def call_beside(case: Case) -> None:
         logits, labels = empty(n, columns), empty(n, dtype=torch.int64)
         bias = empty(columns) if case.q_offset else None
         cross_entropy.cross_entropy_(logits, labels, bias, V, gradient=case.need != "q")
+        return
+    if case.op == "few_rows":
+        n, C, gelu = min(case.batch_size, FEW_ROWS), 64 * case.n_head, case.need != "q"
+        N, norm = (4 if gelu else 3) * C, (empty(C), empty(C), 1e-5)
+        few_rows.linear(empty(n, C), empty(C, N), empty(N), norm, gelu, None)
+        few_rows.linear(empty(n, N), empty(N, C), empty(C), None, False, empty(n, C))
         return
     x, y, gain, shift = empty(n, C), None if case.q_offset else empty(n, C), empty(C), empty(C)
     s, dn = layer_norm.forward(x, y, gain, shift, 1e-5)

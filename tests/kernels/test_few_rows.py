@@ -1,0 +1,255 @@
+"""Products with norm, bias, GELU and residual: the kernel against PyTorch in fp64, alone and within
+a model that generates.
+
+They run here in Triton's interpreter (`make test-kernels`) or on a GPU.
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import (
+    DEVICE,
+    assert_within_rounding,
+    byte_model,
+    byte_tokenizer,
+    needs_kernels,
+    tiny_gpt2,
+)
+
+import kernels
+from kernels import fused_linear, takes_few
+from kernels.reference import fused_linear_plain
+from minprefix.generation.texts import generate
+from minprefix.methods.adapters import Adapter
+from minprefix.models.few_rows import suits
+from minprefix.prefix.bank import PrefixBank
+from minprefix.prefix.prefix import Prefix
+
+needs_kernels()
+
+from kernels import few_rows  # noqa: E402  (imports Triton)
+from kernels import launch as launching  # noqa: E402
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EPS = 1e-5
+FORMS = ["", "norm", "gelu", "residual", "norm gelu residual"]
+SIZES = [(1, 33, 70), (3, 300, 17), (16, 64, 130), (17, 100, 40), (32, 513, 96)]  # n, K, N
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def inputs(n: int, K: int, N: int, dtype, form: str, seed: int = 0) -> dict:
+    """The arguments of `fused_linear`; products are of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (n, K), (K, N), (N,), (K,), (K,), (n, N)
+    x, weight, bias, gain, shift, residual = (
+        torch.randn(size, generator=generator) for size in sizes
+    )
+    given = [a.to(dtype) for a in (x, weight * K**-0.5, bias, gain, shift, residual)]
+    return {
+        "x": given[0], "weight": given[1], "bias": given[2], "gelu": "gelu" in form,
+        "norm": (*given[3:5], EPS) if "norm" in form else None,
+        "residual": given[5] if "residual" in form else None,
+    }  # fmt: skip
+
+
+def changed(arguments: dict, change) -> dict:
+    """With each tensor, those of the norm too, changed."""
+
+    def one(a):
+        return change(a) if isinstance(a, torch.Tensor) else a
+
+    norm = arguments["norm"]
+    new = {name: one(a) for name, a in arguments.items()}
+    return new | {"norm": norm and tuple(one(a) for a in norm)}
+
+
+def ours(arguments: dict) -> torch.Tensor:
+    return fused_linear(**changed(arguments, lambda a: a.to(DEVICE))).cpu()
+
+
+def magnitude(exact: dict) -> float:
+    """The largest sum of absolute values behind one y. GELU's slope is at most 1.13."""
+    norm, residual = exact["norm"], exact["residual"]
+    x = exact["x"] if norm is None else torch.layer_norm(exact["x"], exact["x"].shape[-1:], *norm)
+    y = x.abs() @ exact["weight"].abs() + exact["bias"].abs()
+    return (1.13 * y + (0 if residual is None else residual.abs())).max().item()
+
+
+def check(arguments: dict) -> None:
+    exact = changed(arguments, torch.Tensor.double)
+    actual, low = ours(arguments), fused_linear_plain(**arguments)
+    assert actual.dtype == low.dtype and actual.shape == low.shape
+    largest = magnitude(exact)
+    assert_within_rounding(actual, low, fused_linear_plain(**exact), largest, 0.0, "y")
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list:
+    """The kernels that `few_rows` launches."""
+    found, launch = [], few_rows.launch
+
+    def noted(kernel, *arguments, **options):
+        found.append(kernel)
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(few_rows, "launch", noted)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_within_rounding(sizes, form, dtype, launched):
+    check(inputs(*sizes, dtype, form))
+    assert len(launched) == takes_few(torch.empty(1, 1, dtype=dtype, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_extreme_values(dtype):
+    """Positions far from zero and of equal numbers; GELU at both its ends; a residual near the
+    largest number."""
+    a = inputs(4, 100, 40, dtype, "norm gelu residual")
+    a["x"][0] += 100
+    a["x"][1] = 7
+    a["bias"][:4] = torch.tensor([-200.0, 200.0, -9.0, 9.0])
+    a["residual"][2, :] = 6e4
+    check(a)
+
+
+def test_a_bad_position_stays_alone():
+    """inf and NaN reach no other position, whichever of the kernel's tile they are in."""
+    a = inputs(5, 70, 40, torch.float32, "norm residual")
+    clean = ours(a)
+    a["x"][1, 3], a["x"][4, 0] = float("inf"), float("nan")
+    found = ours(a)
+    assert torch.equal(found[[0, 2, 3]], clean[[0, 2, 3]]) and found[[1, 4]].isnan().all()
+
+
+def test_results_repeat():
+    a = inputs(20, 300, 40, torch.float16, "norm gelu residual")
+    assert torch.equal(ours(a), ours(a))
+
+
+def test_views():
+    """Parts of larger tensors, and positions in two dimensions that no stride describes."""
+    a = inputs(6, 64, 40, torch.float32, "norm residual")
+    a["x"] = torch.cat([a["x"], a["x"] + 1], 1)[:, 32:96]
+    a["weight"] = torch.cat([a["weight"], a["weight"]], 1)[:, 7:47]
+    a["residual"] = a["residual"][:1].expand(6, 40)
+    check(a)
+    grid = {"x": a["x"].view(2, 3, 64).transpose(0, 1)}
+    grid["residual"] = a["residual"].reshape(2, 3, 40).transpose(0, 1)
+    assert torch.equal(ours(a | grid), ours(a).view(2, 3, 40).transpose(0, 1))
+
+
+def test_who_takes_pytorch(monkeypatch, launched):
+    a = inputs(4, 32, 16, torch.float32, "norm gelu residual")
+    a = changed(a, lambda x: x.to(DEVICE))
+    many = {name: a[name].repeat(9, 1) for name in ("x", "residual")}  # 36 positions
+    fused_linear(**a | many)
+    fused_linear(**changed(a, torch.Tensor.double))
+    fused_linear(**a | {"residual": a["residual"].double()})
+    fused_linear(**a | {"x": a["x"][:0], "residual": a["residual"][:0]})
+    with torch.enable_grad():
+        weight = a["weight"].clone().requires_grad_()
+        fused_linear(**a | {"weight": weight}).sum().backward()
+    assert weight.grad.abs().sum() > 0
+    with torch.autocast(DEVICE, torch.bfloat16):
+        fused_linear(**a | {"norm": None})
+    with monkeypatch.context() as patch:
+        patch.setenv("MINPREFIX_FUSED", "0")
+        fused_linear(**a)
+    assert not launched
+    fused_linear(**a)
+    assert len(launched) == 1
+    for name in ("x", "bias", "residual"):
+        with pytest.raises(ValueError, match=f"^{name} .* does not fit a weight"):
+            fused_linear(**a | {name: a[name][..., 1:]})
+    with pytest.raises(ValueError, match="^shift .* does not fit a weight"):
+        fused_linear(**a | {"norm": (a["norm"][0], a["norm"][1][1:], EPS)})
+
+
+def test_tiles_are_as_the_header_says():
+    """Programs for C = 1024 on an H100; two stages fit every target, two programs where they may
+    stand side by side."""
+    C = 1024
+    for target, room in launching.SHARED_MEMORY.items():
+        with launching.recorded(target):
+            for n in (1, 16, 17, 32):
+                for dtype in (torch.bfloat16, torch.float32):
+                    programs = []
+                    for K, N in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)):
+                        x = torch.empty(n, K, dtype=dtype, device="meta")
+                        tile, block_k = few_rows.tile_of(x, N)
+                        programs.append(N // tile.block_n)
+                        rows = tile.block_m + tile.block_n
+                        stage = few_rows.SLICES * block_k * rows * x.element_size()
+                        beside = 2 if launching.overlaps(x.device) else 1
+                        assert tile.num_stages * stage <= room // beside or target == "gfx942"
+                        assert n <= tile.block_m
+                    assert programs == [96, 64, 128, 64] or target != "sm_90"
+
+
+def test_kernels_overlap_where_the_gpu_and_the_driver_can(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(launching, "driver_version", lambda: 13000)
+    assert not launching.overlaps(device)  # the interpreter
+    monkeypatch.setattr(launching, "target_of", lambda device: "sm_90")
+    assert launching.overlaps(device)
+    with monkeypatch.context() as patch:
+        patch.setenv("MINPREFIX_FUSED", "0")
+        assert not launching.overlaps(device)
+    monkeypatch.setattr(launching, "driver_version", lambda: 12020)
+    assert not launching.overlaps(device)
+
+
+# whole models -----------------------------------------------------------------------------------
+
+PROMPTS = ["name : The Eagle", "food", "area : riverside | name"]
+
+
+def texts(model, **options) -> list[str]:
+    with torch.enable_grad():
+        return generate(model, byte_tokenizer(), PROMPTS, max_new_tokens=6, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["greedy", "beams", "bank"])
+def test_generated_tokens_are_the_same(how, monkeypatch, launched):
+    """In fp32, in which these logits have no near-ties: a step has four kernels in each layer."""
+    model = copy.deepcopy(byte_model()).to(DEVICE, torch.float32)
+    prefixes = [Prefix.random(model.config, 3, seed).to(DEVICE) for seed in range(2)]
+    options: dict = {"prefix": prefixes[0], "num_beams": 3 if how == "beams" else 1}
+    if how == "bank":
+        options |= {"prefix": PrefixBank(prefixes), "prefix_index": [1, -1, 0]}
+    found = texts(model, **options)
+    assert launched and len(launched) % (4 * model.config.n_layer) == 0
+    launched.clear()
+    monkeypatch.setattr(kernels, "FEW_ROWS", 0)
+    assert texts(model, **options) == found and not launched
+
+
+def test_blocks_that_are_no_plain_ones_run_as_they_are():
+    """A step of dropout, of another function in the MLP, or of an adapter between the two sums."""
+    x, sizes = torch.randn(2, 1, 32, device=DEVICE), {"n_layer": 1}
+    model, other = (
+        tiny_gpt2(0, torch.float32, **sizes, activation_function=name).to(DEVICE)
+        for name in ("gelu_new", "relu")
+    )
+    adapter = Adapter.random(model.config, 4, 0, "houlsby").to(DEVICE)
+    adapter.bind(model)
+    assert suits(model.h[0], x) and not suits(other.h[0], x)
+    assert suits(copy.deepcopy(model).h[0], x) and not suits(copy.deepcopy(model).h[0].train(), x)
+    adapter.attach(model)
+    assert not suits(model.h[0], x)
+    adapter.detach(model)
+    assert suits(model.h[0], x)
