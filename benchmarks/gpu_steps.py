@@ -33,9 +33,11 @@ RUNS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         (MEDIUM, {"batch_size": "10", "peers": "compiled,peft-compiled"}),
     ],
     "generate": [
-        (MEDIUM, {"batch_size": "1", "peers": "eager,unfused,peft"}),
-        (MEDIUM, {"batch_size": "32", "peers": "eager,unfused,peft"}),
+        (MEDIUM, {"batch_size": "1", "peers": "eager,unfused,many-rows,peft"}),
+        (MEDIUM, {"batch_size": "32", "peers": "eager,unfused,many-rows,peft"}),
         (MEDIUM, {"batch_size": "16", "num_beams": "5", "peers": "eager,unfused,peft"}),
+        (MEDIUM, {"batch_size": "8", "peers": "many-rows"}),
+        (MEDIUM, {"batch_size": "4", "num_beams": "5", "peers": "many-rows"}),
         (MEDIUM, {"batch_size": "1", "peers": "none", "profile": True}),
     ],
 }

@@ -146,7 +146,10 @@ def verdicts(rows: list[Row], work: str) -> list[str]:
         name = f"{work} {aim.data} B {aim.B}{beams}: {what} {aim.peer}"
         lines.append(verdict(name, float(value) if value else None, *aim[6:8], aim.memory))
     for sizes, found in by_work.items():
-        for method, switch in (("eager", "without graphs"), ("unfused", "without fused kernels")):
+        for method, switch in (
+            ("eager", "without graphs"), ("unfused", "without fused kernels"),
+            ("many-rows", "without few-row kernels"),
+        ):  # fmt: skip
             if sizes[0] == work and (ratio := found.get(method, {}).get("ratio")):
                 name = " ".join(word for word in sizes if word)
                 mark = "ok" if float(ratio) >= 1 else "MISSED"

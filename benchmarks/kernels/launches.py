@@ -14,7 +14,9 @@ A training step is that of `Trainer`, bf16, a prefix of 10 out of an MLP, loss a
 the "meta" device, which has shapes and no memory; with the kernels of `cross_entropy.py` and
 `layer_norm.py`, "fused", and without, "plain" (MINPREFIX_FUSED=0). The norm of the gradient and
 AdamW, both fused over all tensors, are known without a count (`UPDATE`). A step of generation is
-the difference of two generations with a different number of tokens.
+the difference of two generations with a different number of tokens; "few rows" with the kernel of
+`few_rows.py`, whose programs each read all positions anew, which counts as if from memory, "fused"
+without.
 
 Columns: `triton`, launches of our kernels; `other`, launches of PyTorch's; `waits`, tensors that
 the host reads; `calls`, launches by the host itself: a replay, and everything that is not captured.
@@ -38,7 +40,7 @@ from torch.utils.flop_counter import flop_registry
 import kernels.inputs
 from benchmarks.machine import add_row, machine
 from benchmarks.peft.run import RANDOM
-from kernels import attention
+from kernels import attention, few_rows
 from kernels.launch import Launch, recorded
 from minprefix.generation import fast
 from minprefix.generation.config import GenerationConfig
@@ -92,6 +94,8 @@ class Count(TorchDispatchMode):
             for x in result:  # nothing has written it
                 x.zero_()
             return result
+        if name == "new_empty":  # a result of ours, which nothing writes
+            return func(*args, **kwargs).zero_()
         if name in ("mm", "addmm") and args[-1].device.type == "cpu":  # it would take long
             result = args[-2].new_zeros(len(args[-2]), args[-1].shape[1])
         else:
@@ -146,10 +150,14 @@ def size(x: torch.Tensor) -> int:
 
 
 def bytes_of(launch: Launch) -> int:
-    """What our kernel reads and writes; logits are both."""
-    found = sum(map(size, tensors(launch.arguments)))
-    logits = launch.arguments.get("logits_ptr")
-    return found + (0 if logits is None else size(logits))
+    """What our kernel reads and writes; logits are both, and positions are read by each program of
+    `few_rows.py`, twice where it has a norm."""
+    a = launch.arguments
+    found = sum(map(size, tensors(a)))
+    if launch.kernel is few_rows._few_rows_kernel:
+        times = launch.programs * (1 if a["gain_ptr"] is None else 2)
+        found += (times - 1) * size(a["x_ptr"])
+    return found + (size(a["logits_ptr"]) if "logits_ptr" in a else 0)
 
 
 def training_step(
@@ -289,7 +297,7 @@ def train_rows() -> Iterator[tuple[dict, Count]]:
 
 
 def generate_rows() -> Iterator[tuple[dict, Count]]:
-    """B 1, with graphs and without; B 32; 5 beams of 16 prompts; a sampled token."""
+    """B 1, with graphs and without; B 8 and 32; 5 beams of 4 and of 16 prompts; a sampled token."""
     config = GPT2Config(**MEDIUM)
     with torch.device("meta"):
         model = GPT2(config).bfloat16().eval()
@@ -299,12 +307,16 @@ def generate_rows() -> Iterator[tuple[dict, Count]]:
     prefix = Prefix.random(config, 10, seed=0)
     sampling = {"do_sample": True, "top_k": 50, "top_p": 0.9}
     for B, graphed, options in (
-        (1, False, {}), (1, True, {}), (32, True, {}), (16, True, {"num_beams": 5}),
-        (1, True, sampling),
+        (1, False, {}), (1, True, {}), (8, True, {}), (32, True, {}), (4, True, {"num_beams": 5}),
+        (16, True, {"num_beams": 5}), (1, True, sampling),
     ):  # fmt: skip
-        sizes = {"form": "fused", "work": "generate", "B": B, "beams": options.get("num_beams", 1)}
-        sizes |= {"sampling": int("do_sample" in options), "graphs": int(graphed)}
-        yield sizes, token(model, prefix, B, graphed, **options)
+        beams = options.get("num_beams", 1)
+        sizes = {"work": "generate", "B": B, "beams": beams, "graphs": int(graphed)}
+        sizes["sampling"] = int("do_sample" in options)
+        for form, most in (("fused", 0), ("few rows", kernels.FEW_ROWS)):
+            if form == "fused" or B * beams <= most:
+                with patch.object(kernels, "FEW_ROWS", most):
+                    yield sizes | {"form": form}, token(model, prefix, B, graphed, **options)
 
 
 PARTS: dict[str, Callable[[], Iterator]] = {"train": train_rows, "generate": generate_rows}

@@ -14,9 +14,10 @@ gradients clipped at 1 as in `transformers.Trainer`. It computes its own loss.
 import copy
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from unittest.mock import patch
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 from minprefix.data.batches import BatchOrder, Encoded, collate, encode_examples
 from minprefix.data.examples import Example
 from minprefix.generation.config import GenerationConfig
@@ -45,7 +47,11 @@ NORM_TOLERANCE = {"fp32": 1e-3, "bf16": 1e-1}
 # per token. Largest seen in bf16: 0.08 (8 texts of 64 tokens); greedy texts are 0.19 below 5 beams
 BEAM_TOLERANCE = {"fp32": 0.05, "bf16": 0.15}
 LR, CLIP = 1e-3, 1.0  # AdamW's; the largest norm of the gradient
-SWITCHES = {"eager": "MINPREFIX_CUDA_GRAPHS", "unfused": "MINPREFIX_FUSED"}  # ours, one set to 0
+SWITCHES: dict[str, Callable[[], AbstractContextManager]] = {  # ours, with one thing off
+    "eager": partial(patch.dict, os.environ, {"MINPREFIX_CUDA_GRAPHS": "0"}),
+    "unfused": partial(patch.dict, os.environ, {"MINPREFIX_FUSED": "0"}),
+    "many-rows": partial(patch.object, kernels, "FEW_ROWS", 0),  # products by PyTorch
+}
 KNOWN = 50  # consecutive steps without a new bucket, after which new ones are rare
 CHUNK = 4  # rows at a time of the plain model, which keeps all activations in fp64
 
@@ -98,7 +104,7 @@ class Task:
 
 def without(switch: str | None) -> AbstractContextManager:
     """Within the block, one of `SWITCHES` is off; None = all are unchanged."""
-    return patch.dict(os.environ, {SWITCHES[switch]: "0"}) if switch else nullcontext()
+    return SWITCHES[switch]() if switch else nullcontext()
 
 
 class Ours:

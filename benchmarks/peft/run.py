@@ -79,7 +79,7 @@ class BenchConfig:
     warm_up: int = 2  # train: steps of each method before those that are timed
     steps: int = 3  # blocks of calls of each method, at least
     seconds: float = 5.0  # of each method in a measurement, at least
-    peers: str = "peft"  # "none", "peft", ours "eager" or "unfused"; train: all of PEERS; a list
+    peers: str = "peft"  # "none", "peft", ours by SWITCHES; train: all of PEERS; a list
     profile: bool = False  # where the time of a step or a token goes, of the first combination
     out: Path = Path("runs/bench")  # folder for bench.csv, its picture, and those of a profile
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import MOST_NEW, add_norm, cross_entropy_, prefix_attention
+from kernels import MOST_NEW, add_norm, cross_entropy_, fused_linear, prefix_attention
 
 H = 3
 CASES = [  # B, T, S, P, D, dtype, options
@@ -84,7 +84,7 @@ BESIDE = [  # n, C, V, columns, dtype: a padded vocabulary, and odd widths
 
 
 def call_beside(n: int, C: int, V: int, columns: int, dtype: torch.dtype, device: str):
-    """Losses, their gradient, sums and norms of one case with their gradients."""
+    """Losses, their gradient, sums and norms of one case with their gradients, and products."""
     random = torch.Generator().manual_seed(n)
 
     def normal(*size: int) -> Tensor:
@@ -97,7 +97,11 @@ def call_beside(n: int, C: int, V: int, columns: int, dtype: torch.dtype, device
     s, norm = add_norm(x, y, normal(C), normal(C), 1e-5)
     s, again = add_norm(s, None, normal(C), normal(C), 1e-5)
     grads = torch.autograd.grad((s, norm, again), (x, y), [normal(n, C) for _ in range(3)])
-    return [losses, logits, s, norm, again, *grads]
+    with torch.no_grad():  # products of few rows, with all that they take along, and bare
+        given: dict[str, Any] = {"norm": (normal(C), normal(C), 1e-5), "residual": normal(n, V)}
+        y = fused_linear(x, normal(C, V), normal(V), gelu=True, **given)
+        bare = fused_linear(y, normal(V, C), normal(C))
+    return [losses, logits, s, norm, again, y, bare, *grads]
 
 
 def main() -> None:

@@ -159,12 +159,11 @@ class Tokens(Choice):
     def choose(self, logits: Tensor) -> Tensor:
         scores, R = logits[:, 0], len(logits)
         self.words.forbid(scores, self.recent[:R, 0], self.n_new)
+        largest, tokens = scores.max(-1)
         if self.config.do_sample:
             u = self.u[:R].index_select(1, self.n_new[None])[:, 0]
             tokens = draw(sampling_probabilities(scores, self.config), u)
-        else:
-            tokens = scores.argmax(-1)
-        self.chosen[:R] = allowed(tokens, scores)
+        self.chosen[:R] = allowed(tokens, largest)
         self.keep(self.chosen[:R, None].clamp(min=0))  # rows that have ended read a token too
         return self.chosen[:R]
 

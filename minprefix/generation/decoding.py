@@ -146,10 +146,10 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def allowed(tokens: Tensor, scores: Tensor) -> Tensor:
-    """The chosen tokens (B,), or ENDED in rows whose scores (B, V) are all those of forbidden
-    tokens."""
-    return tokens.masked_fill(scores.amax(-1) == -math.inf, ENDED)
+def allowed(tokens: Tensor, largest: Tensor) -> Tensor:
+    """The chosen tokens (B,), or ENDED in rows whose largest score (B,) is that of a forbidden
+    token."""
+    return tokens.masked_fill(largest == -math.inf, ENDED)
 
 
 def sampling_probabilities(logits: Tensor, config: Decided) -> Tensor:
@@ -243,13 +243,12 @@ def greedy_or_sampled(
         logits = batch.read(unread)  # (rows, V)
         now = bans_after(n_new, config, beginning, bad_words_ids, eos_ids)
         forbid(logits, [sequences[b] for b in rows], now)
+        largest, tokens = logits.max(-1)
         if config.do_sample:
             probabilities = sampling_probabilities(logits, config)
             tokens = sample(probabilities, [generators[b] for b in rows])
-        else:
-            tokens = logits.argmax(-1)
 
-        pairs = zip(rows, allowed(tokens, logits).tolist(), strict=True)
+        pairs = zip(rows, allowed(tokens, largest).tolist(), strict=True)
         chosen = {b: token for b, token in pairs if token not in (ENDED, *eos_ids)}
         if chosen:
             yield chosen

@@ -218,7 +218,8 @@ def take_batch(
         offset = None if acts.index is not None else acts.position_offset
         weights = tuple((x.data_ptr(), x.dtype) for x in model.parameters())
         chosen = (config, eos_ids, tuple(map(tuple, bad_words_ids)), beginning[2:])
-        key = (rows, prompt_len, chosen, sizes, offset, weights, computed_dtype(like))
+        kind = computed_dtype(like), fuses(like)
+        key = (rows, prompt_len, chosen, sizes, offset, weights, kind)
         kept = KEPT.pop(model, None)
         if kept is not None and kept.key == key:
             return kept

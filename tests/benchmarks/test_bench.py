@@ -8,6 +8,7 @@ import torch
 from conftest import in_process, tiny_with_words
 from tyro._docstrings import get_field_docstring
 
+import kernels
 from benchmarks.machine import read_rows
 from benchmarks.peft import peers as bench_peers
 from benchmarks.peft import run as bench
@@ -116,20 +117,22 @@ def test_generation_beside_peft(run, tmp_path):
 
 @pytest.mark.parametrize("work", ["train", "generate"])
 def test_ours_with_a_switch_off_is_a_method_of_its_own(run, monkeypatch, work):
-    """The variables are set while that method runs, and only then."""
+    """Variables, and the number of few rows, are set while that method runs, and only then."""
     seen = []
     for kind, name in ((bench_peers.Trainer, "step"), (bench_peers, "generate")):
         plain = getattr(kind, name)
 
         def noted(*args, plain=plain, **kwargs):
-            seen.append(tuple(os.environ.get(name) for name in bench_peers.SWITCHES.values()))
+            variables = ("MINPREFIX_CUDA_GRAPHS", "MINPREFIX_FUSED")
+            seen.append((*(os.environ.get(x) for x in variables), kernels.FEW_ROWS))
             return plain(*args, **kwargs)
 
         monkeypatch.setattr(kind, name, noted)
     sizes = ("--batch-size", 2, "--seq-len", 8, "--prefix-len", 2, "--new-tokens", 2)
-    rows = run(work, *sizes, "--peers", "eager,unfused")
-    assert [row["method"] for row in rows] == ["minprefix", "eager", "unfused"]
-    assert set(seen) == {(None, None), ("0", None), (None, "0")}
+    rows = run(work, *sizes, "--peers", "eager,unfused,many-rows")
+    assert [row["method"] for row in rows] == ["minprefix", "eager", "unfused", "many-rows"]
+    most = kernels.FEW_ROWS
+    assert set(seen) == {(None, None, most), ("0", None, most), (None, "0", most), (None, None, 0)}
     assert all(row["peft"] == "" for row in rows if "peft" in row)
 
 

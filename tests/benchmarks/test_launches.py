@@ -51,14 +51,27 @@ def test_launches_of_a_step_by_hand():
 
 @pytest.mark.skipif(INTERPRETED, reason="counts what would be launched on a GPU")
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
-def test_a_token_is_one_launch_of_ours_for_each_layer(options):
-    """No copies into the cache, no merging; the host only starts a replay and reads the tokens."""
+def test_a_token_is_five_launches_for_each_layer(options, monkeypatch):
+    """No copies into the cache, no merging; the host only starts a replay and reads the
+    tokens. Without the kernels of few rows there are ten, of which attention alone is ours."""
     config = GPT2Config(n_layer=3, n_head=2, n_embd=32, n_inner=64, vocab_size=200)
     model, prefix = GPT2(config).init_weights(0).eval(), Prefix.random(config, 10, seed=0)
     count = launches.token(model, prefix, 2, True, **options)
     row = launches.columns(count, graphed=True)
-    assert (row["triton"], row["waits"], row["calls"]) == (3, 0, 2)
-    assert "index" not in row["most"] and count.found["addmm"][0] == 12
+    assert (row["triton"], row["waits"], row["calls"]) == (15, 0, 2)
+    assert "index" not in row["most"] and "addmm" not in count.found
+    with monkeypatch.context() as patch:
+        patch.setattr(launches.kernels, "FEW_ROWS", 0)
+        other = launches.token(model, prefix, 2, True, **options)
+        plain = launches.columns(other, graphed=True)
+    assert (plain["triton"], plain["waits"], plain["calls"]) == (3, 0, 2)
+    assert other.found["addmm"][0] == 12 and plain["launches"] == row["launches"] + 15
+    n, eK = 2 * options.get("num_beams", 1), 4 * 32  # positions, bytes of one; K = 32 but once
+    weights = 4 * (96 * 33 + 32 * 33 + 64 * 33 + 32 * 65)
+    programs = (6, 2, 4, 2)  # of 16 outputs; x is read again by each, and twice for a norm
+    read = n * eK * (programs[0] * 2 + programs[1] + programs[2] * 2 + programs[3] * 2)
+    moved = n * 4 * (96 + 32 + 64 + 32) + 2 * n * eK + 4 * eK  # y, residuals, gain and shift
+    assert count.found["few_rows_kernel"][1] == 3 * (weights + read + moved)
     eager = launches.columns(launches.token(model, prefix, 2, False, **options), graphed=False)
     assert eager["launches"] == eager["calls"] == row["launches"]
 
@@ -71,6 +84,8 @@ def test_the_committed_count_is_of_all_forms():
         assert forms == sorted(set(forms))
     for sizes in (("1", "1"), ("32", "1"), ("16", "5")):
         assert n["fused", "generate", *sizes] < n["before", "generate", *sizes]
+    for sizes in (("1", "1"), ("8", "1"), ("32", "1"), ("4", "5")):  # 5 for each of 24 layers less
+        assert n["few rows", "generate", *sizes] == n["fused", "generate", *sizes] - 5 * 24
 
 
 def test_the_count_names_commits_of_this_history():
