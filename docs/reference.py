@@ -37,6 +37,7 @@ NAMES = {  # the important names of the two packages, and the module that define
         "kernels.merge.merge_gated",
         "kernels.cross_entropy_",
         "kernels.add_norm",
+        "kernels.fused_linear",
         "kernels.fuses",
         "kernels.why_not",
         "kernels.assembler.refusal",

@@ -184,17 +184,17 @@ def fused_linear(
     x: Tensor, weight: Tensor, bias: Tensor, *, norm: tuple[Tensor, Tensor, float] | None = None,
     gelu: bool = False, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """A product with what stands before and after it in a layer; one kernel where `takes_few` says.
+    """A product with the operations around it in a layer; one kernel where `takes_few` holds.
 
         y = residual + act(norm(x) weight + bias)
 
     Args:
         x: (..., K). weight: (K, N), as GPT-2 stores it. bias: (N,). All of one dtype.
-        norm: gain (K,), shift (K,) and epsilon of a layer norm; None: x is taken as it is.
-        gelu: act is the tanh form of GELU; else it changes nothing.
+        norm: gain (K,), shift (K,) and epsilon of a layer norm of x; None = no norm.
+        gelu: whether act is the tanh form of GELU; otherwise it is the identity.
         residual: (..., N); None = zero.
     Returns:
-        y: (..., N). Differentiable where PyTorch's own kernels make it, so with gradients enabled.
+        y: (..., N). Differentiable: with gradients enabled PyTorch's own kernels compute it.
     Raises:
         ValueError: shapes that disagree.
     """
@@ -242,9 +242,9 @@ def fuses(x: Tensor) -> bool:
 
 
 def takes_few(x: Tensor) -> bool:
-    """Whether `fused_linear` takes its kernel for x (..., K): few positions, and no gradients.
+    """Whether `fused_linear` runs its kernel for x (..., K): few positions, and no gradients.
 
-    Autocast has products in another dtype than x's. The interpreter gives wrong ones in bf16.
+    Autocast would compute products in another dtype, and the interpreter's are wrong in bf16.
     """
     plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
     wrong = INTERPRETED and x.dtype == torch.bfloat16

@@ -1,54 +1,55 @@
-"""The products of a step of decoding, with what stands before and after them, as one kernel each.
+"""The products of a decoding step, each one kernel with the operations around it.
 
-A step has n positions, one for each row or beam, and n is small. A product then reads each weight
-once and uses it n times, so its time is that of reading W, as long as little stands in between. In
-PyTorch a block of GPT-2 is ten kernels: two norms, four products, GELU, two sums, and attention.
-Here it is five, of which four are
+A step has n positions, one for each row or beam. While n is small, a product reads each weight once
+and does little with it, so its time is the time to read W, plus what a launch costs. PyTorch runs a
+block of GPT-2 as ten kernels: two norms, four products, GELU, two sums, and attention. Here it is
+five: attention (`decode.py`, which also writes the cache), and four times
 
     y = residual + act(norm(x) W + b)        x (n, K), W (K, N), b (N,), residual and y (n, N)
 
-namely norm and the projection to q, k and v; after attention (`decode.py`), which also writes the
-cache, the output projection and the first sum; norm, the wider product and GELU; the narrower
-product and the second sum. norm and act = GELU (tanh form) may be left out, and so may the
-residual. Sums are fp32, and y is rounded once; norm(x) is rounded to its dtype, as PyTorch does.
+namely norm and the projection to q, k and v; the output projection and the first sum; norm, the
+first product of the MLP and GELU; its second product and the second sum. norm, act (the tanh form
+of GELU) and the residual are optional. Sums are fp32. norm(x) is rounded to its dtype, as PyTorch
+does, and so is y.
 
-**Layout.** W stays as GPT-2's checkpoints have it, (in, out), and there is no second copy. A
-program takes BLOCK_N outputs and all K inputs. It reads K pieces of BLOCK_N contiguous weights, at
-least 16 x 2 bytes = one sector of memory: all that is fetched is used. A W of (out, in) would have
-longer pieces, and not one byte less.
+**Layout.** W stays as GPT-2's checkpoints store it, (in, out); there is no second copy. A program
+computes BLOCK_N outputs from all K inputs. It reads K pieces of BLOCK_N contiguous weights, each at
+least 16 x 2 bytes = one sector of memory, so everything that is fetched is used. In a W stored as
+(out, in) the pieces would be longer, but the bytes the same.
 
-**Parallelism.** The bytes in flight bound the speed of reading, so as many multiprocessors as
-possible should read. `tile_of` takes the widest BLOCK_N that gives programs to half of them, else
-16: for C = 1024 on an H100 these are 96, 64, 128 and 64 programs, in the order of the kernels. A
-program of 256 threads splits K between its eight warps: they make SLICES = 8 products of BLOCK_K
-inputs each, a batch in which Triton gives each warp one. A single product of 16 x BLOCK_N outputs
-would be one chain of K / 16 matrix instructions, each waiting for the last; at K = 4096 that takes
-longer than to read W. The partial sums meet at the end in a fixed order, without atomics or a
-second launch: results repeat bit for bit.
+**Parallelism.** Reading is fast when many multiprocessors read at once. `tile_of` takes the widest
+BLOCK_N with programs for at least half of them, or else 16. For C = 1024 on an H100 the four
+kernels have 96, 64, 128 and 64 programs. Within a program of 256 threads K is split between the
+eight warps: they compute SLICES = 8 partial products as one batch, of which Triton gives each warp
+one. A single product would be a chain of K / 16 matrix instructions, each waiting for the one
+before; with eight the chain is an eighth as long. The partial sums are added at the end in a fixed
+order. There are no atomics and no second launch, and results repeat bit for bit.
 
-**The norm.** Each program needs mean and variance of whole positions, so each computes them, from
-the mean first and then from differences to it. norm(x) itself is made tile by tile in the product.
+**Norm.** A program needs mean and variance of whole positions, so each program computes them all
+(`statistics`): first the mean, then the mean square of the differences to it. norm(x) itself is
+computed tile by tile inside the product.
 
-**Overlap** (`PDL`, Hopper and later). Weights do not depend on the kernel before. So a program
-first asks for its part of W to be brought to the L2 cache (`request`), and only then waits for the
-kernel before to end; by then it lets the kernel after it start, which does the same. Every kernel
-that is launched so must wait, in all its programs, before it reads or writes anything else: then
-all kernels before it have ended too. Attention takes part (`await_previous` in `tiles.py`), so the
-output projection is on its way while attention runs.
+**Overlap** (`PDL`, programmatic dependent launch, Hopper and later). Weights do not depend on the
+previous kernel. So a program first requests its part of W for the L2 cache (`request`), then waits
+for the previous kernel to end, and then allows the next kernel to start, which does the same. All
+programs of all kernels launched this way must wait before they read anything else or write: then a
+kernel that has waited knows that all kernels before it have ended. The decode kernel waits too, so
+that the weights of the output projection are on their way while attention runs.
 
 With e the bytes of an element and G = ceil(N / BLOCK_N) programs:
 
     launches      4 in a block, beside attention, instead of 9
-    memory        e (K N + N + n K + n N), with a residual e n N more, with a norm 2 e K more
-    L2 cache      e G n K for the product, as much again for the norm (its second pass is in L1)
-    FLOPs         2 n K N; done: 2 BLOCK_M K N, with n padded to BLOCK_M = 16 or 32
+    memory        e (K N + N + n K + n N); with a residual also e n N, with a norm 2 e K
+    L2 cache      e G n K for the product, and again for the norm (its second pass reads from L1)
+    FLOPs         2 n K N needed; 2 BLOCK_M K N done, as n is padded to BLOCK_M = 16 or 32
 
-What grows with n is the second line: at n = 32 and BLOCK_N = 16 x is twice as many bytes as W. Five
-launches less in a block, of 2 us each, still make up for this, by the count of
-`benchmarks/kernels/launches.py`, which takes the L2 cache to be no faster than memory. Hence
-`kernels.FEW_ROWS` = 32, and more positions take PyTorch's products. No GPU has measured this yet.
+The third line grows with n: at n = 32 and BLOCK_N = 16 the programs read twice as many bytes of x
+as of W. The count of `benchmarks/kernels/launches.py` takes 2 us for a launch and reads x at the
+speed of memory, although the L2 cache is faster. By that count (`benchmarks/launches.csv`) a token
+of GPT-2 medium gains most at n = 1, less at n = 20, and nothing any more at n = 32. Hence
+`kernels.FEW_ROWS` = 32; more positions take PyTorch's products. No GPU has run or timed this yet.
 
-Sources: split K, Osama et al. 2023, https://arxiv.org/abs/2301.03598; programmatic dependent
+Sources: splitting K: Osama et al. 2023, https://arxiv.org/abs/2301.03598. Programmatic dependent
 launch: https://docs.nvidia.com/cuda/cuda-c-programming-guide/, section of that name.
 """
 
@@ -66,7 +67,7 @@ STAGE = 16 * 1024  # bytes of W in a stage of the pipeline over K
 
 @triton.jit
 def request(w_ptr, width, stride_w, LINES: tl.constexpr):
-    """Ask for the program's columns of W (width, BLOCK_N) to be brought to the L2 cache."""
+    """Request the program's columns of W (width, BLOCK_N) for the L2 cache."""
     for k0 in range(0, width, LINES):
         k = tl.minimum(k0 + tl.arange(0, LINES), width - 1).to(tl.int64)
         tl.inline_asm_elementwise(
@@ -150,7 +151,7 @@ def tile_of(x: Tensor, outputs: int) -> tuple[Tile, int]:
     wide = [b for b in (64, 32) if 2 * cdiv(outputs, b) >= MULTIPROCESSORS[target]]
     block_n = max([16, *wide])
     block_k = max(16, STAGE // (SLICES * block_n * x.element_size()))
-    # half of the memory: the next kernel's programs wait beside those of this one
+    # half of the shared memory: programs of the next kernel wait beside those of this one
     stage = SLICES * block_k * (block_m + block_n) * x.element_size()
     stages = max(2, min(4, SHARED_MEMORY.get(target, 0) // 2 // stage))
     return Tile(block_m, block_n, SLICES, stages), block_k

@@ -198,7 +198,7 @@ _recording: Recording | None = None
 
 
 def options_of(tile: Tile, arguments: dict[str, Any]) -> dict[str, Any]:
-    """How Triton compiles and launches a kernel with such a tile and such arguments."""
+    """Triton's options for a kernel with this tile and these arguments."""
     overlapping = {"launch_pdl": True} if arguments.get("PDL") else {}
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **overlapping}
 
@@ -254,9 +254,10 @@ def _gpu_target(index: int) -> str:
 
 
 def overlaps(device: torch.device) -> bool:
-    """Whether a kernel may start before the one before it has ended, as `few_rows.py` has it.
+    """Whether a kernel may start before the previous one has ended, as `few_rows.py` describes.
 
-    GPUs from Hopper on can, inside CUDA graphs from CUDA 12.3 on; MINPREFIX_FUSED=0 turns it off.
+    Needs Hopper or later, and inside CUDA graphs a driver for CUDA 12.3. MINPREFIX_FUSED=0 turns it
+    off.
     """
     if target_of(device) not in ("sm_90", "sm_100"):
         return False

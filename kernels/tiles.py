@@ -13,7 +13,7 @@ LN2 = tl.constexpr(0.6931471805599453)  # ln(2)
 
 @triton.jit
 def await_previous(PDL: tl.constexpr):
-    """Wait until the kernels before have ended, and let the next one start (`launch.overlaps`)."""
+    """Wait for the previous kernels to end, then let the next one start (`launch.overlaps`)."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

@@ -1,7 +1,7 @@
-"""A block of GPT-2 in a step of decoding: the `Block` of `gpt2.py` in five kernels.
+"""A block of GPT-2 in a decoding step: the `Block` of `gpt2.py` in five kernels instead of ten.
 
-A step has few positions, and what its kernels cost is mostly that there are many of them. Here each
-of a block's four products takes along what stands before and after it (`kernels.fused_linear`).
+A step has few positions, so it costs mostly the number of its kernels. Here each of the four
+products of a block includes the operations around it (`kernels.fused_linear`).
 """
 
 from typing import Any
@@ -13,8 +13,8 @@ from minprefix.models.base import tanh_gelu
 
 
 def suits(block: Any, x: Tensor) -> bool:
-    """Whether `forward` is taken for x (B, T, C): no gradients, no dropout, GPT-2's own function in
-    the MLP, and no adapter, whose hooks stand between attention, MLP and the sums."""
+    """Whether `forward` replaces `Block.forward` for x (B, T, C): no gradients, no dropout, GPT-2's
+    own function in the MLP, and no adapter, whose hooks come after attention and MLP."""
     hooks = block.attn._forward_hooks or block.mlp._forward_hooks
     return takes_few(x) and not (block.training or hooks) and block.mlp.act is tanh_gelu
 

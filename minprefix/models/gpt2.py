@@ -6,11 +6,10 @@ token has produced. The attention layer takes them as an argument; the cache nev
 infix (section 7.2) stands after some of the tokens, and the tokens before it do not see it.
 
 Read `GPT2Config` in `config.py`, then `Attention`, `Block` and `GPT2` here. `activations.py` holds
-what a layer reads of a prefix; `base.py` has the head and the loss; `few_rows.py` has
-what a GPU runs instead of `Block.forward` in a step of decoding. Modules are named as in the
-official checkpoints [2], so the weights load by equal keys. Shapes use these letters: batch B,
-tokens T, keys S, prefix positions P, layers L, heads H, width C, head width D = C / H, and the
-vocabulary V.
+what a layer reads of a prefix, `base.py` the head and the loss, and `few_rows.py` the form in which
+a GPU runs a block in a decoding step. Modules are named as in the official checkpoints [2], so the
+weights load by equal keys. Shapes use these letters: batch B, tokens T, keys S, prefix positions P,
+layers L, heads H, width C, head width D = C / H, and the vocabulary V.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://huggingface.co/openai-community/gpt2
 """
@@ -61,7 +60,7 @@ class Attention(nn.Module):
         return self.c_proj(self.heads(self.c_attn(x), prefix, visible, attend))
 
     def heads(self, qkv: Tensor, prefix: LayerPrefix, visible: Visible, attend=None) -> Tensor:
-        """What stands between the two products: qkv (B, T, 3 C) -> (B, T, C)."""
+        """Everything between the two products: qkv (B, T, 3 C) -> (B, T, C)."""
         B, T, C = *qkv.shape[:2], qkv.shape[2] // 3
         qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head)
         if self.query_factor != 1:  # in some relatives of GPT-2
@@ -101,6 +100,7 @@ class Block(nn.Module):
 
     def forward(self, x, prefix: LayerPrefix, visible: Visible, attend=None, at=None) -> Tensor:
         """x (B, T, C) -> (B, T, C), or only the results at `at` (n,), places b T + t: (n, C)."""
+        # a decoding step on a GPU: the same in fewer kernels
         if attend is not None and at is None and few_rows.suits(self, x):
             return few_rows.forward(self, x, prefix, visible, attend)
         x = x + self.drop(self.attn(self.ln_1(x), prefix, visible, attend))
