@@ -194,8 +194,8 @@ def call_beside(case: Case) -> None:
     """Launch a kernel other than attention, with the width of all heads together.
 
     With `q_offset` there is a bias, or no y; with `need` "q" no gradient is computed; with `causal`
-    the head is padded. "few_rows" launches the products after a norm (with `need` "q" to q, k and v,
-    else of the MLP) and before a sum, for up to FEW_ROWS positions and heads of 64.
+    the head is padded. "few_rows" launches the product after a norm (with `need` "q" to q, k and v,
+    otherwise of the MLP) and that before a sum, for up to FEW_ROWS positions and heads of 64.
     """
     n, C, V = case.batch_size * case.seq_len, case.n_head * case.head_dim, 50257
     empty = partial(torch.empty, device="meta", dtype=DTYPES[case.dtype])

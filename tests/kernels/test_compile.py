@@ -32,6 +32,7 @@ from kernels.tools.compile_offline import (  # noqa: E402
     Job,
     Result,
     at_a_glance,
+    compile_launch,
     jobs_of,
     problem,
     row,
