@@ -113,6 +113,7 @@ def test_within_rounding(sizes, form, dtype, launched):
     assert len(launched) == takes_few(torch.empty(1, 1, dtype=dtype, device=DEVICE))
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_extreme_values(dtype):
     """Positions far from zero and of equal numbers; GELU at both its ends; a residual near the
@@ -125,6 +126,7 @@ def test_extreme_values(dtype):
     check(a)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_a_bad_position_stays_alone():
     """inf and NaN reach no other position, whichever of the kernel's tile they are in."""
     a = inputs(5, 70, 40, torch.float32, "norm residual")
