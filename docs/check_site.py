@@ -5,9 +5,11 @@
 
 `make linkcheck` checks links to other sites, which needs a network. Each page is opened in a
 browser (Chromium, driven by Playwright; without them this part is skipped with a message), at the
-width of a desktop and of a phone. There must be no error on the console, no request other than
-file://, nothing wider than the window, and equations must have the site's font. The search must
-lead to the pages in SEARCHES.
+width of a desktop (light) and of a phone (dark). There must be no error on the console, no request
+other than file://, nothing wider than the window, no picture without a description, no level of
+headings left out, and no text with less contrast than WCAG asks for [1]. Equations must have the
+site's font. The search must lead to the pages in SEARCHES.
+[1] https://www.w3.org/TR/WCAG22/#contrast-minimum
 """
 
 import argparse
@@ -20,7 +22,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-WIDTHS = (1280, 390)  # px: a desktop, a phone
+SCHEMES = {1280: "light", 390: "dark"}  # px: a desktop, a phone
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 QUIET = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking",
@@ -118,9 +120,41 @@ def watched_page(browser, served: str = "file:", **options) -> Iterator:
 
 LOOKS = """async () => {
     await document.fonts.ready;
+    const found = [], seen = (e) => e.checkVisibility() && e.getBoundingClientRect().width > 1;
     const wide = document.documentElement.scrollWidth - window.innerWidth;
-    const plain = document.querySelector("math") && !document.fonts.check("16px 'STIX Two Math'");
-    return { wide, plain };
+    if (wide > 0) found.push(`${wide} px wider than the window`);
+    if (document.querySelector("math") && !document.fonts.check("16px 'STIX Two Math'"))
+        found.push("the font of the equations was not loaded");
+    for (const image of document.querySelectorAll("img:not([alt]), img[alt='']"))
+        found.push(`nothing describes ${image.src}`);
+    let level = 0;
+    for (const heading of [...document.querySelectorAll("h1, h2, h3, h4, h5")].filter(seen)) {
+        if (heading.tagName[1] > level + 1) found.push(`h${level} before ${heading.textContent}`);
+        level = Number(heading.tagName[1]);
+    }
+    const light = (c) => c.reduce((sum, v, i) => sum + [0.2126, 0.7152, 0.0722][i] *
+        (v <= 10 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4), 0);
+    const colour = (text) => text.match(/[\\d.]+/g).map(  // r, g, b of 255 and perhaps alpha
+        (v, i) => text.startsWith("color(srgb") && i < 3 ? 255 * v : Number(v));
+    const mixed = (over, under) => [0, 1, 2].map((i) => {
+        const alpha = over[3] ?? 1;
+        return over[i] * alpha + under[i] * (1 - alpha);
+    });
+    const ground = (e) => e ? mixed(colour(getComputedStyle(e).backgroundColor),
+        ground(e.parentElement)) : [255, 255, 255];
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), low = new Set();
+    while (texts.nextNode()) {
+        const e = texts.currentNode.parentElement;
+        if (!texts.currentNode.data.trim() || e.closest("script, style, svg") || !seen(e)) continue;
+        const under = ground(e), style = getComputedStyle(e);
+        const [a, b] = [light(mixed(colour(style.color), under)), light(under)];
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        const large = parseFloat(style.fontSize) >= 24 || // or bold and nearly so
+            (parseFloat(style.fontSize) >= 18.6 && style.fontWeight >= 700);
+        if (ratio < (large ? 3 : 4.5))
+            low.add(`contrast ${ratio.toFixed(1)} of ${e.tagName}.${e.className}: ${style.color}`);
+    }
+    return [...found, ...low];
 }"""
 SEARCHES = {  # words: the page that must come first
     "lambda": "tutorials/02_equation_3.html",
@@ -148,20 +182,15 @@ def browser_errors(site: Path, shots: Path | None) -> list[str]:
     shown = [p for p in sorted(site.rglob("*.html")) if "_modules" not in p.relative_to(site).parts]
     with open_browser() as browser:
         found += search_errors(browser, site)
-        for width in WIDTHS:
-            for dark in (False, True) if shots else (False,):
-                scheme = "dark" if dark else "light"
+        for width in SCHEMES:
+            for scheme in ("light", "dark") if shots else (SCHEMES[width],):
                 options = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
                 with watched_page(browser, **options) as (page, errors):
                     for path in shown:
                         name = path.relative_to(site)
                         page.goto(path.resolve().as_uri())
-                        looks = page.evaluate(LOOKS)
-                        if looks["wide"] > 0:
-                            errors.append(f"{looks['wide']} px wider than the window")
-                        if looks["plain"]:
-                            errors.append("the font of the equations was not loaded")
-                        found += [f"{name} at {width} px: {error}" for error in errors]
+                        errors += page.evaluate(LOOKS)
+                        found += [f"{name} at {width} px, {scheme}: {e}" for e in errors]
                         errors.clear()
                         if shots:
                             shot = f"{'-'.join(name.with_suffix('').parts)}-{width}-{scheme}.png"

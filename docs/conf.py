@@ -78,7 +78,7 @@ if "repository" in finish.ADDRESSES:
         }]
     }  # fmt: skip
 highlight_language = "text"  # of blocks without a language: commands and their output
-pygments_style, pygments_dark_style = "friendly", "github-dark"
+pygments_style, pygments_dark_style = "a11y-light", "github-dark"  # contrast above 4.5
 copybutton_exclude = ".linenos, .gp, .go"
 
 
@@ -88,6 +88,7 @@ def setup(app):
     app.connect("autodoc-process-docstring", docstrings.to_rest, priority=100)  # before napoleon
     app.connect("doctree-read", pages.name_pictures)
     app.connect("doctree-read", beside.place_beside)
+    app.connect("doctree-read", equations.keep_marks)
     app.connect("html-page-context", finish.describe)
     app.connect("build-finished", finish.finish)
     app.add_html_math_renderer(

@@ -5,6 +5,7 @@ Font License), which ziamath [2] contains; `write_font` keeps only mathematical 
 [1] https://github.com/roniemartinez/latex2mathml   [2] https://github.com/cdelker/ziamath
 """
 
+import logging
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,10 @@ SIGNS = (  # ranges of code points, ends included
     (0x2308, 0x230B), (0x23DC, 0x23DF), (0x27E6, 0x27EF), (0x2A7D, 0x2A7E),  # brackets
     (0x1D400, 0x1D467), (0x1D49C, 0x1D4CF), (0x1D538, 0x1D56B), (0x1D6A4, 0x1D71B),  # letters
 )  # fmt: skip
+FUNCTION = re.compile(  # log x, not logx; before a bracket or a sum nothing is missing
+    r"(?<!<msub>)<mi>(log|ln|exp)</mi>(?=<m[in]>|<mfrac>|<msub><mi>)"
+)
+MARKS = re.compile(r"[.,;:!?)]+")
 
 
 def mathml(tex: str, display: str = "inline") -> str:
@@ -30,7 +35,18 @@ def mathml(tex: str, display: str = "inline") -> str:
     found = convert(tex, display=display)
     if unknown := re.search(r"\\[A-Za-z]*", found):
         raise ValueError(f"{unknown[0]} is not known to latex2mathml, in the equation {tex!r}")
-    return found
+    return FUNCTION.sub(r'\g<0><mspace width="0.17em"/>', found)
+
+
+def keep_marks(app, doctree: nodes.document) -> None:
+    """Sphinx's event `doctree-read`: no line begins with the comma after an equation."""
+    for node in list(doctree.findall(nodes.math)):
+        text = node.next_node(descend=False, siblings=True)
+        if isinstance(text, nodes.Text) and (marks := MARKS.match(text)):
+            text.parent.replace(text, nodes.Text(text[marks.end() :]))
+            together = nodes.inline(classes=["together"])
+            node.replace_self(together)
+            together += [node, nodes.Text(marks[0])]
 
 
 def visit_inline(self, node: nodes.math) -> None:
@@ -45,6 +61,7 @@ def visit_block(self, node: nodes.math_block) -> None:
 
 def write_font(path: Path) -> None:
     """STIX Two Math with the characters of SIGNS, as WOFF: 0.2 MB."""
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # else it lists every glyph
     options = subset.Options(flavor="woff", hinting=False, layout_features=["ssty", "dtls", "ccmp"])
     source = Path(find_spec("ziamath").origin).parent / "fonts" / "STIXTwoMath-Regular.ttf"
     font = subset.load_font(source, options)

@@ -54,18 +54,22 @@ def write_all() -> None:
 
 # results ------------------------------------------------------------------------------------------
 
-KNOWN = {  # a description of each CSV that is not part of another page
+KNOWN = {  # a description of each CSV
     "e2e.csv": "E2E with `mini`: all runs, dev and test",
     "e2e_select.csv": "E2E with `mini`: learning rates, chosen by dev loss in short runs",
     "e2e_hard_prompts.csv": "E2E with `mini`: hard prompts, chosen on the dev set",
     "bart_tasks.csv": "E2E and notes with `mini-bart`: all runs, dev and test",
-    "bart_select.csv": "The same: learning rates, chosen on the dev set in short runs",
+    "bart_select.csv": "E2E and notes with `mini-bart`: learning rates, chosen by dev loss",
     "bart.csv": "bart-large's size: a training step and a text on two CPU cores",
     "cpu_attention.csv": "The attention operator's CPU path: fused attention against two products",
     "call_overhead.csv": "What a call of the operator costs in Python, µs",
     "compiled.csv": "The kernels compiled for four GPUs, no run: registers, shared memory, spills",
+    "copying.csv": "Facts that are missing or wrong in texts about the embedded restaurants",
     "cpu/bench.csv": "Training and generation, ours and PEFT: all measurements",
+    "cpu/pairs.csv": "Two versions of the code, timed in turn on two CPU cores, ms",
     "cpu/profile.csv": "Where the time of one training step goes, ms",
+    "defaults.csv": "The rule for settings against a grid around it: dev losses",
+    "environments.csv": "Some tests with other versions of Python, PyTorch, Triton and NumPy",
     "gpu/attention-h200.csv": "On an H200: attention, ours and PyTorch's kernels, µs",
     "gpu/decode-h200.csv": "On an H200: one step of decoding, µs",
     "gpu/steps-h200.csv": "On an H200: training steps and generation, ours and PEFT",
@@ -73,6 +77,8 @@ KNOWN = {  # a description of each CSV that is not part of another page
     "gpu/tiles-h200.csv": "On an H200: each kernel alone with several tiles, µs",
     "gpu/peers-h200.csv": "On an H200: the best peer's time over ours",
     "launches.csv": "No run: the launches of a training step and of a token, and a time from them",
+    "reliability.csv": "Kills, flipped bytes, two processes and ranks: cases and failures",
+    "threads.csv": "A training step with one and two threads, whose waiting spins or sleeps",
 }
 WIDE = {"cpu/bench.csv"}  # too wide to be read as a table: the file only
 RESULTS = """# Results
@@ -107,7 +113,7 @@ def result_pages() -> dict[str, str]:
     for path in sorted(BENCHMARKS.rglob("*.csv")):
         name = str(path.relative_to(BENCHMARKS))
         if not name.startswith("paper/"):
-            lines += csv_section(path, KNOWN.get(name, ""))
+            lines += csv_section(path, KNOWN[name])
     report = BENCHMARKS / "paper" / "RESULTS.md"
     text = "```{include} ../../benchmarks/paper/RESULTS.md\n:relative-images:\n```\n"
     pictures = [p for p in sorted(report.parent.glob("*.png")) if p.name not in text]
@@ -129,9 +135,11 @@ def csv_section(path: Path, title: str) -> list[str]:
     name = str(path.relative_to(BENCHMARKS))
     with open(path, encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
-    lines = [f"### {name}", "", f"{title or 'Rows of one measurement'}. "]
-    lines += [f"[{name}](../../benchmarks/{name}), {len(rows)} rows.", ""]
-    if name in WIDE or len(header) > 25:
+    wide = name in WIDE or len(header) > 25
+    end = ", and is too wide to be shown here" if wide else ""
+    file = f"[{name}](../../benchmarks/{name})"
+    lines = [f"### {name}", "", f"{title}. {file} has {len(rows)} rows{end}.", ""]
+    if wide:
         return lines
     table = ["| " + " | ".join(map(cell, header)) + " |", "|" + "---|" * len(header)]
     table += ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
@@ -155,7 +163,8 @@ def solution_pages() -> dict[str, str]:
             f"---\norphan: true\n---\n\n# Solutions of {path.stem}\n\n"
             f"To the exercises of [the tutorial](../tutorials/{path.name}). Run them with "
             f"`python tutorials/solutions/{path.name}`.\n\n"
-            f"```{{literalinclude}} ../../tutorials/solutions/{path.name}\n```\n"
+            f"```{{literalinclude}} ../../tutorials/solutions/{path.name}\n"
+            f":language: python\n```\n"
         )
     return pages
 
@@ -250,13 +259,21 @@ def last_cell(name: str) -> str:
 
 
 def name_pictures(app, doctree) -> None:
-    """Sphinx's event `doctree-read`: names the figures drawn by cells after their sections."""
+    """Sphinx's event `doctree-read`: the alt text of a figure drawn by a cell is its section.
+
+    Figures much wider than high get a class of their own: a phone must not shrink them.
+    """
+    import imagesize  # Sphinx brings it along; tests without Sphinx import this module
+
     for image in doctree.findall(nodes.image):
         section = image.parent
         while section is not None and not isinstance(section, nodes.section):
             section = section.parent
         if "alt" not in image and section is not None:
             image["alt"] = f"Figure of: {section[0].astext()}"
+        width, height = imagesize.get(DOCS / image["uri"].lstrip("/"))
+        if width > 1.7 * height:
+            image["classes"].append("wide")
 
 
 # the live page ------------------------------------------------------------------------------------

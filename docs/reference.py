@@ -93,14 +93,14 @@ def cell(text: str) -> str:
 
 def api_pages() -> dict[str, str]:
     """A page per module and one that lists them."""
-    lines = ["# API reference", "", "Made from the docstrings.", ""]
+    lines = ["# API reference", "", "Every public module, from its docstrings.", ""]
     lines += ["```{include} ../../CONTRIBUTING.md", ":start-after: '## Letters'"]
     lines += [":end-before: '## How a change is checked'", "```", ""]
     pages = {}
     for heading, members in grouped().items():
-        lines += [f"## {heading}", "", "| module | |", "|---|---|"]
+        lines += [f"## {heading}", ""]
         for name in members:
-            lines.append(f"| [`{name}`]({name}.md) | {cell(first_paragraph(source_of(name)))} |")
+            lines.append(f"- [`{name}`]({name}.md): {cell(first_paragraph(source_of(name)))}")
         lines += [""]
         pages |= {f"api/{name}.md": module_page(name) for name in members}
     names = [name for members in grouped().values() for name in members]

@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "guides" / "licences.md"
 HEAD = """# Licences
 
 minprefix has the licence of the file [LICENSE](../../LICENSE). Its models and data have their own,
-in their folders. These are the packages that it stands on, with the licence that each names itself.
+in their folders. These are the packages that it stands on, each with the licence that it states.
 `make sbom` makes this page, and runs/sbom.json, a list of the same packages for other programs
 (CycloneDX).
 """

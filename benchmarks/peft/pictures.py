@@ -10,6 +10,15 @@ from minprefix import palette
 from minprefix.files import atomic_write
 
 AXES = {"B": "batch size B (rows)", "T": "tokens per row T", "P": "prefix positions P"}
+LOSS_AT = {"all": "loss at all positions", "targets": "loss at the targets"}  # the column labels
+
+
+def fixed(row: dict) -> str:
+    """What the title of a picture says of the sizes that are the same in all of it."""
+    said = [f"{name} {row[name]}" for name in AXES if row.get(name)]
+    if row.get("labels"):
+        said.append(LOSS_AT[row["labels"]])
+    return ", ".join(said)
 
 
 def longest_series(rows: list[dict[str, str]], x: str) -> tuple[dict, list[dict[str, str]]]:
@@ -42,6 +51,7 @@ def draw(rows: list[dict[str, str]], path: Path, title: str) -> None:
     columns = min(3, len(panels))
     n_rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.8 * n_rows + 0.4), dpi=130, layout="constrained")
+    figure.get_layout_engine().set(hspace=0.08)
     grid = figure.subplots(n_rows, columns, squeeze=False).flatten()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
@@ -57,10 +67,9 @@ def draw(rows: list[dict[str, str]], path: Path, title: str) -> None:
             axes.plot(
                 *zip(*points, strict=True), style, color=palette.colour_of(method), label=label
             )
-        fixed = (f"{name} {common[name]}" for name in (*AXES, "labels") if common.get(name))
         top = max(float(row["tokens_per_s"]) for row in series)
         axes.set(xlabel=AXES[x], ylabel="tokens/s", ylim=(0, 1.1 * top))
-        axes.set_title(f"{work}: {', '.join(fixed)}", fontsize=10)
+        axes.set_title(f"{work}: {fixed(common)}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.suptitle(title)

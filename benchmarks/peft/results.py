@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.machine import add_row, machine, read_rows
 from benchmarks.peft.peers import Task
-from benchmarks.peft.pictures import draw, draw_profile
+from benchmarks.peft.pictures import draw, draw_profile, fixed
 from benchmarks.peft.traces import Kernels, kernel_rows, kernels_of, of_one, parts_of, traced
 
 KEY = ("work", "model", "device", "dtype", "data", "labels", "mlp", "B", "T", "P", "beams", "new",
@@ -65,8 +65,7 @@ class Results:
             add_row(self.path.with_name("profile.csv"), drawn[-1] | machine(), KEY)
             if name == "minprefix":
                 self.add_kernels(sizes, kernels_of(run, task.device), 1e3 * ms)
-        title = ", ".join(f"{name} {value}" for name, value in sizes.items())
-        title = f"{self.common['model']}, {task.dtype}, {task.device}: {title}"
+        title = f"{self.common['model']}, {task.dtype}, {task.device}: {fixed(sizes)}"
         draw_profile(drawn, self.picture("profile"), title)
 
     def profile_token(self, task: Task, sizes: dict, method, prompts: list, row: dict) -> None:

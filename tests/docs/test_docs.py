@@ -76,7 +76,8 @@ def test_results_show_the_rows_of_the_files():
     page = pages.result_pages()["results/index.md"]
     names = {str(p.relative_to(pages.BENCHMARKS)) for p in pages.BENCHMARKS.rglob("*.csv")}
     for name in names:
-        assert name.startswith("paper/") or f"(../../benchmarks/{name})" in page
+        known = name in pages.KNOWN and f"(../../benchmarks/{name})" in page
+        assert known or name.startswith("paper/"), name
     assert reference.cell("a|b *c* {d}\ne") == r"a\|b \*c\* &#123;d} e"
 
 
@@ -204,6 +205,27 @@ def test_link_errors_are_found(site, html, error):
 def test_fonts_from_elsewhere_are_found(site):
     (site / "x.css").write_text("@import 'https://fonts.x/y.css'; a { b: url(local.png) }")
     assert check_site.link_errors(site) == ["x.css: loads https://fonts.x/y.css"]
+
+
+NO_BROWSER = check_site.browser_missing()
+
+
+@pytest.mark.skipif(NO_BROWSER != "", reason=NO_BROWSER)
+def test_looks_that_a_reader_would_stumble_over_are_found(site):
+    faults = {
+        "<p style='width: 3000px; height: 1px'>": "px wider than the window",
+        "<img src='data:image/gif;base64,R0lGODlhAQABAAAAACw='>": "nothing describes data:image",
+        "<h3>deep</h3>": "h1 before deep",
+        "<p style='color: #888'>faint": "contrast 3.5 of P.: rgb(136, 136, 136)",
+        "<p style='background: rgba(0, 0, 0, 0.5); color: #000'>half": "",
+        "<p style='background: color-mix(in srgb, #000 40%, #fff)'>mixed": "",
+    }
+    with check_site.open_browser() as browser, check_site.watched_page(browser) as (page, _):
+        for html, fault in faults.items():
+            (site / "a.html").write_text(f"<!doctype html><h1>a</h1>{html}")
+            page.goto((site / "a.html").as_uri())
+            found = page.evaluate(check_site.LOOKS)
+            assert len(found) == bool(fault) and fault in "".join(found), (html, found)
 
 
 # the live page ------------------------------------------------------------------------------------

@@ -34,6 +34,25 @@ def test_the_font_has_what_equations_are_made_of(tmp_path):
     assert (tmp_path / "math.woff").stat().st_size < 250_000  # bytes; MathJax was 2.3 MB
 
 
+def test_equations_keep_their_marks_and_the_space_after_a_function():
+    from docutils.core import publish_doctree
+
+    doctree = publish_doctree("a :math:`x`, b (:math:`y`) :math:`z` c")
+    equations.keep_marks(None, doctree)
+    kept = [node.astext() for node in doctree.findall(nodes.inline)]
+    assert kept == ["x,", "y)"] and doctree.astext() == "a x, b (y) z c"
+    spaced = [r"\log p", r"\log p_x", r"\exp(x)", r"\log \sum_j x", r"\log_2 x", r"\log_p x"]
+    assert ["mspace" in equations.mathml(tex) for tex in spaced] == [1, 1, 0, 0, 0, 0]
+
+
+def test_pictures_much_wider_than_high_are_wide():
+    doctree = nodes.document(None, None)
+    names = ("readme.png", "defaults.png")  # 2.56 and 1.67 times as wide as high
+    doctree += [nodes.image(uri=f"../benchmarks/{name}", alt="") for name in names]
+    pages.name_pictures(None, doctree)
+    assert [image["classes"] for image in doctree.children] == [["wide"], []]
+
+
 def test_the_search_finds_keywords_first(tmp_path):
     index = tmp_path / "searchindex.js"
     text = '{"docnames":["a","guides/install"],"indexentries":{"x":[[0,"",false]]}}'
