@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks import defaults
 from benchmarks.kernels import attention, decode
 from benchmarks.machine import read_rows
+from benchmarks.peft.pictures import LOSS_AT
 from benchmarks.peft.results import KEY
 from minprefix.files import atomic_write, write_text
 from minprefix.palette import PREFIX, TEXT, colour_of
@@ -148,7 +149,7 @@ def work_of(row: dict[str, str]) -> str:
         return f"{model}: write {row['new']} tokens, B {row['B']}, {search}"
     if row["data"] != "random":
         return f"{model}: train on {row['data']}, B {row['B']}, T {row['T']} on average"
-    return f"{model}: train, B {row['B']}, T {row['T']}, loss at {row['labels']}"
+    return f"{model}: train, B {row['B']}, T {row['T']}, {LOSS_AT[row['labels']]}"
 
 
 def gpu_attention_table() -> str:

@@ -30,7 +30,8 @@ class TrainOptions(WithRun):
     # use the paper's learning rate, epochs, batch size and prefix length for this data set
     preset: Literal[*DATA_SETS] | None = None
     track: FlagCreatePairsOff[bool] = False  # also write TensorBoard files to the run folder
-    # keep the files that only resuming needs, about twice the size of what is trained
+    # keep the two states that only resuming needs: each holds what is trained and AdamW's moments,
+    # about three times its size
     keep_state: bool = True
 
     train: Flat[TrainConfig] = TrainConfig()

@@ -35,7 +35,7 @@ def tell_start(trainer: Trainer, note: str, resumed: bool) -> None:
         pairs = config.batch_size * trainer.per_step
         passes = config.steps * pairs / len(rows)
         length = f"{config.steps:,} steps of {pairs} pairs, {passes:.3g} passes over the data"
-    say(f"run: {length}; peak learning rate {config.lr:g} after {config.warmup_steps} steps")
+    say(f"run: {length}; peak learning rate {config.lr:g} at step {config.warmup_steps}")
     if trainer.tuned.method in ("ft-top", "adapter"):
         say(describe(trainer.tuned, trainer.model))
     else:
