@@ -34,7 +34,6 @@ NAMES = {  # the important names of the two packages, and the module that define
         "kernels.prefix_attention_qkv",
         "kernels.reference.prefix_attention_eager",
         "kernels.reference.prefix_attention_lean",
-        "kernels.merge.merge_gated",
         "kernels.cross_entropy_",
         "kernels.add_norm",
         "kernels.fused_linear",

@@ -33,7 +33,6 @@ __all__ = [
     "prefix_attention_eager",
     "prefix_attention_lean",
     "prefix_attention_qkv",
-    "takes_few",
 ]
 
 
