@@ -43,8 +43,8 @@ assert abs(sum(shared) / len(shared) - 500**2 / N) < 20  # 10 draws of spread ab
 # %% [markdown]
 # ## 2. How many subsets
 #
-# The interval of n differences with spread s is $t_{n-1}\, s / \sqrt{n}$ to each side. With a mean
-# of s, 0 lies outside of it once $t_{n-1} < \sqrt{n}$.
+# The interval of n differences is $t_{n-1}\, \sigma / \sqrt{n}$ to each side. With a mean of
+# $\sigma$, 0 lies outside of it once $t_{n-1} < \sqrt{n}$.
 
 # %%
 need = next(n for n in range(2, 100) if stats.t.ppf(0.975, n - 1) < n**0.5)
