@@ -18,15 +18,13 @@
 
 # %%
 import copy
-import gc
+import re
 import tempfile
-import time
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import pictures_results as pictures
 import torch
-from figure import OTHER, PREFIX, new, show
 from short_training import TRAINED, for_training, train
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -36,13 +34,11 @@ from kernels import prefix_attention
 from minprefix import Prefix, PrefixBank
 from minprefix.data.batches import collate, encode_examples, encode_prompt
 from minprefix.data.load import load_examples
-from minprefix.models.weights import fingerprint
 
 torch.manual_seed(0)
 model, tokenizer = minprefix.load("mini")
-frozen = for_training(model)
 model.requires_grad_(False)
-model_before = fingerprint(model)
+frozen = for_training(model)  # a copy in bf16 where this is faster
 
 
 def usable(split: str) -> list:
@@ -53,6 +49,8 @@ def usable(split: str) -> list:
 
 
 train_set, dev = usable("train"), usable("dev")
+names = [{dict(e.table)["name"] for e in part} for part in (train_set, dev)]
+assert not names[0] & names[1]  # a name in dev is never seen in training
 
 # %% [markdown]
 # ## 1. Two tasks in one batch
@@ -72,12 +70,8 @@ table = (
 )
 note = load_examples("notes", "dev")[0].source
 print(f"table: {table}\nnote:  {note}\n")
-requests = (
-    ("table", table, 0),
-    ("table", table, 1),
-    ("note", note, 1),
-    ("note", note, 0),
-)
+requests = [("table", table, n) for n in (0, 1)]
+requests += [("note", note, n) for n in (1, 0)]
 both = minprefix.generate(
     model, tokenizer, [text for _, text, _ in requests],
     prefix=PrefixBank(tasks), prefix_index=[n for _, _, n in requests],
@@ -100,43 +94,45 @@ assert both[0] != both[1] and both[2] != both[3] and "restaurant" in both[3]
 #
 # ## 2. Users and what they want
 # Four users get texts about restaurants, each in another style. A style is a rule, so that we can
-# check who got what. (Real users would give examples; a rule makes them for us. The rules copy
-# values of the table, which few steps can teach. 05 shows a fact that they cannot.)
+# check who got what. (Real users would give examples; a rule makes them for us.)
 
 
 # %%
-STYLES = {
-    "Ada": "{name}, {type}.",
-    "Ben": "{food} {type}: {name}.",
-    "Cleo": "Where? {area}. What? {name}.",
-    "Eve": "Fancy {food} food? Try {name}.",
-}
-WORDS = {
-    "Ada": "brief:",
-    "Ben": "table-to-text:",
-    "Cleo": "where?",
-    "Eve": "ask:",
+STYLES = {  # the words that a prefix starts from, and the rule
+    "Ada": ("brief:", "{name}, {type}."),
+    "Ben": ("table-to-text:", "{food} {type}: {name}."),
+    "Cleo": ("where?", "Where? {area}. What? {name}."),
+    "Eve": ("ask:", "Fancy {food} food? Try {name}."),
 }
 
 
 def wanted(user: str, example) -> str:
     """What the user's rule writes about this table."""
-    return STYLES[user].format(**dict(example.table))
+    return STYLES[user][1].format(**dict(example.table))
+
+
+def in_style(user: str, text: str) -> bool:
+    """Whether the text is the user's rule with any values in its fields."""
+    between = re.split(r"{\w+}", STYLES[user][1])  # the words between fields
+    return bool(re.fullmatch("[^,.:?]+".join(map(re.escape, between)), text))
 
 
 print(dev[0].source)
 for user in STYLES:
     print(f"  {user:5} {wanted(user, dev[0])}")
+    styles = [in_style(other, wanted(user, dev[0])) for other in STYLES]
+    assert sum(styles) == 1 and in_style(user, wanted(user, dev[0]))
 
 # %% [markdown]
 # Each prefix starts from the activations of a few words (so lengths differ), and is trained on
-# its user's texts alone, by the loop of 05. A direct table, without the MLP, bears the large rate
-# that so few steps need.
+# its user's texts alone, by the loop of 05. It is a direct table, without the MLP. One step moves
+# its numbers by the rate itself (05), so it bears the large rate that so few steps need, and this
+# without a warm-up.
 
 
 # %%
 def tune(user: str) -> Prefix:
-    prefix = Prefix.from_words(model, tokenizer, WORDS[user])
+    prefix = Prefix.from_words(model, tokenizer, STYLES[user][0])
     examples = [replace(e, targets=(wanted(user, e),)) for e in train_set]
     settings = {"steps": 40, "lr": 0.1, "warmup": 1}
     losses = list(train(frozen, tokenizer, examples, prefix, **settings))
@@ -162,7 +158,8 @@ users = {user: tune(user) for user in ("Ada", "Ben", "Cleo")}
 # lengths. In the *bank*, (N, H, P, D), they are padded with zeros, and `prefix_lens` says how
 # many positions are real.
 #
-# **Predict.** The padding is zero. What would happen if attention saw it?
+# **Predict.** What happens to each row if `prefix_lens` is left out, so that attention sees the
+# padding?
 
 # %%
 layer, (B, T) = 3, (4, 6)
@@ -198,9 +195,8 @@ for b, n in enumerate(index.tolist()):
     assert (gap > 1e-3) == (n >= 0 and lens[n] < P)
 
 # %% [markdown]
-# **Answer.** The rows of the shorter prefixes would be wrong: a zero key has the score 0, and
-# softmax gives it the weight $e^0$, not 0. (A library for adapters has this fault.) The longest
-# prefix has no padding, and the row without one reads none.
+# **Answer.** The rows of the shorter prefixes are wrong: zeros take attention (section 7 of 02).
+# The longest prefix has no padding, and the row without one reads none.
 #
 # `PrefixBank` does the same for all layers, and one thing more: *positions*. A row's tokens stand
 # at t + offset, and the offset is that of its own prefix, 0 without one.
@@ -220,51 +216,53 @@ print(f"rows {index.tolist()} stand at offsets {acts.position_offset.tolist()}")
 exact_model = copy.deepcopy(model).double()
 
 
-def exact() -> dict[str, Prefix]:
-    """The users' prefixes in fp64."""
+def in_fp64(users: dict[str, Prefix]) -> dict[str, Prefix]:
     return {user: copy.deepcopy(p).double() for user, p in users.items()}
 
 
-def mixed_batch(requests: list[tuple[str | None, str]]) -> list[torch.Tensor]:
-    """Logits of each request, (its tokens, V), from one call with a bank."""
-    place = {user: n for n, user in enumerate(users64)} | {None: -1}
+def in_one_batch(users: dict[str, Prefix], requests) -> list[torch.Tensor]:
+    """Logits of each request (user, table), (its tokens, V), from one call."""
+    place = {user: n for n, user in enumerate(users)} | {None: -1}
     ids = [torch.tensor(encode_prompt(tokenizer, text)) for _, text in requests]
     lengths = torch.tensor([len(row) for row in ids])
     logits = exact_model(
         pad_sequence(ids, batch_first=True), kv_lens=lengths,
-        prefix=PrefixBank(list(users64.values())),
+        prefix=PrefixBank(list(users.values())),
         prefix_index=torch.tensor([place[user] for user, _ in requests]),
     )  # fmt: skip
     return [row[:n] for row, n in zip(logits, lengths.tolist(), strict=True)]
 
 
-def alone(user: str | None, source: str) -> torch.Tensor:
-    ids = torch.tensor([encode_prompt(tokenizer, source)])
-    return exact_model(ids, prefix=None if user is None else users64[user])[0]
+def alone(users: dict[str, Prefix], user: str | None, text: str):
+    ids = torch.tensor([encode_prompt(tokenizer, text)])
+    return exact_model(ids, prefix=users.get(user))[0]
 
 
-users64 = exact()
+def largest_gap(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    pairs = zip(one, other, strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+users64 = in_fp64(users)
 asked = ("Cleo", "Ada", None, "Ben", "Ben", "Ada", "Cleo")
 requests = [(user, dev[n].source) for n, user in enumerate(asked)]
 with torch.no_grad():
-    together, apart = mixed_batch(requests), [alone(*r) for r in requests]
-gap = max(
-    (a - b).abs().max().item() for a, b in zip(together, apart, strict=True)
-)
+    together = in_one_batch(users64, requests)
+    apart = [alone(users64, *request) for request in requests]
 print(f"prompts of {[len(row) for row in apart]} tokens in one batch")
+gap = largest_gap(together, apart)
 print(f"against each alone: largest |difference| {gap:.1e}")
 assert gap < 1e-11  # of logits up to some tens, fp64; worst seen 2e-13
 
 # %% [markdown]
 # ## 4. What they get
-# The same tables for everyone, in one batch. Then the texts of every user are held against the
-# rules of all of them.
+# The same tables for everyone, in one batch. Of each text we ask two things: whose style it has,
+# and whether it is letter for letter what its user's rule writes.
 #
 # **Predict.** Where will a text miss its rule: in its style, or in a value that it copies?
 
 # %%
 users["Eve"] = tune("Eve")  # one more entry; nobody else is touched
-users64 = exact()
 
 tables_asked = dev[:12]
 writers = [*users, None]
@@ -275,49 +273,40 @@ texts = minprefix.generate(
     prefix=PrefixBank(list(users.values())),
     prefix_index=[place[user] for user in owners], max_new_tokens=24,
 )  # fmt: skip
-texts = [text.strip() for text in texts]
-for n, user in enumerate(writers):
-    print(f"  {user or 'nobody':7} {texts[n * len(tables_asked)][:70]!r}")
 
-followed = torch.zeros(len(writers), len(STYLES))
-missed = []
+shares = torch.zeros(len(writers), len(STYLES))  # of texts in each style
+right, missed = dict.fromkeys(users, 0), []
 for n, (owner, text) in enumerate(zip(owners, texts, strict=True)):
-    example = tables_asked[n % len(tables_asked)]
+    text, example = text.strip(), tables_asked[n % len(tables_asked)]
     for m, user in enumerate(STYLES):
-        right = text == wanted(user, example)
-        followed[n // len(tables_asked), m] += right / len(tables_asked)
-        if user == owner and not right:
-            missed.append((wanted(user, example), text))
-
-figure, axes = new(width=5.4)
-axes.imshow(followed, cmap="Oranges", vmin=0, vmax=1)
-for row, shares in enumerate(followed):
-    for column, share in enumerate(shares):
-        colour = "white" if share > 0.6 else "black"
-        axes.text(column, row, f"{share:.0%}", ha="center", color=colour)
-axes.set_xticks(range(4), [f"{user}'s" for user in STYLES])
-axes.set_yticks(range(5), [user or "nobody" for user in writers])
-axes.set(xlabel="rule", ylabel="prefix")
-axes.set_title("Texts that are exactly what a rule writes")
-show(figure, "07_who_got_what")
-own = followed[:4].diagonal()
-others = (followed[:4] - own.diag()).max()
-print(f"own rule, letter for letter: {own.mean():.0%}; another's: {others:.0%}")
-assert own.min() > 0.3 and others == 0 and followed[4].max() == 0
+        shares[n // len(tables_asked), m] += in_style(user, text)
+    if owner and text == wanted(owner, example):
+        right[owner] += 1
+    elif owner:
+        missed.append((wanted(owner, example), text))
+shares /= len(tables_asked)
+pictures.who_got_what(shares, [user or "nobody" for user in writers], [*STYLES])
+print("right to the letter:", right, "of", len(tables_asked))
 for rule, text in missed[:4]:
     print(f"wanted {rule!r}\n   got {text!r}")
+own = shares[:4].diagonal()
+assert own.min() > 0.9 and (shares[:4] - own.diag()).max() == 0
+assert shares[4].max() < 0.2
+assert min(right.values()) > 0.3 * len(tables_asked)
+assert sum(right.values()) < own.sum() * len(tables_asked)
 
 # %% [markdown]
-# **Answer.** In a value. Nobody ever writes in another user's style, and the model without a
-# prefix writes in none of them. A text that misses its rule has the style right and a name or a
-# place wrong: the names of these tables never occur in training, and 40 steps teach a style
-# before they teach copying.
+# **Answer.** In a value. Every prefix writes in its own user's style, but for a text at most, and
+# none in another's. (A text without a prefix may fit by chance: Ben's rule is little more than a
+# colon.) Where a text is not what the rule writes, it is mostly a name or a place that is wrong:
+# these names never occur in training, and 40 steps teach a style before they teach copying.
 #
 # ## 5. Isolation
 # Is anything of Ada's data in Ben's prefix? A prefix changes only by its gradient, so look at the
-# gradients of a batch that mixes both. Row b reads prefix n(b) only, so
+# gradients of a batch that mixes both. Let $\theta_n$ be the numbers of prefix n. Row b reads
+# prefix n(b) only, so
 #
-# $$ \frac{\partial\, \mathrm{loss}_b}{\partial P_n} = 0 \quad
+# $$ \frac{\partial\, \mathrm{loss}_b}{\partial \theta_n} = 0 \quad
 # \text{for } n \neq n(b), $$
 #
 # not small, but exactly zero. So users may even be *trained* in one batch: each gradient is the
@@ -327,7 +316,7 @@ for rule, text in missed[:4]:
 # %%
 def gradients(rows: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
     """Each user's gradient of the summed loss of (user, table) rows."""
-    bank = exact()
+    bank = in_fp64(users)
     for prefix in bank.values():
         prefix.requires_grad_()
     examples = [
@@ -351,10 +340,8 @@ print(f"Cleo and Eve, who have no row: gradient {none}")
 for data, found in (("other", other_data), ("no", just_ben)):
     gap = (both["Ben"] - found["Ben"]).abs().max() / size
     print(f"Ben's, beside {data} data of Ada: moves by {gap:.1e} of its size")
+    assert gap < 1e-12  # other rows change the padding, so the order of sums
 assert not both["Cleo"].any() and not both["Eve"].any() and size > 0
-# other rows pad the batch to another length, which changes the order of sums
-assert (both["Ben"] - other_data["Ben"]).abs().max() < 1e-12 * size
-assert (both["Ben"] - just_ben["Ben"]).abs().max() < 1e-12 * size
 change = (both["Ada"] - other_data["Ada"]).abs().max()
 assert change > 0.01 * both["Ada"].abs().max()
 
@@ -366,8 +353,7 @@ assert change > 0.01 * both["Ada"].abs().max()
 #
 # ## 6. Adding and deleting a user
 # Adding Eve was one more entry. Deleting Ben is the opposite: take the entry away and delete the
-# file. What stays is exact, because no other entry holds anything of his. The model has the
-# fingerprint that it had before the first user came, and the others' logits do not change.
+# file. No other entry holds anything of his, so the others' logits do not change.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -376,31 +362,18 @@ with tempfile.TemporaryDirectory() as folder:
         users[user].save(path)
     size = files["Eve"].stat().st_size
     print(f"one file per user; Eve's has {size / 1e3:.0f} kB")
-
-    requests = [pair for pair in requests if pair[0] != "Ben"]
-    requests.append(("Eve", dev[8].source))
-    with torch.no_grad():
-        before = mixed_batch(requests)
-    witness = weakref.ref(users["Ben"].prefix_table)
-    assert witness() is not None
-
-    del users["Ben"], users64["Ben"]
-    del in_memory, acts, tables, bank, bank_k, bank_v  # he is in these banks
-    del both, other_data, just_ben  # and gradients from his data
     files["Ben"].unlink()
-    gc.collect()
-    assert witness() is None, "something still holds Ben's prefix"
-    with torch.no_grad():
-        after = mixed_batch(requests)
-    pairs = zip(before, after, strict=True)
-    gap = max((a - b).abs().max().item() for a, b in pairs)
-    print(f"the others' logits, before and after: |difference| {gap:.1e}")
-    # his prefix was the longest, so the bank is padded less: another order
-    assert gap < 1e-11
-    assert fingerprint(model) == model_before
-    again = Prefix.load(files["Eve"])
-    assert torch.equal(again.table(), users["Eve"].table())
-    assert not files["Ben"].exists()
+    rest = {user: Prefix.load(files[user]) for user in users if user != "Ben"}
+
+requests = [*[pair for pair in requests if pair[0] != "Ben"],
+            ("Eve", dev[8].source)]  # fmt: skip
+with torch.no_grad():
+    before = in_one_batch(in_fp64(users), requests)
+    after = in_one_batch(in_fp64(rest), requests)
+gap = largest_gap(before, after)
+print(f"the others' logits with Ben and without: |difference| {gap:.1e}")
+# his prefix was the longest, so the bank is padded less: another order of sums
+assert gap < 1e-11
 
 # %% [markdown]
 # One fine-tuned model for all users has no such entry: one user's texts are spread over all its
@@ -411,79 +384,38 @@ with tempfile.TemporaryDirectory() as folder:
 # number of parameters; both are in bf16 here.
 
 # %%
-n_mini = sum(p.numel() for p in model.parameters())
-MINI = (model.config.n_layer, model.config.n_embd, n_mini)  # L, C, parameters
-MEDIUM = (24, 1024, 354_823_168)  # GPT-2 medium
+L, C, parameters = 24, 1024, 354_823_168  # GPT-2 medium
 e, memory = 2, 80e9  # bytes of a number; bytes of a GPU
-print("                P   prefix     copy  prefixes in 80 GB  copies")
-for name, (L, C, parameters) in (("mini", MINI), ("gpt2-medium", MEDIUM)):
-    whole = e * parameters
-    for P in (10, 100):
-        part = 2 * L * P * C * e
-        print(
-            f"{name:13} {P:3} {part / 1e6:5.2f} MB {whole / 1e6:5.0f} MB",
-            end="",
-        )
-        print(f"{(memory - whole) / part:19,.0f} {memory // whole:7.0f}")
-eve = users["Eve"]
-assert eve.table().numel() == 2 * MINI[0] * eve.prefix_len * MINI[1]
+whole = e * parameters
+for P in (10, 100):
+    part = 2 * L * P * C * e
+    print(
+        f"P {P:3}: {part / 1e6:.2f} MB, a copy {whole / 1e6:.0f} MB", end="; "
+    )
+    fit = (memory - whole) // part
+    print(f"in 80 GB {fit:,.0f} prefixes or {memory // whole:.0f} copies")
+table = users["Eve"].table()
+config, P = model.config, users["Eve"].prefix_len
+assert table.numel() == 2 * config.n_layer * P * config.n_embd
 
 # %% [markdown]
-# And time? Requests of different users arrive one by one. With copies they must be answered user
-# by user. With prefixes they can be one batch, and a step of decoding reads all weights once for
-# all of them instead of once for each.
+# A prefix also takes positions: a text of its user may have P tokens fewer than the model has
+# positions (512 in `mini`, 1,024 in GPT-2).
 #
-# **Predict.** Twice as many requests: twice the time, in both ways?
-
-
-# %%
-def seconds(n: int, mixed: bool) -> float:
-    """Answer n requests of alternating users, in one batch or one by one."""
-    order = [list(users)[b % len(users)] for b in range(n)]
-    index = [list(users).index(user) for user in order]
-    ids = [encode_prompt(tokenizer, dev[b].source) for b in range(n)]
-    same_work = {"max_new_tokens": 16, "min_new_tokens": 16}
-    prefixes = [users[user] for user in order]
-    bank = PrefixBank(list(users.values()))
-    began = time.perf_counter()
-    if mixed:
-        how = {"prefix": bank, "prefix_index": index} | same_work
-        minprefix.generate(model, tokenizer, ids, **how)
-    else:
-        for row, prefix in zip(ids, prefixes, strict=True):
-            how = {"prefix": prefix} | same_work
-            minprefix.generate(model, tokenizer, [row], **how)
-    return time.perf_counter() - began
-
-
-seconds(2, True), seconds(2, False)  # the first calls of a process are slower
-counts = (1, 2, 4, 8)
-times = {
-    "user by user": [seconds(n, False) for n in counts],
-    "one mixed batch": [seconds(n, True) for n in counts],
-}
-print("requests       " + "".join(f"{n:8}" for n in counts))
-for kind, taken in times.items():
-    print(f"{kind:15}" + "".join(f"{t:8.2f}" for t in taken) + "  s")
-figure, axes = new()
-for (kind, taken), colour in zip(times.items(), (OTHER, PREFIX), strict=True):
-    axes.plot(counts, taken, "o-", color=colour, label=kind)
-axes.set(xlabel="requests", ylabel="time for all (s)", ylim=(0, None))
-axes.set_title("16 tokens each")
-axes.legend(frameon=False)
-show(figure, "07_throughput")
-
-# %% [markdown]
-# **Answer.** Twice the time user by user. A batch takes longer as it grows, too, but by far less
-# than twice: all rows share each read of the weights.
+# And time? With copies, requests must be answered user by user. With prefixes those of all users
+# can be one batch, and a step of decoding reads all weights once for all rows instead of once for
+# each (exercise 4). LoRA, see tutorial 1, also allows such batches, but there each row has products
+# of its own beside every matrix.
 #
 # ## Common mistakes
-# > - **Zeros as padding that is seen.** A zero key takes attention (section 3). It needs a length
-# >   for each prefix, or a mask.
+# > - **Padding that is seen.** Each prefix of a bank needs its length, or a mask (section 3).
 # > - **One position offset for the whole batch.** It belongs to the prefix (exercise 1).
 # > - **A library that takes a name for each row and ignores it.** With two prefixes in one batch,
 # >   PEFT gave every row the active one, without an error. Check each row against the same
 # >   request alone.
+# > - **Two trained prefixes joined**, one for the task and one for the user. Neither was trained to
+# >   be read beside the other; even two prompts' tables are not the joined prompt's (03). Train one
+# >   prefix for both.
 # > - **One `clip_grad_norm_` or one mean over all users.** It couples gradients that would be
 # >   independent. Clip and divide user by user (exercise 2).
 #
@@ -495,8 +427,8 @@ show(figure, "07_throughput")
 # - A gradient reaches only the prefix that its row has read, so nothing of one user is in
 #   another's prefix. A user is an entry: added and deleted without a trace.
 # - A user costs a small part of what a copy costs, and the requests of all users are one batch.
-# - When not to use it: for one user or one task with much data. Fine-tuning then learns more
-#   (06_low_data), and its copy is the only one you keep.
+# - When not to use it: for one user or one task with much data. One fine-tuned copy is then all
+#   that has to be kept (06_low_data).
 #
 # ## Exercises
 # 1. *Easy.* Give all rows of a bank the same position offset instead of their own. Which rows
@@ -506,7 +438,9 @@ show(figure, "07_throughput")
 #    the means.
 # 3. *Medium.* Keep prefixes in files and at most two in memory; the least recently used one goes.
 #    Answer a series of requests. *Hint:* `collections.OrderedDict`.
-# 4. *Hard.* How many users' keys and values fit beside GPT-2 medium in 80 GB if each of them also
+# 4. *Medium.* Time eight requests of several users, one by one and in one batch. *Hint:*
+#    `min_new_tokens` makes the work equal; a first call of each kind is slower.
+# 5. *Hard.* How many users' keys and values fit beside GPT-2 medium in 80 GB if each of them also
 #    has a cache of 512 tokens? Which of the two is the limit, prefix or cache? *Hint:* a position
 #    takes the same bytes in both.
 #

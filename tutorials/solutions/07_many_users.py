@@ -5,6 +5,7 @@ The prefixes here are not trained. They start from words, which is enough for th
 
 import copy
 import tempfile
+import time
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -113,11 +114,32 @@ with tempfile.TemporaryDirectory() as folder:
     print(f"3. six requests, {shelf.loads} loads, in memory: {list(shelf.held)}")
     assert shelf.loads == 4 and list(shelf.held) == ["Ada", "Ben"]
 
-# 4. GPT-2 medium (24 layers of width 1024, 354,823,168 parameters) in bf16, 80 GB.
+# 4. A step of decoding reads all weights, for one row or for eight. Times are printed only.
+requests = [(n % len(users), e.source) for n, e in enumerate(dev[:8])]
+bank = PrefixBank([prefix.float() for prefix in users.values()])
+model = model.float()
+
+
+def seconds(n_calls: int) -> float:
+    """Answer all requests with 16 tokens each, in calls of equal size."""
+    began = time.perf_counter()
+    for part in (requests[i::n_calls] for i in range(n_calls)):
+        texts = minprefix.generate(
+            model, tokenizer, [source for _, source in part], prefix=bank,
+            prefix_index=[n for n, _ in part], max_new_tokens=16, min_new_tokens=16,
+        )  # fmt: skip
+        assert len(texts) == len(part)
+    return time.perf_counter() - began
+
+
+one_by_one, together = (min(seconds(n) for _ in range(2)) for n in (8, 1))
+print(f"4. eight requests: {one_by_one:.2f} s one by one, {together:.2f} s in one batch")
+
+# 5. GPT-2 medium (24 layers of width 1024, 354,823,168 parameters) in bf16, 80 GB.
 L, C, e, parameters, P, S = 24, 1024, 2, 354_823_168, 10, 512
 prefix_bytes, cache_bytes = 2 * L * P * C * e, 2 * L * S * C * e
 fits = int((80e9 - e * parameters) // (prefix_bytes + cache_bytes))
 print(
-    f"4. {prefix_bytes / 1e6:.1f} MB and a cache of {cache_bytes / 1e6:.1f} MB each: {fits} users"
+    f"5. {prefix_bytes / 1e6:.1f} MB and a cache of {cache_bytes / 1e6:.1f} MB each: {fits} users"
 )
 assert cache_bytes * P == prefix_bytes * S  # a position is a position: the cache is the limit
