@@ -3,12 +3,12 @@
 #
 # **What you will learn.** To ask of a training step what it must cost at least, to compare each of
 # its parts with that floor, and to find the cause where a part takes longer: here and in
-# transformers + PEFT [1], on a CPU and on a GPU. Three of the causes you measure yourself.
+# transformers + PEFT [1], on a CPU and on a GPU. Two of the causes you time yourself.
 #
 # **What to know first.** Tutorial 1 for the model and
 # [the table of letters](01_gpt2_from_scratch.py); tutorial 4 for bytes, FLOPs and the roofline.
 #
-# **Running time.** Half a minute on two CPU cores.
+# **Running time.** Under half a minute on two CPU cores.
 #
 # **Sources.** The times are those of the committed files `benchmarks/cpu/*.csv`, which name
 # machine, versions and commit (`make bench-cpu` makes them again), and of `benchmarks/gpu/*.csv`
@@ -18,15 +18,15 @@
 import time
 from pathlib import Path
 
+import pictures_results as pictures
 import torch
 import torch.nn.functional as F
-from figure import FAINT, OTHER, PREFIX, TEXT, new, show
 from torch.utils.flop_counter import FlopCounterMode
 
 import minprefix
 from benchmarks.kernels.attention import Shape, work
 from benchmarks.machine import read_rows
-from benchmarks.peft.limits import train_flops
+from benchmarks.paper.results import pick
 from benchmarks.peft.pictures import PARTS, REST
 from minprefix.data.batches import collate, encode_examples
 from minprefix.data.load import load_examples
@@ -35,50 +35,53 @@ BENCHMARKS = Path(minprefix.__file__).parents[1] / "benchmarks"
 model, tokenizer = minprefix.load("mini")
 model.requires_grad_(False)
 config = model.config
-L, C, V = config.n_layer, config.n_embd, config.vocab_size
-N = 12 * L * C * C  # numbers in the matrices of the layers
+L, H, D = config.n_layer, config.n_head, config.head_dim
+C, V = config.n_embd, config.vocab_size
+M = 12 * L * C * C  # numbers in the matrices of the layers
+
 bench = read_rows(BENCHMARKS / "cpu" / "bench.csv")
+USUAL = {"work": "train", "model": "mini", "B": "10", "T": "128", "P": "10",
+         "data": "random", "labels": "all", "dtype": "fp32"}  # fmt: skip
 
 
-def measured(method: str, column: str = "ms", **wanted) -> float:
-    """A column of the one measurement of mini with these properties."""
-    usual = {"work": "train", "model": "mini", "B": 10, "T": 128, "P": 10,
-             "data": "random", "labels": "all", "dtype": "fp32"}  # fmt: skip
-    if wanted.get("work") == "generate":
-        usual |= {"B": 16, "beams": 1, "labels": "", "data": "random"}
-    wanted = {**usual, **wanted, "method": method}
-    found = [r for r in bench if all(r[x] == str(y) for x, y in wanted.items())]
-    assert len(found) == 1, (wanted, len(found))
-    return float(found[0][column])
+def measured(method: str, column: str = "ms", **other: str) -> float:
+    """A column of the one line of bench.csv with USUAL, but for `other`."""
+    (line,) = pick(bench, **USUAL | other | {"method": method})
+    return float(line[column])
 
 
 # %% [markdown]
 # ## 1. The floor
 # A matrix with n numbers costs a token 2n FLOPs forward, and 2n backward for the gradient that
 # passes through it. Training the matrix costs 2n more, for its own gradient. **Frozen matrices do
-# not pay these**. With N numbers in the layers' matrices, m labels, and W pairs of a query and a
-# column that it sees (each takes 4C FLOPs forward and 8C backward in a layer), a step takes
+# not pay these**.
 #
-# $$ 4 N B T + 4 C V m + 12 L C W, \qquad W = B \left(T P + \tfrac{T (T + 1)}{2}\right) . $$
+# In attention, a query and a column that it sees cost two products of D numbers in each head: the
+# score $q \cdot k$ and the sum of values, so 4C FLOPs forward. Backward has four such products (for
+# $dv$, $dp$, $dq$ and $dk$ in tutorial 4), so 8C. (A kernel that did not keep the scores makes them
+# again, which is one more.) With M numbers in the layers' matrices, $n_y$ labels and $n_s$ visible
+# pairs of a query and a column, a step takes
+#
+# $$ 4 M B T + 4 C V n_y + 12 L C n_s, \qquad
+# n_s = B \left(T P + \tfrac{T (T + 1)}{2}\right) . $$
 #
 # **Predict.** How many times as much work is fine-tuning: 3, 2 or 1.5? And what share of
 # the step is attention?
 
 # %%
 B, T, P = 10, 128, 10
-m, W = B * T, B * (T * P + T * (T + 1) / 2)
-terms = {"layers": 4 * N * B * T, "head": 4 * C * V * m}
-terms["attention"] = 12 * L * C * W
+n_y, n_s = B * T, B * (T * P + T * (T + 1) / 2)
+terms = {"layers": 4 * M * B * T, "head": 4 * C * V * n_y}
+terms["attention"] = 12 * L * C * n_s
 total = sum(terms.values())
 for name, flops in terms.items():
     print(f"{name:10} {flops / 1e9:6.1f} GFLOP  {flops / total:.0%}")
-more = 2 * N * B * T + 2 * C * V * m
+more = 2 * M * B * T + 2 * C * V * n_y
 print(f"fine-tuning: {(total + more) / total:.2f} times as many")
-assert total == train_flops(config, [T] * B, m, P)  # the benchmark's formula
 
-b, t = 2, 16  # PyTorch counts the products that really run, on a small batch
+# PyTorch counts the products that really run, here on a small batch
+b, t, random = 2, 16, torch.Generator().manual_seed(0)
 prefix = minprefix.Prefix.random(config, 5, seed=0)
-random = torch.Generator().manual_seed(0)
 ids, labels = torch.randint(V, (2, b, t), generator=random)
 
 
@@ -91,32 +94,43 @@ def counted(at, ids, labels, prefix) -> int:
 
 
 # below the first layer's c_attn nothing needs a gradient
-products = 4 * N * b * t + 4 * C * V * b * t - 2 * 3 * C * C * b * t
+products = 4 * M * b * t + 4 * C * V * b * t - 2 * 3 * C * C * b * t
 assert counted(None, ids, labels, prefix) == products
+
+q = torch.randn(H, t, D, requires_grad=True)  # one layer's attention, no mask
+k, v = (torch.randn(H, 5 + t, D, requires_grad=True) for _ in range(2))
+with FlopCounterMode(display=False) as counter:
+    ((q @ k.mT).softmax(-1) @ v).sum().backward()
+assert counter.get_total_flops() == 12 * C * t * (5 + t)
 
 # %% [markdown]
 # **Answer.** Fine-tuning takes not quite half as much again: prefix-tuning trains very few numbers
 # and still saves only a third of the work, because the gradient has to pass through every layer.
-# Attention, the subject of tutorial 4, is a few percent at this length.
+# (LoRA and adapters save no more, for the same reason.) Attention, the subject of tutorial 4, is a
+# few percent at this length.
 #
 # The benchmark also timed a plain large product on its machine. FLOPs divided by that speed are a
 # time that no step can beat. How close do we come?
 
 # %%
+shares = {}  # of our time that the floor is
 for dtype in ("fp32", "bf16"):
     speed = 1e9 * measured("minprefix", "matmul_gflops", dtype=dtype)  # FLOP/s
-    line = f"{dtype}: floor {1e3 * total / speed:4.0f} ms;"
-    for who in ("minprefix", "peft", "peft-compiled"):
-        line += f" {who} {measured(who, dtype=dtype):.0f},"
-    print(line.rstrip(","))
-    assert 1e3 * total / speed < measured("minprefix", dtype=dtype)
-    assert measured("minprefix", dtype=dtype) < measured("peft", dtype=dtype)
+    times = {
+        who: measured(who, dtype=dtype)
+        for who in ("minprefix", "peft", "peft-compiled")
+    }
+    shares[dtype] = 1e3 * total / speed / times["minprefix"]
+    told = ", ".join(f"{who} {ms:.0f}" for who, ms in times.items())
+    print(f"{dtype}: floor {1e3 * total / speed:.0f} ms; {told}")
+    assert times["minprefix"] < times["peft"]
+assert shares["bf16"] < shares["fp32"] and shares["fp32"] > 0.5
 
 # %% [markdown]
-# In fp32 the floor is most of the step. Nobody can be much faster than anybody else there, and PEFT
-# through `torch.compile` is as fast as we are. In bf16 this processor multiplies several times as
-# fast, the floor sinks, and everything else comes to light. **The faster the products, the more the
-# rest matters.** Keep this in mind for the GPU.
+# In fp32 the floor is most of the step, so nobody can be much faster than anybody else, and PEFT
+# through `torch.compile` is about as fast as we are. In bf16 this processor multiplies several
+# times as fast, the floor sinks, and everything else comes to light. **The faster the products,
+# the more the rest matters.** Keep this in mind for the GPU.
 #
 # ## 2. What lies above the floor
 # `python -m benchmarks.peft train --profile` runs one step of each method under PyTorch's profiler,
@@ -124,36 +138,25 @@ for dtype in ("fp32", "bf16"):
 
 # %%
 profile = {}  # {dtype: {method: parts}}
-for r in read_rows(BENCHMARKS / "cpu" / "profile.csv"):
-    profile.setdefault(r["dtype"], {})[r["method"]] = r
+for line in read_rows(BENCHMARKS / "cpu" / "profile.csv"):
+    profile.setdefault(line["dtype"], {})[line["method"]] = line
 parts = (*PARTS, REST)
-colours = "#8c6bb1", OTHER, PREFIX, TEXT, "#c44e52", FAINT
-figure, axes = new(len(profile), width=5.0)
-for axis, (dtype, methods) in zip(figure.axes, profile.items(), strict=True):
-    left = [0.0] * len(methods)
-    for part, colour in zip(parts, colours, strict=True):
-        widths = [float(r[part]) for r in methods.values()]
-        axis.barh(list(methods), widths, left=left, color=colour, label=part)
-        left = [x + y for x, y in zip(left, widths, strict=True)]
-    axis.invert_yaxis()
-    axis.set(xlabel="a training step (ms)", title=f"CPU, {dtype}, B {B}, T {T}")
-handles, names = figure.axes[0].get_legend_handles_labels()
-figure.legend(handles, names, ncols=3, loc="outside lower center")
-show(figure, "09_parts")
-for dtype, methods in profile.items():
-    ours, peft = methods["minprefix"], methods["peft"]
+pictures.parts_of_a_step(profile, parts)
+for dtype, part in (
+    ("fp32", "norms, GELU, sums, copies"),
+    ("bf16", "attention"),
+):
+    ours, peft = (profile[dtype][who] for who in ("minprefix", "peft"))
     lost = {part: float(peft[part]) - float(ours[part]) for part in parts}
-    first, second = sorted(parts, key=lost.get, reverse=True)[:2]
-    print(f"{dtype}: PEFT takes {lost[first]:.0f} ms more in '{first}', "
-          f"{lost[second]:.0f} in '{second}'")  # fmt: skip
+    print(f"{dtype}: PEFT takes {lost[part]:.0f} ms more in '{part}'")
+    assert part == max(lost, key=lost.get)
 
 # %% [markdown]
-# In fp32 most of the difference is in the part "norms, GELU, sums, copies", where no product is
-# made at all: section 3 finds it in GELU. In bf16 attention joins it. There PyTorch's fused
-# attention has a slow backward pass on this CPU, and we take two batched products instead. We are
-# not the fastest everywhere: `torch.compile` merges the passes over the logits, and PEFT compiled
-# spends less on head and loss than we do. (A profiler takes time of its own for each operator, so
-# the parts say where to look, and the clock says how much it is.)
+# In fp32 most of the difference is where no product is made at all: section 3 finds it in GELU. In
+# bf16 attention is first. There PyTorch's fused attention has a slow backward pass on this CPU, and
+# we take two batched products instead. We are not the fastest everywhere: PEFT compiled spends less
+# on head and loss. (A profiler takes time of its own for each operator, so the parts say where to
+# look, and the clock says how much it is.)
 #
 # ## 3. The causes, one by one
 # What follows is measured on your machine, now, the best of three. Times are printed and never
@@ -191,12 +194,13 @@ for name, gelu in (("as written", as_written), ("one pass", one_pass)):
 # **Eight operators for one function.** transformers computes GPT-2's GELU as it is written [2].
 # Each operator reads and writes 4C numbers per token, and so does each of its derivatives. The
 # arithmetic costs next to nothing; the passes over memory take the time. One operator reads once
-# and writes once, and `torch.compile` makes one of the eight, too.
+# and writes once. `torch.compile` also turns the eight into one.
 #
 # **Logits that nobody reads.** Half of a row or more is the table, whose tokens have no loss. Their
 # logits are V numbers each, and what the last layer's MLP adds at those positions is not used by
-# anything either. **Predict.** how much of a step is saved if half of the positions have
-# a label?
+# anything either.
+#
+# **Predict.** How much of a step is saved if half of the positions have no label?
 
 # %%
 at = torch.arange(b * t).view(b, t)[:, t // 2 :].flatten()  # the second halves
@@ -212,99 +216,67 @@ shortest = sorted(examples, key=lambda r: len(r.ids))[:8]
 batch = collate(shortest, tokenizer.eos_id)
 
 
-def gradient(loss: torch.Tensor) -> torch.Tensor:
+def everywhere() -> torch.Tensor:
+    """The gradient of the table, by way of the logits of all positions."""
+    logits = model(batch.input_ids, prefix=prefix)  # (B, T, V)
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
     return torch.autograd.grad(loss, prefix.prefix_table)[0]
 
 
-def agree(a: torch.Tensor, b: torch.Tensor) -> None:
-    """fp32 sums in another order; worst seen 3e-6 of the largest."""
-    assert ((a - b).abs().max() / b.abs().max()).item() < 1e-4
-
-
-def everywhere() -> torch.Tensor:
-    logits = model(batch.input_ids, prefix=prefix)  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
-
-
-def losses_of(batch) -> torch.Tensor:
+def at_labels() -> torch.Tensor:
+    """The same, from logits at the positions `batch.at` alone."""
     where = batch.input_ids, batch.labels, batch.at
-    return model.token_losses(*where, prefix=prefix)
+    loss = model.token_losses(*where, prefix=prefix).mean()
+    return torch.autograd.grad(loss, prefix.prefix_table)[0]
 
 
-agree(gradient(losses_of(batch).mean()), gradient(everywhere()))
+one, other = at_labels(), everywhere()
+assert (one - other).abs().max() < 1e-4 * other.abs().max()  # fp32; seen 3e-6
 print(f"{len(batch.at)} of {batch.labels.numel()} positions have a label")
-print(f"everywhere {best(lambda: gradient(everywhere())):.0f} ms")
-print(f"at labels {best(lambda: gradient(losses_of(batch).mean())):.0f} ms")
+print(
+    f"everywhere {best(everywhere):.0f} ms, at labels {best(at_labels):.0f} ms"
+)
+assert 2 * len(batch.at) < batch.labels.numel()
 
 # %% [markdown]
-# **Answer.** The formula saves an eighth of the products, no more: the head is less than a fifth of
-# a step of `mini`. On real tables more than half of the positions have no label.
+# **Answer.** An eighth of the products, no more: the head is less than a fifth of a step of `mini`.
+# On real tables more than half of the positions have no label.
 #
 # **Padding.** A batch is as wide as its longest row. If rows are drawn at random, much is computed
 # for nothing. Sorted within pools of 50 batches they hardly differ in length
-# (`batches.epoch_batches`), and the order of the batches stays random. Here, with 24 rows in three
+# (`batches.epoch_batches`), and the order of the batches stays random. Here are 24 rows in three
 # batches:
 
 # %%
-order = torch.randperm(len(examples), generator=random).tolist()
-by_length = sorted(order, key=lambda n: len(examples[n].ids))
-
-
-def epoch(order: list[int]) -> torch.Tensor:
-    """Gradient of the summed loss of all rows, in batches of 8."""
-    total = torch.zeros_like(prefix.prefix_table)
-    for n in range(0, len(order), 8):
-        rows = [examples[i] for i in order[n : n + 8]]
-        total += gradient(losses_of(collate(rows, tokenizer.eos_id)).sum())
-    return total
-
-
-agree(epoch(by_length), epoch(order))
-real, padding = sum(len(r.ids) - 1 for r in examples), {}
-for name, which in (("shuffled", order), ("sorted", by_length)):
-    lengths = [len(examples[n].ids) - 1 for n in which]
-    computed = sum(8 * max(lengths[n : n + 8]) for n in range(0, len(which), 8))
-    padding[name] = 1 - real / computed
-    print(f"{name:9} {padding[name]:4.0%} padding, "
-          f"{best(lambda which=which: epoch(which)):.0f} ms")  # fmt: skip
+lengths = [len(row.ids) - 1 for row in examples]
+order = torch.randperm(len(lengths), generator=random).tolist()
+padding = {}
+for name, widths in (("shuffled", [lengths[n] for n in order]),
+                     ("sorted", sorted(lengths))):  # fmt: skip
+    computed = sum(8 * max(widths[n : n + 8]) for n in range(0, 24, 8))
+    padding[name] = 1 - sum(lengths) / computed
+    print(f"{name:9} {padding[name]:4.0%} of the positions are padding")
 assert padding["sorted"] < padding["shuffled"]
 
 # %% [markdown]
-# **The prefix once for each row.** PEFT runs the prefix's MLP on the P positions of every row and
-# sums the gradients of B equal results. Here it runs once, and the table has no row dimension. The
-# MLP is trained, so a position costs 6 FLOPs for each of its numbers. Does this explain how PEFT's
-# time grows with P?
+# **Copies for each row.** PEFT runs the prefix's MLP on the P positions of every row, and copies
+# the result into each row's keys and values in every layer. Here it runs once, and the table has no
+# row dimension. While decoding with K beams, transformers keeps K copies of the prompt's keys and
+# values, and moves them at every step when beams are exchanged. Here the beams of a row read one
+# copy (`caches.BeamCache`). From the benchmark's file:
 
 # %%
-mlp = C * 512 + 512 * 2 * L * C  # numbers of the MLP
-speed = 1e6 * measured("minprefix", "matmul_gflops")  # FLOP/ms; the MLP is fp32
-for p in (50, 100, 200):
-    ours, peft = (measured(x, P=p) - measured(x) for x in ("minprefix", "peft"))
-    extra = 6 * mlp * (B - 1) * (p - 10) / speed
-    print(f"P 10 -> {p:3}: ours {ours:+.0f} ms; with B MLPs "
-          f"{ours + extra:+.0f} ms expected; PEFT {peft:+.0f} ms")  # fmt: skip
+grows, rates = {}, {}
+for who in ("minprefix", "peft"):
+    grows[who] = measured(who, P="200") - measured(who)
+    beams = {"work": "generate", "B": "16", "beams": "5", "labels": ""}
+    rates[who] = measured(who, "decode_tokens_per_s", **beams)
+    print(f"{who:9} P 10 -> 200: {grows[who]:+.0f} ms a step; "
+          f"decoding with 5 beams: {rates[who]:.0f} tokens/s")  # fmt: skip
+assert grows["peft"] > 2 * grows["minprefix"]
+assert rates["minprefix"] > 1.5 * rates["peft"]
 
 # %% [markdown]
-# Roughly: at P = 200 the expectation is right, below it PEFT grows a little less. Copying the
-# prefix into each row's keys, in every layer, comes on top of it. The same thing happens while
-# decoding. With K beams transformers copies prompt and prefix for each beam, reads the prompt K
-# times, and reorders the whole cache at every step. Here beams are queries on the same keys
-# (`caches.BeamCache`):
-
-# %%
-for beams in (1, 5):
-    for who in ("minprefix", "peft"):
-        how = {"work": "generate", "beams": beams}
-        prompts = measured(who, "prefill_ms", **how)
-        rate = measured(who, "decode_tokens_per_s", **how)
-        print(f"beams {beams}, {who:9} prompts {prompts:5.0f} ms, "
-              f"then {rate:5.0f} tokens/s")  # fmt: skip
-
-# %% [markdown]
-# With five beams PEFT reads the prompts five times and more, and writes half as many tokens. With
-# one beam the two are close, and neither is near the floor, which is to read every weight once for
-# each step: exercise 3 asks what fills the gap.
-#
 # ## 4. On a GPU
 # One GPU has run whole steps, with random weights of GPT-2 medium's size.
 
@@ -318,20 +290,22 @@ named = "gpu", "dtype", "assembler", "torch", "transformers", "peft", "commit"
 print(", ".join(f"{name} {r[name]}" for name in named))
 
 # %% [markdown]
-# Why so much faster than on a CPU, relative to PEFT? The products are so fast that the rest is most
-# of the step, as section 1 promised, and one cost is new: each kernel has to be launched, which
-# Python does slowly. So a step is recorded once as a **CUDA graph** and replayed with one launch
-# (`graphs.py`).
+# The ratios are larger than on the CPU, as section 1 lets us expect of fast products. And one cost
+# is new: each kernel has to be launched, which Python does slowly. So a step is recorded once as a
+# **CUDA graph** and replayed with one launch (`graphs.py`).
 #
 # Where is our own time lost? We put each part of the profile beside its floor: FLOPs over the speed
 # of a large product, or bytes over the speed of a large copy, both timed on the same GPU. For the
-# parts without products we count each tensor of n C numbers that must be read or written.
+# parts without products we count each tensor of $B T C$ numbers that must be read or written.
+#
+# **Predict.** Which part is furthest above its floor: attention, the norms, the layers' products or
+# the head?
 
 # %%
 kernels = read_rows(BENCHMARKS / "gpu" / "attention-h200.csv")[:2]
 PRODUCT = 1e12 * float(kernels[0]["tflops"])  # FLOP/s
 COPY = 1e9 * float(kernels[1]["gbs"])  # bytes/s
-layers, width, vocab, n = 24, 1024, 50257, 10 * 128
+layers, width, vocab, n = 24, 1024, 50257, 10 * 128  # n: B T
 numbers, tensor = 12 * layers * width**2, 2 * n * width / COPY  # s, bf16
 flops, moved = work(Shape(10, 128, 16, 10), "forward+backward")
 floors = {
@@ -344,66 +318,40 @@ floors = {
     "GELU": layers * 4 * (2 + 3) * tensor,  # 4C numbers
 }
 profiled = read_rows(BENCHMARKS / "gpu" / "parts-h200.csv")
-of_step = {r["part"]: float(r["ms"]) for r in profiled if r["work"] == "train"}
+ms = {(line["work"], line["part"]): float(line["ms"]) for line in profiled}
+lost = {}  # ms
 for part, floor in floors.items():
-    print(f"{part:22} {of_step[part]:5.2f} ms, floor {1e3 * floor:5.2f}")
-lost = {part: of_step[part] - 1e3 * floor for part, floor in floors.items()}
+    lost[part] = ms["train", part] - 1e3 * floor
+    print(f"{part:22} {ms['train', part]:5.2f} ms, floor {1e3 * floor:5.2f}")
+step = sum(x for (work, _), x in ms.items() if work == "train")
+need = 1e3 * (floors["head: two products"] + floors["layers: products"])
+print(f"all products need {need / step:.0%} of the step's {step:.1f} ms")
+assert need < 0.3 * step
 assert max(lost, key=lost.get) == "head: two products"
-assert of_step["GELU"] < 1.5e3 * floors["GELU"]
-
-figure, (left, right) = new(2, width=6.0, height=3.4)
-for axis, work_name in ((left, "train"), (right, "one token")):
-    rows = [r for r in profiled if r["work"] == work_name]
-    names = [r["part"] for r in rows]
-    colours = [PREFIX if x == "attention" else TEXT for x in names]
-    axis.barh(names, [float(r["ms"]) for r in rows], color=colours)
-    axis.invert_yaxis()
-    axis.set(xlabel="time (ms)", title=f"{rows[0]['gpu']}, {work_name}")
-marks = [1e3 * floor for floor in floors.values()]
-left.plot(marks, list(floors), "k|", ms=14, label="floor")
-left.legend(frameon=False)
-show(figure, "09_gpu")
-
-# %% [markdown]
-# Read it from the left figure. GELU, the residual sums and the layers' products are near their
-# floors: there is little to win. LayerNorm and attention take about three times theirs, but their
-# bars are short. **The head's two products are far from theirs**, and the number of columns is the
-# cause: V = 50257 is odd, so rows of the matrix do not begin at aligned addresses, and cuBLAS falls
-# back to slow kernels. The softmax in fp32 passes over all logits several times where twice would
-# do.
-#
-# One token (right) is another world. Its floor is the time to read all weights once, and it takes
-# many times that, in hundreds of small kernels that wait for one another and for the host.
-
-# %%
-of_token = sum(float(r["ms"]) for r in profiled if r["work"] == "one token")
+assert ms["train", "GELU"] < 1.5e3 * floors["GELU"]
+softmax = "head: softmax in fp32"
+assert sorted(lost, key=lost.get)[-2] == softmax
+assert ms["train", softmax] > 5e3 * floors[softmax]
+of_token = sum(x for (work, _), x in ms.items() if work == "one token")
 least = 1e3 * 2 * (numbers + width * vocab) / COPY
-print(f"a token: {of_token:.2f} ms, the weights alone {least:.2f} ms")
+print(f"a token: {of_token:.2f} ms, to read the weights once {least:.2f} ms")
 assert of_token > 5 * least
-
-counts = read_rows(BENCHMARKS / "launches.csv")
-expected = {}
-for form in ("before", "fused"):
-    graphs = [r for r in counts if (r["form"], r["graphs"]) == (form, "1")]
-    for wanted in (("train", "10"), ("generate", "1")):  # greedy comes first
-        r = next(r for r in graphs if (r["work"], r["B"]) == wanted)
-        launches = float(r["launches"])
-        print(f"{form}, {r['work']}, B {r['B']}: {launches:.0f} launches")
-        if r["work"] == "train":
-            expected[form] = float(r["us"]) / 1e3  # ms
-print(f"expected of a training step: before {expected['before']:.1f} ms, "
-      f"fused {expected['fused']:.1f} ms; "
-      f"measured before: {sum(of_step.values()):.1f} ms")  # fmt: skip
-assert expected["fused"] < expected["before"] < sum(of_step.values())
+pictures.on_the_gpu(profiled, floors)
 
 # %% [markdown]
-# These findings were acted on: the head's matrix is padded to a multiple of 64 columns, and its
-# softmax and gradient are one kernel; the residual sum and the layer norm after it are one kernel;
-# the attention kernel writes keys and values into the cache itself; the choice of the next token is
-# a part of the graph. **No GPU has run any of this yet.** The lines above are counts, made without
-# one. The expected time of a kernel is that of its bytes or of its FLOPs, the longer of the two,
-# plus 2 µs for the launch. Such a sum is a floor: for the old step it says far less than what was
-# measured. A claim of speed needs a clock.
+# **Answer.** The head's two products. The cause is probably that V = 50257 is odd: rows of the
+# matrix do not begin at aligned addresses, which fast product kernels need. The softmax in fp32 is
+# next: it takes many times its floor. GELU, the residual sums and the layers' products are near
+# their floors, so there is little to win. Attention and LayerNorm take about three times theirs,
+# but their bars are short.
+#
+# One token (right) is another world. It takes many times its floor, in hundreds of small kernels
+# that wait for one another and for the host.
+#
+# These findings were acted on: the head's matrix is padded to a multiple of 64 columns, its softmax
+# and gradient are one kernel, and a residual sum and the norm after it are one. No GPU has run this
+# yet. What is known of it are [counts of launches](../docs/guides/speed_gpu.md), and a claim of
+# speed needs a clock.
 #
 # ## Common mistakes
 # > - **Stopping the clock before the GPU.** A launch returns at once; synchronize first, and warm
