@@ -44,6 +44,18 @@ def exercises_1_and_2():
 
 
 def exercise_3():
+    """The first tokens of a window lack the context that the last have."""
+    model, tokenizer = minprefix.load("mini")
+    ids = encode(tokenizer, dev_texts)
+    windows = [w for w in validation_windows(ids, 128, 4096) if len(w) == 129]
+    batch = torch.from_numpy(np.stack(windows).astype(np.int64))  # (B, T + 1)
+    losses = F.cross_entropy(model(batch[:, :-1]).mT, batch[:, 1:], reduction="none")  # (B, T)
+    first, last = losses[:, :8].mean().item(), losses[:, -64:].mean().item()
+    print(f"  first 8 tokens {first:.2f}, last 64 tokens {last:.2f} nats per token")
+    assert first > last + 0.3
+
+
+def exercise_4():
     """The token that was just read. The residual stream begins as its embedding, w + a position,
     and its logit is w . h with h along w: about |w| sqrt(C), which grows with the embeddings, while
     those of other tokens are random. A tied head therefore starts as "the same word again"; at
@@ -62,18 +74,6 @@ def exercise_3():
               f"probability of the token just read {again:.3f}")  # fmt: skip
         assert (abs(loss - formula) < 0.05) == (scale == 1)
         assert (again > 0.5) == (scale == 5)
-
-
-def exercise_4():
-    """The first tokens of a window lack the context that the last have."""
-    model, tokenizer = minprefix.load("mini")
-    ids = encode(tokenizer, dev_texts)
-    windows = [w for w in validation_windows(ids, 128, 4096) if len(w) == 129]
-    batch = torch.from_numpy(np.stack(windows).astype(np.int64))  # (B, T + 1)
-    losses = F.cross_entropy(model(batch[:, :-1]).mT, batch[:, 1:], reduction="none")  # (B, T)
-    first, last = losses[:, :8].mean().item(), losses[:, -64:].mean().item()
-    print(f"  first 8 tokens {first:.2f}, last 64 tokens {last:.2f} nats per token")
-    assert first > last + 0.3
 
 
 for exercise in (exercises_1_and_2, exercise_3, exercise_4):
