@@ -2,8 +2,8 @@
 # # 1. GPT-2 from scratch
 # Prefix-tuning teaches a language model a task without changing the model. This first tutorial
 # shows what that means, and then builds the model: GPT-2, from one attention score to the whole
-# network, in about sixty lines. They load real weights, and their logits equal those of the library
-# and of Hugging Face to the last digits.
+# network, in about seventy lines. The model loads real weights, and its logits equal those of the
+# library and of Hugging Face to the last digits.
 #
 # **What you will learn.** What prefix-tuning is for. How a score becomes a weight and a weight
 # becomes an output; why the causal mask makes the past independent of the future; what a layer adds
@@ -20,14 +20,12 @@
 
 # %%
 import math
-from pathlib import Path
 
-import figure
+import figure  # tutorials/figure.py: all that only draws
 import torch
 import torch.nn.functional as F
-from figure import OTHER, PREFIX, TEXT, new, show
-from matplotlib.colors import to_rgb
 from safetensors.torch import load_file
+from short_training import TRAINED  # a folder of trained prefixes
 from torch import nn
 
 import minprefix
@@ -48,29 +46,27 @@ def check(name, a, b):
 # %% [markdown]
 # ## 1. The problem
 # A language model continues a text: it gives a probability to every token that could come next. We
-# want it to do one task, here to write a sentence about a table of facts. Three ways are known.
+# want it to do one task, here to write a sentence about a table of facts. Here are three ways.
 #
-# - **Ask for it in words** (a prompt). Nothing is trained, and a small model hardly understands.
+# - **Ask for it in words** (a prompt). Nothing is trained, and a small model hardly understands the
+#   request.
 # - **Fine-tune** it: adjust all its weights on examples of the task. This works well, but each task
 #   then has its own copy of the whole model. A service with ten thousand users, each with a style
 #   of their own, would store ten thousand models, and could not answer two users in one batch.
 # - **Prefix-tuning** [1]: leave the weights alone ("frozen"). Put a few positions before the text,
 #   in each layer, which hold no tokens but trained numbers. The text reads these numbers by
 #   attention, just as it reads its own earlier tokens. A task is then a small file.
+#
+# *LoRA* and *adapters* are relatives of the third way. They freeze the weights, too: LoRA adds a
+# small trained matrix of low rank to some of them, and adapters are small trained layers between
+# the model's own. Their files are about as small. A prefix differs in that it is data, which
+# attention reads, and not a change of the layers. So rows with different prefixes go through the
+# same layers in one batch (07_many_users), but the prefix takes positions and is read again for
+# each token, whereas LoRA can be added to the weights once and then costs nothing. This project
+# compares the prefix with adapters ([results](../benchmarks/paper/RESULTS.md)), not with LoRA.
 
 # %%
-picture, axes = new(2, width=4.6, height=2.2)
-ways = {"fine-tuning": (OTHER, 0), "prefix-tuning": (TEXT, 3)}
-for ax, (way, (colour, n)) in zip(axes, ways.items(), strict=True):
-    cells = torch.tensor(to_rgb(colour)).repeat(4, n + 11, 1)  # 4 layers
-    cells[:, :n] = torch.tensor(to_rgb(PREFIX))
-    ax.pcolormesh(cells, edgecolors="white", linewidth=3)
-    ax.axvline(n + 6, color="black", lw=1)
-    parts = {"table": n + 3, "sentence": n + 8.5}
-    parts |= {"prefix": n / 2} if n else {}
-    ax.set_xticks([*parts.values()], [*parts])
-    ax.set(xlabel="position", ylabel="layer", yticks=[], title=way)
-show(picture, "01_two_ways")
+figure.two_ways()
 
 # %% [markdown]
 # Each square is what one layer computes at one position. Green squares are computed with weights
@@ -85,27 +81,34 @@ show(picture, "01_two_ways")
 # trained for 2,500 steps on the restaurant tables of the E2E data (by `docs/train_prefixes.py`).
 #
 # **Predict.** The same frozen weights read the same table, once with a request in words after it
-# and once with the prefix before it. How different can the two texts be?
+# and once with the prefix before it. (The table then ends with the special token that ended it in
+# the prefix's training; `generate` knows this from the prefix's file.) How different can the two
+# texts be?
 
 # %%
 model, tokenizer = minprefix.load(MODEL, dtype=torch.float64)
-PREFIXES = Path(figure.__file__).parents[1] / "docs" / "prefixes"
 table = (
     "name : The Eagle | type : coffee shop | food : Chinese | price : cheap | "
     "area : riverside | family friendly : no | near : Burger King"
 )
 if MODEL == "mini":  # a prefix belongs to one model
-    trained = minprefix.Prefix.load(PREFIXES / "e2e-P10.safetensors").double()
+    trained = minprefix.Prefix.load(TRAINED / "e2e-P10.safetensors").double()
     asked = [table + "\n\nDescription:"]
-    (words,) = minprefix.generate(model, tokenizer, asked, max_new_tokens=40)
-    (text,) = minprefix.generate(model, tokenizer, [table], prefix=trained)
+    most = {"max_new_tokens": 40}
+    (words,) = minprefix.generate(model, tokenizer, asked, **most)
+    (text,) = minprefix.generate(
+        model, tokenizer, [table], prefix=trained, **most
+    )
     print(f"asked in words:  {words!r}\nwith the prefix: {text!r}")
     values = [fact.split(" : ")[1] for fact in table.split(" | ")]
     values.remove("no")  # it is part of many words
-    for out, least, most in ((words, 0, 2), (text, 5, 6)):
-        kept = [value for value in values if value in out]
-        print(f"{len(kept)} of {len(values)} values are in it: {kept}")
-        assert least <= len(kept) <= most
+    kept_by_words, kept = (
+        [value for value in values if value in out] for out in (words, text)
+    )
+    print(f"values that the first text keeps:  {kept_by_words}")
+    print(f"values that the second text keeps: {kept}")
+    assert kept_by_words == ["The Eagle"]
+    assert kept == [value for value in values if value != "Chinese"]
 
 # %% [markdown]
 # **Answer.** Completely different. Asked in words, the model picks up the name and drifts off. With
@@ -127,40 +130,18 @@ if MODEL == "mini":
     assert sum(weight.numel() for weight in trained.parameters()) == in_prefix
 
 # %% [markdown]
-# To understand what these numbers are, and why the model can read them, we build the model.
+# To understand what these numbers are, and why the model can read them, we build the model. (All
+# tutorials use the same letters; section 8 lists them.)
 #
-# ## 2. The table of letters
-# All tutorials use these letters, and each has one meaning.
-#
-# | letter | shape | meaning |
-# |---|---|---|
-# | B, T | | rows of a batch; tokens that are read in one call. A *row* is one example of a batch |
-# | P | | positions of the prefix |
-# | S | | keys of the text that are at hand: cached and new ones, never those of the prefix |
-# | L, H, C, D | | layers; heads; width; width of a head, D = C / H |
-# | V, N | | tokens in the vocabulary; prefixes in a bank |
-# | z | (T,) | token ids: the *source* (a table), its end, the *target* (a text) |
-# | x | (B, T, C) | the residual stream (in the paper's $[x; y]$: the source) |
-# | q | (B, H, T, D) | queries |
-# | k, v | (B, H, S, D) | keys and values |
-# | s, p | (B, H, T, S) | scores and attention weights; p(...) with brackets is a probability |
-# | Z | (B, H, T) | a sum of $e^s$; programs keep its logarithm (`lse`) |
-# | o | (B, H, T, D) | the output of attention, and of nothing else |
-# | $\lambda$ (`lam`) | (B, H, T) | the part of the attention that goes to the prefix |
-# | $h_i$ | (L, 2, H, D) | keys (0) and values (1) of position i (but `model.h`: the layers) |
-# | $P_\theta$ | (L, 2, H, P, D) | the prefix, `prefix_table` in the code |
-# | d (`do`) | (B, H, T, D) | the gradient of the loss with respect to o |
-# | $\ell$ | | the loss: the mean of $-\log p$ over target tokens, in nats |
-#
-# ## 3. Attention, by hand
+# ## 2. Attention, by hand
 # Attention lets a position read from others. Each position $i$ has three vectors of $D$ numbers: a
 # query $q_i$ ("what I look for"), a key $k_i$ ("what I am"), and a value $v_i$ ("what I say").
 # How much $i$ looks at $j$ begins with the score
 #
 # $$s_{ij} = \frac{q_i \cdot k_j}{\sqrt{D}} .$$
 #
-# Three positions and $D = 2$ can be done in the head. The factor $1/\sqrt{D}$ keeps scores about
-# equally large, whatever $D$ is.
+# The factor $1/\sqrt{D}$ keeps scores about equally large, whatever $D$ is. With three positions
+# and $D = 2$ the scores of the last position can be computed by hand:
 
 # %%
 q = torch.tensor([[1.0, 0.0], [0.0, 2.0], [2.0, 1.0]])  # (T, D)
@@ -184,10 +165,10 @@ s_22 = (2 * 1 + 1 * 1) / math.sqrt(2)
 # %%
 Z = math.exp(s_20) + math.exp(s_21) + math.exp(s_22)
 p_20, p_21, p_22 = (math.exp(s) / Z for s in (s_20, s_21, s_22))
-o_2 = [p_20 * 10 + p_21 * 0 + p_22 * 5, p_20 * 0 + p_21 * 10 + p_22 * 5]
+by_hand = [p_20 * 10 + p_21 * 0 + p_22 * 5, p_20 * 0 + p_21 * 10 + p_22 * 5]
 print(f"scores of position 2:  {s_20:.3f} {s_21:.3f} {s_22:.3f}")
 print(f"weights of position 2: {p_20:.3f} {p_21:.3f} {p_22:.3f}")
-print(f"output of position 2:  {o_2[0]:.3f} {o_2[1]:.3f}")
+print(f"output of position 2:  {by_hand[0]:.3f} {by_hand[1]:.3f}")
 
 
 def attention_loop(q, k, v):
@@ -202,13 +183,14 @@ def attention_loop(q, k, v):
     return o
 
 
-check("loop and hand", attention_loop(q, k, v)[2], torch.tensor(o_2))
+check("loop and hand", attention_loop(q, k, v)[2], torch.tensor(by_hand))
 
 
 # %% [markdown]
 # And as matrices. All scores at once are $Q K^T / \sqrt{D}$. The mask puts $-\infty$ where
-# $j > i$, and $e^{-\infty} = 0$ does the rest. Further dimensions, such as heads, stand in front.
-# There may be more keys (S) than queries (T): the first S - T keys are then older than all queries.
+# $j > i$, and $e^{-\infty} = 0$ does the rest. Further dimensions, of which we need two below,
+# stand in front. There may be more keys (S) than queries (T): the first S - T keys are then older
+# than all queries.
 
 
 # %%
@@ -231,11 +213,12 @@ def attention(q, k, v):
 check("matrix and loop", attention(q, k, v), attention_loop(q, k, v))
 
 # %% [markdown]
-# ## 4. From text to vectors
+# ## 3. From text to vectors
 # Now with real weights. A checkpoint is a file of named tensors. Text becomes token ids, and each
-# token begins as the sum of two vectors of $C$ numbers, one for what it is (`wte`) and one for
-# where it stands (`wpe`): $x_t = \mathrm{wte}[z_t] + \mathrm{wpe}[t]$. Attention alone knows no
-# order, since a sum has none; `wpe` brings it in.
+# token begins as the sum of two vectors of $C$ numbers, one for what it is (`wte`, the word-token
+# embedding) and one for where it stands (`wpe`, the word-position embedding):
+# $x_t = \mathrm{wte}[z_t] + \mathrm{wpe}[t]$. Attention alone knows no order, since a sum has none;
+# `wpe` brings it in.
 
 # %%
 weights = {
@@ -247,13 +230,11 @@ ids = torch.tensor(tokenizer.encode(sentence))
 tokens = [tokenizer.decode([int(z)]) for z in ids]
 x = weights["wte.weight"][ids] + weights["wpe.weight"][: len(ids)]  # (T, C)
 print(f"T = {len(ids)} tokens: {tokens}")
-of_layer = [n for n in weights if n.startswith("h.0.") and "weight" in n]
-print("weights of layer 0:", *of_layer)
 
 # %% [markdown]
-# ## 5. LayerNorm and heads
+# ## 4. LayerNorm and heads
 # Before each of its parts a layer brings every vector to mean 0 and variance 1, then stretches and
-# shifts each entry by learned numbers:
+# shifts each entry by learned numbers $g$ and $b$. A small $\epsilon$ guards the division:
 #
 # $$\mathrm{LN}(x) = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}\, g + b, \qquad
 # \mu = \frac1C \sum_c x_c, \quad \sigma^2 = \frac1C \sum_c (x_c - \mu)^2 .$$
@@ -261,13 +242,10 @@ print("weights of layer 0:", *of_layer)
 # %%
 g, b = weights["h.0.ln_1.weight"], weights["h.0.ln_1.bias"]
 eps = config.layer_norm_epsilon
-one = x[3].tolist()  # one token, as plain numbers
-mu = sum(one) / C
-var = sum((y - mu) ** 2 for y in one) / C  # divided by C, not by C - 1
-by_hand = torch.tensor([(y - mu) / math.sqrt(var + eps) for y in one]) * g + b
-
-n = F.layer_norm(x, (C,), g, b, eps)  # (T, C)
-check("LayerNorm, PyTorch and hand", n[3], by_hand)
+mu = x.mean(-1, keepdim=True)  # (T, 1)
+var = ((x - mu) ** 2).mean(-1, keepdim=True)  # divided by C, not by C - 1
+n = (x - mu) / (var + eps).sqrt() * g + b  # (T, C)
+check("LayerNorm and PyTorch's", n, F.layer_norm(x, (C,), g, b, eps))
 
 # %% [markdown]
 # Queries, keys and values are three linear maps of the same vector, kept as one matrix `c_attn`
@@ -280,14 +258,14 @@ qkv = n @ weights["h.0.attn.c_attn.weight"] + weights["h.0.attn.c_attn.bias"]
 q, k, v = qkv.split(C, dim=-1)  # (T, C) each
 
 part = slice(2 * D, 3 * D)  # the numbers of head 2
-o_2 = attention_loop(q[:, part], k[:, part], v[:, part])  # (T, D)
+o_head = attention_loop(q[:, part], k[:, part], v[:, part])  # (T, D)
 
 q, k, v = (y.view(-1, H, D).transpose(0, 1) for y in (q, k, v))  # (H, T, D)
 o = attention(q, k, v).transpose(0, 1).reshape(-1, C)  # (T, C)
-check("head 2, alone and among all", o[:, part], o_2)
+check("head 2, alone and among all", o[:, part], o_head)
 
 # %% [markdown]
-# ## 6. The MLP, the residual stream and the model
+# ## 5. The MLP, the residual stream and the model
 # The second part of a layer sees each position alone: a linear map to $4C$ numbers, the function
 # GELU of each of them (in the form with tanh that GPT-2 was trained with), and a linear map back to
 # $C$.
@@ -299,6 +277,7 @@ check("head 2, alone and among all", o[:, part], o_2)
 #
 # After the last layer comes one more LayerNorm, and the logit of token $w$ is
 # $\mathrm{wte}[w] \cdot x$: the matrix that reads tokens in also writes them out (*tied* weights).
+# The softmax of a position's $V$ logits gives the probability of each token to be the next one.
 # Here is all of it as modules, with the names of the official checkpoint, so that its tensors load
 # by name.
 
@@ -401,13 +380,13 @@ else:
     check("logits, transformers", logits, official.eval()(ids[None]).logits)
 
 # %% [markdown]
-# ## 7. What the heads have learned
-# With a whole model we can look at its attention weights. Of all $L \times H$ heads, which puts
-# most weight on the token just before? And which on the token that followed the same token earlier
-# in the text? A head of the second kind lets a model copy a name that it has read once.
+# ## 6. What a head has learned
+# With a whole model we can look at its attention weights. Of all $L \times H$ heads, we take the
+# one that puts most weight on the token that followed the same token earlier in the text. Such a
+# head lets a model copy a name that it has read once.
 #
-# **Predict.** In the text, " Eagle" occurs twice, as three tokens. What will the second head read
-# when it stands at the second " E"? And where does a head look that finds nothing?
+# **Predict.** In the text, " Eagle" occurs twice, as three tokens. What will this head read when it
+# stands at the second " E"? And where does a head look that finds nothing?
 
 # %%
 x, p = tiny.wte(ids[None]) + tiny.wpe(torch.arange(len(ids))), []
@@ -418,42 +397,40 @@ for block in tiny.h:
     x = block(x)[0]
 p = torch.stack(p)  # (L, H, T, T)
 
-before = torch.eye(len(ids)).roll(-1, 1).tril()  # (T, T): j = i - 1
 # where token j - 1 is token i; nothing stands before the first token
 followed = (ids[:, None] == ids.roll(1)).tril(-1).double()  # (T, T)
 followed[:, 0] = 0
-picture, axes = new(2, width=4.8, height=4.4)
-jobs = {"token before": before, "what followed": followed}
-for ax, (job, wanted) in zip(axes, jobs.items(), strict=True):
-    layer, head = divmod(int((p * wanted).sum((2, 3)).argmax()), H)
-    image = ax.imshow(p[layer, head], cmap="Blues", vmin=0, vmax=1)
-    ax.set_xticks(range(len(ids)), tokens, rotation=90)
-    ax.set_yticks(range(len(ids)), tokens)
-    ax.set(xlabel="token that is read (j)", ylabel="token that reads (i)")
-    ax.set_title(f"{job}: layer {layer}, head {head}")
-picture.colorbar(image, ax=axes, label="attention weight $p_{ij}$")
-show(picture, "01_heads")
-
-if MODEL == "mini":  # where these tokens stand
-    copying = p[layer, head]
-    found, parked = copying[16, 2].item(), copying[:12, 0].mean().item()
-    print(f"from the second ' E': {found:.2f} to 'ag', which followed it")
-    print(f"all before that: {parked:.2f} to the first token")
+layer, head = divmod(int((p * followed).sum((2, 3)).argmax()), H)
+copying = p[layer, head]  # (T, T)
+figure.shares(
+    "01_heads", {f"layer {layer}, head {head}": copying},
+    "attention weight $p_{ij}$",
+    xticks=range(len(ids)), xticklabels=tokens, xlabel="token that is read (j)",
+    yticks=range(len(ids)), yticklabels=tokens, ylabel="token that reads (i)",
+)  # fmt: skip
+if MODEL == "mini":
+    first, second = (i for i, token in enumerate(tokens) if token == " E")
+    found = copying[second, first + 1].item()
+    print(f"from the second ' E': {found:.2f} to {tokens[first + 1]!r}")
+    repeats = next(i for i in range(len(ids)) if ids[i] in ids[:i])
+    parked = copying[1:repeats, 0].mean().item()  # token 0 has no choice
+    print(f"before a token is repeated: {parked:.2f} to the first token")
     assert found > 0.5 and parked > 0.8
 
 # %% [markdown]
 # **Answer.** It reads "ag", the token that came after " E" the first time, and so can predict it.
 # As long as nothing is repeated, this head has nothing to find. Its weights must add up to 1 all
 # the same, and it puts them on the first token. Such an *attention sink* is a way to do nothing.
-# A prefix takes over this role: in 02_equation_3 we see heads that park on it.
+# In 02_equation_3 we see heads that use a prefix as their sink.
 
 # %% [markdown]
-# ## 8. What a token leaves behind: $h_i$
-# To write a text, the model appends the likeliest token, reads everything again, and so on. Most of
-# that work is repeated: by causality, nothing at position $i$ depends on later tokens. So what can
-# a later position still need from position $i$? Look at `Block`. Positions meet in attention, and
-# there a later query reads $k_i$ and $v_i$ of its layer, and nothing else of position $i$. The
-# paper calls these keys and values of all layers $h_i$, and writes the model as
+# ## 7. What a token leaves behind: $h_i$
+# To write a text, the model appends one token, here the likeliest (*greedy* decoding), reads
+# everything again, and so on. Most of that work is repeated: by causality, nothing at position $i$
+# depends on later tokens. So what can a later position still need from position $i$? Look at
+# `Block`. Positions meet in attention, and there a later query reads $k_i$ and $v_i$ of its layer,
+# and nothing else of position $i$. The paper calls these keys and values of all layers $h_i$, and
+# writes the model as
 #
 # $$h_i = \mathrm{LM}(z_i, h_{<i}) . \qquad (1)$$
 #
@@ -472,48 +449,56 @@ gap = max(
 )
 print(f"h_0 ... h_{cut - 1}, alone and in the text: they differ by {gap:.0e}")
 assert gap < 1e-12
-
-# %% [markdown]
-# **Answer.** In none; what is left is rounding. Second, equation (1) is enough to go on. `step`
-# gets one token and the cache, and nothing else, and must choose the tokens that the model chooses
-# when it reads everything again.
-
-
-# %%
-def step(z, h):
-    """Equation (1): z_i (1,), h_<i -> the next token (1,), h_<=i."""
-    logits, h = tiny(z[None], h)
-    return logits[0, -1:].argmax(-1), h
-
-
-n_new, again, h = 20, ids, cache
-new_ids = [logits[0, -1:].argmax(-1)]
-for _ in range(n_new):
-    again = torch.cat([again, tiny(again[None])[0][0, -1:].argmax(-1)])
-    z, h = step(new_ids[-1], h)
-    new_ids.append(z)
-assert torch.equal(again, torch.cat([ids, *new_ids[:n_new]]))
-print(repr(tokenizer.decode(again.tolist())))
-
-h_i = sum(y[0, :, 0].numel() for pair in h for y in pair)
+rest, _ = tiny(ids[None, cut:], alone)  # the other tokens, by equation (1)
+check("logits from tokens and h", rest, logits[:, cut:])
+h_i = sum(y[0, :, 0].numel() for pair in alone for y in pair)
 print(f"one h_i: {L} layers x 2 x {H} heads x {D} = {h_i:,} numbers")
-assert h_i == 2 * L * C and P * h_i == in_prefix
+assert P * h_i == in_prefix
 
 # %% [markdown]
-# Both ways give the same text: everything that the model knows of its past is in `h`. Here is the
-# idea behind prefix-tuning. The model cannot tell where an $h_i$ comes from. A token may have
-# been read; or someone may have *written numbers there*. Ten such $h_i$ are the prefix of
-# section 1. Tutorial 02_equation_3 writes them, and learns which ones to write.
+# **Answer.** In none; what is left is rounding. And equation (1) is enough to go on: from the other
+# tokens and $h_0 \dots h_5$ alone come the logits of the whole text. Everything that the model
+# knows of its past is in $h$.
+#
+# Here is the idea behind prefix-tuning. The model cannot tell where an $h_i$ comes from. A token
+# may have been read; or someone may have *written numbers there*. Ten such $h_i$ are the prefix of
+# section 1. Tutorial 02_equation_3 writes them, and says which ones to write.
+#
+# ## 8. The table of letters
+# The tutorials use these letters, with these meanings unless they say otherwise.
+#
+# | letter | shape | meaning |
+# |---|---|---|
+# | B | | rows of a batch. A *row* is one example |
+# | T | | tokens that are read in one call |
+# | P | | positions of the prefix |
+# | S | | keys of the text that are at hand: cached and new ones, never those of the prefix |
+# | L, H | | layers; heads |
+# | C, D | | width; width of a head, D = C / H |
+# | V, N | | tokens in the vocabulary; prefixes in a bank |
+# | z | (T,) | token ids: the *source* (a table), its end, the *target* (a text) |
+# | x | (B, T, C) | the residual stream (in the paper's $[x; y]$: the source) |
+# | q | (B, H, T, D) | queries |
+# | k, v | (B, H, S, D) | keys and values |
+# | s, p | (B, H, T, S) | scores and attention weights; $p(\dots)$ is a probability |
+# | Z | (B, H, T) | a sum of $e^s$; programs keep its logarithm (`lse`) |
+# | o | (B, H, T, D) | the output of attention |
+# | $\lambda$ (`lam`) | (B, H, T) | the part of the attention that goes to the prefix |
+# | $h_i$ | (L, 2, H, D) | keys (0) and values (1) of position i (but `model.h`: the layers) |
+# | $P_\theta$ | (L, 2, H, P, D) | the prefix, `prefix_table` in the code |
+# | d (`do`) | (B, H, T, D) | the gradient of the loss with respect to o |
+# | $\ell$ | | the loss: the mean of $-\log p$ over target tokens, in nats |
 #
 # ## Common mistakes
 # > - **The mask of a cache, aligned at the wrong corner.** With S > T the diagonal begins at S - T.
-# >   `tril()` without it hides a token from itself, and no error is raised. A library for adapters
-# >   shipped this fault with its prefixes (exercise 2).
+# >   `tril()` without it hides a token from itself, and no error is raised (exercise 2). The
+# >   library `adapters` shipped this fault with its prefixes (04_fused_attention).
 # > - **The wrong GELU, or $\epsilon$ = 1e-6 for 1e-5.** The logits move so little that a loose
 # >   test in fp32 passes. Compare models in fp64 (exercise 4).
 # > - **`nn.Linear` for GPT-2's weights.** The files hold W as [in, out]. `c_proj` of the attention
 # >   is square, so it loads without an error and gives nonsense.
-# > - **Positions that start again at 0 after a cache.** The next token stands at S, not at 0.
+# > - **Positions that start again at 0 after a cache.** The next token stands at the number of the
+# >   positions that the cache holds, not at 0.
 #
 # ## Recap
 # - A score is $q_i \cdot k_j / \sqrt D$, a weight its softmax over $j \le i$, an output the mean of
@@ -521,7 +506,7 @@ assert h_i == 2 * L * C and P * h_i == in_prefix
 # - A layer adds attention, then an MLP, to the residual stream, each after a LayerNorm.
 # - Positions meet in attention only. So a position leaves behind its keys and values, $2 L C$
 #   numbers, and $h_{<i}$ and $z_i$ determine everything else: equation (1).
-# - A prefix is a few $h_i$ that nobody has read: kilobytes for a task, not megabytes.
+# - A prefix is a few $h_i$ that come from no token: kilobytes for a task, not megabytes.
 #
 # ## Exercises
 # 1. *Easy.* Count the parameters of GPT-2 by a formula in $V$, $C$, $L$ and `n_positions`. Compare
