@@ -7,25 +7,22 @@
 #
 # **What you will learn.** What exactly is trained, and where it enters. How much attention a prefix
 # gets, and why; what it cannot do within a layer. Why the positions of the text shift, why the
-# prefix needs no mask, which gradient reaches it, why it is trained through an MLP, and what is
-# kept of that.
+# prefix needs no mask, which gradient reaches it, what the MLP is for, and what is kept of it.
 #
 # **What to know first.** 01_gpt2_from_scratch: attention, the residual stream, $h_i$, and its
 # [table of letters](01_gpt2_from_scratch.py). For section 9, the derivative of a softmax.
 #
-# **Running time.** About a minute on two CPU cores, most of it in section 10, which trains. With
-# a larger `MODEL` that section takes longer.
+# **Running time.** Some seconds on two CPU cores; longer with a larger `MODEL`.
 #
 # **Sources.** Li & Liang [1] and the authors' code [2]; the softmax in two parts is that of
 # online softmax [3]; what a prefix cannot do: Petrov et al. [4]. The list is at the end.
 
 # %%
 import math
-from pathlib import Path
 
-import figure
+import figure  # tutorials/figure.py: all that only draws
 import torch
-from figure import TEXT, new, show
+from short_training import TRAINED  # a folder of trained prefixes
 
 import minprefix
 from kernels import prefix_attention
@@ -54,14 +51,15 @@ def check(name, a, b):
 # $$h_i = \mathrm{LM}_\phi(z_i, h_{<i}), \qquad (1)$$
 #
 # where $h_i$ is all that later positions read of position $i$: one key and one value in each layer
-# and head. The function below is equation (1). Beside $h_i$ it returns the logits of the next
-# token.
+# and head. The function below is equation (1); $i$ is the number of positions in $h_{<i}$. Beside
+# $h_i$ it returns the logits of the next token. `recurrence` goes through the positions and asks
+# `h_at` for the next $h_i$. Here that is `LM`; in section 3 it will be something else.
 
 
 # %%
-def LM(z, h, i):
+def LM(z, h):
     """Token z, h_<i (L, 2, H, i, D) -> h_i (L, 2, H, D), logits (V,)."""
-    x, h_i = model.wte(z) + model.wpe.weight[i], []  # (C,)
+    x, h_i = model.wte(z) + model.wpe.weight[h.shape[3]], []  # (C,)
     for block, past in zip(model.h, h, strict=True):
         q, k, v = block.attn.c_attn(block.ln_1(x)).view(3, H, D)
         keys = torch.cat([past[0], k[:, None]], dim=1)  # (H, i + 1, D)
@@ -74,7 +72,7 @@ def LM(z, h, i):
 
 
 def recurrence(n, h_at):
-    """h_at(i, h_<i) -> h_i, logits_i for i < n; all h and all logits."""
+    """All h and logits of n positions, where h_at(i, h_<i) -> h_i, logits_i."""
     h, logits = model.wte.weight.new_empty(L, 2, H, 0, D), []
     for i in range(n):
         h_i, logits_i = h_at(i, h)
@@ -84,41 +82,47 @@ def recurrence(n, h_at):
 
 
 # %% [markdown]
-# The example is a table and its text from the embedded data, as training reads it:
-# $z = [x; y]$ with the source $x$, a token that ends it, the target $y$, and the end of text.
+# The example is the shortest table of the embedded data with its text, as training reads it:
+# `source, bos, target, eos`. The source is the paper's $x$, and the target its $y$. GPT-2 has one
+# special token for both the beginning of a text (*bos*) and its end (*eos*). So the bos in the
+# middle ends the source and begins the target.
 
 # %%
 dev = load_examples("restaurants", "dev")
 example = min(dev, key=lambda e: len(e.source))
 pair = encode_pair(tokenizer, example.source, example.targets[0])
 z = torch.tensor(pair.ids[:-1])  # (T,): the end of text is only predicted
-T, begins = len(z), pair.prompt_len - 1  # at `begins` the source ends
-_, logits = recurrence(T, lambda i, h: LM(z[i], h, i))
+T, bos = len(z), pair.prompt_len - 1  # bos: its position
+_, logits = recurrence(T, lambda i, h: LM(z[i], h))
 print(f"x: {example.source}\ny: {example.targets[0]}")
 check("the recurrence and the model", logits, model(z[None])[0])
 
 # %% [markdown]
 # ## 2. Equation (2): what is asked of it
-# The model reads all of $z$ and is asked only for $y$. With $Y_{idx}$ the positions of $y$,
+# The model reads all of $z$ and is asked only for $y$. With $Y_{idx}$ the positions of the target
+# and of the eos that ends it,
 #
 # $$\max_\phi \; \log p_\phi(y \mid x)
 # = \max_\phi \sum_{i \in Y_{idx}} \log p_\phi(z_i \mid h_{<i}). \qquad (2)$$
 #
-# $z_i$ is predicted at position $i - 1$. So the label at position $t$ is the next token, and
-# labels that lie in $x$ do not count. Fine-tuning maximizes (2) over the weights $\phi$.
+# $z_i$ is predicted at position $i - 1$. So the label at position $t$ is the next token. Labels
+# that are no part of $Y_{idx}$ do not count: they are -100, and so are those of the padding that
+# stands after the shorter rows of a batch. Fine-tuning maximizes (2) over the weights $\phi$.
 
 # %%
 Y_idx = range(pair.prompt_len, len(pair.ids))
 log_p = logits.log_softmax(-1)  # (T, V)
 nats = torch.stack([-log_p[i - 1, pair.ids[i]] for i in Y_idx])
 
-batch = collate([pair], tokenizer.eos_id)  # its labels: -100 = no loss
-for t in range(begins - 2, begins + 3):
+batch = collate([pair], tokenizer.eos_id)
+shown = {-100: "nothing", tokenizer.bos_id: "bos = eos"}
+for t in (bos - 1, bos, bos + 1, T - 1):
     read, label = int(z[t]), batch.labels[0, t].item()
-    ends = read == tokenizer.bos_id
-    read = "the end of x" if ends else repr(tokenizer.decode([read]))
-    label = "nothing" if label < 0 else repr(tokenizer.decode([label]))
-    print(f"position {t:3} reads {read:14} and must predict {label}")
+    read, label = (
+        shown.get(y) or repr(tokenizer.decode([y])) for y in (read, label)
+    )
+    print(f"position {t:3} reads {read:10} and must predict {label}")
+assert tokenizer.bos_id == tokenizer.eos_id
 losses = model.token_losses(z[None], batch.labels)
 check("equation (2) and the library's loss", nats, losses)
 print(f"-log p(y | x) = {nats.sum():.1f} nats, {nats.mean():.2f} a token")
@@ -143,7 +147,7 @@ def equation_3(P_theta, z):
     def h_at(i, h):
         if i in P_idx:
             return P_theta[..., i, :], no_logits
-        return LM(z[i], h, i)
+        return LM(z[i], h)
 
     return recurrence(len(z), h_at)[1][len(P_idx) :]
 
@@ -151,7 +155,7 @@ def equation_3(P_theta, z):
 instruction = "Write one sentence about this restaurant.\n"
 words = torch.tensor(tokenizer.encode(instruction))
 P = len(words)
-h_words, _ = recurrence(P, lambda i, h: LM(words[i], h, i))
+h_words, _ = recurrence(P, lambda i, h: LM(words[i], h))
 prompted = model(torch.cat([words, z])[None])[0, P:]  # (T, V), at z's positions
 print(f"{P} positions of {h_words[..., 0, :].numel():,} numbers")
 check("keys and values against words", equation_3(h_words, z), prompted)
@@ -185,7 +189,10 @@ check("literal and library", literal, model(z[None], prefix=prefix)[0])
 
 # %%
 def run(z, attend, offset=P):
-    """z (T,) -> logits (T, V), with attend(layer, q, k, v), all (H, T, D)."""
+    """z (T,) -> logits (T, V), with attend(layer, q, k, v), all (H, T, D).
+
+    Token t stands at position offset + t (section 8 says why).
+    """
     x = model.wte(z) + model.wpe.weight[offset : offset + len(z)]  # (T, C)
     for layer, block in enumerate(model.h):
         qkv = block.attn.c_attn(block.ln_1(x)).view(-1, 3, H, D)
@@ -203,13 +210,10 @@ def run(z, attend, offset=P):
 #
 # Which keys may token $t$ see? Within the text $j \le t$, as always. All of the prefix, because the
 # prefix stands before every token, and the causal rule hides only what comes later. So **the prefix
-# needs no mask**. In the triangle of all $P + T$ positions, remove the first P lines, which have no
-# queries: the first P columns of what remains are all ones.
+# needs no mask**.
 
 # %%
-full = torch.ones(P + T, P + T, dtype=torch.bool).tril()
 causal = torch.ones(T, T, dtype=torch.bool).tril()
-assert full[P:, :P].all() and torch.equal(full[P:, P:], causal)
 
 
 def weights_of(q, k, prefix_k):
@@ -234,7 +238,8 @@ check("concatenated and literal", run(z, concatenated(P_theta)), literal)
 # It is wasteful to copy the prefix in front of the keys of every row, in every layer. The softmax
 # is a ratio of sums, and sums can be split. With one softmax over the keys of the prefix,
 #
-# $$Z_P = \sum_{j \in P} e^{s_{j}}, \quad o_P = \frac{1}{Z_P} \sum_{j \in P} e^{s_{j}} v_j,$$
+# $$Z_P = \sum_{j \in P_{idx}} e^{s_{j}}, \quad
+# o_P = \frac{1}{Z_P} \sum_{j \in P_{idx}} e^{s_{j}} v_j,$$
 #
 # and $Z_S$, $o_S$ in the same way over the keys of the text,
 #
@@ -290,7 +295,7 @@ def inside(table, offset=P):
         return concatenated(table)(layer, q, k, v)
 
     run(z, attend, offset)
-    return (torch.stack(x) for x in zip(*noted, strict=True))
+    return [torch.stack(x) for x in zip(*noted, strict=True)]
 
 
 def odds(p, n):
@@ -303,35 +308,29 @@ _, _, twice = inside(torch.cat([P_theta, P_theta], 3))
 ratio = odds(twice, 2 * P)[0] / odds(once, P)[0]  # layer 0 reads the same x
 check("P grows: odds of lambda, 2 P over P", ratio, torch.full_like(ratio, 2))
 
-q, k, _ = inside(h_words)  # an instruction of the same length P
-prefix_k, layer = h_words[0, 0], 0
-log_Z_P = (q[layer] @ prefix_k.mT / math.sqrt(D)).logsumexp(-1)[:, -1]  # (H,)
-s = (q[layer, :, -1:] @ k[layer].mT / math.sqrt(D))[:, 0]  # (H, T): last token
-lam = torch.sigmoid(log_Z_P[:, None] - s.logcumsumexp(-1))  # (H, T)
-assert (lam.diff() < 0).all()
-print(f"the text grows from 1 to {T} keys: lambda of the last token, mean")
-print(f"over the heads of layer 0, falls from {lam[:, 0].mean():.2f}", end=" ")
-print(f"to {lam[:, -1].mean():.2f}")
-
 zero = torch.zeros_like(P_theta)
 q, k, p = inside(zero)
 s = (q @ k.mT / math.sqrt(D)).masked_fill(~causal, -math.inf)
 lam = P / (P + s.exp().sum(-1))
 check("zero table: P / (P + Z_S)", p[..., :P].sum(-1), lam)
-frozen = run(z, concatenated(zero[..., :0, :]))  # at the same positions
-moved = (run(z, concatenated(zero)) - frozen).abs().max()
+no_prefix = run(z, concatenated(zero[..., :0, :]))  # at the same positions
+moved = (run(z, concatenated(zero)) - no_prefix).abs().max()
 print(f"mean lambda {lam.mean():.2f}, logits move by up to {moved:.1f}")
 assert moved > 1
-closed = Prefix.from_table(zero, P, gate=torch.zeros(L, H)).double()
-check("a gate of 0 and no prefix", model(z[None], prefix=closed)[0], frozen)
+closed = Prefix.from_table(P_theta, P, gate=torch.zeros(L, H)).double()
+check("g = 0 and no prefix", model(z[None], prefix=closed)[0], no_prefix)
 
 # %% [markdown]
 # **Answer.** Each further position adds a positive term to $Z_P$, so $\lambda$ rises with P. Twice
 # the terms are twice the odds $\lambda / (1 - \lambda)$, not twice $\lambda$. Each further key of
 # the text adds a term to $Z_S$, so for a given query $\lambda$ falls: in a long text a prefix must
 # win by larger scores. And a **zero table is no no-op**: its keys have the score 0, each adds
-# $e^0 = 1$ to $Z_P$, and $o = (1 - \lambda)\, o_S$ is too small. An exact no-op multiplies $Z_P$ by
-# 0, with a gate.
+# $e^0 = 1$ to $Z_P$, and $o = (1 - \lambda)\, o_S$ is too small.
+#
+# An exact no-op multiplies $Z_P$ by 0. The library can train such a factor $g \ge 0$, one for each
+# layer and head; its name there is `gate`, and it begins at 0:
+#
+# $$o = \frac{g\, Z_P\, o_P + Z_S\, o_S}{g\, Z_P + Z_S} .$$
 #
 # Now what a prefix cannot do. The weights within the text are $e^{s_j} / (Z_P + Z_S)$: the prefix
 # makes all of them smaller by the same factor $1 - \lambda$. **Within a layer it cannot change how
@@ -342,15 +341,15 @@ check("a gate of 0 and no prefix", model(z[None], prefix=closed)[0], frozen)
 
 # %%
 if MODEL == "mini":  # trained on E2E to the end, see docs/train_prefixes.py
-    files = Path(figure.__file__).parents[1] / "docs" / "prefixes"
-    trained = Prefix.load(files / "e2e-P10.safetensors").double()
+    trained = Prefix.load(TRAINED / "e2e-P10.safetensors").double()
+    assert trained.prefix_len == P  # as many as the instruction has tokens
 else:
     trained = Prefix.from_table(h_words, P)
 q, k, p = inside(trained.table().detach())
 division = p[..., P:] / p[..., P:].sum(-1, keepdim=True)  # (L, H, T, T)
 none = k[0][:, :0]  # keys of a prefix of no positions
 same_x = torch.stack([weights_of(q[i], k[i], none) for i in range(L)])
-check("divided among the text, same q and k", division, same_x)
+check("division, against the same q and k alone", division, same_x)
 _, _, alone = inside(zero[..., :0, :])  # no prefix in any layer: other x above
 differ = (division - alone).abs().amax((1, 2, 3))
 print("against no prefix at all, by layer:", *(f"{d:.0e}" for d in differ))
@@ -361,49 +360,70 @@ assert differ[0] < 1e-12 and (differ[1:] > 0.01).all()
 # the prefix has changed $x$ there, and so the queries and keys. What follows is that in its own
 # layer a prefix only adds $\lambda\, o_P$ and turns the text down. (With P = 1, $o_P$ is even the
 # same vector for all tokens.) What does *not* follow is that a prefix cannot make the model look
-# elsewhere. It can, one layer later: section 11 shows a trained prefix that brings the attention
+# elsewhere. It can, one layer later: section 11 shows a trained prefix that turns the attention
 # back to the table. Whether it can teach a task that needs attention patterns which no layer has
 # learned is another question; [4] found tasks where it could not.
 #
 # ## 8. Why positions shift
 # In $[\mathrm{PREFIX}; x; y]$ the prefix takes positions $0 \dots P - 1$, so token $t$ of $x$
 # stands at $P + t$. In the loop this came by itself; in the matrix form it must be said (`offset`),
-# since the prefix has no embeddings that would be counted. The keys and values of a real
-# instruction show the reason: the model has learned how text at $P, P + 1, \dots$ reads what stands
-# before it.
+# since the prefix has no embeddings that would be counted. The positions are taken from the text:
+# a model with `n_positions` of them has room for `n_positions` - P tokens.
+#
+# **Predict.** What does another offset do to the logits with the keys and values of the
+# instruction? And to the loss of a prefix that was trained at offset P?
 
 # %%
-for offset in (P, P - 1, 0):
+rows = encode_examples(tokenizer, dev)
+rows = sorted(rows, key=lambda row: len(row.ids))[:16]  # short ones are quick
+few = collate(rows, tokenizer.eos_id)
+logits_move, stay, dev_losses = {}, {}, {}
+for offset in (P, P - 1, 0, 5 * P):
     same_words = Prefix.from_table(h_words, position_offset=offset)
     out = model(z[None], prefix=same_words)[0]
-    gap = (out - prompted).abs().max()
-    stay = (out.argmax(-1) == prompted.argmax(-1)).sum()
-    print(f"offset {offset:2}: logits move by {gap:.0e},", end=" ")
-    print(f"{stay} of {T} likeliest tokens stay")
-    assert (gap < 1e-11) == (offset == P)
+    logits_move[offset] = (out - prompted).abs().max().item()
+    stay[offset] = (out.argmax(-1) == prompted.argmax(-1)).sum().item()
+    moved = Prefix.from_table(trained.table(), position_offset=offset)
+    loss = model.token_losses(few.input_ids, few.labels, prefix=moved).mean()
+    dev_losses[offset] = loss.item()
+    print(
+        f"offset {offset:2}: logits move by {logits_move[offset]:.0e},", end=" "
+    )
+    print(f"{stay[offset]} of {T} likeliest tokens stay;", end=" ")
+    print(f"trained: dev loss {loss:.3f}")
+assert [n for n in logits_move if logits_move[n] < 1e-11] == [P]
+if MODEL == "mini":
+    assert T > stay[P - 1] > max(stay[0], stay[5 * P])
+    assert dev_losses[P] < dev_losses[0] - 0.1 < dev_losses[5 * P] - 0.2
+    assert abs(dev_losses[P] - dev_losses[P - 1]) < 0.05
 
 # %% [markdown]
-# Only the offset P gives the logits of the instruction. Trained prefixes have no words behind them,
-# and training could get used to any offset; then it must stay the same in use (section 11). P is
-# the convention of [2] and of PEFT.
+# **Answer.** Only the offset P gives the logits of the instruction. One position less changes some
+# of the likeliest tokens, and the other offsets change more. No words stand behind a trained
+# prefix, and training could have got used to any offset; then it must stay the same in use. One
+# position less hardly matters to its loss, but the offset 0 costs a clear part of what was learned,
+# and a distant one costs more. No error is raised; the loss is only higher. P is the convention of
+# [2] and of PEFT.
 #
 # ## 9. The gradient that reaches $P_\theta$
-# Let $\ell$ be the loss and $d_t = \partial \ell / \partial o_t$ what arrives at the output of
-# one head at token $t$. With weights $p_{tj}$ over $[K_P; K_S]$, $o_t = \sum_j p_{tj} v_j$ gives
+# Let $\ell$ be the loss and $d_i = \partial \ell / \partial o_i$ what arrives at the output of one
+# head for query $i$. With weights $p_{ij}$ over the columns $j$ of $[K_P; K_S]$,
+# $o_i = \sum_j p_{ij} v_j$ gives
 #
-# $$\frac{\partial \ell}{\partial v_j} = \sum_t p_{tj}\, d_t, \qquad
-# \frac{\partial \ell}{\partial p_{tj}} = d_t \cdot v_j .$$
+# $$\frac{\partial \ell}{\partial v_j} = \sum_i p_{ij}\, d_i, \qquad
+# \frac{\partial \ell}{\partial p_{ij}} = d_i \cdot v_j .$$
 #
-# The softmax has $\partial p_{tj} / \partial s_{tm} = p_{tj} (\delta_{jm} - p_{tm})$, therefore
+# The softmax has $\partial p_{il} / \partial s_{ij} = p_{il} (1_{l=j} - p_{ij})$, where $1_{l=j}$
+# is 1 for $l = j$ and otherwise 0. Therefore
 #
-# $$\frac{\partial \ell}{\partial s_{tm}}
-# = p_{tm} \Big( d_t \cdot v_m - \sum_j p_{tj}\, d_t \cdot v_j \Big)
-# = p_{tm}\, d_t \cdot (v_m - o_t),$$
+# $$\frac{\partial \ell}{\partial s_{ij}}
+# = p_{ij} \Big( d_i \cdot v_j - \sum_l p_{il}\, d_i \cdot v_l \Big)
+# = p_{ij}\, d_i \cdot (v_j - o_i),$$
 #
-# and with $s_{tm} = q_t \cdot k_m / \sqrt D$
+# and with $s_{ij} = q_i \cdot k_j / \sqrt D$
 #
-# $$\frac{\partial \ell}{\partial k_m}
-# = \frac{1}{\sqrt D} \sum_t p_{tm}\, d_t \cdot (v_m - o_t)\; q_t .$$
+# $$\frac{\partial \ell}{\partial k_j}
+# = \frac{1}{\sqrt D} \sum_i p_{ij}\, d_i \cdot (v_j - o_i)\; q_i .$$
 
 # %%
 free = P_theta.clone().requires_grad_()
@@ -431,183 +451,95 @@ size = free.grad.abs().max()  # to compare relative to it
 check("by hand and autograd", by_hand.detach() / size, free.grad / size)
 
 # %% [markdown]
-# Every term has the factor $p_{tj}$: a prefix position that no token looks at does not learn. In
-# the key's gradient, $v_m - o_t$ says that a key moves towards the queries whose output its value
-# would improve. And $d_t$ came down through all frozen layers above: training a prefix costs a
+# Every term has the factor $p_{ij}$: a prefix position that no token looks at does not learn. In
+# the key's gradient, $v_j - o_i$ says that a key moves towards the queries whose output its value
+# would improve. And $d_i$ came down through all frozen layers above: training a prefix costs a
 # backward pass through the model, even though no weight of the model gets a gradient.
 #
-# ## 10. Why an MLP
+# ## 10. The MLP, and what is kept of it
 # When $P_\theta$ was optimized directly, training was unstable and sensitive to its start, the
 # paper reports (section 4.3). It trains a small matrix $P'_\theta$ (P, C) instead, and an MLP (a
 # linear layer to `mid_dim`, tanh, a linear layer to $2LC$ [2]):
 #
 # $$P_\theta[i, :] = \mathrm{MLP}_\theta(P'_\theta[i, :]).$$
 #
-# We try both: the same batches, the same few steps, three learning rates, two random starts.
-#
-# **Predict.** A direct table and an MLP: which needs the larger learning rate, and by how much?
-
-# %%
-STEPS, BATCH, SEEDS = 20, 4, (0, 1)
-RATES = {"table": (1e-2, 1e-1, 1.0), "mlp": (1e-4, 1e-3, 1e-2)}
-small, _ = minprefix.load(MODEL)  # fp32: twice as fast
-small.requires_grad_(False)
-
-
-def shortest(split, n):  # short rows are quick
-    rows = encode_examples(tokenizer, load_examples("restaurants", split))
-    return sorted(rows, key=lambda row: len(row.ids))[:n]
-
-
-train_rows, dev_rows = shortest("train", STEPS * BATCH), shortest("dev", 16)
-
-
-def loss_of(rows, prefix):
-    """Equation (2), as a mean per target token, in nats."""
-    batch = collate(rows, tokenizer.eos_id)
-    ids, labels = batch.input_ids, batch.labels
-    return small.token_losses(ids, labels, prefix=prefix).mean()
-
-
-@torch.no_grad()
-def dev_loss(prefix):
-    return loss_of(dev_rows, prefix).item()
-
-
-def train(prefix, lr):
-    """All there is to training: AdamW on the parameters of the prefix."""
-    optimizer = torch.optim.AdamW(prefix.parameters(), lr, weight_decay=0)
-    for step in range(STEPS):
-        loss = loss_of(train_rows[step::STEPS], prefix)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return dev_loss(prefix), prefix
-
-
-runs = {}
-for kind, rates in RATES.items():
-    for lr in rates:
-        for seed in SEEDS:
-            begin = Prefix.random(config, 5, seed, parametrisation=kind)
-            runs[kind, lr, seed] = train(begin, lr)
-        shown = ", ".join(f"{runs[kind, lr, seed][0]:.2f}" for seed in SEEDS)
-        print(f"{kind:5}  lr {lr:<6g}  dev loss by seed: {shown}")
-nothing = dev_loss(None)
-print(f"no prefix: {nothing:.2f} nats per target token; {STEPS} steps each")
-by_loss = sorted(runs, key=lambda run: runs[run][0])
-best = {kind: next(r for r in by_loss if r[0] == kind) for kind in RATES}
-if MODEL == "mini":
-    losses = {kind: runs[run][0] for kind, run in best.items()}
-    assert losses["mlp"] < losses["table"] < nothing - 0.1
-    assert best["table"][1] >= 10 * best["mlp"][1]  # the learning rates
-    largest = [runs[kind, RATES[kind][-1], 0][0] for kind in RATES]
-    assert min(largest) > nothing  # ten times the good rate
-
-# %% [markdown]
-# **Answer.** The table wants a rate that is larger by a factor of 10 or more. AdamW moves each
-# parameter by about the rate in a step. An entry of a direct table is one parameter; an entry of
-# the MLP's table is a sum of `mid_dim` products, and all of them move. The *instability* of the
-# paper does not show in so short a trial: both forms have a good rate and fail at ten times that
-# rate, and two starts end close together. What shows is smaller: at its best rate the MLP is ahead.
-#
-# ## 11. What is kept, and what a trained prefix does
 # The MLP's inputs are the P vectors of $P'_\theta$ and nothing else: no text enters it. So once it
 # is trained, its output is a constant. Compute it once, keep the table, throw the rest away.
 
 # %%
-_, mlp = runs[best["mlp"]]
+mlp = Prefix.random(config, P, seed=0, parametrisation="mlp").double()
 kept = mlp.export()
-ids = z[None]
-assert torch.equal(small(ids, prefix=mlp), small(ids, prefix=kept))
+assert torch.equal(model(z[None], prefix=mlp), model(z[None], prefix=kept))
 assert [name for name, _ in kept.named_parameters()] == ["prefix_table"]
 n_kept = kept.prefix_table.numel()
-print(f"P = 5: trained {mlp.n_trained:,} numbers, kept {n_kept:,}")
-assert n_kept == 5 * 2 * L * C
-assert 5 * 2 * 24 * 1024 == 245_760  # GPT-2 medium, the paper's "250K"
+print(f"trained: {mlp.n_trained:,} numbers, kept: {n_kept:,}")
+assert n_kept == P * 2 * L * C
 
 # %% [markdown]
-# A few steps make a prefix that lowers the loss and still writes badly. So we now look at one that
-# was trained to the end, for 2,500 steps of 32 rows of E2E (`docs/prefixes`), on our tables.
+# Whether to train the table or the MLP is a question of training, not of what a prefix can be. We
+# try both from the same start in 03_discrete_to_continuous: with `mini` both work, at very
+# different learning rates, and 05_table_to_text shows why the rates differ.
 #
-# **Predict.** It was trained at offset P. What happens to its loss at P - 1, at 0, and far away?
-
-# %%
-by_offset = {}
-for offset in (P, P - 1, 0, 5 * P):
-    moved = Prefix.from_table(trained.table().float(), position_offset=offset)
-    by_offset[offset] = dev_loss(moved)
-    print(f"used at offset {offset:2}: dev loss {by_offset[offset]:.3f}")
-if MODEL == "mini":
-    assert by_offset[P] < min(by_offset[0], by_offset[5 * P]) - 0.1
-    assert abs(by_offset[P] - by_offset[P - 1]) < 0.05
-
-# %% [markdown]
-# **Answer.** One position more or less hardly matters. The offset 0 costs a clear part of what was
-# learned, and a distant one costs more. No error is raised; the loss is only higher.
-#
-# Last, the gates of section 6: a line for each head, from layer 0 at the top.
+# ## 11. What a trained prefix does
+# Last, the gates of section 6, in each head and at each token, with the instruction and with the
+# prefix that was trained to the end (2,500 steps of 32 rows of E2E).
 #
 # **Predict.** Which of the two, the instruction or the trained prefix, gets more attention while
 # the *sentence* is written? And where do heads look that find nothing to do?
 
 # %%
-P_trained = trained.table().detach()
-tables = {"instruction": h_words, "trained prefix": P_trained}
-picture, axes = new(2, width=4.8, height=5)
-lams, looks = {}, {}
-for ax, (name, table) in zip(axes, tables.items(), strict=True):
-    _, _, p = inside(table)
-    lam = p[..., :P].sum(-1)  # (L, H, T)
-    lams[name] = lam[:, :, 1:begins].mean(-1), lam[:, :, begins + 1 :].mean(-1)
-    options = {"cmap": "Oranges", "aspect": "auto", "vmin": 0, "vmax": 1}
-    image = ax.imshow(lam.flatten(0, 1), **options)
-    top = p[-2:, :, begins + 1 :, P:].mean((0, 1, 2))  # (T,): target to text
-    looks[name] = top[:begins].sum().item(), top[begins].item()
-    ax.axvline(begins - 0.5, color=TEXT)
-    ax.set_yticks(range(0, L * H, H), range(L))
-    ax.set(xlabel="token (line: the source ends)", ylabel="layer and head")
-    ax.set_title(f"{name}: mean {lam.mean():.2f}")
-picture.colorbar(image, ax=axes, label=r"$\lambda$, part of the attention")
-show(picture, "02_gates")
+tables = {"instruction": h_words, "trained prefix": trained.table().detach()}
+weights = {name: inside(table)[2] for name, table in tables.items()}
+lams = {name: p[..., :P].sum(-1) for name, p in weights.items()}  # (L, H, T)
+figure.shares(
+    "02_gates", {name: lam.flatten(0, 1) for name, lam in lams.items()},
+    r"$\lambda$, part of the attention", "Oranges", line=bos - 0.5,
+    xlabel="token (line: the bos, then the target)",
+    yticks=range(0, L * H, H), yticklabels=range(L), ylabel="layer and head",
+)  # fmt: skip
 
+# %%
 _, _, alone = inside(zero[..., :0, :], offset=0)  # no prefix: first token at 0
-sinks = alone[:, :, 1:begins, 0].mean(-1)  # (L, H): weight on the first token
-for name, (source, target) in lams.items():
-    both = torch.stack([sinks[1:].flatten(), source[1:].flatten()])
-    r = torch.corrcoef(both)[0, 1].item()
-    print(f"{name}: mean lambda {source.mean():.2f} in the source,", end=" ")
-    print(f"{target.mean():.2f} in the target")
+sinks = alone[:, :, 1:bos, 0].mean(-1)  # (L, H); token 0 has no choice
+source, target, to_source, to_bos = {}, {}, {}, {}
+for name, lam in lams.items():
+    source[name], target[name] = lam[:, :, 1:bos], lam[:, :, bos + 1 :]
+    pair_of = torch.stack([sinks, source[name].mean(-1)]).flatten(1)
+    r = torch.corrcoef(pair_of)[0, 1].item()
+    top = weights[name][-2:, :, bos + 1 :, P:].mean((0, 1, 2))  # (T,)
+    to_source[name], to_bos[name] = top[:bos].sum().item(), top[bos].item()
+    print(
+        f"{name}: mean lambda {source[name].mean():.2f} in the source,", end=" "
+    )
+    print(f"{target[name].mean():.2f} in the target")
     print(f"  correlation of lambda with the sinks, by head: {r:.2f}")
     print("  last two layers, from the target: ", end="")
-    print("{:.2f} to the source, {:.2f} to its end".format(*looks[name]))
+    print(f"{to_source[name]:.2f} to the source, {to_bos[name]:.2f} to the bos")
     assert MODEL != "mini" or r > 0.5
 if MODEL == "mini":
-    source, target = lams["trained prefix"]
-    assert lams["instruction"][1].mean() < target.mean()
-    assert source[:2].mean() < 0.2 < source[2:].mean()
-    assert looks["trained prefix"][0] > 5 * looks["instruction"][0]
-    assert looks["instruction"][1] > 0.4 > 4 * looks["trained prefix"][1]
+    by_words, by_prefix = tables
+    assert target[by_words].mean() < target[by_prefix].mean() / 2
+    assert source[by_prefix][:2].mean() < 0.2 < source[by_prefix][2:].mean()
+    assert to_source[by_prefix] > 5 * to_source[by_words]
+    assert to_bos[by_words] > 0.4 > 4 * to_bos[by_prefix]
 
 # %% [markdown]
 # **Answer.** Three things can be seen.
-# - *The dark lines are sinks.* In 01_gpt2_from_scratch, heads with nothing to do parked on the
-#   first token. The heads that give the prefix most of their attention are, by and large, those
+# - *The dark lines are sinks.* In 01_gpt2_from_scratch, a head with nothing to do parked on the
+#   first token. The heads that give the prefix most of their attention are, by and large, such
 #   heads: the printed correlation is between their weight on the first token without a prefix and
-#   $\lambda$. A prefix is read where the model had attention to spare. In layers 0 and 1 the
-#   trained prefix is hardly read at all.
-# - *The instruction is forgotten when the sentence begins.* The token that ends the source also
-#   separates documents in the model's own training. After it, heads park on that token, and look
-#   neither at the instruction nor at the table. The trained prefix keeps more of the attention.
+#   $\lambda$. In layers 0 and 1 the trained prefix is hardly read at all.
+# - *The instruction is forgotten when the sentence begins.* The bos also separates documents in the
+#   model's own training. After it, heads park on the bos, and look neither at the instruction nor
+#   at the table. The trained prefix keeps more of the attention.
 # - *The trained prefix makes the model look back.* In the last two layers the sentence no longer
-#   parks on the end of the source: it reads the table, many times more than with the instruction.
-#   No gate can do this within its layer. It is the change of $x$ in the layers below.
+#   parks on the bos: it reads the table, many times more than with the instruction. No gate can do
+#   this within its layer. It is the change of $x$ in the layers below.
 #
 # ## Common mistakes
-# > - **A zero table as a start that changes nothing** (an option of PEFT). See section 7.
+# > - **A zero table as a start that changes nothing**, PEFT's `init_weights="zero"`. See section 7.
 # > - **`is_causal=True` for P + S keys.** PyTorch aligns that mask at the top left, so token t sees
-# >   the prefix and the tokens up to t - P, not even itself. A library for adapters shipped this
-# >   fault (exercise 2).
+# >   the prefix and the tokens up to t - P, not even itself (exercise 2).
 # > - **Other positions in use than in training.** Libraries differ in this, and so do two versions
 # >   of one library for padded rows. Save the offset with the prefix.
 # > - **Two users' prefixes padded to the same length with zeros.** Zero keys take attention
