@@ -3,12 +3,13 @@
 #
 # **What you will learn.** How attention over a prefix and a sequence becomes one GPU kernel that
 # copies nothing: softmax in tiles, a complete Triton kernel that you run here without a GPU, the
-# backward pass and what must be kept for it, and what a real GPU said about the kernels of this
-# repository, including a compiler that made them wrong.
+# backward pass and what must be kept for it, and how fast the kernels of this repository are on a
+# real GPU.
 #
 # **What to know first.** Tutorial 2 (`02_equation_3`): a layer's prefix is `prefix_k`, `prefix_v`
-# (H, P, D). Letters are those of [the table of letters in tutorial 01](01_gpt2_from_scratch.py); as
-# there, a *row* is one example of the batch.
+# (H, P, D); its section 9 has the gradient. Letters are those of
+# [the table of letters in tutorial 01](01_gpt2_from_scratch.py); as there, a *row* is one example
+# of the batch.
 #
 # **Running time.** Some ten seconds on a CPU; no GPU is needed.
 #
@@ -19,9 +20,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # run kernels on the CPU; Triton reads it
 
-import inspect
 import math
-import textwrap
 from collections import Counter
 from functools import reduce
 
@@ -61,8 +60,7 @@ def same(name: str, actual, exact, bound: float = 2e-14) -> None:
 # o_i = \sum_j p_{ij} v_j $$
 #
 # where $j$ runs over the columns [prefix; sequence]. The direct way in PyTorch is to copy the
-# prefix for each row, concatenate, and mask. It is correct, and a library that does not know what a
-# prefix is has no other way.
+# prefix for each row, concatenate, and mask:
 
 
 # %%
@@ -83,22 +81,12 @@ o_concatenated = attend_concatenated(q, k, v, prefix_k, prefix_v)
 same("this repository's definition", o_concatenated, o_exact)
 
 # %% [markdown]
-# **Predict.** The scores `s` are T (P + T) numbers per row and head. Are they larger than
-# q, k, v and o together, which are 4 T D numbers? Guess for T = 128 and T = 1000, with P = 10 and D
-# = 64.
-
-# %%
-for t, p, d in ((T, P, D), (128, 10, 64), (1000, 10, 64)):
-    ratio = t * (p + t) / (4 * t * d)
-    print(f"T {t:4}, D {d}: the scores are {ratio:.2f} times q, k, v and o")
-assert 128 * 138 < 4 * 128 * 64 < 1000 * 1010
-
-# %% [markdown]
-# **Answer.** At usual lengths they are smaller; they become larger where P + T > 4 D. They still
-# cost more, because they are handled more often: written, then read and written by the mask, read
-# and written by the softmax, and read by the last product. These are six passes over memory, where
-# q, k, v and o need one each. Concatenation adds another two passes over all keys and values. Can
-# we sum over the columns without ever writing a score to memory?
+# The scores `s` are T (P + T) numbers per row and head, and q, k, v and o together are 4 T D. So
+# the scores need not be many: they are more only where P + T > 4 D. They still cost more, because
+# they are handled more often: written, then read and written by the mask, read and written by the
+# softmax, and read by the last product. These are six passes over memory, where q, k, v and o need
+# one each. Concatenation adds two passes over all keys and values. Can we sum over the columns
+# without ever writing a score to memory?
 #
 # ## 2. Softmax, one column at a time
 # Take one query and one component of v. Read the scores one after the other, and keep three
@@ -148,22 +136,33 @@ def softmax_step(u, z, m, s, v):
 u_i, z_i, m_i = torch.zeros(1, D), torch.zeros(1), torch.tensor([-math.inf])
 frames = []
 for a, b in ((0, P), (P, P + 7), (P + 7, P + 14), (P + 14, P + 21)):
+    older = m_i, z_i
     u_i, z_i, m_i = softmax_step(u_i, z_i, m_i, s[None, a:b], values[a:b])
     frames.append((f"{a - P}..{b - P - 1}" if a else "prefix", s[a:b].tolist()))
-    print(f"after {frames[-1][0]:7} m {m_i.item():.3f}, z {z_i.item():.3f}")
+    alpha = torch.exp(older[0] - m_i).item()
+    print(
+        f"after {frames[-1][0]:7} alpha {alpha:.3f}, m {m_i.item():.3f},",
+        end=" ",
+    )
+    print(f"z {z_i.item():.3f}")
+assert alpha < 1 and z_i < older[1]  # in the last tile
 same("o of query 20, in four tiles", (u_i / z_i)[0], o_exact[0, 0, i])
 pictures.running_softmax(frames)
 
 # %% [markdown]
-# This query finds its largest score in its last tile, so there alpha is small and z shrinks. Now
-# all queries of a head. **The prefix's tiles come first and need no mask**, because every query
-# sees the whole prefix. Tiles of the sequence are of three kinds: those before the diagonal are
-# seen by all queries of the tile, those on the diagonal need the mask $j \le i$, and those after it
-# are not visited. The mask is a comparison of two ranges of numbers; nothing of size (T, P + T)
-# exists.
+# This query finds its largest score in its last tile, so alpha is below 1 there and z shrinks,
+# although seven terms are added. Now all queries of a head. **The prefix's tiles come first and
+# need no mask**, because every query sees the whole prefix. (Without a prefix there are none.)
+# Tiles of the sequence are of three kinds: those before the diagonal are seen by all queries of the
+# tile, those on the diagonal need the mask $j \le i$, and those after it are not visited. The mask
+# is a comparison of two ranges of numbers; nothing of size (T, P + T) exists.
+#
+# With a cache there are S > T keys, and query i is the token S - T + i. The mask is then
+# $j \le S - T + i$, and a tile of queries visits the columns up to S - T + its last i. Nothing else
+# changes, here or in the backward pass.
 
 # %%
-BLOCK = 8  # queries in a tile, and columns
+BLOCK = 8  # queries in a tile, and columns (on a GPU: 16 to 128)
 
 
 def tiles(end: int) -> list[slice]:
@@ -183,7 +182,9 @@ for queries in tiles(T):
     for columns in tiles(queries.stop):  # none after the last query
         kind = "diagonal" if later(queries, columns).any() else "whole"
         visited.append((queries, columns, kind))
-print(Counter(kind for *_, kind in visited))
+kinds = Counter(kind for *_, kind in visited)
+print(f"{len(tiles(T))} tiles of queries visit tiles of columns: {kinds}")
+assert kinds["diagonal"] == len(tiles(T))  # one masked tile for each
 pictures.tiles(visited, T, P)
 
 # %% [markdown]
@@ -195,11 +196,14 @@ pictures.tiles(visited, T, P)
 # once at the end. The diagram compares what lies in memory, to scale.
 
 # %%
-pictures.memory(B=10, H=16, T=128, P=10, D=64)  # a layer of GPT-2 medium
+share = pictures.memory(B=10, H=16, T=128, P=10, D=64)  # of GPT-2 medium
+print(f"written down, copies, scores and weights are {share:.0%}")
+assert share > 0.5
 
 # %% [markdown]
-# Written down, more than half of the memory holds copies and scores. Fused, neither exists, and the
-# prefix is a thin line, since all rows share one. What a program holds fits on the chip.
+# Written down, more than half of the memory holds copies, scores and weights. Fused, none of them
+# exists, and the prefix is a thin line, since all rows share one. What a program holds fits on the
+# chip.
 #
 # Here is the whole kernel. Four things are new beside the loops above.
 # - **Grid.** `kernel[(a, b)](...)` starts a x b programs. Each asks `tl.program_id` which one it
@@ -207,11 +211,15 @@ pictures.memory(B=10, H=16, T=128, P=10, D=64)  # a layer of GPT-2 medium
 # - **Pointers.** A kernel gets the address of a tensor's first element and does its own indexing.
 #   Element (b, h, i, d) of a contiguous q lies at `((b * H + h) * T + i) * D + d`. The prefix has
 #   no b, so **all rows read the same addresses**: this is why it need not be copied.
-# - **Masks.** Tiles have fixed sizes, powers of two (16 or more for a product), so the last one
-#   reaches past the end. `tl.load(..., mask=, other=0.0)` reads zeros there, and `tl.store` with a
-#   mask writes nothing.
+# - **Masks.** Tiles have fixed sizes, powers of two (16 or more for a product; D, too), so the last
+#   one reaches past the end. `tl.load(..., mask=, other=0.0)` reads zeros there, and `tl.store`
+#   with a mask writes nothing. The columns of the sequence need no mask of their own at its end:
+#   only queries past the end would see them, and these are not stored.
 # - **constexpr.** Sizes of tiles must be known to the compiler. T and P are ordinary numbers;
 #   otherwise every new length would be compiled anew.
+#
+# `input_precision="ieee"` asks for products in full fp32; otherwise Triton takes TF32, which keeps
+# 10 bits.
 
 # %%
 if not HAVE_TRITON:
@@ -305,22 +313,22 @@ if HAVE_TRITON:
     assert gap > 0.1
 
 # %% [markdown]
-# **Answer.** The number is printed. A column of zeros is not nothing. Its score is 0, so it gets
-# the weight $e^0 = 1$ in the sum $z$, and every other weight shrinks. The mask must give -inf, not
-# 0. (For the same reason a prefix of zeros changes the model, as tutorial 2 shows.)
+# **Answer.** 18 programs, 3 tiles of queries for each of the 6 heads of rows. And a column of zeros
+# is not nothing. Its score is 0, so it gets the weight $e^0 = 1$ in the sum $z$, and every other
+# weight shrinks. The mask must give -inf, not 0. (For the same reason a prefix of zeros changes the
+# model, as tutorial 2 shows.)
 #
 # ## 5. The backward pass
-# Let $do_i$ be the gradient that arrives at $o_i$. If $p$ is known, the chain rule gives
+# Let $do_i$ be the gradient that arrives at $o_i$ ($d_i$ in section 9 of tutorial 2, which derives
+# what follows). If $p$ is known,
 #
-# $$ dv_j = \sum_i p_{ij}\, do_i, \qquad dp_{ij} = \langle do_i, v_j \rangle, \qquad
-# dq_i = \tfrac{1}{\sqrt D} \sum_j ds_{ij} k_j, \qquad
+# $$ dv_j = \sum_i p_{ij}\, do_i, \qquad
+# ds_{ij} = p_{ij} \Big( \langle do_i, v_j \rangle - \sum_l p_{il} \langle do_i, v_l \rangle \Big),
+# \qquad dq_i = \tfrac{1}{\sqrt D} \sum_j ds_{ij} k_j, \qquad
 # dk_j = \tfrac{1}{\sqrt D} \sum_i ds_{ij} q_i . $$
 #
-# The softmax stands between $dp$ and $ds$:
-# $\partial p_{ij} / \partial s_{il} = p_{ij} (1_{j=l} - p_{il})$, so
-# $ds_{ij} = p_{ij} (dp_{ij} - \sum_l p_{il}\, dp_{il})$. The sum runs over all columns of a query,
-# and no tile has them all. But it is equal to a product of two vectors of D numbers which we do
-# have:
+# The sum over $l$ runs over all columns of a query, and no tile has them all. But it is equal to a
+# product of two vectors of D numbers which we do have:
 #
 # $$ \sum_l p_{il} \langle do_i, v_l \rangle = \langle do_i, \sum_l p_{il} v_l \rangle
 # = \langle do_i, o_i \rangle =: \delta_i . $$
@@ -331,22 +339,31 @@ if HAVE_TRITON:
 
 
 # %%
+def tile_grads(q, do, lse, delta, k, v, hidden=None):
+    """What a tile of queries and a tile of columns add to dq, dk and dv."""
+    p = torch.exp(scale * q @ k.T - lse[:, None])  # (M, N)
+    p = p if hidden is None else p.masked_fill(hidden, 0.0)
+    ds = p * (do @ v.T - delta[:, None])
+    return scale * ds @ k, scale * ds.T @ q, p.T @ do
+
+
 def backward_head(q, k, v, prefix_k, prefix_v, o, lse, do):
     """dq, dk, dv of a row and head, and its part of the prefix's gradient."""
     delta = (do * o).sum(1)  # (T,)
     grads = [torch.zeros_like(x) for x in (q, k, v, prefix_k, prefix_v)]
     dq, dk, dv, part_k, part_v = grads
-    for rs in tiles(len(q)):  # queries
-        pairs = [(prefix_k, prefix_v, part_k, part_v, cs, torch.tensor(False))
-                 for cs in tiles(len(prefix_k))]  # columns  # fmt: skip
-        pairs += [(k, v, dk, dv, cs, later(rs, cs)) for cs in tiles(rs.stop)]
-        for keys, values, dkeys, dvalues, cs, hidden in pairs:
-            s = scale * q[rs] @ keys[cs].T  # (M, N)
-            p = torch.exp(s - lse[rs, None]).masked_fill(hidden, 0.0)
-            ds = p * (do[rs] @ values[cs].T - delta[rs, None])
-            dq[rs] += scale * ds @ keys[cs]
-            dkeys[cs] += scale * ds.T @ q[rs]
-            dvalues[cs] += p.T @ do[rs]
+    for mine in tiles(len(q)):  # queries
+        known = q[mine], do[mine], lse[mine], delta[mine]
+        for at in tiles(len(prefix_k)):
+            a, b, c = tile_grads(*known, prefix_k[at], prefix_v[at])
+            dq[mine] += a
+            part_k[at] += b
+            part_v[at] += c
+        for at in tiles(mine.stop):
+            a, b, c = tile_grads(*known, k[at], v[at], later(mine, at))
+            dq[mine] += a
+            dk[at] += b
+            dv[at] += c
     return grads
 
 
@@ -365,29 +382,27 @@ for name, actual, wanted in zip(names_of_grads, found, exact, strict=True):
     same(f"{name}, tile by tile", actual, wanted)
 
 # %% [markdown]
-# On a GPU one loop over pairs of tiles would have many programs add to the same `dk` at once. So
-# the pairs are visited twice: once by programs that own a tile of queries and write `dq`, once by
-# programs that own a tile of columns and write `dk` and `dv`. **All B rows see the prefix's
-# columns**: each row writes its own part of their gradient, and a last kernel adds the parts.
+# On a GPU many programs run at once, and no two of them may add to the same element. For short
+# rows, one program takes a whole row and head, as `backward_head` does. For long rows the pairs of
+# tiles are visited twice: by programs that own a tile of queries and write `dq`, and by programs
+# that own a tile of columns and write `dk` and `dv`. **All B rows see the prefix's columns**: each
+# row writes its own part of their gradient, and a last kernel adds the parts.
 #
 # **Why parts, in fp32?** The result of a floating-point sum depends on its order. Atomic additions
-# happen in the order in which programs finish, so two equal runs would differ in their last bits. A
-# sum whose order follows from the shapes alone repeats bit for bit. (This need not be the order of
-# the rows: PyTorch's `sum(0)` adds in another one, too.) And in 16 bits the rounding errors of the
-# additions grow with the batch.
+# happen in the order in which programs finish, so two equal runs would differ in their last bits.
+# The last kernel adds the parts one after the other, in an order that follows from the shapes
+# alone, so its sum repeats bit for bit. And in 16 bits the rounding errors of the additions grow
+# with the batch.
 
 # %%
-parts = torch.randn(64, H, P, D) + 0.1  # what 64 rows add to dprefix_k
+parts = torch.randn(64, H, P, D)  # what 64 rows add to dprefix_k
 low = parts.float()
-in_order = reduce(torch.add, low)  # one row after the other
-others = {"sum(0)": low.sum(0), "reversed": reduce(torch.add, low.flip(0))}
-for name, other in others.items():
-    share = (other != in_order).double().mean()
-    print(f"{name:8} {share:.0%} of the elements differ from the rows' order")
-assert not torch.equal(others["reversed"], in_order)
-sums = {"fp32": in_order, "bf16": reduce(torch.add, parts.bfloat16())}
+sums = {"fp32": reduce(torch.add, low)}  # one row after the other
+sums["fp32, last row first"] = reduce(torch.add, low.flip(0))
+sums["bf16"] = reduce(torch.add, parts.bfloat16())
 error = {k: (x - parts.sum(0)).abs().max().item() for k, x in sums.items()}
 print("largest error:", ", ".join(f"{k} {x:.1e}" for k, x in error.items()))
+assert not torch.equal(sums["fp32"], sums["fp32, last row first"])
 assert error["bf16"] > 1000 * error["fp32"]
 
 # %% [markdown]
@@ -426,111 +441,65 @@ assert kept(attend_concatenated, leaves) == plain
 if HAVE_TRITON:  # the Triton kernels of this repository
     assert kept(prefix_attention, leaves) == fused
 print(f"kept here: written down {plain:,} bytes, fused {fused:,}")
+ratios = []
 for t in (128, 1000):
-    both = (24 * x / 2**20 for x in formulas(10, 16, t, 10, 64, 2))
-    print(f"GPT-2 medium, bf16, B 10, T {t:4}: "
-          + ", ".join(f"{x:,.0f} MiB" for x in both))  # fmt: skip
+    mib = [24 * x / 2**20 for x in formulas(10, 16, t, 10, 64, 2)]
+    ratios.append(mib[0] / mib[1])
+    print(
+        f"GPT-2 medium, 24 layers, bf16, B 10, T {t:4}: {mib[0]:,.0f} MiB",
+        end="",
+    )
+    print(f" written down, {mib[1]:,.0f} MiB fused: {ratios[-1]:.0f} times")
+assert 5 < ratios[0] < 6 and 18 < ratios[1] < 19
 
 # %% [markdown]
 # Written down, autograd keeps the scaled q, the joined keys and values, the weights p and a mask.
-# Fused, it keeps o and lse. The ratio grows with T, because p has T (P + T) numbers and o has T D.
+# Fused, it keeps o and lse. The ratio grows with T, because p has T (P + T) numbers and o has T D:
+# from 5 at T = 128 to 18 at T = 1000. While the fused backward pass of a layer runs, it also needs
+# the parts of the prefix's gradient, 2 B H P D numbers in fp32, and for long rows $\delta$, B H T
+# numbers. They are freed with the layer.
 #
-# ## 7. What a real GPU said
+# ## 7. On a real GPU
 # How fast can this be at best? A GPU that makes $F$ FLOPs and moves $W$ bytes per second needs at
 # least $\max(\text{FLOPs} / F, \text{bytes} / W)$. The ratio of FLOPs to bytes is the **arithmetic
-# intensity**; below $F / W$ memory is the limit. A pair of a query and a column that it sees costs
-# 4 D FLOPs forward and 10 D backward; the bytes are those of inputs and outputs, once each. The
-# times below come from `benchmarks/gpu`, and so does the roof: $W$ is the speed of a large copy and
-# $F$ that of a large product in the same run.
+# intensity**; below $F / W$ memory is the limit. One product costs 2 D FLOPs for each pair of a
+# query and a column that it sees. The forward pass has two (s and o), so 4 D; the backward pass has
+# five (s again, dp, dq, dk, dv), so 10 D. The bytes are those of inputs and outputs, once each. The
+# times below come from [`benchmarks/gpu`](../benchmarks/gpu/README.md), and so does the roof: $W$
+# is the speed of a large copy and $F$ that of a large product in the same run.
 
 # %%
 pictures.roofline()
-
-# %% [markdown]
-# **Decoding** makes about one FLOP per byte. Nothing but reading less makes it faster, and the
-# kernel reaches about four fifths of the speed of a copy. **Training** at T around 128 is limited
-# by memory, too, and reaches about half of the roof. Two likely reasons are that a short kernel
-# spends part of its time starting and ending, and that k and v are read once for each tile of
-# queries; their shares were not measured. **Long sequences** come near the flat part of the roof
-# and stay far below it. How does PyTorch's own attention do?
-
-# %%
 pictures.times()
 
 # %% [markdown]
-# After a concatenation cuDNN is slower at both lengths where it was measured. The fairer question
-# is the first line: cuDNN without a prefix does less work, so its time is multiplied by
-# $1 + 2P / (T + 1)$, the ratio of visible pairs. Below 1 our kernels do the same work in less time.
-# They win at short lengths, where one backward kernel reads everything once, and lose from about T
-# = 512 on, where cuDNN has kernels that were written for this generation of GPUs. (The backward
-# pass has been changed since. The changed one has not been timed on a GPU.)
+# **Decoding** makes about one FLOP per byte, so only reading less can make it faster. Of the three,
+# its kernel comes nearest to the roof. **Training** at T around 128 is limited by memory, too, and
+# reaches less of the roof; **long sequences** come near the flat part of the roof and stay far
+# below it. Why was not measured.
 #
-# ### The compiler that made them wrong
-# The kernels had passed their tests in the interpreter, against fp64. On their first real GPU most
-# tests failed. The lines of the record:
-
-# %%
-record = pictures.GPU / "README.md"
-for line in record.read_text(encoding="utf-8").splitlines():
-    if line.startswith("| ptxas"):
-        name, found = (cell.strip() for cell in line.strip("| ").split("|"))
-        print(textwrap.fill(f"{name}: {found}", 80))
-
-# %% [markdown]
-# It was found in four steps.
-# 1. **Where.** NVIDIA's compute-sanitizer watches every access to memory. It named one instruction:
-#    a matrix product in the backward kernel that reads shared memory at an address where nothing
-#    is.
-# 2. **Who.** Triton translates a kernel to PTX, and NVIDIA's assembler `ptxas` translates PTX to
-#    SASS, the machine code. The PTX was right. With another version of ptxas, and nothing else
-#    changed, the tests passed.
-# 3. **How.** On this GPU a product finds its matrix through a *descriptor* of 64 bits: the low word
-#    is the address / 16, the high word a constant of the layout. PTX adds the constant to the
-#    address, as one sum of 64 bits. SASS needs two 32-bit additions, and the second must start from
-#    zero (`URZ`) and add the carry `UP0`. Old versions of ptxas start from the address again.
-# 4. **Never again.** The wrong pair can be recognized without a GPU, by reading SASS:
-
-# %%
-RIGHT = """
-UIADD3   UR4, UP0, UR8, 0x20
-UIADD3.X UR5, URZ, 0xc0000010, UP0"""
-WRONG = RIGHT.replace("URZ", "UR8")
-
-
-def starts_twice(sass: str) -> bool:
-    """Whether a sum of two words has the same register in both."""
-    low, high = (x.replace(",", "").split() for x in sass.split("\n")[1:])
-    return low[3] == high[2]
-
-
-assert starts_twice(WRONG) and not starts_twice(RIGHT)
-address = 0x4000 >> 4
-meant = address + 0x20 + (0xC0000010 << 32)
-made = address + 0x20 + (0xC0000010 + address << 32)
-print(f"descriptor meant {meant:#x}\ndescriptor made  {made:#x}")
-assert meant & 0xFFFFFFFF == made & 0xFFFFFFFF and meant >> 32 != made >> 32
-
-# %% [markdown]
-# The real check follows every register through the code
-# ([`kernels/tools/sass.py`](../kernels/tools/sass.py), `make sass`), and
-# [`kernels/assembler.py`](../kernels/assembler.py) refuses an old ptxas and takes a newer one that
-# Triton brings along. The worst part of the story is that some gradients of the prefix were wrong
-# *without any error*. So compare with a plain version in fp64, on the hardware that you use, before
-# you look at a clock.
+# After a concatenation cuDNN is slower than our kernels at both lengths where it was measured.
+# cuDNN without a prefix does less work, so the line "equal work" multiplies its time by
+# $1 + 2P / (T + 1)$, the ratio of visible pairs. Below 1 our kernels do the same work in less time:
+# they are ahead at short lengths, and behind from T = 512 on. (The backward pass has been changed
+# since. The changed one has not been timed on a GPU.)
+#
+# These times are worth something because the results are right, and at first they were not. All
+# tests had passed in the interpreter; on the first real GPU most failed, and some gradients of the
+# prefix were wrong *without any error*. The assembler `ptxas` 12.8 had put one register into both
+# halves of an address ([the record](../benchmarks/gpu/README.md)). A newer one is right, and
+# [`kernels/tools/sass.py`](../kernels/tools/sass.py) now finds that pattern in the machine code
+# without a GPU. So compare with a plain version in fp64, on the hardware that you use, before you
+# look at a clock.
 #
 # ## 8. The kernels of this repository
 # [`attention.py`](../kernels/attention.py) and [`backward.py`](../kernels/backward.py) do what the
 # code above does, and more: powers of 2 instead of e; strides, so that views of the fused qkv
-# projection go in without a copy; a bank of prefixes; rows of different lengths. You can read them
-# now: these two functions are `softmax_step`, where u is called o, and the body of `backward_head`.
+# projection go in without a copy; a bank of prefixes; rows of different lengths. Their functions
+# `softmax_step` and `tile_grads` are those of sections 3 and 5.
 
 # %%
 if HAVE_TRITON:
-    from kernels import backward
-    from kernels import tiles as shared
-
-    for function in (shared.softmax_step, backward.tile_grads):
-        print(inspect.getsource(function.fn))
     o_kernel = prefix_attention(*leaves)
     grads = torch.autograd.grad(o_kernel, leaves, do.float())
     again = torch.autograd.grad(prefix_attention(*leaves), leaves, do.float())
@@ -541,8 +510,6 @@ if HAVE_TRITON:
 
 # %% [markdown]
 # ## Common mistakes
-# > - **Padding P to a multiple of the tile with zeros** and letting the queries see them (section
-# >   4).
 # > - **`is_causal=True` after concatenation.** PyTorch aligns that mask with the first column, so
 # >   query i sees i + 1 columns of [prefix; sequence]: P too few. Version 1.3.0 of the library
 # >   adapters did this to GPT-2 and Llama when we tried it.

@@ -44,15 +44,17 @@ def tiles(visited: list[tuple[slice, slice, str]], T: int, P: int) -> None:
     show(figure, "04_tiles")
 
 
-def memory(B: int, H: int, T: int, P: int, D: int) -> None:
-    """What lies in GPU memory during a forward pass in bf16, and on the chip, to scale."""
+def memory(B: int, H: int, T: int, P: int, D: int) -> float:
+    """What lies in GPU memory during a forward pass in bf16, and on the chip, to scale.
+
+    Returns the share of the copies, scores and weights in what is written down.
+    """
     one = 2 * B * H * T * D / 1e6  # MB
     joined, scores = one * (P + T) / T, 2 * B * H * T * (P + T) / 1e6
     inputs = [("q", one, TEXT), ("k", one, TEXT), ("v", one, TEXT)]
     copies = [("[prefix; k]", joined, FAINT), ("[prefix; v]", joined, FAINT)]
     made = [("scores s", scores, OTHER), ("weights p", scores, OTHER)]
     output, prefix = ("o", one, TEXT), ("prefix", 4 * H * P * D / 1e6, PREFIX)
-    # KiB on the chip: q, k and v have 16 bits, the rest 32
     # KiB on the chip: q, k and v have 16 bits, the rest 32
     tile = [("q", 8, TEXT), ("k", 8, TEXT), ("v", 8, TEXT), ("s", 16, OTHER),
             ("u", 16, TEXT), ("m, z", 0.5, FAINT)]  # fmt: skip
@@ -75,6 +77,8 @@ def memory(B: int, H: int, T: int, P: int, D: int) -> None:
     top.set_xlabel(f"GPU memory: one layer, B {B}, H {H}, T {T}, P {P}, D {D}, bf16 (MB)")
     bottom.set_xlabel("on the chip: a tile of 64 queries and 64 columns (KiB)")
     show(figure, "04_memory")
+    extra = sum(size for _, size, _ in [*copies, *made])
+    return extra / (extra + sum(size for _, size, _ in [*inputs, output]))
 
 
 def roofline() -> None:
@@ -101,10 +105,11 @@ def roofline() -> None:
             n_bytes = 2 * H * D * (B * 2 * (S + 1) + 2 * P)  # k, v, q, o; the prefix once
             flops = 4 * D * B * H * (S + P)
             points["decoding"].append((flops / n_bytes, 1e6 * flops / float(r["us"])))
-    for name, found in points.items():
-        shares = [y / min(F, W * x) for x, y in found]
-        print(f"{name:17} {min(shares):.0%} to {max(shares):.0%} of the roof")
-        assert max(shares) < 1
+    shares = {name: [y / min(F, W * x) for x, y in found] for name, found in points.items()}
+    for name, found in shares.items():
+        print(f"{name:17} {min(found):.0%} to {max(found):.0%} of the roof")
+    assert max(shares["decoding"]) < 1
+    assert min(shares["decoding"]) > max(shares["forward"] + shares["forward+backward"])
 
     figure, axes = new(width=6.4, height=4.0)
     ends = [0.5, F / W, 1000]
