@@ -26,9 +26,9 @@ from short_training import TRAINED  # a folder of trained prefixes
 
 import minprefix
 from kernels import prefix_attention
+from minprefix import Prefix
 from minprefix.data.batches import collate, encode_examples, encode_pair
 from minprefix.data.load import load_examples
-from minprefix.prefix.prefix import Prefix
 
 MODEL = "mini"  # embedded; or gpt2, gpt2-medium, a folder
 model, tokenizer = minprefix.load(MODEL, dtype=torch.float64)

@@ -46,11 +46,8 @@ def same(name: str, actual, exact, bound: float = 2e-14) -> None:
 
 
 # %% [markdown]
-# The first two lines above matter. With `TRITON_INTERPRET=1` Triton does not compile a kernel but
-# runs it line by line in Python. It decides this when a function is decorated with `@triton.jit`,
-# and its own library is decorated while `triton` is imported. So the variable must be set *before*
-# the first import of Triton; if it is set later, the first call fails with "Cannot call
-# @triton.jit'd outside of the scope of a kernel".
+# With `TRITON_INTERPRET=1` Triton does not compile a kernel but runs it line by line in Python. The
+# variable must be set before Triton is first imported.
 #
 # ## 1. The formula, written down
 # Query $i$ sees every prefix position, and the tokens up to itself:
@@ -138,13 +135,11 @@ frames = []
 for a, b in ((0, P), (P, P + 7), (P + 7, P + 14), (P + 14, P + 21)):
     older = m_i, z_i
     u_i, z_i, m_i = softmax_step(u_i, z_i, m_i, s[None, a:b], values[a:b])
-    frames.append((f"{a - P}..{b - P - 1}" if a else "prefix", s[a:b].tolist()))
+    name = f"{a - P}..{b - P - 1}" if a else "prefix"
+    frames.append((name, s[a:b].tolist()))
     alpha = torch.exp(older[0] - m_i).item()
-    print(
-        f"after {frames[-1][0]:7} alpha {alpha:.3f}, m {m_i.item():.3f},",
-        end=" ",
-    )
-    print(f"z {z_i.item():.3f}")
+    told = f"alpha {alpha:.3f}, m {m_i.item():.3f}, z {z_i.item():.3f}"
+    print(f"after {name:7} {told}")
 assert alpha < 1 and z_i < older[1]  # in the last tile
 same("o of query 20, in four tiles", (u_i / z_i)[0], o_exact[0, 0, i])
 pictures.running_softmax(frames)
@@ -441,15 +436,12 @@ assert kept(attend_concatenated, leaves) == plain
 if HAVE_TRITON:  # the Triton kernels of this repository
     assert kept(prefix_attention, leaves) == fused
 print(f"kept here: written down {plain:,} bytes, fused {fused:,}")
+print("the 24 layers of GPT-2 medium in bf16, B 10:")
 ratios = []
 for t in (128, 1000):
-    mib = [24 * x / 2**20 for x in formulas(10, 16, t, 10, 64, 2)]
-    ratios.append(mib[0] / mib[1])
-    print(
-        f"GPT-2 medium, 24 layers, bf16, B 10, T {t:4}: {mib[0]:,.0f} MiB",
-        end="",
-    )
-    print(f" written down, {mib[1]:,.0f} MiB fused: {ratios[-1]:.0f} times")
+    plain, fused = (24 * x / 2**20 for x in formulas(10, 16, t, 10, 64, 2))
+    ratios.append(plain / fused)
+    print(f"T {t:4}: written down {plain:,.0f} MiB, fused {fused:,.0f} MiB")
 assert 5 < ratios[0] < 6 and 18 < ratios[1] < 19
 
 # %% [markdown]

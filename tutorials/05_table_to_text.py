@@ -2,7 +2,7 @@
 # # 5. Table to text: the main job, step by step
 #
 # From restaurant tables to a prefix of a few hundred kilobytes that makes a frozen model write
-# sentences about them. The whole training is a loop of 15 lines, and it stands here in full.
+# sentences about them. The whole training is a loop of 15 lines, and it is shown in full.
 #
 # **What you will learn.** Which tokens the loss sees. How to train a prefix, and why its first
 # steps are the dangerous ones. How to read what comes out, down to the facts that are missing or
@@ -11,7 +11,7 @@
 # **What to know first.** 02_equation_3 and 03_discrete_to_continuous. The letters are those of
 # [the table in tutorial 01](01_gpt2_from_scratch.py).
 #
-# **Running time.** About a minute and a half on two CPU cores.
+# **Running time.** About a minute on two CPU cores.
 #
 # **Sources.** Li & Liang 2021, <https://arxiv.org/abs/2101.00190> (eq. (2), sections 4.3, 5 to
 # 7); the E2E challenge, <https://github.com/tuetschek/e2e-metrics>.
@@ -22,14 +22,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import figure  # tutorials/figure.py: all that only draws
 import short_training
 import torch
-import torch.nn.functional as F
-from figure import FAINT, OTHER, PREFIX, TEXT, new, show
 from short_training import TRAINED, for_training, loss_on
 
 import minprefix
-from benchmarks.paper.results import pick, read_rows
 from minprefix import Prefix
 from minprefix.cli.report import format_rows
 from minprefix.data.batches import BatchOrder, collate, encode_examples
@@ -39,7 +37,7 @@ from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
 
 model, tokenizer = minprefix.load("mini")
-frozen = for_training(model)  # nothing of the model is trained
+frozen = for_training(model)  # for the training: in bf16 if this CPU has it
 
 # %% [markdown]
 # ## 1. A table and its texts
@@ -65,36 +63,29 @@ assert not names[0] & names[1]  # a test name was never seen: copy it
 # %% [markdown]
 # ## 2. What the loss sees
 #
-# A row is `source, bos, target, eos`. The model predicts every next token, but equation (2) sums
-# only over the target's tokens and the eos, $i \in Y$:
+# A row is `source, bos, target, eos`, where bos and eos are GPT-2's one special token. The model
+# predicts every next token, but equation (2) sums only over the target's tokens and the eos,
+# $i \in Y$ (02_equation_3 computes it):
 #
 # $$\ell = -\frac{1}{|Y|} \sum_{i \in Y} \log p(z_i \mid h_{<i}).$$
 #
-# The source is always given, so nothing has to be learned about how tables look.
+# The source is always given, so nothing has to be learned about how tables look. `labels[t]` is the
+# token that has to be predicted where token t is read; -100 means no loss. The padding after the
+# shorter rows of a batch has this label, too.
 #
 # **Predict.** The bos is an input. Is there a loss where it is *read*, or where it would have to
 # be *predicted*?
 
 # %%
-row = encode_examples(tokenizer, [example])[0]
-batch = collate([row], tokenizer.eos_id)
-print("  reads           must predict")
-for t in range(row.prompt_len - 4, row.prompt_len + 3):
-    seen, label = batch.input_ids[0, t].item(), batch.labels[0, t].item()
-    said = "-, no loss" if label == -100 else repr(tokenizer.decode([label]))
-    word = "bos" if seen == tokenizer.bos_id else repr(tokenizer.decode([seen]))
-    print(f"  {word:15} {said}")
-n = len(row.ids) - row.prompt_len
-print(f"{len(row.ids)} tokens, {n} of them with a loss")
-
-with torch.no_grad():
-    log_p = model(batch.input_ids)[0].log_softmax(-1)  # (T, V)
-    targets = range(row.prompt_len, len(row.ids))
-    loop = sum(-log_p[i - 1, row.ids[i]] for i in targets) / n
-    matrix = F.nll_loss(log_p, batch.labels[0], ignore_index=-100)
-    library = model.token_losses(batch.input_ids, batch.labels).mean()
-print(f"{loop:.4f} (loop), {matrix:.4f} (matrix), {library:.4f} (library)")
-assert abs(loop - matrix) < 1e-4 and abs(matrix - library) < 1e-4  # fp32
+rows = encode_examples(tokenizer, [example])  # one for each reference text
+batch = collate(rows, tokenizer.eos_id)
+for row, labels in zip(rows, batch.labels.tolist(), strict=True):
+    n, padding = len(row.ids) - row.prompt_len, len(labels) + 1 - len(row.ids)
+    print(f"source {row.prompt_len - 1} tokens, bos,", end=" ")
+    print(f"target with eos {n}, padding {padding}")
+    bos = row.prompt_len - 1  # its position
+    wanted = row.ids[row.prompt_len :]  # the target and the eos
+    assert labels == [-100] * bos + wanted + [-100] * padding
 
 # %% [markdown]
 # **Answer.** Where it is read: there the first word of the target has to be predicted. The last
@@ -102,10 +93,11 @@ assert abs(loop - matrix) < 1e-4 and abs(matrix - library) < 1e-4  # fp32
 #
 # ## 3. The loop
 #
-# This is all of it. Nothing in it is special to prefix-tuning but one line: `weights` are the
-# prefix's. (Without a prefix they are the model's, and the same loop is fine-tuning. 06_low_data
-# uses this.) `batch.beside()` is what a model reads beside the target; for BART this is the
-# source.
+# This is all of it. Only two lines are special to prefix-tuning: `weights` are the prefix's, and
+# `told` hands the prefix to the model. (Without a prefix the weights are the model's, and the same
+# loop is fine-tuning. 06_low_data uses this.) `BatchOrder` shuffles the rows and puts rows of like
+# length together, so that little is padded. `batch.beside()` is what else the model must be told
+# about the batch; for BART this is the source.
 
 
 # %%
@@ -119,6 +111,7 @@ def train(model, tokenizer, examples, prefix=None, *, steps, lr, warmup):
     weights = list((model if prefix is None else prefix).parameters())
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
     for step in range(steps):
+        # the rate rises during the warm-up, then falls to 0
         share = min((step + 1) / warmup, (steps - step) / (steps - warmup))
         optimizer.param_groups[0]["lr"] = lr * share
         batch = collate([rows[i] for i in order.batch(step)], tokenizer.eos_id)
@@ -131,6 +124,7 @@ def train(model, tokenizer, examples, prefix=None, *, steps, lr, warmup):
         yield loss.item()
 
 
+# the other tutorials import this same loop
 assert inspect.getsource(train) == inspect.getsource(short_training.train)
 
 # %% [markdown]
@@ -173,118 +167,99 @@ def first_step(prefix):
     return points
 
 
-steps = {}
-for name, config in STARTS.items():
-    steps[name] = first_step(make_prefix(model, tokenizer, config, seed=0))
-    print(f"{name}: loss at the start {steps[name][0][1]:.2f}")
-    for rate, (moved, loss) in zip(RATES, steps[name][1:], strict=True):
+colours = (figure.PREFIX, figure.FAINT, figure.PALE)
+after, curves = {}, {}
+for (name, config), colour in zip(STARTS.items(), colours, strict=True):
+    points = first_step(make_prefix(model, tokenizer, config, seed=0))
+    print(f"{name}: loss at the start {points[0][1]:.2f}")
+    for rate, (moved, loss) in zip(RATES, points[1:], strict=True):
         print(f"  rate {rate:.0e}: table moves {moved:7.2%}, loss {loss:5.2f}")
-after = {n: dict(zip((0, *RATES), x, strict=True)) for n, x in steps.items()}
-assert after["words"][1e-3][1] > after["words"][0][1] + 2  # thrown away
+    after[name] = dict(zip((0, *RATES), points, strict=True))
+    losses = [loss for _, loss in points[1:]]
+    curves[f"{name}, at first {points[0][1]:.1f}"] = RATES, losses, colour, "o-"
+figure.lines(
+    "05_first_step", curves, xscale="log",
+    xlabel="learning rate of the one step (no unit)",
+    ylabel="dev loss after it (nats per target token)",
+)  # fmt: skip
+moved, loss = after["words"][1e-3]
+assert moved > 0.3 and loss > after["random"][0][1] + 2  # thrown away
 assert after["words"][1e-4][1] < after["words"][0][1]  # a safe first step
 assert after["random"][1e-3][1] < after["random"][0][1]
-assert after["words"][1e-3][0] > 50 * after["words, no MLP"][1e-3][0]
-
-# %%
-figure, ax = new(width=5.6)
-colours = (PREFIX, FAINT, OTHER)
-for (name, points), colour in zip(steps.items(), colours, strict=True):
-    ends = [loss for _, loss in points[1:]]
-    ax.plot(RATES, ends, "o-", color=colour, label=name)
-    ax.axhline(points[0][1], color=colour, lw=1, ls=":")
-ax.set(xscale="log", xlabel="learning rate of the one step (no unit)")
-ax.set(ylabel="dev loss after it (nats per target token)")
-ax.legend(frameon=False, title="start (dotted: its loss)")
-show(figure, "05_first_step")
+assert moved > 50 * after["words, no MLP"][1e-3][0]
 
 # %% [markdown]
-# **Answer.** The good one. At a rate of 1e-3, a usual one for this model, the first step moves
-# the table that began as words by a third of its size, and the loss rises far above that of the
-# random start: the words are gone. The random start has nothing to lose, and gets better by the
-# same step.
+# **Answer.** The good one. At a rate of 1e-3, a usual one for this model, the first step moves the
+# table that began as words by a third of its size, and the loss rises far above that of the random
+# start: the words are gone. The random start has nothing to lose, and gets better by the same step.
 #
-# The MLP is the reason why the table moves so far. Each of its entries is a sum over 512 hidden
-# numbers, and all of their weights move together. Without the MLP an entry moves by the rate
-# itself, so a table alone bears rates a hundred times as high (07_many_users trains one at 0.1).
+# The MLP is the reason why the table moves so far. Each of its entries is a sum over the MLP's 512
+# hidden numbers (`mid_dim`), and all of their weights move together. Without the MLP an entry moves
+# by the rate itself, so a table alone bears a far higher rate: 03_discrete_to_continuous trains one
+# at 0.06, 07_many_users at 0.1. Neither shows that one of the two ways is better in the end. The
+# paper and the command line train with the MLP.
 #
 # The cure is a *warm-up*: the rate begins near 0 and reaches its full size after some dozens of
-# steps, when Adam has averaged over many gradients and its steps no longer all point the same
-# way. The trainer's default is 30 steps or more. Five runs on the same rows show what it does,
-# and what a lower rate does:
+# steps. Below is the recipe, which starts from words at half that rate with a warm-up of 30 steps,
+# and two runs that differ from it in one thing each:
 
 # %%
 STEPS, WARM = 60, 30
 RUNS = {
-    "words, 1e-3": ("words", 1e-3, 1, TEXT),
-    "words, 1e-3, warm-up": ("words", 1e-3, WARM, OTHER),
-    "words, 5e-4": ("words", 5e-4, 1, "#7a4b1e"),
-    "words, 5e-4, warm-up": ("words", 5e-4, WARM, PREFIX),
-    "random, 5e-4, warm-up": ("random", 5e-4, WARM, FAINT),
+    "the recipe": ("words", WARM, figure.PREFIX, "-"),
+    "no warm-up": ("words", 1, figure.PREFIX, ":"),
+    "random start": ("random", WARM, figure.FAINT, "-"),
 }
-BEST = "words, 5e-4, warm-up"
-prefixes, losses, ends = {}, {}, {}
-for name, (start, lr, warmup, _) in RUNS.items():
+prefixes, losses, ends, highest, curves = {}, {}, {}, {}, {}
+for name, (start, warmup, colour, style) in RUNS.items():
     prefix = make_prefix(model, tokenizer, STARTS[start], seed=0)
-    settings = {"steps": STEPS, "lr": lr, "warmup": warmup}
+    settings = {"steps": STEPS, "lr": 5e-4, "warmup": warmup}
     losses[name] = list(train(frozen, tokenizer, train_set, prefix, **settings))
     ends[name] = loss_on(frozen, tokenizer, dev, prefix)
-    prefixes[name] = prefix
-    highest = max(losses[name][:WARM])
-    print(f"{name:22} dev loss {ends[name]:.2f}, before up to {highest:.1f}")
-assert ends["words, 1e-3, warm-up"] < ends["words, 1e-3"] - 0.2
-assert max(ends["words, 5e-4"], ends[BEST]) < ends["words, 1e-3"] - 0.2
-assert ends[BEST] < ends["random, 5e-4, warm-up"] - 0.5
-assert max(losses[BEST][:WARM]) < max(losses["words, 5e-4"][:WARM]) - 0.5
-
-# %%
-figure, ax = new(width=6.4)
-for name, (*_, colour) in RUNS.items():
-    ax.plot(range(1, STEPS + 1), losses[name], color=colour, label=name)
-ax.axvline(WARM, color=FAINT, lw=1, ls=":")
-ax.set(xlabel="step of 8 rows (dotted: end of the warm-up)")
-ax.set(ylabel="training loss (nats per target token)")
-ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-show(figure, "05_choices")
+    prefixes[name], highest[name] = prefix, max(losses[name][:WARM])
+    curves[name] = range(1, STEPS + 1), losses[name], colour, style
+    print(f"{name:12} dev loss {ends[name]:.2f},", end=" ")
+    print(f"training loss at first up to {highest[name]:.1f}")
+assert highest["the recipe"] < highest["no warm-up"] - 0.5
+assert ends["the recipe"] < ends["random start"] - 0.5
+figure.lines(
+    "05_choices", curves, xlabel="step of 8 rows",
+    ylabel="training loss (nats per target token)",
+)  # fmt: skip
 
 # %% [markdown]
-# At 1e-3 without a warm-up the words are lost in the first three steps, and after 60 steps the
-# run is no better than the random start. With a warm-up the words survive longer, but this rate
-# is too high for steps of 8 rows: the loss jumps again at step 40. At half the rate the run
-# recovers either way, and the warm-up makes the early climb lower. The random start, by the same
-# recipe, is far behind. (With all of E2E the start makes no difference in the end: 06_low_data.)
+# Without a warm-up the training loss climbs higher in the first steps. At this rate the run
+# recovers, and single runs do not say which of the two ends better; section 5 goes on with the
+# recipe. The random start is far behind after so few steps (06_low_data compares starts with more
+# of them).
 #
-# So the recipe is: start from words, with a warm-up of some dozens of steps, so that the first of
-# them move the table by a few percent only. The command line then takes 5e-4 for few pairs, and
-# 1e-3 for many, where steps of 16 rows and longer runs profit from it.
+# **Which settings for your own data?** The command line chooses by the number of pairs; the rule,
+# and what it was compared with, are in [the guide](../docs/guides/your_data.md). For `mini` it
+# takes a rate of 5e-4 up to 500 pairs and 1e-3 above. P, the prefix length, is 10 unless you say
+# otherwise: the paper found the best P to be 10 for tables and 200 for summaries (its Figure 4).
+# With `mini` there are two runs for each length
+# ([figure4-mini.csv](../benchmarks/paper/figure4-mini.csv)), too few for an order. The longer the
+# prefix, the fewer positions are left for the text.
 #
-# The third choice is the prefix length P: a prefix has $2 L P C$ numbers. What it is worth cannot
-# be seen in 60 steps, so here are runs of 500 on E2E, two for each length, read from a CSV of
-# this repository:
-
-# %%
-ROOT = Path(minprefix.__file__).parents[1]
-rows = read_rows(ROOT / "benchmarks" / "paper" / "figure4-mini.csv")
-spans = {}
-for length in ("1", "5", "10", "20", "40"):
-    found = pick(rows, x=length)
-    spans[length] = [float(row["BLEU"]) for row in found]
-    numbers = int(found[0]["kept"])
-    low, high = min(spans[length]), max(spans[length])
-    print(f"P {length:>2}: {numbers:7,} numbers, BLEU {low:.1f} and {high:.1f}")
-assert min(spans["40"]) > max(max(spans[n]) for n in ("5", "10", "20"))
-assert max(spans["1"]) - min(spans["1"]) > 20
-
-# %% [markdown]
-# P = 1 can work and can fail. From 5 to 20, two runs show no order. 40 is best here; for a larger
-# model, the paper's best is 10. P = 10 is a fair start.
+# ## 5. Texts, and the facts in them
 #
-# ## 5. Texts
+# A fluent text can still be wrong. A fact is *missing* if the text does not state a value of its
+# table. It is *invented* if the text states a value that the table does not have, among all
+# values that the field takes in the training tables. `facts` looks for each value word for word.
+# For `family friendly`, which is yes or no, it knows patterns of what people say, such as "kids are
+# welcome" or "adults only".
+#
+# BLEU, the usual score, does not see this. It is the share of a text's runs of one to four words
+# that also stand in a reference (a mean of four shares, from 0 to 100, lowered for texts that are
+# too short), so one wrong word costs little, whatever it means.
 #
 # **Predict.** What does a prefix get wrong after 60 steps: the grammar, the names or the facts?
+# Which field will it get wrong most: name, type, food, price, customer rating, area, family
+# friendly or near?
 
 # %%
-short = prefixes[BEST].export()  # the table alone, without the MLP
-short.linearisation = "paper"  # the frame of section 2: `generate` adds the bos
+short = prefixes["the recipe"].export()  # the table alone, without the MLP
+short.linearisation = "paper"  # how a table is framed: `generate` adds the bos
 some = test[:16]
 sources = [e.source for e in some]
 written = minprefix.generate(
@@ -292,42 +267,6 @@ written = minprefix.generate(
 )
 for e, text in list(zip(some, written, strict=True))[:3]:
     print(f"{e.source}\n  {text.strip()}\n")
-
-# %% [markdown]
-# **Answer.** Mostly the facts. The sentences have the form of the references, but half of the
-# values are missing, and some of what they say makes no sense. Here is one that was trained to
-# the end: 2,500 steps of 32 rows on E2E's own tables, by `python -m docs.train_prefixes`. E2E's
-# data is not part of this repository, so its tables here are invented, with E2E's fields and
-# values. Each is asked twice, with `family friendly` once yes and once no.
-
-# %%
-TABLES = (
-    "name : The Blue Heron | type : pub | food : Italian | price : cheap | "
-    "area : riverside | family friendly : {} | near : Burger King",
-    "name : Casa Alma | type : restaurant | food : French | price : high | "
-    "area : city centre | family friendly : {}",
-    "name : The Idle Fox | type : coffee shop | food : Japanese | "
-    "customer rating : high | family friendly : {} | near : Café Sicilia",
-    "name : Basil Loft | type : pub | price : moderate | family friendly : {}",
-    "name : Hollis & Ashby | type : restaurant | food : Indian | "
-    "customer rating : average | family friendly : {} | near : The Bakers",
-    "name : The Silver Orchard | type : coffee shop | food : English | "
-    "area : riverside | family friendly : {}",
-)
-trained = Prefix.load(TRAINED / "e2e-P10.safetensors")
-asked = [table.format(value) for table in TABLES for value in ("yes", "no")]
-answers = minprefix.generate(model, tokenizer, asked, prefix=trained)
-for source, text in zip(asked[:6], answers, strict=False):
-    print(f"{source}\n  {text.strip()}\n")
-
-# %% [markdown]
-# ## 6. Facts that are missing or invented
-#
-# A fluent text can still be wrong. A fact is *missing* if the text does not state a value of its
-# table. It is *invented* if the text states a value that the table does not have, among all
-# values that the field takes in the training tables.
-#
-# **Predict.** Which of the eight fields will the 60 steps get wrong most?
 
 # %%
 known = known_values(train_set)
@@ -343,27 +282,29 @@ for field in known:
     rows.append(row | {"share missing": missing / n, "invented": invented})
 rows.sort(key=lambda row: row["share missing"])
 print(format_rows(rows))
-human = [facts(e.targets[0], e.table, known) for e in some]
-n_missing, n_wrong = (
-    sum(len(getattr(f, x)) for f in human) for x in ("missing", "wrong")
+n_facts, n_missing = (
+    sum(row[x] for row in rows) for x in ("in tables", "missing")
 )
-print(f"in the first references: {n_missing} missing, {n_wrong} invented")
+human = [facts(e.targets[0], e.table, known) for e in some]
+wrong_by_human = sum(len(one.missing) + len(one.wrong) for one in human)
+print(f"{n_missing} of {n_facts} facts are missing,", end=" ")
+print(f"in the first references {wrong_by_human} missing or invented")
 friendly = next(row for row in rows if row["field"] == "family friendly")
 assert friendly["missing"] == friendly["in tables"]  # not once
+assert 0.3 < n_missing / n_facts < 0.7 and wrong_by_human == 0
 
 # %% [markdown]
-# **Answer.** The references state every fact and nothing else, so the count itself makes few
-# errors. The prefix leaves out `family friendly` *every time*. Why this field?
+# **Answer.** Mostly the facts. The sentences have the form of the references, but about half of the
+# values are missing. The count itself can be trusted: it finds no fault in the first references.
+# The prefix leaves out `family friendly` *every time*. Why this field?
 #
-# All other values can be copied: "Thai" is said as "Thai", and a frozen model can copy a little
-# even before any training. But "family friendly : no" is said as "adults only" or "children are
-# not welcome". This translation has to be learned. Whether it has been can be measured: exchange
-# one value in the table, and see by how much the loss of the reference rises. Where it does not
-# rise, the value is not read.
+# All other values can be copied: "Thai" is said as "Thai". But "family friendly : no" is said as
+# "adults only" or "children are not welcome". This translation has to be learned. Whether it has
+# been can be measured: exchange one value in the table, and see by how much the loss of the
+# reference rises. Where it does not rise, the value is not read.
+
 
 # %%
-
-
 def effect(field: str, prefix) -> float:
     """Rise of the loss when the table has another value of the field."""
     right = [e for e in test if field in dict(e.table)]
@@ -391,9 +332,33 @@ assert effects["60 steps", "food"] > 5 * small
 
 # %% [markdown]
 # A wrong `food` costs the prefix of 60 steps a lot, a wrong `family friendly` next to nothing: it
-# does not read that value yet. With the prefix that was trained to the end, the same model does:
+# does not read that value yet. (The model without a prefix reads `food` a little: it can copy.)
+#
+# Here is a prefix that was trained to the end: 2,500 steps of 32 rows on E2E's own tables, by
+# `python -m docs.train_prefixes`. E2E's data is not part of this repository, so the tables here are
+# invented, with E2E's fields and values. Each is asked twice, with `family friendly` once yes and
+# once no. Look for this field in the texts.
 
 # %%
+TABLES = (
+    "name : The Blue Heron | type : pub | food : Italian | price : cheap | "
+    "area : riverside | family friendly : {} | near : Burger King",
+    "name : Casa Alma | type : restaurant | food : French | price : high | "
+    "area : city centre | family friendly : {}",
+    "name : The Idle Fox | type : coffee shop | food : Japanese | "
+    "customer rating : high | family friendly : {} | near : Café Sicilia",
+    "name : Basil Loft | type : pub | price : moderate | family friendly : {}",
+    "name : Hollis & Ashby | type : restaurant | food : Indian | "
+    "customer rating : average | family friendly : {} | near : The Bakers",
+    "name : The Silver Orchard | type : coffee shop | food : English | "
+    "area : riverside | family friendly : {}",
+)
+trained = Prefix.load(TRAINED / "e2e-P10.safetensors")
+asked = [table.format(value) for table in TABLES for value in ("yes", "no")]
+answers = minprefix.generate(model, tokenizer, asked, prefix=trained)
+for source, text in zip(asked[:6], answers, strict=False):
+    print(f"{source}\n  {text.strip()}\n")
+
 stated = {"right": 0, "not said": 0, "wrong": 0}
 for source, text in zip(asked, answers, strict=True):
     table = tuple(tuple(pair.split(" : ")) for pair in source.split(" | "))
@@ -405,11 +370,11 @@ print(f"family friendly in {len(asked)} texts of the trained prefix: {stated}")
 assert stated["right"] > max(len(asked) / 2, 4 * stated["wrong"])
 
 # %% [markdown]
-# Missing facts stay the main fault of a prefix for a model as small as this. Beam search
-# (`num_beams=5`) repairs some: [copying.csv](../benchmarks/copying.csv) has the counts. BLEU
-# hardly sees such faults, so count facts beside it.
+# The same model with the prefix that was trained to the end states the field in most texts. Missing
+# facts stay the main fault of a prefix for a model as small as this. Beam search (`num_beams=5`)
+# repairs some: [copying.csv](../benchmarks/copying.csv) has the counts.
 #
-# ## 7. The file
+# ## 6. The file
 #
 # What is shipped is one table, $(L, 2, H, P, D)$, and the fingerprint of the model that it
 # belongs to. A prefix means nothing to another model: its keys fit the queries that it was
@@ -421,12 +386,9 @@ with tempfile.TemporaryDirectory() as folder:
     short.save(path)
     again, size = Prefix.load(path), path.stat().st_size
 assert torch.equal(again.table(), short.table())
-n_model = sum(p.numel() for p in model.parameters())
-n_trained = sum(p.numel() for p in prefixes[BEST].parameters())
-print(f"trained, with the MLP: {n_trained:10,} numbers")
-table = short.table()
-print(f"kept: {table.numel():,} numbers, a table {tuple(table.shape)}")
-print(f"file {size / 1024:.0f} KiB, the model {4 * n_model / 2**20:.0f} MiB")
+n_trained = sum(p.numel() for p in prefixes["the recipe"].parameters())
+print(f"trained, with the MLP: {n_trained:,} numbers")
+print(f"kept: {short.table().numel():,} numbers, {size / 1024:.0f} KiB")
 
 other = minprefix.GPT2(model.config).init_weights(seed=0)
 try:
@@ -440,15 +402,15 @@ except ValueError as error:
 # > - **No warm-up.** The loss falls in the end, only later and less far, and nobody sees that the
 # >   start was thrown away in the first steps (section 4).
 # > - **Labels that are shifted twice, or not at all.** Here `labels[t]` is the token after
-# >   `input_ids[t]`. Check one row by eye, as in section 2.
-# > - **Another frame in use than in training:** a missing bos, or a blank more at the end of the
+# >   `input_ids[t]`. Check one row by eye.
+# > - **Another frame in use than in training:** a missing bos, or an extra blank at the end of the
 # >   table. The authors' code trains with a blank that it strips when it writes. No error is
 # >   raised; the texts are only worse.
 # > - **The MLP in the file.** The authors' checkpoints hold it, at a hundred times the size.
 # >   `export` keeps the table.
 # > - **A prefix for other tables than it was trained on.** E2E has three types of places. Ask its
 # >   prefix about a bistro, and read what comes.
-# > - **BLEU alone.** It hardly sees that one fact is missing every time.
+# > - **BLEU alone.** It hardly sees that one fact is missing every time. Count facts beside it.
 #
 # ## Recap
 #
@@ -463,7 +425,7 @@ except ValueError as error:
 # ## Exercises
 #
 # 1. *Easy.* How would the loss of a row divide between source and target if all tokens had one?
-#    Why does that matter for a prefix? *Hint:* `log_p` of section 2 has it.
+#    Why does that matter for a prefix? *Hint:* take $\log p$ of every next token.
 # 2. *Easy.* Use a prefix with another `position_offset` than it was trained with. Do the logits
 #    change? *Hint:* `Prefix.from_table(table, position_offset)`.
 # 3. *Medium.* Round the table to bf16, half of the file. By how much do the logits change?

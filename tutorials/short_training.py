@@ -25,6 +25,7 @@ def train(model, tokenizer, examples, prefix=None, *, steps, lr, warmup):
     weights = list((model if prefix is None else prefix).parameters())
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
     for step in range(steps):
+        # the rate rises during the warm-up, then falls to 0
         share = min((step + 1) / warmup, (steps - step) / (steps - warmup))
         optimizer.param_groups[0]["lr"] = lr * share
         batch = collate([rows[i] for i in order.batch(step)], tokenizer.eos_id)
