@@ -11,8 +11,8 @@
 # **What to know first.** 01_gpt2_from_scratch (keys and values, and its
 # [table of letters](01_gpt2_from_scratch.py)) and 02_equation_3.
 #
-# **Running time.** About a minute on two CPU cores; one search and four short trainings are most
-# of it. With `MODEL = "gpt2"` section 5 takes much longer.
+# **Running time.** A good minute on two CPU cores; one search and four short trainings are most of
+# it. With `MODEL = "gpt2"` section 5 takes much longer.
 #
 # **Sources.** Li & Liang 2021, <https://arxiv.org/abs/2101.00190> (sections 4 and 7.2); Zou et al.
 # 2023, <https://arxiv.org/abs/2307.15043> (the search of section 5).
@@ -278,16 +278,19 @@ if MODEL == "mini":
     assert learned < searched - 1
     assert abs(searched - hand) < 0.3
     assert ends["prefix by MLP, 4e-3"] > hand + 1
+    after_ten = {name: losses[1] for name, (_, losses, *_) in curves.items()}
+    assert after_ten["prefix by MLP, 1e-3"] > hand + 1
+    assert after_ten["prefix, table, 6e-2"] < hand - 0.5
 
 # %% [markdown]
-# **Answer.** At a rate that suits it the prefix is ahead of the embeddings, with the MLP and
-# without it. Which of these two is better, single runs that end close together cannot say.
+# **Answer.** At a rate of its own the prefix ends ahead of the embeddings, with the MLP and without
+# it. Which of these two is better, single runs that end close together cannot say.
 #
-# But the MLP at four times its rate ends *worse than the words that it began with*. The MLP is the
-# cause, not the table: all its weights move together, so the table moves much farther than the rate
-# says (05_table_to_text measures how far). A table without an MLP bears sixty times the MLP's rate,
-# as embeddings do. So a short trial in which the prefix loses says first of all something about its
-# learning rate.
+# But the MLP at four times its rate ends *worse than the words that it began with*, and even at
+# 1e-3 it loses the words at first. The MLP is the cause, not the table: all its weights move
+# together, so the table moves much farther than the rate says (05_table_to_text measures how far).
+# A table without an MLP bears sixty times the MLP's rate, as embeddings do. So a short trial in
+# which the prefix loses says first of all something about its learning rate.
 #
 # The search hardly improves on the words. It cannot take small steps along a gradient: it must try
 # whole tokens, and this effort pays for a handful of its steps.

@@ -6,7 +6,7 @@
 #
 # **What you will learn.** Which tokens the loss sees. How to train a prefix, and why its first
 # steps are the dangerous ones. How to read what comes out, down to the facts that are missing or
-# invented, and to find out why one fact is missing every time. What the file holds.
+# invented, and to find out why one fact is nearly always missing. What the file holds.
 #
 # **What to know first.** 02_equation_3 and 03_discrete_to_continuous. The letters are those of
 # [the table in tutorial 01](01_gpt2_from_scratch.py).
@@ -199,39 +199,42 @@ assert moved > 50 * after["words, no MLP"][1e-3][0]
 # at 0.06, 07_many_users at 0.1. Neither shows that one of the two ways is better in the end. The
 # paper and the command line train with the MLP.
 #
-# The cure is a *warm-up*: the rate begins near 0 and reaches its full size after some dozens of
-# steps. Below is the recipe, which starts from words at half that rate with a warm-up of 30 steps,
-# and two runs that differ from it in one thing each:
+# Two cures are a lower rate and a *warm-up*: the rate begins near 0 and reaches its full size after
+# some dozens of steps. Here are runs from words at 1e-3, without and with a warm-up of 30 steps,
+# and at half that rate. The last run begins with random numbers.
 
 # %%
 STEPS, WARM = 60, 30
+RECIPE = "words, 5e-4, warm-up"
 RUNS = {
-    "the recipe": ("words", WARM, figure.PREFIX, "-"),
-    "no warm-up": ("words", 1, figure.PREFIX, ":"),
-    "random start": ("random", WARM, figure.FAINT, "-"),
+    "words, 1e-3": ("words", 1e-3, 1, figure.TEXT, ":"),
+    "words, 1e-3, warm-up": ("words", 1e-3, WARM, figure.TEXT, "-"),
+    RECIPE: ("words", 5e-4, WARM, figure.PREFIX, "-"),
+    "random, 5e-4, warm-up": ("random", 5e-4, WARM, figure.FAINT, "-"),
 }
-prefixes, losses, ends, highest, curves = {}, {}, {}, {}, {}
-for name, (start, warmup, colour, style) in RUNS.items():
+prefixes, ends, curves = {}, {}, {}
+for name, (start, lr, warmup, colour, style) in RUNS.items():
     prefix = make_prefix(model, tokenizer, STARTS[start], seed=0)
-    settings = {"steps": STEPS, "lr": 5e-4, "warmup": warmup}
-    losses[name] = list(train(frozen, tokenizer, train_set, prefix, **settings))
-    ends[name] = loss_on(frozen, tokenizer, dev, prefix)
-    prefixes[name], highest[name] = prefix, max(losses[name][:WARM])
-    curves[name] = range(1, STEPS + 1), losses[name], colour, style
-    print(f"{name:12} dev loss {ends[name]:.2f},", end=" ")
-    print(f"training loss at first up to {highest[name]:.1f}")
-assert highest["the recipe"] < highest["no warm-up"] - 0.5
-assert ends["the recipe"] < ends["random start"] - 0.5
+    settings = {"steps": STEPS, "lr": lr, "warmup": warmup}
+    losses = list(train(frozen, tokenizer, train_set, prefix, **settings))
+    prefixes[name], ends[name] = prefix, loss_on(frozen, tokenizer, dev, prefix)
+    curves[name] = range(1, STEPS + 1), losses, colour, style
+    print(f"{name:21} dev loss {ends[name]:.2f}")
+assert ends["words, 1e-3, warm-up"] < ends["words, 1e-3"] - 0.2
+assert (
+    ends[RECIPE] < min(ends["words, 1e-3"], ends["random, 5e-4, warm-up"]) - 0.5
+)
 figure.lines(
     "05_choices", curves, xlabel="step of 8 rows",
     ylabel="training loss (nats per target token)",
 )  # fmt: skip
 
 # %% [markdown]
-# Without a warm-up the training loss climbs higher in the first steps. At this rate the run
-# recovers, and single runs do not say which of the two ends better; section 5 goes on with the
-# recipe. The random start is far behind after so few steps (06_low_data compares starts with more
-# of them).
+# At 1e-3 without a warm-up the words are lost in the first steps, and 60 steps do not make up for
+# it. The warm-up helps, and so does half the rate. Whether half the rate still needs the warm-up is
+# not shown: a single run without it ended at about the same loss ([the log](../docs/log.md), under
+# "what the tutorials' experiments had hidden"). The random start is far behind after so few steps
+# (06_low_data compares starts with more of them).
 #
 # **Which settings for your own data?** The command line chooses by the number of pairs; the rule,
 # and what it was compared with, are in [the guide](../docs/guides/your_data.md). For `mini` it
@@ -258,7 +261,7 @@ figure.lines(
 # friendly or near?
 
 # %%
-short = prefixes["the recipe"].export()  # the table alone, without the MLP
+short = prefixes[RECIPE].export()  # the table alone, without the MLP
 short.linearisation = "paper"  # how a table is framed: `generate` adds the bos
 some = test[:16]
 sources = [e.source for e in some]
@@ -290,13 +293,14 @@ wrong_by_human = sum(len(one.missing) + len(one.wrong) for one in human)
 print(f"{n_missing} of {n_facts} facts are missing,", end=" ")
 print(f"in the first references {wrong_by_human} missing or invented")
 friendly = next(row for row in rows if row["field"] == "family friendly")
-assert friendly["missing"] == friendly["in tables"]  # not once
-assert 0.3 < n_missing / n_facts < 0.7 and wrong_by_human == 0
+assert friendly is rows[-1]  # the largest share
+assert friendly["missing"] > 0.8 * friendly["in tables"]
+assert 0.3 < n_missing / n_facts < 0.7 and wrong_by_human < 0.05 * n_facts
 
 # %% [markdown]
 # **Answer.** Mostly the facts. The sentences have the form of the references, but about half of the
-# values are missing. The count itself can be trusted: it finds no fault in the first references.
-# The prefix leaves out `family friendly` *every time*. Why this field?
+# values are missing. The count finds few faults in the first references, so it can be trusted. The
+# prefix hardly ever states `family friendly`. Why this field?
 #
 # All other values can be copied: "Thai" is said as "Thai". But "family friendly : no" is said as
 # "adults only" or "children are not welcome". This translation has to be learned. Whether it has
@@ -386,7 +390,7 @@ with tempfile.TemporaryDirectory() as folder:
     short.save(path)
     again, size = Prefix.load(path), path.stat().st_size
 assert torch.equal(again.table(), short.table())
-n_trained = sum(p.numel() for p in prefixes["the recipe"].parameters())
+n_trained = sum(p.numel() for p in prefixes[RECIPE].parameters())
 print(f"trained, with the MLP: {n_trained:,} numbers")
 print(f"kept: {short.table().numel():,} numbers, {size / 1024:.0f} KiB")
 
@@ -399,8 +403,8 @@ except ValueError as error:
 
 # %% [markdown]
 # ## Common mistakes
-# > - **No warm-up.** The loss falls in the end, only later and less far, and nobody sees that the
-# >   start was thrown away in the first steps (section 4).
+# > - **First steps that are too large.** The loss falls in the end, only later and less far, and
+# >   nobody sees that the start was thrown away (section 4).
 # > - **Labels that are shifted twice, or not at all.** Here `labels[t]` is the token after
 # >   `input_ids[t]`. Check one row by eye.
 # > - **Another frame in use than in training:** a missing bos, or an extra blank at the end of the
@@ -410,14 +414,14 @@ except ValueError as error:
 # >   `export` keeps the table.
 # > - **A prefix for other tables than it was trained on.** E2E has three types of places. Ask its
 # >   prefix about a bistro, and read what comes.
-# > - **BLEU alone.** It hardly sees that one fact is missing every time. Count facts beside it.
+# > - **BLEU alone.** It hardly sees that one fact is nearly always missing. Count facts beside it.
 #
 # ## Recap
 #
 # - A row is `source, bos, target, eos`; the loss is on the target and the eos alone.
 # - Trained: an MLP and the P embeddings that it reads. Shipped: the table that they make.
-# - The first steps at full rate move the table so far that a good start is lost. Start from
-#   words, warm up, and watch the loss of the first steps.
+# - The first steps at a usual rate move the table so far that a good start is lost. Start from
+#   words, at a lower rate or with a warm-up, and watch the loss of the first steps.
 # - Copying comes first, translation late: count facts, field by field.
 # - From here: `make demo` trains longer on the same tables; `python -m minprefix train --data
 #   FOLDER` takes your own.
