@@ -381,14 +381,12 @@ logits_move, stay, dev_losses = {}, {}, {}
 for offset in (P, P - 1, 0, 5 * P):
     same_words = Prefix.from_table(h_words, position_offset=offset)
     out = model(z[None], prefix=same_words)[0]
-    logits_move[offset] = (out - prompted).abs().max().item()
+    gap = (out - prompted).abs().max().item()
     stay[offset] = (out.argmax(-1) == prompted.argmax(-1)).sum().item()
     moved = Prefix.from_table(trained.table(), position_offset=offset)
     loss = model.token_losses(few.input_ids, few.labels, prefix=moved).mean()
-    dev_losses[offset] = loss.item()
-    print(
-        f"offset {offset:2}: logits move by {logits_move[offset]:.0e},", end=" "
-    )
+    logits_move[offset], dev_losses[offset] = gap, loss.item()
+    print(f"offset {offset:2}: logits move by {gap:.0e},", end=" ")
     print(f"{stay[offset]} of {T} likeliest tokens stay;", end=" ")
     print(f"trained: dev loss {loss:.3f}")
 assert [n for n in logits_move if logits_move[n] < 1e-11] == [P]
@@ -538,12 +536,8 @@ if MODEL == "mini":
 #
 # ## Common mistakes
 # > - **A zero table as a start that changes nothing**, PEFT's `init_weights="zero"`. See section 7.
-# > - **`is_causal=True` for P + S keys.** PyTorch aligns that mask at the top left, so token t sees
-# >   the prefix and the tokens up to t - P, not even itself (exercise 2).
 # > - **Other positions in use than in training.** Libraries differ in this, and so do two versions
 # >   of one library for padded rows. Save the offset with the prefix.
-# > - **Two users' prefixes padded to the same length with zeros.** Zero keys take attention
-# >   (exercise 5).
 # > - **The MLP in the file that is shipped,** which the authors' code did, about a hundred times
 # >   the size; or thrown away too early, so that the training cannot go on.
 #
