@@ -299,8 +299,8 @@ assert 0.3 < n_missing / n_facts < 0.7 and wrong_by_human < 0.05 * n_facts
 
 # %% [markdown]
 # **Answer.** Mostly the facts. The sentences have the form of the references, but about half of the
-# values are missing. The count finds few faults in the first references, so it can be trusted. The
-# prefix hardly ever states `family friendly`. Why this field?
+# values are missing, and some sentences make no sense. The count finds few faults in the first
+# references, so it can be trusted. The prefix hardly ever states `family friendly`. Why this field?
 #
 # All other values can be copied: "Thai" is said as "Thai". But "family friendly : no" is said as
 # "adults only" or "children are not welcome". This translation has to be learned. Whether it has
@@ -333,10 +333,11 @@ for name, prefix in (("no prefix", None), ("60 steps", short)):
         print(f"{name:9} wrong {field:15} loss {rise:+.3f} nats per token")
 small = abs(effects["60 steps", "family friendly"])
 assert effects["60 steps", "food"] > 5 * small
+assert effects["60 steps", "food"] > effects["no prefix", "food"] > 0.02
 
 # %% [markdown]
 # A wrong `food` costs the prefix of 60 steps a lot, a wrong `family friendly` next to nothing: it
-# does not read that value yet. (The model without a prefix reads `food` a little: it can copy.)
+# does not read that value yet. (Without a prefix a wrong `food` costs a little, too.)
 #
 # Here is a prefix that was trained to the end: 2,500 steps of 32 rows on E2E's own tables, by
 # `python -m docs.train_prefixes`. E2E's data is not part of this repository, so the tables here are
