@@ -64,6 +64,7 @@ def check(name, a, b):
 # same layers in one batch (07_many_users), but the prefix takes positions and is read again for
 # each token, whereas LoRA can be added to the weights once and then costs nothing. This project
 # compares the prefix with adapters ([results](../benchmarks/paper/RESULTS.md)), not with LoRA.
+# 06_low_data and 07_many_users say when a prefix is the wrong choice.
 
 # %%
 figure.two_ways()

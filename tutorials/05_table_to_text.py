@@ -207,8 +207,8 @@ assert moved > 50 * after["words, no MLP"][1e-3][0]
 STEPS, WARM = 60, 30
 RECIPE = "words, 5e-4, warm-up"
 RUNS = {
-    "words, 1e-3": ("words", 1e-3, 1, figure.TEXT, ":"),
-    "words, 1e-3, warm-up": ("words", 1e-3, WARM, figure.TEXT, "-"),
+    "words, 1e-3": ("words", 1e-3, 1, figure.PALE, ":"),
+    "words, 1e-3, warm-up": ("words", 1e-3, WARM, figure.PALE, "-"),
     RECIPE: ("words", 5e-4, WARM, figure.PREFIX, "-"),
     "random, 5e-4, warm-up": ("random", 5e-4, WARM, figure.FAINT, "-"),
 }
