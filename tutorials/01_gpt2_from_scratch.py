@@ -384,7 +384,7 @@ else:
 # ## 6. What a head has learned
 # With a whole model we can look at its attention weights. Of all $L \times H$ heads, we take the
 # one that puts most weight on the token that followed the same token earlier in the text. Such a
-# head lets a model copy a name that it has read once.
+# head helps a model to copy a name that it has read once.
 #
 # **Predict.** In the text, " Eagle" occurs twice, as three tokens. What will this head read when it
 # stands at the second " E"? And where does a head look that finds nothing?
@@ -463,7 +463,7 @@ assert P * h_i == in_prefix
 #
 # Here is the idea behind prefix-tuning. The model cannot tell where an $h_i$ comes from. A token
 # may have been read; or someone may have *written numbers there*. Ten such $h_i$ are the prefix of
-# section 1. Tutorial 02_equation_3 writes them, and says which ones to write.
+# section 1. Tutorial 02_equation_3 writes them, and derives how they are learned.
 #
 # ## 8. The table of letters
 # The tutorials use these letters, with these meanings unless they say otherwise.
