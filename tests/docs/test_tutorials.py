@@ -36,7 +36,7 @@ SOLUTIONS = sorted((ROOT / "tutorials" / "solutions").glob("[0-9]*.py"))
 TOP = ("What you will learn", "What to know first", "Running time", "Sources")
 END = ["Recap", "Exercises", "References"]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot"])  # once for all scripts
+FORKS.set_forkserver_preload(["torch", "matplotlib.pyplot"])  # not Triton: 04 chooses its mode
 HANGS = 1800  # s: a script that takes longer will not end; how long one may take is not tested
 
 

@@ -53,7 +53,7 @@ def test_settings_that_cannot_be_are_refused(checkpoint, values, message):
 
 def test_a_tensor_has_the_size_of_what_the_file_holds_of_it(tmp_path):
     torch.save({"a": torch.zeros(1).expand(10**11)}, tmp_path / "large.bin")
-    with pytest.raises(ValueError, match=r"large.bin: 'a' is larger than what the file holds"):
+    with pytest.raises(ValueError, match=r"large.bin: 'a' is larger than its data in the file"):
         read_pickle(tmp_path / "large.bin")
     whole = torch.arange(12.0).view(3, 4)
     torch.save({"a": whole, "b": whole[:2]}, tmp_path / "shared.bin")  # as tied weights are
