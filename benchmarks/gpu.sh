@@ -6,7 +6,7 @@
 #   benchmarks/gpu.sh decode      the same for one step of decoding
 #   benchmarks/gpu.sh steps       whole training steps beside transformers + PEFT, and ours without
 #                                 CUDA graphs and without the kernels beside attention
-#   benchmarks/gpu.sh generate    generation likewise, and without the kernels of few rows
+#   benchmarks/gpu.sh generate    the same for generation, and without the kernels of few rows
 #   benchmarks/gpu.sh train       the README's training run: mini, 2,500 steps, then its BLEU; and
 #                                 the kernels beside attention alone
 #

@@ -144,5 +144,5 @@ OFFICIAL: dict[str, tuple[GPT2Config | BARTConfig, int]] = {
     "facebook/bart-large": (BARTConfig(), 406_291_456),
     "facebook/bart-large-cnn": (BARTConfig(vocab_size=50264), 406_290_432),
 }
-EMBEDDED = {"mini": 17_538_816, "mini-bart": 14_462_720}  # the models in assets/, likewise
+EMBEDDED = {"mini": 17_538_816, "mini-bart": 14_462_720}  # also of the models in assets/
 MODELS = EMBEDDED | {name: n for name, (_, n) in OFFICIAL.items()}

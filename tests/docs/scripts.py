@@ -4,9 +4,9 @@ import os
 import runpy
 
 
-def run_script(path: str, told: str) -> None:
-    """Run a file as `python PATH` does; what it prints goes into the file `told`."""
-    with open(told, "w", encoding="utf-8") as file:
+def run_script(path: str, output: str) -> None:
+    """Run a file as `python PATH` does; its output goes into the file `output`."""
+    with open(output, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     runpy.run_path(path, run_name="__main__")

@@ -48,18 +48,18 @@ def name(path: Path) -> str:
 @pytest.mark.parametrize("path", TUTORIALS + SOLUTIONS, ids=name)
 def test_runs_from_any_folder(path: Path, tmp_path: Path, monkeypatch):
     """In a fork of a process that has imported PyTorch, with this one's folder and sys.path."""
-    told, folder = tmp_path / "told", tmp_path / "empty"
+    output, folder = tmp_path / "output", tmp_path / "empty"
     folder.mkdir()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(path.parent)
-    process = FORKS.Process(target=run_script, args=(str(path), str(told)))
+    process = FORKS.Process(target=run_script, args=(str(path), str(output)))
     process.start()
     process.join(HANGS)
     if process.is_alive():
         process.kill()
         process.join()
-    tail = "\n".join(told.read_text("utf-8").splitlines()[-40:])
+    tail = "\n".join(output.read_text("utf-8").splitlines()[-40:])
     assert process.exitcode == 0, (
         f"{name(path)} ended with {process.exitcode}; its last lines:\n{tail}"
     )

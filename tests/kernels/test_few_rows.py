@@ -76,7 +76,7 @@ def ours(arguments: dict) -> torch.Tensor:
 
 
 def magnitude(exact: dict) -> float:
-    """The largest sum of absolute values behind one y. GELU's slope is at most 1.13."""
+    """The largest sum of absolute values in one y. GELU's slope is at most 1.13."""
     norm, residual = exact["norm"], exact["residual"]
     x = exact["x"] if norm is None else torch.layer_norm(exact["x"], exact["x"].shape[-1:], *norm)
     y = x.abs() @ exact["weight"].abs() + exact["bias"].abs()
