@@ -1,6 +1,6 @@
 """The rule for settings that are not given (`training.config.settle`), compared with a grid.
 
-    python -m benchmarks.defaults run --e2e DIR [--minutes 30]
+    python -m benchmarks.defaults run --e2e DIR [--minutes 30] [--device cuda]
     python -m benchmarks.defaults figure
 
 Each case is a model and some training pairs. The rule runs with three subsets and seeds; the grid
@@ -43,9 +43,12 @@ DEV_PAIRS = 160
 KEY = ("model", "data", "pairs", "lr", "steps", "seed")
 
 
-def trained(model_name: str, data: str, folder: str, pairs: int | None, seed: int, **scale) -> None:
+def trained(
+    model_name: str, data: str, folder: str, pairs: int | None, seed: int, device: str = "cpu",
+    **scale,
+) -> None:  # fmt: skip
     """Add the row of one run, if the CSV lacks it. `scale` multiplies settings of the rule."""
-    model, tokenizer = load(model_name)
+    model, tokenizer = load(model_name, device=device)
     train, dev = load_examples(folder, "train"), load_examples(folder, "dev")
     train = train if pairs is None else subset(train, pairs, seed)
     n_pairs = sum(len(example.targets) for example in train)
@@ -65,13 +68,13 @@ def trained(model_name: str, data: str, folder: str, pairs: int | None, seed: in
         "rule": not scale, "batch_size": config.batch_size, "warmup_steps": config.warmup_steps,
         "steps_done": result["steps"], "dev_loss": round(run.best, 4), "best_step": run.best_step,
         "last_dev_loss": round(run.measured[-1][1], 4), "precision": run.config.precision,
-        "seconds": result["seconds"],
+        "seconds": result["seconds"], "device": device,
     }  # fmt: skip
     add_row(CSV, row | machine(), KEY)
     print(row, flush=True)
 
 
-def run_all(e2e: str, minutes: float) -> None:
+def run_all(e2e: str, minutes: float, device: str) -> None:
     """All runs that are missing, case by case, until the time is up."""
     end = time.perf_counter() + 60 * minutes
     for model, data, pairs in CASES:
@@ -81,7 +84,7 @@ def run_all(e2e: str, minutes: float) -> None:
         for changes in runs:
             if time.perf_counter() > end:
                 return
-            trained(model, data, folder, pairs, **changes)
+            trained(model, data, folder, pairs, device=device, **changes)
 
 
 def summary() -> list[dict]:
@@ -125,9 +128,10 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "figure"))
     parser.add_argument("--e2e", default="e2e", help="folder of the official CSVs")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after this time")
+    parser.add_argument("--device", default="cpu", help="where the prefixes are trained")
     args = parser.parse_args()
     if args.what == "run":
-        run_all(args.e2e, args.minutes)
+        run_all(args.e2e, args.minutes, args.device)
         return
     from minprefix.cli.report import format_rows
 

@@ -17,6 +17,7 @@ wgmma still reads it (triton-lang/triton#11781, #9433). The first is similar to
 triton-lang/triton#7196 and #11366.
 """
 
+import ctypes
 import functools
 import importlib.metadata
 import importlib.util
@@ -131,9 +132,13 @@ def version_of(path: str) -> Version | None:
 
 @functools.cache
 def driver_version() -> int:
-    """The newest CUDA that the driver supports, 13000 for 13.0; 0 without a driver."""
-    known: Any = torch._C
-    return known._cuda_getDriverVersion() if torch.cuda.is_available() else 0
+    """The newest CUDA that the driver supports, 13000 for 13.0; 0 without NVIDIA's driver."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
 
 
 def _driver() -> Version:

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from benchmarks.bart import transformers_bart
-from minprefix.cli.main import main
 from minprefix.data.examples import Example
 from minprefix.methods.adapters import Adapter
 from minprefix.methods.by_name import make_tuned
@@ -197,6 +196,8 @@ def signalled(after: int, number: int = signal.SIGINT, times: int = 1) -> Iterat
 @pytest.fixture
 def cli(capsys):
     """Run a command in this process: cli("info", "--json", code=0) -> (stdout, stderr)."""
+    from minprefix.cli.main import main  # its packages are not on every machine with a GPU
+
     return in_process(capsys, main)
 
 

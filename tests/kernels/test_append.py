@@ -23,7 +23,8 @@ from kernels import prefix_attention, prefix_attention_eager, prefix_attention_l
 
 needs_kernels()
 
-from kernels import cut as cut_rules  # noqa: E402  (imports Triton)
+import kernels.attention  # noqa: E402, F401  (registers the operators; imports Triton)
+from kernels import cut as cut_rules  # noqa: E402
 from kernels import decode, launch  # noqa: E402
 
 pytestmark = [
