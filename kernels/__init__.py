@@ -207,7 +207,7 @@ def fused_linear(
             found = f"{name} {tuple(a.shape)} does not fit a weight {(K, N)}"
             raise ValueError(f"{found} and x {tuple(x.shape)}: it must be {wanted[name]}")
     alike = all(a.dtype == weight.dtype and a.stride(-1) == 1 for a in (weight, *given.values()))
-    if not (alike and takes_few(x)):
+    if not (alike and takes_few(x)) or (norm is not None and K > MOST_NORMED):
         return fused_linear_plain(x, weight, bias, norm, gelu, residual)
     from kernels.few_rows import linear
 
@@ -217,7 +217,8 @@ def fused_linear(
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests of the kernels
 MOST_NEW = 16  # largest T that the kernel can append, its tile of queries
-FEW_ROWS = 32  # most positions for which `fused_linear` runs its kernel, see `few_rows.py`
+FEW_ROWS = 4  # most positions for which `fused_linear` runs its kernel, see `few_rows.py`
+MOST_NORMED = 4096  # largest K of a norm in that kernel
 HEAD_DIMS = (16, 32, 64, 80, 128)  # D for which there are kernels
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -243,12 +244,11 @@ def fuses(x: Tensor) -> bool:
 def takes_few(x: Tensor) -> bool:
     """Whether `fused_linear` runs its kernel for x (..., K): few positions, and no gradients.
 
-    Autocast would compute products in another dtype, and the interpreter's are wrong in bf16.
+    Autocast would compute products in another dtype.
     """
     plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-    wrong = INTERPRETED and x.dtype == torch.bfloat16
     few = 0 < x.numel() <= FEW_ROWS * x.shape[-1]
-    return few and not plain and not wrong and fuses(x)
+    return few and not plain and fuses(x)
 
 
 def takes(x: Tensor) -> bool:

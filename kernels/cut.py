@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.launch import Tile, bucket, cdiv, programs_wanted, tiles_of
 
-SPLIT_BYTES = 128 * 2**10  # one program reads them in 3 us, the time of a second launch
+SPLIT_BYTES = 48 * 2**10  # one program reads them in 2 us, what a second launch costs (H200)
 EARLY_BYTES = 16 * 2**10  # prefix that a program holds in registers: 32 for each of 128 threads
 PREFIX_TILES = 4  # in one split of a stacked prefix, as in a short split of the cache
 STACK_BYTES = 16 * 2**20  # stacking pays if it saves these reads: 3 us of L2, for one more launch

@@ -13,62 +13,68 @@ of GELU) and the residual are optional. Sums are fp32. norm(x) is rounded to its
 does, and so is y.
 
 **Layout.** W stays as GPT-2's checkpoints store it, (in, out); there is no second copy. A program
-computes BLOCK_N outputs from all K inputs. It reads K pieces of BLOCK_N contiguous weights, each at
-least 16 x 2 bytes = one sector of memory, so everything that is fetched is used. In a W stored as
-(out, in) the pieces would be longer, but the bytes the same.
+computes BLOCK_N outputs from all K inputs, so it reads K pieces of BLOCK_N contiguous weights. With
+16 or 32 columns of bf16 a piece is one or two sectors of memory, so everything that is fetched is
+used. With 8 columns, two programs share a sector, and the second finds it in the L2 cache.
 
-**Parallelism.** Reading is fast when many multiprocessors read at once. `tile_of` takes the widest
-BLOCK_N with programs for at least half of them, or else 16. For C = 1024 on an H100 the four
-kernels have 96, 64, 128 and 64 programs. Within a program of 256 threads K is split between the
-eight warps: they compute SLICES = 8 partial products as one batch, of which Triton gives each warp
-one. A single product would be a chain of K / 16 matrix instructions, each waiting for the one
-before; with eight the chain is an eighth as long. The partial sums are added at the end in a fixed
-order. There are no atomics and no second launch, and results repeat bit for bit.
+**Weights wait in registers.** A thread holds up to 128 of them (`Form`), and the loads of all
+threads of a program are under way at once. The products are plain multiplications and additions:
+matrix instructions need at least 8 positions, and to bring the operands into their layout takes
+longer than the sums of one position. The positions are computed one after another; each takes
+another microsecond, so that PyTorch's products win from five on, and `kernels.FEW_ROWS` is 4. There
+are no atomics and no second launch, and results repeat bit for bit.
 
-**Norm.** A program needs mean and variance of whole positions, so each program computes them all
-(`statistics`): first the mean, then the mean square of the differences to it. norm(x) itself is
-computed tile by tile inside the product.
+If a program cannot hold all its weights (K > 4096), it holds the first BLOCK_K rows and requests
+the others for the L2 cache. A norm needs all of x, so PyTorch computes norms of more than 4096.
 
 **Overlap** (`PDL`, programmatic dependent launch, Hopper and later). Weights do not depend on the
-previous kernel. So a program first requests its part of W for the L2 cache (`request`), then waits
-for the previous kernel to end, and then allows the next kernel to start, which does the same. All
-programs of all kernels launched this way must wait before they read anything else or write: then a
-kernel that has waited knows that all kernels before it have ended. The decode kernel waits too, so
-that the weights of the output projection are on their way while attention runs.
+previous kernel. So a program first allows the next kernel to start, then loads its weights, its
+bias and the norm's parameters, and only then waits for the previous kernel to end. All programs of
+all kernels launched this way must wait before they read anything else or write: then a kernel that
+has waited knows that all kernels before it have ended. The decode kernel waits too, so that the
+weights of the output projection are on their way while attention runs.
 
 With e the bytes of an element and G = ceil(N / BLOCK_N) programs:
 
     launches      4 in a block, beside attention, instead of 9
     memory        e (K N + N + n K + n N); with a residual also e n N, with a norm 2 e K
-    L2 cache      e G n K for the product, and again for the norm (its second pass reads from L1)
-    FLOPs         2 n K N needed; 2 BLOCK_M K N done, as n is padded to BLOCK_M = 16 or 32
+    L2 cache      e G (n K), and with a norm 2 e G K
+    FLOPs         2 n K N
 
-The third line grows with n: at n = 32 and BLOCK_N = 16 the programs read twice as many bytes of x
-as of W. The count of `benchmarks/kernels/launches.py` takes 2 us for a launch and reads x at the
-speed of memory, although the L2 cache is faster. By that count (`benchmarks/launches.csv`) a token
-of GPT-2 medium gains most at n = 1, less at n = 20, and nothing any more at n = 32. Hence
-`kernels.FEW_ROWS` = 32; more positions take PyTorch's products. No GPU has run or timed this yet.
+Measured on an H200 (bf16, C = 1024, 24 layers without attention, CUDA graph; torch 2.11, Triton
+3.6): 827 us with PyTorch's kernels for n = 1, 2 and 4; 383, 470 and 694 us with these (BLOCK_N = 32
+and 8). With tensor cores, K split over the warps and weights that were only requested before the
+wait, an earlier form took 935 us for n = 1 and 1,779 us, twice PyTorch's time, for n = 32.
 
-Sources: splitting K: Osama et al. 2023, https://arxiv.org/abs/2301.03598. Programmatic dependent
-launch: https://docs.nvidia.com/cuda/cuda-c-programming-guide/, section of that name.
+Source: programmatic dependent launch: https://docs.nvidia.com/cuda/cuda-c-programming-guide/,
+section of that name.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.assembler import assembled
-from kernels.launch import MULTIPROCESSORS, SHARED_MEMORY, Tile, cdiv, launch, target_of
-from kernels.tiles import await_previous
+from kernels.launch import MULTIPROCESSORS, Tile, bucket, cdiv, launch, target_of
 
-SLICES = 8  # of K, one for each warp
-STAGE = 16 * 1024  # bytes of W in a stage of the pipeline over K
+HELD = 128 * 2**10  # bytes of W that a program holds, at most; for several positions half of them
+PIECE = 2 * 2**10  # bytes of a column of W that are held if that is too little
+
+
+class Form(NamedTuple):
+    """How a product is divided."""
+
+    block_n: int  # outputs of a program
+    block_k: int  # inputs whose weights it holds
+    num_warps: int
 
 
 @triton.jit
-def request(w_ptr, width, stride_w, LINES: tl.constexpr):
-    """Request the program's columns of W (width, BLOCK_N) for the L2 cache."""
-    for k0 in range(0, width, LINES):
+def request(w_ptr, start, width, stride_w, LINES: tl.constexpr):
+    """Request rows start.. of the program's columns of W (width, BLOCK_N) for the L2 cache."""
+    for k0 in range(start, width, LINES):
         k = tl.minimum(k0 + tl.arange(0, LINES), width - 1).to(tl.int64)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
@@ -76,85 +82,72 @@ def request(w_ptr, width, stride_w, LINES: tl.constexpr):
         )  # fmt: skip
 
 
-@triton.jit
-def statistics(x_ptr, n, width, stride_x, eps, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):
-    """mean and 1 / sqrt(var + eps) of each position: [BLOCK_M, 1] each."""
-    m = tl.arange(0, BLOCK_M)[:, None]
-    x_ptr += m * stride_x
-    total = tl.zeros([BLOCK_M, CHUNK], tl.float32)
-    for k0 in range(0, width, CHUNK):
-        k = k0 + tl.arange(0, CHUNK)[None, :]
-        total += tl.load(x_ptr + k, mask=(m < n) & (k < width), other=0.0).to(tl.float32)
-    mean = tl.sum(total, 1, keep_dims=True) / width
-    total = tl.zeros([BLOCK_M, CHUNK], tl.float32)
-    for k0 in range(0, width, CHUNK):
-        k = k0 + tl.arange(0, CHUNK)[None, :]
-        d = tl.load(x_ptr + k, mask=(m < n) & (k < width), other=0.0).to(tl.float32) - mean
-        total += tl.where(k < width, d * d, 0.0)
-    return mean, 1.0 / tl.sqrt(tl.sum(total, 1, keep_dims=True) / width + eps)
-
-
 @assembled
 @triton.jit(do_not_specialize=["n"])
 def _few_rows_kernel(
     x_ptr, w_ptr, bias_ptr, gain_ptr, shift_ptr, residual_ptr, y_ptr,
     n, width, outputs, stride_x, stride_w, stride_r, eps,
-    GELU: tl.constexpr, PDL: tl.constexpr, SLICES: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GELU: tl.constexpr, PDL: tl.constexpr, ONE_ROW: tl.constexpr, ALL_HELD: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs y of all n positions; width is K, outputs N."""
-    first = tl.program_id(0) * BLOCK_N
     if PDL:
-        request(w_ptr + first, width, stride_w, 1024)
-    await_previous(PDL)
+        tl.extra.cuda.gdc_launch_dependents()
+    first = tl.program_id(0) * BLOCK_N
+    k, j = tl.arange(0, BLOCK_K), first + tl.arange(0, BLOCK_N)
+    inside, wanted = k < width, j < outputs
+    w_ptrs = w_ptr + k.to(tl.int64)[:, None] * stride_w + j[None, :]
+    w = tl.load(w_ptrs, mask=inside[:, None] & wanted[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+    bias = tl.load(bias_ptr + j, mask=wanted, other=0.0).to(tl.float32)
     if gain_ptr is not None:
-        mean, rstd = statistics(x_ptr, n, width, stride_x, eps, BLOCK_M, CHUNK)
+        gain = tl.load(gain_ptr + k, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        if not ALL_HELD:
+            request(w_ptr + first, BLOCK_K, width, stride_w, 1024)
+        tl.extra.cuda.gdc_wait()
 
-    m, j = tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N)
-    there, wanted = m < n, j < outputs
-    slices = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    acc = tl.zeros([SLICES, BLOCK_M, BLOCK_N], tl.float32)
-    for k0 in range(0, width, SLICES * BLOCK_K):
-        k = k0 + slices  # [SLICES, BLOCK_K]
-        inside = k < width
-        w = tl.load(
-            w_ptr + k.to(tl.int64)[:, :, None] * stride_w + j[None, None, :],
-            mask=inside[:, :, None] & wanted[None, None, :], other=0.0,
-        )  # fmt: skip
-        x = tl.load(
-            x_ptr + (m * stride_x)[None, :, None] + k[:, None, :],
-            mask=there[None, :, None] & inside[:, None, :], other=0.0,
-        )  # fmt: skip
+    for m in range(0, 1 if ONE_ROW else n):
+        x = tl.load(x_ptr + m * stride_x + k, mask=inside, other=0.0).to(tl.float32)
         if gain_ptr is not None:
-            gain = tl.load(gain_ptr + k, mask=inside, other=0.0).to(tl.float32)
-            shift = tl.load(shift_ptr + k, mask=inside, other=0.0).to(tl.float32)
-            xhat = (x.to(tl.float32) - mean[None]) * rstd[None]
-            x = (xhat * gain[:, None, :] + shift[:, None, :]).to(x_ptr.dtype.element_ty)
-        # A_s <- A_s + norm(x)_s W_s                                  [SLICES, BLOCK_M, BLOCK_N]
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    y = tl.sum(acc, 0)  # [BLOCK_M, BLOCK_N]
-    y += tl.load(bias_ptr + j, mask=wanted, other=0.0).to(tl.float32)[None, :]
-    if GELU:
-        # y (1 + tanh u) / 2 = y / (1 + exp(-2 u)),  u = sqrt(2 / pi) (y + 0.044715 y^3)
-        y = y / (1.0 + tl.exp(-1.5957691216057308 * (y + 0.044715 * y * y * y)))
-    mask = there[:, None] & wanted[None, :]
-    if residual_ptr is not None:
-        at = residual_ptr + (m * stride_r)[:, None] + j[None, :]
-        y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    y = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + (m * outputs)[:, None] + j[None, :], y, mask=mask)
+            mean = tl.sum(x, 0) / width
+            d = tl.where(inside, x - mean, 0.0)
+            rstd = 1.0 / tl.sqrt(tl.sum(d * d, 0) / width + eps)
+            x = (d * rstd * gain + shift).to(x_ptr.dtype.element_ty).to(tl.float32)
+        # A_kj <- sum over pieces of x_k W_kj; its sum over k is x W
+        acc = x[:, None] * w.to(tl.float32)  # [BLOCK_K, BLOCK_N]
+        if not ALL_HELD:
+            for k0 in range(BLOCK_K, width, BLOCK_K):
+                there = k0 + k < width
+                more = tl.load(x_ptr + m * stride_x + k0 + k, mask=there, other=0.0)
+                mask = there[:, None] & wanted[None, :]
+                w_more = tl.load(w_ptrs + tl.cast(k0, tl.int64) * stride_w, mask=mask, other=0.0)
+                acc += more.to(tl.float32)[:, None] * w_more.to(tl.float32)
+        y = tl.sum(acc, 0) + bias  # [BLOCK_N]
+        if GELU:
+            # y (1 + tanh u) / 2 = y / (1 + exp(-2 u)),  u = sqrt(2 / pi) (y + 0.044715 y^3)
+            y = y / (1.0 + tl.exp(-1.5957691216057308 * (y + 0.044715 * y * y * y)))
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + m * stride_r + j, mask=wanted, other=0.0).to(tl.float32)
+        tl.store(y_ptr + m * outputs + j, y.to(y_ptr.dtype.element_ty), mask=wanted)
 
 
-def tile_of(x: Tensor, outputs: int) -> tuple[Tile, int]:
-    """The tile for x (n, K) and N outputs, and BLOCK_K."""
-    target, block_m = target_of(x.device), 16 if len(x) <= 16 else 32
-    wide = [b for b in (64, 32) if 2 * cdiv(outputs, b) >= MULTIPROCESSORS[target]]
-    block_n = max([16, *wide])
-    block_k = max(16, STAGE // (SLICES * block_n * x.element_size()))
-    # half of the shared memory: programs of the next kernel wait beside those of this one
-    stage = SLICES * block_k * (block_m + block_n) * x.element_size()
-    stages = max(2, min(4, SHARED_MEMORY.get(target, 0) // 2 // stage))
-    return Tile(block_m, block_n, SLICES, stages), block_k
+def form_of(x: Tensor, outputs: int) -> Form:
+    """How the product of x (n, K) with N outputs is divided.
+
+    With enough outputs to give half of the multiprocessors a program each, 64 bytes of a row of W;
+    else 32, and with several positions 16, since more programs then share their work. Several
+    positions also need the weights in fp32, which takes twice the registers.
+    """
+    (n, width), e = x.shape, x.element_size()
+    wide, narrow, most = 64 // e, (32 if n == 1 else 16) // e, HELD if n == 1 else HELD // 2
+    block_k = max(16, bucket(width))
+    enough = 2 * cdiv(outputs, wide) >= MULTIPROCESSORS[target_of(x.device)]
+    block_n = wide if enough and block_k * wide * e <= most else narrow
+    if block_k * block_n * e > most:
+        block_k = PIECE // e
+    held = block_k * block_n * e
+    return Form(block_n, block_k, max(8 if n == 1 else 4, min(16, held // (32 * 256))))
 
 
 def linear(
@@ -165,12 +158,13 @@ def linear(
     (n, width), outputs = x.shape, weight.shape[1]
     gain, shift, eps = norm or (None, None, 0.0)
     y = x.new_empty(n, outputs)
-    tile, block_k = tile_of(x, outputs)
+    form = form_of(x, outputs)
+    tile = Tile(1, form.block_n, form.num_warps, 1 if form.block_k >= width else 3)
     launch(
-        _few_rows_kernel, cdiv(outputs, tile.block_n), tile, x_ptr=x, w_ptr=weight, bias_ptr=bias,
+        _few_rows_kernel, cdiv(outputs, form.block_n), tile, x_ptr=x, w_ptr=weight, bias_ptr=bias,
         gain_ptr=gain, shift_ptr=shift, residual_ptr=residual, y_ptr=y,
         n=n, width=width, outputs=outputs, stride_x=x.stride(0), stride_w=weight.stride(0),
         stride_r=None if residual is None else residual.stride(0), eps=eps, GELU=gelu,
-        SLICES=SLICES, CHUNK=8192 // tile.block_m, BLOCK_K=block_k,
+        ONE_ROW=n == 1, ALL_HELD=form.block_k >= width, BLOCK_K=form.block_k,
     )  # fmt: skip
     return y

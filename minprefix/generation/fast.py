@@ -11,8 +11,8 @@
   - Tokens are chosen, and forbidden ones found, on the model's device (`choice.py`). A step goes
     from ids to ids without waiting for the host, which reads the tokens up to AHEAD steps later and
     drops those after the end of a text (`Decoding.run`).
-  - On a GPU a step is a CUDA graph for each bucket of rows and of columns (`Decoding.step`), so it
-    costs one launch. MINPREFIX_CUDA_GRAPHS=0 turns graphs off.
+  - On a GPU a step is a CUDA graph for each bucket of rows and of columns (`Decoding.graph`), so it
+    costs one launch; so is reading short prompts. MINPREFIX_CUDA_GRAPHS=0 turns graphs off.
 
 The prefix is an argument of attention and not in a cache, as everywhere. Read `caches.py`,
 `choice.py`, `Decoding`, then `greedy_or_sampled` and `beam_search`, whose arguments and results are
@@ -39,6 +39,7 @@ from minprefix.models.activations import Activations
 from minprefix.models.base import LanguageModel
 from minprefix.models.cache import computed_dtype, right_padded
 
+GRAPHED = 4096  # positions of prompts up to which launching takes longer than the work
 AHEAD = 4  # how many steps the GPU may be ahead of the host, which reads the tokens
 
 
@@ -84,6 +85,8 @@ class Decoding:
         self.acts = acts.with_room(self.max_rows)
         self.options: dict[str, Any] = {}  # of `hidden_states`: a BART's encoded sources
         self.graphs: dict[tuple[int, int], Callable[[], Tensor]] = {}
+        self.prompts: Tensor | None = None  # what the graph of the prompts reads, if there is one
+        self.reads = 0
         on_gpu = self.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if cache.static and on_gpu else None
         self.ahead = AHEAD if cache.static or on_gpu else 0
@@ -96,7 +99,10 @@ class Decoding:
         self.cache.fill(beginning.texts)
         self.choice.fill(beginning, seeds)
         self.options = beginning.options
+        self.reads += 1
         ids, lengths = right_padded(beginning.texts, self.device)
+        if self.repeats(model, acts, ids.shape[1]):
+            return self.read_again(model, ids)
         at = torch.arange(len(ids), device=ids.device) * ids.shape[1] + lengths - 1  # last tokens
         infix = {} if acts.infix is False else {"starts": lengths - 1}
         last = model.hidden_states(
@@ -104,6 +110,44 @@ class Decoding:
         )  # (B, C)
         self.use(len(ids))
         return self.choice.choose(head(model, last)[:, None])
+
+    def repeats(self, model: LanguageModel, acts: Any, longest: int) -> bool:
+        """Whether a graph reads the prompts: from the second batch on, so that a single call does
+        not pay for recording it, and where the host takes longer than the GPU."""
+        width = round_up(longest, caches.COLUMNS)
+        plain = acts.infix is False and not self.options and self.cache.static and self.reads > 1
+        short = self.max_rows * width <= GRAPHED
+        return plain and short and acts.max_offset + width <= model.config.n_positions
+
+    def read_again(self, model: LanguageModel, ids: Tensor) -> Tensor:
+        """`read` as a graph for all rows of the cache, with prompts padded to a bucket's width."""
+        (n, T), rows, width = ids.shape, self.max_rows, round_up(ids.shape[1], caches.COLUMNS)
+        self.use(n)
+        if self.prompts is None:
+            self.prompts = ids.new_zeros(rows, width)
+        self.prompts[:n, :T] = ids  # what is behind a prompt or in another row is not seen
+
+        def run() -> Tensor:
+            self.cache.longest, lengths = 0, self.cache.lengths
+            at = torch.arange(rows, device=ids.device) * width + lengths - 1
+            last = model.hidden_states(
+                self.prompts, prefix=self.acts, kv_lens=lengths, cache=self.cache, at=at
+            )
+            return self.choice.choose(head(model, last)[:, None])
+
+        out = self.graph((rows, 0), run)()
+        self.cache.longest = T
+        return out
+
+    def graph(self, bucket: tuple[int, int], run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """The graph of `run` for this number of rows and columns (0: the prompts)."""
+        if bucket not in self.graphs:
+            state = [*self.cache.state(), *self.choice.state()]
+            before = [x.clone() for x in state]
+            self.graphs[bucket] = capture(run, self.device, self.pool)
+            for x, y in zip(state, before, strict=True):  # undo the step made by capturing
+                x.copy_(y)
+        return self.graphs[bucket]
 
     def logits(self, model: LanguageModel) -> Tensor:
         """The logits after the chosen token of each row or beam: (rows, K, V), fp32 or fp64."""
@@ -119,17 +163,8 @@ class Decoding:
         def run() -> Tensor:
             return self.choice.choose(self.logits(model))
 
-        if self.cache.static:
-            bucket = (self.cache.rows, self.cache.columns)
-            if bucket not in self.graphs:
-                state = [*self.cache.state(), *self.choice.state()]
-                before = [x.clone() for x in state]
-                self.graphs[bucket] = capture(run, self.device, self.pool)
-                for x, y in zip(state, before, strict=True):  # undo the step made by capturing
-                    x.copy_(y)
-            out = self.graphs[bucket]()
-        else:
-            out = run()
+        static = self.cache.static
+        out = self.graph((self.cache.rows, self.cache.columns), run)() if static else run()
         self.cache.count()
         return out
 

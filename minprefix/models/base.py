@@ -181,7 +181,8 @@ def check_free(model: LanguageModel) -> None:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within the block there is no dropout; each module's mode is restored at the end."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:  # not `eval`, which visits every module once more
+        module.training = False
     try:
         yield
     finally:

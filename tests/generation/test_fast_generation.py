@@ -148,16 +148,25 @@ def test_static_shapes_equal_plain(captured, method):
         prompts = [[7] * 20] + random_prompts(9, seed=seed)
         assert_equals_plain(model, prompts, kinds=["prefix"], **options)
     [batch] = fast_generation.KEPT.values()
-    rows, columns = zip(*batch.graphs, strict=True)
-    assert len(captured) == len(batch.graphs) and set(rows) <= {1, 2, 4, 8, 16}
+    steps = {(rows, columns) for rows, columns in batch.graphs if columns}
+    assert len(captured) == len(batch.graphs) == len(steps) + 1  # and that of the prompts
+    rows, columns = zip(*steps, strict=True)
+    assert set(rows) <= {1, 2, 4, 8, 16}
     assert 1 < len(set(columns)) <= 7 and (len(set(rows)) > 1 or "beams" in method)
+    captured.clear()
+    with pytest.MonkeyPatch.context() as patch:  # too many positions: as in the first call
+        patch.setattr(fast_generation, "GRAPHED", 0)
+        patch.setattr(fast_generation.Decoding, "read_again", None)
+        assert_equals_plain(model, prompts, kinds=["prefix"], **options)
+    assert not captured
 
 
 def test_kept_batch_follows_the_weights(captured):
     """Other weights or another prefix of the same sizes, in the same place or not."""
     model, prompts = prefer(tiny_gpt2(), [EOS], 0.3), random_prompts(10)
     options = {"kinds": ["prefix"], "max_new_tokens": 6}
-    before = assert_equals_plain(model, prompts, **options)
+    for _ in range(2):  # the second call also records the prompts
+        before = assert_equals_plain(model, prompts, **options)
     count = len(captured)
     with torch.no_grad():
         model.h[0].attn.c_attn.weight += 0.3
