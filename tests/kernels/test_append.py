@@ -285,15 +285,15 @@ def test_cuda_graph():
 
 
 def test_one_launch_for_each_step():
-    """No copy kernel: at B = 1 over a few hundred keys a step of a layer is one launch."""
+    """No copy kernel: at B = 1 over two hundred keys a step of a layer is one launch."""
 
     def empty(*shape, dtype=torch.bfloat16):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     for B, T in ((1, 1), (32, 1), (16, 5)):
-        q, cache, prefix = empty(B, 16, T, 64), empty(2, B, 16, 512, 64), empty(2, 16, 10, 64)
+        q, cache, prefix = empty(B, 16, T, 64), empty(2, B, 16, 192, 64), empty(2, 16, 10, 64)
         lens = empty(B, dtype=torch.int64)
-        seen = empty(B, T, 512, dtype=torch.bool) if T > 1 else None
+        seen = empty(B, T, 192, dtype=torch.bool) if T > 1 else None
         inputs = decode.Inputs(q, *cache, *prefix, q_offset=lens, causal=T == 1)
         with launch.recorded("sm_90") as made:
             decode.decode(inputs, decode.Append(q, q, seen))
