@@ -172,7 +172,8 @@ def add_norm(
     if (y is not None and y.shape != x.shape) or not gain.shape == shift.shape == x.shape[-1:]:
         shapes = [None if a is None else tuple(a.shape) for a in (x, y, gain, shift)]
         raise ValueError(f"x, y (..., C), gain and shift (C,) do not fit: {shapes}")
-    if fuses(x) and not (gain.requires_grad or shift.requires_grad):
+    trained = torch.is_grad_enabled() and (gain.requires_grad or shift.requires_grad)
+    if fuses(x) and not trained:
         from kernels.layer_norm import AddNorm
 
         return AddNorm.apply(x, y, gain, shift, eps)

@@ -15,8 +15,8 @@ the "meta" device, which has shapes and no memory; with the kernels of `cross_en
 `layer_norm.py`, "fused", and without, "plain" (MINPREFIX_FUSED=0). The norm of the gradient and
 AdamW, both fused over all tensors, are known without a count (`UPDATE`). A step of generation is
 the difference of two generations with a different number of tokens; "few rows" with the kernel of
-`few_rows.py`, whose programs each read all positions anew, which counts as if from memory, "fused"
-without.
+`few_rows.py`, whose programs each read all positions, which counts as if from memory, "fused"
+without. (Without graphs the blocks are PyTorch's, and only attention is ours.)
 
 Columns: `triton`, launches of our kernels; `other`, launches of PyTorch's; `waits`, tensors that
 the host reads; `calls`, launches by the host itself: a replay, and everything that is not captured.
@@ -150,13 +150,13 @@ def size(x: torch.Tensor) -> int:
 
 
 def bytes_of(launch: Launch) -> int:
-    """What our kernel reads and writes; logits are both, and positions are read by each program of
-    `few_rows.py`, twice where it has a norm."""
+    """What our kernel reads and writes; logits are both, and positions and the parameters of a norm
+    are read by each program of `few_rows.py`."""
     a = launch.arguments
     found = sum(map(size, tensors(a)))
     if launch.kernel is few_rows._few_rows_kernel:
-        times = launch.programs * (1 if a["gain_ptr"] is None else 2)
-        found += (times - 1) * size(a["x_ptr"])
+        shared = [a[name] for name in ("x_ptr", "gain_ptr", "shift_ptr") if a[name] is not None]
+        found += (launch.programs - 1) * sum(map(size, shared))
     return found + (size(a["logits_ptr"]) if "logits_ptr" in a else 0)
 
 
@@ -314,7 +314,7 @@ def generate_rows() -> Iterator[tuple[dict, Count]]:
         sizes = {"work": "generate", "B": B, "beams": beams, "graphs": int(graphed)}
         sizes["sampling"] = int("do_sample" in options)
         for form, most in (("fused", 0), ("few rows", kernels.FEW_ROWS)):
-            if form == "fused" or B * beams <= most:
+            if form == "fused" or (graphed and B * beams <= most):
                 with patch.object(kernels, "FEW_ROWS", most):
                     yield sizes | {"form": form}, token(model, prefix, B, graphed, **options)
 

@@ -21,6 +21,7 @@ the same as in `decoding.py`. Shapes use the letters of `models/gpt2.py`; b coun
 
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,6 +39,7 @@ from minprefix.generation.graphs import capture, round_up, uses_graphs
 from minprefix.models.activations import Activations
 from minprefix.models.base import LanguageModel
 from minprefix.models.cache import computed_dtype, right_padded
+from minprefix.models.fused import fused_blocks
 
 GRAPHED = 4096  # positions of prompts up to which launching takes longer than the work
 AHEAD = 4  # how many steps the GPU may be ahead of the host, which reads the tokens
@@ -130,9 +132,10 @@ class Decoding:
         def run() -> Tensor:
             self.cache.longest, lengths = 0, self.cache.lengths
             at = torch.arange(rows, device=ids.device) * width + lengths - 1
-            last = model.hidden_states(
-                self.prompts, prefix=self.acts, kv_lens=lengths, cache=self.cache, at=at
-            )
+            with fused_blocks(model, rows * width):
+                last = model.hidden_states(
+                    self.prompts, prefix=self.acts, kv_lens=lengths, cache=self.cache, at=at
+                )
             return self.choice.choose(head(model, last)[:, None])
 
         out = self.graph((rows, 0), run)()
@@ -152,9 +155,11 @@ class Decoding:
     def logits(self, model: LanguageModel) -> Tensor:
         """The logits after the chosen token of each row or beam: (rows, K, V), fp32 or fp64."""
         rows = self.cache.rows
-        hidden = model.hidden_states(
-            self.choice.ids[:rows], prefix=self.acts.first(rows), cache=self.cache, **self.options
-        )
+        ids = self.choice.ids[:rows]
+        with fused_blocks(model, ids.numel()) if self.cache.static else nullcontext():
+            hidden = model.hidden_states(
+                ids, prefix=self.acts.first(rows), cache=self.cache, **self.options
+            )
         return head(model, hidden)
 
     def step(self, model: LanguageModel) -> Tensor:

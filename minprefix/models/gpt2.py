@@ -6,9 +6,9 @@ token has produced. The attention layer takes them as an argument; the cache nev
 infix (section 7.2) stands after some of the tokens, and the tokens before it do not see it.
 
 Read `GPT2Config` in `config.py`, then `Attention`, `Block` and `GPT2` here. `activations.py` holds
-what a layer reads of a prefix, `base.py` the head and the loss, and `few_rows.py` the form in which
-a GPU runs a block in a decoding step. Modules are named as in the official checkpoints [2], so the
-weights load by equal keys. Shapes use these letters: batch B, tokens T, keys S, prefix positions P,
+what a layer reads of a prefix, `base.py` the head and the loss, and `fused.py` the forms of a block
+with fewer kernels. Modules are named as in the official checkpoints [2], so the weights load by
+equal keys. Shapes use these letters: batch B, tokens T, keys S, prefix positions P,
 layers L, heads H, width C, head width D = C / H, and the vocabulary V.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://huggingface.co/openai-community/gpt2
@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minprefix.models import few_rows
 from minprefix.models.activations import LayerPrefix, PrefixActivations, Visible, self_attention
 from minprefix.models.base import FUNCTIONS, LanguageModel
 from minprefix.models.cache import KVCache
@@ -100,9 +99,6 @@ class Block(nn.Module):
 
     def forward(self, x, prefix: LayerPrefix, visible: Visible, attend=None, at=None) -> Tensor:
         """x (B, T, C) -> (B, T, C), or only the results at `at` (n,), places b T + t: (n, C)."""
-        # a decoding step on a GPU: the same in fewer kernels
-        if attend is not None and at is None and few_rows.suits(self, x):
-            return few_rows.forward(self, x, prefix, visible, attend)
         x = x + self.drop(self.attn(self.ln_1(x), prefix, visible, attend))
         if at is not None:
             x = x.flatten(0, 1).index_select(0, at)  # (n, C)

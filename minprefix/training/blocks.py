@@ -14,27 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import add_norm
 from minprefix.models.base import LanguageModel
+from minprefix.models.fused import fused_forward, linked
 from minprefix.models.gpt2 import Block
-
-
-def normed(x: Tensor, y: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-    """x + y (or x if y is None) and its layer norm, in one kernel; each (..., C)."""
-    return add_norm(x, y, norm.weight, norm.bias, norm.eps)
-
-
-def fused_forward(self: Any, x, prefix, visible, attend=None, at=None, following=None) -> Any:
-    """`Block.forward` without dropout, with one kernel for each sum and the norm after it, also in
-    the backward pass. If `following` is given, it returns the pair (x, its norm by the first layer
-    of `following`), which the following block takes instead of x."""
-    x, n = x if isinstance(x, tuple) else normed(x, None, self.ln_1)
-    y = self.attn(n, prefix, visible, attend)
-    if at is not None:
-        x, y = (x + y).flatten(0, 1).index_select(0, at), None  # (n, C)
-    x, n = normed(x, y, self.ln_2)
-    y = self.mlp(n)
-    return x + y if following is None else normed(x, y, following.ln_1)
 
 
 @functools.cache
@@ -68,10 +50,7 @@ class Wrapped:
         if self.compiled and attend is None:
             run = compiled_forward(kind)
         elif self.fused and not self.block.training:
-            run, after = fused_forward, self.following
-            # the hook of an adapter expects a tensor
-            if after is not None and not (after.training or self.block._forward_hooks):
-                run = partial(run, following=after)
+            run = partial(fused_forward, following=linked(self.block, self.following))
         run, args = partial(run, self.block), (x, prefix, visible, attend, *rest)
         if self.recomputed and torch.is_grad_enabled():
             random = self.block.training  # dropout
@@ -89,8 +68,8 @@ def wrap_blocks(
     blocks = model.blocks()
     for block, after in zip(blocks, [*blocks[1:], None], strict=True):
         here = fused and isinstance(block, Block)
-        linked = here and not (compiled or recomputed)
-        block.forward = Wrapped(block, compiled, recomputed, here, after if linked else None)
+        alone = compiled or recomputed or not here
+        block.forward = Wrapped(block, compiled, recomputed, here, None if alone else after)
 
 
 def unwrap_blocks(model: LanguageModel) -> None:

@@ -109,7 +109,7 @@ def test_an_adapter_in_fused_blocks(design):
 def test_dropout_takes_the_plain_block(monkeypatch):
     model = tiny_gpt2().requires_grad_(False)
     wrap_blocks(model, fused=True)
-    monkeypatch.setattr(blocks, "fused_forward", None)  # would fail
+    monkeypatch.setattr(blocks, "fused_forward", None)  # it would fail
     model.train()(random_ids(model, 2, 5))
 
 
