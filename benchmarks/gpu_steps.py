@@ -24,21 +24,21 @@ MEDIUM, LARGE = "random-medium", "random-large"
 TEXTS = {"data": "restaurants"}  # or --data: real rows, so that batches have different shapes
 RUNS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "train": [
-        (MEDIUM, {"batch_size": "10", "peers": "eager,unfused,peft"}),
-        (MEDIUM, {"batch_size": "64", "peers": "eager,unfused,peft"}),
-        (MEDIUM, {"batch_size": "10", "peers": "eager,peft"} | TEXTS),
+        (MEDIUM, {"batch_size": "10", "peers": "unfused,peft"}),
+        (MEDIUM, {"batch_size": "64", "peers": "unfused,peft"}),
+        (MEDIUM, {"batch_size": "10", "peers": "peft"} | TEXTS),
         (MEDIUM, {"batch_size": "10", "peers": "peft", "profile": True}),
         (MEDIUM, {"batch_size": "64", "peers": "peft-compiled"}),
         (LARGE, {"batch_size": "16", "seq_len": "256", "peers": "peft"}),
-        (MEDIUM, {"batch_size": "10", "peers": "compiled,peft-compiled"}),
+        (MEDIUM, {"batch_size": "10", "peers": "eager,compiled,peft-compiled"}),
     ],
     "generate": [
-        (MEDIUM, {"batch_size": "1", "peers": "eager,unfused,many-rows,peft"}),
-        (MEDIUM, {"batch_size": "32", "peers": "eager,unfused,many-rows,peft"}),
-        (MEDIUM, {"batch_size": "16", "num_beams": "5", "peers": "eager,unfused,peft"}),
-        (MEDIUM, {"batch_size": "8", "peers": "many-rows"}),
-        (MEDIUM, {"batch_size": "4", "num_beams": "5", "peers": "many-rows"}),
+        (MEDIUM, {"batch_size": "1", "peers": "many-rows,unfused,peft"}),
+        (MEDIUM, {"batch_size": "32", "peers": "unfused,peft"}),
+        (MEDIUM, {"batch_size": "16", "num_beams": "5", "peers": "unfused,peft"}),
         (MEDIUM, {"batch_size": "1", "peers": "none", "profile": True}),
+        (MEDIUM, {"batch_size": "4", "peers": "many-rows"}),
+        (MEDIUM, {"batch_size": "1", "peers": "eager"}),
     ],
 }
 

@@ -1,4 +1,5 @@
-"""Times the kernels other than attention, and PyTorch: the head's loss, and add + layer norm.
+"""Times the kernels other than attention, and PyTorch's: the loss of the head, a sum with its layer
+norm, the products of a token.
 
     python -m benchmarks.kernels.fused [--out FOLDER] [--seconds 25]
 
@@ -10,6 +11,8 @@ bf16, at the shapes of GPT-2 medium: C = 1024, V = 50257, n positions. It times
   - cross_entropy: that kernel alone, with each of TILES.
   - add_norm, norm_grad: x + y with its layer norm, and the gradient of both; `plain` is PyTorch's
     two kernels for each. Inputs are not in the L2 cache.
+  - products: those of a token, with all that `few_rows.py` includes, in 24 layers without
+    attention, for n = 1, 2, 4 positions.
 
 Ours is first compared with `plain`. gbs is the bytes from the header of each kernel, divided by the
 median time. us, us_20 and us_80 are as in `decode.py`. The rows are written to fused-DEVICE.csv;
@@ -28,9 +31,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+import kernels
 from benchmarks.kernels.clock import device_name, measure, need_kernels, sets_of
 from benchmarks.machine import add_row, machine
-from kernels import cross_entropy_, fuses
+from kernels import cross_entropy_, fused_linear, fuses
 from kernels.launch import Tile
 from minprefix.models.losses import frozen_head_loss, with_padding
 
@@ -49,7 +53,8 @@ class Shape(NamedTuple):
 
 
 ISSUE = [Shape(1280, 1024, 50257), Shape(8192, 1024, 50257)]
-SMALL = [Shape(12, 32, 101)]
+TOKENS = [Shape(n, 1024, 0) for n in (1, 2, 4)]
+SMALL, SMALL_TOKENS = [Shape(12, 32, 101)], [Shape(2, 32, 0)]
 
 
 class Timed(NamedTuple):
@@ -146,6 +151,34 @@ def norms(shape: Shape, device: str) -> Iterator[Timed]:
             yield Timed(what, method, calls, 8 * n * C)
 
 
+def products(shape: Shape, device: str) -> Iterator[Timed]:
+    """The products of a token. Both results are as far from fp64 as bf16 is after 24 layers."""
+    n, C, _ = shape
+    sizes = (C,), (C,), (C, 3 * C), (3 * C,), (C, C), (C,), (C, 4 * C), (4 * C,), (4 * C, C), (C,)
+    layers = [[0.02 * normal(*size, device=device) for size in sizes] for _ in range(24)]
+    for layer in layers:
+        layer[0] += 1  # the norm's gain
+    x = normal(n, C, device=device)
+
+    def run(most: int) -> Tensor:
+        y = x
+        with patch.object(kernels, "FEW_ROWS", most), torch.no_grad():
+            for gain, shift, *w in layers:
+                norm = gain, shift, EPS
+                o = fused_linear(y, w[0], w[1], norm=norm)[:, :C]
+                y = fused_linear(o, w[2], w[3], residual=y)
+                h = fused_linear(y, w[4], w[5], norm=norm, gelu=True)
+                y = fused_linear(h, w[6], w[7], residual=y)
+        return y
+
+    ours, plain = (run(most).float() for most in (kernels.FEW_ROWS, 0))
+    error = ((ours - plain).norm() / plain.norm()).item()
+    assert error < 0.05, f"products: they differ by {error} of their norm"
+    for method, most in (("plain", 0), ("ours", kernels.FEW_ROWS)):
+        n_bytes = 2 * sum(w.numel() for layer in layers for w in layer)
+        yield Timed("products", method, [partial(run, most)], n_bytes)
+
+
 def verdicts(rows: list[dict[str, str]]) -> list[str]:
     """One line for each target, and one for the fastest tile of each shape."""
     us = {(row["what"], row["method"], row["n"]): float(row["us"]) for row in rows}
@@ -156,8 +189,11 @@ def verdicts(rows: list[dict[str, str]]) -> list[str]:
             ("head", "ours", "products", 1.5, True),  # 1.4 there
             ("add_norm", "plain", "ours", 1.2, False),
             ("norm_grad", "plain", "ours", 1.2, False),
+            ("products", "plain", "ours", 1.0, False),
         ):
             keys = (what, above, n), (what, below, n)
+            if (what == "products") != (int(n) <= kernels.FEW_ROWS):
+                continue
             if not all(key in us for key in keys):
                 lines.append(f"n={n:5} {what}: {above} / {below}  not measured")
                 continue
@@ -184,21 +220,23 @@ def main() -> None:
         need_kernels()
     began, rows = time.monotonic(), []
     torch.manual_seed(0)
-    for shape in ISSUE if device == "cuda" else SMALL:
-        for part in (head, cross_entropy, norms):
-            for what, method, calls, n_bytes in part(shape, device):
-                if time.monotonic() - began > args.seconds:
-                    print("the time is over")
-                    return
-                row = {"what": what, "method": method, **shape._asdict(), "dtype": "bfloat16"}
-                row |= measure(calls, device)
-                row["gbs"] = round(n_bytes / row["us"] / 1e3, 1) if n_bytes else ""
-                print(row, flush=True)
-                rows.append({name: str(value) for name, value in row.items()})
-                if args.out:
-                    args.out.mkdir(parents=True, exist_ok=True)
-                    path = args.out / f"fused-{device_name()}.csv"
-                    add_row(path, row | machine(), KEY)
+    shapes = (ISSUE, TOKENS) if device == "cuda" else (SMALL, SMALL_TOKENS)
+    parts: list = [(products, shape) for shape in shapes[1]]
+    parts += [(part, shape) for shape in shapes[0] for part in (head, cross_entropy, norms)]
+    for part, shape in parts:
+        for what, method, calls, n_bytes in part(shape, device):
+            if time.monotonic() - began > args.seconds:
+                print("the time is over")
+                return
+            row = {"what": what, "method": method, **shape._asdict(), "dtype": "bfloat16"}
+            row |= measure(calls, device)
+            row["gbs"] = round(n_bytes / row["us"] / 1e3, 1) if n_bytes else ""
+            print(row, flush=True)
+            rows.append({name: str(value) for name, value in row.items()})
+            if args.out:
+                args.out.mkdir(parents=True, exist_ok=True)
+                path = args.out / f"fused-{device_name()}.csv"
+                add_row(path, row | machine(), KEY)
     print(*verdicts(rows), sep="\n")
 
 

@@ -53,6 +53,7 @@ SWITCHES: dict[str, Callable[[], AbstractContextManager]] = {  # ours, with one 
     "many-rows": partial(patch.object, kernels, "FEW_ROWS", 0),  # products by PyTorch
 }
 KNOWN = 50  # consecutive steps without a new bucket, after which new ones are rare
+SHAPES = 30  # steps of PEFT on real texts before the timing, so that few shapes are new
 CHUNK = 4  # rows at a time of the plain model, which keeps all activations in fp64
 
 
@@ -218,7 +219,9 @@ class Peft:
         self.forward = torch.compile(self.model) if compiled else self.model
 
     def warm_up(self, steps: int) -> None:
-        for _ in range(steps):
+        """Steps before the timing; with rows of different lengths more, as each new shape costs."""
+        ragged = len({len(row.ids) for row in self.task.encoded}) > 1
+        for _ in range(max(steps, SHAPES) if ragged and self.task.device != "cpu" else steps):
             self.step()
 
     def step(self) -> tuple[Tensor, Tensor]:
