@@ -16,7 +16,8 @@ def test_benchmark_of_the_kernels_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["fused", "--out", str(tmp_path)])
     fused.main()
     rows = list(csv.DictReader((tmp_path / "fused-cpu.csv").open()))
-    assert {row["what"] for row in rows} == {"head", "cross_entropy", "add_norm", "norm_grad"}
+    names = {"head", "cross_entropy", "add_norm", "norm_grad", "products"}
+    assert {row["what"] for row in rows} == names
     assert "add_norm: plain / ours  not measured" in capsys.readouterr().out
 
 
