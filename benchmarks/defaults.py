@@ -4,7 +4,8 @@
     python -m benchmarks.defaults figure
 
 Each case is a model and some training pairs. The rule runs with three subsets and seeds; the grid
-halves and doubles its peak learning rate and its number of steps, for the first seed. Each row of
+halves and doubles its peak learning rate and the number of steps with which it starts, for the
+first seed. Each row of
 benchmarks/defaults.csv is one run, with its lowest dev loss on the same dev pairs. Runs that are in
 the CSV are not repeated. `figure` plots and prints the rule's loss relative to the best of the
 grid.
@@ -56,18 +57,23 @@ def trained(
     prefix = make_prefix(model, tokenizer, PrefixConfig(), seed)
     config = TrainConfig(seed=seed, samples=0, log_every=10**6)
     with tempfile.TemporaryDirectory() as out:
-        usual = Trainer(model, tokenizer, config, train, dev, out, prefix).config
-        lr, steps = usual.lr * scale.get("lr", 1), round(usual.steps * scale.get("steps", 1))
-        key = dict(zip(KEY, (model_name, data, n_pairs, lr, steps, seed), strict=True))
-        if rows_of(CSV, key):
-            return
-        config = settle(dataclasses.replace(config, lr=lr, steps=steps), n_pairs, lr)
         run = Trainer(model, tokenizer, config, train, dev, out, prefix)
+        lr, steps = run.config.lr, run.config.steps
+        key = {"model": model_name, "data": data, "pairs": n_pairs, "seed": seed}
+        if scale:
+            lr, steps = lr * scale.get("lr", 1), round(steps * scale.get("steps", 1))
+        if rows_of(CSV, key | ({"lr": lr, "steps": steps} if scale else {"rule": True})):
+            return
+        if scale:
+            config = settle(dataclasses.replace(config, lr=lr, steps=steps), n_pairs, lr)
+            run = Trainer(model, tokenizer, config, train, dev, out, prefix)
         result = run.run()
+    used = run.config
     row = key | {
-        "rule": not scale, "batch_size": config.batch_size, "warmup_steps": config.warmup_steps,
-        "steps_done": result["steps"], "dev_loss": round(run.best, 4), "best_step": run.best_step,
-        "last_dev_loss": round(run.measured[-1][1], 4), "precision": run.config.precision,
+        "lr": lr, "steps": run.steps, "rule": not scale, "batch_size": used.batch_size,
+        "warmup_steps": used.warmup_steps, "steps_done": result["steps"],
+        "dev_loss": round(run.best, 4), "best_step": run.best_step,
+        "last_dev_loss": round(run.measured[-1][1], 4), "precision": used.precision,
         "seconds": result["seconds"], "device": device,
     }  # fmt: skip
     add_row(CSV, row | machine(), KEY)

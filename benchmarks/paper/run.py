@@ -51,7 +51,7 @@ SUITES = {"restaurants": "e2e"}  # official scores of data sets whose name is no
 
 
 # newer fields of TrainConfig, with the values for runs that are older
-LATER = {"time": None, "patience": 0, "auto_batch": False}
+LATER = {"time": None, "most_steps": None, "patience": 0, "auto_batch": False}
 
 
 @dataclass(frozen=True)

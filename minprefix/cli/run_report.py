@@ -35,6 +35,8 @@ def tell_start(trainer: Trainer, note: str, resumed: bool) -> None:
         pairs = config.batch_size * trainer.per_step
         passes = config.steps * pairs / len(rows)
         length = f"{config.steps:,} steps of {pairs} pairs, {passes:.3g} passes over the data"
+        if (config.most_steps or 0) > config.steps:
+            length += f" (up to {config.most_steps:,} steps while the dev loss falls fast)"
     say(f"run: {length}; peak learning rate {config.lr:g} at step {config.warmup_steps}")
     if trainer.tuned.method in ("ft-top", "adapter"):
         say(describe(trainer.tuned, trainer.model))
@@ -62,7 +64,7 @@ def tell_length(trainer: Trainer) -> None:
     at, config = trainer.step_done, trainer.config
     if trainer.counted_from == at and not trainer.finished():
         rate = f"{trainer.lr_at(at):.2g}"
-        until = config.time or f"step {config.steps}"
+        until = config.time or f"step {trainer.steps}"
         say(f"continuing after step {at} until {until}: the learning rate starts at {rate} and "
             "falls linearly to 0")  # fmt: skip
     else:

@@ -104,7 +104,7 @@ def run_to_train(options: TrainOptions) -> tuple[Path, dict]:
             )
         given = asdict(options.train)
         if lengths:
-            settings["train"] |= {name: given[name] for name in LENGTH}
+            settings["train"] |= {name: given[name] for name in (*LENGTH, "most_steps")}
         if options.train.patience != TrainConfig.patience:
             settings["train"]["patience"] = options.train.patience
         if options.train.auto_batch:

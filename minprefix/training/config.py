@@ -1,13 +1,15 @@
 """The settings of a training run, and the rule for settings that the user does not give.
 
 Read `TrainConfig`, then `settle`: the number of steps, the batch size, the warm-up and the interval
-of evaluations follow from the number of training pairs. benchmarks/defaults.py compares the rule
-with a grid of other settings; docs/guides/your_data.md shows the result. `PretrainConfig` has the
-settings of `pretrain.py`. This file does not import PyTorch.
+of evaluations follow from the number of training pairs. Some data take more steps than others of
+the same size, which only the run itself can show: see `steps_so_far`. benchmarks/defaults.py
+compares the rule with a grid of other settings; docs/guides/your_data.md shows the result.
+`PretrainConfig` has the settings of `pretrain.py`. This file does not import PyTorch.
 """
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from minprefix.checks import check_at_least_one, check_choice, check_not_negative, check_positive
@@ -25,6 +27,7 @@ class TrainConfig:
     epochs: float | None = None  # passes over the training pairs
     steps: int | None = None  # optimizer steps, instead of epochs
     time: str | None = None  # wall time such as 90s, 10m or 2h, instead of steps or epochs
+    most_steps: int | None = None  # steps to which a run without steps, epochs or time may grow
     batch_size: int | None = None  # pairs per forward pass
     accumulation: int = 1  # forward passes per optimizer step, on each rank of torchrun
     auto_batch: bool = False  # out of memory: read fewer pairs at a time, in the same steps
@@ -52,8 +55,9 @@ class TrainConfig:
         if self.compile and self.method == "adapter":
             raise ValueError("compile does not work with method adapter: adapters are not compiled")
         check_at_least_one(
-            self, "steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_pairs"
-        )
+            self, "steps", "most_steps", "batch_size", "accumulation", "log_every", "eval_every",
+            "eval_pairs",
+        )  # fmt: skip
         check_positive(self, "epochs", "lr", "clip")
         for name in ("warmup_steps", "patience", "weight_decay", "seed", "samples"):
             check_not_negative(self, name)
@@ -71,19 +75,19 @@ class TrainConfig:
         """The wall time that the run may take; None where steps decide."""
         return None if self.time is None else seconds_of(self.time)
 
-    def rate(self, step: int, seconds: float) -> float:
+    def rate(self, step: int, seconds: float, steps: int) -> float:
         """Learning rate of step 0, 1, ...: linear warm-up, then linear decay to 0. Needs `settle`.
 
         Args:
             seconds: how long the run has taken so far; used if `time` is given.
+            steps: at which the rate is 0 otherwise.
         """
         assert self.lr is not None and self.warmup_steps is not None
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         if self.seconds is not None:
             return self.lr * max(0.0, 1 - seconds / self.seconds)
-        assert self.steps is not None
-        return self.lr * (self.steps - step) / max(1, self.steps - self.warmup_steps)
+        return self.lr * (steps - step) / max(1, steps - self.warmup_steps)
 
 
 def seconds_of(time: str) -> float:
@@ -108,6 +112,7 @@ FEW, BATCH_SIZES = 100, (8, 16)  # pairs in a batch: up to FEW training pairs, a
 LEAST_STEPS = 150
 WARMUP, LEAST_WARMUP = 0.05, 30  # share of the steps, and least number of steps
 EVALUATIONS, LEAST_EVERY = 15, 10  # evaluations in a run, and least steps between two of them
+FAST, MOST_GROWTH = 0.2, 4  # share by which a dev loss falls "fast"; how far a run may grow
 
 
 def usual_steps(n_pairs: int) -> int:
@@ -123,12 +128,15 @@ def settle(config: TrainConfig, n_pairs: int, lr: float, ranks: int = 1) -> Trai
         lr: the peak rate, see `tuned.Tuned.default_lr`.
         ranks: processes that share a step.
     """
-    batch_size = config.batch_size or BATCH_SIZES[n_pairs > FEW]
+    batch_size, most = config.batch_size or BATCH_SIZES[n_pairs > FEW], config.most_steps
     if config.epochs is not None and config.steps is None:
         per_epoch = math.ceil(n_pairs / batch_size) / (config.accumulation * ranks)
         steps = max(1, round(config.epochs * per_epoch))
+    elif config.steps is not None:
+        steps = config.steps
     elif config.time is None:
-        steps = config.steps or usual_steps(n_pairs)
+        steps = usual_steps(n_pairs) if most is None else min(usual_steps(n_pairs), most)
+        most = most or MOST_GROWTH * steps
     else:
         steps = None
     warmup = LEAST_WARMUP if steps is None else max(LEAST_WARMUP, round(WARMUP * steps))
@@ -137,10 +145,28 @@ def settle(config: TrainConfig, n_pairs: int, lr: float, ranks: int = 1) -> Trai
     # with `time` the number of steps is unknown; evaluations are then as frequent as by the rule
     every = max(LEAST_EVERY, (steps or usual_steps(n_pairs)) // EVALUATIONS)
     return replace(
-        config, batch_size=batch_size, steps=steps, epochs=None, lr=config.lr or lr,
+        config, batch_size=batch_size, steps=steps, most_steps=most, epochs=None,
+        lr=config.lr or lr,
         warmup_steps=warmup if config.warmup_steps is None else config.warmup_steps,
         eval_every=config.eval_every or every,
     )  # fmt: skip
+
+
+def steps_so_far(config: TrainConfig, measured: Sequence[tuple[int, float]]) -> int:
+    """The length of a run, given its evaluations (step, dev loss) so far. Needs `steps`.
+
+    It starts as `steps`. If the dev loss at half of the steps is still lower by FAST than at a
+    quarter of them, the length is doubled, up to `most_steps`, and the same is asked again there.
+    """
+    steps, most = config.steps or 0, config.most_steps or 0
+
+    def loss_at(share: float) -> float:
+        """The first loss from this share of the steps on; NaN = it is not known yet."""
+        return next((loss for step, loss in measured if step >= share * steps), math.nan)
+
+    while steps < most and loss_at(0.5) <= (1 - FAST) * loss_at(0.25):
+        steps = min(2 * steps, most)
+    return steps
 
 
 # pretraining --------------------------------------------------------------------------------------

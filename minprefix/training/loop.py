@@ -129,6 +129,9 @@ class Loop:
     def end(self) -> None:
         """Work after the last step."""
 
+    def lengthen(self) -> None:
+        """Called when `measured` has changed; may make the run longer."""
+
     def rows_of(self, step: int) -> str:
         """The rows that step 0, 1, ... reads, as file:line; "" if unknown."""
         return ""
@@ -313,6 +316,7 @@ class Loop:
         at = "0 (before training)" if self.step_done == 0 else self.step_done
         line = f"step {at}: dev loss {loss:.3f}, {so_far}"
         self.tell("\n".join([line, *shown]))
+        self.lengthen()
 
     def gives_up(self) -> bool:
         """Whether the last `patience` evaluations did not lower the dev loss."""
@@ -391,6 +395,7 @@ class Loop:
         self.seconds = state["seconds"]
         older = [(self.step_done, state["best"])] if math.isfinite(state["best"]) else []
         self.measured = [(step, loss) for step, loss in state.get("measured", older)]
+        self.lengthen()
         self.counted_from = self.step_done if changed else state.get("counted_from", 0)
         self.stopped = self.gives_up()
 

@@ -35,8 +35,8 @@ def check_progress(state: dict, most: int) -> None:
         settings = None
     if not isinstance(settings, dict):
         raise ValueError("settings are not those of a run")
-    steps, step = settings.get("steps"), state["step"]
-    check_number("step", step, 0, steps if type(steps) is int else most)
+    ends, step = (settings.get("steps"), settings.get("most_steps")), state["step"]
+    check_number("step", step, 0, max((n for n in ends if type(n) is int), default=most))
     check_number("seconds", float_of(state["seconds"]), 0, 1e12, float)
     check_number("counted_from", state.get("counted_from", 0), 0, step)
     if type(state["best"]) is not float or math.isnan(state["best"]):

@@ -38,7 +38,7 @@ from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.training.advice import nothing_learned
 from minprefix.training.blocks import unwrap_blocks, wrap_blocks
-from minprefix.training.config import TrainConfig, duration, settle
+from minprefix.training.config import TrainConfig, duration, settle, steps_so_far
 from minprefix.training.graphs import GraphedPasses, PlainPasses, dropped, leaves
 from minprefix.training.loop import UNBOUNDED, Loop
 from minprefix.training.memory import halving
@@ -145,7 +145,18 @@ class Trainer(Loop):
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0 .. steps - 1."""
-        return self.config.rate(step, self.seconds_so_far())
+        return self.config.rate(step, self.seconds_so_far(), self.steps)
+
+    def lengthen(self) -> None:
+        if self.config.steps is None:
+            return
+        before, self.steps = self.steps, steps_so_far(self.config, self.measured)
+        if self.bar is not None and self.steps > before:
+            self.bar.total = self.steps
+            self.tell(
+                f"the dev loss still falls fast, so the run is made longer: to step {self.steps:,} "
+                f"instead of {before:,} (--most-steps {before} would have prevented this)"
+            )
 
     def done(self) -> float:
         limit = self.config.seconds
@@ -331,7 +342,7 @@ class Trainer(Loop):
         if reason := nothing_learned(self.measured):
             raise ValueError(reason)
 
-    extends = ("steps", "epochs", "time", "patience")
+    extends = ("steps", "epochs", "time", "most_steps", "patience")
 
     # files ---------------------------------------------------------------------------------------
 
