@@ -250,7 +250,8 @@ class Loop:
     def _go(self, bar: tqdm, interrupted: Callable[[], int]) -> None:
         window, clock = [], time.perf_counter()
         times: list[float] = []  # seconds of the first steps
-        while not self.finished():
+        finished = self.finished()  # asked once a step: with a time limit the answer may change
+        while not finished:
             began = time.perf_counter()
             window.append(self.step())
             bar.update()
@@ -258,7 +259,8 @@ class Loop:
                 times.append(time.perf_counter() - began)
                 if len(times) == FIRST_STEPS:
                     self.tell(self.estimate(median(times)))
-            evaluate = self.finished() or self.step_done % self.eval_every == 0
+            finished = self.finished()
+            evaluate = finished or self.step_done % self.eval_every == 0
             log = evaluate or self.step_done % self.log_every == 0
             # all ranks must stop at the same step, so they exchange the flag whenever they log
             number = interrupted()
@@ -272,10 +274,11 @@ class Loop:
             if evaluate:
                 self.evaluate()
                 self.stopped = self.ranks.any(self.gives_up(), self.device)
+                finished = self.finished()
             if save and self.ranks.first:
                 self.save_state()
                 clock = time.perf_counter()
-            if stop and not self.finished():
+            if stop and not finished:
                 if self.ranks.first and not self.measured:
                     self.keep()
                 said = f"stopped after {self.place()}; state saved"

@@ -3,13 +3,15 @@
 import math
 
 import pytest
-from conftest import pairs, trainer
+import torch
+from conftest import pairs, signalled, trainer
 
 from minprefix.data.examples import Example
 from minprefix.data.splits import hold_out
 from minprefix.methods.paper import paper_settings
 from minprefix.training.advice import data_warnings, nothing_learned, verdict
-from minprefix.training.config import TrainConfig, seconds_of, settle
+from minprefix.training.config import TrainConfig, seconds_of, settle, steps_so_far
+from minprefix.training.interrupts import Interrupted
 from minprefix.training.run_folder import read_log
 
 
@@ -39,6 +41,57 @@ def test_what_the_user_gives_is_kept():
     assert shared.steps == 2
 
 
+def test_only_the_rule_lets_a_run_grow():
+    rule = settle(TrainConfig(), 200, lr=1.0)
+    assert rule.most_steps == 4 * rule.steps
+    for given in ({"steps": 9}, {"epochs": 1}, {"time": "1m"}):
+        assert settle(TrainConfig(**given), 200, lr=1.0).most_steps is None
+    short = settle(TrainConfig(most_steps=100), 200, lr=1.0)
+    assert short.steps == short.most_steps == 100
+
+
+def test_the_length_follows_the_dev_losses():
+    """Doubled if the loss at half is lower by a fifth than at a quarter, and only then."""
+    config = TrainConfig(steps=8, most_steps=20)
+    for losses, steps in (
+        ([(0, 9.0), (2, 1.0), (4, 0.81), (6, 0.1)], 8),
+        ([(0, 9.0), (2, 1.0), (3, 0.1)], 8),  # half is not reached yet
+        ([(0, 9.0), (2, 1.0), (4, 0.79)], 16),
+        ([(0, 9.0), (2, 1.0), (4, 0.79), (8, 0.7)], 16),
+        ([(0, 9.0), (3, 1.0), (5, 0.7), (9, 0.5)], 20),  # the first ones from there on; the most
+        ([], 8),
+    ):
+        assert steps_so_far(config, losses) == steps, losses
+    assert steps_so_far(TrainConfig(steps=8), [(2, 1.0), (4, 0.1)]) == 8
+
+
+def test_a_run_that_grew_continues_as_if_it_had_not_been_interrupted(tokenizer, tmp_path, capsys):
+    def started(folder):
+        run = trainer(tokenizer, tmp_path / folder, steps=8, most_steps=24, eval_every=1)
+        run._dev_sums = lambda: torch.tensor([1 / (1 + run.step_done), 1.0])
+        return run
+
+    def rates(folder):
+        return [entry["lr"] for entry in read_log(tmp_path / folder) if "lr" in entry]
+
+    whole = started("whole")
+    whole.run()
+    assert whole.step_done == whole.steps == 24 and whole.config.steps == 8
+    said = capsys.readouterr().err
+    assert said.count("the run is made longer: to step") == 2
+    assert "to step 16 instead of 8 (--most-steps 8 would have prevented this)" in said
+    for after in (6, 12):  # after the first and after the second time
+        with pytest.raises(Interrupted), signalled(after):
+            started(str(after)).run(progress=False)
+        again = started(str(after))
+        again.load_state()
+        assert again.steps == (16 if after == 6 else 24)
+        again.run(progress=False)
+        assert rates(str(after)) == rates("whole")
+    assert rates("whole")[3] < rates("whole")[4]
+    assert rates("whole")[-1] == pytest.approx(whole.config.lr / 24)
+
+
 def test_times_are_read():
     assert [seconds_of(t) for t in ("90s", "10m", "1.5h")] == [90, 600, 5400]
     for wrong in ("", "4", "ten", "10 days", "0m", "-5s", "m"):
@@ -55,6 +108,16 @@ def test_a_time_ends_the_run_at_rate_zero(tokenizer, tmp_path):
     rates = [entry["lr"] for entry in read_log(tmp_path) if "lr" in entry]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.3 * run.config.lr
     assert run.lr_at(result["steps"]) == 0
+
+
+def test_a_time_that_is_over_while_a_step_is_logged_still_ends_in_an_evaluation(
+    tokenizer, tmp_path, monkeypatch
+):
+    run = trainer(tokenizer, tmp_path, steps=None, time="100s", dev=0, eval_every=10**6)
+    monkeypatch.setattr(run, "done", lambda: 0.0 if run.step_done < 3 else next(answers))
+    answers = iter([0.0, *[1.0] * 99])
+    run.run(progress=False)
+    assert run.saved_step == run.step_done == 4
 
 
 def test_a_run_stops_early_after_its_first_half(tokenizer, tmp_path):
