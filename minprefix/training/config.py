@@ -112,7 +112,8 @@ FEW, BATCH_SIZES = 100, (8, 16)  # pairs in a batch: up to FEW training pairs, a
 LEAST_STEPS = 150
 WARMUP, LEAST_WARMUP = 0.05, 30  # share of the steps, and least number of steps
 EVALUATIONS, LEAST_EVERY = 15, 10  # evaluations in a run, and least steps between two of them
-FAST, MOST_GROWTH = 0.2, 4  # share by which a dev loss falls "fast"; how far a run may grow
+# a dev loss falls "fast" by this share of itself and this many nats; how far a run may grow then
+FAST, MUCH, MOST_GROWTH = 0.2, 0.15, 4
 
 
 def usual_steps(n_pairs: int) -> int:
@@ -155,8 +156,8 @@ def settle(config: TrainConfig, n_pairs: int, lr: float, ranks: int = 1) -> Trai
 def steps_so_far(config: TrainConfig, measured: Sequence[tuple[int, float]]) -> int:
     """The length of a run, given its evaluations (step, dev loss) so far. Needs `steps`.
 
-    It starts as `steps`. If the dev loss at half of the steps is still lower by FAST than at a
-    quarter of them, the length is doubled, up to `most_steps`, and the same is asked again there.
+    It starts as `steps`. If the dev loss falls fast between a quarter and half of the steps, the
+    length is doubled, up to `most_steps`, and the same is asked again there.
     """
     steps, most = config.steps or 0, config.most_steps or 0
 
@@ -164,7 +165,10 @@ def steps_so_far(config: TrainConfig, measured: Sequence[tuple[int, float]]) -> 
         """The first loss from this share of the steps on; NaN = it is not known yet."""
         return next((loss for step, loss in measured if step >= share * steps), math.nan)
 
-    while steps < most and loss_at(0.5) <= (1 - FAST) * loss_at(0.25):
+    def fast(before: float, now: float) -> bool:
+        return now <= (1 - FAST) * before and now <= before - MUCH
+
+    while steps < most and fast(loss_at(0.25), loss_at(0.5)):
         steps = min(2 * steps, most)
     return steps
 
