@@ -2,13 +2,12 @@
 # # 1. GPT-2 from scratch
 # Prefix-tuning teaches a language model a task without changing the model. This first tutorial
 # shows what that means, and then builds the model: GPT-2, from one attention score to the whole
-# network, in about seventy lines. The model loads real weights, and its logits equal those of the
-# library and of Hugging Face to the last digits.
+# network. It loads real weights, and its logits equal those of the library and of Hugging Face to
+# the last digits.
 #
-# **What you will learn.** What prefix-tuning is for. How a score becomes a weight and a weight
-# becomes an output; why the causal mask makes the past independent of the future; what a layer adds
-# to the residual stream. What a token leaves behind once it has been read: its keys and values,
-# which are what tutorial 02_equation_3 trains.
+# **What you will learn.** What prefix-tuning is for. How attention, a layer and the model are
+# computed, and why the past does not depend on the future. What a token leaves behind once it has
+# been read: its keys and values, which are what 02_equation_3 trains.
 #
 # **What to know first.** PyTorch tensors and modules. No knowledge of transformers.
 #
@@ -16,10 +15,11 @@
 # `gpt2`, is downloaded first and takes longer.
 #
 # **Sources.** Prefix-tuning: Li & Liang [1]; attention: Vaswani et al. [2]; GPT-2: Radford et
-# al. [3], with the names of the official checkpoints [4]. The list is at the end.
+# al. [3], with the names of the official checkpoints [4].
 
 # %%
 import math
+import re
 
 import figure  # tutorials/figure.py: all that only draws
 import torch
@@ -57,24 +57,22 @@ def check(name, a, b):
 #   in each layer, which hold no tokens but trained numbers. The text reads these numbers by
 #   attention, just as it reads its own earlier tokens. A task is then a small file.
 #
-# *LoRA* and *adapters* are relatives of the third way. They freeze the weights, too: LoRA adds a
-# small trained matrix of low rank to some of them, and adapters are small trained layers between
-# the model's own. Their files are about as small. A prefix differs in that it is data, which
-# attention reads, and not a change of the layers. So rows with different prefixes go through the
-# same layers in one batch (07_many_users), but the prefix takes positions and is read again for
-# each token, whereas LoRA can be added to the weights once and then costs nothing. This project
-# compares the prefix with adapters ([results](../benchmarks/paper/RESULTS.md)), not with LoRA.
-# 06_low_data and 07_many_users say when a prefix is the wrong choice.
+# (*LoRA* and *adapters* freeze the weights, too, and their files are about as small. LoRA adds a
+# trained matrix of low rank to some of the weights; adapters are small trained layers between the
+# model's own. A prefix is no change of the layers but data that they read. So one batch can hold
+# rows with different prefixes (07_many_users), but a prefix takes positions and is read again for
+# each token, whereas LoRA can be added to the weights once and then costs nothing. 06_low_data and
+# 07_many_users say when a prefix is the wrong choice.)
+#
+# In the picture each square is what one layer computes at one position. Green squares are computed
+# with weights that were trained for the task, blue ones with the frozen weights. The orange ones
+# are not computed at all: they are the trained numbers, the *prefix*, and later squares of the same
+# layer read them.
 
 # %%
 figure.two_ways()
 
 # %% [markdown]
-# Each square is what one layer computes at one position. Green squares are computed with weights
-# that were trained for the task. Blue ones are computed with the frozen weights. The orange ones
-# are not computed at all: they are the trained numbers, the *prefix*, and later squares of the same
-# layer read them.
-#
 # The model of these tutorials is `mini`, which lies in this repository: a real GPT-2, only smaller.
 # It was trained from scratch on English text (articles, novels, textbooks, dialogues, and many
 # tables beside prose), never on the tables that we use. Its card is
@@ -82,9 +80,7 @@ figure.two_ways()
 # trained for 2,500 steps on the restaurant tables of the E2E data (by `docs/train_prefixes.py`).
 #
 # **Predict.** The same frozen weights read the same table, once with a request in words after it
-# and once with the prefix before it. (The table then ends with the special token that ended it in
-# the prefix's training; `generate` knows this from the prefix's file.) How different can the two
-# texts be?
+# and once with the prefix before it. How different can the two texts be?
 
 # %%
 model, tokenizer = minprefix.load(MODEL, dtype=torch.float64)
@@ -94,27 +90,27 @@ table = (
 )
 if MODEL == "mini":  # a prefix belongs to one model
     trained = minprefix.Prefix.load(TRAINED / "e2e-P10.safetensors").double()
-    asked = [table + "\n\nDescription:"]
-    most = {"max_new_tokens": 40}
-    (words,) = minprefix.generate(model, tokenizer, asked, **most)
-    (text,) = minprefix.generate(
-        model, tokenizer, [table], prefix=trained, **most
-    )
-    print(f"asked in words:  {words!r}\nwith the prefix: {text!r}")
     values = [fact.split(" : ")[1] for fact in table.split(" | ")]
-    values.remove("no")  # it is part of many words
-    kept_by_words, kept = (
-        [value for value in values if value in out] for out in (words, text)
-    )
-    print(f"values that the first text keeps:  {kept_by_words}")
-    print(f"values that the second text keeps: {kept}")
-    assert kept_by_words == ["The Eagle"]
-    assert kept == [value for value in values if value != "Chinese"]
+    kept = {}
+    for way, asked, prefix in (
+        ("in words", table + "\n\nDescription:", None),
+        ("with the prefix", table, trained),
+    ):
+        (text,) = minprefix.generate(
+            model, tokenizer, [asked], prefix=prefix, max_new_tokens=40
+        )
+        kept[way] = [v for v in values if re.search(rf"\b{v}\b", text)]
+        print(f"{way}: {text!r}\n  values that are kept: {kept[way]}")
+    assert kept["in words"] == ["The Eagle"]
+    assert kept["with the prefix"] == [
+        v for v in values if v not in ("Chinese", "no")
+    ]
 
 # %% [markdown]
 # **Answer.** Completely different. Asked in words, the model picks up the name and drifts off. With
-# the prefix it describes the table, and leaves out one value, the food; 05_table_to_text looks at
-# such losses. No weight has changed. And this is what the task costs on disk:
+# the prefix it describes the table: it says the "no" in other words, and leaves out one value, the
+# food (05_table_to_text looks at such losses). No weight has changed. And this is what the task
+# costs on disk:
 
 # %%
 config = model.config
@@ -131,8 +127,8 @@ if MODEL == "mini":
     assert sum(weight.numel() for weight in trained.parameters()) == in_prefix
 
 # %% [markdown]
-# To understand what these numbers are, and why the model can read them, we build the model. (All
-# tutorials use the same letters; section 8 lists them.)
+# To understand what these numbers are, and why the model can read them, we build the model. Section
+# 8 lists the letters that all tutorials use.
 #
 # ## 2. Attention, by hand
 # Attention lets a position read from others. Each position $i$ has three vectors of $D$ numbers: a
@@ -141,8 +137,8 @@ if MODEL == "mini":
 #
 # $$s_{ij} = \frac{q_i \cdot k_j}{\sqrt{D}} .$$
 #
-# The factor $1/\sqrt{D}$ keeps scores about equally large, whatever $D$ is. With three positions
-# and $D = 2$ the scores of the last position can be computed by hand:
+# The factor $1/\sqrt{D}$ makes up for the number of terms: a sum of $D$ independent products grows
+# like $\sqrt D$. With three positions and $D = 2$, here are the scores of the last position:
 
 # %%
 q = torch.tensor([[1.0, 0.0], [0.0, 2.0], [2.0, 1.0]])  # (T, D)
@@ -188,10 +184,10 @@ check("loop and hand", attention_loop(q, k, v)[2], torch.tensor(by_hand))
 
 
 # %% [markdown]
-# And as matrices. All scores at once are $Q K^T / \sqrt{D}$. The mask puts $-\infty$ where
-# $j > i$, and $e^{-\infty} = 0$ does the rest. Further dimensions, of which we need two below,
-# stand in front. There may be more keys (S) than queries (T): the first S - T keys are then older
-# than all queries.
+# Now the same with matrices. All scores at once are $Q K^T / \sqrt{D}$. The mask puts $-\infty$
+# where $j > i$, and $e^{-\infty} = 0$ does the rest. The dots in the shapes stand for further
+# dimensions, such as rows and heads. There may be more keys (S) than queries (T): the first S - T
+# keys are then older than all queries.
 
 
 # %%
@@ -215,9 +211,9 @@ check("matrix and loop", attention(q, k, v), attention_loop(q, k, v))
 
 # %% [markdown]
 # ## 3. From text to vectors
-# Now with real weights. A checkpoint is a file of named tensors. Text becomes token ids, and each
-# token begins as the sum of two vectors of $C$ numbers, one for what it is (`wte`, the word-token
-# embedding) and one for where it stands (`wpe`, the word-position embedding):
+# Now with real weights. A checkpoint is a file of named tensors. Text becomes token ids $z_t$, and
+# each token begins as the sum of two vectors of $C$ numbers, one for what it is (`wte`, the
+# word-token embedding) and one for where it stands (`wpe`, the word-position embedding):
 # $x_t = \mathrm{wte}[z_t] + \mathrm{wpe}[t]$. Attention alone knows no order, since a sum has none;
 # `wpe` brings it in.
 
@@ -276,11 +272,10 @@ check("head 2, alone and among all", o[:, part], o_head)
 # called the residual stream. Positions meet in attention only; everything else happens position by
 # position.
 #
-# After the last layer comes one more LayerNorm, and the logit of token $w$ is
-# $\mathrm{wte}[w] \cdot x$: the matrix that reads tokens in also writes them out (*tied* weights).
-# The softmax of a position's $V$ logits gives the probability of each token to be the next one.
-# Here is all of it as modules, with the names of the official checkpoint, so that its tensors load
-# by name.
+# After the last layer comes one more LayerNorm, and the logit of token $w$ is $\mathrm{wte}[w]
+# \cdot x$: the matrix that reads tokens in also writes them out (*tied* weights). The softmax of a
+# position's $V$ logits gives the probability of each token to be the next one. Here is all of it as
+# modules, with the names of the official checkpoint, so that its tensors load by name.
 
 
 # %%
@@ -382,26 +377,26 @@ else:
 
 # %% [markdown]
 # ## 6. What a head has learned
-# With a whole model we can look at its attention weights. Of all $L \times H$ heads, we take the
-# one that puts most weight on the token that followed the same token earlier in the text. Such a
-# head helps a model to copy a name that it has read once.
+# With a whole model we can look at its attention weights. A token that has occurred before was
+# followed by some token then; a head that looks at that follower helps to copy a name. It is called
+# an *induction head*. Of all $L \times H$ heads we take the one that does this most.
 #
 # **Predict.** In the text, " Eagle" occurs twice, as three tokens. What will this head read when it
 # stands at the second " E"? And where does a head look that finds nothing?
 
 # %%
-x, p = tiny.wte(ids[None]) + tiny.wpe(torch.arange(len(ids))), []
+x, layers = tiny.wte(ids[None]) + tiny.wpe(torch.arange(len(ids))), []
 for block in tiny.h:
     qkv = block.attn.c_attn(block.ln_1(x))[0]  # (T, 3 C)
     q, k, _ = qkv.view(-1, 3, H, D).permute(1, 2, 0, 3)  # (H, T, D)
-    p.append(attention_weights(q, k))  # (H, T, T)
+    layers.append(attention_weights(q, k))  # (H, T, T)
     x = block(x)[0]
-p = torch.stack(p)  # (L, H, T, T)
+p = torch.stack(layers)  # (L, H, T, T)
 
-# where token j - 1 is token i; nothing stands before the first token
-followed = (ids[:, None] == ids.roll(1)).tril(-1).double()  # (T, T)
-followed[:, 0] = 0
-layer, head = divmod(int((p * followed).sum((2, 3)).argmax()), H)
+# 1 where token j follows an earlier occurrence of token i: z_(j-1) = z_i, j < i
+follows = (ids[:, None] == ids.roll(1)).tril(-1).double()  # (T, T)
+follows[:, 0] = 0  # nothing stands before the first token
+layer, head = divmod(int((p * follows).sum((2, 3)).argmax()), H)
 copying = p[layer, head]  # (T, T)
 figure.shares(
     "01_heads", {f"layer {layer}, head {head}": copying},
@@ -420,18 +415,16 @@ if MODEL == "mini":
 
 # %% [markdown]
 # **Answer.** It reads "ag", the token that came after " E" the first time, and so can predict it.
-# As long as nothing is repeated, this head has nothing to find. Its weights must add up to 1 all
-# the same, and it puts them on the first token. Such an *attention sink* is a way to do nothing.
-# In 02_equation_3 we see heads that use a prefix as their sink.
-
-# %% [markdown]
+# As long as nothing is repeated, this head has nothing to find. Its weights must still add up to 1,
+# and it puts them on the first token. Such an *attention sink* is a way to do nothing.
+# 02_equation_3 shows heads that use a prefix as their sink.
+#
 # ## 7. What a token leaves behind: $h_i$
 # To write a text, the model appends one token, here the likeliest (*greedy* decoding), reads
-# everything again, and so on. Most of that work is repeated: by causality, nothing at position $i$
-# depends on later tokens. So what can a later position still need from position $i$? Look at
-# `Block`. Positions meet in attention, and there a later query reads $k_i$ and $v_i$ of its layer,
-# and nothing else of position $i$. The paper calls these keys and values of all layers $h_i$, and
-# writes the model as
+# everything again, and so on. Most of that work is repeated, because nothing at position $i$
+# depends on later tokens. What can a later position still need from position $i$? Positions meet
+# in attention only, and there a later query reads $k_i$ and $v_i$ of its layer, and nothing else of
+# position $i$. The paper calls these keys and values of all layers $h_i$, and writes the model as
 #
 # $$h_i = \mathrm{LM}(z_i, h_{<i}) . \qquad (1)$$
 #
@@ -457,13 +450,13 @@ print(f"one h_i: {L} layers x 2 x {H} heads x {D} = {h_i:,} numbers")
 assert P * h_i == in_prefix
 
 # %% [markdown]
-# **Answer.** In none; what is left is rounding. And equation (1) is enough to go on: from the other
-# tokens and $h_0 \dots h_5$ alone come the logits of the whole text. Everything that the model
-# knows of its past is in $h$.
+# **Answer.** In none; what is left is rounding. And equation (1) is enough to go on: the other
+# tokens and $h_0 \dots h_5$ give the logits of the whole text. Everything that the model knows of
+# its past is in $h$.
 #
 # Here is the idea behind prefix-tuning. The model cannot tell where an $h_i$ comes from. A token
-# may have been read; or someone may have *written numbers there*. Ten such $h_i$ are the prefix of
-# section 1. Tutorial 02_equation_3 writes them, and derives how they are learned.
+# may have been read, or someone may have *written numbers there*. Ten such $h_i$ are the prefix of
+# section 1. 02_equation_3 writes them, and derives how they are learned.
 #
 # ## 8. The table of letters
 # The tutorials use these letters, with these meanings unless they say otherwise.
@@ -488,6 +481,7 @@ assert P * h_i == in_prefix
 # | $h_i$ | (L, 2, H, D) | keys (0) and values (1) of position i (but `model.h`: the layers) |
 # | $P_\theta$ | (L, 2, H, P, D) | the prefix, `prefix_table` in the code |
 # | d (`do`) | (B, H, T, D) | the gradient of the loss with respect to o |
+# | n | (B, T, C) | the output of a LayerNorm |
 # | $\ell$ | | the loss: the mean of $-\log p$ over target tokens, in nats |
 #
 # ## Common mistakes
@@ -503,8 +497,7 @@ assert P * h_i == in_prefix
 #
 # ## Recap
 # - A score is $q_i \cdot k_j / \sqrt D$, a weight its softmax over $j \le i$, an output the mean of
-#   the values with these weights. Heads do this side by side.
-# - A layer adds attention, then an MLP, to the residual stream, each after a LayerNorm.
+#   the values with these weights. A layer adds attention, then an MLP, to the residual stream.
 # - Positions meet in attention only. So a position leaves behind its keys and values, $2 L C$
 #   numbers, and $h_{<i}$ and $z_i$ determine everything else: equation (1).
 # - A prefix is a few $h_i$ that come from no token: kilobytes for a task, not megabytes.
@@ -535,4 +528,5 @@ assert P * h_i == in_prefix
 # - [4] The official checkpoints: https://huggingface.co/openai-community/gpt2
 # - GELU: Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415; LayerNorm: Ba et al. 2016,
 #   https://arxiv.org/abs/1607.06450; attention sinks: Xiao et al. 2023,
-#   https://arxiv.org/abs/2309.17453
+#   https://arxiv.org/abs/2309.17453; induction heads: Olsson et al. 2022,
+#   https://arxiv.org/abs/2209.11895

@@ -2,20 +2,20 @@
 # # 2. Equation 3: what a prefix is
 # Prefix-tuning changes one line of a language model, equation (3) of Li & Liang [1]. Here that line
 # is derived and then rewritten: as a loop that reads like the paper, as a concatenation, as two
-# softmaxes with a gate, and as the operator that a GPU kernel computes. Each form must give the
-# logits of the one before, through all layers of the embedded model.
+# softmaxes with a gate, and as the operator that a GPU kernel computes. All of them must give the
+# same logits.
 #
 # **What you will learn.** What exactly is trained, and where it enters. How much attention a prefix
 # gets, and why; what it cannot do within a layer. Why the positions of the text shift, why the
 # prefix needs no mask, which gradient reaches it, what the MLP is for, and what is kept of it.
 #
 # **What to know first.** 01_gpt2_from_scratch: attention, the residual stream, $h_i$, and its
-# [table of letters](01_gpt2_from_scratch.py). For section 9, the derivative of a softmax.
+# [table of letters](01_gpt2_from_scratch.py).
 #
-# **Running time.** Some seconds on two CPU cores; longer with a larger `MODEL`.
+# **Running time.** Some seconds on two CPU cores.
 #
 # **Sources.** Li & Liang [1] and the authors' code [2]; the softmax in two parts is that of
-# online softmax [3]; what a prefix cannot do: Petrov et al. [4]. The list is at the end.
+# online softmax [3]; what a prefix cannot do: Petrov et al. [4].
 
 # %%
 import math
@@ -30,8 +30,7 @@ from minprefix import Prefix
 from minprefix.data.batches import collate, encode_examples, encode_pair
 from minprefix.data.load import load_examples
 
-MODEL = "mini"  # embedded; or gpt2, gpt2-medium, a folder
-model, tokenizer = minprefix.load(MODEL, dtype=torch.float64)
+model, tokenizer = minprefix.load("mini", dtype=torch.float64)
 model.requires_grad_(False)  # phi of the paper: frozen in all that follows
 config = model.config
 L, H, C, D = config.n_layer, config.n_head, config.n_embd, config.head_dim
@@ -51,9 +50,9 @@ def check(name, a, b):
 # $$h_i = \mathrm{LM}_\phi(z_i, h_{<i}), \qquad (1)$$
 #
 # where $h_i$ is all that later positions read of position $i$: one key and one value in each layer
-# and head. The function below is equation (1); $i$ is the number of positions in $h_{<i}$. Beside
-# $h_i$ it returns the logits of the next token. `recurrence` goes through the positions and asks
-# `h_at` for the next $h_i$. Here that is `LM`; in section 3 it will be something else.
+# and head. `LM` below is equation (1); it also returns the logits of the next token. `recurrence`
+# goes through the positions and asks a function `h_at` for the next $h_i$. Here that function is
+# `LM`; in section 3 it will be another one.
 
 
 # %%
@@ -82,10 +81,10 @@ def recurrence(n, h_at):
 
 
 # %% [markdown]
-# The example is the shortest table of the embedded data with its text, as training reads it:
-# `source, bos, target, eos`. The source is the paper's $x$, and the target its $y$. GPT-2 has one
-# special token for both the beginning of a text (*bos*) and its end (*eos*). So the bos in the
-# middle ends the source and begins the target.
+# The example is the shortest table of the dev data with its text, as training reads it: `source,
+# bos, target, eos`. The source is the paper's $x$, and the target its $y$. GPT-2 has one special
+# token for both the beginning of a text (*bos*) and its end (*eos*). So the bos in the middle ends
+# the source and begins the target.
 
 # %%
 dev = load_examples("restaurants", "dev")
@@ -105,9 +104,9 @@ check("the recurrence and the model", logits, model(z[None])[0])
 # $$\max_\phi \; \log p_\phi(y \mid x)
 # = \max_\phi \sum_{i \in Y_{idx}} \log p_\phi(z_i \mid h_{<i}). \qquad (2)$$
 #
-# $z_i$ is predicted at position $i - 1$. So the label at position $t$ is the next token. Labels
-# that are no part of $Y_{idx}$ do not count: they are -100, and so are those of the padding that
-# stands after the shorter rows of a batch. Fine-tuning maximizes (2) over the weights $\phi$.
+# $z_i$ is predicted at position $i - 1$. So the label at position $t$ is the next token if that
+# token is in $Y_{idx}$, and otherwise -100, "no loss". Fine-tuning maximizes (2) over the weights
+# $\phi$.
 
 # %%
 Y_idx = range(pair.prompt_len, len(pair.ids))
@@ -115,13 +114,8 @@ log_p = logits.log_softmax(-1)  # (T, V)
 nats = torch.stack([-log_p[i - 1, pair.ids[i]] for i in Y_idx])
 
 batch = collate([pair], tokenizer.eos_id)
-shown = {-100: "nothing", tokenizer.bos_id: "bos = eos"}
-for t in (bos - 1, bos, bos + 1, T - 1):
-    read, label = int(z[t]), batch.labels[0, t].item()
-    read, label = (
-        shown.get(y) or repr(tokenizer.decode([y])) for y in (read, label)
-    )
-    print(f"position {t:3} reads {read:10} and must predict {label}")
+y = pair.ids[pair.prompt_len :]  # the target and the eos
+assert batch.labels[0].tolist() == [-100] * bos + y
 assert tokenizer.bos_id == tokenizer.eos_id
 losses = model.token_losses(z[None], batch.labels)
 check("equation (2) and the library's loss", nats, losses)
@@ -164,16 +158,16 @@ check("keys and values against words", equation_3(h_words, z), prompted)
 # **Answer.** They do not: the text cannot see where the numbers came from.
 #
 # ## 4. Equation (3)
-# Then they need not come from words. There are only $V^P$ instructions of $P$ tokens; keys and
-# values may be any real numbers. Make them parameters:
+# So the numbers need not come from words. There are only $V^P$ instructions of $P$ tokens, but keys
+# and values may be any real numbers. Make them parameters:
 #
 # $$h_i = \begin{cases} P_\theta[i, :] & i \in P_{idx} \\
 # \mathrm{LM}_\phi(z_i, h_{<i}) & \text{otherwise.} \end{cases} \qquad (3)$$
 #
 # $P_\theta$ has $P \times \dim(h_i)$ entries and is all that is trained, with the loss of equation
-# (2); $\phi$ is frozen. The first line only looks a value up: $P_\theta[i, :]$ does not pass
-# through the model, it stands for what the model would have computed there, in every layer. The
-# second line is the frozen model, and still its $h_i$ depends on $\theta$: it reads the prefix.
+# (2); $\phi$ is frozen. The first line only looks a value up: $P_\theta[i, :]$ replaces what the
+# model would have computed there, in every layer. The second line is the frozen model, and yet its
+# $h_i$ depends on $\theta$, because it reads the prefix.
 
 # %%
 prefix = Prefix.random(config, P, seed=0).double()  # N(0, 1), as in [2]
@@ -183,8 +177,8 @@ check("literal and library", literal, model(z[None], prefix=prefix)[0])
 
 # %% [markdown]
 # ## 5. All positions at once
-# A loop over positions is slow. The layers are the same for all tokens, so run them on all tokens,
-# and leave open only how a layer attends:
+# A loop over positions is slow. The layers are the same for all tokens, so run them on all tokens
+# at once. How a layer attends is an argument:
 
 
 # %%
@@ -208,8 +202,8 @@ def run(z, attend, offset=P):
 # prefix and of the S = T tokens. Nothing is computed *at* prefix positions, so they have no
 # queries.
 #
-# Which keys may token $t$ see? Within the text $j \le t$, as always. All of the prefix, because the
-# prefix stands before every token, and the causal rule hides only what comes later. So **the prefix
+# Which keys may token $t$ see? Within the text $j \le t$, as always, and all of the prefix, because
+# it stands before every token and the causal rule hides only what comes later. So **the prefix
 # needs no mask**.
 
 # %%
@@ -235,8 +229,8 @@ check("concatenated and literal", run(z, concatenated(P_theta)), literal)
 
 # %% [markdown]
 # ## 6. No concatenation: two softmaxes and a gate
-# It is wasteful to copy the prefix in front of the keys of every row, in every layer. The softmax
-# is a ratio of sums, and sums can be split. With one softmax over the keys of the prefix,
+# It is wasteful to copy the prefix before the keys of every row, in every layer. The softmax is a
+# ratio of sums, and sums can be split. With one softmax over the keys of the prefix,
 #
 # $$Z_P = \sum_{j \in P_{idx}} e^{s_{j}}, \quad
 # o_P = \frac{1}{Z_P} \sum_{j \in P_{idx}} e^{s_{j}} v_j,$$
@@ -282,7 +276,7 @@ check("prefix_attention and literal", run(z, operator(P_theta)), literal)
 # %% [markdown]
 # ## 7. What the gate does, and what it cannot do
 # **Predict.** What happens to $\lambda$ when the prefix gets twice as many positions, each key
-# twice? When the text gets longer? And when all keys and values of the prefix are zero?
+# twice? When a query reads more of the text? And when all keys and values of the prefix are zero?
 
 
 # %%
@@ -299,7 +293,7 @@ def inside(table, offset=P):
 
 
 def odds(p, n):
-    """lambda / (1 - lambda) of n prefix positions: (L, H, T)."""
+    """lambda / (1 - lambda) = Z_P / Z_S of n prefix positions: (L, H, T)."""
     return p[..., :n].sum(-1) / p[..., n:].sum(-1)
 
 
@@ -308,10 +302,21 @@ _, _, twice = inside(torch.cat([P_theta, P_theta], 3))
 ratio = odds(twice, 2 * P)[0] / odds(once, P)[0]  # layer 0 reads the same x
 check("P grows: odds of lambda, 2 P over P", ratio, torch.full_like(ratio, 2))
 
+of_prefix = once[:, :, -1, :P].sum(
+    -1, keepdim=True
+)  # the last query's, (L, H, 1)
+of_text = (
+    once[:, :, -1, P:].flip(-1).cumsum(-1)
+)  # its nearest 1, 2, ... T tokens
+lam = of_prefix / (of_prefix + of_text)  # (L, H, T)
+for n in (1, 10, T):
+    print(f"the last query reads {n:2} tokens: {lam[..., n - 1].mean():.2f}")
+assert (lam.diff() <= 0).all() and (lam[..., -1] < lam[..., 0]).all()
+
 zero = torch.zeros_like(P_theta)
 q, k, p = inside(zero)
 s = (q @ k.mT / math.sqrt(D)).masked_fill(~causal, -math.inf)
-lam = P / (P + s.exp().sum(-1))
+lam = P / (P + s.exp().sum(-1))  # each zero key adds e^0 = 1 to Z_P
 check("zero table: P / (P + Z_S)", p[..., :P].sum(-1), lam)
 no_prefix = run(z, concatenated(zero[..., :0, :]))  # at the same positions
 moved = (run(z, concatenated(zero)) - no_prefix).abs().max()
@@ -321,14 +326,14 @@ closed = Prefix.from_table(P_theta, P, gate=torch.zeros(L, H)).double()
 check("g = 0 and no prefix", model(z[None], prefix=closed)[0], no_prefix)
 
 # %% [markdown]
-# **Answer.** Each further position adds a positive term to $Z_P$, so $\lambda$ rises with P. Twice
-# the terms are twice the odds $\lambda / (1 - \lambda)$, not twice $\lambda$. Each further key of
-# the text adds a term to $Z_S$, so for a given query $\lambda$ falls: in a long text a prefix must
-# win by larger scores. And a **zero table is no no-op**: its keys have the score 0, each adds
-# $e^0 = 1$ to $Z_P$, and $o = (1 - \lambda)\, o_S$ is too small.
+# **Answer.** Each further position adds a positive term to $Z_P$, so $\lambda$ rises with P: twice
+# the terms make the *odds* $\lambda / (1 - \lambda) = Z_P / Z_S$ twice as large. Each further token
+# adds a term to $Z_S$, so for a given query $\lambda$ falls: in a long text a prefix needs larger
+# scores. And a **zero table does change the model**: each of its keys has the score 0 and adds
+# $e^0 = 1$ to $Z_P$, so $o = (1 - \lambda)\, o_S$ is too small.
 #
-# An exact no-op multiplies $Z_P$ by 0. The library can train such a factor $g \ge 0$, one for each
-# layer and head; its name there is `gate`, and it begins at 0:
+# To switch a prefix off, multiply $Z_P$ by 0. The library can train such a factor $g \ge 0$ for
+# each layer and head. It is called `gate` there, and it begins at 0:
 #
 # $$o = \frac{g\, Z_P\, o_P + Z_S\, o_S}{g\, Z_P + Z_S} .$$
 #
@@ -340,11 +345,9 @@ check("g = 0 and no prefix", model(z[None], prefix=closed)[0], no_prefix)
 # the tokens of the text, layer by layer. Where does it differ?
 
 # %%
-if MODEL == "mini":  # trained on E2E to the end, see docs/train_prefixes.py
-    trained = Prefix.load(TRAINED / "e2e-P10.safetensors").double()
-    assert trained.prefix_len == P  # as many as the instruction has tokens
-else:
-    trained = Prefix.from_table(h_words, P)
+# trained on E2E to the end by docs/train_prefixes.py
+trained = Prefix.load(TRAINED / "e2e-P10.safetensors").double()
+assert trained.prefix_len == P  # as many as the instruction has tokens
 q, k, p = inside(trained.table().detach())
 division = p[..., P:] / p[..., P:].sum(-1, keepdim=True)  # (L, H, T, T)
 none = k[0][:, :0]  # keys of a prefix of no positions
@@ -357,51 +360,43 @@ assert differ[0] < 1e-12 and (differ[1:] > 0.01).all()
 
 # %% [markdown]
 # **Answer.** In layer 0 nowhere, to the last digits. In every layer above it does differ, because
-# the prefix has changed $x$ there, and so the queries and keys. What follows is that in its own
-# layer a prefix only adds $\lambda\, o_P$ and turns the text down. (With P = 1, $o_P$ is even the
-# same vector for all tokens.) What does *not* follow is that a prefix cannot make the model look
+# the prefix has changed $x$ there, and so the queries and keys. So in its own layer a prefix only
+# scales the text's output by $1 - \lambda$ and adds $\lambda\, o_P$. (With P = 1, $o_P$ is even the
+# same vector for all tokens.) It does *not* follow that a prefix cannot make the model look
 # elsewhere. It can, one layer later: section 11 shows a trained prefix that turns the attention
 # back to the table. Whether it can teach a task that needs attention patterns which no layer has
 # learned is another question; [4] found tasks where it could not.
 #
 # ## 8. Why positions shift
-# In $[\mathrm{PREFIX}; x; y]$ the prefix takes positions $0 \dots P - 1$, so token $t$ of $x$
-# stands at $P + t$. In the loop this came by itself; in the matrix form it must be said (`offset`),
-# since the prefix has no embeddings that would be counted. The positions are taken from the text:
-# a model with `n_positions` of them has room for `n_positions` - P tokens.
+# In $[\mathrm{PREFIX}; x; y]$ the prefix takes positions $0 \dots P - 1$, so token $t$ stands at
+# $P + t$. The loop counts the prefix's positions by itself. The matrix form does not see them, so
+# it must be given the `offset` P. A model with `n_positions` then has room for `n_positions` - P
+# tokens of text.
 #
-# **Predict.** What does another offset do to the logits with the keys and values of the
-# instruction? And to the loss of a prefix that was trained at offset P?
+# **Predict.** Only this offset makes the keys and values of the instruction equal to its words. A
+# trained prefix does not come from words. What does another offset do to its loss?
 
 # %%
 rows = encode_examples(tokenizer, dev)
 rows = sorted(rows, key=lambda row: len(row.ids))[:16]  # short ones are quick
 few = collate(rows, tokenizer.eos_id)
-logits_move, stay, dev_losses = {}, {}, {}
+losses = {}
 for offset in (P, P - 1, 0, 5 * P):
-    same_words = Prefix.from_table(h_words, position_offset=offset)
-    out = model(z[None], prefix=same_words)[0]
-    gap = (out - prompted).abs().max().item()
-    stay[offset] = (out.argmax(-1) == prompted.argmax(-1)).sum().item()
     moved = Prefix.from_table(trained.table(), position_offset=offset)
     loss = model.token_losses(few.input_ids, few.labels, prefix=moved).mean()
-    logits_move[offset], dev_losses[offset] = gap, loss.item()
-    print(f"offset {offset:2}: logits move by {gap:.0e},", end=" ")
-    print(f"{stay[offset]} of {T} likeliest tokens stay;", end=" ")
-    print(f"trained: dev loss {loss:.3f}")
-assert [n for n in logits_move if logits_move[n] < 1e-11] == [P]
-if MODEL == "mini":
-    assert T > stay[P - 1] > max(stay[0], stay[5 * P])
-    assert dev_losses[P] < dev_losses[0] - 0.1 < dev_losses[5 * P] - 0.2
-    assert abs(dev_losses[P] - dev_losses[P - 1]) < 0.05
+    losses[offset] = loss.item()
+    print(f"offset {offset:2}: dev loss {losses[offset]:.3f} nats per token")
+assert losses[P] < losses[0] - 0.1 < losses[5 * P] - 0.2
+assert abs(losses[P] - losses[P - 1]) < 0.05
+unshifted = Prefix.from_table(h_words, position_offset=0)
+moved = (model(z[None], prefix=unshifted)[0] - prompted).abs().max()
+print(f"the instruction's, at offset 0: its logits move by up to {moved:.0f}")
+assert moved > 1
 
 # %% [markdown]
-# **Answer.** Only the offset P gives the logits of the instruction. One position less changes some
-# of the likeliest tokens, and the other offsets change more. No words stand behind a trained
-# prefix, and training could have got used to any offset; then it must stay the same in use. One
-# position less hardly matters to its loss, but the offset 0 costs a clear part of what was learned,
-# and a distant one costs more. No error is raised; the loss is only higher. P is the convention of
-# [2] and of PEFT.
+# **Answer.** One position less hardly matters; the offset 0 costs a clear part of what was learned,
+# and a distant one costs more. No error is raised. A prefix could be trained at any offset, but it
+# must be used at the one it was trained with. P is the convention of [2] and of PEFT.
 #
 # ## 9. The gradient that reaches $P_\theta$
 # Let $\ell$ be the loss and $d_i = \partial \ell / \partial o_i$ what arrives at the output of one
@@ -422,6 +417,9 @@ if MODEL == "mini":
 #
 # $$\frac{\partial \ell}{\partial k_j}
 # = \frac{1}{\sqrt D} \sum_i p_{ij}\, d_i \cdot (v_j - o_i)\; q_i .$$
+#
+# The rows of a batch share the prefix, so for its keys and values the sums over $i$ run over the
+# queries of *all* rows (04_fused_attention says in which order). Here there is one row.
 
 # %%
 free = P_theta.clone().requires_grad_()
@@ -437,7 +435,7 @@ def remembered(layer, q, k, v):
 
 asked = torch.tensor(Y_idx) - 1  # the positions that predict y
 log_p = run(z, remembered)[asked].log_softmax(-1)
-loss = -log_p[range(len(asked)), pair.ids[pair.prompt_len :]].mean()
+loss = -log_p[range(len(asked)), y].mean()
 loss.backward()
 by_hand = torch.empty_like(free)
 for layer, (q, p, o) in noted.items():  # (H, T, D), (H, T, P), (H, T, D)
@@ -455,14 +453,14 @@ check("by hand and autograd", by_hand.detach() / size, free.grad / size)
 # backward pass through the model, even though no weight of the model gets a gradient.
 #
 # ## 10. The MLP, and what is kept of it
-# When $P_\theta$ was optimized directly, training was unstable and sensitive to its start, the
-# paper reports (section 4.3). It trains a small matrix $P'_\theta$ (P, C) instead, and an MLP (a
-# linear layer to `mid_dim`, tanh, a linear layer to $2LC$ [2]):
+# The paper reports (section 4.3) that optimizing $P_\theta$ directly was unstable and sensitive to
+# the start. It trains a small matrix $P'_\theta$ (P, C) instead, and an MLP (a linear layer to
+# `mid_dim`, tanh, a linear layer to $2LC$ [2]):
 #
 # $$P_\theta[i, :] = \mathrm{MLP}_\theta(P'_\theta[i, :]).$$
 #
-# The MLP's inputs are the P vectors of $P'_\theta$ and nothing else: no text enters it. So once it
-# is trained, its output is a constant. Compute it once, keep the table, throw the rest away.
+# The MLP's inputs are the P vectors of $P'_\theta$ and nothing else: no text enters it. So after
+# training its output is a constant. Compute it once, keep the table, and throw the rest away.
 
 # %%
 mlp = Prefix.random(config, P, seed=0, parametrisation="mlp").double()
@@ -474,12 +472,12 @@ print(f"trained: {mlp.n_trained:,} numbers, kept: {n_kept:,}")
 assert n_kept == P * 2 * L * C
 
 # %% [markdown]
-# Whether to train the table or the MLP is a question of training, not of what a prefix can be. We
-# try both from the same start in 03_discrete_to_continuous: with `mini` both work, at very
-# different learning rates, and 05_table_to_text shows why the rates differ.
+# Whether to train the table or the MLP is a question of training, not of what a prefix can be. With
+# `mini` both work, at very different learning rates (03_discrete_to_continuous); 05_table_to_text
+# shows why the rates differ.
 #
 # ## 11. What a trained prefix does
-# Last, the gates of section 6, in each head and at each token, with the instruction and with the
+# Here are the gates of section 6, in each head and at each token, with the instruction and with the
 # prefix that was trained to the end (2,500 steps of 32 rows of E2E).
 #
 # **Predict.** Which of the two, the instruction or the trained prefix, gets more attention while
@@ -502,55 +500,54 @@ sinks = alone[:, :, 1:bos, 0].mean(-1)  # (L, H); token 0 has no choice
 source, target, to_source, to_bos = {}, {}, {}, {}
 for name, lam in lams.items():
     source[name], target[name] = lam[:, :, 1:bos], lam[:, :, bos + 1 :]
-    pair_of = torch.stack([sinks, source[name].mean(-1)]).flatten(1)
-    r = torch.corrcoef(pair_of)[0, 1].item()
+    by_head = torch.stack([sinks, source[name].mean(-1)]).flatten(1)  # (2, L H)
+    r = torch.corrcoef(by_head)[0, 1].item()
     top = weights[name][-2:, :, bos + 1 :, P:].mean((0, 1, 2))  # (T,)
     to_source[name], to_bos[name] = top[:bos].sum().item(), top[bos].item()
-    print(
-        f"{name}: mean lambda {source[name].mean():.2f} in the source,", end=" "
-    )
-    print(f"{target[name].mean():.2f} in the target")
-    print(f"  correlation of lambda with the sinks, by head: {r:.2f}")
+    means = source[name].mean(), target[name].mean()
+    print(f"{name}: mean lambda {means[0]:.2f} in the source,", end=" ")
+    print(f"{means[1]:.2f} in the target; correlation with the sinks {r:.2f}")
     print("  last two layers, from the target: ", end="")
     print(f"{to_source[name]:.2f} to the source, {to_bos[name]:.2f} to the bos")
-    assert MODEL != "mini" or r > 0.5
-if MODEL == "mini":
-    by_words, by_prefix = tables
-    assert target[by_words].mean() < target[by_prefix].mean() / 2
-    assert source[by_prefix][:2].mean() < 0.2 < source[by_prefix][2:].mean()
-    assert to_source[by_prefix] > 5 * to_source[by_words]
-    assert to_bos[by_words] > 0.4 > 4 * to_bos[by_prefix]
+    assert r > 0.5
+by_words, by_prefix = tables
+assert source[by_words][0].mean() > target[by_words][0].mean()
+assert target[by_words].mean() < target[by_prefix].mean() / 2
+assert source[by_prefix][:2].mean() < 0.2 < source[by_prefix][2:].mean()
+assert to_source[by_prefix] > 5 * to_source[by_words]
+assert to_bos[by_words] > 0.4 > 4 * to_bos[by_prefix]
 
 # %% [markdown]
-# **Answer.** Three things can be seen.
+# **Answer.** Three things can be seen. (And in layer 0 with the instruction, $\lambda$ falls from
+# left to right as the text grows: section 7.)
 # - *The dark lines are sinks.* In 01_gpt2_from_scratch, a head with nothing to do parked on the
-#   first token. The heads that give the prefix most of their attention are, by and large, such
-#   heads: the printed correlation is between their weight on the first token without a prefix and
-#   $\lambda$. In layers 0 and 1 the trained prefix is hardly read at all.
+#   first token. Most heads that give the prefix much of their attention are such heads: the printed
+#   correlation is between a head's weight on the first token without a prefix and its $\lambda$. In
+#   layers 0 and 1 the trained prefix is hardly read at all.
 # - *The instruction is forgotten when the sentence begins.* The bos also separates documents in the
 #   model's own training. After it, heads park on the bos, and look neither at the instruction nor
 #   at the table. The trained prefix keeps more of the attention.
 # - *The trained prefix makes the model look back.* In the last two layers the sentence no longer
-#   parks on the bos: it reads the table, many times more than with the instruction. No gate can do
-#   this within its layer. It is the change of $x$ in the layers below.
+#   parks on the bos. It reads the table, many times more than with the instruction. No gate can do
+#   this within its layer: the cause is the changed $x$ from the layers below.
 #
 # ## Common mistakes
 # > - **A zero table as a start that changes nothing**, PEFT's `init_weights="zero"`. See section 7.
 # > - **Other positions in use than in training.** Libraries differ in this, and so do two versions
 # >   of one library for padded rows. Save the offset with the prefix.
-# > - **The MLP in the file that is shipped,** which the authors' code did, about a hundred times
-# >   the size; or thrown away too early, so that the training cannot go on.
+# > - **Throwing the MLP away too early.** Training can only go on with it. (In the file that is
+# >   shipped it is useless: see 05_table_to_text.)
 #
 # ## Recap
 # - Trained is $P_\theta$: P keys and values in each layer. It enters in attention and nowhere else:
 #   equation (3). Everything else is the frozen model. An instruction is such a table, too.
-# - Two softmaxes and a gate $\lambda$ give the same as concatenation, and need no copy of anything.
-#   The odds of $\lambda$ grow with P and shrink with the text.
-# - In its own layer a prefix turns the text down and adds $\lambda\, o_P$. It changes where the
-#   model looks in the layers above.
-# - Nothing is computed at prefix positions, and all tokens come after them: no mask.
-# - Token t stands at position P + t. What matters is to use the offset of the training.
-# - The MLP is a way to train the table. It is gone afterwards: $2 P L C$ numbers are kept.
+# - Two softmaxes and a gate $\lambda$ give the same as concatenation, and copy nothing. $\lambda$
+#   rises with P and falls as the text grows; a zero table is not "no prefix".
+# - In its own layer a prefix scales the text's output by $1 - \lambda$ and adds $\lambda\, o_P$. It
+#   changes where the model looks in the layers above.
+# - Nothing is computed at prefix positions, and all tokens come after them: no mask. Token t stands
+#   at position P + t.
+# - The MLP is a way to train the table. Afterwards $2 P L C$ numbers are kept.
 #
 # ## Exercises
 # 1. *Easy.* Put the P positions of a prefix into another order. What changes in the logits? Is it
@@ -575,6 +572,6 @@ if MODEL == "mini":
 #   https://arxiv.org/abs/1805.02867; Dao 2023, FlashAttention-2: https://arxiv.org/abs/2307.08691
 # - [4] Petrov et al. 2023, When do prompting and prefix-tuning work?
 #   https://arxiv.org/abs/2310.19698
-# - He et al. 2022 write a prefix as a gated change of attention, as section 6 does, and compare it
-#   with adapters: https://arxiv.org/abs/2110.04366
-# - PEFT, whose prefix-tuning shares the layout of the table: https://github.com/huggingface/peft
+# - He et al. 2022 write a prefix as a gated change of attention, as section 6 does:
+#   https://arxiv.org/abs/2110.04366
+# - PEFT: https://github.com/huggingface/peft

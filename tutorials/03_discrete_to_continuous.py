@@ -1,18 +1,18 @@
 # %% [markdown]
 # # 3. From discrete prompts to prefixes
-# Four ways to tell a frozen model what to do: words written by hand, words found by a search,
-# free embeddings in the place of words, and a prefix. They form a ladder: whatever one of them can
-# express, the next can express too. This is the argument of sections 4.1 and 7.2 of the paper.
+# There are four ways to tell a frozen model what to do: words written by hand, words found by a
+# search, free embeddings in the place of words, and a prefix. Whatever one of them can express, the
+# next can express, too. This is the argument of sections 4.1 and 7.2 of the paper.
 #
-# **What you will learn.** Why the four are nested, shown in fp64 with equal logits. Why there are
-# prefixes that no embeddings give. What each reaches with equal effort, and how much the learning
-# rate decides. Which words learned embeddings are near to.
+# **What you will learn.** Why the four are nested. Why there are prefixes that no embeddings give.
+# What each reaches with equal effort, and how much the learning rate decides. Which words learned
+# embeddings are near to.
 #
 # **What to know first.** 01_gpt2_from_scratch (keys and values, and its
 # [table of letters](01_gpt2_from_scratch.py)) and 02_equation_3.
 #
 # **Running time.** A good minute on two CPU cores; one search and four short trainings are most of
-# it. With `MODEL = "gpt2"` section 5 takes much longer.
+# it.
 #
 # **Sources.** Li & Liang 2021, <https://arxiv.org/abs/2101.00190> (sections 4 and 7.2); Zou et al.
 # 2023, <https://arxiv.org/abs/2307.15043> (the search of section 5).
@@ -34,12 +34,11 @@ from minprefix.methods.search.scores import GRADIENT_COST
 from minprefix.methods.search.search import PromptSearch
 from minprefix.prefix.parametrisations import computed_table, token_activations
 
-MODEL = "mini"
 WORDS = "table-to-text:"  # the prompt by hand, and every start
-model, tokenizer = minprefix.load(MODEL)
+model, tokenizer = minprefix.load("mini")
 model.requires_grad_(False)
 frozen = for_training(model)  # in bf16 if this CPU has it, which is faster
-exact, _ = minprefix.load(MODEL, dtype=torch.float64)  # to show equality
+exact, _ = minprefix.load("mini", dtype=torch.float64)  # to show equality
 exact.requires_grad_(False)
 config = model.config
 L, H, D = config.n_layer, config.n_head, config.head_dim
@@ -77,8 +76,7 @@ print(f"nothing before the row: {dev_loss(None):.3f} nats per target token")
 # ## 2. A discrete prompt
 # A discrete prompt is $P$ tokens before the row. The model never sees a token, only its embedding,
 # one of the $V$ vectors in the matrix $W_E$ ($V \times C$). To choose one of them is to multiply by
-# a one-hot vector, so what the model reads is $X = \mathrm{onehot}(z)\,W_E$, of shape
-# $P \times C$.
+# a one-hot vector, so what the model reads is $X = \mathrm{onehot}(z)\,W_E$, of shape $P \times C$.
 
 # %%
 prompt = tokenizer.encode(WORDS)
@@ -89,10 +87,9 @@ assert torch.equal(X, torch.stack([W_E[token] for token in prompt]))
 
 # %% [markdown]
 # ## 3. Any embeddings
-# If the model reads $X$, its vectors need not come from $W_E$. *Embedding-only* tuning frees
-# $X \in \mathbb{R}^{P \times C}$. A discrete prompt is a special case of it. Our models take token
-# ids or embeddings, and the logits are the same to the last bit, because the same numbers are
-# computed:
+# If the model reads $X$, its vectors need not come from $W_E$. *Embedding-only* tuning (elsewhere
+# called prompt tuning) trains $X \in \mathbb{R}^{P \times C}$ itself; a discrete prompt is a
+# special case. Our models take token ids or embeddings, and give the same logits to the last bit:
 
 # %%
 row = encode_pair(tokenizer, dev[0].source, dev[0].targets[0]).ids[:-1]
@@ -105,16 +102,16 @@ assert gap == 0
 
 # %% [markdown]
 # ## 4. Any keys and values
-# What does the row read of the positions before it? Their keys and values, in each layer, and
-# nothing else. By causality these do not depend on the row. So they can be computed once, from $X$
-# alone. With $w_i$ the embedding of position $i$ (`wpe`), and $W_K$, $W_V$, $b_K$, $b_V$ the parts
-# of the matrix `c_attn` and of its bias that make keys and values, layer by layer:
+# The row reads only the keys and values of the positions before it, and these do not depend on the
+# row (02_equation_3). So they can be computed once, from $X$ alone. With $w_i$ the embedding of
+# position $i$ (`wpe`), and $W_K$, $W_V$, $b_K$, $b_V$ the parts of the matrix `c_attn` and of its
+# bias that make keys and values, layer by layer:
 #
 # $$x^{(0)}_i = X_i + w_i, \qquad n = \mathrm{LN}_1(x), \qquad
 # k^{(l)}_i = n^{(l)}_i W_K^{(l)} + b_K^{(l)}, \qquad
 # v^{(l)}_i = n^{(l)}_i W_V^{(l)} + b_V^{(l)}, \qquad x^{(l+1)} = \mathrm{block}^{(l)}(x^{(l)}).$$
 #
-# That is a loop over layers. Its result has the shape of a prefix table, $(L, 2, H, P, D)$.
+# The result has the shape of a prefix table, $(L, 2, H, P, D)$.
 
 # %%
 x, layers = X + exact.wpe.weight[:P], []  # (P, C)
@@ -133,8 +130,8 @@ assert gap < 1e-12  # fp64: the same products in another order
 
 # %% [markdown]
 # Now the prompt is taken away, and its keys and values are handed over as a prefix, equation (3).
-# The row stands where it stood after the prompt, at positions $P, P + 1, \dots$: that is why the
-# positions of the tokens shift by `position_offset = P`.
+# The row stands where it stood after the prompt, at positions $P, P + 1, \dots$, so
+# `position_offset` is P.
 
 # %%
 bridge = Prefix.from_table(table, position_offset=P)
@@ -202,17 +199,18 @@ assert residuals["mixed"] > 0.01
 #
 # ## 5. Trained with equal effort
 # What is possible is not what training finds. So we train all of them on the same rows, from the
-# same start (the words above), with the same effort. Effort is counted in row-evaluations: one row
-# read once is one, and a step with gradients costs `GRADIENT_COST` = 2 for each of its 8 rows.
+# same start (the words above), with the same effort. Effort is counted in row-evaluations: reading
+# a row once is one, and a step with gradients costs `GRADIENT_COST` = 2 for each of its 8 rows,
+# because the backward pass through a frozen model takes about as much work as the forward pass.
 #
 # The search is *greedy coordinate gradient*: the gradient with respect to the one-hot vectors
-# proposes tokens, and the loss decides. It stops at the end of the step in which its budget is
-# spent; the others then get as many steps as fit into what it has spent.
+# proposes tokens, and the loss decides. It finishes the step in which its budget runs out. The
+# others get as many steps as fit into what it has spent.
 #
 # Embeddings and prefix are trained with the loop of `short_training.py`, which 05_table_to_text
 # explains. The prefix is trained in two ways: through the paper's MLP, at two learning rates, and
-# as a table without an MLP. These are single runs, so a small difference between two of them would
-# say nothing.
+# as a table without an MLP. (The rate of 1e-3 comes from [earlier trials](../docs/log.md).) These
+# are single runs, so small differences say nothing.
 #
 # **Predict.** The prefix can express the most. Is it ahead with equal effort? And how much does the
 # learning rate matter?
@@ -272,25 +270,24 @@ figure.lines(
     title="The same start, the same effort",
 )  # fmt: skip
 learned = ends["embeddings, rate 6e-2"]
-if MODEL == "mini":
-    assert ends["prefix by MLP, 1e-3"] < learned - 0.1
-    assert ends["prefix, table, 6e-2"] < learned - 0.1
-    assert learned < searched - 1
-    assert abs(searched - hand) < 0.3
-    assert ends["prefix by MLP, 4e-3"] > hand + 1
-    after_ten = {name: losses[1] for name, (_, losses, *_) in curves.items()}
-    assert after_ten["prefix by MLP, 1e-3"] > hand + 1
-    assert after_ten["prefix, table, 6e-2"] < hand - 0.5
+assert ends["prefix by MLP, 1e-3"] < learned - 0.1
+assert ends["prefix, table, 6e-2"] < learned - 0.1
+assert learned < searched - 1
+assert abs(searched - hand) < 0.3
+assert ends["prefix by MLP, 4e-3"] > hand + 1
+after_ten = {name: losses[1] for name, (_, losses, *_) in curves.items()}
+assert after_ten["prefix by MLP, 1e-3"] > hand + 1
+assert after_ten["prefix, table, 6e-2"] < hand - 0.5
 
 # %% [markdown]
-# **Answer.** At a rate of its own the prefix ends ahead of the embeddings, with the MLP and without
-# it. Which of these two is better, single runs that end close together cannot say.
+# **Answer.** At a suitable rate the prefix ends ahead of the embeddings, with the MLP and without
+# it. These two end so close together that single runs cannot say which is better.
 #
 # But the MLP at four times its rate ends *worse than the words that it began with*, and even at
 # 1e-3 it loses the words at first. The MLP is the cause, not the table: all its weights move
 # together, so the table moves much farther than the rate says (05_table_to_text measures how far).
-# A table without an MLP bears sixty times the MLP's rate, as embeddings do. So a short trial in
-# which the prefix loses says first of all something about its learning rate.
+# In these runs the table without an MLP, and the embeddings, learn well at sixty times the MLP's
+# rate. So when a prefix loses in a short trial, look at its learning rate first.
 #
 # The search hardly improves on the words. It cannot take small steps along a gradient: it must try
 # whole tokens, and this effort pays for a handful of its steps.
@@ -318,24 +315,22 @@ print(f"norm of a token's embedding: {norms.mean():.1f} on average")
 nearest = best.indices[:, 0].tolist()
 rounded = dev_loss(Prefix.from_table(token_activations(model, nearest), P))
 print(f"dev loss: learned {learned:.3f}, nearest tokens {rounded:.3f}")
-if MODEL == "mini":
-    assert best.values.max() < 0.6 and X.norm(dim=1).min() > 1.5 * norms.mean()
-    assert rounded > learned + 1
+assert best.values.max() < 0.6 and X.norm(dim=1).min() > 1.5 * norms.mean()
+assert rounded > learned + 1
 
 # %% [markdown]
 # **Answer.** No. The learned vectors are much longer than those of tokens, and even the nearest
 # token points in quite another direction. In some places it is still the token that training began
-# with: what was learned is in the part that no token has. Rounded to tokens, nearly all of it is
-# lost. The solution is not a badly spelled sentence; it lies far from all prompts.
+# with. Rounded to tokens, nearly all that was learned is lost: the solution lies far from all
+# prompts.
 #
 # ## Common mistakes
 # > - **One learning rate for all methods.** In PEFT's own benchmark the accuracy of a prefix more
 # >   than doubles with another length, start and rate. Compare methods at their best settings.
-# > - **A verdict after one short run.** An earlier version of this tutorial stopped after 50 steps
-# >   at twice the MLP's rate of section 5, and found the prefix behind the embeddings.
-# > - **"Prompt tuning" for "prefix-tuning".** Libraries call the training of embeddings prompt
-# >   tuning. Their results say little about prefixes, and a file of one cannot be loaded as the
-# >   other.
+# > - **A verdict after one short run.** After ten steps of section 5 the MLP's prefix is behind
+# >   even the words; at the end it is ahead of the embeddings.
+# > - **"Prompt tuning" for "prefix-tuning".** Prompt tuning trains embeddings. Its results say
+# >   little about prefixes, and a file of one cannot be loaded as the other.
 # > - **Tokens that merge at the seam.** If prompt and row are tokenised as one string, the tokens
 # >   at the border can differ from those of the parts. Join token ids, as section 3 does.
 # > - **A prefix made of two prompts' prefixes side by side.** It is not the prefix of the joined
@@ -344,12 +339,12 @@ if MODEL == "mini":
 # >   possible: the instruction is part of the text. Train it with the instruction in every row.)
 #
 # ## Recap
-# - A discrete prompt is a choice of embeddings; embeddings are a prefix that the model computed for
-#   itself. Logits agree to rounding, so each can begin where the one before it ended.
+# - A discrete prompt is a choice of embeddings, and embeddings are a prefix that the model computes
+#   for itself: the logits agree to rounding.
 # - Most tables come from no embeddings: in layer 0 alone, embeddings reach half of the directions.
-# - What a method can express and what it learns are two things. The MLP won at its own, small
-#   learning rate; at four times that rate it lost to the words. A table without it bears much more.
-# - The less expressive one can still be the one to choose: a prompt needs no training framework,
+# - What a method can express and what it learns are two things. The MLP won at a small learning
+#   rate; at four times that rate it lost to the words.
+# - The less expressive method can still be the right choice: a prompt needs no training framework,
 #   and it can be read.
 #
 # ## Exercises

@@ -1,15 +1,16 @@
 # %% [markdown]
 # # 4. Attention over [prefix; sequence] in one kernel
 #
-# **What you will learn.** How attention over a prefix and a sequence becomes one GPU kernel that
-# copies nothing: softmax in tiles, a complete Triton kernel that you run here without a GPU, the
-# backward pass and what must be kept for it, and how fast the kernels of this repository are on a
-# real GPU.
+# Written in PyTorch, attention with a prefix copies the prefix for every row and writes every score
+# to memory. One GPU kernel can do without both.
 #
-# **What to know first.** Tutorial 2 (`02_equation_3`): a layer's prefix is `prefix_k`, `prefix_v`
-# (H, P, D); its section 9 has the gradient. Letters are those of
-# [the table of letters in tutorial 01](01_gpt2_from_scratch.py); as there, a *row* is one example
-# of the batch.
+# **What you will learn.** Softmax in tiles; a complete Triton kernel that you run here without a
+# GPU; the backward pass and what must be kept for it; how fast the kernels of this repository are
+# on a real GPU.
+#
+# **What to know first.** 02_equation_3: a layer's prefix is `prefix_k`, `prefix_v` (H, P, D); its
+# section 9 has the gradient. The letters are those of [the table in tutorial
+# 01](01_gpt2_from_scratch.py); here z is a running sum, and M and N are the sizes of tiles.
 #
 # **Running time.** Some ten seconds on a CPU; no GPU is needed.
 #
@@ -78,19 +79,17 @@ o_concatenated = attend_concatenated(q, k, v, prefix_k, prefix_v)
 same("this repository's definition", o_concatenated, o_exact)
 
 # %% [markdown]
-# The scores `s` are T (P + T) numbers per row and head, and q, k, v and o together are 4 T D. So
-# the scores need not be many: they are more only where P + T > 4 D. They still cost more, because
-# they are handled more often: written, then read and written by the mask, read and written by the
-# softmax, and read by the last product. These are six passes over memory, where q, k, v and o need
-# one each. Concatenation adds two passes over all keys and values. Can we sum over the columns
-# without ever writing a score to memory?
+# The scores `s` are T (P + T) numbers per row and head, and q, k, v and o together are 4 T D, which
+# is more unless P + T > 4 D. But the scores pass through memory six times: they are written, read
+# and written by the mask, read and written by the softmax, and read by the last product. q, k, v
+# and o need one pass each, and concatenation adds two over all keys and values. Can we sum over the
+# columns without ever writing a score to memory?
 #
 # ## 2. Softmax, one column at a time
 # Take one query and one component of v. Read the scores one after the other, and keep three
-# numbers: the largest score so far, $m$, and two sums under it, $z = \sum e^{s_j - m}$ and
-# $u = \sum e^{s_j - m} v_j$. At the end $o = u / z$. When a larger score arrives, everything that
-# was summed before is too large by a factor $e^{m_{new} - m}$, so both sums are multiplied by
-# $\alpha = e^{m - m_{new}}$.
+# numbers: the largest score so far, $m$, and the two sums $z = \sum e^{s_j - m}$ and $u = \sum
+# e^{s_j - m} v_j$. At the end $o = u / z$. When a larger score arrives, the earlier sums are too
+# large by the factor $e^{m_{new} - m}$, so both are multiplied by $\alpha = e^{m - m_{new}}$.
 
 # %%
 i = 20  # a query of row 0 and head 0, and the columns that it sees
@@ -111,8 +110,8 @@ print(f"why a maximum: exp(800) = {torch.tensor(800.0).exp()}")
 
 # %% [markdown]
 # Without the maximum a score of 800 overflows, even in fp64; with it no exponent is above 0. The
-# result does not depend on the order of the columns, so the prefix may come first or last, and it
-# may lie anywhere in memory.
+# order of the columns changes nothing but rounding. So the prefix may come first or last, and may
+# lie anywhere in memory.
 #
 # ## 3. The same, one tile at a time
 # A GPU is fast at products of matrices, so we read a *tile* of N columns at once, for M queries at
@@ -138,8 +137,8 @@ for a, b in ((0, P), (P, P + 7), (P + 7, P + 14), (P + 14, P + 21)):
     name = f"{a - P}..{b - P - 1}" if a else "prefix"
     frames.append((name, s[a:b].tolist()))
     alpha = torch.exp(older[0] - m_i).item()
-    told = f"alpha {alpha:.3f}, m {m_i.item():.3f}, z {z_i.item():.3f}"
-    print(f"after {name:7} {told}")
+    print(f"after {name:7} alpha {alpha:.3f}, m {m_i.item():.3f}", end=", ")
+    print(f"z {z_i.item():.3f}")
 assert alpha < 1 and z_i < older[1]  # in the last tile
 same("o of query 20, in four tiles", (u_i / z_i)[0], o_exact[0, 0, i])
 pictures.running_softmax(frames)
@@ -186,9 +185,9 @@ pictures.tiles(visited, T, P)
 # ## 4. A complete Triton kernel
 # A GPU has a large memory (141 GB on an H200), which is slow. Each of its many processors has a
 # memory of its own on the chip (some 200 KiB), which is fast. A *kernel* is a function that runs as
-# many **programs** at the same time, and a program is what we called a tile of queries: it loads
-# its q once, reads the columns tile by tile, keeps u, z and m on the chip, and writes o and lse
-# once at the end. The diagram compares what lies in memory, to scale.
+# many **programs** at the same time. Here each program handles one tile of queries: it loads its q
+# once, reads the columns tile by tile, keeps u, z and m on the chip, and writes o and lse at the
+# end. The diagram compares what lies in memory, to scale.
 
 # %%
 share = pictures.memory(B=10, H=16, T=128, P=10, D=64)  # of GPT-2 medium
@@ -200,7 +199,7 @@ assert share > 0.5
 # exists, and the prefix is a thin line, since all rows share one. What a program holds fits on the
 # chip.
 #
-# Here is the whole kernel. Four things are new beside the loops above.
+# Here is the whole kernel. Five things are new beside the loops above.
 # - **Grid.** `kernel[(a, b)](...)` starts a x b programs. Each asks `tl.program_id` which one it
 #   is, and derives from that which row, head and queries are its own.
 # - **Pointers.** A kernel gets the address of a tensor's first element and does its own indexing.
@@ -212,9 +211,8 @@ assert share > 0.5
 #   only queries past the end would see them, and these are not stored.
 # - **constexpr.** Sizes of tiles must be known to the compiler. T and P are ordinary numbers;
 #   otherwise every new length would be compiled anew.
-#
-# `input_precision="ieee"` asks for products in full fp32; otherwise Triton takes TF32, which keeps
-# 10 bits.
+# - **Precision.** `input_precision="ieee"` asks for products in full fp32. Without it Triton takes
+#   TF32, which keeps 10 bits.
 
 # %%
 if not HAVE_TRITON:
@@ -380,14 +378,18 @@ for name, actual, wanted in zip(names_of_grads, found, exact, strict=True):
 # On a GPU many programs run at once, and no two of them may add to the same element. For short
 # rows, one program takes a whole row and head, as `backward_head` does. For long rows the pairs of
 # tiles are visited twice: by programs that own a tile of queries and write `dq`, and by programs
-# that own a tile of columns and write `dk` and `dv`. **All B rows see the prefix's columns**: each
-# row writes its own part of their gradient, and a last kernel adds the parts.
+# that own a tile of columns and write `dk` and `dv`. The scores are then computed twice, too.
 #
-# **Why parts, in fp32?** The result of a floating-point sum depends on its order. Atomic additions
-# happen in the order in which programs finish, so two equal runs would differ in their last bits.
-# The last kernel adds the parts one after the other, in an order that follows from the shapes
-# alone, so its sum repeats bit for bit. And in 16 bits the rounding errors of the additions grow
-# with the batch.
+# **All B rows see the prefix's columns**, so their gradient is a sum over the batch. Each program
+# writes its *part* of it to memory in fp32: a part is the sum over one row (for short rows), over a
+# tile of queries, or, for a long prefix, over a few rows. A last kernel adds the parts.
+#
+# **Why parts?** The result of a floating-point sum depends on its order. Atomic additions happen in
+# the order in which programs finish, so two equal runs would differ in their last bits. The last
+# kernel reads the parts in the order of the rows, in blocks of fixed size. It sums each block in a
+# pattern that the compiler has fixed, and adds the sums of the blocks from the first to the last.
+# This order follows from the shapes (and, in a bank, from which row uses which prefix), so the sum
+# repeats bit for bit. **Why fp32?** In 16 bits the rounding errors grow with the batch.
 
 # %%
 parts = torch.randn(64, H, P, D)  # what 64 rows add to dprefix_k
@@ -448,8 +450,8 @@ assert 5 < ratios[0] < 6 and 18 < ratios[1] < 19
 # Written down, autograd keeps the scaled q, the joined keys and values, the weights p and a mask.
 # Fused, it keeps o and lse. The ratio grows with T, because p has T (P + T) numbers and o has T D:
 # from 5 at T = 128 to 18 at T = 1000. While the fused backward pass of a layer runs, it also needs
-# the parts of the prefix's gradient, 2 B H P D numbers in fp32, and for long rows $\delta$, B H T
-# numbers. They are freed with the layer.
+# room for the parts of the prefix's gradient, for short rows 2 B H P D numbers in fp32, and for
+# long rows for $\delta$, B H T numbers. This room is freed with the layer.
 #
 # ## 7. On a real GPU
 # How fast can this be at best? A GPU that makes $F$ FLOPs and moves $W$ bytes per second needs at
@@ -468,10 +470,10 @@ pictures.times()
 # **Decoding** makes about one FLOP per byte, so only reading less can make it faster. Of the three,
 # its kernel comes nearest to the roof. **Training** at T around 128 is limited by memory, too, and
 # reaches less of the roof; **long sequences** come near the flat part of the roof and stay far
-# below it. Why was not measured.
+# below it. The reason was not measured.
 #
 # After a concatenation cuDNN is slower than our kernels at both lengths where it was measured.
-# cuDNN without a prefix does less work, so the line "equal work" multiplies its time by
+# cuDNN without a prefix does less work, so the printed line "equal work" multiplies its time by
 # $1 + 2P / (T + 1)$, the ratio of visible pairs. Below 1 our kernels do the same work in less time:
 # they are ahead at short lengths, and behind from T = 512 on. (The backward pass has been changed
 # since. The changed one has not been timed on a GPU.)
@@ -520,15 +522,14 @@ if HAVE_TRITON:
 #   tiles on the diagonal are masked.
 # - Kept for the backward pass: o and lse. p is made again, and delta, the product of do and o,
 #   replaces the sum over the columns.
-# - The prefix's gradient is a sum over the batch: parts in fp32, added in a fixed order.
+# - The prefix's gradient is a sum over the batch: parts in fp32, added in the order of the rows.
 # - Decoding and short training steps are limited by memory: bytes saved are time saved.
 #
 # ## Exercises
 # 1. *Easy.* Visit the prefix *after* the sequence. What changes in o, in lse, and in the number of
 #    masked tiles? *Hint:* section 2 says on what the result does not depend.
-# 2. *Medium.* Give each row its own prefix length, and compare with
-#    `prefix_attention(..., prefix_index=, prefix_lens=)`. *Hint:* only the end of the loop over
-#    prefix tiles changes.
+# 2. *Medium.* Give each row its own prefix length, and compare with `prefix_attention(...,
+#    prefix_index=, prefix_lens=)`. *Hint:* only the end of the loop over prefix tiles changes.
 # 3. *Medium.* Let a gradient `dlse` arrive at lse, too. Which one line of `backward_head` changes?
 #    *Hint:* $\partial\, \mathrm{lse}_i / \partial s_{ij} = p_{ij}$; compare with $ds$.
 # 4. *Hard.* Decoding on a GPU cuts the columns of a row into parts that different programs read.
