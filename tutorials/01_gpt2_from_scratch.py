@@ -145,9 +145,8 @@ q = torch.tensor([[1.0, 0.0], [0.0, 2.0], [2.0, 1.0]])  # (T, D)
 k = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # (T, D)
 v = torch.tensor([[10.0, 0.0], [0.0, 10.0], [5.0, 5.0]])  # (T, D)
 
-s_20 = (2 * 1 + 1 * 0) / math.sqrt(2)  # q_2 . k_0 / sqrt(D)
-s_21 = (2 * 0 + 1 * 1) / math.sqrt(2)
-s_22 = (2 * 1 + 1 * 1) / math.sqrt(2)
+products = (2 * 1 + 1 * 0, 2 * 0 + 1 * 1, 2 * 1 + 1 * 1)  # q_2 . k_j
+s_2 = [product / math.sqrt(2) for product in products]
 
 # %% [markdown]
 # The softmax turns scores into weights, which are positive and have the sum 1. The output is the
@@ -160,12 +159,11 @@ s_22 = (2 * 1 + 1 * 1) / math.sqrt(2)
 # before it, never what comes later.
 
 # %%
-Z = math.exp(s_20) + math.exp(s_21) + math.exp(s_22)
-p_20, p_21, p_22 = (math.exp(s) / Z for s in (s_20, s_21, s_22))
+Z = sum(math.exp(s) for s in s_2)
+p_20, p_21, p_22 = p_2 = [math.exp(s) / Z for s in s_2]
 by_hand = [p_20 * 10 + p_21 * 0 + p_22 * 5, p_20 * 0 + p_21 * 10 + p_22 * 5]
-print(f"scores of position 2:  {s_20:.3f} {s_21:.3f} {s_22:.3f}")
-print(f"weights of position 2: {p_20:.3f} {p_21:.3f} {p_22:.3f}")
-print(f"output of position 2:  {by_hand[0]:.3f} {by_hand[1]:.3f}")
+for name, y in (("scores", s_2), ("weights", p_2), ("output", by_hand)):
+    print(f"{name:7} of position 2:", *(f"{number:.3f}" for number in y))
 
 
 def attention_loop(q, k, v):

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # 5. Table to text: the main job, step by step
 #
-# From restaurant tables to a prefix of a few hundred kilobytes that makes a frozen model write
-# sentences about them. The whole training is a loop of 15 lines, and it is shown in full.
+# We train a prefix of a few hundred kilobytes that makes a frozen model write sentences about
+# restaurant tables. The whole training is a loop of 15 lines, and it is shown in full.
 #
 # **What you will learn.** Which tokens the loss sees. How to train a prefix, and why its first
-# steps are the dangerous ones. How to read what comes out, down to the facts that are missing or
-# invented, and to find out why one fact is nearly always missing. What the file holds.
+# steps are the dangerous ones. How to count the facts that a text leaves out or invents, and how to
+# find out why one fact is nearly always missing. What the file holds.
 #
 # **What to know first.** 02_equation_3 and 03_discrete_to_continuous. The letters are those of
 # [the table in tutorial 01](01_gpt2_from_scratch.py).
@@ -42,9 +42,9 @@ frozen = for_training(model)  # for the training: in bf16 if this CPU has it
 # %% [markdown]
 # ## 1. A table and its texts
 #
-# A table is a few fields with their values. The model reads text, so the table is written as in
-# the paper's appendix A.1: `field : value | field : value`. Each table has several reference
-# texts. Training takes them one by one; scoring takes the best match.
+# A table is a few fields with their values. It is written as text as in the paper's appendix A.1:
+# `field : value | field : value`. Each table has several reference texts. Each is a training pair
+# of its own; a score compares a text with all of them.
 
 # %%
 train_set, dev, test = (
@@ -69,9 +69,9 @@ assert not names[0] & names[1]  # a test name was never seen: copy it
 #
 # $$\ell = -\frac{1}{|Y|} \sum_{i \in Y} \log p(z_i \mid h_{<i}).$$
 #
-# The source is always given, so nothing has to be learned about how tables look. `labels[t]` is the
-# token that has to be predicted where token t is read; -100 means no loss. The padding after the
-# shorter rows of a batch has this label, too.
+# The source is always given, so the prefix need not learn how tables look. `labels[t]` is the token
+# that has to be predicted where token t is read; -100 means no loss. The padding after the shorter
+# rows of a batch has this label, too.
 #
 # **Predict.** The bos is an input. Is there a loss where it is *read*, or where it would have to
 # be *predicted*?
@@ -95,9 +95,9 @@ for row, labels in zip(rows, batch.labels.tolist(), strict=True):
 #
 # This is all of it. Only two lines are special to prefix-tuning: `weights` are the prefix's, and
 # `told` hands the prefix to the model. (Without a prefix the weights are the model's, and the same
-# loop is fine-tuning. 06_low_data uses this.) `BatchOrder` shuffles the rows and puts rows of like
-# length together, so that little is padded. `batch.beside()` is what else the model must be told
-# about the batch; for BART this is the source.
+# loop is fine-tuning, as in 06_low_data.) `BatchOrder` shuffles the rows and puts rows of similar
+# length together, so that there is little padding. `batch.beside()` is empty for GPT-2; for BART it
+# holds the source (08_summarisation_bart).
 
 
 # %%
@@ -135,7 +135,7 @@ assert inspect.getsource(train) == inspect.getsource(short_training.train)
 # ## 4. The first steps
 #
 # **Predict.** A good start (real words) and a bad one (random numbers) take one step at the same
-# learning rate. Which of the two can get worse by it?
+# learning rate. Which of the two can it make worse?
 #
 # In its first step, Adam moves every number by the rate, whatever its gradient: $w - \eta\,
 # \mathrm{sign}(g)$. So one gradient is enough to see what the first step would do at every rate.
@@ -189,19 +189,19 @@ assert after["random"][1e-3][1] < after["random"][0][1]
 assert moved > 50 * after["words, no MLP"][1e-3][0]
 
 # %% [markdown]
-# **Answer.** The good one. At a rate of 1e-3, a usual one for this model, the first step moves the
-# table that began as words by a third of its size, and the loss rises far above that of the random
-# start: the words are gone. The random start has nothing to lose, and gets better by the same step.
+# **Answer.** The good one. At a rate of 1e-3, which longer trainings of this model use, the first
+# step moves the table that began as words by a third of its size, and the loss rises far above that
+# of the random start: the words are gone. The random start improves by the same step.
 #
-# The MLP is the reason why the table moves so far. Each of its entries is a sum over the MLP's 512
+# The table moves so far because of the MLP. Each entry of the table is a sum over the MLP's 512
 # hidden numbers (`mid_dim`), and all of their weights move together. Without the MLP an entry moves
-# by the rate itself, so a table alone bears a far higher rate: 03_discrete_to_continuous trains one
-# at 0.06, 07_many_users at 0.1. Neither shows that one of the two ways is better in the end. The
-# paper and the command line train with the MLP.
+# by the rate itself, so a table alone can be trained at a far higher rate:
+# 03_discrete_to_continuous uses 0.06, 07_many_users 0.1. Neither shows which of the two ways is
+# better in the end. The paper and the command line train with the MLP.
 #
-# Two cures are a lower rate and a *warm-up*: the rate begins near 0 and reaches its full size after
-# some dozens of steps. Here are runs from words at 1e-3, without and with a warm-up of 30 steps,
-# and at half that rate. The last run begins with random numbers.
+# Two cures are a lower rate and a *warm-up*: the rate begins near 0 and rises to its full size.
+# Here are runs from words at 1e-3, without and with a warm-up of 30 steps, and at half that rate.
+# The last run begins with random numbers.
 
 # %%
 STEPS, WARM = 60, 30
@@ -231,26 +231,23 @@ figure.lines(
 
 # %% [markdown]
 # At 1e-3 without a warm-up the words are lost in the first steps, and 60 steps do not make up for
-# it. The warm-up helps, and so does half the rate. Whether half the rate still needs the warm-up is
-# not shown: a single run without it ended at about the same loss ([the log](../docs/log.md), under
-# "what the tutorials' experiments had hidden"). The random start is far behind after so few steps
-# (06_low_data compares starts with more of them).
+# it. The warm-up helps, and so does half the rate. (Whether half the rate still needs the warm-up
+# is not shown here: [a single run](../docs/log.md) without it ended at about the same loss.) The
+# random start is far behind after so few steps; 06_low_data compares starts with more of them.
 #
-# **Which settings for your own data?** The command line chooses by the number of pairs; the rule,
-# and what it was compared with, are in [the guide](../docs/guides/your_data.md). For `mini` it
-# takes a rate of 5e-4 up to 500 pairs and 1e-3 above. P, the prefix length, is 10 unless you say
-# otherwise: the paper found the best P to be 10 for tables and 200 for summaries (its Figure 4).
-# With `mini` there are two runs for each length
+# **Which settings for your own data?** The command line chooses the rate by the number of pairs;
+# the rule, and what it was compared with, are in [the guide](../docs/guides/your_data.md). P, the
+# prefix length, is 10 unless you say otherwise: the paper found the best P to be 10 for tables and
+# 200 for summaries (its Figure 4). With `mini` there are two runs for each length
 # ([figure4-mini.csv](../benchmarks/paper/figure4-mini.csv)), too few for an order. The longer the
 # prefix, the fewer positions are left for the text.
 #
 # ## 5. Texts, and the facts in them
 #
 # A fluent text can still be wrong. A fact is *missing* if the text does not state a value of its
-# table. It is *invented* if the text states a value that the table does not have, among all
-# values that the field takes in the training tables. `facts` looks for each value word for word.
-# For `family friendly`, which is yes or no, it knows patterns of what people say, such as "kids are
-# welcome" or "adults only".
+# table, and *invented* if it states another value that the field has in the training tables.
+# `facts` looks for each value word for word. For `family friendly`, which is yes or no, it knows
+# patterns such as "kids are welcome" or "adults only".
 #
 # BLEU, the usual score, does not see this. It is the share of a text's runs of one to four words
 # that also stand in a reference (a mean of four shares, from 0 to 100, lowered for texts that are
@@ -299,8 +296,9 @@ assert 0.3 < n_missing / n_facts < 0.7 and wrong_by_human < 0.05 * n_facts
 
 # %% [markdown]
 # **Answer.** Mostly the facts. The sentences have the form of the references, but about half of the
-# values are missing, and some sentences make no sense. The count finds few faults in the first
-# references, so it can be trusted. The prefix hardly ever states `family friendly`. Why this field?
+# values are missing, and some sentences make no sense. (The count finds few faults in references
+# written for these tables, so it can be trusted.) The prefix hardly ever states `family friendly`.
+# Why this field?
 #
 # All other values can be copied: "Thai" is said as "Thai". But "family friendly : no" is said as
 # "adults only" or "children are not welcome". This translation has to be learned. Whether it has
@@ -309,35 +307,31 @@ assert 0.3 < n_missing / n_facts < 0.7 and wrong_by_human < 0.05 * n_facts
 
 
 # %%
-def effect(field: str, prefix) -> float:
-    """Rise of the loss when the table has another value of the field."""
-    right = [e for e in test if field in dict(e.table)]
-    wrong = []
-    for e in right:
-        value = dict(e.table)[field]
-        other = next(v for v in known[field] if v != value)
-        old, new_one = f"{field} : {value}", f"{field} : {other}"
-        wrong.append(replace(e, source=e.source.replace(old, new_one)))
-    before, after = (
-        loss_on(frozen, tokenizer, part, prefix, pairs=16)
-        for part in (right, wrong)
-    )
-    return after - before
+def with_another(field: str, e):
+    """The example with another value of the field in its source."""
+    value = dict(e.table)[field]
+    other = next(v for v in known[field] if v != value)
+    source = e.source.replace(f"{field} : {value}", f"{field} : {other}")
+    return replace(e, source=source)
 
 
-effects = {}
+rise = {}
 for name, prefix in (("no prefix", None), ("60 steps", short)):
     for field in ("food", "family friendly"):
-        effects[name, field] = effect(field, prefix)
-        rise = effects[name, field]
-        print(f"{name:9} wrong {field:15} loss {rise:+.3f} nats per token")
-small = abs(effects["60 steps", "family friendly"])
-assert effects["60 steps", "food"] > 5 * small
-assert effects["60 steps", "food"] > effects["no prefix", "food"] > 0.02
+        right = [e for e in test if field in dict(e.table)]
+        wrong = [with_another(field, e) for e in right]
+        before, after = (
+            loss_on(frozen, tokenizer, part, prefix, pairs=16)
+            for part in (right, wrong)
+        )
+        rise[name, field] = after - before
+        print(f"{name:9} wrong {field:15} loss {after - before:+.3f}")
+assert rise["60 steps", "food"] > 5 * abs(rise["60 steps", "family friendly"])
+assert rise["60 steps", "food"] > rise["no prefix", "food"] > 0.02
 
 # %% [markdown]
-# A wrong `food` costs the prefix of 60 steps a lot, a wrong `family friendly` next to nothing: it
-# does not read that value yet. (Without a prefix a wrong `food` costs a little, too.)
+# With the prefix of 60 steps a wrong `food` raises the loss clearly, and a wrong `family friendly`
+# hardly: that value is not read yet. (Without a prefix a wrong `food` raises it a little, too.)
 #
 # Here is a prefix that was trained to the end: 2,500 steps of 32 rows on E2E's own tables, by
 # `python -m docs.train_prefixes`. E2E's data is not part of this repository, so the tables here are
@@ -353,17 +347,10 @@ TABLES = (
     "name : The Idle Fox | type : coffee shop | food : Japanese | "
     "customer rating : high | family friendly : {} | near : Café Sicilia",
     "name : Basil Loft | type : pub | price : moderate | family friendly : {}",
-    "name : Hollis & Ashby | type : restaurant | food : Indian | "
-    "customer rating : average | family friendly : {} | near : The Bakers",
-    "name : The Silver Orchard | type : coffee shop | food : English | "
-    "area : riverside | family friendly : {}",
 )
 trained = Prefix.load(TRAINED / "e2e-P10.safetensors")
 asked = [table.format(value) for table in TABLES for value in ("yes", "no")]
 answers = minprefix.generate(model, tokenizer, asked, prefix=trained)
-for source, text in zip(asked[:6], answers, strict=False):
-    print(f"{source}\n  {text.strip()}\n")
-
 stated = {"right": 0, "not said": 0, "wrong": 0}
 for source, text in zip(asked, answers, strict=True):
     table = tuple(tuple(pair.split(" : ")) for pair in source.split(" | "))
@@ -371,6 +358,7 @@ for source, text in zip(asked, answers, strict=True):
     fields = [[f for f, _ in part] for part in (one.wrong, one.missing)]
     wrong, missing = ("family friendly" in part for part in fields)
     stated["wrong" if wrong else "not said" if missing else "right"] += 1
+    print(f"{source}\n  {text.strip()}\n")
 print(f"family friendly in {len(asked)} texts of the trained prefix: {stated}")
 assert stated["right"] > max(len(asked) / 2, 4 * stated["wrong"])
 
@@ -381,9 +369,8 @@ assert stated["right"] > max(len(asked) / 2, 4 * stated["wrong"])
 #
 # ## 6. The file
 #
-# What is shipped is one table, $(L, 2, H, P, D)$, and the fingerprint of the model that it
-# belongs to. A prefix means nothing to another model: its keys fit the queries that it was
-# trained with.
+# The file holds one table, $(L, 2, H, P, D)$, and the fingerprint of the model that it belongs to.
+# A prefix means nothing to another model: its keys fit the queries that it was trained with.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -404,8 +391,8 @@ except ValueError as error:
 
 # %% [markdown]
 # ## Common mistakes
-# > - **First steps that are too large.** The loss falls in the end, only later and less far, and
-# >   nobody sees that the start was thrown away (section 4).
+# > - **First steps that are too large.** The loss still falls, only later and less far, so nobody
+# >   notices that the start was thrown away (section 4).
 # > - **Labels that are shifted twice, or not at all.** Here `labels[t]` is the token after
 # >   `input_ids[t]`. Check one row by eye.
 # > - **Another frame in use than in training:** a missing bos, or an extra blank at the end of the
@@ -420,10 +407,11 @@ except ValueError as error:
 # ## Recap
 #
 # - A row is `source, bos, target, eos`; the loss is on the target and the eos alone.
-# - Trained: an MLP and the P embeddings that it reads. Shipped: the table that they make.
-# - The first steps at a usual rate move the table so far that a good start is lost. Start from
+# - An MLP and the P vectors that it reads are trained; the table that they make is kept.
+# - At too high a rate the first steps move the table so far that a good start is lost. Start from
 #   words, at a lower rate or with a warm-up, and watch the loss of the first steps.
-# - Copying comes first, translation late: count facts, field by field.
+# - Values that can be copied are learned before those that must be rephrased. Count facts, field by
+#   field.
 # - From here: `make demo` trains longer on the same tables; `python -m minprefix train --data
 #   FOLDER` takes your own.
 #

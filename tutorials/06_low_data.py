@@ -3,21 +3,20 @@
 #
 # With a few dozen examples, which is better: to change all weights of the model, or to train a
 # prefix? The paper says the prefix, by 2.9 BLEU on average (section 6.3, Figure 3), and advises
-# to start it from real words (section 7.4, Figure 5). This page shows what this project measured
-# on the same data with the small model `mini`, and why it came out so.
+# to start it from real words (section 7.4, Figure 5). Here is what this project measured on the
+# same data with the small model `mini`.
 #
-# **What you will learn.** Where the two methods cross; how to tell a difference from luck; what
-# goes wrong when all weights learn from 50 examples; what the first numbers of a prefix are
-# worth; and when to use neither claim.
+# **What you will learn.** From how many examples on fine-tuning is better; how to tell a difference
+# from luck; what goes wrong when all weights learn from 50 examples; how much the start of a prefix
+# matters; and what these results do not show.
 #
 # **What to know first.** 05_table_to_text, whose training loop is used here. The letters are
 # those of [the table in tutorial 01](01_gpt2_from_scratch.py).
 #
 # **Running time.** Under a minute on two CPU cores.
 #
-# **Sources.** Li & Liang 2021, ACL version, <https://aclanthology.org/2021.acl-long.353>
-# (sections 6.3, 7.4, appendix A.2); the runs in `benchmarks/paper`, made by `python -m
-# benchmarks.paper`.
+# **Sources.** Li & Liang 2021, ACL version, <https://aclanthology.org/2021.acl-long.353> (sections
+# 6.3, 7.4, appendix A.2); the runs in `benchmarks/paper`, made by `python -m benchmarks.paper`.
 
 # %%
 import copy
@@ -42,14 +41,11 @@ METHODS = {"FT-FULL": "fine-tuning", "PREFIX": "prefix"}
 #
 # The runs are on E2E, the restaurant tables of the paper. For each size, five subsets of the
 # training pairs are drawn. Both methods train on each subset for 400 steps of 10 rows, and write a
-# sentence for each of the 630 test tables. That is 40 trainings, some hours; their scores are in a
-# CSV of this repository and are read here.
+# sentence for each of the 630 test tables. These 40 trainings take hours, so their scores are read
+# from a CSV of this repository. The score is *BLEU*, from 0 to 100 (05_table_to_text).
 #
-# The score is *BLEU*, from 0 to 100, which 05_table_to_text explains.
-#
-# **Predict.** Fine-tuning trains 17.5 million numbers and keeps them all. The prefix, of six
-# positions, trains 3.4 million, since an MLP makes its table (05), and keeps 37 thousand. Who is
-# ahead with 50 pairs, and who with 500?
+# **Predict.** Fine-tuning trains all weights. The prefix has six positions, made by an MLP. Which
+# of the two is ahead with 50 pairs, and which with 500?
 
 # %%
 rows = read_rows(PAPER / "figure3-mini.csv")
@@ -89,15 +85,16 @@ pictures.crossover(bleu, gaps)
 #
 # ## 2. A difference, or luck?
 #
-# The two methods are compared *on the same subset* $s$. A lucky subset helps both, so its luck
-# cancels in the difference $\Delta_s$. With $n$ subsets,
+# The two methods are compared *on the same subset* $i$. A lucky subset helps both, so most of its
+# luck cancels in the difference $\Delta_i$. With $n$ subsets, the 95 % interval of the mean
+# difference is
 #
 # $$\bar \Delta \pm t_{n-1} \frac{\sigma}{\sqrt n}, \qquad
-# \sigma^2 = \frac{1}{n - 1} \sum_s (\Delta_s - \bar \Delta)^2,$$
+# \sigma^2 = \frac{1}{n - 1} \sum_i (\Delta_i - \bar \Delta)^2,$$
 #
-# is its 95 % interval, where $t_{n-1}$ is the quantile of Student's distribution. Two subsets
-# make $t = 12.7$, five make it 2.8. A table of single runs, or of two, says nothing about the
-# next subset.
+# where $t_{n-1}$ is the 97.5 % quantile of Student's distribution (2.5 % lie beyond it on each
+# side). For two subsets it is 12.7, for five 2.8. A single run, or two, says nothing about the next
+# subset.
 
 # %%
 pairs = zip(bleu["PREFIX", 50], bleu["FT-FULL", 50], strict=True)
@@ -155,14 +152,12 @@ pictures.by_heart(losses)
 # %% [markdown]
 # **Answer.** Almost zero: fine-tuning has learned its 50 pairs *by heart*, and even at its best
 # step its dev loss is above the prefix's. In as many steps the prefix has not learned them. There
-# are two possible reasons, and these runs do not tell them apart: a prefix only steers a model that
-# it cannot change, and it learns slowly. (With 500 pairs its training loss is hardly below its dev
-# loss, so it would probably get better with more steps.) With 500 pairs there is too much to learn
-# by heart in 400 steps, and the freedom of fine-tuning turns into an advantage: its dev loss is now
-# the lower one.
+# are two possible reasons, and these runs do not tell them apart: a prefix cannot change the model,
+# and it learns slowly. (With 500 pairs its training loss is hardly below its dev loss, so it would
+# probably get better with more steps.) With 500 pairs there is too much to learn by heart in 400
+# steps, and now fine-tuning has the lower dev loss.
 #
-# You can watch it on 20 pairs, with the loop of 05_table_to_text. The dev loss is taken every ten
-# steps.
+# You can watch it on 20 pairs, with the loop of 05_table_to_text.
 #
 # **Predict.** One of the two dev losses will turn and rise. Which one?
 
@@ -204,18 +199,17 @@ assert by_tuning[2] < by_prefix[2]
 pictures.twenty_pairs(curves)
 
 # %% [markdown]
-# **Answer.** Fine-tuning's. It turns early, while the training loss falls to zero: all 20 pairs are
+# **Answer.** Fine-tuning's. It rises early, while the training loss falls to zero: all 20 pairs are
 # known by heart. The prefix's two losses stay closer together.
 #
-# But note which is lower here: fine-tuning at its best step is ahead of the prefix. These
-# sentences come from rules and are alike, so little can be learned wrongly from 20 of them, and
-# 60 steps are few for a prefix. On E2E's human sentences, in 400 steps, it is the other way
-# round. Where the two cross depends on the data, and on how long the prefix may train.
-
-# %% [markdown]
+# But fine-tuning at its best step has a lower dev loss than the prefix. These sentences come from
+# rules and are alike, so 20 of them teach much, and 60 steps are few for a prefix. On E2E's human
+# sentences, in 400 steps, it is the other way round. Where the two cross depends on the data, and
+# on how long the prefix may train.
+#
 # ## 4. Real words or random numbers?
 #
-# A prefix can start from random numbers, or from the activations that the model itself has on
+# A prefix can start from random numbers, or from the keys and values that the model computes for
 # some words. Figure 5 of the paper compares these at 100 pairs. Here are our runs: eight words,
 # four trainings each (two subsets, two seeds).
 #
@@ -253,10 +247,10 @@ assert sizes["random"] < 0.5 * sizes["from words"]
 # %% [markdown]
 # **Answer.** Hardly: on average the eight words lie within a few BLEU of each other, and "banana"
 # is not far behind "summarize". But the worst of the 32 runs from words is far better than the
-# best random one. So it is not the meaning that helps. Probably what helps is that keys and values
-# of real words are such as the frozen queries expect; those of the random start are, for one thing,
-# much smaller. Random numbers of the right size have not been tried. With all 42,000 pairs the two
-# runs from words and the two random ones overlap.
+# best random one. So it is not the meaning that helps. Probably it helps that keys and values of
+# real words are like those that the frozen layers were trained with; those of the random start (a
+# random MLP's) are much smaller, for example. Random numbers of the right size have not been tried.
+# With all 42,000 pairs the two runs from words and the two random ones overlap.
 #
 # ## 5. What this does not show
 #
@@ -283,8 +277,7 @@ assert sizes["random"] < 0.5 * sizes["from words"]
 #
 # - On E2E with `mini`, the prefix is clearly ahead with 50 and 100 pairs, fine-tuning with 500.
 #   At 200, five subsets do not decide.
-# - Fine-tuning learns few pairs by heart, the prefix in as many steps does not. With too many
-#   pairs for that, fine-tuning is ahead.
+# - Fine-tuning learns few pairs by heart; in as many steps the prefix does not.
 # - Start a prefix from real words. Which words hardly matters.
 # - Compare on the same subsets, and give the interval of the difference.
 # - When not to use a prefix: with much data and room for a copy of the model; for a task that is

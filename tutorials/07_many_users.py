@@ -5,11 +5,11 @@
 # is what sections 8.1 and 8.2 of the paper propose; here it is done, and checked.
 #
 # **What you will learn.** How such a batch is computed. Why no user's prefix holds anything of
-# another user's data. What it takes to add and to delete a user. What a user costs, beside a
+# another user's data. What it takes to add and to delete a user. What a user costs, compared with a
 # fine-tuned copy of the model.
 #
-# **What to know first.** 02_equation_3: what a prefix is, and why token t stands at position t +
-# offset. 05_table_to_text: the training loop. The letters are those of [the table in tutorial
+# **What to know first.** 02_equation_3: what a prefix is, and why positions shift.
+# 05_table_to_text: the training loop. The letters are those of [the table in tutorial
 # 01](01_gpt2_from_scratch.py).
 #
 # **Running time.** About a minute on two CPU cores.
@@ -84,17 +84,15 @@ assert both[0] != both[1] and both[2] != both[3] and "restaurant" in both[3]
 
 # %% [markdown]
 # **Answer.** The prefix decides what is done. The first and the third row are what the prefixes
-# were trained for. (Work out the sum in the note: the summary has the form, the place and the
-# idea right and the number wrong. 08 comes back to such faults.) With the e2e prefix the note
-# becomes a restaurant, and with the notes prefix the table becomes a kind of headline. All four
-# rows went through the same weights in the same calls.
-#
-# The rest of this page shows how one batch can hold several prefixes, and what follows from it,
-# with small prefixes of our own.
+# were trained for. (The summary has the form and the place right, but its number is wrong;
+# 08_summarisation_bart counts such faults.) With the e2e prefix the note becomes a restaurant, and
+# with the notes prefix the table becomes a kind of headline. All four rows went through the same
+# weights in the same calls. How can one batch hold several prefixes, and what follows from it? We
+# train small prefixes of our own to see.
 #
 # ## 2. Users and what they want
-# Four users get texts about restaurants, each in another style. A style is a rule, so that we can
-# check who got what. (Real users would give examples; a rule makes them for us.)
+# Four users get texts about restaurants, each in another style. A style is a rule that makes a
+# user's examples, and with it we can check who got what.
 
 
 # %%
@@ -124,10 +122,9 @@ for user in STYLES:
     assert sum(styles) == 1 and in_style(user, wanted(user, dev[0]))
 
 # %% [markdown]
-# Each prefix starts from the activations of a few words (so lengths differ), and is trained on
-# its user's texts alone, by the loop of 05. It is a direct table, without the MLP. One step moves
-# its numbers by the rate itself (05), so it bears the large rate that so few steps need, and this
-# without a warm-up.
+# Each prefix starts from the keys and values of a few words (so lengths differ), and is trained on
+# its user's texts alone, by the loop of 05_table_to_text. It is a table without an MLP, so it can
+# be trained at the large rate that so few steps need, even without a warm-up (05, section 4).
 
 
 # %%
@@ -148,15 +145,15 @@ users = {user: tune(user) for user in ("Ada", "Ben", "Cleo")}
 # %% [markdown]
 # ## 3. One batch, many prefixes
 # With fine-tuned copies every user has other matrices, so rows of different users cannot share a
-# matrix product. Here all rows share every matrix of the model. A prefix is read in one place
-# only, in attention, which each row computes on its own in any case:
+# matrix product. Here all rows share every matrix of the model. Only attention reads a prefix, and
+# attention is computed for each row on its own in any case:
 #
 # $$ o_b = \mathrm{softmax}\big(q_b\, [K_{n(b)} ; K_b]^\top / \sqrt D\big)\,
 # [V_{n(b)} ; V_b] $$
 #
-# where $n(b)$ is the user of row b. First by hand, for one layer. The prefixes have different
-# lengths. In the *bank*, (N, H, P, D), they are padded with zeros, and `prefix_lens` says how
-# many positions are real.
+# where $n(b)$ is the user of row b. The prefixes of a *bank*, (N, H, P, D), are padded with zeros
+# to the same length, and `prefix_lens` says how many positions are real. Here is one layer, by hand
+# and by the library.
 #
 # **Predict.** What happens to each row if `prefix_lens` is left out, so that attention sees the
 # padding?
@@ -296,10 +293,10 @@ assert min(right.values()) > 0.3 * len(tables_asked)
 assert sum(right.values()) < own.sum() * len(tables_asked)
 
 # %% [markdown]
-# **Answer.** In a value. Every prefix writes in its own user's style, but for a text at most, and
-# none in another's. (A text without a prefix may fit by chance: Ben's rule is little more than a
-# colon.) Where a text is not what the rule writes, it is mostly a name or a place that is wrong:
-# these names never occur in training, and 40 steps teach a style before they teach copying.
+# **Answer.** In a value. All texts of a prefix, except at most one, are in its own user's style,
+# and none is in another's. (A text without a prefix may fit by chance: Ben's rule is little more
+# than a colon.) Where a text differs from its rule, mostly a name or a place is wrong: these names
+# never occur in training, and 40 steps teach a style before they teach copying.
 #
 # ## 5. Isolation
 # Is anything of Ada's data in Ben's prefix? A prefix changes only by its gradient, so look at the
@@ -309,8 +306,8 @@ assert sum(right.values()) < own.sum() * len(tables_asked)
 # $$ \frac{\partial\, \mathrm{loss}_b}{\partial \theta_n} = 0 \quad
 # \text{for } n \neq n(b), $$
 #
-# not small, but exactly zero. So users may even be *trained* in one batch: each gradient is the
-# one that the user's own rows give.
+# exactly. So users may even be *trained* in one batch: each gradient is the one that the user's own
+# rows give.
 
 
 # %%
@@ -346,10 +343,9 @@ change = (both["Ada"] - other_data["Ada"]).abs().max()
 assert change > 0.01 * both["Ada"].abs().max()
 
 # %% [markdown]
-# What isolation does **not** say: Ben's prefix is made of Ben's texts, and may well write them
-# again. Guard the file as you guard his data. And all prefixes here start from words. Had they
-# started from a prefix that was tuned on everyone's texts, something of everyone would be in
-# each.
+# Isolation has limits. Ben's prefix is made of Ben's texts and may well write them again, so guard
+# the file as you guard his data. And all prefixes here start from words. If they had started from
+# a prefix that was trained on everyone's texts, each could hold something of everyone.
 #
 # ## 6. Adding and deleting a user
 # Adding Eve was one more entry. Deleting Ben is the opposite: take the entry away and delete the
@@ -377,7 +373,7 @@ assert gap < 1e-11
 
 # %% [markdown]
 # One fine-tuned model for all users has no such entry: one user's texts are spread over all its
-# weights. (Backups and logs of what was written are another matter.)
+# weights. (Backups and logs of what was written must be deleted, too.)
 #
 # ## 7. What a user costs
 # With $e$ bytes per number, a prefix takes $2 L P C e$ bytes, and a fine-tuned copy $e$ times the
@@ -387,25 +383,20 @@ assert gap < 1e-11
 L, C, parameters = 24, 1024, 354_823_168  # GPT-2 medium
 e, memory = 2, 80e9  # bytes of a number; bytes of a GPU
 whole = e * parameters
+print(f"a copy {whole / 1e6:.0f} MB: 80 GB hold {memory // whole:.0f} of them")
 for P in (10, 100):
     part = 2 * L * P * C * e
-    print(
-        f"P {P:3}: {part / 1e6:.2f} MB, a copy {whole / 1e6:.0f} MB", end="; "
-    )
     fit = (memory - whole) // part
-    print(f"in 80 GB {fit:,.0f} prefixes or {memory // whole:.0f} copies")
-table = users["Eve"].table()
+    print(f"P {P:3}: {part / 1e6:.2f} MB: beside one model {fit:,.0f} of them")
 config, P = model.config, users["Eve"].prefix_len
-assert table.numel() == 2 * config.n_layer * P * config.n_embd
+assert users["Eve"].table().numel() == 2 * config.n_layer * P * config.n_embd
 
 # %% [markdown]
 # A prefix also takes positions: a text of its user may have P tokens fewer than the model has
-# positions (512 in `mini`, 1,024 in GPT-2).
-#
-# And time? With copies, requests must be answered user by user. With prefixes those of all users
-# can be one batch, and a step of decoding reads all weights once for all rows instead of once for
-# each (exercise 4). LoRA, see tutorial 1, also allows such batches, but there each row has products
-# of its own beside every matrix.
+# positions. In time, copies cost more: their requests must be answered user by user. With prefixes
+# the requests of all users can be one batch, and a step of decoding reads all weights once for all
+# rows (exercise 4). LoRA also allows such batches, but there each row has products of its own
+# beside every matrix.
 #
 # ## Common mistakes
 # > - **Padding that is seen.** Each prefix of a bank needs its length, or a mask (section 3).
@@ -414,21 +405,18 @@ assert table.numel() == 2 * config.n_layer * P * config.n_embd
 # >   PEFT gave every row the active one, without an error. Check each row against the same
 # >   request alone.
 # > - **Two trained prefixes joined**, one for the task and one for the user. Neither was trained to
-# >   be read beside the other; even two prompts' tables are not the joined prompt's (03). Train one
-# >   prefix for both.
+# >   be read beside the other (03). Train one prefix for both.
 # > - **One `clip_grad_norm_` or one mean over all users.** It couples gradients that would be
 # >   independent. Clip and divide user by user (exercise 2).
 #
 # ## Recap
-# - Rows of different users share all matrices. Only attention reads a prefix, for each row its
-#   own.
+# - Rows of different users share all matrices. Only attention reads a prefix, for each row its own.
 # - A bank holds prefixes of any lengths: padded, with lengths that hide the padding and an offset
 #   for each row. Every row is what its user would get alone.
 # - A gradient reaches only the prefix that its row has read, so nothing of one user is in
 #   another's prefix. A user is an entry: added and deleted without a trace.
-# - A user costs a small part of what a copy costs, and the requests of all users are one batch.
-# - When not to use it: for one user or one task with much data. One fine-tuned copy is then all
-#   that has to be kept (06_low_data).
+# - A user costs a small part of what a copy costs. But for one user or one task with much data, one
+#   fine-tuned copy is all that has to be kept (06_low_data).
 #
 # ## Exercises
 # 1. *Easy.* Give all rows of a bank the same position offset instead of their own. Which rows

@@ -2,13 +2,12 @@
 # # 8. Summarisation with BART
 #
 # GPT-2 reads and writes with one stack of layers. BART reads with one and writes with another, so
-# there are three places where a prefix can be read, and the paper uses all three. Here they are
-# written out, then trained to say in one sentence what a note in a local newspaper says in seven.
+# there are three places where a prefix can be read, and the paper uses all three. We write them
+# out, and then train a prefix that sums up a note of a local newspaper in one sentence.
 #
-# **What you will learn.** How an encoder-decoder reads a source. Where its three attentions take
-# a prefix, with equation (3) at each of them by hand. Why its positions are not shifted, and why
-# no instruction is exactly a prefix here. How summaries are scored, and which faults ROUGE does
-# not see.
+# **What you will learn.** How an encoder-decoder reads a source. Where its three attentions read a
+# prefix. Why its positions are not shifted, and why no instruction is exactly a prefix here. How
+# summaries are scored, and which faults ROUGE does not see.
 #
 # **What to know first.** 02_equation_3 (what a prefix is) and 05_table_to_text (how one is
 # trained). The letters are those of [the table in tutorial 01](01_gpt2_from_scratch.py); S counts
@@ -96,12 +95,12 @@ print(format_rows([{"summary": way} | scores for way, scores in lead.items()]))
 pictures.three_attentions(SITES, P=2, S=6, T=4)
 
 # %% [markdown]
-# The encoder runs before a word is written. So only its prefix can change how the source is read;
-# the other two steer what is written. (PEFT gives a BART a prefix for the decoder's own attention
-# alone.)
+# The encoder runs before a word is written. So only its prefix can change the encoded source; the
+# other two change what the decoder makes of it. (PEFT gives a BART a prefix for the decoder's own
+# attention alone.)
 #
 # The encoder reads `bos, note, eos`. The decoder reads `eos, bos, summary` and predicts `bos,
-# summary, eos`. So the bos has a loss, too. It is a small one, since BART was pretrained with this
+# summary, eos`. So the bos has a loss, too, but a small one, because BART was pretrained with this
 # eos and bos at the start.
 
 # %%
@@ -120,14 +119,11 @@ assert loss_of_bos < 0.1
 # %% [markdown]
 # ## 3. Equation (3), three times
 #
-# $$h_i = \begin{cases} P_\theta[i] & i \in P_\text{idx} \\
-#   \mathrm{LM}(z_i, h_{<i}) & \text{otherwise} \end{cases}$$
-#
-# is for a model that reads from left to right. In BART's encoder LM reads all other $h_j$, not
-# only those before, and in its decoder also the encoder's states. In an attention the equation is
-# the same concatenation each time: the keys and values of the prefix stand before those that the
-# model computes. One function does it at all three sites, in fp64, for one row. The model's weights
-# are used as they are; everything else is written out.
+# Equation (3) of 02_equation_3 is for a model that reads from left to right. BART's encoder reads
+# all positions, not only those before, and its decoder also reads the encoder's states. But inside
+# an attention the equation is the same concatenation each time: the keys and values of the prefix
+# stand before those that the model computes. One function does it at all three sites, in fp64, for
+# one row. The model's weights are used as they are; everything else is written out.
 
 
 # %%
@@ -138,8 +134,8 @@ def heads(x: torch.Tensor) -> torch.Tensor:
 
 def attend(q, k, v, table, mask):
     """q (n, C), k, v (m, C), table (2, H, P, D), mask (n, P + m) -> (n, C)."""
-    k = torch.cat([table[0], heads(k)], dim=1)  # (H, P + m, D): eq. (3), keys
-    v = torch.cat([table[1], heads(v)], dim=1)  # (H, P + m, D): eq. (3), values
+    k = torch.cat([table[0], heads(k)], dim=1)  # (H, P + m, D), eq. (3)
+    v = torch.cat([table[1], heads(v)], dim=1)
     scores = heads(q) @ k.transpose(1, 2) / D**0.5 + mask  # (H, n, P + m)
     return (scores.softmax(-1) @ v).transpose(0, 1).reshape(-1, C)
 
@@ -191,21 +187,18 @@ for name, ours, theirs in (
     assert gap < 1e-12
 
 # %% [markdown]
-# There is no mask for the prefix, since every query sees it.
-#
 # ## 4. Why the positions are not shifted
 #
 # In GPT-2, token t stands at position t + P when there is a prefix (02_equation_3). Above, BART's
 # tokens stand at t, prefix or not, as in the authors' code. Why?
 #
 # For GPT-2 the shift has a reason: a table can hold a prompt, whose tokens stood at 0 to P - 1,
-# so the text has to go on at P. No table of a BART is a prompt (section 5), so nothing stands
-# there. And for BART the shift has a price. To see it alone, let the factor $g$ of $Z_P$, the
-# prefix's part of the softmax sum (section 7 of 02), be 0 in every head. This switches the prefix
-# off and leaves the shift. (`gate=True` makes these factors; they begin at 0.) GPT-2 goes on with a
-# note, BART restores one, which is what each was pretrained for.
+# so the text has to go on at P. No table of a BART is a prompt (section 5). And for BART the shift
+# is costly. To measure the shift alone, we switch the prefix off by its gate (02, section 7):
+# `gate=True` begins with $g = 0$ in every head. GPT-2 continues a note and BART restores one, which
+# is what each was pretrained for.
 #
-# **Predict.** All positions move by 10. Which of the two models minds?
+# **Predict.** All positions move by 10. Which of the two models gets worse?
 
 # %%
 gpt2, gpt2_tokenizer = minprefix.load("mini")
@@ -229,17 +222,16 @@ assert shifted["GPT-2", 10] < 1.1 * shifted["GPT-2", 0]
 assert shifted["BART", 10] > 3 * shifted["BART", 0]
 
 # %% [markdown]
-# **Answer.** BART. Moved by 10, it restores the note several times worse, and a prefix would first
-# have to repair this. So BART's positions stay where the model was pretrained. The reason is
-# probably that its texts all began with their bos at position 0, while GPT-2 was pretrained on
+# **Answer.** BART. Shifted by 10, its loss is several times as large, and a prefix would first have
+# to make up for this. So BART's positions stay where they were in pretraining. The reason is
+# probably that all of its texts began with the bos at position 0, while GPT-2 was pretrained on
 # windows cut out of running text, with every kind of text at every position.
 #
 # ## 5. No instruction is exactly a prefix here
 #
 # In GPT-2 the keys and values of an instruction do not depend on what follows, so a table can
-# hold them, and the prefix *is* the instruction (03_discrete_to_continuous). The encoder reads in
-# both directions. What the words of an instruction become depends on the note that follows. Here
-# are their keys and values before two notes.
+# hold them (03_discrete_to_continuous). BART's encoder reads in both directions, so they depend on
+# the note that follows. Here are the keys and values of the same words before two notes.
 
 # %%
 WORDS = "Summarise the note:"
@@ -267,14 +259,14 @@ for name, pair in pairs.items():
     assert (by_layer.max() < 1e-12) == (name == "GPT-2")
 
 # %% [markdown]
-# In layer 0 the keys come from embeddings alone, so both notes give the same. In the layers above
+# In layer 0 the keys come from embeddings alone, so both notes give the same. In the layers above,
 # the encoder's differ. A prefix that starts from words (`init="words"`) takes what the model makes
-# of the words alone. It is a start, not an equality.
+# of the words alone: it is not equal to an instruction.
 #
 # ## 6. Training one
 #
-# The loop is that of 05_table_to_text; `batch.beside()` brings the source. All three sites have a
-# prefix, each with an MLP of its own during training.
+# The loop is that of 05_table_to_text. All three sites have a prefix, each with an MLP of its own
+# during training.
 
 # %%
 STEPS = 300
@@ -289,8 +281,8 @@ tuned = made.export()
 
 # %% [markdown]
 # The paper decodes summaries with 6 beams and a length penalty of 0.8: the score of a text of n
-# tokens is $\sum \log p / n^{0.8}$, which favours shorter texts than the mean does. BART's own
-# settings for summaries add that no three tokens come twice.
+# tokens is $\sum \log p / n^{0.8}$, which favours shorter texts than the mean of $\log p$ does.
+# BART's own settings for summaries also forbid that three tokens in a row occur twice.
 
 # %%
 some = test[:40]
@@ -330,11 +322,11 @@ for example, text in zip(some[:3], written["6 beams"], strict=False):
 #
 # ## 7. What ROUGE does not see
 #
-# A summary can have the right words and be wrong: a town that is not in the note, a total that
-# was added up wrongly. Towns and surnames of the test notes occur nowhere in training, so a model
-# has to copy them. Of the names (capitalised words after the first) and the numbers that a text
-# states, how many are in the note? A number may have been worked out; the references show how
-# many are.
+# A summary can have many right words and still be wrong: a town that is not in the note, a wrong
+# total. Towns and surnames of the test notes occur nowhere in training, so a model has to copy
+# them. Of the names (capitalised words after the first) and the numbers that a text states, how
+# many are in the note? A number may have been worked out, so numbers are also compared with those
+# of the reference.
 #
 # **Predict.** Which does the model get right, the names or the numbers?
 
@@ -371,26 +363,14 @@ assert ours["numbers in the reference"] < 0.5 * ours["numbers"]
 
 # %% [markdown]
 # **Answer.** The names: nearly all are in the note. Copying is part of what the model was
-# pretrained for. The numbers are mostly wrong. The text states few of those in the reference, many
-# of which had to be worked out, and takes others out of the note that do not belong in the summary.
-# ROUGE counts a wrong number like any other wrong word.
+# pretrained for. The numbers are mostly wrong: the summaries state few of those in the reference,
+# many of which had to be worked out, and copy others that do not belong there. ROUGE counts a wrong
+# number like any other wrong word.
 #
-# ## 8. With bart-large, on XSum
-#
-# Neither XSum nor the official weights are part of this repository. In the paper's tables 2 and
-# 3, fine-tuning is ahead on all of XSum, and the prefix on topics that were not trained on. The
-# paper's setting is one command; `python -m benchmarks.bart` first says what a step takes on your
-# machine, and how much memory it needs:
-#
-# ```
-# python -m minprefix train --model facebook/bart-large --data xsum \
-#     --max-source 512 --epochs 30 --batch-size 14 --lr 5e-5 \
-#     --prefix-len 100 --mid-dim 800 --out runs/xsum
-# ```
-#
-# It will probably learn more slowly than here: the rate is a fortieth of the one above, and the
-# articles are real. The notes come from rules. A model that learns the rules does well on them and
-# knows nothing about news.
+# The notes come from rules, so a model that learns the rules does well on them and knows nothing
+# about news. In the paper's tables 2 and 3 (bart-large, XSum), fine-tuning is ahead on all of XSum,
+# and the prefix on topics that were not trained on. Neither XSum nor the official weights are part
+# of this repository; [the guide](../docs/guides/bart.md) has the command for the paper's setting.
 #
 # ## Common mistakes
 # > - **Shifted positions, or shifted in one stack only.** PEFT moves the decoder's positions by P
@@ -408,8 +388,8 @@ assert ours["numbers in the reference"] < 0.5 * ours["numbers"]
 #
 # - An encoder-decoder has three attentions, and a prefix for each is a table of its own. Equation
 #   (3) is the same concatenation three times.
-# - Only the encoder's prefix can change how the source is read.
-# - BART's positions stay: it was pretrained with every text at position 0.
+# - Only the encoder's prefix can change the encoded source.
+# - BART's positions are not shifted: a shift alone raises its loss several times.
 # - In a bidirectional encoder, keys and values of words depend on the text that follows. So no
 #   instruction is exactly a prefix.
 # - From here: `python -m minprefix train --model mini-bart --data notes`, or your own

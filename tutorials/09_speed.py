@@ -1,18 +1,20 @@
 # %% [markdown]
 # # 9. Where a step's time goes
 #
-# **What you will learn.** To ask of a training step what it must cost at least, to compare each of
-# its parts with that floor, and to find the cause where a part takes longer: here and in
-# transformers + PEFT [1], on a CPU and on a GPU. Two of the causes you time yourself.
+# What must a training step cost at least, and where does the rest of its time go?
 #
-# **What to know first.** Tutorial 1 for the model and
-# [the table of letters](01_gpt2_from_scratch.py); tutorial 4 for bytes, FLOPs and the roofline.
+# **What you will learn.** To compute that floor, to compare each part of a step with it, and to
+# find the cause where a part takes longer: here and in transformers + PEFT [1], on a CPU and on a
+# GPU. Two of the causes you time yourself.
+#
+# **What to know first.** 01_gpt2_from_scratch for the model and [the table of
+# letters](01_gpt2_from_scratch.py); 04_fused_attention for bytes, FLOPs and the roofline.
 #
 # **Running time.** Under half a minute on two CPU cores.
 #
-# **Sources.** The times are those of the committed files `benchmarks/cpu/*.csv`, which name
-# machine, versions and commit (`make bench-cpu` makes them again), and of `benchmarks/gpu/*.csv`
-# (`make bench-gpu`). Nothing below is typed from them: each number is read and printed.
+# **Sources.** The times are read from the committed files `benchmarks/cpu/*.csv`, which name
+# machine, versions and commit (`make bench-cpu` makes them again), and from `benchmarks/gpu/*.csv`
+# (`make bench-gpu`).
 
 # %%
 import time
@@ -52,15 +54,15 @@ def measured(method: str, column: str = "ms", **other: str) -> float:
 
 # %% [markdown]
 # ## 1. The floor
-# A matrix with n numbers costs a token 2n FLOPs forward, and 2n backward for the gradient that
-# passes through it. Training the matrix costs 2n more, for its own gradient. **Frozen matrices do
-# not pay these**.
+# A matrix with n numbers costs 2n FLOPs per token forward, and 2n backward for the gradient that
+# passes through it to the prefixes of the layers below. Training the matrix costs 2n more, for its
+# own gradient. **Frozen matrices do not need these**.
 #
 # In attention, a query and a column that it sees cost two products of D numbers in each head: the
 # score $q \cdot k$ and the sum of values, so 4C FLOPs forward. Backward has four such products (for
-# $dv$, $dp$, $dq$ and $dk$ in tutorial 4), so 8C. (A kernel that did not keep the scores makes them
-# again, which is one more.) With M numbers in the layers' matrices, $n_y$ labels and $n_s$ visible
-# pairs of a query and a column, a step takes
+# $dv$, $dp$, $dq$ and $dk$ in 04_fused_attention), so 8C. (A kernel that did not keep the scores
+# computes them again, one product more.) With M numbers in the layers' matrices, $n_y$ labels and
+# $n_s$ visible pairs of a query and a column, a step takes
 #
 # $$ 4 M B T + 4 C V n_y + 12 L C n_s, \qquad
 # n_s = B \left(T P + \tfrac{T (T + 1)}{2}\right) . $$
@@ -104,10 +106,9 @@ with FlopCounterMode(display=False) as counter:
 assert counter.get_total_flops() == 12 * C * t * (5 + t)
 
 # %% [markdown]
-# **Answer.** Fine-tuning takes not quite half as much again: prefix-tuning trains very few numbers
-# and still saves only a third of the work, because the gradient has to pass through every layer.
-# (LoRA and adapters save no more, for the same reason.) Attention, the subject of tutorial 4, is a
-# few percent at this length.
+# **Answer.** Almost 1.5 times: prefix-tuning trains very few numbers and still saves only a third
+# of fine-tuning's work, because the gradient has to pass through every layer. (LoRA and adapters
+# save no more, for the same reason.) Attention is a few percent at this length.
 #
 # The benchmark also timed a plain large product on its machine. FLOPs divided by that speed are a
 # time that no step can beat. How close do we come?
@@ -127,10 +128,10 @@ for dtype in ("fp32", "bf16"):
 assert shares["bf16"] < shares["fp32"] and shares["fp32"] > 0.5
 
 # %% [markdown]
-# In fp32 the floor is most of the step, so nobody can be much faster than anybody else, and PEFT
+# In fp32 the floor is most of the step, so no library can be much faster than another, and PEFT
 # through `torch.compile` is about as fast as we are. In bf16 this processor multiplies several
-# times as fast, the floor sinks, and everything else comes to light. **The faster the products,
-# the more the rest matters.** Keep this in mind for the GPU.
+# times as fast, so the floor is lower and the rest is a larger share. **The faster the products,
+# the more the rest matters.** On a GPU they are faster still.
 #
 # ## 2. What lies above the floor
 # `python -m benchmarks.peft train --profile` runs one step of each method under PyTorch's profiler,
@@ -152,15 +153,15 @@ for dtype, part in (
     assert part == max(lost, key=lost.get)
 
 # %% [markdown]
-# In fp32 most of the difference is where no product is made at all: section 3 finds it in GELU. In
-# bf16 attention is first. There PyTorch's fused attention has a slow backward pass on this CPU, and
-# we take two batched products instead. We are not the fastest everywhere: PEFT compiled spends less
-# on head and loss. (A profiler takes time of its own for each operator, so the parts say where to
-# look, and the clock says how much it is.)
+# In fp32 most of the difference is in the part without products: section 3 finds it in GELU. In
+# bf16 attention is first. PyTorch's fused attention has a slow backward pass on this CPU, so we use
+# two batched products instead. We are not the fastest everywhere: PEFT compiled spends less on head
+# and loss. (A profiler takes time of its own for each operator, so the parts say where to look, and
+# a clock says how much it is.)
 #
 # ## 3. The causes, one by one
-# What follows is measured on your machine, now, the best of three. Times are printed and never
-# asserted. What is asserted: that the fast way gives the same as the slow one.
+# What follows is measured on your machine, now, the best of three. Times are printed; that the fast
+# way gives the same as the slow one is asserted.
 
 
 # %%
@@ -197,8 +198,7 @@ for name, gelu in (("as written", as_written), ("one pass", one_pass)):
 # and writes once. `torch.compile` also turns the eight into one.
 #
 # **Logits that nobody reads.** Half of a row or more is the table, whose tokens have no loss. Their
-# logits are V numbers each, and what the last layer's MLP adds at those positions is not used by
-# anything either.
+# logits are V numbers each. What the last layer's MLP adds at those positions is not used either.
 #
 # **Predict.** How much of a step is saved if half of the positions have no label?
 
@@ -242,10 +242,10 @@ assert 2 * len(batch.at) < batch.labels.numel()
 # **Answer.** An eighth of the products, no more: the head is less than a fifth of a step of `mini`.
 # On real tables more than half of the positions have no label.
 #
-# **Padding.** A batch is as wide as its longest row. If rows are drawn at random, much is computed
-# for nothing. Sorted within pools of 50 batches they hardly differ in length
-# (`batches.epoch_batches`), and the order of the batches stays random. Here are 24 rows in three
-# batches:
+# **Padding.** A batch is as wide as its longest row, so in a batch of random rows much is computed
+# for nothing. When rows are sorted within pools of 50 batches (`batches.epoch_batches`), those of a
+# batch hardly differ in length, and the order of the batches stays random. Here are 24 rows in
+# three batches:
 
 # %%
 lengths = [len(row.ids) - 1 for row in examples]
@@ -260,10 +260,10 @@ assert padding["sorted"] < padding["shuffled"]
 
 # %% [markdown]
 # **Copies for each row.** PEFT runs the prefix's MLP on the P positions of every row, and copies
-# the result into each row's keys and values in every layer. Here it runs once, and the table has no
-# row dimension. While decoding with K beams, transformers keeps K copies of the prompt's keys and
-# values, and moves them at every step when beams are exchanged. Here the beams of a row read one
-# copy (`caches.BeamCache`). From the benchmark's file:
+# the result into each row's keys and values in every layer. Here it runs once, and all rows read
+# one table. While decoding with K beams, transformers keeps K copies of the prompt's keys and
+# values, and moves them whenever beams are exchanged. Here the beams of a row read one copy
+# (`caches.BeamCache`). From the benchmark's file:
 
 # %%
 grows, rates = {}, {}
@@ -357,8 +357,8 @@ pictures.on_the_gpu(profiled, floors)
 # > - **Stopping the clock before the GPU.** A launch returns at once; synchronize first, and warm
 # >   up.
 # > - **Counting padding as tokens**, which makes the worse order of batches look faster.
-# > - **Comparing fp32 with bf16**, or a compiled model with one that is not.
-# > - **Comparing before checking that both compute the same.** A wrong result is often fast.
+# > - **Comparing fp32 with bf16**, or before checking that both compute the same. A wrong result is
+# >   often fast.
 # > - **Making a small part fast.** If attention is a tenth of a step, an attention kernel that
 # >   takes no time at all makes the step 1.1 times as fast.
 # > - **Believing a profile's milliseconds.** It slows each operator down; use its proportions.
@@ -367,9 +367,9 @@ pictures.on_the_gpu(profiled, floors)
 # - Frozen numbers cost 4 FLOPs per token, not 6; prefix-tuning saves a third of the work, no more.
 # - Compare each part with its floor. Where the floor is most of the time, no library is much faster
 #   than another.
-# - Time is won where work is not needed: eight passes for one function, B copies of a prefix,
-#   logits without a loss, padding, copies of a cache.
-# - A kernel is one of these causes among others, and what no clock has seen is an expectation.
+# - Time is saved by leaving out work: eight passes for one function, B copies of a prefix, logits
+#   without a loss, padding, copies of a cache. A fast attention kernel is one such saving among
+#   others.
 #
 # ## Exercises
 # 1. *Easy.* Fine-tuning: add the gradients of the matrices to the count, and check it with

@@ -1,22 +1,19 @@
 # %% [markdown]
 # # 10. Pretrain your own model
-# A prefix is worth what the frozen model has learned. Every tutorial so far took that model as
-# given. This one makes one: tokenizer, weights, loss curve, and the folder of files that
-# `minprefix.load` and Hugging Face read. At the end a prefix is tuned on it.
+# A prefix can only use what the frozen model has learned, and every tutorial so far took that model
+# as given. This one makes one: tokenizer, weights, loss curve, and the folder of files that
+# `minprefix.load` and Hugging Face read. It is trained on the sentences about invented restaurants
+# that other tutorials write, without their tables. At the end we tune a prefix on it.
 #
 # **What you will learn.** How byte-level BPE chooses its tokens; why a new model's loss is nearly
 # $\log V$; how texts become windows without padding; what Muon does to a gradient; which line in a
 # loss curve shows that a model has begun to use the context; and what a prefix cannot add to a
 # model.
 #
-# **What to know first.** The model of tutorial 1 and
-# [its table of letters](01_gpt2_from_scratch.py); for the last section the prefix of tutorial 2.
+# **What to know first.** The model of 01_gpt2_from_scratch and
+# [its table of letters](01_gpt2_from_scratch.py); for the last section the prefix of 02_equation_3.
 #
 # **Running time.** About a minute on two CPU cores.
-#
-# The text: the sentences about invented restaurants that other tutorials write. The model is
-# trained on them, without their tables, and on nothing else; so it will know restaurants and
-# nothing else.
 #
 # **Sources.** BPE: Sennrich et al. [1]; on bytes, and the first weights: GPT-2 [2]; packed texts:
 # GPT-3 [3]; Muon [4] and why it works [5]; the recipe of `mini`: its model card in
@@ -57,8 +54,8 @@ print(f"the first: {train_texts[0]}")
 
 # %% [markdown]
 # ## 1. One merge, by hand
-# Byte-pair encoding begins with single bytes. It counts which two tokens stand side by side most
-# often, makes them one new token, and begins again. Text is first cut into words, each with the
+# Byte-pair encoding begins with single bytes. It finds the two tokens that most often stand side by
+# side, makes them one new token, and repeats this. Text is first cut into words, each with the
 # space before it (written `Ġ`), and no token crosses a cut.
 #
 # **Predict.** Here are four words with their counts. Which pair is merged first? How
@@ -96,12 +93,13 @@ assert best == ("Ġ", "p") and pairs[best] == 5 + 3
 assert pairs["p", "u"] == 5 + 2 and count_pairs(words)["p", "u"] == 2
 
 # %% [markdown]
-# **Answer.** The space and the p are merged, and this takes the p away from five of the seven (p,
-# u). So the counts must be made anew after each merge.
+# **Answer.** The space and the p are merged, and five of the seven pairs (p, u) disappear. So the
+# pairs must be counted anew after each merge.
 #
 # ## 2. The same in a loop, then in the library
-# $V$ tokens are 256 bytes, $V - 257$ merges and `<|endoftext|>`. Nothing is ever unknown, because
-# what no merge covers stays bytes. Where two pairs are equally frequent, the smaller ids win.
+# The $V$ tokens are 256 bytes, $V - 257$ merges and `<|endoftext|>`. Every text can be encoded,
+# because what no merge covers stays bytes. Of two equally frequent pairs the one with the smaller
+# ids is merged.
 
 # %%
 counts = Counter(w for text in train_texts for w in regex.findall(WORD, text))
@@ -184,9 +182,9 @@ print(f"{len(corpus.train):,} tokens, {len(corpus.val):,} held out")
 # %% [markdown]
 # ## 4. The first weights, the first loss
 # GPT-2 draws its weights from $\mathcal N(0, 0.02^2)$; what a layer adds to the residual stream
-# starts smaller by $1/\sqrt{2L}$. The last layer norm gives $h$ with $\|h\|^2 = C$, so a logit
-# $s_v = w_v \cdot h$ has variance $\sigma^2 = 0.02^2\, C$. The loss of a label $v$ is
-# $\log Z - s_v$ with $Z = \sum_v e^{s_v}$. With $\mathbb E\, e^{s} = e^{\sigma^2 / 2}$ and labels
+# starts smaller by $1/\sqrt{2L}$. The last LayerNorm gives $n$ with $\|n\|^2 = C$, so a logit
+# $u_v = w_v \cdot n$ has variance $\sigma^2 = 0.02^2\, C$. The loss of a label $v$ is
+# $\log Z - u_v$ with $Z = \sum_v e^{u_v}$. With $\mathbb E\, e^{u} = e^{\sigma^2 / 2}$ and labels
 # whose logits are 0 on average,
 #
 # $$\mathcal L_0 \approx \log Z \approx \log V + \tfrac12 \sigma^2 .$$
@@ -216,25 +214,25 @@ assert abs(log_Z - formula) < 0.005 < abs(log_Z - math.log(V))
 assert abs(first - log_Z) < 0.05  # minus the mean logit of the labels
 
 # %% [markdown]
-# A new model guesses, and its loss is that of guessing among V tokens. If a first loss is clearly
-# above $\log V$, look for a mistake in the start before you train.
+# A new model guesses among V tokens, so its loss is about $\log V$. If a first loss is clearly
+# higher, look for a mistake in the first weights before you train.
 #
 # ## 5. Muon: the same step in all directions
-# The gradient of a matrix is a sum over tokens of outer products, one activation times one
-# gradient. Tokens have much in common, so a few directions dominate: with $G = U S V^\top$, the
-# first singular values are far larger than the others. A step along $G$ moves the matrix almost
-# only there. AdamW divides each *entry* by its usual size; its first step is $\mathrm{sign}(G)$.
-# But a direction is no entry.
+# The gradient of a matrix is a sum over tokens of outer products, an activation times a gradient.
+# Tokens resemble each other, so a few directions dominate: with $G = U S V^\top$, the first
+# singular values are far larger than the others, and a step along $G$ moves the matrix almost only
+# in those directions. AdamW divides each *entry* by its usual size (its first step is
+# $\mathrm{sign}(G)$), but a direction consists of many entries.
 #
 # Muon asks: which step lowers the loss most, if no output $\Delta W x$ may change by more than
 # $\eta \|x\|$? This limits the largest singular value of $\Delta W$. To first order the loss
 # falls by $-\langle G, \Delta W \rangle$, which is at most $\eta \sum_k s_k$, with $s_k$ the
-# singular values of G. The step $\Delta W = -\eta\, U V^\top$ reaches it: all its singular values
-# are equal [5]. No decomposition is needed, for five rounds of
+# singular values of G. The step $\Delta W = -\eta\, U V^\top$, whose singular values are all equal,
+# reaches this [5]. It needs no decomposition: five rounds of
 #
 # $$X \leftarrow a X + b\,(X X^\top) X + c\,(X X^\top)^2 X , \qquad X_0 = G / \|G\| ,$$
 #
-# push each singular value near 1 [4].
+# bring each singular value near 1 [4].
 #
 # **Predict.** Each step is scaled to the same largest singular value. What share of the best
 # possible decrease do the gradient itself, its sign and Muon's step reach?
@@ -259,13 +257,12 @@ assert drop["Muon"] > 1.5 * max(drop["gradient"], drop["sign"])
 
 # %% [markdown]
 # **Answer.** Muon's step lowers the loss by far the most. It is not the best possible one, since
-# five rounds bring the singular values near 1 and not to 1. Embeddings, biases and norms are not
-# such maps from activations to activations, so AdamW trains them. All this is said of one step.
-# Whether it pays in a whole training takes more than one model and one seed; [4] compares.
+# five rounds bring the singular values near 1 and not to 1. Embeddings, biases and norms do not map
+# activations to activations, so AdamW trains them. This is one step; [4] compares whole trainings.
 #
 # ## 6. The training loop
 # Forward, backward, clip, set the rates, step. The rates rise for `warmup_steps`, stay, then fall
-# linearly. A few steps in the open must give what `Pretrainer` logs for them.
+# linearly. Here are the first steps, which must give the losses that `Pretrainer` logs.
 
 
 # %%
@@ -303,8 +300,8 @@ print({name: round(value, 3) for name, value in result.items()})
 #
 # ## 7. Reading the curve
 # Two levels say what a loss means. $\log V$ is a guess among all tokens. The *unigram entropy*
-# $H = -\sum_v p_v \log p_v$, with $p_v$ the share of token $v$, is the best that is possible
-# without looking at the context. A model that stays there has learned a table of frequencies.
+# $-\sum_v p_v \log p_v$, with $p_v$ the share of token $v$, is the best that is possible without
+# looking at the context. A model that stays there has learned a table of frequencies.
 #
 # **Predict.** How many of the 200 steps does it take to get below each of the two?
 
@@ -318,16 +315,17 @@ for name, level in (("log V", math.log(V)), ("unigram entropy", entropy)):
     assert below < config.steps / 4
 assert result["val_loss"] < 0.6 * entropy
 sizes = [n_bytes / length for length in lengths]
+assert sizes[100] - sizes[0] > sizes[-1] - sizes[-101]  # more by early merges
 pictures.pretraining(sizes, log, held_out, math.log(V), entropy)
 
 # %% [markdown]
-# **Answer.** Few. The rest of the training is below the dashed line: most of what the model learns
-# is context.
+# **Answer.** Few. In the right panel most of the curve is below the dashed line: most of what the
+# model learns is to use the context. (The left panel belongs to section 2: each merge makes the
+# tokens longer, the first ones most.)
 #
 # ## 8. A model like any other
-# The folder holds config.json, model.safetensors, vocab.json and merges.txt, and beside them the
-# log and the state of the run. A text begins after `<|endoftext|>`, as every text of the stream
-# did.
+# The folder holds the four files of an official model, and the log and the state of the run. A text
+# begins after `<|endoftext|>`, as every text of the stream did.
 
 # %%
 print("files:", *sorted(path.name for path in model_folder.iterdir()))
@@ -337,8 +335,8 @@ for text in generate(model, tokenizer, [[END]] * 3, **options):
     print(" -", text)
 
 # %% [markdown]
-# It writes about restaurants that it makes up: it has never seen a table. Now a prefix of 5
-# positions is tuned to make the frozen model write from one.
+# It writes about restaurants that it makes up: it has never seen a table. Now we tune a prefix of 5
+# positions to make the frozen model write from one.
 
 # %%
 prefix = minprefix.Prefix.random(
@@ -365,9 +363,9 @@ folder.cleanup()
 
 # %% [markdown]
 # The loss on held-out tables falls, but the text does not follow its table. Forty steps are few,
-# but more would probably not help: a prefix can only call up what the frozen model can do, and
-# this model never had a table to copy from. Tables beside text were part of what `mini` was
-# trained on, and there a prefix brings texts that follow them (tutorial 5).
+# but more would probably not help: a prefix can only use what the frozen model can do, and this
+# model never had a table to copy from. `mini` was pretrained on tables beside text, too, and with a
+# prefix it writes texts that follow their tables (05_table_to_text).
 #
 # ## Common mistakes
 # > - **Comparing losses per token of two tokenizers.** A tokenizer with longer tokens has the
@@ -386,7 +384,8 @@ folder.cleanup()
 # - A new model's loss is $\log V$ and a little; the unigram entropy is the line to get below.
 # - Texts are packed into windows; `<|endoftext|>` is the only border.
 # - Muon moves a matrix equally far in all directions; AdamW trains what is not a matrix of a layer.
-# - The recipe of `mini` is `--preset mini`: the same loop, with more of everything.
+# - A prefix adds nothing that the frozen model cannot do. (`--preset mini` is the recipe of
+#   `mini`.)
 #
 # ## Exercises
 # 1. *Easy.* Train tokenizers with $V$ = 300, 512 and 1024. How many held-out bytes does a token
@@ -404,8 +403,7 @@ folder.cleanup()
 #
 # ## References
 # 1. Sennrich et al. 2016, BPE: <https://arxiv.org/abs/1508.07909>
-# 2. Radford et al. 2019, GPT-2:
-#    <https://cdn.openai.com/better-language-models/language_models.pdf>
+# 2. Radford et al. 2019, GPT-2: <https://cdn.openai.com/better-language-models/language_models.pdf>
 # 3. Brown et al. 2020, GPT-3: <https://arxiv.org/abs/2005.14165>
 # 4. Jordan et al. 2024, Muon: <https://kellerjordan.github.io/posts/muon/>
 # 5. Bernstein & Newhouse 2024, Old Optimizer, New Norm: <https://arxiv.org/abs/2409.20325>
