@@ -373,8 +373,8 @@ assert differ[0] < 1e-12 and (differ[1:] > 0.01).all()
 # it must be given the `offset` P. A model with `n_positions` then has room for `n_positions` - P
 # tokens of text.
 #
-# **Predict.** Only this offset makes the keys and values of the instruction equal to its words. A
-# trained prefix does not come from words. What does another offset do to its loss?
+# **Predict.** At this offset the keys and values of the instruction do what its words do. A trained
+# prefix does not come from words. What does another offset do to its loss?
 
 # %%
 rows = encode_examples(tokenizer, dev)
@@ -521,7 +521,7 @@ assert to_bos[by_words] > 0.4 > 4 * to_bos[by_prefix]
 # **Answer.** Three things can be seen. (And in layer 0 with the instruction, $\lambda$ falls from
 # left to right as the text grows: section 7.)
 # - *The dark lines are sinks.* In 01_gpt2_from_scratch, a head with nothing to do parked on the
-#   first token. Most heads that give the prefix much of their attention are such heads: the printed
+#   first token. The more a head does so, the more of its attention goes to a prefix: the printed
 #   correlation is between a head's weight on the first token without a prefix and its $\lambda$. In
 #   layers 0 and 1 the trained prefix is hardly read at all.
 # - *The instruction is forgotten when the sentence begins.* The bos also separates documents in the

@@ -132,14 +132,12 @@ def softmax_step(u, z, m, s, v):
 u_i, z_i, m_i = torch.zeros(1, D), torch.zeros(1), torch.tensor([-math.inf])
 frames = []
 for a, b in ((0, P), (P, P + 7), (P + 7, P + 14), (P + 14, P + 21)):
-    older = m_i, z_i
+    m_old, z_old = m_i, z_i
     u_i, z_i, m_i = softmax_step(u_i, z_i, m_i, s[None, a:b], values[a:b])
-    name = f"{a - P}..{b - P - 1}" if a else "prefix"
-    frames.append((name, s[a:b].tolist()))
-    alpha = torch.exp(older[0] - m_i).item()
-    print(f"after {name:7} alpha {alpha:.3f}, m {m_i.item():.3f}", end=", ")
-    print(f"z {z_i.item():.3f}")
-assert alpha < 1 and z_i < older[1]  # in the last tile
+    alpha = torch.exp(m_old - m_i).item()
+    frames.append((f"{a - P}..{b - P - 1}" if a else "prefix", s[a:b].tolist()))
+    print(f"alpha {alpha:.3f}, m {m_i.item():.3f}, z {z_i.item():.3f}")
+assert alpha < 1 and z_i < z_old  # in the last tile
 same("o of query 20, in four tiles", (u_i / z_i)[0], o_exact[0, 0, i])
 pictures.running_softmax(frames)
 
@@ -487,10 +485,9 @@ pictures.times()
 # look at a clock.
 #
 # ## 8. The kernels of this repository
-# [`attention.py`](../kernels/attention.py) and [`backward.py`](../kernels/backward.py) do what the
-# code above does, and more: powers of 2 instead of e; strides, so that views of the fused qkv
-# projection go in without a copy; a bank of prefixes; rows of different lengths. Their functions
-# `softmax_step` and `tile_grads` are those of sections 3 and 5.
+# [`attention.py`](../kernels/attention.py) and [`backward.py`](../kernels/backward.py) have the
+# same functions `softmax_step` and `tile_grads`. They also read views of the fused qkv projection
+# without a copy, banks of prefixes, and rows of different lengths.
 
 # %%
 if HAVE_TRITON:
