@@ -302,15 +302,12 @@ _, _, twice = inside(torch.cat([P_theta, P_theta], 3))
 ratio = odds(twice, 2 * P)[0] / odds(once, P)[0]  # layer 0 reads the same x
 check("P grows: odds of lambda, 2 P over P", ratio, torch.full_like(ratio, 2))
 
-of_prefix = once[:, :, -1, :P].sum(
-    -1, keepdim=True
-)  # the last query's, (L, H, 1)
-of_text = (
-    once[:, :, -1, P:].flip(-1).cumsum(-1)
-)  # its nearest 1, 2, ... T tokens
+last = once[:, :, -1]  # the last query's weights, (L, H, P + T)
+of_prefix = last[..., :P].sum(-1, keepdim=True)  # (L, H, 1)
+of_text = last[..., P:].flip(-1).cumsum(-1)  # of its nearest 1, 2, ... T tokens
 lam = of_prefix / (of_prefix + of_text)  # (L, H, T)
 for n in (1, 10, T):
-    print(f"the last query reads {n:2} tokens: {lam[..., n - 1].mean():.2f}")
+    print(f"it reads {n:2} tokens: mean lambda {lam[..., n - 1].mean():.2f}")
 assert (lam.diff() <= 0).all() and (lam[..., -1] < lam[..., 0]).all()
 
 zero = torch.zeros_like(P_theta)
