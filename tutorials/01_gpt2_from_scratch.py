@@ -73,11 +73,11 @@ def check(name, a, b):
 figure.two_ways()
 
 # %% [markdown]
-# The model of these tutorials is `mini`, which lies in this repository: a real GPT-2, only smaller.
-# It was trained from scratch on English text (articles, novels, textbooks, dialogues, and many
-# tables beside prose), never on the tables that we use. Its card is
-# [MODEL_CARD.md](../minprefix/assets/mini/MODEL_CARD.md). Beside it lies a prefix of ten positions,
-# trained for 2,500 steps on the restaurant tables of the E2E data (by `docs/train_prefixes.py`).
+# The model of these tutorials is `mini`, a small GPT-2 that is part of this repository. It was
+# trained from scratch on English text (articles, novels, textbooks, dialogues, and many tables with
+# prose), never on the tables that we use; see [its card](../minprefix/assets/mini/MODEL_CARD.md).
+# The repository also holds a prefix of ten positions, trained for 2,500 steps on the restaurant
+# tables of the E2E data (by `docs/train_prefixes.py`).
 #
 # **Predict.** The same frozen weights read the same table, once with a request in words after it
 # and once with the prefix before it. How different can the two texts be?

@@ -307,7 +307,8 @@ of_prefix = last[..., :P].sum(-1, keepdim=True)  # (L, H, 1)
 of_text = last[..., P:].flip(-1).cumsum(-1)  # of its nearest 1, 2, ... T tokens
 lam = of_prefix / (of_prefix + of_text)  # (L, H, T)
 for n in (1, 10, T):
-    print(f"it reads {n:2} tokens: mean lambda {lam[..., n - 1].mean():.2f}")
+    of_n = lam[..., n - 1].mean()
+    print(f"the last query over {n:2} tokens: mean lambda {of_n:.2f}")
 assert (lam.diff() <= 0).all() and (lam[..., -1] < lam[..., 0]).all()
 
 zero = torch.zeros_like(P_theta)

@@ -30,7 +30,7 @@ STEPS = 30
 
 
 def tune(name: str, config: PrefixConfig, examples: list) -> BARTPrefix:
-    """A prefix after STEPS steps of 8 rows, as in section 7."""
+    """A prefix after STEPS steps of 8 rows, as in section 6."""
     prefix = make_prefix(model, tokenizer, config, seed=0)
     settings = TrainConfig(
         steps=STEPS, batch_size=8, lr=2e-3, warmup_steps=3, samples=0,
