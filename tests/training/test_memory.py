@@ -1,5 +1,6 @@
 """Out of memory: one line that says what to lower, or smaller passes with the same steps."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -12,7 +13,12 @@ from test_cli import train
 from test_pretrain import folder, run_of  # noqa: F401
 from test_training import log_of
 
-from minprefix.training.memory import OutOfMemory, is_out_of_memory, keep_freed
+from minprefix.training.memory import (
+    ONEDNN_PROGRAMS,
+    OutOfMemory,
+    is_out_of_memory,
+    keep_freed,
+)
 from minprefix.training.pretrain import Pretrainer
 from minprefix.training.trainer import Trainer
 
@@ -183,3 +189,13 @@ def test_memory_of_a_freed_tensor_is_taken_again():
     keep_freed()
     faults()
     assert min(faults() for _ in range(3)) < 1000
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_programs_of_onednn_are_few(given, monkeypatch):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(name, given)
+    keep_freed()
+    assert os.environ.pop(name) == (given or str(ONEDNN_PROGRAMS))
