@@ -52,7 +52,7 @@ def dotted(version: Version | None) -> str:
     return "that does not run" if version is None else ".".join(map(str, version))
 
 
-def least(arch: int) -> Version:
+def oldest_accepted(arch: int) -> Version:
     """The oldest version that is accepted for an architecture, 90 for sm_90."""
     if arch == 90:
         return (12, 9)  # older ones miscompile descriptors
@@ -70,20 +70,20 @@ def choose(arch: int) -> Assembler | None:
         return Assembler(path, version_of(path), name)
     found = tools("ptxas", "ptxas-blackwell")
     loadable = [one for one in found if not _beyond_driver(one)]
-    good = [one for one in loadable if one.version >= least(arch)]
+    good = [one for one in loadable if one.version >= oldest_accepted(arch)]
     return max(good or found, key=lambda one: one.version, default=None)
 
 
 @functools.cache
 def refusal(arch: int) -> str:
     """Why our kernels must not be compiled for an architecture; "" if they may be."""
-    found, wanted = choose(arch), dotted(least(arch))
+    found, wanted = choose(arch), dotted(oldest_accepted(arch))
     if found is None:
         return f"no ptxas was found to assemble for sm_{arch}"
     if found.version is None:
         return f"{found.origin} names {found.path}, which does not run"
     remedy = f"install CUDA {wanted} or newer, or a newer Triton, or set TRITON_PTXAS_PATH"
-    if found.version < least(arch):
+    if found.version < oldest_accepted(arch):
         return f"{found} is older than {wanted}, the least that sm_{arch} needs: {remedy}"
     if not _users(arch) and _beyond_driver(found):
         return (
@@ -243,8 +243,8 @@ def report() -> dict[str, str]:
 
 def advice(assembler: Assembler | None) -> str:
     """A short judgement of an assembler for sm_90."""
-    if assembler is None or assembler.version is None or assembler.version < least(90):
-        return f"at least {dotted(least(90))} is needed"
+    if assembler is None or assembler.version is None or assembler.version < oldest_accepted(90):
+        return f"at least {dotted(oldest_accepted(90))} is needed"
     if assembler.version < RECOMMENDED:
         return f"accepted; {dotted(RECOMMENDED)} or newer is recommended"
     return "as recommended"

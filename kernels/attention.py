@@ -261,7 +261,7 @@ class EagerAttention(torch.autograd.Function):
         return gradients(ctx, do, dlse, attention_backward)
 
 
-def watched(inputs: tuple) -> bool:
+def is_observed(inputs: tuple) -> bool:
     """Whether something observes or replaces operators: a tracer, a mode, a tensor subclass."""
     plain = all(type(x) in (Tensor, Parameter) for x in inputs if isinstance(x, Tensor))
     return not plain or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
@@ -269,11 +269,11 @@ def watched(inputs: tuple) -> bool:
 
 def attention(*inputs) -> tuple[Tensor, Tensor]:
     """o, lse from the arguments of `Inputs`, differentiable."""
-    run = torch.ops.minprefix.attention.default if watched(inputs) else EagerAttention.apply
+    run = torch.ops.minprefix.attention.default if is_observed(inputs) else EagerAttention.apply
     return run(*inputs)
 
 
 def attention_append(*inputs) -> tuple[Tensor, Tensor]:
     """o, lse from the arguments of `Inputs` and `Append`, without gradients."""
-    run = torch.ops.minprefix.attention_append.default if watched(inputs) else forward_append
+    run = torch.ops.minprefix.attention_append.default if is_observed(inputs) else forward_append
     return run(*inputs)

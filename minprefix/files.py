@@ -48,7 +48,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     target = target_of(path)
     with suppress(OSError):
-        sweep(target.parent, DAY)
+        remove_temporary_files(target.parent, DAY)
     temporary = target.with_name(f".{uuid4().hex}.tmp{target.suffix}")
     try:
         yield temporary
@@ -94,7 +94,7 @@ def target_of(path: Path) -> Path:
     return target if target.is_relative_to(folder) else folder / path.name
 
 
-def sweep(folder: Path, idle: float = 0) -> None:
+def remove_temporary_files(folder: Path, idle: float = 0) -> None:
     """Remove the temporary files that a killed process left in `folder`.
 
     Args:
@@ -144,7 +144,7 @@ def sha256_around(path: Path, start: int) -> str:
     return digest.hexdigest()
 
 
-def seal(path: Path, start: int) -> None:
+def write_checksum(path: Path, start: int) -> None:
     """Write the digits of `sha256_around` at `start`."""
     digits = sha256_around(path, start).encode()
     with path.open("r+b") as file:
@@ -152,14 +152,14 @@ def seal(path: Path, start: int) -> None:
         file.write(digits)
 
 
-def is_sealed(path: Path, start: int) -> bool:
+def checksum_matches(path: Path, start: int) -> bool:
     """Whether the digits at `start` are those of `sha256_around`."""
     with path.open("rb") as file:
         file.seek(start)
         return file.read(64) == sha256_around(path, start).encode()
 
 
-def note_unsealed(path: Path) -> None:
+def warn_no_checksum(path: Path) -> None:
     """Warn that damage to a file cannot be detected."""
     note = "it has no checksum (an older version wrote it), so damage cannot be detected"
     warnings.warn(f"{path}: {note}", FileNote, stacklevel=4)

@@ -1,7 +1,7 @@
 """Tensors in safetensors files [1]: written whole or not at all, read with an error that names the
 file. It is separate from `files.py` because it needs PyTorch.
 
-Equal contents give equal bytes. A sealed file has a checksum in its metadata: the sha256 of all
+Equal contents give equal bytes. A file may have a checksum in its metadata: the sha256 of all
 bytes except its own digits. Both its name and its value identify it, so that one damaged byte
 cannot make the file look like one without a checksum.
 [1] https://github.com/huggingface/safetensors
@@ -16,25 +16,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minprefix.files import atomic_write, brief, is_sealed, names_file, need_file, seal
+from minprefix.files import (
+    atomic_write,
+    brief,
+    checksum_matches,
+    names_file,
+    need_file,
+    write_checksum,
+)
 
-SEAL = "checksum"  # the name among the metadata
-UNSEALED = "sha256:" + 64 * "0"
-SEALED = re.compile(rb'"checksum":"sha256:([0-9a-f]{64})"')
+CHECKSUM = "checksum"  # the name among the metadata
+PLACEHOLDER = "sha256:" + 64 * "0"
+WRITTEN = re.compile(rb'"checksum":"sha256:([0-9a-f]{64})"')
 
 
 def save_tensors(
     path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None,
-    *, sealed: bool = False,
+    *, checksum: bool = False,
 ) -> None:  # fmt: skip
     """Write a safetensors file, atomically.
 
     Args:
         tensors: on any device, with any strides; no two may share memory.
-        sealed: add a checksum for `check_seal`.
+        checksum: add a checksum for `verify_checksum`.
     """
-    if sealed:
-        metadata = (metadata or {}) | {SEAL: UNSEALED}
+    if checksum:
+        metadata = (metadata or {}) | {CHECKSUM: PLACEHOLDER}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:
         temporary.touch()
@@ -46,10 +53,10 @@ def save_tensors(
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
         sort_header(temporary)
-        if sealed:
-            place = place_of_seal(temporary)
+        if checksum:
+            place = checksum_position(temporary)
             assert place
-            seal(temporary, place)
+            write_checksum(temporary, place)
 
 
 def sort_header(path: Path) -> None:
@@ -63,29 +70,29 @@ def sort_header(path: Path) -> None:
         file.write(text.encode().ljust(size))
 
 
-def place_of_seal(path: Path) -> int | None:
+def checksum_position(path: Path) -> int | None:
     """The position of the checksum's digits; None if the file has no checksum.
 
     ValueError if there is a checksum but it cannot be read.
     """
     with path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
-    found = SEALED.search(header)
-    if found is None and (f'"{SEAL}"'.encode() in header or b"sha256:" in header):
+    found = WRITTEN.search(header)
+    if found is None and (f'"{CHECKSUM}"'.encode() in header or b"sha256:" in header):
         raise ValueError(f"{path}: damaged, its checksum cannot be read")
     return found and 8 + found.start(1)
 
 
 @names_file
-def check_seal(path: str | Path) -> bool:
+def verify_checksum(path: str | Path) -> bool:
     """Check the checksum. Returns whether there is one; files of older versions have none.
 
     Raises:
         ValueError: the file has changed since it was written.
     """
     path = Path(path)
-    place = place_of_seal(path)
-    if place is not None and not is_sealed(path, place):
+    place = checksum_position(path)
+    if place is not None and not checksum_matches(path, place):
         raise ValueError(f"{path}: damaged, its contents do not match its checksum")
     return place is not None
 
@@ -102,7 +109,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     need_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = {k: v for k, v in (file.metadata() or {}).items() if k != SEAL}
+            metadata = {k: v for k, v in (file.metadata() or {}).items() if k != CHECKSUM}
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no dict)
     except SafetensorError as error:
         told = brief(error, str)

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from minprefix.limits import DOWNLOAD, PIECE, SILENCE
 
 
-class Watched:
+class LimitedFile:
     """The file that a download is written to, with the number of bytes and the time of the last."""
 
     def __init__(self, file: BinaryIO, what: str):
@@ -26,7 +26,7 @@ class Watched:
         return getattr(self.file, name)
 
 
-def watched(fetch: Callable[[Any], object], file: BinaryIO, what: str) -> None:
+def download_within_limits(fetch: Callable[[Any], object], file: BinaryIO, what: str) -> None:
     """Call `fetch` in a thread, with a file to which it writes pieces of `limits.PIECE` bytes.
 
     If the download is abandoned, the thread continues but can no longer write.
@@ -37,7 +37,7 @@ def watched(fetch: Callable[[Any], object], file: BinaryIO, what: str) -> None:
         OSError: no piece arrived within `limits.SILENCE` seconds.
         ValueError: more than `limits.DOWNLOAD` bytes arrived.
     """
-    target, errors, most = Watched(file, what), [], SILENCE.value
+    target, errors, most = LimitedFile(file, what), [], SILENCE.value
 
     def run() -> None:
         try:

@@ -96,7 +96,7 @@ for row, labels in zip(rows, batch.labels.tolist(), strict=True):
 # This is all of it. Only two lines are special to prefix-tuning: `weights` are the prefix's, and
 # `told` hands the prefix to the model. (Without a prefix the weights are the model's, and the same
 # loop is fine-tuning, as in 06_low_data.) `BatchOrder` shuffles the rows and puts rows of similar
-# length together, so that there is little padding. `batch.beside()` is empty for GPT-2; for BART it
+# length together, so that there is little padding. `batch.model_kwargs()` is empty for GPT-2; for BART it
 # holds the source (08_summarisation_bart).
 
 
@@ -115,7 +115,7 @@ def train(model, tokenizer, examples, prefix=None, *, steps, lr, warmup):
         share = min((step + 1) / warmup, (steps - step) / (steps - warmup))
         optimizer.param_groups[0]["lr"] = lr * share
         batch = collate([rows[i] for i in order.batch(step)], tokenizer.eos_id)
-        told = {"prefix": prefix} | batch.beside()
+        told = {"prefix": prefix} | batch.model_kwargs()
         loss = model.token_losses(batch.input_ids, batch.labels, **told).mean()
         optimizer.zero_grad()
         loss.backward()

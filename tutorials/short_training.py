@@ -29,7 +29,7 @@ def train(model, tokenizer, examples, prefix=None, *, steps, lr, warmup):
         share = min((step + 1) / warmup, (steps - step) / (steps - warmup))
         optimizer.param_groups[0]["lr"] = lr * share
         batch = collate([rows[i] for i in order.batch(step)], tokenizer.eos_id)
-        told = {"prefix": prefix} | batch.beside()
+        told = {"prefix": prefix} | batch.model_kwargs()
         loss = model.token_losses(batch.input_ids, batch.labels, **told).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -43,7 +43,7 @@ def loss_on(model, tokenizer, examples, prefix=None, *, pairs=40):
     """Nats per target token on `pairs` pairs, evenly spread over the examples."""
     rows = spread(encode_examples(tokenizer, examples), pairs)
     batch = collate(rows, tokenizer.eos_id)
-    told = {"prefix": prefix} | batch.beside()
+    told = {"prefix": prefix} | batch.model_kwargs()
     return (
         model.token_losses(batch.input_ids, batch.labels, **told).mean().item()
     )

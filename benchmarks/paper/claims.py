@@ -21,10 +21,11 @@ from benchmarks.paper.results import Difference, Row, difference, gaps, mean_gap
 
 HOLDS, FAILS, UNDECIDED, UNTESTED = "holds here", "does not hold here", "undecided", "not tested"
 MARKS = {HOLDS: "✓", FAILS: "✗", UNDECIDED: "?", UNTESTED: "–"}
-ONE_LENGTH = f"the learning rate of all lengths n was chosen at n = {MINI_LEN} only"
+ONE_LENGTH = f"the learning rate was chosen at length {MINI_LEN} and used for all lengths"
 # Numbers of parameters up to this ratio count as equal. The paper's pair on E2E and WebNLG, both
 # "0.1 %" of GPT-2 medium, is our adapter of 368,784 and its prefix of 245,760: 1.5006.
 SAME_SIZE = 1.6
+UNITS = {"train_loss": "nats of training loss per token"}  # of columns that are not scores
 ALIKE = 1.0  # BLEU, below the smallest gap that [v1] argues with (e2e: 69.7 against 68.2)
 
 
@@ -46,7 +47,7 @@ class Verdict:
 class Claim:
     """A claim of the paper, its source, and the function that judges it by our rows."""
 
-    text: str
+    text: str  # a sentence without its full stop
     source: str
     judge: Callable[[Sequence[Row]], Verdict]
     lengths: bool = False  # whether it compares prefix lengths
@@ -64,7 +65,7 @@ def compare(a: Sequence[Row], b: Sequence[Row], column: str, what: str) -> Verdi
     gap = difference(a, b, column)
     if gap is None:
         return Verdict(UNTESTED)
-    return Verdict(decided(gap), f"{what}: {gap} {column}")
+    return Verdict(decided(gap), f"{what} is {gap.text(UNITS.get(column, column))}")
 
 
 def better(a: str, b: str, column: str = "BLEU", **where: str):
@@ -86,13 +87,13 @@ def alike(
         gap = judge(rows)
         if gap is None:
             return Verdict(UNTESTED)
-        numbers = f"{what}: {gap} {column}"
+        numbers = f"{what} is {gap.text(column)}"
         if abs(gap.mean) + gap.margin < ALIKE:
-            return Verdict(HOLDS, f"{numbers}, alike within {ALIKE:g}")
+            return Verdict(HOLDS, f"{numbers}; the 95 % interval is within {ALIKE:g} BLEU of 0")
         if above and gap.mean - gap.margin > -ALIKE:
             return Verdict(HOLDS, numbers)
         if gap.noise:
-            wide = f", 95 % ± {gap.margin:.2f}" if gap.error is not None else ""
+            wide = f"; the 95 % interval is ± {gap.margin:.2f}" if gap.error is not None else ""
             return Verdict(decided(gap), numbers + wide)
         return Verdict(FAILS, numbers)
 
@@ -125,12 +126,13 @@ def adapter_gap(rows: Sequence[Row]) -> Verdict:
         b = pick(of, name=name)
         if (gap := difference(a, b, column)) is not None:
             if size_ratio(a, b) > SAME_SIZE:
-                kept = (mean_sd(rows, "kept") for rows in (a, b))
-                sizes = " and ".join(f"{k.mean:,.0f}" if k else "unknown" for k in kept)
-                unequal.append(f"{data}: {sizes} parameters kept, {name} {gap} BLEU")
+                kept = [mean_sd(rows, "kept") for rows in (a, b)]
+                ours, theirs = (f"{k.mean:,.0f}" if k else "an unknown number" for k in kept)
+                sizes = f"PREFIX keeps {ours} parameters, {name} {theirs}"
+                unequal.append(f"{NAMES[data]} ({sizes}): {gap.text('BLEU')}")
                 continue
             found.append(gaps(a, b, column))
-            said.append(f"{data} {name} {gap}")
+            said.append(f"{NAMES[data]}, {name}: {gap.text('BLEU')}")
     if not found:
         if not unequal:
             return Verdict(UNTESTED)
@@ -138,12 +140,13 @@ def adapter_gap(rows: Sequence[Row]) -> Verdict:
     seeds = set.intersection(*map(set, found))
     mean = mean_gap([fmean(of[seed] for of in found) for seed in sorted(seeds)])
     if mean is None:
-        return Verdict(UNTESTED, f"no seed on all data sets; {'; '.join(said)}")
-    left_out = [f"of unequal sizes, left out: {one}" for one in unequal]
-    numbers = f"PREFIX - adapter: mean {mean} BLEU; {'; '.join(said + left_out)}"
+        return Verdict(UNTESTED, f"no seed was run on all data sets; {'; '.join(said)}")
+    left_out = [f"not counted, because the sizes differ: {one}" for one in unequal]
+    numbers = f"PREFIX - adapter is {mean.text('BLEU')} on average; {'; '.join(said + left_out)}"
     return Verdict(decided(mean), numbers)
 
 
+NAMES = {"e2e": "E2E", "webnlg": "WebNLG", "dart": "DART"}
 ON = {"e2e": "BLEU", "webnlg": "BLEU A", "dart": "BLEU"}
 SAID = {  # the numbers in v1
     "e2e": ("69.7 against 68.2", "68.1"),
@@ -153,22 +156,23 @@ SAID = {  # the numbers in v1
 TABLE1 = (
     *(
         Claim(
-            f"{data}: prefix-tuning is at least as good as fine-tuning ({SAID[data][0]} BLEU)",
-            "[v1] 6.1, Table 1",
+            f"On {NAMES[data]}, prefix-tuning is at least as good as fine-tuning "
+            f"({SAID[data][0]} BLEU)",
+            "[v1] section 6.1, Table 1",
             better("PREFIX", "FT-FULL", column, data=data),
         )
         for data, column in ON.items()
     ),
     Claim(
-        "prefix-tuning is better than adapters of as many parameters, by 4.1 BLEU on average",
-        "[v1] 6.1, Table 1",
+        "Prefix-tuning is better than adapters with as many parameters, by 4.1 BLEU on average",
+        "[v1] section 6.1, Table 1",
         adapter_gap,
     ),
     *(
         Claim(
-            f"{data}: prefix-tuning is better than fine-tuning the top two layers "
+            f"On {NAMES[data]}, prefix-tuning is better than fine-tuning the top two layers "
             f"({SAID[data][1]} BLEU)",
-            "[v1] 6.1, Table 1",
+            "[v1] section 6.1, Table 1",
             better("PREFIX", "FT-TOP2", column, data=data),
         )
         for data, column in ON.items()
@@ -185,23 +189,23 @@ def adapters_extrapolate(rows: Sequence[Row]) -> Difference | None:
 
 TABLE3 = (
     Claim(
-        "unseen topics: prefix-tuning is better than fine-tuning (45.6 against 27.7 BLEU)",
-        "[v1] 6.4, Table 1, columns U",
+        "On unseen topics, prefix-tuning is better than fine-tuning (45.6 against 27.7 BLEU)",
+        "[v1] section 6.4, Table 1, columns U",
         better("PREFIX", "FT-FULL", "BLEU U"),
     ),
     Claim(
-        "seen topics: fine-tuning is ahead (64.2 against 62.9 BLEU)",
+        "On seen topics, fine-tuning is ahead (64.2 against 62.9 BLEU)",
         "[v1] Table 1, columns S",
         better("FT-FULL", "PREFIX", "BLEU S"),
     ),
     Claim(
-        "unseen topics: adapters are better than fine-tuning, too (48.3 against 27.7 BLEU)",
+        "On unseen topics, adapters are better than fine-tuning, too (48.3 against 27.7 BLEU)",
         "[v1] Table 1, columns U",
         better("ADAPTER (3%)", "FT-FULL", "BLEU U"),
     ),
     Claim(
-        "adapters, which keep the model frozen too, extrapolate as well as a prefix",
-        "[v1] 6.4, 8",
+        "Adapters, which also keep the model frozen, extrapolate as well as a prefix",
+        "[v1] sections 6.4 and 8",
         alike(adapters_extrapolate, "BLEU U", "ADAPTER (3%) - PREFIX", above=True),
     ),
 )
@@ -225,25 +229,26 @@ def best_of(names: Sequence[str], above: str):
 EMBS, INFIXES = ("EMB-1", "EMB-10", "EMB-20"), ("INFIX-1", "INFIX-10", "INFIX-20")
 TABLE4 = (
     Claim(
-        "prefix-tuning is better than embedding-only (69.7 against 62.2 BLEU at best)",
-        "[v1] 7.2, Table 4",
+        "Prefix-tuning is better than embedding-only tuning (69.7 against 62.2 BLEU at best)",
+        "[v1] section 7.2, Table 4",
         best_of(EMBS, "PREFIX"),
         lengths=True,
     ),
     Claim(
         # by construction: equally many tokens in the same places, and tokens are embeddings
-        "embedding-only bounds discrete prompts of as many tokens from above",
-        "[v1] 7.2",
+        "Embedding-only tuning is an upper bound for discrete prompts of as many tokens",
+        "[v1] section 7.2",
         better("EMB-10", "DISCRETE"),
     ),
     Claim(
-        "and those with tokens after the table too (another frame: no bound by construction)",
-        "[v1] 7.2, the frame is ours",
+        "Embedding-only tuning is also better than discrete prompts with tokens after the table, "
+        "which does not follow by construction",
+        "[v1] section 7.2; the frame is ours",
         better("EMB-10", "DISCRETE AROUND"),
     ),
     Claim(
-        "prefix-tuning is better than infix-tuning (69.7 against 67.9 BLEU at best)",
-        "[v1] 7.3, Table 4",
+        "Prefix-tuning is better than infix-tuning (69.7 against 67.9 BLEU at best)",
+        "[v1] section 7.3, Table 4",
         best_of(INFIXES, "PREFIX"),
         lengths=True,
     ),
@@ -264,26 +269,26 @@ def narrowing(rows: Sequence[Row]) -> Verdict:
     change = mean_gap([small[unit] - large[unit] for unit in small if unit in large])
     if change is None:
         return Verdict(UNTESTED)
-    said = f"PREFIX - FT-FULL at {sizes[0]} pairs less that at {sizes[-1]}: {change} BLEU"
-    return Verdict(decided(change), said)
+    what = f"PREFIX - FT-FULL at {sizes[0]} pairs minus the same at {sizes[-1]}"
+    return Verdict(decided(change), f"{what} is {change.text('BLEU')}")
 
 
 def at_size(size: int) -> Claim:
     return Claim(
-        f"{size} training pairs: prefix-tuning is better than fine-tuning",
-        "[ACL] 6.3, Figure 3",
+        f"With {size} training pairs, prefix-tuning is better than fine-tuning",
+        "[ACL] section 6.3, Figure 3",
         better("PREFIX", "FT-FULL", x=str(size)),
     )
 
 
 FIGURE3 = (
     Claim(
-        "few training pairs: prefix-tuning is better by 2.9 BLEU on average over the sizes",
-        "[ACL] 6.3, Figure 3",
+        "With few training pairs, prefix-tuning is better by 2.9 BLEU on average over the sizes",
+        "[ACL] section 6.3, Figure 3",
         better("PREFIX", "FT-FULL"),
     ),
     *(at_size(size) for size in (50, 100, 200, 500)),
-    Claim("the gap narrows with more data", "[ACL] 6.3", narrowing),
+    Claim("The gap narrows with more data", "[ACL] section 6.3", narrowing),
 )
 
 # Figure 4 ----------------------------------------------------------------------------------------
@@ -303,20 +308,20 @@ def lengths(a: str, b: str, column: str = "BLEU"):
 
 FIGURE4 = (
     Claim(
-        "quality rises with the prefix length up to 10",
-        "[ACL] 7.1",
+        "Quality rises with the prefix length up to 10",
+        "[ACL] section 7.1",
         lengths("10", "1"),
         lengths=True,
     ),
     Claim(
-        "beyond 10 it is slightly worse: 40 is below 10",
-        "[ACL] 7.1",
+        "Beyond length 10 quality falls slightly: length 40 is worse than length 10",
+        "[ACL] section 7.1",
         lengths("10", "40"),
         lengths=True,
     ),
     Claim(
-        "beyond 10 the training loss goes on falling: it is lower at 40 than at 10",
-        "[ACL] 7.1",
+        "Beyond length 10 the training loss continues to fall: it is lower at 40 than at 10",
+        "[ACL] section 7.1",
         lengths("10", "40", "train_loss"),
         lengths=True,
     ),
@@ -348,8 +353,8 @@ def random_varies_more(rows: Sequence[Row]) -> Verdict:
     mean = sum(sds.values()) / len(sds)
     runs = len(words(rows, ("random",)))
     numbers = (
-        f"standard deviation of random {chance:.2f} BLEU, of words {mean:.2f} on average, "
-        f"{runs} runs each: not tested for noise"
+        f"the standard deviation over {runs} runs is {chance:.2f} BLEU for random starts, and for "
+        f"words {mean:.2f} BLEU on average; whether this is chance was not tested"
     )
     return Verdict(f"{UNDECIDED} (n = {runs})", numbers)
 
@@ -366,12 +371,20 @@ def full_data_start(rows: Sequence[Row]) -> Difference | None:
 
 
 FIGURE5 = (
-    Claim("100 pairs: real words are a better start than random", "[ACL] 7.4", words_beat_random),
-    Claim("a random start varies more", "[ACL] 7.4", random_varies_more),
-    Claim("words of the task are slightly better than others", "[ACL] 7.4", task_words_beat_others),
     Claim(
-        "with all data the start makes no difference",
-        "[ACL] 7.4",
+        "With 100 pairs, real words are a better start than random numbers",
+        "[ACL] section 7.4",
+        words_beat_random,
+    ),
+    Claim("A random start varies more", "[ACL] section 7.4", random_varies_more),
+    Claim(
+        "Words of the task are slightly better than other words",
+        "[ACL] section 7.4",
+        task_words_beat_others,
+    ),
+    Claim(
+        "With all data, the start makes no difference",
+        "[ACL] section 7.4",
         alike(full_data_start, "BLEU", "words - random"),
     ),
 )
@@ -385,9 +398,13 @@ def above_20(rows: Sequence[Row]) -> Verdict:
 
 
 FIGURE6 = (
-    Claim("more than 20 % of the data: prefix-tuning is better", "[ACL] Figure 6", above_20),
     Claim(
-        "10 % of the data: prefix-tuning is at most as good",
+        "With more than 20 % of the data, prefix-tuning is better than fine-tuning",
+        "[ACL] Figure 6",
+        above_20,
+    ),
+    Claim(
+        "With 10 % of the data, prefix-tuning is at most as good as fine-tuning",
         "[ACL] Figure 6",
         better("FT-FULL", "PREFIX", x="10%"),
     ),
@@ -413,7 +430,7 @@ def verdicts(experiment: str, rows: Sequence[Row]) -> list[tuple[Claim, Verdict]
     for claim in CLAIMS[experiment]:
         status, numbers = (verdict := claim.judge(done)).status, verdict.numbers
         if quick and numbers:
-            status = f"{UNTESTED}, a quick run says"
+            status = f"{UNTESTED} (a quick run)"
         elif claim.lengths and numbers and swept:
             numbers += f"; {ONE_LENGTH}"
         found.append((claim, Verdict(status, numbers)))
@@ -421,9 +438,9 @@ def verdicts(experiment: str, rows: Sequence[Row]) -> list[tuple[Claim, Verdict]
 
 
 def judge(experiment: str, rows: Sequence[Row]) -> list[str]:
-    """`verdicts` as one line for each claim: the claim, its source, and the verdict."""
+    """`verdicts` as one line for each claim: verdict, claim, source, and our numbers."""
     return [
-        f"{claim.text} ({claim.source}): {said.marked}"
-        + (f" ({said.numbers})" if said.numbers else "")
+        f"{said.marked}: {claim.text} ({claim.source})."
+        + (f" Here, {said.numbers}." if said.numbers else "")
         for claim, said in verdicts(experiment, rows)
     ]

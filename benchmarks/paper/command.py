@@ -32,7 +32,7 @@ from benchmarks.paper.run import Run, check_origin, data_digest, record_of, why_
 from minprefix.cli.main import execute
 from minprefix.cli.options import WithModel
 from minprefix.cli.report import say
-from minprefix.metrics.meteor import why_not
+from minprefix.metrics.meteor import why_unavailable
 from minprefix.models import weights
 from minprefix.training.config import PRECISIONS
 from minprefix.training.interrupts import Interrupted
@@ -43,15 +43,15 @@ WHAT = (*EXPERIMENTS, "all", "sweep", "report")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(WithModel):
-    """A table or figure of the paper, run here: CSV, figure, and which claims hold."""
+    """Repeat a table or figure of the paper; write its CSV and figure, and judge its claims."""
 
-    # a table or figure of the paper; all of them; sweep: choose the settings of mini, or of a model
-    # of your own, on the dev set; report: RESULTS.md from the CSVs
+    # a table or figure of the paper; all: all of them; sweep: choose the settings of mini, or of a
+    # model of your own, on the dev set; report: write RESULTS.md from the CSVs
     what: Positional[Literal[*WHAT]]
-    # folder with e2e, webnlg, dart in it; None = what `python -m minprefix data` has fetched
+    # folder with e2e, webnlg and dart in it; None = what `python -m minprefix data` has fetched
     data_dir: Path | None = None
-    only: tuple[str, ...] = ()  # only these data sets; the CSV keeps its rows of the others
-    quick: FlagCreatePairsOff[bool] = False  # to look around: few steps, few tables, one seed
+    only: tuple[str, ...] = ()  # run only these data sets; the rows of others stay in the CSV
+    quick: FlagCreatePairsOff[bool] = False  # a first look: few steps, few tables, one seed
     seeds: int | None = None  # number of seeds; None = 3, and 2 for low data
     subsets: int | None = None  # low data: number of subsets; None = 5
     # optimizer steps, instead of the preset's; for low data, their largest number
@@ -79,7 +79,7 @@ def run(options: Options) -> dict | None:
         return {"report": str(write_report(out))}
     plan = plan_of(options)
     options, gpus = with_jobs(options)
-    if problem := why_not():
+    if problem := why_unavailable():
         say(problem)
     failed, files, count = [], [], 0
     for name in EXPERIMENTS if options.what == "all" else (options.what,):
@@ -91,7 +91,7 @@ def run(options: Options) -> dict | None:
         raise ValueError("nothing to run: `python -m minprefix data` downloads what is missing")
     report = write_report(out)
     if failed:
-        others = ", the others are done" if len(failed) < count else ""
+        others = " (the others are done)" if len(failed) < count else ""
         raise ValueError(f"{len(failed)} runs failed{others}: {failed[0]}")
     return {"files": files, "report": str(report)} if options.json else None
 
@@ -116,7 +116,10 @@ def plan_of(options: Options) -> Plan:
         raise ValueError(f"--data-dir {options.data_dir}: there is no such folder")
     needs_sweep = plan.presets == "mini" and not options.quick and options.what != "sweep"
     if needs_sweep and not plan.sweep.exists():
-        say("no sweep: learning rates are the defaults, not chosen on a dev set (command sweep)")
+        say(
+            "there is no sweep, so the learning rates are the defaults (the command sweep chooses "
+            "them on the dev set)"
+        )
     if options.quick:
         plan = replace(plan, seeds=(0,), low_seeds=(0,), subsets=(0,), sizes=(50, 100))
     if options.seeds:
@@ -171,11 +174,11 @@ def run_experiment(
     path = out / f"{name}-{model}{'-quick' if options.quick else ''}.csv"
     before = read_rows(path)
     if not cells and not before:
-        say(f"{name}: has no runs on {', '.join(options.only)}")
+        say(f"{name} has no runs on {', '.join(options.only)}")
         return path, []
     runs = list({c.run.id: c.run for c in cells if c.run.data not in missing}.values())
     todo = [run for run in runs if record_of(options.runs / run.id) is None]
-    say(f"{name}: {len(runs)} runs, {len(runs) - len(todo)} of them are done")
+    say(f"{name} has {len(runs)} runs; {len(runs) - len(todo)} of them are done")
     for reason in missing.values():
         say(f"not tested: {reason}")
     if not runs and not any(record_of(options.runs / c.run.id) for c in cells) and not before:
@@ -199,7 +202,7 @@ def run_experiment(
     if todo:
         go(name, todo, runs, options, gpus, write)
     rows = write()
-    tell(name, rows, path, sys.stderr if options.json else sys.stdout)
+    show_result(name, rows, path, sys.stderr if options.json else sys.stdout)
     return path, [problem_of(run, options.runs) for run in runs]
 
 
@@ -264,8 +267,8 @@ def go(
     seconds = seconds_of(runs, options.runs, options.data_dir, options.device)
     known = [seconds[run.id] for run in todo if seconds[run.id] is not None]
     total, unknown = sum(known) / count, len(todo) - len(known)
-    beside = f", and {unknown} searches of unknown time" if unknown else ""
-    say(f"{len(todo)} runs to go, about {duration(total)} with {count} at a time{beside}")
+    others = f", and {unknown} searches of unknown time" if unknown else ""
+    say(f"{len(todo)} runs to go, about {duration(total)} with {count} at a time{others}")
     done, began = [], time.perf_counter()
     of = f" of {name}" if options.what == "all" else ""
 
@@ -288,8 +291,8 @@ def go(
         raise Interrupted(f"{reason}. Run the same command to continue") from None
 
 
-def tell(name: str, rows: list[dict], path: Path, stream) -> None:
-    """Draw the figure and print the claims."""
+def show_result(name: str, rows: list[dict], path: Path, stream) -> None:
+    """Draw the figure and print the verdict on each claim."""
     if name == "sweep":
         say(f"wrote {path}")
         return

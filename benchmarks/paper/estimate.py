@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.paper.run import Run, data_path, make_training, spread, write_texts
+from benchmarks.paper.run import Run, data_path, make_training, write_texts
+from minprefix.data.batches import spread
 from minprefix.data.load import load_examples
 from minprefix.files import read_json
 

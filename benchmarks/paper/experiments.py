@@ -144,10 +144,10 @@ EXPERIMENTS = {
 }
 # Parts of the paper that are not run here, for the report.
 NOT_HERE = {
-    "table1": "not tested: DART's MoverScore, BERTScore and BLEURT (they need models of their own)",
-    "table3": "not tested: XSUM news-to-sports and within-news (BART on XSum, v1 Tables 2 and 3)",
-    "figure3": "not tested: low data on XSUM (BART)",
-    "figure4": "not tested: prefix length on XSUM (BART)",
+    "table1": "– not tested: MoverScore, BERTScore and BLEURT of DART, as they need models.",
+    "table3": "– not tested: BART on XSum, news-to-sports and within-news ([v1] Tables 2, 3).",
+    "figure3": "– not tested: low data on XSum with BART.",
+    "figure4": "– not tested: the prefix length on XSum with BART.",
 }
 
 

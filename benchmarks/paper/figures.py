@@ -18,7 +18,7 @@ SCORES = {  # the scores in each figure: column, label
         ("BLEU", "BLEU"),
         ("TER", "TER (lower is better)"),
         ("R-L", "ROUGE-L"),
-        ("train_loss", "last tenth of training: loss (nats per token)"),
+        ("train_loss", "loss, last tenth of steps (nats per token)"),
     ),
     "figure6": (("BLEU", "BLEU"), ("R-L", "ROUGE-L")),
 }
@@ -26,10 +26,15 @@ AXES = {  # the label of each figure's x axis
     "figure3": "training pairs",
     "figure4": "prefix length (positions)",
     "figure5": "training pairs",
-    "figure6": "part of the training pairs (%)",
+    "figure6": "share of the training pairs (%)",
 }
 WHISKERS = "whiskers: 1 standard deviation over runs"
 BANDS = "bands: 1 standard deviation over runs; small dots: single runs"
+
+
+def title(experiment: str) -> str:
+    """The name of a table or figure in the paper: "Table 1" for "table1"."""
+    return f"{experiment[:-1].capitalize()} {experiment[-1]}"
 
 
 def names_of(rows: Sequence[Row], column: str = "name") -> list[str]:
@@ -146,10 +151,10 @@ def draw(experiment: str, rows: Sequence[Row], path: Path) -> bool:
         figure = draw_table(experiment, rows)
     if figure is None:
         return False
-    lines = [f"{experiment}: {rows[0]['model']}, {scales_of(rows)}"]
+    lines = [f"{title(experiment)}, with {rows[0]['model']} ({scales_of(rows)})"]
     lines.append(BANDS if experiment in SCORES else WHISKERS)
     if experiment.startswith("table"):
-        lines.append("black: the paper, GPT-2 medium")
+        lines.append("black marks: the paper's GPT-2 medium")
     figure.suptitle("\n".join(lines), fontsize=8)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, metadata={"Software": None})

@@ -9,24 +9,30 @@ from pathlib import Path
 
 from benchmarks.paper.claims import judge, verdicts
 from benchmarks.paper.experiments import EXPERIMENTS, NOT_HERE
-from benchmarks.paper.figures import AXES, names_of
+from benchmarks.paper.figures import AXES, names_of, title
 from benchmarks.paper.published import ACL, COLUMNS, published
 from benchmarks.paper.results import Mean, Row, mean_sd, pick, quality, read_rows, scales_of
 from minprefix.files import write_text
 
-HEAD = """# The paper's tables and figures, run here
+HEAD = """# The paper's tables and figures, repeated here
 
-Made by `python -m benchmarks.paper report` from the CSVs in this folder; each row of those is one
-run, with its seed, settings, machine and commit. Cells are mean ± standard deviation (runs).
-"Paper" is GPT-2 medium in arXiv v1.
+`python -m benchmarks.paper report` writes this page from the CSVs in this folder. Each row of a CSV
+is one run, with its seed, settings, machine and commit. A cell of a table here holds the mean ± the
+standard deviation, with the number of runs in brackets. Numbers after "paper" are those of GPT-2
+medium in [v1], version 1 of the paper on arXiv; [ACL] is the published version.
 
-The claims are judged by n paired differences; seeds, or in low data subsets, are the pairs.
+A claim is judged by the differences between two methods in n pairs of runs. The runs of a pair have
+the same seed or, where training pairs are few, the same subset of them.
 
-- ✓ holds here, ✗ does not hold here: 0 lies outside of the difference's 95 % interval.
-- ? undecided (n = 2): 0 lies inside. With few pairs the interval is wide (Student's t: with 2 or 3
-  pairs it is 12.7 or 4.3 standard errors to each side), so even a large difference decides nothing.
+- ✓ holds here, ✗ does not hold here: the 95 % interval of the mean difference does not contain 0.
+- ? undecided: the interval contains 0. By Student's t it reaches 12.7 standard errors to each side
+  with n = 2, and 4.3 with n = 3, so even a large difference may decide nothing.
 - – not tested: there are no runs.
+
+[v1]: https://arxiv.org/abs/2101.00190v1
+[ACL]: https://aclanthology.org/2021.acl-long.353
 """
+HEADINGS = {"slots %": "slot values (%)"}  # of columns whose name in the CSV is short
 
 
 def digits(data: str, column: str) -> int:
@@ -56,7 +62,9 @@ def table(experiment: str, rows: Sequence[Row], data: str) -> str:
     wanted = (*COLUMNS.get(data, COLUMNS["e2e"]), "slots %")
     columns = [column for column in wanted if mean_sd(rows, column)]
     xs = names_of(rows, "x")
-    header = ["", *([AXES.get(experiment, "x")] if any(xs) else []), *columns, "trained", "kept"]
+    header = ["", *([AXES.get(experiment, "x")] if any(xs) else [])]
+    header += [HEADINGS.get(column, column) for column in columns]
+    header += ["parameters trained", "parameters kept"]
     lines = []
     for name in names_of(rows):
         for x in xs:
@@ -71,7 +79,7 @@ def table(experiment: str, rows: Sequence[Row], data: str) -> str:
     shown = names_of(rows)
     changed = [f"{name} {said}" for (d, name), said in ACL.items() if d == data and name in shown]
     if experiment in ("table1", "table3", "table4") and changed and lines:
-        text += f"\nACL version, where it differs: {'; '.join(changed)}.\n"
+        text += f"\nIn [ACL] some rows differ: {'; '.join(changed)}.\n"
     return text
 
 
@@ -82,19 +90,21 @@ def problems(rows: Sequence[Row]) -> list[str]:
         if row["problem"]:
             key = (row["data"], row["problem"])
             found[key] = found.get(key, 0) + 1
-    return [f"- {problem} ({n} runs on {data})" for (data, problem), n in found.items()]
+    return [
+        f"- {problem} ({n} run{'s' * (n > 1)} on {data})" for (data, problem), n in found.items()
+    ]
 
 
 def settings(rows: Sequence[Row]) -> str:
-    """One line with the settings of the runs."""
+    """A paragraph with the settings of the runs."""
 
     def said(column: str) -> str:
         return ", ".join(dict.fromkeys(v for row in rows if (v := row.get(column)))) or "none"
 
-    return (
-        f"Model {said('model')}; {scales_of(rows)}; seeds {said('seed')}; {said('decoding')}; "
-        f"run on {said('gpu') if any(row.get('gpu') for row in rows) else said('cpu')}."
-    )
+    device = "gpu" if any(row.get("gpu") for row in rows) else "cpu"
+    parts = {"Model": said("model"), "Training": scales_of(rows), "Seeds": said("seed")}
+    parts |= {"Decoding": said("decoding"), "Processor": said(device)}
+    return " ".join(f"{name}: {text}." for name, text in parts.items())
 
 
 def passes(rows: Sequence[Row]) -> str:
@@ -103,9 +113,9 @@ def passes(rows: Sequence[Row]) -> str:
     pairs = {row["x"]: int(row["pairs"]) for row in rows if row.get("pairs")}
     if len(drawn) != 1 or None in drawn or len(pairs) < 2:
         return ""
-    (draws,), ends = drawn, [*pairs][:: len(pairs) - 1]
-    first, last = (f"{draws / pairs[x]:.2g} times those of {x}" for x in ends)
-    return f"Each run draws {draws:,} pairs: {first}, {last}."
+    (read,), ends = drawn, [*pairs][:: len(pairs) - 1]
+    first, last = (f"{read / pairs[x]:.2g} passes over {x}" for x in ends)
+    return f"Each run reads {read:,} pairs: {first} of the training pairs, or {last}."
 
 
 def results(path: Path) -> list[Row]:
@@ -122,12 +132,12 @@ def section(path: Path, experiment: str) -> str:
     """One table or figure."""
     rows = results(path)
     done = [row for row in rows if not row["problem"]]
-    parts = [f"## {experiment} ({rows[0]['model']})\n", settings(rows) + "\n"]
+    parts = [f"## {title(experiment)}, with {rows[0]['model']}\n", settings(rows) + "\n"]
     parts += [text for data in names_of(done, "data") if (text := table(experiment, done, data))]
     if experiment == "figure6" and (said := passes(done)):
         parts.append(said + "\n")
     if path.with_suffix(".png").exists():
-        parts.append(f"![{experiment}]({path.stem}.png)\n")
+        parts.append(f"![{title(experiment)}]({path.stem}.png)\n")
     parts.append("\n".join(f"- {line}" for line in judge(experiment, rows)) + "\n")
     missing = [*problems(rows), *([f"- {NOT_HERE[experiment]}"] if experiment in NOT_HERE else [])]
     if missing:
@@ -142,13 +152,13 @@ def summary(folder: Path) -> str:
         for path in sorted(folder.glob(f"{experiment}-*.csv")):
             rows = results(path)
             for claim, said in verdicts(experiment, rows):
-                lines.append([experiment, rows[0]["model"], claim.text, said.marked])
-    header = ["", "model", "the paper says", "here"]
-    return "## In short\n\n" + markdown(header, lines) if lines else ""
+                lines.append([title(experiment), rows[0]["model"], claim.text, said.marked])
+    header = ["", "model", "claim of the paper", "result here"]
+    return "## Summary\n\n" + markdown(header, lines) if lines else ""
 
 
 def sweep_section(path: Path) -> str:
-    """The trials on the dev set and the choice: the best dev BLEU for each method and size."""
+    """The trials on the dev set, and for each method and size the setting with the best BLEU."""
     rows = [row for row in read_rows(path) if quality(row) is not None]
     lines = []
     for data in names_of(rows, "data"):
@@ -163,8 +173,15 @@ def sweep_section(path: Path) -> str:
                 tried = ", ".join(f"{r['lr']} x {r['steps']}: {quality(r):.1f}" for r in here)
                 lines.append([data, size or "all", name, f"{best['lr']} x {best['steps']}{edge}",
                               str(len(here)), tried])  # fmt: skip
-    header = ["data", "pairs", "method", "chosen: lr x steps", "trials", "dev BLEU of each"]
-    return "## What the dev set chose\n\n" + markdown(header, lines)
+    header = [
+        "data",
+        "pairs",
+        "method",
+        "chosen learning rate x steps",
+        "trials",
+        "dev BLEU of each",
+    ]
+    return "## Settings chosen on the dev set\n\n" + markdown(header, lines)
 
 
 def report(folder: Path) -> str:

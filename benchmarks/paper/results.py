@@ -138,10 +138,11 @@ class Difference(NamedTuple):
         """Whether 0 is in its 95 % interval, or its error is unknown."""
         return abs(self.mean) < self.margin
 
-    def __str__(self) -> str:
+    def text(self, unit: str) -> str:
+        """The difference in `unit`, with its standard error."""
         if self.error is None:
-            return f"{self.mean:+.2f} (one pair: no spread)"
-        return f"{self.mean:+.2f} ± {self.error:.2f} (standard error of {self.n} pairs)"
+            return f"{self.mean:+.2f} {unit} (one pair, so no standard error)"
+        return f"{self.mean:+.2f} ± {self.error:.2f} {unit} (standard error of {self.n} pairs)"
 
 
 def means_by_cell(rows: Sequence[Row], column: str) -> dict[tuple[str, str, str], float]:

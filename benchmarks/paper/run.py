@@ -23,9 +23,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from minprefix.data.batches import encode_prompt
+from minprefix.data.batches import encode_prompt, spread
 from minprefix.data.examples import Example
 from minprefix.data.load import MissingSplit, load_examples
 from minprefix.data.splits import low_data, subset
@@ -126,13 +124,6 @@ def why_missing(data: str, data_dir: Path | None) -> str:
         except MissingSplit:
             return f"the {split} split of {data} is not available"
     return ""
-
-
-def spread(examples: list, most: int | None) -> list:
-    """At most `most` of the examples, evenly spaced."""
-    if most is None or most >= len(examples):
-        return examples
-    return [examples[int(i)] for i in np.linspace(0, len(examples) - 1, most)]
 
 
 def training_data(run: Run, data_dir: Path | None) -> tuple[list[Example], list[Example]]:
@@ -241,7 +232,9 @@ def execute(run: Run, folder: Path, data_dir: Path | None = None, device: str = 
     n_kept = n_trained
     if isinstance(extra, Prefix):  # the table, without its MLP
         n_kept = sum(p.numel() for p in extra.parameters())
-    examples = spread(load_examples(data_path(run.data, data_dir), run.split), run.tables)
+    examples = load_examples(data_path(run.data, data_dir), run.split)
+    if run.tables is not None:
+        examples = spread(examples, run.tables)
     began = time.perf_counter()
     texts = write_texts(run, model, tokenizer, extra, examples)
     decode_seconds = time.perf_counter() - began

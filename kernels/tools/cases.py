@@ -45,8 +45,8 @@ DIMENSIONS: dict[str, tuple] = {
     "dlse": (False, True),  # whether there is a gradient of lse
     "append": ("no", "rows", "slots"),  # in decode: the kernel writes the cache; slots: for beams
 }
-# not attention; see `call_beside` for the use of a case
-BESIDE = ("cross_entropy", "add_norm", "few_rows")
+# not attention; see `call_other` for the use of a case
+OTHERS = ("cross_entropy", "add_norm", "few_rows")
 QUERIES = {50: 1, 128: 2, 1000: 5}  # in decode, with 1000 keys; other seq_len: 1, with seq_len keys
 # The usual calls: every length with every prefix, and one additional option at a time.
 CALLS: dict[str, tuple] = {
@@ -122,7 +122,7 @@ def calls(**chosen: tuple) -> Iterator[Case]:
     usual |= {"target": ("sm_90",), "dtype": ("bf16",)} | CALLS
     more = {name for change in ONE_MORE for name in change}
     usual |= {name: values for name, values in chosen.items() if name not in more}
-    usual |= {"op": tuple(op for op in usual["op"] if op not in BESIDE)}
+    usual |= {"op": tuple(op for op in usual["op"] if op not in OTHERS)}
     for values in product(*usual.values()):
         case = Case(*values)
         for change in ONE_MORE:
@@ -133,7 +133,7 @@ def calls(**chosen: tuple) -> Iterator[Case]:
             of_op = {"need": "backward", "append": "decode"}
             if wanted and all(case.op == op for name, op in of_op.items() if name in change):
                 yield one
-    usual |= {"op": tuple(op for op in chosen.get("op", BESIDE) if op in BESIDE)}
+    usual |= {"op": tuple(op for op in chosen.get("op", OTHERS) if op in OTHERS)}
     usual |= {name: usual[name][:1] for name in ("seq_len", "prefix_len")}
     for values in product(*usual.values()):
         for change in ({}, {"need": "q", "q_offset": True}):
@@ -154,8 +154,8 @@ def call(case: Case) -> None:
 
     q, k, v and their gradients are views of one projection, as in training.
     """
-    if case.op in BESIDE:
-        call_beside(case)
+    if case.op in OTHERS:
+        call_other(case)
         return
     B, H, T, P, D = case.batch_size, case.n_head, case.seq_len, case.prefix_len, case.head_dim
     dtype = DTYPES[case.dtype]
@@ -190,7 +190,7 @@ def call(case: Case) -> None:
         backward(inputs, o, lse, o, dlse if case.dlse else None, to)
 
 
-def call_beside(case: Case) -> None:
+def call_other(case: Case) -> None:
     """Launch a kernel other than attention, with the width of all heads together.
 
     With `q_offset` there is a bias, or no y; with `need` "q" no gradient is computed; with `causal`

@@ -104,7 +104,7 @@ def specialise(launch: Launch, target: str) -> tuple[ASTSource, Any, str]:
     return source, options, f"{target} {source.name} {source.hash()} {options.hash()}"
 
 
-def at_a_glance(launch: Launch, target: str) -> tuple:
+def quick_key(launch: Launch, target: str) -> tuple:
     """A cheap key for `specialise`: launches with equal keys are the same kernel.
 
     It has the value of an integer that is a constant, else whether it is 1, whether 16 divides it,
@@ -196,7 +196,7 @@ def jobs_of(cases: Iterable[Case]) -> list[Job]:
         if not launches:
             jobs[str(case)] = Job(case, None, "-", "-", False)
         for n, launch in enumerate(launches):
-            seen = at_a_glance(launch, case.target)
+            seen = quick_key(launch, case.target)
             key = keys[seen] = keys.get(seen) or specialise(launch, case.target)[2]
             tile = "{} x {}, {} warps, {} stages".format(*launch.tile)
             name = launch.kernel.fn.__name__.strip("_").removesuffix("_kernel")

@@ -77,13 +77,13 @@ def call(B: int, T: int, S: int, P: int, D: int, dtype: torch.dtype, options: st
     return results
 
 
-BESIDE = [  # n, C, V, columns, dtype: a padded vocabulary, and odd widths
+OTHERS = [  # n, C, V, columns, dtype: a padded vocabulary, and odd widths
     (5, 96, 5003, 5056, torch.bfloat16),
     (3, 101, 77, 77, torch.float32),
 ]
 
 
-def call_beside(n: int, C: int, V: int, columns: int, dtype: torch.dtype, device: str):
+def call_other(n: int, C: int, V: int, columns: int, dtype: torch.dtype, device: str):
     """Losses, their gradient, sums and norms of one case with their gradients, and products."""
     random = torch.Generator().manual_seed(n)
 
@@ -106,7 +106,7 @@ def call_beside(n: int, C: int, V: int, columns: int, dtype: torch.dtype, device
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    calls: list[Any] = [(call, case) for case in CASES] + [(call_beside, case) for case in BESIDE]
+    calls: list[Any] = [(call, case) for case in CASES] + [(call_other, case) for case in OTHERS]
     for run, case in calls:
         first, second = run(*case, device), run(*case, device)
         for x, y in zip(first, second, strict=True):

@@ -125,7 +125,7 @@ class EvaluateOptions(WithTrained, WithData):
 
     def __post_init__(self):
         super().__post_init__()
-        self.look_into("prompt")
+        self.resolve_run_folders("prompt")
 
 
 @dataclass(frozen=True, kw_only=True)

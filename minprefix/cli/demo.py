@@ -63,16 +63,16 @@ def run_demo(out: Path) -> tuple[dict, list[dict]]:
     Raises:
         Interrupted: a signal came; the message says how to continue.
     """
-    go_on = f"run the same command to continue ({out} keeps what is done)"
+    advice = f"run the same command to continue ({out} keeps what is done)"
     try:
         with alone_in(out):
             return tune_write_measure(out)
     except Interrupted as stop:
         raise Interrupted(
-            f"{stop}; {out / 'prefix.safetensors'} can be used; {go_on}", stop.number
+            f"{stop}; {out / 'prefix.safetensors'} can be used; {advice}", stop.number
         ) from None
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {go_on}") from None
+        raise Interrupted(f"interrupted; {advice}") from None
 
 
 def tune_write_measure(out: Path) -> tuple[dict, list[dict]]:

@@ -16,7 +16,7 @@ from minprefix.training.config import TrainConfig
 from minprefix.training.loop import UNBOUNDED
 from minprefix.training.precision import in_bf16
 from minprefix.training.run_folder import read_state, state_path
-from minprefix.training.state import check_progress, fitted_weights
+from minprefix.training.state import check_progress, checked_weights
 
 
 def run(options: ExportOptions) -> dict:
@@ -40,7 +40,7 @@ def run(options: ExportOptions) -> dict:
     if state["settings"].get("bf16", False):  # in training, the model read virtual tokens in bf16
         prefix.bind(in_bf16(model))
     try:
-        prefix.load_state_dict(fitted_weights(prefix, state["trained"]))
+        prefix.load_state_dict(checked_weights(prefix, state["trained"]))
     except ValueError as error:
         other = "it is of another model or prefix, or damaged"
         raise ValueError(f"{state_path(options.run_folder)}: {error}; {other}") from error

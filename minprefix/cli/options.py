@@ -62,7 +62,7 @@ KEPT = {
 FOREIGN_FILE = "adapter_config.json"  # in a folder of PEFT or of adapter-hub
 
 
-def kept_in(option: str, given: Any) -> Any:
+def kept_file(option: str, given: Any) -> Any:
     """The file of a run folder that --`option` uses; anything other than a run folder is returned.
 
     Raises:
@@ -100,13 +100,13 @@ class WithModel(WithDevice):
 
     def __post_init__(self):
         if self.model not in EMBEDDED:
-            self.look_into("model")
+            self.resolve_run_folders("model")
 
-    def look_into(self, *names: str) -> None:
+    def resolve_run_folders(self, *names: str) -> None:
         """Replace a run folder in one of these options by the file that the run has kept."""
         for name in names:
             if given := getattr(self, name):
-                object.__setattr__(self, name, kept_in(name, given))
+                object.__setattr__(self, name, kept_file(name, given))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class WithTrained(WithModel):
 
     def __post_init__(self):
         super().__post_init__()
-        self.look_into("prefix", "adapter")
+        self.resolve_run_folders("prefix", "adapter")
 
 
 DATA = (
@@ -196,7 +196,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def found_again(settings: dict[str, Any]) -> dict[str, Any]:
+def resolve_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run, with relative paths resolved in the directory where it was started.
 
     If there is no such file (the run was moved, or the settings are of an older version), the path

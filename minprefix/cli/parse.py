@@ -82,7 +82,9 @@ def report(event: errors.ParseErrorEvent, known: Sequence[str] = ()) -> NoReturn
     if isinstance(event, errors.InstantiationFailure) and event.argument is None:
         raise ValueError(event.message)
     unknown = {errors.UnrecognizedArgs: "tokens", errors.MissingArgs: "unrecognized_tokens"}
-    meant = [hint(word, known) for word in getattr(event, unknown.get(type(event), ""), ())]
+    meant = [
+        closest_option(word, known) for word in getattr(event, unknown.get(type(event), ""), ())
+    ]
     advice = " or ".join(dict.fromkeys(filter(None, meant)))
     wrong = explain(event) + (f"; did you mean {advice}?" if advice else "")
     wrong = one_line(wrong)
@@ -99,7 +101,7 @@ def options_of(cls: Any) -> Iterator[str]:
             yield "--" + field.name.replace("_", "-")
 
 
-def hint(word: str, known: Sequence[str]) -> str:
+def closest_option(word: str, known: Sequence[str]) -> str:
     """The `known` option that a word on the command line probably means; "" = none."""
     word = word.partition("=")[0].replace("_", "-")
     if not word.startswith("--"):

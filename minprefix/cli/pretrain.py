@@ -22,7 +22,7 @@ from minprefix.models import weights
 from minprefix.models.tokenizer import Tokenizer
 from minprefix.training.config import PRESETS, PretrainConfig
 from minprefix.training.corpus import load_corpus
-from minprefix.training.interrupts import tells_how_to_go_on
+from minprefix.training.interrupts import resume_hint
 from minprefix.training.lock import alone_in
 from minprefix.training.pretrain import Pretrainer
 from minprefix.training.run_folder import has_state, read_log
@@ -47,18 +47,18 @@ def run(options: PretrainOptions) -> dict | None:
     weights.check_device(options.where)
     if (out / "config.json").exists() and not (out / NOTE).exists():
         raise ValueError(f"{out} holds a model that was not made by pretrain: choose another --out")
-    going_on = has_state(out)
+    resuming = has_state(out)
     tokenizer = None
-    if going_on:
+    if resuming:
         tokenizer = Tokenizer.from_folder(out)
     elif options.tokenizer:
         tokenizer = Tokenizer.from_folder(weights.find(options.tokenizer))
-    with tells_how_to_go_on(f"python -m minprefix {shlex.join(['pretrain', *options.words])}"):
+    with resume_hint(f"python -m minprefix {shlex.join(['pretrain', *options.words])}"):
         corpus = load_corpus(options.text, tokenizer, config.vocab_size, config.val_share)
         trainer = Pretrainer(corpus, config, out, options.where)
         say(describe(trainer))
         with alone_in(out):
-            result = pretrain(options, trainer, going_on)
+            result = pretrain(options, trainer, resuming)
     texts = samples(out, options.samples, options.where)
     result |= {"kept": str(out)}
     if options.json:
@@ -67,13 +67,13 @@ def run(options: PretrainOptions) -> dict | None:
     return None
 
 
-def pretrain(options: PretrainOptions, trainer: Pretrainer, going_on: bool) -> dict:
+def pretrain(options: PretrainOptions, trainer: Pretrainer, resuming: bool) -> dict:
     """Train, once the run folder is locked; returns the results."""
     out, corpus = trainer.out, trainer.corpus
-    if has_state(out) != going_on:  # what was read before the lock was taken
+    if has_state(out) != resuming:  # what was read before the lock was taken
         raise ValueError(f"another process was working in {out}: run this command again")
     note = {"text": str(options.text), "tokenizer": options.tokenizer, **asdict(trainer.config)}
-    if going_on:
+    if resuming:
         trainer.load_state()
         say(f"{out} holds this run: continuing after step {trainer.step_done}")
     else:

@@ -11,7 +11,7 @@ from minprefix.training.run_folder import state_path
 from minprefix.training.trainer import Trainer
 
 
-def tell_start(trainer: Trainer, note: str, resumed: bool) -> None:
+def print_start(trainer: Trainer, note: str, resumed: bool) -> None:
     """Print data, length, learning rate, number of trained parameters, and warnings.
 
     Args:
@@ -19,7 +19,7 @@ def tell_start(trainer: Trainer, note: str, resumed: bool) -> None:
         resumed: whether the run continues from a saved state.
     """
     if resumed:
-        tell_length(trainer)
+        print_length(trainer)
     if note:
         say(note)
     config, rows = trainer.config, trainer.rows
@@ -32,7 +32,7 @@ def tell_start(trainer: Trainer, note: str, resumed: bool) -> None:
     if config.steps is None:
         length = f"for {config.time}, in batches of {config.batch_size} pairs"
     else:
-        pairs = config.batch_size * trainer.per_step
+        pairs = config.batch_size * trainer.batches_per_step
         passes = config.steps * pairs / len(rows)
         length = f"{config.steps:,} steps of {pairs} pairs, {passes:.3g} passes over the data"
         if (config.most_steps or 0) > config.steps:
@@ -59,7 +59,7 @@ def kept_of(trainer: Trainer) -> str:
     return f": an MLP that makes the prefix, of which only the {kept:,} numbers ({share}) are kept"
 
 
-def tell_length(trainer: Trainer) -> None:
+def print_length(trainer: Trainer) -> None:
     """Print how far a continued run is, and its learning rate if its length has changed."""
     at, config = trainer.step_done, trainer.config
     if trainer.counted_from == at and not trainer.finished():
@@ -71,14 +71,14 @@ def tell_length(trainer: Trainer) -> None:
         say(f"continuing after step {at}")
 
 
-def tell_end(trainer: Trainer, settings: dict, go_on: str) -> None:
+def print_end(trainer: Trainer, settings: dict, resume_command: str) -> None:
     """Print which weights were kept and why, the files with their sizes, and the next command.
 
     Args:
-        go_on: the command that resumes the run.
+        resume_command: the command that resumes the run.
     """
     dev_pairs, warmup = len(trainer.dev_rows), trainer.config.warmup_steps
-    said, warnings = verdict(trainer.measured, trainer.stopped, dev_pairs, go_on)
+    said, warnings = verdict(trainer.measured, trainer.stopped, dev_pairs, resume_command)
     if trainer.step_done < warmup:
         warnings.append(f"the run ended after {trainer.step_done} steps, before the learning rate "
                         f"reached its peak after {warmup} steps: make the run longer")  # fmt: skip

@@ -13,12 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minprefix.cli.commands import SearchOptions
-from minprefix.cli.options import examples_of, found_again
+from minprefix.cli.options import examples_of, resolve_paths
 from minprefix.files import read_json, reading, write_text
 from minprefix.methods.config import saved_config
 from minprefix.methods.search.search import PromptSearch
 from minprefix.models import weights
-from minprefix.training.interrupts import tells_how_to_go_on
+from minprefix.training.interrupts import resume_hint
 from minprefix.training.lock import alone_in
 from minprefix.training.run_folder import has_state
 
@@ -28,13 +28,13 @@ KEYS = ("model", "device", "data", "dev", "linearisation", "search")
 def run(options: SearchOptions) -> dict | None:
     """Search; prints or returns the prompt, and the dev losses with it, without a prompt and with
     the written templates."""
-    out, settings = run_to_search(options)
+    out, settings = folder_and_settings(options)
     search = make_search(settings, out)
     with alone_in(out):
         options.check_folder(has_state)  # another process may have finished a search there
         if not search.resume():
             write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
-        with tells_how_to_go_on(f"python -m minprefix search --resume {shlex.quote(str(out))}"):
+        with resume_hint(f"python -m minprefix search --resume {shlex.quote(str(out))}"):
             result = search.run()
     result["kept"] = str(out / ("prompt.json" if search.config.after else "prefix.safetensors"))
     if options.json:
@@ -44,7 +44,7 @@ def run(options: SearchOptions) -> dict | None:
     return None
 
 
-def run_to_search(options: SearchOptions) -> tuple[Path, dict]:
+def folder_and_settings(options: SearchOptions) -> tuple[Path, dict]:
     """The run folder and the settings that the options name; ValueError if they do not fit."""
     options.check_folder(has_state)
     if not options.resume:
@@ -57,7 +57,7 @@ def run_to_search(options: SearchOptions) -> tuple[Path, dict]:
     if not set(KEYS) <= set(settings):
         raise ValueError(f"{path}: not the settings of a search")
     with reading(path):
-        settings = found_again(settings)
+        settings = resolve_paths(settings)
         saved_config(settings["search"])
     return options.resume, settings | ({"device": options.device} if options.device else {})
 

@@ -44,7 +44,7 @@ class Messages:
         return getattr(self.stream, name)
 
 
-def open_closed() -> None:
+def reopen_closed() -> None:
     """Connect streams that the shell has closed to the null device. Otherwise the next file that is
     opened would get the number of standard output or error."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -55,7 +55,7 @@ def open_closed() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (until the process ends)
 
 
-def forget(stream: Any) -> None:
+def discard_buffer(stream: Any) -> None:
     """Discard what the stream still holds, which Python would write at exit."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -69,7 +69,7 @@ def flush_output() -> Exception | None:
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as error:
-        forget(sys.stdout)
+        discard_buffer(sys.stdout)
         return None if isinstance(error, BrokenPipeError) else error
     return None
 
@@ -82,21 +82,21 @@ def with_streams(run: Callable[..., int]) -> Callable[..., int]:
 
     @wraps(run)
     def guarded(*args, **kwargs) -> int:
-        open_closed()
+        reopen_closed()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # the terminal may lack a character
         before, sys.stderr, code, failed = sys.stderr, Messages(sys.stderr), 0, None
         try:
             code = run(*args, **kwargs)
         except BrokenPipeError:
-            forget(sys.stdout)
+            discard_buffer(sys.stdout)
         finally:
             failed = flush_output()
             sys.stderr = before
             try:
                 before.flush()
             except (OSError, ValueError):  # Python would end with exit code 120
-                forget(before)
+                discard_buffer(before)
         if failed and not code:
             message = f"minprefix: error: standard output: {one_line(str(failed))}"
             print(message, file=Messages(sys.stderr))

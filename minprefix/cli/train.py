@@ -18,20 +18,20 @@ from pathlib import Path
 
 from minprefix.checks import from_saved
 from minprefix.cli.commands import TrainOptions
-from minprefix.cli.options import examples_of, found_again
+from minprefix.cli.options import examples_of, resolve_paths
 from minprefix.cli.report import plot_loss, tensorboard
-from minprefix.cli.run_report import tell_end, tell_start
+from minprefix.cli.run_report import print_end, print_start
 from minprefix.files import names_file, read_json, write_text
-from minprefix.methods.by_name import make_tuned, unread
+from minprefix.methods.by_name import ignored_fields, make_tuned
 from minprefix.methods.config import BaselineConfig
 from minprefix.methods.paper import paper_settings
 from minprefix.models import weights
 from minprefix.prefix.config import PrefixConfig
 from minprefix.training.config import TrainConfig
-from minprefix.training.interrupts import Interrupted, tells_how_to_go_on
+from minprefix.training.interrupts import Interrupted, resume_hint
 from minprefix.training.lock import alone_in
-from minprefix.training.ranks import joined
-from minprefix.training.run_folder import has_state, lost_state, read_log, remove_state
+from minprefix.training.ranks import process_group
+from minprefix.training.run_folder import has_lost_state, has_state, read_log, remove_state
 from minprefix.training.trainer import Trainer
 
 LENGTH = ("steps", "epochs", "time")  # the length of a run: only one of them may be given
@@ -43,9 +43,9 @@ MAY_CHANGE = (
 def run(options: TrainOptions) -> dict | None:
     """Train; returns the file or folder of the weights and the best dev loss, on the first rank."""
     options = after_restart(options)
-    out, settings = run_to_train(options)
-    with joined(settings["device"]) as ranks:
-        ranks.wait()  # all ranks must have looked into `out` before one of them writes there
+    out, settings = folder_and_settings(options)
+    with process_group(settings["device"]) as ranks:
+        ranks.barrier()  # all ranks must have looked into `out` before one of them writes there
         trainer, note = make_trainer(settings, out)
         with alone_in(out) if ranks.first else nullcontext():
             return train(options, settings, trainer, note)
@@ -60,12 +60,12 @@ def train(options: TrainOptions, settings: dict, trainer: Trainer, note: str) ->
     if first:
         settings["train"] = asdict(trainer.config)
         write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
-        tell_start(trainer, note, resumed)
+        print_start(trainer, note, resumed)
     if options.track and first:
         trainer.watch = tensorboard(out / "tensorboard")
-    go_on = f"python -m minprefix train --resume {shlex.quote(str(out))}"
+    resume_command = f"python -m minprefix train --resume {shlex.quote(str(out))}"
     try:
-        with tells_how_to_go_on(go_on):
+        with resume_hint(resume_command):
             result = trainer.run()
     except Interrupted:
         if first:
@@ -76,7 +76,7 @@ def train(options: TrainOptions, settings: dict, trainer: Trainer, note: str) ->
     draw(trainer)
     if not options.keep_state:
         remove_state(out)
-    tell_end(trainer, settings, go_on)
+    print_end(trainer, settings, resume_command)
     trainer.check_result()
     if not trainer.measured:
         result["best_dev_loss"] = None  # without dev data; JSON has no infinity
@@ -89,7 +89,7 @@ def draw(trainer: Trainer) -> None:
         plot_loss(log, trainer.out / "loss.png", f"Loss of the run {trainer.out.name}")
 
 
-def run_to_train(options: TrainOptions) -> tuple[Path, dict]:
+def folder_and_settings(options: TrainOptions) -> tuple[Path, dict]:
     """The run folder and the settings that the options name; ValueError if they do not fit."""
     options.check_folder(has_state, MAY_CHANGE)
     lengths = [f"--{name}" for name in LENGTH if getattr(options.train, name) is not None]
@@ -97,7 +97,7 @@ def run_to_train(options: TrainOptions) -> tuple[Path, dict]:
         raise ValueError(f"{' and '.join(lengths)} set the length of the run: give only one")
     if options.resume:
         settings = read_settings(options.resume)
-        if lost_state(options.resume, settings["train"].get("eval_every") or 1):
+        if has_lost_state(options.resume, settings["train"].get("eval_every") or 1):
             raise ValueError(
                 f"{options.resume} has no state (runs --slim or --no-keep-state removes it), so it "
                 "cannot be resumed: start a new run with --out"
@@ -116,7 +116,7 @@ def run_to_train(options: TrainOptions) -> tuple[Path, dict]:
 
 def new_settings(options: TrainOptions) -> dict:
     """The contents of config.json for a new run with these options."""
-    check_read(options)
+    check_no_ignored_options(options)
     if options.preset:
         options = with_preset(options, options.preset)
     names = ("train", "prefix", "baseline")
@@ -156,9 +156,9 @@ def with_preset(options: TrainOptions, data: str) -> TrainOptions:
     return replace(options, train=replace(options.train, patience=0, **train), prefix=prefix)
 
 
-def check_read(options: TrainOptions) -> None:
+def check_no_ignored_options(options: TrainOptions) -> None:
     """ValueError if an option is given that the method, or the start of the prefix, ignores."""
-    for name, why in unread(options.train, options.prefix, options.baseline):
+    for name, why in ignored_fields(options.train, options.prefix, options.baseline):
         raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 
@@ -179,14 +179,14 @@ def read_settings(run_folder: Path) -> dict:
         from_saved(TrainConfig, settings["train"])
         from_saved(PrefixConfig, settings["prefix"])
         from_saved(BaselineConfig, settings.setdefault("baseline", {}))  # older runs have none
-        settings = found_again(settings)
+        settings = resolve_paths(settings)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged, not the settings of a run ({error})") from error
     return settings
 
 
 @contextmanager
-def named_in(path: Path) -> Iterator[None]:
+def naming_settings_file(path: Path) -> Iterator[None]:
     """Within the block, errors about the settings of an earlier run also name their file."""
     try:
         yield
@@ -200,7 +200,7 @@ def make_trainer(settings: dict, out: Path) -> tuple[Trainer, str]:
     """The run for these settings, at step 0, and a note about its dev data, or ""."""
     config = TrainConfig(**settings["train"])
     prefix, baseline = PrefixConfig(**settings["prefix"]), BaselineConfig(**settings["baseline"])
-    with named_in(out / "config.json"):
+    with naming_settings_file(out / "config.json"):
         model, tokenizer = weights.load(settings["model"], device=settings["device"])
         train, dev, note = examples_of(settings)
         tuned = make_tuned(model, tokenizer, config, prefix, baseline)

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minprefix.data.examples import Example, clean, text_of
+from minprefix.data.examples import Example, normalise_space, text_of
 from minprefix.files import atomic_write, decode_text, read_json, reading
 from minprefix.limits import DATA, LINE, check_unpacked
 
@@ -61,7 +61,7 @@ def article(
     text = text_of(document, "the document", where) or ""
     url, topic = (text_of(row.get(name), name, where) or "" for name in ("url", "topic"))
     number = str(row.get("id") or where)
-    source = clean(text, linearisation)
+    source = normalise_space(text, linearisation)
     return Example(source, summaries, None, where, topic or bbc_topic(url), number, language)
 
 

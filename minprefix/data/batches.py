@@ -188,7 +188,7 @@ def digest(rows: Sequence[Encoded]) -> str:
     return found.hexdigest()
 
 
-def named(rows: Sequence[Encoded], most: int = 4) -> str:
+def origins(rows: Sequence[Encoded], most: int = 4) -> str:
     """Where the rows come from, such as "a.jsonl:7, a.jsonl:9 and 14 more"; "" if unknown."""
     places = [row.where for row in rows if row.where]
     more = f" and {len(rows) - most} more" if len(rows) > most else ""
@@ -215,7 +215,7 @@ class Batch:
             **{n: pinned(x, device).to(device, non_blocking=True) for n, x in given.items()}
         )
 
-    def beside(self) -> dict[str, torch.Tensor | None]:
+    def model_kwargs(self) -> dict[str, torch.Tensor | None]:
         """The arguments of `hidden_states` other than input_ids."""
         if self.source_ids is None:
             return {"starts": self.starts}

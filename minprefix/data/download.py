@@ -28,7 +28,7 @@ from minprefix.data.articles import ARCHIVE, SPLIT_IDS, SPLIT_NAMES, convert_xsu
 from minprefix.data.load import DATA_SETS, data_folder
 from minprefix.files import brief, read_text, write_text
 from minprefix.limits import PIECE
-from minprefix.transfer import watched
+from minprefix.transfer import download_within_limits
 
 SUMS = Path(__file__).parents[1] / "assets" / "sha256"  # NAME.txt: sha256sum's format
 RECORD = "SHA256SUMS"  # in the folder of the data, for `sha256sum -c`
@@ -108,7 +108,7 @@ def _download(url: str, path: Path, known: str | None, published: str | None, si
 
     def with_unix_ends(url: str, temporary: str, _) -> None:
         with open(temporary, "w+b") as file:
-            watched(lambda target: fetch_to(url, target, None), file, path.name)
+            download_within_limits(lambda target: fetch_to(url, target, None), file, path.name)
         if published:
             _make_unix_ends(Path(temporary), published)
 

@@ -1,6 +1,6 @@
 """`Example`, the form that every data set is read into, and how its texts are checked and cleaned.
 
-`LeftOut` counts the parts of the data that cannot be used. Every reader adds to it, and
+`Skipped` counts the parts of the data that cannot be used. Every reader adds to it, and
 `load_examples` reports it in one warning.
 [1] https://arxiv.org/abs/2101.00190   [2] https://github.com/XiangLi1999/PrefixTuning
 """
@@ -31,7 +31,7 @@ class Example:
     language: str = field(default="", compare=False)  # of the targets, such as "en"; "" = not given
 
 
-class LeftOut:
+class Skipped:
     """Counts what cannot be used, by kind, with the place of the first of each kind.
 
     It also holds the columns that were taken as fields of a table without being declared as such.
@@ -55,7 +55,7 @@ class LeftOut:
         if self.fields:
             log.warning("%s: the columns %s are the table's fields", path, ", ".join(self.fields))
         if self.found:
-            log.warning("%s: left out: %s", path, self)
+            log.warning("%s: skipped: %s", path, self)
 
 
 def checked_text(value: object, name: str, where: str) -> str:
@@ -84,19 +84,19 @@ def text_of(value: object, name: str, where: str) -> str | None:
 
 
 def texts_of(
-    value: object, name: str, linearisation: str, where: str, left: LeftOut
+    value: object, name: str, linearisation: str, where: str, skipped: Skipped
 ) -> tuple[str, ...]:
     """The texts of a cell, which holds one text or a list; empty ones are left out."""
     texts = []
     for one in value if isinstance(value, list) else [value]:
         if (text := text_of(one, name, where)) is None:
-            left.add("empty texts", where)
+            skipped.add("empty texts", where)
         else:
-            texts.append(clean(text, linearisation))
+            texts.append(normalise_space(text, linearisation))
     return tuple(texts)
 
 
-def clean(text: str, linearisation: str) -> str:
+def normalise_space(text: str, linearisation: str) -> str:
     """Normalise the white space of a target or of a table's value: see `load_examples`."""
     if linearisation == "paper":
         return " ".join(text.split())
@@ -104,7 +104,7 @@ def clean(text: str, linearisation: str) -> str:
 
 
 def in_language(
-    examples: Iterable[Example], language: str | None, path: str | Path, left: LeftOut
+    examples: Iterable[Example], language: str | None, path: str | Path, skipped: Skipped
 ) -> list[Example]:
     """The examples whose texts are in `language`, and inputs without texts.
 
@@ -127,7 +127,7 @@ def in_language(
         if language is None or not example.targets or example.language == language:
             kept.append(example)
         else:
-            left.add(f"examples in {example.language or 'no named language'}", example.where)
+            skipped.add(f"examples in {example.language or 'no named language'}", example.where)
     return kept
 
 

@@ -2,7 +2,7 @@
 
 `rows.py` turns a row into an example. `triples.py` reads WebNLG's files; `load.py` chooses among
 the readers and explains the two linearisations. Each reader takes the path, the linearisation and
-the `LeftOut` that counts rows that cannot be used.
+the `Skipped` that counts rows that cannot be used.
 [2] https://github.com/XiangLi1999/PrefixTuning
 """
 
@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from minprefix.data.examples import Example, LeftOut, clean, read_text, texts_of
+from minprefix.data.examples import Example, Skipped, normalise_space, read_text, texts_of
 from minprefix.data.rows import COLUMNS, OPTIONAL, columns_of, example_of, parse_json
 from minprefix.data.triples import is_webnlg, read_webnlg_json
 from minprefix.files import brief, need_file, read_lines
@@ -32,7 +32,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         raise ValueError(f"{path}: the file is empty")
 
 
-def read_csv(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
+def read_csv(path: Path, linearisation: str, skipped: Skipped) -> Iterator[Example]:
     """CSV with a header, such as E2E's; a text in quotes may contain line breaks."""
     csv.field_size_limit(LINE.value)  # the module's own limit is 2**17
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
@@ -56,7 +56,7 @@ def read_csv(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]
                     f"{where}: {len(header)} columns expected, got {len(cells)}: {brief(cells)}"
                 )
             row = dict(zip(header, cells, strict=True))
-            if (found := example_of(row, linearisation, where, left)) is not None:
+            if (found := example_of(row, linearisation, where, skipped)) is not None:
                 yield found
     except csv.Error as error:
         raise ValueError(f"{path}:{line}: broken CSV: {error}") from None
@@ -72,7 +72,7 @@ def check_separator(header: list[str], where: str) -> None:
             )
 
 
-def read_txt(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
+def read_txt(path: Path, linearisation: str, skipped: Skipped) -> Iterator[Example]:
     """The text files of [2], with `source||target` or an input alone in each line."""
     lines = list(_lines(path))
     pairs = any("||" in line for _, line in lines)
@@ -83,15 +83,15 @@ def read_txt(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]
                 f"{where}: expected source||target, got {len(targets)} '||': {brief(line)}"
             )
         if not source.strip():
-            left.add("rows without an input", where)
+            skipped.add("rows without an input", where)
             continue
         if linearisation == "paper":
             source = source.strip()
-        texts = texts_of(targets, "the target", linearisation, where, left)
+        texts = texts_of(targets, "the target", linearisation, where, skipped)
         yield Example(source, texts, None, where)
 
 
-def read_line_pairs(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
+def read_line_pairs(path: Path, linearisation: str, skipped: Skipped) -> Iterator[Example]:
     """NAME.source and NAME.target, line by line: XSum in the format of [2].
 
     Rows with equal inputs are not merged, as for articles. NAME.target may be missing.
@@ -109,17 +109,17 @@ def read_line_pairs(path: Path, linearisation: str, left: LeftOut) -> Iterator[E
         raise ValueError(f"{path} has {len(lines[0])} lines, {beside} {len(lines[1])}")
     for number, (source, *targets) in enumerate(zip_longest(*lines), 1):
         where = f"{path}:{number}"
-        texts = texts_of(targets, "the target", linearisation, where, left)
-        yield Example(clean(source, linearisation), texts, None, where, id=where)
+        texts = texts_of(targets, "the target", linearisation, where, skipped)
+        yield Example(normalise_space(source, linearisation), texts, None, where, id=where)
 
 
-def read_jsonl(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
+def read_jsonl(path: Path, linearisation: str, skipped: Skipped) -> Iterator[Example]:
     """JSON lines: one object in each line."""
-    yield from _json_rows(_lines(path), linearisation, left)
+    yield from _json_rows(_lines(path), linearisation, skipped)
 
 
 def _json_rows(
-    lines: Iterable[tuple[str, str]], linearisation: str, left: LeftOut
+    lines: Iterable[tuple[str, str]], linearisation: str, skipped: Skipped
 ) -> Iterator[Example]:
     """The examples of lines (with their places) that hold one JSON object each."""
     for where, line in lines:
@@ -129,17 +129,19 @@ def _json_rows(
             raise ValueError(f"{where}: JSON, column {error.colno}: {error.msg}") from None
         except ValueError as error:
             raise ValueError(f"{where}: JSON: {error}") from None
-        yield from _object(row, linearisation, where, left)
+        yield from _object(row, linearisation, where, skipped)
 
 
-def _object(row: Any, linearisation: str, where: str, left: LeftOut) -> Iterator[Example]:
+def _object(row: Any, linearisation: str, where: str, skipped: Skipped) -> Iterator[Example]:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {brief(row)}")
-    if (found := example_of(row, linearisation, where, left)) is not None:
+    if (found := example_of(row, linearisation, where, skipped)) is not None:
         yield found
 
 
-def read_json(path: Path, linearisation: str, left: LeftOut, only_good: bool) -> Iterator[Example]:
+def read_json(
+    path: Path, linearisation: str, skipped: Skipped, only_good: bool
+) -> Iterator[Example]:
     """JSON: a list of rows (such as DART's), WebNLG's {"entries": ...}, or JSON lines.
 
     Args:
@@ -151,13 +153,13 @@ def read_json(path: Path, linearisation: str, left: LeftOut, only_good: bool) ->
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # more text after a complete value
             lines = ((f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), 1))
-            yield from _json_rows((x for x in lines if x[1].strip()), linearisation, left)
+            yield from _json_rows((x for x in lines if x[1].strip()), linearisation, skipped)
             return
         raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
     except ValueError as error:
         raise ValueError(f"{path}: JSON: {error}") from None
     if is_webnlg(content):
-        yield from read_webnlg_json(path, content["entries"], linearisation, left, only_good)
+        yield from read_webnlg_json(path, content["entries"], linearisation, skipped, only_good)
         return
     if isinstance(content, dict):  # JSON lines with a single line
         columns_of(content, str(path))
@@ -165,10 +167,10 @@ def read_json(path: Path, linearisation: str, left: LeftOut, only_good: bool) ->
     if not isinstance(content, list):
         raise ValueError(f"{path}: expected a list of rows, got {type(content).__name__}")
     for number, row in enumerate(content, 1):
-        yield from _object(row, linearisation, f"{path}:row {number}", left)
+        yield from _object(row, linearisation, f"{path}:row {number}", skipped)
 
 
-def read_parquet(path: Path, linearisation: str, left: LeftOut) -> Iterator[Example]:
+def read_parquet(path: Path, linearisation: str, skipped: Skipped) -> Iterator[Example]:
     """The hub's format, the only one that needs pyarrow."""
     try:
         import pyarrow
@@ -186,6 +188,6 @@ def read_parquet(path: Path, linearisation: str, left: LeftOut) -> Iterator[Exam
             for batch in file.iter_batches(columns=[name for name in names if name in read]):
                 for row in batch.to_pylist():
                     number += 1
-                    yield from _object(row, linearisation, f"{path}:{number}", left)
+                    yield from _object(row, linearisation, f"{path}:{number}", skipped)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: not a readable parquet file ({error})") from None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from minprefix.checks import check_choice
-from minprefix.data.examples import LINEARISATIONS, Example, LeftOut, in_language
+from minprefix.data.examples import LINEARISATIONS, Example, Skipped, in_language
 from minprefix.data.formats import (
     read_csv,
     read_json,
@@ -80,16 +80,18 @@ ROWS = {".csv": read_csv, ".txt": read_txt, ".source": read_line_pairs, ".jsonl"
 
 
 @names_file
-def _read_file(path: Path, split: str | None, linearisation: str, left: LeftOut) -> list[Example]:
+def _read_file(
+    path: Path, split: str | None, linearisation: str, skipped: Skipped
+) -> list[Example]:
     suffix = path.suffix.lower()
     # [2] trains only on texts that are marked good, but decodes every entry
     only_good = linearisation == "original-code" and split == "train"
     if suffix == ".xml":
-        return list(read_xml(path, linearisation, left, only_good))
+        return list(read_xml(path, linearisation, skipped, only_good))
     if suffix == ".json":
-        return merge_equal_sources(read_json(path, linearisation, left, only_good))
+        return merge_equal_sources(read_json(path, linearisation, skipped, only_good))
     if suffix in ROWS:
-        return merge_equal_sources(ROWS[suffix](path, linearisation, left))
+        return merge_equal_sources(ROWS[suffix](path, linearisation, skipped))
     raise ValueError(
         f"{path}: unknown type of file; accepted are .jsonl, .json, .csv and .parquet (rows with "
         "named columns), .xml and .json (WebNLG, DART), .txt (source||target) and .source (with "
@@ -180,21 +182,23 @@ def load_examples(
         if name:  # the command `data` has not fetched all files
             raise MissingSplit(f"no {split} split of {name} is in {path}: {todo}") from error
         raise
-    left = LeftOut()
-    read = (example for file in files for example in _read_file(file, split, linearisation, left))
+    skipped = Skipped()
+    read = (
+        example for file in files for example in _read_file(file, split, linearisation, skipped)
+    )
     if references:
-        examples = _with_texts(in_language(read, language, path, left), path, left)
+        examples = _with_texts(in_language(read, language, path, skipped), path, skipped)
     else:  # each input once, even if it has texts in several languages
         examples = list({example.where: example for example in read}.values())
     if not examples:
         raise ValueError(
-            f"{path}: the file has no examples" + (f"; left out: {left}" if left.found else "")
+            f"{path}: the file has no examples" + (f"; skipped: {skipped}" if skipped.found else "")
         )
-    left.report(path)
+    skipped.report(path)
     return examples
 
 
-def _with_texts(examples: list[Example], path: Path, left: LeftOut) -> list[Example]:
+def _with_texts(examples: list[Example], path: Path, skipped: Skipped) -> list[Example]:
     """The examples that have a text; ValueError if none has."""
     found = [example for example in examples if example.targets]
     if examples and not found:
@@ -204,7 +208,7 @@ def _with_texts(examples: list[Example], path: Path, left: LeftOut) -> list[Exam
         )
     for example in examples:
         if not example.targets:
-            left.add("inputs without a text", example.where)
+            skipped.add("inputs without a text", example.where)
     return found
 
 

@@ -22,7 +22,14 @@ from dataclasses import replace
 from typing import Any
 
 from minprefix.data.articles import article
-from minprefix.data.examples import Example, LeftOut, checked_text, clean, text_of, texts_of
+from minprefix.data.examples import (
+    Example,
+    Skipped,
+    checked_text,
+    normalise_space,
+    text_of,
+    texts_of,
+)
 from minprefix.data.triples import dart_example
 from minprefix.files import brief
 
@@ -71,17 +78,17 @@ def fields_of(names: Iterable[str]) -> list[str]:
 
 
 def example_of(
-    row: dict[str, Any], linearisation: str, where: str, left: LeftOut
+    row: dict[str, Any], linearisation: str, where: str, skipped: Skipped
 ) -> Example | None:
-    """The example of a row; None for a row without an input, which is counted in `left`.
+    """The example of a row; None for a row without an input, which is counted in `skipped`.
 
     Raises:
         ValueError: the columns are unknown or ambiguous, or a value has a wrong type.
     """
     source, target = pair = columns_of(row, where)
     if pair == TRIPLES:
-        return dart_example(row[source], row.get(target), linearisation, where, left)
-    texts = texts_of(row[target], target, linearisation, where, left) if target in row else ()
+        return dart_example(row[source], row.get(target), linearisation, where, skipped)
+    texts = texts_of(row[target], target, linearisation, where, skipped) if target in row else ()
     language = text_of(row.get("language") or row.get("lang"), "language", where) or ""
     if pair in ARTICLES:
         return article(row[source], texts, row, linearisation, where, language)
@@ -91,13 +98,13 @@ def example_of(
             text = text.strip() if linearisation == "paper" else text
             return Example(text, texts, None, where, language=language)
     else:
-        make = _meanings if pair in MEANINGS else cells_of
+        make = _parse_mr if pair in MEANINGS else cells_of
         content = row[source] if source else {name: row[name] for name in fields_of(row)}
         if not source:
-            left.fields |= dict.fromkeys(content)
-        if table := make(content, linearisation, where, left):
+            skipped.fields |= dict.fromkeys(content)
+        if table := make(content, linearisation, where, skipped):
             return Example(source_of(table), texts, tuple(table), where, language=language)
-    left.add("rows without an input", where)
+    skipped.add("rows without an input", where)
     return None
 
 
@@ -125,7 +132,9 @@ def parse_json(text: str) -> Any:
         raise ValueError(str(error)) from None
 
 
-def cells_of(table: object, linearisation: str, where: str, left: LeftOut) -> list[tuple[str, str]]:
+def cells_of(
+    table: object, linearisation: str, where: str, skipped: Skipped
+) -> list[tuple[str, str]]:
     """The (field, value) pairs of an object, in its order; a list gives a field several values.
 
     The object may also be a string of JSON, as in a cell of a CSV.
@@ -146,9 +155,9 @@ def cells_of(table: object, linearisation: str, where: str, left: LeftOut) -> li
         checked_text(name, "a field's name", where)
         for one in value if isinstance(value, list) else [value]:
             if (text := text_of(one, f"table[{brief(name)}]", where)) is None:
-                left.add("empty cells", where)
+                skipped.add("empty cells", where)
             else:
-                found.append((name, clean(text, linearisation)))
+                found.append((name, normalise_space(text, linearisation)))
     return found
 
 
@@ -163,10 +172,12 @@ def read_prompt(prompt: str, linearisation: str) -> str:
         table = parse_json(prompt) if prompt.lstrip().startswith("{") else None
     except ValueError:
         return prompt
-    return source_of(cells_of(table, linearisation, "the prompt", LeftOut())) if table else prompt
+    return source_of(cells_of(table, linearisation, "the prompt", Skipped())) if table else prompt
 
 
-def _meanings(mr: object, linearisation: str, where: str, left: LeftOut) -> list[tuple[str, str]]:
+def _parse_mr(
+    mr: object, linearisation: str, where: str, skipped: Skipped
+) -> list[tuple[str, str]]:
     """The pairs of "name[The Eagle], eatType[pub]", under our names and in our order.
 
     A field that occurs twice, as in the cleaned E2E, has two values, in their order.
@@ -185,9 +196,9 @@ def _meanings(mr: object, linearisation: str, where: str, left: LeftOut) -> list
             field, text = brief(match[1], most=30), brief(text, most=30)
             raise ValueError(f"{where}: the unknown field {field} in {text}; {known}")
         if match[2].strip():
-            values[match[1]].append(clean(match[2], linearisation))
+            values[match[1]].append(normalise_space(match[2], linearisation))
         else:
-            left.add("empty cells", where)
+            skipped.add("empty cells", where)
     names = E2E_FIELDS | ({"eatType": "Type"} if linearisation == "original-code" else {})
     return [(names[field], value) for field in names for value in values[field]]
 

@@ -75,7 +75,7 @@ def choose(examples: Sequence[Example], topics: str | None, split: str) -> list[
     check_choice("topics", topics, TOPICS)
     check_choice("split", split, ("train", "dev", "test"))
     if topics in ("seen", "unseen"):
-        return _some(_by_category(examples, topics), topics, split)
+        return _require_examples(_by_category(examples, topics), topics, split)
     if not any(example.group for example in examples):
         where = examples[0].where if examples else "no examples"
         raise ValueError(
@@ -89,10 +89,12 @@ def choose(examples: Sequence[Example], topics: str | None, split: str) -> list[
             return group.split("/")[0] == "sport" if split == "test" else news
         return news and (group in TRAINING_NEWS) != (split == "test")
 
-    return _some([example for example in examples if chosen(example.group)], topics, split)
+    return _require_examples(
+        [example for example in examples if chosen(example.group)], topics, split
+    )
 
 
-def _some(examples: list[Example], topics: str, split: str) -> list[Example]:
+def _require_examples(examples: list[Example], topics: str, split: str) -> list[Example]:
     """`examples`; ValueError if there are none."""
     if not examples:
         raise ValueError(f"the split {split} has no examples for the topics {topics}")

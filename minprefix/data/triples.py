@@ -15,7 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minprefix.data.examples import Example, LeftOut, checked_text, clean, text_of, texts_of
+from minprefix.data.examples import (
+    Example,
+    Skipped,
+    checked_text,
+    normalise_space,
+    text_of,
+    texts_of,
+)
 from minprefix.files import brief, read_bytes
 
 DART_CATEGORY = "MISC"  # of every entry in DART's XML (in WebNLG's schema), and of none in WebNLG
@@ -36,7 +43,7 @@ def _linearise(triples: Sequence[Sequence[str]], linearisation: str, dart: bool)
     if exact and dart:
         triples = [(s, relation.lower(), o) for s, relation, o in triples]
     source = " | ".join(
-        " : ".join(clean(part, linearisation) for part in triple) for triple in triples
+        " : ".join(normalise_space(part, linearisation) for part in triple) for triple in triples
     )
     return " | " + source if exact and not dart else source
 
@@ -51,7 +58,9 @@ def _parse_triple(text: str | None, where: str) -> list[str]:
     return parts
 
 
-def read_xml(path: Path, linearisation: str, left: LeftOut, only_good: bool) -> Iterator[Example]:
+def read_xml(
+    path: Path, linearisation: str, skipped: Skipped, only_good: bool
+) -> Iterator[Example]:
     """WebNLG's XML: one example per <entry> and language, from its modified triples.
 
     The texts are in <lex>, or in <lex><text> in the enriched WebNLG. DART's entries are recognised
@@ -82,7 +91,7 @@ def read_xml(path: Path, linearisation: str, left: LeftOut, only_good: bool) -> 
             for lex in entry.iter("lex")
         ]
         group = entry.get("category", "")
-        yield from _entry(triples, texts, group, linearisation, where, left, only_good)
+        yield from _entry(triples, texts, group, linearisation, where, skipped, only_good)
 
 
 def is_webnlg(content: Any) -> bool:
@@ -91,7 +100,7 @@ def is_webnlg(content: Any) -> bool:
 
 
 def read_webnlg_json(
-    path: Path, entries: list, linearisation: str, left: LeftOut, only_good: bool
+    path: Path, entries: list, linearisation: str, skipped: Skipped, only_good: bool
 ) -> Iterator[Example]:
     """The entries of WebNLG's JSON, {"1": {"modifiedtripleset": ..., "lexicalisations": ...}}."""
     for number, entry in enumerate(entries, 1):
@@ -120,25 +129,27 @@ def read_webnlg_json(
                 f"{where}: expected an object with modifiedtripleset (subject, property, object) "
                 f"and lexicalisations (lex), got {brief(entry, most=40)}"
             ) from None
-        yield from _entry(triples, texts, group, linearisation, where, left, only_good)
+        yield from _entry(triples, texts, group, linearisation, where, skipped, only_good)
 
 
 def _entry(
-    triples: list, texts: list[Text], group: str, linearisation: str, where: str, left: LeftOut,
+    triples: list, texts: list[Text], group: str, linearisation: str, where: str, skipped: Skipped,
     only_good: bool,
 ) -> Iterator[Example]:  # fmt: skip
     """One example for each language of an entry's texts; an entry without texts gives one too."""
     if not triples:
-        left.add("rows without an input", where)
+        skipped.add("rows without an input", where)
         return
     dart = group == DART_CATEGORY
     source = _linearise(triples, linearisation, dart)
     by_language: dict[str, list[str]] = {}
     for text in texts:
         if not text.text.strip():
-            left.add("empty texts", where)
+            skipped.add("empty texts", where)
         elif dart or not only_good or text.comment == "good":
-            by_language.setdefault(text.language, []).append(clean(text.text, linearisation))
+            by_language.setdefault(text.language, []).append(
+                normalise_space(text.text, linearisation)
+            )
     for language, targets in by_language.items():
         yield Example(source, tuple(targets), None, where, group, language=language)
     if not by_language and not (only_good and texts):
@@ -146,7 +157,7 @@ def _entry(
 
 
 def dart_example(
-    triples: object, notes: object, linearisation: str, where: str, left: LeftOut
+    triples: object, notes: object, linearisation: str, where: str, skipped: Skipped
 ) -> Example:
     """The example of a row of DART; its group is the category used in DART's XML.
 
@@ -173,6 +184,6 @@ def dart_example(
         found = [note.get("text") for note in notes]
     else:
         raise ValueError(f"{where}: annotations must be a list of objects, got {brief(notes)}")
-    texts = texts_of(found, "an annotation's text", linearisation, where, left)
+    texts = texts_of(found, "an annotation's text", linearisation, where, skipped)
     source = _linearise(parts, linearisation, dart=True)
     return Example(source, texts, None, where, DART_CATEGORY, language=WEBNLG_LANGUAGE)

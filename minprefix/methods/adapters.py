@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprefix.checks import check_choice
-from minprefix.files import brief, names_file, note_unsealed
+from minprefix.files import brief, names_file, warn_no_checksum
 from minprefix.generation.fast import KEPT
 from minprefix.methods.config import DESIGNS, SUBLAYERS
 from minprefix.models.base import ATTACHED, adapter_of, check_free
@@ -53,7 +53,7 @@ from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import check_base, fingerprint, need_gpt2
 from minprefix.prefix.files import frame_metadata, read_frame
-from minprefix.tensors import check_seal, check_values, load_tensors, save_tensors
+from minprefix.tensors import check_values, load_tensors, save_tensors, verify_checksum
 from minprefix.training.blocks import is_compiled
 from minprefix.training.tuned import Tuned, bind_added
 
@@ -225,7 +225,7 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
         "base": adapter.base,
         **frame_metadata(adapter),
     }
-    save_tensors(path, tensors, metadata, sealed=True)
+    save_tensors(path, tensors, metadata, checksum=True)
 
 
 @names_file
@@ -239,7 +239,7 @@ def load_adapter(path: str | Path) -> Adapter:
     tensors, metadata = load_tensors(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: not an adapter file (format {brief(metadata.get('format'))})")
-    sealed = check_seal(path)
+    has_checksum = verify_checksum(path)
     design, width = metadata.get("design"), metadata.get("bottleneck", "")
     if design not in SUBLAYERS:
         raise ValueError(f"{path}: unknown design {brief(design)}")
@@ -268,8 +268,8 @@ def load_adapter(path: str | Path) -> Adapter:
     adapter.load_state_dict({name: x.float() for name, x in tensors.items()}, assign=True)
     adapter.base = metadata.get("base", "")
     adapter.linearisation, adapter.max_source = read_frame(path, metadata)
-    if not sealed:
-        note_unsealed(Path(path))
+    if not has_checksum:
+        warn_no_checksum(Path(path))
     return adapter
 
 

@@ -17,7 +17,7 @@ from minprefix.training.tuned import Tuned, TunedModel, TunedPrefix
 TUNED = {kind.method: kind for kind in (TunedPrefix, TunedModel, TunedTopLayers, TunedAdapter)}
 
 
-def unread(
+def ignored_fields(
     train: TrainConfig, prefix: PrefixConfig, baseline: BaselineConfig
 ) -> Iterator[tuple[str, str]]:
     """The fields that differ from their defaults although `train.method` does not read them.

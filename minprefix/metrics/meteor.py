@@ -2,7 +2,7 @@
 
 Read `meteor`. The program is the jar of the official evaluations [1]. The package pycocoevalcap [2]
 contains the same file with its tables, and is used for nothing else. Without Java or the jar,
-`why_not` says so in one line, and METEOR is left out.
+`why_unavailable` says so in one line, and METEOR is left out.
 [1] https://www.cs.cmu.edu/~alavie/METEOR/   [2] https://github.com/salaniz/pycocoevalcap
 """
 
@@ -25,7 +25,7 @@ def _jar() -> Path | None:
     return next((Path(f, "meteor", "meteor-1.5.jar") for f in folders), None)
 
 
-def why_not() -> str | None:
+def why_unavailable() -> str | None:
     """What METEOR needs but this machine does not have, in one line; None if it can run."""
     lacks = []
     if shutil.which("java") is None:
@@ -54,7 +54,7 @@ def meteor(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float
     Raises:
         OSError: Java or the jar is missing, or the program failed (2 GB of memory are needed).
     """
-    if problem := why_not():
+    if problem := why_unavailable():
         raise OSError(problem)
     jar = _jar().resolve()  # type: ignore[union-attr]
     most = max(len(texts) for texts in references)

@@ -35,7 +35,7 @@ from minprefix.data.rows import E2E_FIELDS
 from minprefix.data.splits import CATEGORIES, seen_categories
 from minprefix.data.triples import DART_CATEGORY
 from minprefix.metrics.e2e import cider, nist, rouge_l_max
-from minprefix.metrics.meteor import meteor, why_not
+from minprefix.metrics.meteor import meteor, why_unavailable
 from minprefix.metrics.ptb import ptb_lines
 from minprefix.metrics.quick import check_references, corpus_bleu, streams
 
@@ -59,7 +59,7 @@ def _e2e(outputs: Texts, references: References) -> dict[str, float]:
     tokens = iter(ptb_lines([text for texts in references for text in texts]))
     references = [[next(tokens) for _ in texts] for texts in references]
     outputs = ptb_lines(outputs)
-    if not why_not():
+    if not why_unavailable():
         scores["MET"] = 100 * meteor(outputs, references)
     scores["R-L"] = 100 * rouge_l_max(outputs, references)
     return scores | {"CIDEr": cider(outputs, references)}
@@ -118,7 +118,7 @@ def _translation_scores(
     for name, numbers in parts.items():
         part = [outputs[i] for i in numbers], [references[i] for i in numbers]
         columns["BLEU"][name] = _multi_bleu(*part)
-        if not why_not():
+        if not why_unavailable():
             columns["MET"][name] = meteor(*part)
         changes, length = (sum(edits[i][k] for i in numbers) for k in (0, 1))
         columns["TER"][name] = changes / length if length else float(changes > 0)
@@ -209,7 +209,7 @@ def official_scores(
             raise ValueError(f"got {len(outputs)} outputs and {len(groups)} groups")
     outputs = [" ".join(output.split("\n")) for output in outputs]
     references = [[" ".join(text.split("\n")) for text in texts] for texts in references]
-    if suite != "xsum" and (problem := why_not()):
+    if suite != "xsum" and (problem := why_unavailable()):
         note(problem)
     if suite == "webnlg":
         return _webnlg(outputs, references, groups)

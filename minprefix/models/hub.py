@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from minprefix.files import flush, read_json, rename, write_text
 from minprefix.limits import PIECE
-from minprefix.transfer import watched
+from minprefix.transfer import download_within_limits
 
 NANOGPT = "ckpt.pt"  # weights and sizes, of nanoGPT
 # the forms that a checkpoint's weights may have, best first
@@ -86,7 +86,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 @contextmanager
-def _asking(name: str, doing: str) -> Iterator[None]:
+def _hub_errors(name: str, doing: str) -> Iterator[None]:
     """Turn errors of the hub's client into one line that names the model and what to do."""
     try:
         yield
@@ -140,7 +140,7 @@ class _Repo:
             EntryNotFoundError: the model has no such file. OSError, ValueError: as `download`.
         """
         url = hf_hub_url(self.name, filename, revision=self.commit)
-        with _asking(self.name, f"{doing} {filename}"):
+        with _hub_errors(self.name, f"{doing} {filename}"):
             meta = get_hf_file_metadata(url)
             if not meta.commit_hash or not re.fullmatch(r"[\w-]+", meta.etag or ""):
                 raise OSError("the answer has no commit or etag, so this is not a model hub")
@@ -167,12 +167,12 @@ class _Repo:
                     rename(partial, blob)
                     if not SHA256.fullmatch(meta.etag) and filename.endswith(BINARY):
                         log.warning(UNVERIFIED, self.name, filename)
-            with _asking(self.name, f"requesting {filename}"):
+            with _hub_errors(self.name, f"requesting {filename}"):
                 path = hf_hub_download(self.name, filename, revision=self.commit)
         self.check(Path(path))
         return Path(path)
 
-    def need(self, filename: str) -> Path:
+    def require(self, filename: str) -> Path:
         """`get`, but ValueError if the model does not have the file."""
         if (path := self.get(filename)) is None:
             raise ValueError(f"{self.name}: {constants.ENDPOINT} has no {filename} for it")
@@ -190,7 +190,7 @@ class _Repo:
         # compressed answers have no byte ranges
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
         bar = None if self.progress else SilentBar
-        with _asking(self.name, f"downloading {filename}"), partial.open("ab") as file:
+        with _hub_errors(self.name, f"downloading {filename}"), partial.open("ab") as file:
             begun = file.tell()
 
             def get(target: Any) -> None:
@@ -200,7 +200,7 @@ class _Repo:
                 )  # fmt: skip
 
             try:
-                watched(get, file, filename)
+                download_within_limits(get, file, filename)
             except hub_errors.HfHubHTTPError as error:
                 if error.response.status_code == 416:  # the partial file is too long
                     partial.unlink()
@@ -257,22 +257,22 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
     except hub_errors.EntryNotFoundError as error:
         raise ValueError(f"{name}: {constants.ENDPOINT} has no config.json for it") from error
     except (OSError, ValueError):
-        if (folder := _whole_in_cache(repo)) is None:
+        if (folder := _complete_in_cache(repo)) is None:
             raise
         check(folder)
         return folder
 
-    folder = repo.need("config.json").parent
+    folder = repo.require("config.json").parent
     for filename in OPTIONAL_FILES:
         repo.get(filename)
     check(folder)
     if not repo.get("tokenizer.json"):
         for filename in TOKENIZER_FILES[-1]:
-            repo.need(filename)
+            repo.require(filename)
     if not any(repo.get(filename) for filename in WEIGHT_FILES):
         raise ValueError(f"{name}: {constants.ENDPOINT} has no {' or '.join(WEIGHT_FILES)} for it")
     for path in weight_paths(folder):
-        repo.need(path.name)
+        repo.require(path.name)
     # the version that is used offline; until here it was the previous one
     main = repo.folder / "refs" / "main"
     if not main.is_file() or main.read_bytes() != repo.commit.encode():
@@ -313,7 +313,7 @@ def download_prefix(name: str) -> Path:
     raise ValueError(f"{name}: {constants.ENDPOINT} has no {' or '.join(PREFIX_FILES)} for it")
 
 
-def _whole_in_cache(repo: _Repo) -> Path | None:
+def _complete_in_cache(repo: _Repo) -> Path | None:
     """The folder of the version in the cache, if it is complete."""
     config = find_cached(repo.name, "config.json")
     if not isinstance(config, str):

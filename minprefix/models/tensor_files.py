@@ -13,7 +13,7 @@ from torch import Tensor
 from minprefix.files import brief, need_file, reading
 from minprefix.limits import check_unpacked
 from minprefix.models import hub
-from minprefix.tensors import check_seal, load_tensors
+from minprefix.tensors import load_tensors, verify_checksum
 
 # prefixes of names from wrappers of a model, and keys under which programs store its tensors
 WRAPPERS = ("module.", "_orig_mod.", "model.transformer.")
@@ -36,7 +36,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             raise FileNotFoundError(f"{path}: missing, but the index in the same folder lists it")
         if path.suffix == ".safetensors":
             tensors |= load_tensors(path)[0]
-            check_seal(path)  # models that were fine-tuned here have a checksum
+            verify_checksum(path)  # models that were fine-tuned here have a checksum
         else:
             tensors |= read_pickle(path)
     return tensors

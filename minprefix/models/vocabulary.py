@@ -23,7 +23,7 @@ KEPT_OUT = {"<|endoftext|>", "<s>", "</s>", "<pad>", "<unk>", "<mask>"}
 @names_file
 def read(folder: Path, family: str, ids: Sequence[int | None]) -> Tokenizer:
     """The tokenizer of a folder; errors and arguments are those of `Tokenizer.from_folder`."""
-    named = _named(folder)
+    named = _read_special_names(folder)
     path = folder / "tokenizer.json"
     if path.is_file():
         raw = read_json(path)
@@ -36,7 +36,7 @@ def read(folder: Path, family: str, ids: Sequence[int | None]) -> Tokenizer:
                 f"{folder}: no tokenizer: neither tokenizer.json nor vocab.json and merges.txt"
             )
         vocab, lines = read_json(path), None
-        listed = _listed(folder)
+        listed = _read_added_tokens(folder)
     added, base = {}, set(vocab)
     for token in listed:
         if (
@@ -86,7 +86,7 @@ def _byte_level_bpe(path: Path, raw: dict[str, Any]) -> tuple[dict[str, int], li
     return dict(model["vocab"]), lines
 
 
-def _listed(folder: Path) -> list[dict[str, Any]]:
+def _read_added_tokens(folder: Path) -> list[dict[str, Any]]:
     """The added tokens of added_tokens.json, with their flags from tokenizer_config.json."""
     path, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
     flags = read_json(config).get("added_tokens_decoder") if config.is_file() else {}
@@ -100,7 +100,7 @@ def _listed(folder: Path) -> list[dict[str, Any]]:
     return list(listed.values())
 
 
-def _named(folder: Path) -> dict[str, str]:
+def _read_special_names(folder: Path) -> dict[str, str]:
     """The special tokens that the files name, by their roles."""
     named = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins

@@ -98,11 +98,11 @@ def clean(
             del tensors["lm_head.weight"]
         else:
             config = replace(config, tie_word_embeddings=False)
-    turn_nanogpt(tensors, config)
+    transpose_nanogpt(tensors, config)
     return tensors, config
 
 
-def turn_nanogpt(tensors: dict[str, Tensor], config: GPT2Config) -> None:
+def transpose_nanogpt(tensors: dict[str, Tensor], config: GPT2Config) -> None:
     """Transpose the matrices of a nanoGPT, which is recognised by the shape of c_attn; missing
     biases become 0."""
     shape = (3 * config.n_embd, config.n_embd)

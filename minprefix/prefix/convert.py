@@ -95,7 +95,7 @@ def read_any(source: Path, model: GPT2 | BART | None = None) -> Prefix | BARTPre
     return prefix
 
 
-def told_to_peft(prefix: Prefix | BARTPrefix) -> str:
+def peft_frame_note(prefix: Prefix | BARTPrefix) -> str:
     """What a user of PEFT has to do, since PEFT puts no text into the frame that was trained."""
     source = '" " + source + " "' if prefix.linearisation == "original-code" else "source"
     cut = "" if prefix.max_source is None else f"[:{prefix.max_source}]"
@@ -159,7 +159,7 @@ def convert(
         if not write_card(out, prefix, model_name, KINDS[to]):
             notes.append(f"{out} already has a README.md, which was not changed")
         if prefix.linearisation:
-            notes.append(told_to_peft(prefix))
+            notes.append(peft_frame_note(prefix))
     else:
         save_prefix(out, prefix)
     for note in notes:

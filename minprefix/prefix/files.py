@@ -14,12 +14,12 @@ import torch
 
 from minprefix.checks import check_choice
 from minprefix.data.examples import LINEARISATIONS
-from minprefix.files import brief, names_file, note_unsealed
+from minprefix.files import brief, names_file, warn_no_checksum
 from minprefix.models.config import SITES
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.config import PLACES
 from minprefix.prefix.prefix import Prefix
-from minprefix.tensors import check_seal, check_values, load_tensors, save_tensors
+from minprefix.tensors import check_values, load_tensors, save_tensors, verify_checksum
 
 FORMATS = {Prefix.family: "minprefix-prefix-1", BARTPrefix.family: "minprefix-bart-prefix-1"}
 
@@ -40,7 +40,7 @@ def save_prefix(path: str | Path, prefix: Prefix | BARTPrefix) -> None:
     }
     if getattr(prefix, "source_offset", None) is not None:
         metadata["source_offset"] = str(prefix.source_offset)
-    save_tensors(path, tensors, metadata, sealed=True)
+    save_tensors(path, tensors, metadata, checksum=True)
 
 
 @names_file
@@ -54,7 +54,7 @@ def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
     tensors, metadata = load_tensors(path)
     if metadata.get("format") not in FORMATS.values():
         raise ValueError(f"{path}: not a prefix file (format {brief(metadata.get('format'))})")
-    sealed = check_seal(path)
+    has_checksum = verify_checksum(path)
     check_values(path, tensors)
     offset = metadata.get("position_offset", "")
     if not offset.isdecimal():
@@ -81,8 +81,8 @@ def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
     prefix.n_trained = int(n_trained)
     prefix.base = metadata.get("base", "")
     prefix.linearisation, prefix.max_source = read_frame(path, metadata)
-    if not sealed:
-        note_unsealed(Path(path))
+    if not has_checksum:
+        warn_no_checksum(Path(path))
     return prefix
 
 

@@ -101,7 +101,7 @@ def check_only(path: Path, raw: dict, only: dict[str, tuple]) -> None:
             raise ValueError(f"{path}: {key} is {brief(raw.get(key))}; supported: {choices}")
 
 
-def first_of(folder: Path, *names: str) -> Path:
+def first_existing(folder: Path, *names: str) -> Path:
     """The first of these files that the folder has."""
     found = [folder / name for name in names if (folder / name).exists()]
     if not found:
@@ -109,7 +109,7 @@ def first_of(folder: Path, *names: str) -> Path:
     return found[0]
 
 
-def size(path: Path, raw: dict, key: str) -> int:
+def required_size(path: Path, raw: dict, key: str) -> int:
     """A size that a config file must give."""
     value = raw.get(key)
     if type(value) is not int or value < 1:
@@ -117,7 +117,7 @@ def size(path: Path, raw: dict, key: str) -> int:
     return value
 
 
-def some(names) -> str:
+def listed(names) -> str:
     """The first of these names."""
     names = sorted(names)
     return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
@@ -169,7 +169,7 @@ def table_of_word(path: Path, past: Tensor) -> Tensor:
     return past.reshape(-1, 2, *past.shape[2:])
 
 
-def config_beside(path: Path, config):
+def config_in_same_folder(path: Path, config):
     """The config from config.json in the same folder, which must fit `config`; or `config`."""
     beside = path.with_name("config.json")
     if not beside.is_file():
@@ -204,7 +204,7 @@ def read_authors(path: str | Path, config: Any = None) -> Prefix | AuthorsTokens
     if any(key.startswith(("wte_enc.", "control_trans_enc.", "control_trans2.")) for key in keys):
         return read_authors_bart(path, tensors, config)
     if keys not in (EMBEDDING_KEYS, DIRECT_KEYS, MLP_KEYS, DEEP_KEYS, INFIX_KEYS):
-        told = f"no prefix of the authors' code, the keys are {some(keys) or 'none'}"
+        told = f"no prefix of the authors' code, the keys are {listed(keys) or 'none'}"
         raise ValueError(f"{path}: {told}")
     if keys == DIRECT_KEYS:
         rows = tensors["control_trans"]
@@ -215,7 +215,7 @@ def read_authors(path: str | Path, config: Any = None) -> Prefix | AuthorsTokens
         C = tensors["wte.weight"].shape[1]
         if keys == EMBEDDING_KEYS or (keys == MLP_KEYS and rows.shape[1] == C):
             return AuthorsTokens(rows)
-    config = config_beside(path, config)
+    config = config_in_same_folder(path, config)
     if config is None:
         raise ValueError(
             f"{path}: does not contain the number of heads: needs config.json in the same folder, "
@@ -246,9 +246,9 @@ def read_authors_bart(
     odd = [key for key in tensors if key not in wanted]
     lost = [key for key, site in wanted.items() if site in sites and key not in tensors]
     if odd or lost:
-        told = f"left over {some(odd) or 'none'}, missing {some(lost) or 'none'}"
+        told = f"left over {listed(odd) or 'none'}, missing {listed(lost) or 'none'}"
         raise ValueError(f"{path}: not the keys of the authors' BART prefix: {told}")
-    config = config_beside(path, config)
+    config = config_in_same_folder(path, config)
     if config is None or config.family != BARTPrefix.family:
         what = "nothing" if config is None else f"a {config.family}"
         raise ValueError(
@@ -299,20 +299,20 @@ def read_adapters(folder: str | Path, config: GPT2Config | None) -> Prefix:
         raise ValueError(f"{path}: config must be an object, got {brief(raw)}")
     check_only(path, whole, {"model_type": ("gpt2", None)})
     check_only(path, raw, {"architecture": ("prefix_tuning",), **ADAPTERS_ONLY})
-    P = size(path, raw, "prefix_length")
+    P = required_size(path, raw, "prefix_length")
     if config is None:
         raise ValueError(
             f"{path}: does not contain the number of heads: name the base model (--model)"
         )
-    file = first_of(path.parent, "adapter.safetensors", "pytorch_adapter.bin")
-    tensors = once(file, read_tensors(file)[0])
+    file = first_existing(path.parent, "adapter.safetensors", "pytorch_adapter.bin")
+    tensors = without_copies(file, read_tensors(file)[0])
     if set(tensors) == DIRECT_KEYS:
         rows = tensors["control_trans"]  # (P 2 L C,)
     elif set(tensors) == MLP_KEYS:
         check_only(path, raw, {"non_linearity": ("tanh",)})
         rows = mlp_rows(file, tensors)
     else:
-        raise ValueError(f"{file}: expected a flat prefix or an MLP, found {some(tensors)}")
+        raise ValueError(f"{file}: expected a flat prefix or an MLP, found {listed(tensors)}")
     table = table_for(file, rows, config)
     if table.shape[3] != P:
         raise ValueError(
@@ -321,7 +321,7 @@ def read_adapters(folder: str | Path, config: GPT2Config | None) -> Prefix:
     return Prefix.from_table(table, position_offset=0)
 
 
-def once(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_copies(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an adapter-hub prefix, which its file repeats for every layer."""
     found, places = {}, set()
     for key, tensor in tensors.items():
@@ -335,5 +335,5 @@ def once(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if not torch.equal(found.setdefault(part, tensor), tensor):
             raise ValueError(f"{path}: {part} differs between layers, though all share one")
     if len(places) != 1:
-        raise ValueError(f"{path}: holds {len(places)} prefixes ({some(places)}), expected one")
+        raise ValueError(f"{path}: holds {len(places)} prefixes ({listed(places)}), expected one")
     return found

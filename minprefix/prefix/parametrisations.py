@@ -145,14 +145,14 @@ def word_ids(tokenizer, words: str, prefix_len: int | None) -> list[int]:
     return [ids[i % len(ids)] for i in range(prefix_len)]
 
 
-class Borrowed:
+class ModelReference:
     """A model that a prefix uses but does not own: not a submodule, and shared by copies."""
 
     def __init__(self, model: Any = None):
         self.model = model
 
-    def __deepcopy__(self, memo: dict) -> "Borrowed":
-        return Borrowed(self.model)
+    def __deepcopy__(self, memo: dict) -> "ModelReference":
+        return ModelReference(self.model)
 
 
 class VirtualTokens(nn.Module):
@@ -167,7 +167,7 @@ class VirtualTokens(nn.Module):
 
     def __init__(self, config: GPT2Config | BARTConfig, prefix_len: int, mid_dim: int | None):
         super().__init__()
-        self.borrowed = Borrowed()  # the frozen model, once `Prefix.bind` has named it
+        self.model_reference = ModelReference()  # the frozen model, once `Prefix.bind` has named it
         if mid_dim is None:
             self.mlp: RowMLP | None = None
             self.virtual_embd: Any = nn.Parameter(torch.zeros(prefix_len, config.n_embd))  # (P, C)
@@ -191,7 +191,7 @@ class VirtualTokens(nn.Module):
         return 0.0
 
     def forward(self) -> Tensor:  # -> (L, 2, H, P, D)
-        model = self.borrowed.model
+        model = self.model_reference.model
         if model is None:
             raise ValueError("virtual tokens are read by a model: call prefix.bind(model) first")
         return computed_table(model, self.embeddings().to(model.wte.weight))

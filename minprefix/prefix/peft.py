@@ -24,11 +24,11 @@ from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.files import frame_metadata, read_frame
 from minprefix.prefix.foreign import (
     check_only,
-    first_of,
+    first_existing,
+    listed,
     read_tensors,
+    required_size,
     rows_of_table,
-    size,
-    some,
     table_of_rows,
 )
 from minprefix.prefix.prefix import Prefix
@@ -78,16 +78,18 @@ def read_peft(folder: str | Path) -> Any:
     raw = read_json(path)
     check_only(path, raw, ONLY)
     check_only(path, raw, {"num_transformer_submodules": SUBMODULES[raw["task_type"]]})
-    L, H, C = (size(path, raw, key) for key in ("num_layers", "num_attention_heads", "token_dim"))
-    P = size(path, raw, "num_virtual_tokens")
+    L, H, C = (
+        required_size(path, raw, key) for key in ("num_layers", "num_attention_heads", "token_dim")
+    )
+    P = required_size(path, raw, "num_virtual_tokens")
     if C % H:
         raise ValueError(f"{path}: token_dim {C} is not a multiple of num_attention_heads {H}")
-    path = first_of(path.parent, *WEIGHTS)
+    path = first_existing(path.parent, *WEIGHTS)
     tensors, metadata = read_tensors(path)
     rows = tensors.get("prompt_embeddings")
     if rows is None:
         raise ValueError(
-            f"{path}: prompt_embeddings is missing; found {some(tensors) or 'nothing'}"
+            f"{path}: prompt_embeddings is missing; found {listed(tensors) or 'nothing'}"
         )
     if rows.shape != (P, 2 * L * C):
         raise ValueError(

@@ -249,7 +249,7 @@ class Prefix(nn.Module):
         """Bind this prefix to `model`, which is also the model that reads virtual tokens."""
         self.base = fingerprint(model)
         if self.virtual is not None:
-            self.virtual.borrowed.model = model
+            self.virtual.model_reference.model = model
 
     def check_base(self, model: GPT2 | BART) -> None:
         """ValueError if this prefix belongs to another model than `model`."""

@@ -20,7 +20,7 @@ def pairs_of(examples: Sequence[Example]) -> Counter[tuple[str, str]]:
     return Counter((example.source, target) for example in examples for target in example.targets)
 
 
-def of(n: int, total: int, what: str, singular: str = "is", plural: str = "are") -> str:
+def count_phrase(n: int, total: int, what: str, singular: str = "is", plural: str = "are") -> str:
     """A phrase such as "1 of 83 sources is"."""
     return f"{n} of {total} {what} {singular if n == 1 else plural}"
 
@@ -37,13 +37,12 @@ def data_warnings(
     """
     found, train_pairs, dev_pairs = [], pairs_of(train), pairs_of(dev)
     if repeated := train_pairs.total() - len(train_pairs):
-        found.append(
-            f"{of(repeated, train_pairs.total(), 'training pairs', 'repeats', 'repeat')} another "
-            "one, and so counts more than the others"
-        )
+        total = train_pairs.total()
+        copies = count_phrase(repeated, total, "training pairs", "repeats", "repeat")
+        found.append(f"{copies} another one, and so counts more than the others")
     if both := sum(dev_pairs[pair] for pair in dev_pairs.keys() & train_pairs.keys()):
         found.append(
-            f"{of(both, dev_pairs.total(), 'dev pairs')} also in the training data: "
+            f"{count_phrase(both, dev_pairs.total(), 'dev pairs')} also in the training data: "
             "the dev loss looks better than it is"
         )
     most = LONGEST  # unless the checkpoint says otherwise
@@ -55,7 +54,7 @@ def data_warnings(
     if max_source is not None:
         lengths = [len(encode_prompt(tokenizer, e.source, linearisation)) - 1 for e in train]
         if cut := sum(length > max_source for length in lengths):
-            found.append(f"{of(cut, len(train), 'sources')} cut to {max_source} tokens")
+            found.append(f"{count_phrase(cut, len(train), 'sources')} cut to {max_source} tokens")
     return found
 
 
@@ -73,7 +72,7 @@ def nothing_learned(measured: Sequence[tuple[int, float]]) -> str:
 
 
 def verdict(
-    measured: Sequence[tuple[int, float]], stopped: bool, dev_pairs: int, go_on: str
+    measured: Sequence[tuple[int, float]], stopped: bool, dev_pairs: int, resume_command: str
 ) -> tuple[list[str], list[str]]:
     """Which weights were kept, why, and what to do next: (statements, warnings).
 
@@ -81,7 +80,7 @@ def verdict(
         measured: (step, dev loss in nats per target token) of each evaluation, the first at step 0.
         stopped: whether the run ended early.
         dev_pairs: number of pairs in each evaluation; the fewer, the noisier the dev loss.
-        go_on: the command that resumes the run.
+        resume_command: the command that resumes the run.
     """
     if not measured:
         return ["Kept: the weights of the last step, as there is no dev data."], []
@@ -106,6 +105,6 @@ def verdict(
         fall = f"{100 * (1 - best / min(earlier)):.0f} %"
         return said, [
             f"dev loss was still falling at the end, by {fall} in the last quarter: "
-            f"more steps may help: {go_on} --steps {2 * last_step}"
+            f"more steps may help: {resume_command} --steps {2 * last_step}"
         ]
     return said, []

@@ -39,7 +39,7 @@ def detached(acts: Activations) -> Any:
     return acts.map(lambda x: x.detach().requires_grad_())
 
 
-def dropped(acts: Activations, probability: float, seed: int) -> Activations:
+def drop_entries(acts: Activations, probability: float, seed: int) -> Activations:
     """Prefix dropout: each entry of the table is 0 with this probability, otherwise scaled up.
 
     One mask is used for all batches and ranks of a step; the authors' code draws one for each row.

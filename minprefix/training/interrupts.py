@@ -24,15 +24,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def tells_how_to_go_on(command: str) -> Iterator[None]:
+def resume_hint(command: str) -> Iterator[None]:
     """Within the block, the message of an interrupted run ends with the command that resumes it."""
-    go_on = f"Continue with: {command}"
+    advice = f"Continue with: {command}"
     try:
         yield
     except Interrupted as stop:
-        raise Interrupted(f"{stop}. {go_on}", stop.number) from None
+        raise Interrupted(f"{stop}. {advice}", stop.number) from None
     except KeyboardInterrupt:  # before the first step
-        raise Interrupted(f"interrupted. {go_on}") from None
+        raise Interrupted(f"interrupted. {advice}") from None
 
 
 # SIGTERM: what schedulers and containers send; SIGHUP: a closed terminal (not on Windows)

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from minprefix.files import FileNote, sweep
+from minprefix.files import FileNote, remove_temporary_files
 
 try:
     import fcntl
@@ -76,7 +76,7 @@ def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
             file.flush()
             inner = (entry for entry in place.iterdir() if entry.is_dir())  # no links, see above
             for part in (place, *inner):
-                sweep(part)
+                remove_temporary_files(part)
         HELD.add(held)
         try:
             yield

@@ -24,15 +24,15 @@ from minprefix.models.weights import same_model
 from minprefix.training.config import duration
 from minprefix.training.interrupts import Interrupted, deferred_interrupt
 from minprefix.training.lock import alone_in
-from minprefix.training.memory import keep_freed, reported
+from minprefix.training.memory import keep_freed_memory, reports_out_of_memory
 from minprefix.training.ranks import Ranks
 from minprefix.training.run_folder import (
     append_log,
-    cut_log,
     has_state,
-    mend,
     read_state,
+    repair_state,
     state_path,
+    truncate_log,
     write_state,
 )
 from minprefix.training.state import check_progress
@@ -82,7 +82,7 @@ class Loop:
         # while it runs: when it would have started if it had not been interrupted
         self.started: float | None = None
         if device.type == "cpu":
-            keep_freed()
+            keep_freed_memory()
 
     # what a subclass defines ----------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ class Loop:
         raise NotImplementedError
 
     def evaluate(self) -> None:
-        """Measure the dev loss, log it, and keep the best weights so far (see `note_loss`)."""
+        """Measure the dev loss, log it, and keep the best weights so far (see `log_dev_loss`)."""
         raise NotImplementedError
 
     @property
@@ -136,18 +136,18 @@ class Loop:
         """The rows that step 0, 1, ... reads, as file:line; "" if unknown."""
         return ""
 
-    def begun(self) -> bool:
+    def has_begun(self) -> bool:
         """Whether something has been computed or loaded."""
         return self.step_done > 0
 
-    def done(self) -> float:
+    def share_done(self) -> float:
         """The share of the run that is done; 1 or more at the end."""
         return self.step_done / self.steps
 
     def finished(self) -> bool:
-        return self.stopped or self.done() >= 1
+        return self.stopped or self.share_done() >= 1
 
-    def shown(self, entry: dict) -> str:
+    def bar_text(self, entry: dict) -> str:
         """The text of the progress bar for a log line."""
         best = f", best dev {self.best:.3f} (step {self.best_step})" if self.measured else ""
         return f"loss {entry['loss']:.3f}{best}, {entry['tokens_per_s']} tok/s"
@@ -162,14 +162,14 @@ class Loop:
         """The step with the lowest dev loss, whose weights are kept."""
         return min(self.measured, key=lambda pair: pair[1])[0] if self.measured else None
 
-    def place(self) -> str:
+    def progress_text(self) -> str:
         """How far the run is, such as "step 10 of 100"."""
         return f"step {self.step_done} of {self.steps}"
 
-    def tell(self, text: str) -> None:
+    def print_above_bar(self, text: str) -> None:
         """Print lines above the progress bar; without a bar, print nothing."""
         if self.bar is not None and not self.bar.disable:
-            self.bar.set_postfix_str(self.shown(self.entry) if self.entry else "", refresh=False)
+            self.bar.set_postfix_str(self.bar_text(self.entry) if self.entry else "", refresh=False)
             self.bar.write(text, file=sys.stderr)
 
     def summary(self, window: list[dict], seconds: float) -> dict:
@@ -198,23 +198,23 @@ class Loop:
             ValueError: the folder holds a run and `load_state` was not called; another process
                 works in it (`FolderInUse`); or a continued run finds its kept result missing.
         """
-        self.check_begun()
-        self.ranks.wait()
+        self.check_no_overwrite()
+        self.ranks.barrier()
         with alone_in(self.out) if self.ranks.first else nullcontext():
             if self.ranks.first:
-                self.check_begun()  # another process may have been there before the lock
-                mend(self.out)
+                self.check_no_overwrite()  # another process may have been there before the lock
+                repair_state(self.out)
                 self.check_kept()
                 # a run killed before its first saved state leaves the evaluation before step 1
-                cut_log(self.out, self.step_done if self.begun() else -1)
+                truncate_log(self.out, self.step_done if self.has_begun() else -1)
             self._run(progress)
-            self.ranks.wait()
+            self.ranks.barrier()
             self.end()
         return self.result()
 
-    def check_begun(self) -> None:
+    def check_no_overwrite(self) -> None:
         """ValueError if the folder holds a run that would be overwritten."""
-        if not self.begun() and self.has_state():
+        if not self.has_begun() and self.has_state():
             raise ValueError(f"{self.out} already holds a run: load_state() continues it")
 
     def check_kept(self) -> None:
@@ -241,13 +241,13 @@ class Loop:
         )  # fmt: skip
         try:
             stops = deferred_interrupt(lambda: self.saved_step)
-            with self.bar, stops as interrupted, reported(self.where_memory_ended):
+            with self.bar, stops as interrupted, reports_out_of_memory(self.out_of_memory_hint):
                 self.begin()
-                self._go(self.bar, interrupted)
+                self._run_steps(self.bar, interrupted)
         finally:
             self.started = self.bar = None
 
-    def _go(self, bar: tqdm, interrupted: Callable[[], int]) -> None:
+    def _run_steps(self, bar: tqdm, interrupted: Callable[[], int]) -> None:
         window, clock = [], time.perf_counter()
         times: list[float] = []  # seconds of the first steps
         finished = self.finished()  # asked once a step: with a time limit the answer may change
@@ -258,7 +258,7 @@ class Loop:
             if len(times) < FIRST_STEPS:
                 times.append(time.perf_counter() - began)
                 if len(times) == FIRST_STEPS:
-                    self.tell(self.estimate(median(times)))
+                    self.print_above_bar(self.estimate(median(times)))
             finished = self.finished()
             evaluate = finished or self.step_done % self.eval_every == 0
             log = evaluate or self.step_done % self.log_every == 0
@@ -268,12 +268,12 @@ class Loop:
             save = evaluate or stop or self.saves_each_step
             if log or stop:
                 self.entry = self.summary(window, time.perf_counter() - clock)
-                bar.set_postfix_str(self.shown(self.entry), refresh=False)
+                bar.set_postfix_str(self.bar_text(self.entry), refresh=False)
                 self.log(self.entry)
                 window, clock = [], time.perf_counter()
             if evaluate:
                 self.evaluate()
-                self.stopped = self.ranks.any(self.gives_up(), self.device)
+                self.stopped = self.ranks.any(self.out_of_patience(), self.device)
                 finished = self.finished()
             if save and self.ranks.first:
                 self.save_state()
@@ -281,10 +281,10 @@ class Loop:
             if stop and not finished:
                 if self.ranks.first and not self.measured:
                     self.keep()
-                said = f"stopped after {self.place()}; state saved"
+                said = f"stopped after {self.progress_text()}; state saved"
                 raise Interrupted(said, number or signal.SIGINT)
 
-    def where_memory_ended(self) -> str:
+    def out_of_memory_hint(self) -> str:
         """The end of the message "out of memory": when it happened, and what to do."""
         return f"after step {self.step_done}: use a smaller model, or another device"
 
@@ -304,7 +304,7 @@ class Loop:
             if self.watch:
                 self.watch(entry)
 
-    def note_loss(self, loss: float, shown: Sequence[str] = (), **more) -> None:
+    def log_dev_loss(self, loss: float, shown: Sequence[str] = (), **more) -> None:
         """Log a dev loss, in nats per target token, and `more`; keep the weights if it is the best.
 
         `shown` are lines that are printed below it.
@@ -318,13 +318,13 @@ class Loop:
         so_far = "the best so far" if better else f"best {self.best:.3f} at step {self.best_step}"
         at = "0 (before training)" if self.step_done == 0 else self.step_done
         line = f"step {at}: dev loss {loss:.3f}, {so_far}"
-        self.tell("\n".join([line, *shown]))
+        self.print_above_bar("\n".join([line, *shown]))
         self.lengthen()
 
-    def gives_up(self) -> bool:
+    def out_of_patience(self) -> bool:
         """Whether the last `patience` evaluations did not lower the dev loss."""
         before = self.counted_from / self.steps  # share that was done when the length changed
-        if not self.patience or not self.measured or self.done() < (1 + before) / 2:
+        if not self.patience or not self.measured or self.share_done() < (1 + before) / 2:
             return False
         since = max(self.best_step or 0, self.counted_from)
         return sum(step > since for step, _ in self.measured) >= self.patience
@@ -400,7 +400,7 @@ class Loop:
         self.measured = [(step, loss) for step, loss in state.get("measured", older)]
         self.lengthen()
         self.counted_from = self.step_done if changed else state.get("counted_from", 0)
-        self.stopped = self.gives_up()
+        self.stopped = self.out_of_patience()
 
     def resume(self) -> bool:
         """Call `load_state` if the folder holds a run; returns whether it does."""

@@ -1,8 +1,9 @@
 """Out of memory on a GPU or CPU: recognises the error and replaces it by one clear line.
 
-Read `reported`, which `loop.Loop.run` uses, then `halving`, with which a `Trainer` continues.
-`keep_freed`, at the end, makes steps on a CPU faster. A run that the system kills (the
-out-of-memory killer of Linux) cannot report it, but it can continue from its last saved state.
+Read `reports_out_of_memory`, which `loop.Loop.run` uses, then `retry_with_fewer_rows`, with which a
+`Trainer` continues. `keep_freed_memory`, at the end, makes steps on a CPU faster. A run that the
+system kills (the out-of-memory killer of Linux) cannot report it, but it can continue from its last
+saved state.
 """
 
 import ctypes
@@ -33,7 +34,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES)
 
 
-def halving(
+def retry_with_fewer_rows(
     work: Callable[[], T], rows: dict[str, int], kind: str, forget: Callable[[], None]
 ) -> T:
     """Call `work`; whenever memory runs out, halve `rows[kind]` and call it again.
@@ -58,7 +59,7 @@ def halving(
 
 
 @contextmanager
-def reported(what: Callable[[], str]) -> Iterator[None]:
+def reports_out_of_memory(what: Callable[[], str]) -> Iterator[None]:
     """Within the block, a failed allocation becomes `OutOfMemory` with the text of `what`."""
     try:
         yield
@@ -71,7 +72,7 @@ def reported(what: Callable[[], str]) -> Iterator[None]:
 ONEDNN_PROGRAMS = 64  # a few steps' worth
 
 
-def keep_freed() -> None:
+def keep_freed_memory() -> None:
     """Make this process keep the memory of freed tensors for later ones, if it runs on glibc.
 
     By default glibc returns the memory of each large tensor to the system. A training step

@@ -38,7 +38,7 @@ from minprefix.training.config import PretrainConfig
 from minprefix.training.corpus import Corpus, Windows, unigram_entropy, validation_windows
 from minprefix.training.loop import Loop
 from minprefix.training.precision import uses_bf16
-from minprefix.training.state import fitted_optimizer, fitted_weights
+from minprefix.training.state import checked_optimizer_state, checked_weights
 
 MOMENTUM = 0.95  # Muon
 BETAS = (0.9, 0.95)  # AdamW
@@ -145,10 +145,10 @@ class Pretrainer(Loop):
         labels = windows[:, 1:].flatten()
         return F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
 
-    def done(self) -> float:
+    def share_done(self) -> float:
         """The share of the run that is done, by steps or by the clock; 1 at the end."""
         limit = self.config.seconds
-        return max(super().done(), self.seconds_so_far() / limit if limit else 0.0)
+        return max(super().share_done(), self.seconds_so_far() / limit if limit else 0.0)
 
     def step(self) -> dict:
         """One optimizer step over batch_tokens tokens; returns its measures."""
@@ -161,7 +161,7 @@ class Pretrainer(Loop):
             (loss / labels).backward()
             nats += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        share = schedule(self.step_done, min(1.0, self.done()), config)
+        share = schedule(self.step_done, min(1.0, self.share_done()), config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
@@ -174,7 +174,7 @@ class Pretrainer(Loop):
 
     extends = ("micro_tokens",)
 
-    def where_memory_ended(self) -> str:
+    def out_of_memory_hint(self) -> str:
         return (
             f"after step {self.step_done}, with {self.micro_rows} windows of "
             f"{self.config.n_positions} tokens in a pass: lower --micro-tokens and run the same "
@@ -192,7 +192,7 @@ class Pretrainer(Loop):
         tokens = sum(len(w) - 1 for w in self.val_windows)
         loss = self.finite(float(torch.stack(sums).double().sum()) / tokens, "validation loss")
         self.model.train()
-        self.note_loss(loss)
+        self.log_dev_loss(loss)
 
     def end(self) -> None:
         self.model.eval()
@@ -225,11 +225,13 @@ class Pretrainer(Loop):
         return {"trained": self.model.state_dict(), "optimizer": optimizers}
 
     def restore(self, state: dict) -> None:
-        weights, saved = fitted_weights(self.model, state["trained"]), state["optimizer"]
+        weights, saved = checked_weights(self.model, state["trained"]), state["optimizer"]
         if not isinstance(saved, list) or len(saved) != len(self.optimizers):
             raise ValueError(f"optimizer must be a list of {len(self.optimizers)}")
         both = list(zip(self.optimizers, saved, strict=True))
-        checked = [fitted_optimizer(optimizer, one, state["step"]) for optimizer, one in both]
+        checked = [
+            checked_optimizer_state(optimizer, one, state["step"]) for optimizer, one in both
+        ]
         self.model.load_state_dict(weights)
         for optimizer, one in zip(self.optimizers, checked, strict=True):
             optimizer.load_state_dict(one)

@@ -26,8 +26,8 @@ class Ranks:
     count: int = 1
 
     @classmethod
-    def here(cls) -> "Ranks":
-        """The ranks of the process group that `joined` has opened; without one, a single rank."""
+    def current(cls) -> "Ranks":
+        """The ranks in the open `process_group`; without one, a single rank."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
@@ -48,15 +48,16 @@ class Ranks:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=device)))
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until all ranks have called this."""
         if self.count > 1:
             dist.barrier()
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
-    """Join the processes that torchrun has started; without torchrun, do nothing."""
+def process_group(device: str) -> Iterator[Ranks]:
+    """Within the block, the processes that torchrun has started form a process group; without
+    torchrun, this does nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
@@ -64,6 +65,6 @@ def joined(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
-        yield Ranks.here()
+        yield Ranks.current()
     finally:
         dist.destroy_process_group()

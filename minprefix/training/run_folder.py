@@ -25,12 +25,12 @@ import torch
 from minprefix.files import (
     FileNote,
     atomic_write,
+    checksum_matches,
     flush,
-    is_sealed,
     names_file,
-    note_unsealed,
     rename,
-    seal,
+    warn_no_checksum,
+    write_checksum,
     write_text,
 )
 from minprefix.models.tensor_files import unpickle
@@ -67,19 +67,19 @@ def write_state(folder: Path, state: dict) -> None:
             torch.save(state, file)
             file.seek(-2, os.SEEK_END)  # the length of the archive's comment, 0 so far
             file.write(LENGTH + MARK + 64 * b"0")
-        seal(temporary, temporary.stat().st_size - 64)
+        write_checksum(temporary, temporary.stat().st_size - 64)
         flush(temporary)
         if path.exists():
             rename(path, earlier_path(folder))
 
 
-def mend(folder: Path) -> None:
+def repair_state(folder: Path) -> None:
     """Replace a damaged state by the previous one. Otherwise the next save would keep the damaged
     one as `before.pt`."""
     path, earlier = state_path(folder), earlier_path(folder)
     if path.exists() and earlier.exists():
         try:
-            check_whole(path)
+            verify_state_checksum(path)
         except ValueError:
             rename(earlier, path)
 
@@ -95,7 +95,7 @@ def remove_state(folder: Path) -> None:
         state_path(folder).parent.rmdir()
 
 
-def lost_state(folder: Path, eval_every: int) -> bool:
+def has_lost_state(folder: Path, eval_every: int) -> bool:
     """Whether the run's saved state is gone, so that it would start again at step 0.
 
     Args:
@@ -122,12 +122,12 @@ def read_state(
     if not found:
         raise ValueError(f"{path}: no saved state in this run folder")
     try:
-        return read_one_state(found[0], device, keys)
+        return read_state_file(found[0], device, keys)
     except ValueError as error:
         if not found[1:]:
             raise
         try:
-            state = read_one_state(earlier, device, keys)
+            state = read_state_file(earlier, device, keys)
         except ValueError:
             raise error from None
         note = f"{error}; using the state that was saved before it, at step {state['step']}"
@@ -136,24 +136,24 @@ def read_state(
 
 
 @names_file
-def read_one_state(path: Path, device: torch.device | str, keys: Sequence[str]) -> dict:
+def read_state_file(path: Path, device: torch.device | str, keys: Sequence[str]) -> dict:
     """The contents of the file; ValueError if it is damaged."""
-    sealed = check_whole(path)
+    has_checksum = verify_state_checksum(path)
     state = unpickle(path, device)
     checked_state(path, state, keys)
-    if not sealed:
-        note_unsealed(path)
+    if not has_checksum:
+        warn_no_checksum(path)
     return state
 
 
-def check_whole(path: Path) -> bool:
+def verify_state_checksum(path: Path) -> bool:
     """Whether the state has a checksum; ValueError if it does not match the contents."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 64 - len(MARK) - 22))
         end = file.read()  # the last record of an archive has 22 bytes and the comment
     if end[-22:-18] == b"PK\5\6" and end[-2:] == b"\0\0":
         return False
-    if end[-64 - len(MARK) : -64] != MARK or not is_sealed(path, path.stat().st_size - 64):
+    if end[-64 - len(MARK) : -64] != MARK or not checksum_matches(path, path.stat().st_size - 64):
         raise ValueError(f"{path}: damaged, or not a training state")
     return True
 
@@ -200,7 +200,7 @@ def is_entry(entry: dict) -> bool:
     return type(entry.get("step")) is int and all(type(x) in (int, float) for x in numbers)
 
 
-def cut_log(folder: Path, step: int) -> None:
+def truncate_log(folder: Path, step: int) -> None:
     """Drop the entries of steps after `step`, which will run again."""
     kept = [entry for entry in read_log(folder) if entry["step"] <= step]
     lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept)

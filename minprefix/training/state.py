@@ -63,7 +63,7 @@ def float_of(value: Any) -> Any:
     return float(value) if type(value) is int else value
 
 
-def fitted(name: str, found: Any, like: Tensor) -> Tensor:
+def checked_copy(name: str, found: Any, like: Tensor) -> Tensor:
     """A copy of `found` with the shape, dtype, layout and device of `like`.
 
     ValueError if the shape or dtype differs, or if a value is not finite.
@@ -88,14 +88,14 @@ def check_keys(name: str, found: Any, wanted) -> None:
         raise ValueError(f"{name} {known} {key}")
 
 
-def fitted_weights(module: nn.Module, found: Any) -> dict[str, Tensor]:
+def checked_weights(module: nn.Module, found: Any) -> dict[str, Tensor]:
     """The weights for `module.load_state_dict`; ValueError if they do not fit the module."""
     ours = module.state_dict()
     check_keys("trained", found, ours)
-    return {name: fitted(name, found[name], like) for name, like in ours.items()}
+    return {name: checked_copy(name, found[name], like) for name, like in ours.items()}
 
 
-def fitted_optimizer(optimizer: torch.optim.Optimizer, found: Any, step: int) -> dict:
+def checked_optimizer_state(optimizer: torch.optim.Optimizer, found: Any, step: int) -> dict:
     """The argument of `optimizer.load_state_dict` after `step` steps; ValueError if it is wrong."""
     if not isinstance(found, dict) or "state" not in found:
         raise ValueError("optimizer lacks state")
@@ -108,7 +108,7 @@ def fitted_optimizer(optimizer: torch.optim.Optimizer, found: Any, step: int) ->
             like["step"] = torch.zeros((), device=weights[number].device)
         where = f"optimizer {number}"
         check_keys(where, theirs, like)
-        states[number] = {n: fitted(f"{where} {n}", theirs[n], x) for n, x in like.items()}
+        states[number] = {n: checked_copy(f"{where} {n}", theirs[n], x) for n, x in like.items()}
         if "step" in like and states[number]["step"] != step:
             raise ValueError(f"{where} has made {states[number]['step']:g} steps, the run {step}")
         if "exp_avg_sq" in like and states[number]["exp_avg_sq"].min() < 0:

@@ -28,7 +28,7 @@ from minprefix.data.batches import (
     digest,
     encode_examples,
     encode_prompt,
-    named,
+    origins,
     spread,
 )
 from minprefix.data.examples import Example
@@ -39,12 +39,17 @@ from minprefix.models.gpt2 import GPT2
 from minprefix.training.advice import nothing_learned
 from minprefix.training.blocks import unwrap_blocks, wrap_blocks
 from minprefix.training.config import TrainConfig, duration, settle, steps_so_far
-from minprefix.training.graphs import GraphedPasses, PlainPasses, dropped, leaves
+from minprefix.training.graphs import GraphedPasses, PlainPasses, drop_entries, leaves
 from minprefix.training.loop import UNBOUNDED, Loop
-from minprefix.training.memory import halving
+from minprefix.training.memory import retry_with_fewer_rows
 from minprefix.training.precision import cpu_has_bf16, in_bf16, uses_bf16
 from minprefix.training.ranks import Ranks
-from minprefix.training.state import check_keys, check_number, fitted_optimizer, fitted_weights
+from minprefix.training.state import (
+    check_keys,
+    check_number,
+    checked_optimizer_state,
+    checked_weights,
+)
 from minprefix.training.tuned import Trainable, tuned_from
 
 SHOWN = 300  # characters of a sample text that are shown
@@ -113,7 +118,7 @@ class Trainer(Loop):
         self.passes: PlainPasses | GraphedPasses | None = None  # made in the first step
         self.rows = self._encoded(train, config)
         self.dev_rows = spread(self._encoded(dev, config), config.eval_pairs)
-        shape, ranks = model.config, Ranks.here()
+        shape, ranks = model.config, Ranks.current()
         lr = tuned.default_lr(shape.family, shape.n_embd, len(self.rows))
         if config.time and ranks.count > 1:
             raise ValueError("time cannot be used with several processes, whose clocks differ")
@@ -124,7 +129,7 @@ class Trainer(Loop):
         )
         self.advice = f"try a smaller lr than {config.lr}"
         self.order = BatchOrder([row.length for row in self.rows], config.batch_size, config.seed)
-        self.per_step = config.accumulation * ranks.count  # batches per optimizer step
+        self.batches_per_step = config.accumulation * ranks.count
         self.pass_rows = {"step": config.batch_size, "evaluation": EVAL_ROWS}  # may be halved
         super().__init__(
             config, out, device, steps=config.steps or UNBOUNDED, log_every=config.log_every,
@@ -153,27 +158,27 @@ class Trainer(Loop):
         before, self.steps = self.steps, steps_so_far(self.config, self.measured)
         if self.bar is not None and self.steps > before:
             self.bar.total = self.steps
-            self.tell(
+            self.print_above_bar(
                 f"the dev loss still falls fast, so the run is made longer: to step {self.steps:,} "
                 f"instead of {before:,} (--most-steps {before} would have prevented this)"
             )
 
-    def done(self) -> float:
+    def share_done(self) -> float:
         limit = self.config.seconds
-        return self.seconds_so_far() / limit if limit else super().done()
+        return self.seconds_so_far() / limit if limit else super().share_done()
 
-    def place(self) -> str:
+    def progress_text(self) -> str:
         timed = f"step {self.step_done} ({duration(self.seconds_so_far())} of {self.config.time})"
-        return timed if self.config.time else super().place()
+        return timed if self.config.time else super().progress_text()
 
     def estimate(self, seconds: float) -> str:
         if not self.config.time:
             return super().estimate(seconds)
         return f"{1 / seconds:.3g} steps a second between evaluations, for {self.config.time}"
 
-    def shown(self, entry: dict) -> str:
+    def bar_text(self, entry: dict) -> str:
         left = max(0, (self.config.seconds or 0) - self.seconds_so_far())
-        return super().shown(entry) + (f", {duration(left)} left" if self.config.time else "")
+        return super().bar_text(entry) + (f", {duration(left)} left" if self.config.time else "")
 
     def losses(self, batch: Batch, prefix) -> torch.Tensor:
         """-log p of each target token of the batch, in nats: (number of target tokens,).
@@ -184,7 +189,7 @@ class Trainer(Loop):
         batch, cast = batch.to(self.device), self.bf16 and not self.tuned.frozen
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=cast):
             return self.model.token_losses(
-                batch.input_ids, batch.labels, batch.at, prefix=prefix, **batch.beside()
+                batch.input_ids, batch.labels, batch.at, prefix=prefix, **batch.model_kwargs()
             )
 
     def step(self) -> dict:
@@ -195,7 +200,7 @@ class Trainer(Loop):
         targets = sum(len(row.ids) - row.prompt_len for row in rows)
         divisor = targets if config.loss == "token" else len(rows)
         own = batches[self.ranks.rank :: self.ranks.count]
-        nats = self.in_memory("step", lambda: self._sums(own, divisor))
+        nats = self.with_auto_batch("step", lambda: self._sums(own, divisor))
         norm, lr = self._update()
         return {
             "nats": self.ranks.sum(nats),
@@ -213,7 +218,7 @@ class Trainer(Loop):
         torch.manual_seed(number * self.ranks.count + self.ranks.rank)
         acts: Any = None if self.prefix is None else self.prefix.activations()  # for all batches
         if config.prefix_dropout:
-            acts = dropped(acts, config.prefix_dropout, seed=number)  # the same on all ranks
+            acts = drop_entries(acts, config.prefix_dropout, seed=number)  # the same on all ranks
         if self.passes is None:
             self.passes = self._passes(acts)
         self.passes.begin(acts, 1 / divisor)
@@ -226,7 +231,7 @@ class Trainer(Loop):
             torch.autograd.backward(leaves(acts), grads)
         return nats
 
-    def in_memory(self, kind: str, work: Callable[[], T]) -> T:
+    def with_auto_batch(self, kind: str, work: Callable[[], T]) -> T:
         """Call `work`. With `auto_batch`, each time memory runs out it starts again with half the
         rows in a pass of this kind, which the state records; nothing else changes. Ranks may differ
         in it, because each sums over its own batches."""
@@ -236,11 +241,13 @@ class Trainer(Loop):
         def forget() -> None:
             self.passes = None
             self.optimizer.zero_grad(set_to_none=True)
-            self.tell(f"Out of memory: now {self.pass_rows[kind]} pairs in a pass ({kind}).")
+            self.print_above_bar(
+                f"Out of memory: now {self.pass_rows[kind]} pairs in a pass ({kind})."
+            )
 
-        return halving(work, self.pass_rows, kind, forget)
+        return retry_with_fewer_rows(work, self.pass_rows, kind, forget)
 
-    def where_memory_ended(self) -> str:
+    def out_of_memory_hint(self) -> str:
         rows, longest = self.pass_rows["step"], max(row.length for row in self.rows)
         P = f" and P = {self.prefix.prefix_len}" if self.prefix is not None else ""
         way = "" if self.config.auto_batch else "give --auto-batch, lower --batch-size, or "
@@ -251,11 +258,11 @@ class Trainer(Loop):
 
     def batches(self, step: int) -> list[list[int]]:
         """The rows of all batches of step 0, 1, ..., on all ranks."""
-        first = step * self.per_step
-        return [self.order.batch(number) for number in range(first, first + self.per_step)]
+        first = step * self.batches_per_step
+        return [self.order.batch(number) for number in range(first, first + self.batches_per_step)]
 
     def rows_of(self, step: int) -> str:
-        return named([self.rows[i] for batch in self.batches(step) for i in batch])
+        return origins([self.rows[i] for batch in self.batches(step) for i in batch])
 
     def _passes(self, acts: Any) -> PlainPasses | GraphedPasses:
         if not self.replayed:
@@ -288,12 +295,14 @@ class Trainer(Loop):
             return
         self.model.eval()
         with self.tuned.attached(self.model):
-            nats, tokens = self.ranks.sum(self.in_memory("evaluation", self._dev_sums)).tolist()
+            nats, tokens = self.ranks.sum(
+                self.with_auto_batch("evaluation", self._dev_sums)
+            ).tolist()
             loss = self.finite(nats / tokens, "dev loss")
             samples = self._samples() if self.ranks.first else []
         self.trained.train()
         shown = [f"  {name:<9}  {shortened(t)}" for sample in samples for name, t in sample.items()]
-        self.note_loss(loss, shown, samples=samples)
+        self.log_dev_loss(loss, shown, samples=samples)
 
     def _dev_sums(self) -> torch.Tensor:
         """Loss (nats) and number of target tokens in this rank's share of the dev rows: (2,)."""
@@ -359,8 +368,8 @@ class Trainer(Loop):
         return state | {"pass_rows": self.pass_rows}
 
     def restore(self, state: dict) -> None:
-        trained = fitted_weights(self.trained, state["trained"])
-        optimizer = fitted_optimizer(self.optimizer, state["optimizer"], state["step"])
+        trained = checked_weights(self.trained, state["trained"])
+        optimizer = checked_optimizer_state(self.optimizer, state["optimizer"], state["step"])
         pass_rows = state.get("pass_rows", self.pass_rows)  # older states have none
         check_keys("pass_rows", pass_rows, self.pass_rows)
         for kind, most in self.pass_rows.items():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import files_up_to, signalled, tiny_with_words
 
-from minprefix.cli.options import KEPT, kept_in
+from minprefix.cli.options import KEPT, kept_file
 from minprefix.methods.by_name import TUNED
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.run_folder import earlier_path, write_state
@@ -93,11 +93,11 @@ def test_unknown_devices_are_named(refused, tiny_folder, tables, tmp_path, comma
 def test_a_run_folder_gives_what_it_kept(tmp_path, option, kept):
     (tmp_path / KEPT[kept]).mkdir()  # a file or a folder
     if option == kept:
-        assert kept_in(option, tmp_path) == tmp_path / KEPT[kept]
+        assert kept_file(option, tmp_path) == tmp_path / KEPT[kept]
     else:
         message = f"--{option} {tmp_path}: the folder has no {KEPT[option]}, but {KEPT[kept]}: "
         with pytest.raises(ValueError, match=re.escape(message + f"give --{kept} {tmp_path}")):
-            kept_in(option, tmp_path)
+            kept_file(option, tmp_path)
 
 
 def test_what_a_run_folder_keeps_is_what_the_methods_name():
@@ -111,8 +111,8 @@ def test_a_folder_without_anything_trained_is_named(refused, tiny_folder, tmp_pa
     assert f"{tmp_path / 'config.json'}: missing" in refused("info", "--model", tmp_path)
     (tmp_path / "adapter_config.json").touch()
     assert f"convert {tmp_path} --to minprefix" in refused("evaluate", "--prefix", tmp_path)
-    assert kept_in("model", str(tiny_folder)) == str(tiny_folder)
-    assert kept_in("model", "gpt2") == "gpt2"
+    assert kept_file("model", str(tiny_folder)) == str(tiny_folder)
+    assert kept_file("model", "gpt2") == "gpt2"
 
 
 def test_a_prefix_for_another_model_names_the_model_of_its_run(refused, tiny_folder, run):

@@ -165,7 +165,7 @@ BROKEN = {
         (b'{"source": "a", "target": {}}', "target must be a string, got {}"),
         (
             b'{"source": "", "target": "b"}',
-            "the file has no examples; left out: rows without an input: 1 ",
+            "the file has no examples; skipped: rows without an input: 1 ",
         ),
         (b'{"document": [], "summary": "b"}', r"document must be a string, got \[\]"),
         (b'{"document": "a", "summary": " "}', "1 inputs without a text"),
@@ -188,7 +188,7 @@ BROKEN = {
         (b"mr,ref\nname[a,b\n", r"a.csv:2: expected field\[value\], .* got 'name\[a'"),
         (
             b"mr,ref\nname[ ],b\n",
-            "the file has no examples; left out: empty cells: 1 .*; rows without an inp",
+            "the file has no examples; skipped: empty cells: 1 .*; rows without an inp",
         ),
         (b"mr,ref\nname[a] tail,b\n", "a.csv:2: expected field"),
         (b"mr,ref\nplace[a],b\n", "a.csv:2: the unknown field 'place'"),
@@ -202,7 +202,7 @@ BROKEN = {
         (b"a\nb", "a.txt: 2 inputs without a text"),
         (
             b"||b",
-            "the file has no examples; left out: rows without an input: 1 .the first: .*a.txt:1",
+            "the file has no examples; skipped: rows without an input: 1 .the first: .*a.txt:1",
         ),
     ],
     "a.xml": [
@@ -213,7 +213,7 @@ BROKEN = {
         (b"<a/>", "the file has no examples"),
         (
             b'<a><entry eid="Id9"><lex>t</lex></entry></a>',
-            "left out: rows without an input: 1 .*a.xml:Id9",
+            "skipped: rows without an input: 1 .*a.xml:Id9",
         ),
         (b"<a><entry><mtriple>a | b | c</mtriple></entry></a>", "a.xml: 1 inputs without"),
         (b"<a><entry><mtriple>a | b</mtriple></entry></a>", r"subject \| relation \| object"),

@@ -140,7 +140,7 @@ def test_enriched_webnlg_and_webnlg_as_json(tmp_path, name, caplog):
     (entry,) = load_examples(path, "train")
     assert (entry.source, entry.group) == ("A : b : C | C : d : E", "Airport")
     assert (entry.targets, entry.language) == (("A has C.", "E it."), "en")
-    assert caplog.text.count(f"{path}: left out: empty texts: 1 (the first: {path}:") == 1
+    assert caplog.text.count(f"{path}: skipped: empty texts: 1 (the first: {path}:") == 1
     (exact,) = load_examples(path, "train", linearisation="original-code")
     assert (exact.source, exact.targets) == (" | A : b : C | C : d : E", ("A has C. ",))
     assert suite_of([entry]) == "webnlg"
@@ -237,7 +237,7 @@ def test_numbers_nulls_lists_and_empty_cells_of_tables(tmp_path, caplog):
     (row,) = load_examples(path)
     assert (row.table, row.targets) == (expected, ("X.",))
     told = f"empty texts: 2 (the first: {path}:1); empty cells: 4 (the first: {path}:1)"
-    assert [r.getMessage() for r in caplog.records] == [f"{path}: left out: {told}"]
+    assert [r.getMessage() for r in caplog.records] == [f"{path}: skipped: {told}"]
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet")
     parsed = [
@@ -318,7 +318,7 @@ def test_inputs_alone_beside_rows_with_texts_are_counted(tmp_path, caplog):
     path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
     assert [e.source for e in load_examples(path)] == ["a"]
     told = f"empty texts: 1 (the first: {path}:3); inputs without a text: 2 (the first: {path}:2)"
-    assert f"{path}: left out: {told}" in caplog.text
+    assert f"{path}: skipped: {told}" in caplog.text
     assert [e.source for e in load_examples(path, references=False)] == ["a", "c", "d"]
 
 

@@ -52,7 +52,7 @@ def test_dart_sets_without_a_text_are_counted_in_a_warning(tmp_path, caplog):
     path = write(tmp_path, "dart.json", json.dumps(without))
     assert [example.where for example in load_examples(path)] == [f"{path}:row 3"]
     told = f"empty texts: 1 (the first: {path}:row 2); inputs without a text: 2 "
-    assert f"{path}: left out: {told}(the first: {path}:row 1)" in caplog.text
+    assert f"{path}: skipped: {told}(the first: {path}:row 1)" in caplog.text
 
 
 @needs_shared

@@ -15,7 +15,7 @@ from minprefix.data.articles import convert_xsum
 from minprefix.data.load import load_examples
 from minprefix.files import brief, names_file, read_json, read_lines, reading
 from minprefix.training.corpus import load_corpus
-from minprefix.transfer import watched
+from minprefix.transfer import download_within_limits
 
 needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 ROW = b'{"source": "a boat", "target": "It is a boat."}\n'
@@ -157,7 +157,7 @@ def test_a_download_without_an_end_is_given_up(monkeypatch):
             file.write(b"x" * 10)
 
     with pytest.raises(ValueError, match=r"a.bin: more than 100 bytes from a server"):
-        watched(endless, target := io.BytesIO(), "a.bin")
+        download_within_limits(endless, target := io.BytesIO(), "a.bin")
     assert target.tell() == 100
 
 
@@ -175,7 +175,7 @@ def test_a_download_that_drips_is_given_up(monkeypatch):
         late.append("done")
 
     with pytest.raises(OSError, match=r"a.bin: less than 65536 bytes in 1 s"):
-        watched(dripping, target := io.BytesIO(), "a.bin")
+        download_within_limits(dripping, target := io.BytesIO(), "a.bin")
     go_on.set()
     while "done" not in late:
         pass
@@ -188,6 +188,6 @@ def test_a_download_s_own_errors_come_through():
         raise ConnectionError("reset")
 
     with pytest.raises(ConnectionError, match="reset"):
-        watched(fails, io.BytesIO(), "a.bin")
-    watched(lambda file: file.write(b"x"), target := io.BytesIO(), "a.bin")
+        download_within_limits(fails, io.BytesIO(), "a.bin")
+    download_within_limits(lambda file: file.write(b"x"), target := io.BytesIO(), "a.bin")
     assert target.getvalue() == b"x"

@@ -132,7 +132,7 @@ class Fuzz:
             if type(error) is KeyboardInterrupt:
                 raise
             return "traceback", "".join(traceback.format_exception(error)[-3:])
-        return ("silent" if valid.sealed and not same else "read"), ""
+        return ("silent" if valid.has_checksum and not same else "read"), ""
 
     def type(self, words: list[str]) -> tuple[str, str, str]:
         """Kind, outcome and message of a command line."""

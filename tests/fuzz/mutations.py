@@ -146,7 +146,7 @@ def other_tensors(path: Path, rng: random.Random) -> None:
             tensors.pop(rng.choice([*tensors, "x"]), None)
         else:
             tensors[rng.choice([*tensors, "x"])] = other_tensor(rng)
-    save_tensors(path, tensors, metadata, sealed=True)
+    save_tensors(path, tensors, metadata, checksum=True)
 
 
 def other_tensor(rng: random.Random) -> torch.Tensor:

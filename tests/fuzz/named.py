@@ -75,7 +75,7 @@ def huge_values(path: Path) -> None:
     """A prefix with a correct checksum, full of 3e38."""
     tensors, metadata = load_tensors(path)
     save_tensors(path, {n: torch.full_like(x, 3e38) for n, x in tensors.items()}, metadata,
-                 sealed=True)  # fmt: skip
+                 checksum=True)  # fmt: skip
 
 
 def state(**changes) -> Callable[[Path], None]:

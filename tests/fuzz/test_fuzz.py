@@ -61,6 +61,6 @@ def too_large() -> None:
 def test_each_kind_of_failure_is_found(fuzz, monkeypatch, read, outcome):
     monkeypatch.setattr(fuzzing, "MOST_SECONDS", 3 if outcome == "hang" else 30)
     monkeypatch.setattr(fuzzing, "MOST_MEMORY", 2**28)
-    valid = Valid(fuzz.valid["prefix"].path, read, sealed=True)
+    valid = Valid(fuzz.valid["prefix"].path, read, has_checksum=True)
     monkeypatch.setattr(fuzz, "valid", fuzz.valid | {"prefix": valid})
     assert Child(fuzz).run(len(fuzz.named))[1] == outcome

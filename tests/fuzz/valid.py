@@ -39,7 +39,7 @@ from minprefix.prefix.foreign import read_adapters, read_authors, rows_of_table
 from minprefix.prefix.peft import read_peft, write_peft
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.corpus import load_corpus
-from minprefix.training.run_folder import cut_log, earlier_path, read_log, state_path
+from minprefix.training.run_folder import earlier_path, read_log, state_path, truncate_log
 from tests.fuzz.mutations import other_state, other_tensors
 
 WORDS = "the boat is green and the small harbour has nineteen boats, Eagle 7 éü among them"
@@ -51,13 +51,13 @@ class Valid:
     """A file (or its folder), and a function that reads it.
 
     Attributes:
-        sealed: whether it has a checksum, so that no change may go undetected.
+        has_checksum: whether it has a checksum, so that no change may go undetected.
         change: damage to use instead of `mutations.mutated`; it updates the checksum.
     """
 
     path: Path
     read: Callable[[], Any]
-    sealed: bool = False
+    has_checksum: bool = False
     change: Callable[[Path, random.Random], None] | None = None
 
 
@@ -201,7 +201,7 @@ def resumed(run: Path) -> None:
 
 
 def read_run_log(run: Path) -> None:
-    cut_log(run, 1)
+    truncate_log(run, 1)
     read_log(run)
     rows_of({run: read_run(run)})
 
@@ -231,11 +231,13 @@ def make(folder: Path) -> dict[str, Valid]:
     for kind, place in kept.items():
         reader: Any = Adapter if kind == "adapter" else Prefix
         path = place / f"{kind.split()[-1]}.safetensors"
-        found[kind] = Valid(path, partial(reader.load, path), sealed=True)
+        found[kind] = Valid(path, partial(reader.load, path), has_checksum=True)
     found |= {
-        "state": Valid(state_path(run), partial(resumed, run), sealed=True),
-        "weights": Valid(folder / "gpt2" / "model.safetensors", load("gpt2"), sealed=True),
-        "bart weights": Valid(folder / "bart" / "model.safetensors", load("bart"), sealed=True),
+        "state": Valid(state_path(run), partial(resumed, run), has_checksum=True),
+        "weights": Valid(folder / "gpt2" / "model.safetensors", load("gpt2"), has_checksum=True),
+        "bart weights": Valid(
+            folder / "bart" / "model.safetensors", load("bart"), has_checksum=True
+        ),
         "pickle": Valid(folder / "gpt2-bin" / "pytorch_model.bin", load("gpt2-bin")),
         "log": Valid(run / "log.jsonl", partial(read_run_log, run)),
         "settings": Valid(run / "config.json", partial(resumed, run)),

@@ -15,10 +15,10 @@ if triton.knobs.runtime.interpret:
 from kernels.assembler import compile_kernel  # noqa: E402
 from kernels.launch import SHARED_MEMORY, TILES, Launch, recorded  # noqa: E402
 from kernels.tools.cases import (  # noqa: E402
-    BESIDE,
     CALLS,
     DIMENSIONS,
     GPU_TARGETS,
+    OTHERS,
     Case,
     call,
     calls,
@@ -31,10 +31,10 @@ from kernels.tools.compile_offline import (  # noqa: E402
     Compiled,
     Job,
     Result,
-    at_a_glance,
     compile_launch,
     jobs_of,
     problem,
+    quick_key,
     row,
     run_job,
     run_jobs,
@@ -85,7 +85,7 @@ def test_calls_are_each_length_with_each_prefix():
     cases = list(calls())
     assert len(cases) == len(set(cases))
     assert {case.op for case in cases} == set(DIMENSIONS["op"])
-    cases = [case for case in cases if case.op not in BESIDE]
+    cases = [case for case in cases if case.op not in OTHERS]
     plain = {"prefix_index": False, "kv_lens": False, "q_offset": False, "prefix_dtype": "same"}
     for changes in ({}, *({name: True} for name in list(plain)[:3]), {"prefix_dtype": "fp32"}):
         want = plain | changes
@@ -103,11 +103,11 @@ def test_calls_are_each_length_with_each_prefix():
 
 
 def test_launches_that_look_alike_are_one_kernel():
-    """`at_a_glance` may tell apart what Triton takes for one, never the other way round."""
+    """`quick_key` may tell apart what Triton takes for one, never the other way round."""
     keys: dict[tuple, set[str]] = {}
     for case in list(calls(head_dim=(80,), n_head=(12,)))[::7]:
         for launch in launches_of(case):
-            seen = at_a_glance(launch, case.target)
+            seen = quick_key(launch, case.target)
             keys.setdefault(seen, set()).add(specialise(launch, case.target)[2])
     assert len(keys) > 20 and all(len(names) == 1 for names in keys.values())
 

@@ -9,7 +9,7 @@ from conftest import tiny_with_words
 
 from minprefix.generation.texts import generate
 from minprefix.methods.adapters import Adapter, bottleneck_for, count
-from minprefix.methods.by_name import TUNED, unread
+from minprefix.methods.by_name import TUNED, ignored_fields
 from minprefix.methods.config import BaselineConfig
 from minprefix.models.tokenizer import Tokenizer
 from minprefix.models.weights import ASSETS, fingerprint, load, save_model
@@ -164,7 +164,7 @@ def test_each_method_reads_its_fields():
 def test_fields_that_a_method_does_not_read_are_named():
     def found(method: str, prefix: dict, baseline: dict) -> list[str]:
         configs = TrainConfig(method=method), PrefixConfig(**prefix), BaselineConfig(**baseline)
-        return [f"{name} {why}" for name, why in unread(*configs)]
+        return [f"{name} {why}" for name, why in ignored_fields(*configs)]
 
     assert found("prefix", {"gate": True}, {}) == found("ft-top", {}, {"top_layers": 1}) == []
     assert found("adapter", {"gate": True}, {"top_layers": 1}) == [

@@ -9,7 +9,7 @@ from conftest import SHARED
 
 from minprefix.cli.score import _lines, read_references
 from minprefix.metrics.e2e import NIST_BETA, _lcs, cider, nist, rouge_l_max
-from minprefix.metrics.meteor import why_not
+from minprefix.metrics.meteor import why_unavailable
 from minprefix.metrics.official import official_scores
 
 CHECK = SHARED / "data" / "e2e-metrics-check"
@@ -36,8 +36,11 @@ def scores_of(expected: dict) -> dict[str, float]:
 @pytest.mark.parametrize("name", SETS)
 def test_all_five_columns_equal_the_official_ones(official, name, monkeypatch):
     expected = official[name]
-    if why_not() is None and name not in ("example", "edge"):  # the others' METEOR is slow: below
-        monkeypatch.setattr("minprefix.metrics.official.why_not", lambda: "not here")
+    if why_unavailable() is None and name not in (
+        "example",
+        "edge",
+    ):  # the others' METEOR is slow: below
+        monkeypatch.setattr("minprefix.metrics.official.why_unavailable", lambda: "not here")
     scores = scores_of(expected)
     for column, (names, factor) in COLUMNS.items():
         figure = next(expected[key] for key in names if key in expected)
@@ -50,8 +53,8 @@ def test_all_five_columns_equal_the_official_ones(official, name, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["copy", "dev-loo", "tgen-test"])
 def test_meteor_equals_the_official_one(official, name):
-    if why_not():
-        pytest.skip(why_not())
+    if why_unavailable():
+        pytest.skip(why_unavailable())
     # 8 digits are known; 1e-6 is the required bound.
     assert scores_of(official[name])["MET"] / 100 == pytest.approx(
         official[name]["METEOR"], abs=1e-6

@@ -10,7 +10,7 @@ from minprefix.data.examples import Example
 from minprefix.data.load import load_examples
 from minprefix.methods.evaluate import measure
 from minprefix.metrics import official as official_metrics
-from minprefix.metrics.meteor import meteor, why_not
+from minprefix.metrics.meteor import meteor, why_unavailable
 from minprefix.metrics.official import (
     SUITES,
     _lower,
@@ -34,7 +34,7 @@ def no_java(monkeypatch):
 @pytest.fixture
 def quiet(monkeypatch):
     """No METEOR: the fast part of a suite."""
-    monkeypatch.setattr(official_metrics, "why_not", lambda: "left out")
+    monkeypatch.setattr(official_metrics, "why_unavailable", lambda: "left out")
 
 
 def test_without_java_there_is_one_clear_note_and_all_else(no_java, capsys):
@@ -51,7 +51,7 @@ def test_without_java_there_is_one_clear_note_and_all_else(no_java, capsys):
 
 def test_a_missing_jar_and_a_broken_one_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("MINPREFIX_METEOR", str(tmp_path / "no.jar"))
-    assert "its jar: " in why_not() and "no.jar is not a file" in why_not()
+    assert "its jar: " in why_unavailable() and "no.jar is not a file" in why_unavailable()
     program = tmp_path / "java"  # stands for a Java that fails
     program.write_text("#!/bin/sh\necho 'Invalid or corrupt jarfile' >&2\nexit 1\n")
     program.chmod(0o755)
@@ -63,8 +63,8 @@ def test_a_missing_jar_and_a_broken_one_are_named(monkeypatch, tmp_path):
 
 
 def test_meteor_of_equal_and_of_strange_texts():
-    if why_not():
-        pytest.skip(why_not())
+    if why_unavailable():
+        pytest.skip(why_unavailable())
     assert meteor(["a cat sat", "é"], [["no", "a cat sat"], ["é"]]) == 1
     assert meteor(["", "||| x"], [["a"], ["b"]]) == 0
     # A stem and a synonym count less than the word itself, but both count.
@@ -139,7 +139,7 @@ def test_webnlg_equals_the_published_figures_of_two_systems(shared, team):
     assert set(scores) >= {"BLEU S", "BLEU A", "TER S", "TER A"}  # all 21 are of seen categories
     assert scores["BLEU A"] == pytest.approx(expected["BLEU"], abs=0.005)  # two digits are printed
     assert scores["TER A"] == pytest.approx(expected["TER"], rel=1e-15)
-    if why_not() is None:
+    if why_unavailable() is None:
         assert scores["MET A"] == pytest.approx(expected["METEOR"], rel=1e-12)
 
 

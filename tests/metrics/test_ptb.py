@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from minprefix.metrics.meteor import _jar, why_not
+from minprefix.metrics.meteor import _jar, why_unavailable
 from minprefix.metrics.ptb import _DROPPED, ptb_lines
 
 # Each right side is what Stanford's PTBTokenizer 3.4.1 printed, less the signs that are dropped.
@@ -71,8 +71,8 @@ def java_lines(jar: Path, texts: list[str]) -> list[str]:
 
 def test_the_same_tokens_as_java(shared):
     """References of E2E and WebNLG, from both: seen once over all 74,991 distinct ones, equal."""
-    if why_not():
-        pytest.skip(why_not())
+    if why_unavailable():
+        pytest.skip(why_unavailable())
     jar = _jar().parents[1] / "tokenizer" / "stanford-corenlp-3.4.1.jar"
     if not jar.is_file():
         pytest.skip("pycocoevalcap's tokeniser is not here")

@@ -9,7 +9,7 @@ from conftest import tiny_with_words
 
 from minprefix.models.tensor_files import read_pickle
 from minprefix.models.weights import load, read_config, save_model
-from minprefix.tensors import check_seal
+from minprefix.tensors import verify_checksum
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_tensor_has_the_size_of_what_the_file_holds_of_it(tmp_path):
 def test_weights_that_were_saved_here_have_a_checksum(tmp_path, tokenizer):
     save_model(tiny_with_words(), tokenizer, tmp_path)
     path = tmp_path / "model.safetensors"
-    assert check_seal(path)
+    assert verify_checksum(path)
     load(tmp_path)
     data = bytearray(path.read_bytes())
     data[-100] ^= 1

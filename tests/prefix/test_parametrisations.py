@@ -77,7 +77,7 @@ def test_the_model_is_borrowed():
     assert [name for name, _ in prefix.named_parameters()] == ["virtual.virtual_embd"]
     assert list(prefix.modules()) == [prefix, prefix.virtual]
     other, table = copy.deepcopy(prefix), prefix.table()
-    assert other.virtual.borrowed.model is model and torch.equal(other.table(), table)
+    assert other.virtual.model_reference.model is model and torch.equal(other.table(), table)
     other.bind(tiny_gpt2(seed=1))
     assert not torch.equal(other.table(), table) and torch.equal(prefix.table(), table)
     with pytest.raises(ValueError, match=r"bind\(model\) first"):

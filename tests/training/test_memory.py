@@ -17,7 +17,7 @@ from minprefix.training.memory import (
     ONEDNN_PROGRAMS,
     OutOfMemory,
     is_out_of_memory,
-    keep_freed,
+    keep_freed_memory,
 )
 from minprefix.training.pretrain import Pretrainer
 from minprefix.training.trainer import Trainer
@@ -186,7 +186,7 @@ def test_memory_of_a_freed_tensor_is_taken_again():
         torch.ones(2**24)  # 64 MiB, 16,384 pages
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    keep_freed()
+    keep_freed_memory()
     faults()
     assert min(faults() for _ in range(3)) < 1000
 
@@ -197,5 +197,5 @@ def test_programs_of_onednn_are_few(given, monkeypatch):
     monkeypatch.delenv(name, raising=False)
     if given:
         monkeypatch.setenv(name, given)
-    keep_freed()
+    keep_freed_memory()
     assert os.environ.pop(name) == (given or str(ONEDNN_PROGRAMS))

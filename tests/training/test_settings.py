@@ -141,7 +141,7 @@ def test_a_finished_run_is_extended(tokenizer, tmp_path):
     longer.load_state()
     assert not longer.finished() and longer.counted_from == 6
     assert longer.lr_at(6) == pytest.approx(longer.config.lr * 4 / 10)
-    assert not longer.gives_up()
+    assert not longer.out_of_patience()
     longer.run(progress=False)
     assert [step for step, _ in longer.measured] == [0, 3, 6, 9, 10]
     assert longer.measured[:3] == first.measured

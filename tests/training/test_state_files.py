@@ -14,13 +14,13 @@ from test_training import log_of
 
 from minprefix.files import FileNote
 from minprefix.training.run_folder import (
-    cut_log,
     earlier_path,
     has_state,
     read_log,
-    read_one_state,
     read_state,
+    read_state_file,
     state_path,
+    truncate_log,
     write_state,
 )
 from minprefix.training.trainer import Trainer
@@ -177,13 +177,13 @@ def test_every_flipped_byte_of_a_state_is_seen(run, tmp_path):
     for seed, place in enumerate(ends):
         flipped(path, seed, place)
         with pytest.raises(ValueError, match=r"state\.pt: damaged"):
-            read_one_state(path, "cpu", ())
+            read_state_file(path, "cpu", ())
         path.write_bytes(whole)
     path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r"state\.pt: damaged"):
-        read_one_state(path, "cpu", ())
+        read_state_file(path, "cpu", ())
     path.write_bytes(whole)
-    assert read_one_state(path, "cpu", ())["step"] == 2
+    assert read_state_file(path, "cpu", ())["step"] == 2
 
 
 def test_the_state_before_stands_in_for_a_damaged_one(tokenizer, tmp_path):
@@ -201,13 +201,13 @@ def test_the_state_before_stands_in_for_a_damaged_one(tokenizer, tmp_path):
 
     def save_and_look():
         # a kill now must find a whole state, whatever is renamed in which order
-        sound.append(read_one_state(earlier_path(broken), "cpu", ())["step"] if sound else None)
+        sound.append(read_state_file(earlier_path(broken), "cpu", ())["step"] if sound else None)
         save()
 
     again.save_state = save_and_look
     again.run(progress=False)
     assert log_of(broken) == log_of(whole)
-    assert read_one_state(earlier_path(broken), "cpu", ())["step"] == 3
+    assert read_state_file(earlier_path(broken), "cpu", ())["step"] == 3
     for path in (state_path(broken), earlier_path(broken)):
         flipped(path, 1)
     with pytest.raises(ValueError, match=r"state\.pt: damaged"):
@@ -308,5 +308,5 @@ def test_a_log_with_odd_lines_does_not_stop_a_run(run):
     odd = [b"7", b"[]", b'{"loss": 1}', b'{"step": "x"}', b'{"step": 1, "loss": []}', b"\xff", b"["]
     path.write_bytes(b"\n".join([*odd[:3], path.read_bytes(), *odd, b'{"a": "\xe2']))
     assert read_log(run.out) == whole
-    cut_log(run.out, 4)
+    truncate_log(run.out, 4)
     assert read_log(run.out) == [entry for entry in whole if entry["step"] <= 4]

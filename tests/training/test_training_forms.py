@@ -10,7 +10,7 @@ from test_training import log_of
 from minprefix.generation.texts import generate
 from minprefix.models.weights import load
 from minprefix.prefix.prefix import Prefix
-from minprefix.training.graphs import dropped
+from minprefix.training.graphs import drop_entries
 from minprefix.training.run_folder import read_state, write_state
 
 MLP = {"mid_dim": 8}
@@ -131,7 +131,7 @@ def test_a_step_in_bf16_follows_fp32(tokenizer, tmp_path, form):
     assert nats[1] == pytest.approx(nats[0], rel=2**-8) and nats[1] != nats[0]  # 8 bits
     assert {p.dtype for p in runs[1].prefix.parameters()} == {torch.float32}
     if runs[1].prefix.virtual is not None:
-        assert runs[1].prefix.virtual.borrowed.model is runs[1].model
+        assert runs[1].prefix.virtual.model_reference.model is runs[1].model
         assert runs[1].model.wte.weight.dtype == torch.bfloat16
 
 
@@ -141,14 +141,14 @@ def test_a_step_in_bf16_follows_fp32(tokenizer, tmp_path, form):
 def test_dropped_entries():
     """Zeros at the given rate, the rest enlarged so that the mean stays; (seed) decides."""
     acts = Prefix.random(small_model().config, 100, 0).activations()
-    assert torch.equal(dropped(acts, 0.0, seed=3).table, acts.table)
-    table = dropped(acts, 0.25, seed=3).table
+    assert torch.equal(drop_entries(acts, 0.0, seed=3).table, acts.table)
+    table = drop_entries(acts, 0.25, seed=3).table
     kept = table != 0
     # 6,400 entries: standard error 0.0054
     assert abs(kept.float().mean() - 0.75) < 0.02
     assert_close(table[kept], acts.table[kept] / 0.75, 1e-6)
-    assert torch.equal(dropped(acts, 0.25, seed=3).table, table)
-    assert not torch.equal(dropped(acts, 0.25, seed=4).table, table)
+    assert torch.equal(drop_entries(acts, 0.25, seed=3).table, table)
+    assert not torch.equal(drop_entries(acts, 0.25, seed=4).table, table)
 
 
 def test_prefix_dropout_acts_in_training_only(tokenizer, tmp_path):

@@ -92,11 +92,13 @@ def starting_prompts(
     def draw(n: int) -> Prompt:  # every fourth is random
         row = rows[int(rng.integers(len(rows)))].ids
         at = rng.integers(max(1, len(row) - n + 1))
-        return rng.choice(usable, n).tolist() if rng.random() < 0.25 else fit(row[at:], n, 0)
+        return (
+            rng.choice(usable, n).tolist() if rng.random() < 0.25 else cut_or_repeat(row[at:], n, 0)
+        )
 
     def part(text: str, n: int, end: int) -> Prompt:
         ids = tokenizer.encode(text)
-        return fit(ids, n, end) if ids else draw(n)
+        return cut_or_repeat(ids, n, end) if ids else draw(n)
 
     texts = (*texts, *INSTRUCTIONS, *TEMPLATES)
     found: dict[tuple[int, ...], None] = {}
@@ -115,7 +117,7 @@ def starting_prompts(
     return [list(prompt) for prompt in found]
 
 
-def fit(ids: Prompt, n: int, end: int) -> Prompt:
+def cut_or_repeat(ids: Prompt, n: int, end: int) -> Prompt:
     """n tokens: ids cut or repeated, so that they begin at place 0 or (end = n) end at place n."""
     return [ids[(i - end) % len(ids)] for i in range(n)]
 
@@ -151,7 +153,7 @@ def neighbours(
     return [list(prompt) for prompt in found][1:]
 
 
-def replaced(prompt: Prompt, present: Prompt) -> list[int]:
+def changed_places(prompt: Prompt, present: Prompt) -> list[int]:
     """The places at which they differ."""
     return [i for i, token in enumerate(prompt) if token != present[i]]
 

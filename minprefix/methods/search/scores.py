@@ -14,10 +14,10 @@ and to first order the loss changes by (d loss / d o_p)[v] - (d loss / d o_p)[z_
 replaced by v. HotFlip [2], AutoPrompt [3] and greedy coordinate gradient [4] choose candidates by
 this number (`one_hot_gradient`).
 
-The last A of the P tokens may instead replace the bos after the source (`opened`), which is the
-form of a written instruction: prompt_1 ... prompt_{P-A}, source, prompt_{P-A+1} ... prompt_P,
-target, eos. A = 0 is the frame of prefix-tuning; A = 1 includes it, as the case in which the token
-is a bos. Shapes use the letters of `models/gpt2.py`, and A.
+The last A of the P tokens may instead replace the bos after the source (`with_free_positions`).
+This is the form of a written instruction: prompt_1 ... prompt_{P-A}, source, prompt_{P-A+1} ...
+prompt_P, target, eos. A = 0 is the frame of prefix-tuning; A = 1 includes it, as the case in which
+the token is a bos. Shapes use the letters of `models/gpt2.py`, and A.
 
 [1] https://arxiv.org/abs/2101.00190   [2] https://arxiv.org/abs/1712.06751
 [3] https://arxiv.org/abs/2010.15980   [4] https://arxiv.org/abs/2307.15043
@@ -50,7 +50,7 @@ def prompt_tables(model: GPT2, x: Tensor) -> Tensor:
     return torch.stack(list(recorder.kv.values()))
 
 
-def bank(table: Tensor, rows: int) -> PrefixActivations:
+def prompt_bank(table: Tensor, rows: int) -> PrefixActivations:
     """N prompts (L, 2, N, H, P, D), each before `rows` rows of its own; those of prompt 0 first."""
     N, P = table.shape[2], table.shape[4]
     index = torch.arange(N, device=table.device).repeat_interleave(rows)  # (N rows,)
@@ -58,7 +58,7 @@ def bank(table: Tensor, rows: int) -> PrefixActivations:
     return PrefixActivations(table, torch.full_like(index, P), P, index=index, lens=lens)
 
 
-def repeated(batch: Batch, N: int) -> Batch:
+def repeat_batch(batch: Batch, N: int) -> Batch:
     """N copies of the batch's rows, one copy after the other."""
     start = torch.arange(N, device=batch.at.device)[:, None] * batch.labels.numel()  # (N, 1)
     return Batch(
@@ -70,7 +70,7 @@ def repeated(batch: Batch, N: int) -> Batch:
     )
 
 
-def passes(rows: Sequence[Encoded], most: int) -> list[list[Encoded]]:
+def split_by_tokens(rows: Sequence[Encoded], most: int) -> list[list[Encoded]]:
     """The rows sorted by length and divided into passes of about `most` tokens (at least 1 row)."""
     runs: list[list[Encoded]] = []
     for row in sorted(rows, key=lambda row: len(row.ids)):
@@ -80,7 +80,7 @@ def passes(rows: Sequence[Encoded], most: int) -> list[list[Encoded]]:
     return runs
 
 
-def opened(rows: Sequence[Encoded], A: int) -> list[Encoded]:
+def with_free_positions(rows: Sequence[Encoded], A: int) -> list[Encoded]:
     """The rows with A free places instead of the bos before the target; unchanged if A = 0."""
     if A == 0:
         return list(rows)
@@ -94,8 +94,8 @@ def opened(rows: Sequence[Encoded], A: int) -> list[Encoded]:
     ]
 
 
-def free_places(rows: Sequence[Encoded], A: int, device: torch.device) -> Tensor:
-    """The A free places in opened rows: (B, A)."""
+def free_positions(rows: Sequence[Encoded], A: int, device: torch.device) -> Tensor:
+    """The A free places in the rows of `with_free_positions`: (B, A)."""
     ends = torch.tensor([row.prompt_len for row in rows], device=device)
     return ends[:, None] + torch.arange(-A, 0, device=device)
 
@@ -113,17 +113,17 @@ def prompt_nats(
     """
     (N, P), device = prompts.shape, prompts.device
     nats = torch.zeros(N, dtype=torch.float64, device=device)
-    for run in passes(opened(rows, A), PASS_TOKENS):
+    for run in split_by_tokens(with_free_positions(rows, A), PASS_TOKENS):
         batch = collate(run, pad_id).to(device)
         at_once = max(1, PASS_TOKENS // batch.input_ids.numel())  # prompts
         for first in range(0, N, at_once):
             some = prompts[first : first + at_once]
-            n, copies, acts = len(some), repeated(batch, len(some)), None
+            n, copies, acts = len(some), repeat_batch(batch, len(some)), None
             if P > A:
-                acts = bank(prompt_tables(model, model.wte(some[:, : P - A])), len(run))
+                acts = prompt_bank(prompt_tables(model, model.wte(some[:, : P - A])), len(run))
             if A:
                 inner = some[:, None, P - A :].expand(-1, len(run), -1).reshape(-1, A)
-                copies.input_ids.scatter_(1, free_places(run, A, device).repeat(n, 1), inner)
+                copies.input_ids.scatter_(1, free_positions(run, A, device).repeat(n, 1), inner)
             losses = model.token_losses(copies.input_ids, copies.labels, copies.at, prefix=acts)
             nats[first : first + at_once] += losses.view(n, -1).double().sum(1)
     return nats
@@ -135,7 +135,7 @@ def target_tokens(rows: Sequence[Encoded]) -> int:
 
 
 @contextmanager
-def embedded(model: GPT2, places: Tensor, x: Tensor) -> Iterator[None]:
+def embeddings_at(model: GPT2, places: Tensor, x: Tensor) -> Iterator[None]:
     """Within the block the model reads the embeddings x (A, C) at `places` (B, A) of each row."""
 
     def put(module, args, out: Tensor) -> Tensor:  # (B, T, C)
@@ -161,14 +161,14 @@ def one_hot_gradient(
     x = model.wte.weight[prompt].detach().requires_grad_()  # (P, C)
     before, after = x[: len(x) - A], x[len(x) - A :]
     dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    for run in passes(opened(rows, A), PASS_TOKENS):
+    for run in split_by_tokens(with_free_positions(rows, A), PASS_TOKENS):
         batch, acts = collate(run, pad_id).to(prompt.device), None
         if len(before):
             table = prompt_tables(model, before[None])[:, :, 0]
             acts = PrefixActivations(table, len(before), len(before))
         call = partial(model.token_losses, batch.input_ids, batch.labels, batch.at, prefix=acts)
         if A:
-            with embedded(model, free_places(run, A, prompt.device), after):
+            with embeddings_at(model, free_positions(run, A, prompt.device), after):
                 losses = call()
         else:
             losses = call()

@@ -49,12 +49,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from minprefix.data.batches import Encoded, digest, encode_examples, named, spread
+from minprefix.data.batches import Encoded, digest, encode_examples, origins, spread
 from minprefix.data.examples import Example
 from minprefix.files import write_text
 from minprefix.methods.config import TEMPLATES, SearchConfig
 from minprefix.methods.hard_prompt import HardPrompt, template_rows
-from minprefix.methods.search.moves import PromptForm, neighbours, race, replaced, starting_prompts
+from minprefix.methods.search.moves import (
+    PromptForm,
+    changed_places,
+    neighbours,
+    race,
+    starting_prompts,
+)
 from minprefix.methods.search.saved import MOST_LEVELS, check_search, read_older
 from minprefix.methods.search.scores import (
     GRADIENT_COST,
@@ -143,10 +149,10 @@ class PromptSearch(Loop):
         """Summed loss of each prompt on the rows, (N,); adds to the row-evaluations spent."""
         self.spent += len(prompts) * len(rows)
         ids = torch.tensor(prompts, dtype=torch.long, device=self.device)
-        A = self.config.after if prompts[0] else 0  # without a prompt the rows are not opened
+        A = self.config.after if prompts[0] else 0  # without a prompt the rows keep their bos
         nats = prompt_nats(self.model, ids, rows, self.tokenizer.eos_id, A).cpu().numpy()
         if not np.isfinite(nats).all():
-            of = f" of the rows {places}" if (places := named(rows)) else ""
+            of = f" of the rows {places}" if (places := origins(rows)) else ""
             step = self.step_done + 1
             raise FloatingPointError(f"a loss{of} is not finite in step {step}: look at the data")
         return nats
@@ -179,7 +185,7 @@ class PromptSearch(Loop):
         )  # fmt: skip
         finalists = race(self.nats, proposed, rows, FINALISTS, present)
         accepted = False
-        for prompt in self.composed(present, finalists, rows):
+        for prompt in self.judge_candidates(present, finalists, rows):
             judged = float(self.losses([prompt], self.judge_rows)[0])
             if accepted := judged < loss:
                 self.chains[number] = (prompt, judged)
@@ -199,7 +205,7 @@ class PromptSearch(Loop):
             "text": self.form.text(prompt),
         }
 
-    def composed(
+    def judge_candidates(
         self, present: list[int], finalists: list[tuple[list[int], float]], rows: list[Encoded]
     ) -> list[list[int]]:
         """The prompts for the judge: the combination of the finalists, then the best one alone.
@@ -211,7 +217,7 @@ class PromptSearch(Loop):
             return []
         (best, loss), joint = finalists[0], finalists[0][0]
         for prompt, _ in finalists[1:]:
-            places = replaced(prompt, present)
+            places = changed_places(prompt, present)
             if len(places) > 1 or joint[places[0]] != present[places[0]]:
                 continue
             more = [*joint]
@@ -236,23 +242,23 @@ class PromptSearch(Loop):
 
     def begin(self) -> None:
         """Race the starts, unless that is done, and measure the losses that a prompt must beat."""
-        if not self.begun():
+        if not self.has_begun():
             self.race_starts()
-            self.before = self.rivals()
+            self.before = self.baseline_losses()
             self.log({"step": 0} | self.before)
             self.measure(1)
             self.save_state()
 
-    def begun(self) -> bool:
+    def has_begun(self) -> bool:
         return bool(self.chains)
 
     def summary(self, window: list[dict], seconds: float) -> dict:
         return window[-1]
 
-    def shown(self, entry: dict) -> str:
+    def bar_text(self, entry: dict) -> str:
         return f"loss {min(loss for _, loss in self.chains):.3f}"
 
-    def rivals(self) -> dict[str, float]:
+    def baseline_losses(self) -> dict[str, float]:
         """The dev loss without a prompt, and that of the best written template in its own frame."""
         losses = {"dev_loss_without_prompt": float(self.losses([[]], self.dev_rows)[0])}
         longest = self.model.config.n_positions + 1

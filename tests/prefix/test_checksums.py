@@ -66,6 +66,6 @@ def test_a_file_without_a_checksum_is_read_with_a_note(tmp_path):
 
 def test_a_header_may_hold_any_text(tmp_path):
     metadata = {"b": 'ü "x" \\ \x01\x1f\n\t\x7f\u2028', "a": "", "checked": "sha256"}
-    save_tensors(tmp_path / "x", {"t": torch.ones(3, 2)}, metadata, sealed=True)
+    save_tensors(tmp_path / "x", {"t": torch.ones(3, 2)}, metadata, checksum=True)
     tensors, found = load_tensors(tmp_path / "x")
     assert found == metadata and torch.equal(tensors["t"], torch.ones(3, 2))
