@@ -169,7 +169,7 @@ def gpu_attention_table() -> str:
                 f"{times.bare(shape, which):.1f}", f"{times.adjusted(shape, which):.2f}",
                 f"{aim:g}", f"{min(peer):.1f}" if peer else "",
             ))  # fmt: skip
-    head = "B, T, H, P | pass | ours, µs | no prefix, µs | ratio, work-adjusted | aim, at most"
+    head = "B, T, H, P | pass | ours, µs | no prefix, µs | adjusted ratio | target, at most"
     return markdown(f"{head} | best peer / ours", lines)
 
 
@@ -182,7 +182,7 @@ def gpu_decode_table() -> str:
         share = f"{100 * times.of(shape, 'ours_only', 'of_copy'):.0f} %"
         sizes = (", ".join(map(str, shape[:4])), max(1, shape.N))
         lines.append((*sizes, *(f"{x:.1f}" for x in us), share))
-    head = "B, H, S, P | prefixes | ours, µs | static cache, µs | grown cache, µs"
+    head = "B, H, S, P | prefixes | ours, µs | static cache, µs | growing cache, µs"
     return markdown(f"{head} | the kernel's share of a copy's bandwidth", lines)
 
 
@@ -221,8 +221,8 @@ def defaults_table() -> str:
             f"{row['best of grid']:.3f}", f"{row['excess']:.1f} %", row["grid"],
             f"{row['spread']:.3f} ({row['seeds']})" if row["seeds"] > 1 else "one seed",
         ))  # fmt: skip
-    head = "model | data | pairs | dev loss by the rule, seed 0 | best of the grid | above it"
-    return markdown(f"{head} | runs of the grid | rule, largest minus smallest over seeds", lines)
+    head = "model | data | pairs | dev loss of the rule, seed 0 | lowest in the grid | difference"
+    return markdown(f"{head} | runs in the grid | range of the rule over seeds", lines)
 
 
 def copying_table() -> str:
@@ -246,7 +246,7 @@ def threads_table() -> str:
     for row in read_rows(HERE / "threads.csv"):
         key = row["precision"], row["threads_set"], row["policy"]
         lines.setdefault(key, [*key]).append(row["seconds"])
-    head = "precision | threads | OMP_WAIT_POLICY | seconds a step, alone | beside another training"
+    head = "precision | threads | OMP_WAIT_POLICY | seconds per step, alone | next to another run"
     return markdown(head, lines.values())
 
 

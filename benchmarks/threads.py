@@ -57,7 +57,7 @@ def child(threads: int, precision: str, policy: str, steps: int = TIMED) -> subp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--busy", action="store_true", help="with another training beside it")
+    parser.add_argument("--busy", action="store_true", help="next to another training run")
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=TIMED, help=argparse.SUPPRESS)

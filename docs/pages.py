@@ -63,36 +63,36 @@ KNOWN = {  # a description of each CSV
     "bart.csv": "bart-large's size: a training step and a text on two CPU cores",
     "cpu_attention.csv": "The attention operator's CPU path: fused attention against two products",
     "call_overhead.csv": "What a call of the operator costs in Python, µs",
-    "compiled.csv": "The kernels compiled for four GPUs, no run: registers, shared memory, spills",
+    "compiled.csv": "The kernels compiled (not run) for four GPUs: registers, shared memory, spills",
     "copying.csv": "Facts that are missing or wrong in texts about the embedded restaurants",
     "cpu/bench.csv": "Training and generation, ours and PEFT: all measurements",
     "cpu/pairs.csv": "Two versions of the code, timed in turn on two CPU cores, ms",
     "cpu/profile.csv": "Where the time of one training step goes, ms",
-    "defaults.csv": "The rule for settings against a grid around it: dev losses",
+    "defaults.csv": "The rule for default settings, compared with a grid around it: dev losses",
     "environments.csv": "Some tests with other versions of Python, PyTorch, Triton and NumPy",
     "gpu/attention-h200.csv": "On an H200: attention, ours and PyTorch's kernels, µs",
     "gpu/decode-h200.csv": "On an H200: one step of decoding, µs",
     "gpu/steps-h200.csv": "On an H200: training steps and generation, ours and PEFT",
     "gpu/parts-h200.csv": "On an H200: where the time of a step and of a token goes, ms",
     "gpu/tiles-h200.csv": "On an H200: each kernel alone with several tiles, µs",
-    "gpu/peers-h200.csv": "On an H200: the best peer's time over ours",
-    "launches.csv": "No run: the launches of a training step and of a token, and a time from them",
+    "gpu/peers-h200.csv": "On an H200: the time of the best peer, divided by ours",
+    "launches.csv": "Launches of a training step and of a token, counted, and an estimate of the time",
     "reliability.csv": "Kills, flipped bytes, two processes and ranks: cases and failures",
-    "threads.csv": "A training step with one and two threads, whose waiting spins or sleeps",
+    "threads.csv": "A training step with one and two threads that spin or sleep while they wait",
 }
 WIDE = {"cpu/bench.csv"}  # too wide to be read as a table: the file only
 RESULTS = """# Results
 
-The tables and figures of these pages are made from CSV files of the repository. Each file names the
-machine, the versions and the commit of its numbers.
+The tables and figures on these pages are made from CSV files in the repository. Each file records
+the machine, the versions and the commit of its numbers.
 
 | question | page |
 |---|---|
-| What does a frozen small GPT-2 learn, and how near is it to fine-tuning? | [E2E with `mini`](../guides/e2e.md) |
-| And an encoder-decoder? | [BART](../guides/bart.md) |
-| Do the paper's claims hold here? | [The paper, run here](paper.md) |
+| What does a small frozen GPT-2 learn, and how close does it come to fine-tuning? | [E2E with `mini`](../guides/e2e.md) |
+| What does an encoder-decoder learn? | [BART](../guides/bart.md) |
+| Do the paper's claims hold here? | [The paper's tables and figures](paper.md) |
 | How fast is it on a CPU, compared with PEFT? | [Speed on a CPU](../guides/speed_cpu.md) |
-| And on a GPU, with the kernels? | [Results on a GPU](../guides/speed_gpu.md), [all findings](gpu.md) |
+| How fast is it on a GPU, with the kernels? | [Results on a GPU](../guides/speed_gpu.md), [all findings](gpu.md) |
 | What was verified? | [What was verified, and what was not](../guides/verification.md) |
 | What did not work? | [The log](../log.md) |
 
