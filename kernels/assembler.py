@@ -236,7 +236,7 @@ def report() -> dict[str, str]:
             if (major, minor) == (9, 0):
                 rows["assembler"] += f"; {advice(choose(90))}"
     else:
-        rows["assembler"] = f"{choose(90) or 'none'}, if the GPU were sm_90"
+        rows["assembler"] = f"{choose(90) or 'none'} (for a GPU with sm_90)"
     rows["attention"] = "plain PyTorch" if why else "Triton kernels"
     return rows | ({"why": why} if why else {})
 

@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "guides" / "licences.md"
 HEAD = """# Licences
 
-The licence of minprefix is in the file [LICENSE](../../LICENSE). Its models and data have licences of
-their own, in their folders. This page lists the packages on which minprefix depends, with the licences
-that they state. `make sbom` writes it, and also runs/sbom.json, which lists the same packages for other
-programs (CycloneDX).
+The licence of minprefix is in the file [LICENSE](../../LICENSE). Its models and data have
+licences of their own, in their folders. This page lists the packages on which minprefix depends,
+with the licences that they state. `make sbom` writes it, and also runs/sbom.json, which lists the
+same packages for other programs (CycloneDX).
 """
 
 
@@ -73,7 +73,8 @@ def page() -> str:
     installed = {plain(one.name): one for one in metadata.distributions()}
     ours = table([one for name, one in installed.items() if name in users])
     others = table([one for name, one in installed.items() if name not in users])
-    return f"{HEAD}\n## Packages that a user installs\n\n{ours}\n## Additional packages for tests and docs\n\n{others}"
+    first = f"{HEAD}\n## Packages that a user installs\n\n{ours}"
+    return f"{first}\n## Additional packages for tests and docs\n\n{others}"
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ class TrainOptions(WithRun):
     # use the paper's learning rate, epochs, batch size and prefix length for this data set
     preset: Literal[*DATA_SETS] | None = None
     track: FlagCreatePairsOff[bool] = False  # also write TensorBoard files to the run folder
-    # keep the two states that only resuming needs: each holds what is trained and AdamW's moments,
-    # about three times its size
+    # keep the last two saved states, which only --resume needs; each holds the trained weights and
+    # AdamW's moments, so it is about three times as large as the weights
     keep_state: bool = True
 
     train: Flat[TrainConfig] = TrainConfig()
@@ -64,14 +64,14 @@ class SearchOptions(WithRun):
 class GenerateOptions(WithTrained):
     """Generate texts. The text of a single prompt is printed while it is written."""
 
-    # the prompts; a table is written "name : The Eagle | food : Chinese", or as a JSON object;
-    # without any, and without --data, they are read from standard input, one a line, and blank
-    # lines are skipped (--json keeps texts with line ends apart); "" starts a text from nothing
+    # the prompts; a table is written "name : The Eagle | food : Chinese" or as a JSON object;
+    # an empty prompt "" starts a text from nothing; without prompts and --data, each line of
+    # standard input that is not blank is a prompt (use --json if texts may contain line ends)
     prompts: Annotated[
         Positional[tuple[str, ...]], arg(metavar="PROMPT ...", help_behavior_hint="")
     ] = ()
-    # how to read a prompt: as a table, in the form that training with this --linearisation uses,
-    # or "none", as a text to continue; None = as in training, or "none" without a prefix
+    # how to read a prompt: as a table, framed as in training with this --linearisation, or (none)
+    # as a text to continue; by default as in training, or none without a prefix
     frame: Literal[*LINEARISATIONS, "none"] | None = None
     # generate a text for each input of this data; no reference texts are needed
     data: Annotated[str | None, arg(help=DATA)] = None
@@ -108,11 +108,11 @@ class EvaluateOptions(WithTrained, WithData):
     # use a prompt that the command search found: its prompt.json, or the run folder
     prompt: Path | None = None
     shots: int = 0  # training examples to put into the hard prompt
-    limit: int | None = None  # use only this many tables, from the first on
+    limit: int | None = None  # use only this many tables, beginning with the first
     max_source: int | None = None  # cut sources to this many tokens; None = as in training
     batch_size: int = 64  # tables per batch
-    # write to this file, as JSON lines, sources, texts and references, and of tables the facts that
-    # a text lacks or gets wrong
+    # write sources, texts and references to this file, as JSON lines; for tables also the facts
+    # that are missing or wrong in each text
     outputs: Path | None = None
     # quick (BLEU, ROUGE-L, and slot values: the share of the tables' values that the texts state),
     # the official scores of a data set, or auto, which chooses them by the format of the data
@@ -132,9 +132,9 @@ class EvaluateOptions(WithTrained, WithData):
 class ScoreOptions(Common):
     """Score a file of texts; no model is needed."""
 
-    outputs_file: Annotated[Positional[Path], arg(metavar="OUTPUTS")]  # one text a line
-    # a file with one reference a line and a blank line after those of each output; or files
-    # reference0, reference1, ... with one line for each output; or a folder of such files
+    outputs_file: Annotated[Positional[Path], arg(metavar="OUTPUTS")]  # file with one text per line
+    # a file with one reference per line and a blank line between the references of different
+    # outputs; or files reference0, reference1, ... with one line per output; or a folder of these
     references_files: Annotated[
         Positional[tuple[Path, ...]],
         arg(metavar="REFERENCES ...", help_behavior_hint="(required)"),
@@ -144,7 +144,8 @@ class ScoreOptions(Common):
     # how the quick scores split texts into words: 13a (Latin script), intl (other scripts with
     # spaces), zh (Chinese) or char (other scripts without spaces)
     score_tokenizer: Literal[*TOKENIZERS] = "13a"
-    groups: Path | None = None  # WebNLG category of each output, one a line; adds seen and unseen
+    # file with the WebNLG category of each output, one per line; adds scores of seen and unseen
+    groups: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,16 +161,16 @@ class ExportOptions(Common):
 class ConvertOptions(Common):
     """Convert a prefix from PEFT, the paper's code or adapter-hub, or to PEFT."""
 
-    # a prefix file or run folder of minprefix, a folder of PEFT or adapter-hub, a folder or state
-    # dict of the authors' code (GPT-2, BART), or the hub name of such a folder
+    # a prefix file or run folder of minprefix; a folder of PEFT or adapter-hub; a folder or state
+    # dict of the authors' code (GPT-2, BART); or the hub name of such a folder
     source: Positional[Path]
     to: Literal[*SYSTEMS]  # a prefix file, or a PEFT folder (prefix-tuning or CARTRIDGE)
     out: Path  # the file or folder to write
     # name or folder of the base model; the prefix is checked against it and bound to it; required
     # for files of adapter-hub and for virtual tokens
     model: str | None = None
-    # token t is at position t + this; None = as the other system trains: P for PEFT's and the
-    # authors' GPT-2, 0 for adapter-hub and for BART
+    # token t of the text gets position t + this; None = as in the other system: P for GPT-2 in PEFT
+    # and in the authors' code, 0 for adapter-hub and for BART
     position_offset: int | None = None
 
 
@@ -223,7 +224,7 @@ class DataOptions(Common):
 
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions(WithTrained):
-    """Count the parameters of a model, a prefix, an adapter, and of each method."""
+    """Count the parameters of a model, of a prefix or adapter, and of each method."""
 
     # print only the GPU, the versions, the assembler, and whether the Triton kernels are used
     gpu: FlagCreatePairsOff[bool] = False

@@ -124,9 +124,9 @@ class WithTrained(WithModel):
 
 
 DATA = (
-    f"restaurants or notes (embedded), {', '.join(DATA_SETS)} (see the command data), a folder "
-    "(with their files, src1_*.txt, *.source or *.jsonl) or a file (.jsonl, .json, .csv, .parquet, "
-    ".xml, .txt with lines src||tgt, .source with .target in the same folder)"
+    f"restaurants or notes (embedded); {', '.join(DATA_SETS)} (see the command data); a folder "
+    "with the files of one of these, or with src1_*.txt, *.source or *.jsonl; or a file (.jsonl, "
+    ".json, .csv, .parquet, .xml, .txt with lines src||tgt, .source with .target next to it)"
 )
 
 
@@ -137,10 +137,10 @@ class WithData(WithModel):
     data: Annotated[str, arg(help=DATA)] = "restaurants"
     # use only these examples: seen or unseen (WebNLG), or one of the extrapolation splits of XSum
     topics: Literal[*TOPICS] | None = None
-    # how a table becomes text: as printed in the paper, or as in its code; None = as the prefix or
-    # the fine-tuned model was trained, or "paper" for a new run
+    # how a table is written as text: as printed in the paper, or as in its code; None = as in the
+    # training of the prefix or of the fine-tuned model, or "paper" for a new run
     linearisation: Literal[*LINEARISATIONS] | None = None
-    language: str | None = None  # which texts to use of data in several languages, such as ru
+    language: str | None = None  # use only the texts in this language, such as ru
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +149,9 @@ class WithRun(WithData):
 
     dev: str | None = None  # the dev file, if --data is a file
     subset: int | None = None  # use this many training pairs, and 30 % as many dev pairs
-    subset_seed: int = 0  # seed of the choice of a subset's pairs
+    subset_seed: int = 0  # seed with which the pairs of a subset are chosen
     out: Path | None = None  # new run folder
-    resume: Path | None = None  # run folder to continue; a run keeps its settings
+    resume: Path | None = None  # run folder to continue, with its own settings
 
     def check_folder(
         self, has_state: Callable[[Path], bool], may_change: tuple[str, ...] = ()

@@ -30,13 +30,13 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    """What the methods "ft-top" and "adapter" train; `make_tuned` follows it."""
+    """What the methods "ft-top" and "adapter" train."""
 
-    top_layers: int = 2  # of ft-top: how many layers from the top are trained (the paper: 2)
-    top_embedding: bool = False  # of ft-top: also train the token embedding, which is the head
-    adapter_design: str = "lin"  # of adapter: "lin" (one a layer) or "houlsby" (two a layer)
-    bottleneck: int | None = None  # of adapter: its width m; None = by adapter_share
-    adapter_share: float | None = None  # of adapter: share of the model's parameters; None = 0.03
+    top_layers: int = 2  # ft-top: number of top layers that are trained (2 in the paper)
+    top_embedding: bool = False  # ft-top: also train the token embedding, which is the head
+    adapter_design: str = "lin"  # adapter: "lin" (one per layer) or "houlsby" (two per layer)
+    bottleneck: int | None = None  # adapter: its width m; None = by the adapter share
+    adapter_share: float | None = None  # adapter: share of the model's parameters; None = 0.03
 
     def __post_init__(self):
         check_choice("adapter_design", self.adapter_design, DESIGNS)
@@ -55,21 +55,21 @@ class BaselineConfig:
 class SearchConfig:
     """A search for a discrete prompt."""
 
-    prompt_len: int = 10  # P, tokens
-    after: int = 0  # A, how many of them come after the source, in place of the bos token
-    steps: int = 100  # rounds of gradient, race and decision
+    prompt_len: int = 10  # P, number of tokens in the prompt
+    after: int = 0  # A, how many of them come after the source, instead of the bos token
+    steps: int = 100  # rounds, each with a gradient, a race and a decision
     budget: int | None = None  # start no step after this many evaluations of training pairs
-    candidates: int = 64  # prompts in a race
-    top_k: int = 64  # tokens per position to draw candidates from, by their gradient
+    candidates: int = 64  # number of prompts in a race
+    top_k: int = 64  # draw new tokens from the k with the best gradient at a position
     batch_size: int = 64  # training pairs for the gradient and for the last round of the race
-    judge_rows: int = 256  # training pairs that decide on a candidate, always the same
-    chains: int = 2  # prompts improved side by side; half of them remain after each quarter
+    judge_rows: int = 256  # training pairs, always the same, that decide if a prompt is accepted
+    chains: int = 2  # prompts that are improved; after each quarter of the steps half remain
     starts: int = 128  # prompts that compete to be the start of a chain
     start: tuple[str, ...] = ()  # texts to start from, in addition to the built-in ones
     patience: int = 4  # steps without an accepted prompt before the minibatch is doubled
-    printable: bool = False  # only prompts whose text gives the same tokens again
+    printable: bool = False  # allow only prompts whose text gives the same tokens again
     precision: str = "auto"  # "fp32", "bf16", or "auto" = bf16 on CUDA and fp32 on a CPU
-    seed: int = 0  # of all random choices
+    seed: int = 0  # seed of all random choices
     eval_every: int = 10  # steps between evaluations on the dev set
     eval_pairs: int = 1000  # largest number of dev pairs in an evaluation, evenly spaced
 

@@ -13,17 +13,22 @@ SYSTEMS = ("minprefix", "peft", "cartridge")  # formats that `convert.convert` w
 
 @dataclass(frozen=True)
 class PrefixConfig:
-    """The settings of a new prefix, see `make_prefix`."""
+    """The settings of a new prefix."""
 
-    prefix_len: int | None = None  # P; None = 10, or the tokens of the prompt with init "prompt"
-    parametrisation: str = "mlp"  # "table" (direct), "mlp", "embedding" (only) or "embedding-mlp"
-    place: str = "prefix"  # "prefix", or "infix" (between source and target)
+    prefix_len: int | None = None  # P, positions; None = 10, or the length of an init "prompt"
+    # what is trained: the "table" itself, an "mlp" that computes it, the "embedding" of virtual
+    # tokens, or an MLP that computes their embeddings ("embedding-mlp")
+    parametrisation: str = "mlp"
+    place: str = "prefix"  # "prefix" (before the source) or "infix" (between source and target)
     mid_dim: int = 512  # hidden width of the MLP; in the paper 512 for tables, 800 for summaries
-    init: str = "words"  # from activations of "words", "random", or from a "prompt" (equal to it)
+    # the start: the activations of "words", "random" numbers, or a "prompt", which it then equals
+    init: str = "words"
     init_text: str = "table-to-text:"  # the words or the prompt
-    gate: bool = False  # learn a weight per layer and head, from 0: step 0 is the frozen model
-    position_offset: int | None = None  # token t is at t + this; None = P, or 0 with gate or BART
-    sites: tuple[str, ...] = ()  # of BART: "encoder", "decoder" or "cross" attention; none = all
+    # learn a weight per layer and head that starts at 0, so that step 0 is the frozen model
+    gate: bool = False
+    # token t of the text gets position t + this; None = P, or 0 with a gate or for BART
+    position_offset: int | None = None
+    sites: tuple[str, ...] = ()  # BART: "encoder", "decoder" or "cross" attention; none = all
 
     def __post_init__(self):
         check_form(self.parametrisation, self.place)

@@ -21,7 +21,7 @@ LOSSES = ("token", "sentence")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a training run. None = chosen by the number of training pairs."""
+    """The settings of a training run. None = depends on the number of training pairs."""
 
     method: str = "prefix"  # "prefix", "finetune" (all weights), "ft-top" (top layers), "adapter"
     epochs: float | None = None  # passes over the training pairs
@@ -30,19 +30,23 @@ class TrainConfig:
     most_steps: int | None = None  # steps to which a run without steps, epochs or time may grow
     batch_size: int | None = None  # pairs per forward pass
     accumulation: int = 1  # forward passes per optimizer step, on each rank of torchrun
-    auto_batch: bool = False  # out of memory: read fewer pairs at a time, in the same steps
-    lr: float | None = None  # peak rate of AdamW, then linear to 0; None = by method and width
+    # if memory runs out, continue the same steps with fewer pairs per forward pass
+    auto_batch: bool = False
+    # peak learning rate of AdamW, which then falls linearly to 0; None = depends on the method, the
+    # model's width and the number of training pairs
+    lr: float | None = None
     warmup_steps: int | None = None  # steps of linear warm-up before the decay
     patience: int = 5  # stop after this many evaluations without a lower dev loss; 0 = never
-    weight_decay: float = 0.0  # of AdamW, per step, times the learning rate
+    weight_decay: float = 0.0  # weight decay of AdamW, per step and times the learning rate
     prefix_dropout: float = 0.0  # probability that an entry of the prefix is dropped in a step
-    clip: float = 1.0  # largest norm of the gradient of all weights together
-    max_source: int | None = None  # cut sources to this many tokens (XSum: 512); None = never
+    clip: float = 1.0  # largest norm of the whole gradient; a larger gradient is scaled down
+    max_source: int | None = None  # cut sources to this many tokens (XSum: 512); None = do not cut
     loss: str = "token"  # mean per target "token", or sum per "sentence" (the authors' code)
-    precision: str = "auto"  # "fp32", "bf16", or "auto": bf16 on CUDA and CPUs with bf16 units
+    # "fp32", "bf16", or "auto", which is bf16 on CUDA and on CPUs with bf16 instructions
+    precision: str = "auto"
     activation_checkpointing: bool = False  # save memory: recompute blocks in the backward pass
     compile: bool = False  # torch.compile each layer: the first steps are slow, the others faster
-    seed: int = 0  # of the order of batches, dropout and the random start of a prefix
+    seed: int = 0  # seed of the order of batches, of dropout and of the random start of a prefix
     log_every: int = 10  # steps between lines of the log
     eval_every: int | None = None  # steps between dev evaluations and between saved states
     eval_pairs: int = 300  # largest number of dev pairs in an evaluation, evenly spaced
@@ -181,29 +185,31 @@ class PretrainConfig:
     """The sizes of a model and the settings of its training; the defaults suit a CPU."""
 
     vocab_size: int = 4096  # V, tokens of the tokenizer that is trained on the text
-    n_positions: int = 256  # T, tokens of a window; the model reads no longer texts
-    n_embd: int = 192  # C
-    n_layer: int = 4  # L
-    n_head: int = 3  # H
+    n_positions: int = 256  # T, tokens of a window, which is also the longest text of the model
+    n_embd: int = 192  # C, width
+    n_layer: int = 4  # L, number of layers
+    n_head: int = 3  # H, number of heads per layer
     steps: int = 1000  # optimizer steps
     batch_tokens: int = 8192  # tokens per optimizer step
-    micro_tokens: int | None = None  # tokens per forward pass, fewer save memory; None = all
-    muon_lr: float = 0.02  # peak rate of Muon, which trains the matrices in the layers
-    weight_decay: float = 0.02  # of Muon, per step, times the learning rate
-    adamw_lr: float = 2e-3  # peak rate of AdamW: embeddings, biases, layer norms; no weight decay
+    micro_tokens: int | None = None  # tokens per forward pass; fewer save memory; None = all
+    muon_lr: float = 0.02  # peak learning rate of Muon, which trains the matrices in the layers
+    weight_decay: float = 0.02  # weight decay of Muon, per step and times the learning rate
+    # peak learning rate of AdamW, which trains embeddings, biases and layer norms without weight
+    # decay
+    adamw_lr: float = 2e-3
     warmup_steps: int = 100  # steps of linear warm-up
-    hold: float = 0.3  # share of the run at the peak rate; then it falls linearly
-    lr_end: float = 0.03  # rate at the end, as a share of the peak
-    clip: float = 1.0  # largest norm of the gradient of all weights together
-    dropout: float = 0.0  # probability, on embeddings and residuals; 0 suits runs of few epochs
+    hold: float = 0.3  # share of the run at the peak rate, which then falls linearly
+    lr_end: float = 0.03  # learning rate at the end, as a share of the peak
+    clip: float = 1.0  # largest norm of the whole gradient; a larger gradient is scaled down
+    dropout: float = 0.0  # on embeddings and residuals; 0 suits runs of few passes over the text
     time: str | None = None  # wall time such as 10m or 2h by which the run and its schedule end
     precision: str = "auto"  # "fp32", "bf16" (autocast), or "auto" = bf16 on CUDA, fp32 on a CPU
     compile: bool = False  # torch.compile each layer: slow first steps, then fewer memory passes
-    seed: int = 0  # of the first weights, the order of windows and dropout
+    seed: int = 0  # seed of the first weights, the order of windows and dropout
     val_share: float = 0.02  # share of the text to hold out if no file is named val*
     eval_tokens: int = 131072  # largest number of held-out tokens in an evaluation, evenly spaced
     eval_every: int = 100  # steps between evaluations and between saved states
-    log_every: int = 10  # steps per line of the log
+    log_every: int = 10  # steps between lines of the log
 
     def __post_init__(self):
         check_choice("precision", self.precision, PRECISIONS)

@@ -191,8 +191,8 @@ def test_warnings_about_the_data(tokenizer):
     ],
 )
 def test_the_verdict(measured, statement, warning):
-    go_on = "python -m minprefix train --resume runs/x"
-    said, warnings = verdict(measured, stopped=False, dev_pairs=9, go_on=go_on)
+    resume_command = "python -m minprefix train --resume runs/x"
+    said, warnings = verdict(measured, stopped=False, dev_pairs=9, resume_command=resume_command)
     assert statement in " ".join(said)
     assert (warning in warnings[0]) if warning else warnings == []
 
