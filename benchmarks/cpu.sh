@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Training and generation beside transformers + PEFT on a CPU, about 20 minutes: benchmarks/cpu/.
+# Times training and generation against transformers + PEFT on a CPU, in about 20 minutes, into
+# benchmarks/cpu/.
 # Real tables too: the embedded ones, and E2E where its folder is given: E2E=folder benchmarks/cpu.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
