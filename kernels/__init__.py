@@ -285,6 +285,6 @@ def _look(index: int) -> str:
     from kernels.assembler import refusal
 
     if reason := refusal(10 * major + minor):
-        message = f"{reason}. Until then attention runs in plain PyTorch, slower."
+        message = f"{reason}. Until then attention runs in plain PyTorch, which is slower."
         warnings.warn(message, RuntimeWarning, stacklevel=5)
     return reason

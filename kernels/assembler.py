@@ -84,7 +84,7 @@ def refusal(arch: int) -> str:
         return f"{found.origin} names {found.path}, which does not run"
     remedy = f"install CUDA {wanted} or newer, or a newer Triton, or set TRITON_PTXAS_PATH"
     if found.version < oldest_accepted(arch):
-        return f"{found} is older than {wanted}, the least that sm_{arch} needs: {remedy}"
+        return f"{found} is older than {wanted}, the oldest that is safe for sm_{arch}: {remedy}"
     if not _users(arch) and _beyond_driver(found):
         return (
             f"{found} makes code that the driver (CUDA {dotted(_driver())}) cannot load: {remedy}"

@@ -96,7 +96,7 @@ def check_append(inputs: Inputs, append: Any, seen: Tensor | None) -> Append | N
     if T > S:
         raise ValueError(f"{T} new columns do not fit into the {S} of k")
     if inputs.kv_lens is not None:
-        raise ValueError("append and kv_lens exclude each other: the new columns are the last")
+        raise ValueError("append excludes kv_lens: the new columns are the last ones")
     if seen is not None and (seen.dtype, shape(seen)) != (torch.bool, (B, T, S)):
         raise ValueError(f"seen must be bool {(B, T, S)}, got {seen.dtype} {shape(seen)}")
     if seen is not None and inputs.causal:

@@ -34,7 +34,7 @@ def run(options: EvaluateOptions) -> dict | None:
     if not (prefix or asks or learned or options.linearisation):
         raise ValueError(
             f"{options.model} was not trained on tables: give --prefix, --adapter, --hard-prompt, "
-            "a fine-tuned model, or the --linearisation that it knows"
+            "a fine-tuned model, or the --linearisation of its training"
         )
     if options.hard_prompt is not None:
         prompt = HardPrompt(options.hard_prompt)
@@ -56,8 +56,8 @@ def run(options: EvaluateOptions) -> dict | None:
             if was_trained_on(given.parent, options.data, split):
                 split = "train"
                 say(
-                    f"note: {given} was trained on these texts of {options.data}, so the scores do "
-                    "not say how it writes about inputs that it has not seen"
+                    f"note: {given} was trained on these texts of {options.data}, so the "
+                    "scores say nothing about unseen inputs"
                 )
             append_scores(given.parent, {"data": str(options.data), "split": split} | result)
     if options.json:

@@ -26,7 +26,7 @@ def run(options: ExportOptions) -> dict:
     if config.method != "prefix":
         raise ValueError(
             f"{options.run_folder} is a run of method {config.method}: "
-            f"{options.run_folder / TUNED[config.method].kept} is all that such a run keeps"
+            f"its result is {options.run_folder / TUNED[config.method].kept}"
         )
     state = read_state(options.run_folder)
     try:

@@ -21,7 +21,7 @@ UNSPACED = re.compile(rf"{CELL}(\|{CELL})+")  # "name: The Eagle|food: Chinese"
 def run(options: GenerateOptions) -> dict | None:
     """Generate texts; a single one is streamed to stdout."""
     if options.data and options.prompts:
-        raise ValueError("--data has the prompts: give no others")
+        raise ValueError("--data provides the prompts, so give no others")
     prompts = list(options.prompts) or ([] if options.data else read_prompts())
     model, tokenizer = load_model(options)
     prefix = load_trained(options, model)
@@ -37,8 +37,8 @@ def run(options: GenerateOptions) -> dict | None:
         prompts = [read_prompt(prompt, style) for prompt in prompts]
         if any(UNSPACED.fullmatch(prompt) and " : " not in prompt for prompt in prompts):
             say(
-                'note: a table is written with blanks, "name : The Eagle | food : Chinese"; without'
-                " them the model reads other tokens than in its training"
+                'note: a table is written with spaces, "name : The Eagle | food : Chinese"; without'
+                " them the model reads other tokens than in training"
             )
         warn_of_cuts(tokenizer, [(prompt, style, cut) for prompt in prompts])
         prompts = [encode_prompt(tokenizer, prompt, style, cut) for prompt in prompts]
@@ -70,6 +70,6 @@ def read_prompts() -> list[str]:
     prompts = [line.rstrip("\r\n") for line in lines if line.strip()]
     if not prompts:
         raise ValueError(
-            "no prompt was given: pass one as an argument, or one a line on standard input"
+            "no prompt was given: pass one as an argument, or one per line on standard input"
         )
     return prompts

@@ -33,7 +33,7 @@ def usage() -> str:
     lines = [f"  {name:10}{inspect.getdoc(cls)}" for name, cls in COMMANDS.items()]
     return "\n".join([
         f"usage: {PROG} [-h] COMMAND [OPTIONS]", "",
-        "Prefix-tuning for GPT-2 and BART: tune, write, measure.", "",
+        "Prefix-tuning for GPT-2 and BART: train prefixes, generate texts and score them.", "",
         "commands:", *lines, "", f"{PROG} COMMAND --help lists the options of a command.",
     ])  # fmt: skip
 

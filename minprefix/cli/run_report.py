@@ -26,8 +26,8 @@ def print_start(trainer: Trainer, note: str, resumed: bool) -> None:
     trained, total = count(trainer.trained), count(trainer.model)
     targets = [len(row.ids) - row.prompt_len for row in rows]
     say(
-        f"data: {len(rows):,} training pairs, {sum(row.length for row in rows):,} tokens, the "
-        f"longest pair has {max(row.length for row in rows)}; {len(trainer.dev_rows):,} dev pairs"
+        f"data: {len(rows):,} training pairs with {sum(row.length for row in rows):,} tokens (the "
+        f"longest pair has {max(row.length for row in rows)}), {len(trainer.dev_rows):,} dev pairs"
     )
     if config.steps is None:
         length = f"for {config.time}, in batches of {config.batch_size} pairs"
@@ -41,8 +41,8 @@ def print_start(trainer: Trainer, note: str, resumed: bool) -> None:
     if trainer.tuned.method in ("ft-top", "adapter"):
         say(describe(trainer.tuned, trainer.model))
     else:
-        say(f"to train: {trained:,} parameters, {100 * trained / total:.3g} % of the model's"
-            f"{kept_of(trainer)}")  # fmt: skip
+        say(f"to train: {trained:,} parameters, {100 * trained / total:.3g} % as many as in the "
+            f"model{kept_of(trainer)}")  # fmt: skip
     for warning in data_warnings(
         trainer.tokenizer, trainer.train, trainer.dev, max(targets), config.max_source,
         trainer.linearisation,
@@ -56,7 +56,7 @@ def kept_of(trainer: Trainer) -> str:
         return ""
     kept = count(trainer.prefix.export())
     share = f"{100 * kept / count(trainer.model):.2g} %"
-    return f": an MLP that makes the prefix, of which only the {kept:,} numbers ({share}) are kept"
+    return f": an MLP that computes the prefix; only the prefix is kept, {kept:,} numbers ({share})"
 
 
 def print_length(trainer: Trainer) -> None:
@@ -88,7 +88,7 @@ def print_end(trainer: Trainer, settings: dict, resume_command: str) -> None:
         return  # there is no next command for it
     out, state = trainer.out, state_path(trainer.out).parent
     for path, what in (
-        (trainer.kept, "all that is needed to use it, with the model"),
+        (trainer.kept, "the result; with the model, it is all that you need"),
         (out / "loss.png", "the losses"), (out / "log.jsonl", "the same as JSON lines"),
         (state, f"only for --resume; python -m minprefix runs --slim {out} removes it"),
     ):  # fmt: skip
@@ -105,5 +105,5 @@ def print_end(trainer: Trainer, settings: dict, resume_command: str) -> None:
         data = "FILE"
     say(f"      python -m minprefix evaluate{model} {option} {kept} --data {data}")
     if data == "FILE":
-        say("FILE: pairs that the training has not seen, so not the training file.")
-    say("--num-beams 5 makes both commands slower, and the texts usually better.")
+        say("FILE stands for pairs that were not used in training, so not for the training file.")
+    say("--num-beams 5 makes both commands slower and the texts usually better.")

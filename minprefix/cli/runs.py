@@ -27,7 +27,7 @@ def run(options: RunsOptions) -> dict | None:
     runs = {folder: read_run(folder) for folder in options.folders}
     if options.delete or options.slim:
         if options.delete and options.slim:
-            raise ValueError("--slim and --delete exclude each other: choose one")
+            raise ValueError("--slim and --delete cannot be combined: choose one")
         rows = [{"run": str(folder), **remove(folder, options.delete)} for folder in runs]
         if options.slim:
             say("These runs can still be used, but no longer resumed.")

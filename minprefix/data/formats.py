@@ -96,8 +96,8 @@ def read_line_pairs(path: Path, linearisation: str, skipped: Skipped) -> Iterato
 
     Rows with equal inputs are not merged, as for articles. NAME.target may be missing.
     """
-    beside = path.with_suffix(".target")
-    files = [path, beside] if beside.is_file() else [path]
+    targets_path = path.with_suffix(".target")
+    files = [path, targets_path] if targets_path.is_file() else [path]
     lines = [
         [line.removesuffix("\n").removesuffix("\r") for line in read_lines(file, DATA)]
         for file in files
@@ -106,7 +106,7 @@ def read_line_pairs(path: Path, linearisation: str, skipped: Skipped) -> Iterato
         if not any(line.strip() for line in part):
             raise ValueError(f"{file}: the file is empty")
     if len({len(part) for part in lines}) > 1:
-        raise ValueError(f"{path} has {len(lines[0])} lines, {beside} {len(lines[1])}")
+        raise ValueError(f"{path} has {len(lines[0])} lines, {targets_path} {len(lines[1])}")
     for number, (source, *targets) in enumerate(zip_longest(*lines), 1):
         where = f"{path}:{number}"
         texts = texts_of(targets, "the target", linearisation, where, skipped)

@@ -95,7 +95,7 @@ def _read_file(
     raise ValueError(
         f"{path}: unknown type of file; accepted are .jsonl, .json, .csv and .parquet (rows with "
         "named columns), .xml and .json (WebNLG, DART), .txt (source||target) and .source (with "
-        ".target beside it)"
+        ".target next to it)"
     )
 
 

@@ -161,6 +161,6 @@ def low_data(
     dev_size, there = max(1, round(DEV_PART * size)), sum(len(example.targets) for example in dev)
     if 0 < there < dev_size:
         raise ValueError(
-            f"{size} training pairs come with {dev_size} dev pairs, and dev has only {there}"
+            f"{size} training pairs need {dev_size} dev pairs, but dev has only {there}"
         )
     return chosen, subset(dev, dev_size, subset_seed) if dev else []

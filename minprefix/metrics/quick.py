@@ -93,7 +93,7 @@ def script_note(texts: Iterable[str], metrics: str, tokenizer: str = "13a") -> s
         if metrics == "quick"
         else f"the official scores of {metrics} are for English, and some of them are 0 here"
     )
-    todo = "--metrics quick --score-tokenizer intl (zh or char for a script without blanks)"
+    todo = "--metrics quick --score-tokenizer intl (zh or char for a script without spaces)"
     return f"most letters of these texts are not Latin: {why}; {todo} scores them"
 
 

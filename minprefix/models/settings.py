@@ -180,4 +180,4 @@ def not_followed(folder: Path, family: str) -> list[str]:
 def warn_not_followed(folder: Path, family: str) -> None:
     """Log one line that names the settings in `not_followed`."""
     if odd := not_followed(folder, family):
-        log.warning("%s: ignored by generation here: %s", file_of(folder), ", ".join(odd))
+        log.warning("%s: generation here ignores %s", file_of(folder), ", ".join(odd))

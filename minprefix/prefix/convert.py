@@ -143,7 +143,7 @@ def convert(
     if position_offset not in (None, prefix.position_offset):
         notes.append(
             f"token t is at t + {position_offset} instead of t + {prefix.position_offset}, so this "
-            "is not the trained function"
+            "is not what was trained"
         )
         prefix.position_offset = position_offset
         if model is not None:

@@ -171,13 +171,15 @@ def table_of_word(path: Path, past: Tensor) -> Tensor:
 
 def config_in_same_folder(path: Path, config):
     """The config from config.json in the same folder, which must fit `config`; or `config`."""
-    beside = path.with_name("config.json")
-    if not beside.is_file():
+    config_path = path.with_name("config.json")
+    if not config_path.is_file():
         return config
     saved = read_config(path.parent)
     here, there = ((c.n_layer, c.n_head, c.n_embd) for c in (saved, config or saved))
     if here != there:
-        raise ValueError(f"{beside}: layers, heads, width are {here}, those of the model {there}")
+        raise ValueError(
+            f"{config_path}: layers, heads, width are {here}, those of the model {there}"
+        )
     return saved
 
 

@@ -158,7 +158,8 @@ class ModelReference:
 class VirtualTokens(nn.Module):
     """EMB-n: P free embeddings, read by the frozen model as if they were those of tokens.
 
-    Their parameters stay in fp32 beside a model in bf16; they are cast where the model reads them.
+    Their parameters stay in fp32 even if the model is in bf16; they are cast where the model reads
+    them.
 
     Args:
         mid_dim: the embeddings are the output of an MLP of this hidden width, which is the default

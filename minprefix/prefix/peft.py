@@ -123,8 +123,8 @@ def write_peft(
     """
     if not isinstance(prefix, Prefix):
         raise ValueError(
-            "a BART's prefix cannot become PEFT's, which has none for the encoder, none for cross "
-            "attention, and for the decoder half of the layers share the rows of others"
+            "a BART's prefix cannot become PEFT's: PEFT has none for the encoder and cross "
+            "attention, and in its decoder half of the layers share the rows of the others"
         )
     P, folder = prefix.prefix_len, Path(folder)
     if prefix.place != "prefix":

@@ -88,7 +88,9 @@ def verdict(
     last_step, last = measured[-1]
     said = [f"Kept: step {best_step}, which has the lowest dev loss, {best:.3f} nats per token."]
     if stopped:
-        said.append(f"Stopped at step {last_step}: the dev loss had not fallen since {best_step}.")
+        said.append(
+            f"Stopped at step {last_step}: the dev loss had not fallen since step {best_step}."
+        )
     if nothing_learned(measured):
         return said, []
     if (rise := last / best - 1) > NOTABLE:

@@ -64,11 +64,13 @@ def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
             free = locked(file.fileno(), wait)
         except OSError:
             warnings.warn(
-                f"{folder} cannot be locked: start one process only", FileNote, stacklevel=3
+                f"{folder} cannot be locked: start only one process", FileNote, stacklevel=3
             )
             free = True
         if not free:
-            raise FolderInUse(f"{folder} is in use{holder(file)}: wait for it, or choose another")
+            raise FolderInUse(
+                f"{folder} is in use{holder(file)}: wait for it, or choose another folder"
+            )
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         with suppress(OSError):
             file.truncate()

@@ -291,7 +291,7 @@ class Loop:
     def estimate(self, seconds: float) -> str:
         """How long the rest of the run will take, given the seconds of one step."""
         left = seconds * (self.steps - self.step_done)
-        return f"about {duration(left)} to step {self.steps}, evaluations not counted"
+        return f"about {duration(left)} to step {self.steps}, not counting evaluations"
 
     def seconds_so_far(self) -> float:
         """Wall time of the run, without pauses between its parts."""

@@ -242,7 +242,7 @@ class Trainer(Loop):
             self.passes = None
             self.optimizer.zero_grad(set_to_none=True)
             self.print_above_bar(
-                f"Out of memory: now {self.pass_rows[kind]} pairs in a pass ({kind})."
+                f"Out of memory: continuing with {self.pass_rows[kind]} pairs in a pass ({kind})."
             )
 
         return retry_with_fewer_rows(work, self.pass_rows, kind, forget)

@@ -21,9 +21,9 @@ def run(cli, tiny_folder, tables, tmp_path):
 def test_a_run_says_what_it_does_and_what_it_kept(run):
     folder, said = run
     for words in (
-        "training pairs", "tokens, the longest pair has", "to train: ", "run: 4 steps of 4 pairs",
+        "training pairs", "tokens (the longest pair has", "to train: ", "run: 4 steps of 4 pairs",
         "peak learning rate 0.01",
-        "% of the model's: an MLP that makes the prefix, of which only the 640 numbers (",
+        "% as many as in the model: an MLP that computes the prefix; only the prefix is kept, 640 ",
         "step 0 (before training): dev loss", "step 2: dev loss", "  source ",
         "  reference  ", "Kept: step", f"{folder / 'loss.png'}", "only for --resume",
         "next: python -m minprefix generate", "--num-beams 5",
@@ -75,7 +75,7 @@ def test_without_dev_data_a_part_is_held_out(cli, tiny_folder, tmp_path):
     _, said = train(cli, tiny_folder, data, tmp_path / "run")
     assert "no dev data was given: 2 of the 10 examples are held out" in said
     assert "16 training pairs" in said and "4 dev pairs" in said
-    assert "--data FILE\nFILE: pairs that the training has not seen" in said
+    assert "--data FILE\nFILE stands for pairs that were not used in training" in said
     data.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     _, said = train(cli, tiny_folder, data, tmp_path / "few")
     assert "3 examples are too few to hold any out, so the last step is kept" in said

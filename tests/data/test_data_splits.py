@@ -115,7 +115,7 @@ def test_too_small_a_split_is_named_with_its_own_number():
     train, dev = ([example(f"r{n}") for n in range(size)] for size in (150, 10))
     with pytest.raises(ValueError, match="size must be 1 to 150, .* got 1000"):
         low_data(train, dev, 1000, 0)
-    with pytest.raises(ValueError, match="100 training pairs come with 30 dev pairs, .* only 10"):
+    with pytest.raises(ValueError, match="100 training pairs need 30 dev pairs, .* only 10"):
         low_data(train, dev, 100, 0)
     few, few_dev = low_data(train, dev, 1, 0)
     assert (len(pairs(few)), len(pairs(few_dev))) == (1, 1)

@@ -130,7 +130,7 @@ def test_every_key_of_transformers_is_followed_harmless_or_named(models, family,
     with caplog.at_level(logging.WARNING):
         load(folder)
     (record,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
-    assert record.getMessage().endswith("ignored by generation here: min_p 0.1, mine 3")
+    assert record.getMessage().endswith("generation here ignores min_p 0.1, mine 3")
     (folder / "generation_config.json").unlink()
 
 

@@ -201,7 +201,7 @@ def test_more_new_tokens_than_a_tile():
 ERRORS = {
     "like q": {"append": lambda q: (q[..., :8], q)},
     "do not fit into": {"k": 2},
-    "exclude each other": {"kv_lens": torch.tensor([9, 9, 9])},
+    "append excludes kv_lens": {"kv_lens": torch.tensor([9, 9, 9])},
     "seen must be bool": {"seen": torch.ones(3, 3, 8, dtype=torch.bool), "causal": False},
     "causal=False": {"seen": torch.ones(3, 3, 9, dtype=torch.bool)},
     "needs append": {"append": None, "seen": torch.ones(3, 3, 9, dtype=torch.bool)},

@@ -135,9 +135,7 @@ def test_from_adapter_hub(cli, tiny_folder, tmp_path):
     assert Prefix.load(out).position_offset == 0 and err == ""
     assert torch.equal(Prefix.load(out).prefix_table[1, 1, 0, 4], flat.view(P, 4, 2, 8)[4, 3, 0])
     _, err = cli(*command, "--to", "peft", "--out", tmp_path / "peft", "--position-offset", P)
-    assert (
-        err == "note: token t is at t + 5 instead of t + 0, so this is not the trained function\n"
-    )
+    assert err == "note: token t is at t + 5 instead of t + 0, so this is not what was trained\n"
 
 
 def test_refusals_write_nothing(cli, ours, tiny_folder, tmp_path):

@@ -98,7 +98,7 @@ def test_a_file_system_without_locks_is_no_failure(tokenizer, tmp_path, monkeypa
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(lock, "locked", none)
-    with pytest.warns(FileNote, match="cannot be locked: start one process only"):
+    with pytest.warns(FileNote, match="cannot be locked: start only one process"):
         trainer(tokenizer, tmp_path).run(progress=False)
     assert (tmp_path / "prefix.safetensors").exists()
 

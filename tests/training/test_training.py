@@ -291,7 +291,7 @@ def test_the_time_is_estimated_from_steps_alone(tokenizer, tmp_path, monkeypatch
     run.load_state()
     fake_clock(monkeypatch, run)
     run.run()
-    assert "about 24 s to step 20, evaluations not counted" in capsys.readouterr().err
+    assert "about 24 s to step 20, not counting evaluations" in capsys.readouterr().err
 
 
 def test_the_bar_has_the_evaluation_above_it(tokenizer, tmp_path, monkeypatch, capsys):
