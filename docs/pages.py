@@ -107,6 +107,9 @@ gpu
 """  # noqa: E501
 
 
+PAPER = "```{include} ../../benchmarks/paper/RESULTS.md\n:relative-images:\n```\n"
+
+
 def result_pages() -> dict[str, str]:
     """The page of results, that of the GPU, and that of the paper's experiments."""
     lines = [RESULTS]
@@ -114,20 +117,12 @@ def result_pages() -> dict[str, str]:
         name = str(path.relative_to(BENCHMARKS))
         if not name.startswith("paper/"):
             lines += csv_section(path, KNOWN[name])
-    report = BENCHMARKS / "paper" / "RESULTS.md"
-    text = "```{include} ../../benchmarks/paper/RESULTS.md\n:relative-images:\n```\n"
-    pictures = [p for p in sorted(report.parent.glob("*.png")) if p.name not in text]
-    text += "".join(picture(f"paper/{p.name}", p.stem) + "\n" for p in pictures)
     gpu = (BENCHMARKS / "gpu" / "README.md").read_text(encoding="utf-8")
     return {
         "results/index.md": "\n".join(lines),
-        "results/paper.md": text,
+        "results/paper.md": PAPER,
         "results/gpu.md": site_links(gpu, "benchmarks/gpu", "results"),
     }
-
-
-def picture(name: str, title: str) -> str:
-    return f"![{title}](../../benchmarks/{name})\n"
 
 
 def csv_section(path: Path, title: str) -> list[str]:
