@@ -211,7 +211,7 @@ def test_generate_streams_lists_and_reads_stdin(cli, tiny_folder, monkeypatch):
 
 def test_generate_says_how_a_table_is_written(cli, tiny_folder):
     few = ("--model", tiny_folder, "--frame", "paper", "--max-new-tokens", "1")
-    assert "with blanks" in cli("generate", "name:The Eagle|food:French", *few)[1]
+    assert "with spaces" in cli("generate", "name:The Eagle|food:French", *few)[1]
     for other in (TABLE, "see https://x.org | it says: yes", "at 10:30"):
         assert cli("generate", other, *few)[1] == ""
 

@@ -8,7 +8,9 @@ from tools import environments, licences
 
 def test_the_licences_are_of_what_a_user_installs():
     """A new version in requirements.txt: run `make sbom`."""
-    ours, others = licences.PAGE.read_text(encoding="utf-8").split("## What tests and docs add")
+    ours, others = licences.PAGE.read_text(encoding="utf-8").split(
+        "## Additional packages for tests and docs"
+    )
     rows = [line.split(" | ") for line in ours.splitlines() if line.startswith("| ")][1:]
     versions = {licences.plain(row[0].strip("| ")): row[1].split("+")[0] for row in rows}
     for line in (licences.ROOT / "requirements.txt").read_text().splitlines():

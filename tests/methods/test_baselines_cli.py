@@ -117,7 +117,7 @@ def test_errors_in_one_line(cli, tiny_folder, tables, run, tmp_path):
         ),
         "nowhere.safetensors: no such file": ("info", *tiny, "--adapter", "nowhere.safetensors"),
         f"{path}: not a prefix file": ("info", *tiny, "--prefix", path),
-        f"a run of method adapter: {path} is all": ("export", run, "--out", tmp_path / "p"),
+        f"a run of method adapter: its result is {path}": ("export", run, "--out", tmp_path / "p"),
         "adapter_share 0.1 both say": (
             "train", *tiny, "--data", tables, "--out", tmp_path / "new", "--method", "adapter",
             "--adapter-share", 0.1, "--bottleneck", 3,
