@@ -74,7 +74,7 @@ KNOWN = {  # a description of each CSV
     "gpu/decode-h200.csv": "On an H200: one step of decoding, µs",
     "gpu/steps-h200.csv": "On an H200: training steps and generation, ours and PEFT",
     "gpu/steps-h200-5273a25.csv": "On an H200: the same with older code",
-    "gpu/tokens-h200.csv": "On an H200: forms of the products of a token, and a step of decoding, µs",
+    "gpu/tokens-h200.csv": "On an H200: products of a token, and a step of decoding, µs",
     "gpu/parts-h200.csv": "On an H200: where the time of a step and of a token goes, ms",
     "gpu/tiles-h200.csv": "On an H200: each kernel alone with several tiles, µs",
     "gpu/peers-h200.csv": "On an H200: the best peer's time divided by ours",

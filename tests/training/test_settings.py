@@ -115,7 +115,7 @@ def test_a_time_that_is_over_while_a_step_is_logged_still_ends_in_an_evaluation(
     tokenizer, tmp_path, monkeypatch
 ):
     run = trainer(tokenizer, tmp_path, steps=None, time="100s", dev=0, eval_every=10**6)
-    monkeypatch.setattr(run, "done", lambda: 0.0 if run.step_done < 3 else next(answers))
+    monkeypatch.setattr(run, "share_done", lambda: 0.0 if run.step_done < 3 else next(answers))
     answers = iter([0.0, *[1.0] * 99])
     run.run(progress=False)
     assert run.saved_step == run.step_done == 4
