@@ -96,8 +96,8 @@ for row, labels in zip(rows, batch.labels.tolist(), strict=True):
 # This is all of it. Only two lines are special to prefix-tuning: `weights` are the prefix's, and
 # `told` hands the prefix to the model. (Without a prefix the weights are the model's, and the same
 # loop is fine-tuning, as in 06_low_data.) `BatchOrder` shuffles the rows and puts rows of similar
-# length together, so that there is little padding. `batch.model_kwargs()` is empty for GPT-2; for BART it
-# holds the source (08_summarisation_bart).
+# length together, so that there is little padding. `batch.model_kwargs()` is empty for GPT-2; for
+# BART it holds the source (08_summarisation_bart).
 
 
 # %%
