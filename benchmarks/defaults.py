@@ -41,7 +41,7 @@ CASES = (
 SEEDS = (0, 1, 2)
 FULL_GRID = 5  # runs with seed 0, at least: the rule, half and twice its rate and first steps
 DEV_PAIRS = 160
-KEY = ("model", "data", "pairs", "lr", "steps", "seed")
+KEY = ("model", "data", "pairs", "lr", "steps", "seed", "rule")
 
 
 def trained(
