@@ -104,7 +104,7 @@ def test_table1_in_parts(paper, options, tmp_path):
     counts = {row["name"]: int(row["trained"]) for row in done}
     assert counts["FT-FULL"] > counts["FT-TOP2"] > counts["ADAPTER (0.1%)"]
     assert {row["problem"] for row in lost} == {"not tested: dart is not available"}
-    assert "not tested: dart is not available" in err and "dart" in out
+    assert "not tested: dart is not available" in err and "DART" in out
     _, err = paper("table3", *options)  # the same runs
     assert f"{len(TABLE1)} of them are done" in err and "to go" not in err
     assert not list((tmp_path / "runs").glob("*finetune*/model")), "weights are deleted"
