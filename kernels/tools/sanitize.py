@@ -77,9 +77,10 @@ def call(B: int, T: int, S: int, P: int, D: int, dtype: torch.dtype, options: st
     return results
 
 
-OTHERS = [  # n, C, V, columns, dtype: a padded vocabulary, and odd widths
-    (5, 96, 5003, 5056, torch.bfloat16),
+OTHERS = [  # n, C, V, columns, dtype: a padded vocabulary, odd widths, one position
+    (4, 96, 5003, 5056, torch.bfloat16),
     (3, 101, 77, 77, torch.float32),
+    (1, 96, 5003, 5056, torch.bfloat16),
 ]
 
 
