@@ -5,10 +5,9 @@
 
 Each case is a model and some training pairs. The rule runs with three subsets and seeds; the grid
 halves and doubles its peak learning rate and the number of steps with which it starts, for the
-first seed. Each row of
-benchmarks/defaults.csv is one run, with its lowest dev loss on the same dev pairs. Runs that are in
-the CSV are not repeated. `figure` plots and prints the rule's loss relative to the best of the
-grid.
+first seed. Each row of benchmarks/defaults.csv is one run, with its lowest dev loss on the same dev
+pairs. Runs that are in the CSV are not repeated. `figure` plots and prints the rule's loss relative
+to the best of the grid.
 """
 
 import argparse

@@ -105,5 +105,5 @@ def print_end(trainer: Trainer, settings: dict, resume_command: str) -> None:
         data = "FILE"
     say(f"      python -m minprefix evaluate{model} {option} {kept} --data {data}")
     if data == "FILE":
-        say("FILE stands for pairs that were not used in training, so not for the training file.")
+        say("Replace FILE with a file of pairs that were not used in training.")
     say("--num-beams 5 makes both commands slower and the texts usually better.")

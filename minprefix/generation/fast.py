@@ -127,7 +127,7 @@ class Decoding:
         self.use(n)
         if self.prompts is None:
             self.prompts = ids.new_zeros(rows, width)
-        self.prompts[:n, :T] = ids  # what is behind a prompt or in another row is not seen
+        self.prompts[:n, :T] = ids  # nothing after a prompt, or in other rows, is seen
 
         def run() -> Tensor:
             self.cache.longest, lengths = 0, self.cache.lengths

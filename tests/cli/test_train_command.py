@@ -75,7 +75,7 @@ def test_without_dev_data_a_part_is_held_out(cli, tiny_folder, tmp_path):
     _, said = train(cli, tiny_folder, data, tmp_path / "run")
     assert "no dev data was given: 2 of the 10 examples are held out" in said
     assert "16 training pairs" in said and "4 dev pairs" in said
-    assert "--data FILE\nFILE stands for pairs that were not used in training" in said
+    assert "--data FILE\nReplace FILE with a file of pairs that were not used in training" in said
     data.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     _, said = train(cli, tiny_folder, data, tmp_path / "few")
     assert "3 examples are too few to hold any out, so the last step is kept" in said
