@@ -92,7 +92,8 @@ part_generate() { whole_steps generate; }
 part_train() {
     step train "$(left 35)" "$PYTHON" -m benchmarks.e2e prefix --data "$DATA" --device cuda \
         --csv "$WORK/e2e.csv" --out "$WORK/run"
-    step kernels "$(left 2)" "$PYTHON" -m benchmarks.kernels.fused --out "$OUT" --seconds 20
+    step kernels "$(left 2)" "$PYTHON" -m benchmarks.kernels.fused --out "$OUT" \
+        --seconds "$(left 12)"
 }
 
 run_part() {

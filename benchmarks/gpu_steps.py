@@ -34,10 +34,10 @@ RUNS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "generate": [
         (MEDIUM, {"batch_size": "1", "peers": "many-rows,unfused,peft"}),
-        (MEDIUM, {"batch_size": "32", "peers": "unfused,peft"}),
+        (MEDIUM, {"batch_size": "32", "peers": "many-rows,unfused,peft"}),
         (MEDIUM, {"batch_size": "16", "num_beams": "5", "peers": "unfused,peft"}),
         (MEDIUM, {"batch_size": "1", "peers": "none", "profile": True}),
-        (MEDIUM, {"batch_size": "4", "peers": "many-rows"}),
+        (MEDIUM, {"batch_size": "4,16", "peers": "many-rows"}),
         (MEDIUM, {"batch_size": "1", "peers": "eager"}),
     ],
 }

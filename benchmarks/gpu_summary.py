@@ -148,7 +148,7 @@ def verdicts(rows: list[Row], work: str) -> list[str]:
     for sizes, found in by_work.items():
         for method, switch in (
             ("eager", "without graphs"), ("unfused", "without fused kernels"),
-            ("many-rows", "without few-row kernels"),
+            ("many-rows", "with PyTorch's products"),
         ):  # fmt: skip
             if sizes[0] == work and (ratio := found.get(method, {}).get("ratio")):
                 name = " ".join(word for word in sizes if word)

@@ -37,9 +37,9 @@ NAMES = {  # the important names of the two packages, and the module that define
         "kernels.cross_entropy_",
         "kernels.add_norm",
         "kernels.fused_linear",
+        "kernels.linear_parts",
         "kernels.fuses",
         "kernels.why_not",
-        "kernels.assembler.refusal",
     ],
 }
 

@@ -4,7 +4,8 @@ The models call `prefix_attention`, and `prefix_attention_qkv` for self-attentio
 GPU they run the Triton kernels of `attention.py`, `backward.py` and `decode.py`. On a CPU, and for
 cases without a kernel (fp64, other head sizes), they run `reference.py`, plain PyTorch, which is
 also the definition of correct. In the same way `cross_entropy_`, `add_norm` and `fused_linear` run
-`cross_entropy.py`, `layer_norm.py` and `few_rows.py`. Importing this package imports only torch.
+`cross_entropy.py`, `layer_norm.py`, `few_rows.py` and `some_rows.py`. Importing this package
+imports only torch.
 """
 
 import importlib.util
@@ -29,6 +30,7 @@ __all__ = [
     "cross_entropy_",
     "fused_linear",
     "fuses",
+    "linear_parts",
     "prefix_attention",
     "prefix_attention_eager",
     "prefix_attention_lean",
@@ -153,8 +155,9 @@ def cross_entropy_(
 
 
 def add_norm(
-    x: Tensor, y: Tensor | None, gain: Tensor, shift: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor | None, gain: Tensor, shift: Tensor, eps: float,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """s = x + y and its layer norm: the residual sum of a layer and the norm after it.
 
         n = (s - mean(s)) / sqrt(var(s) + eps) * gain + shift, over the last dimension
@@ -163,28 +166,37 @@ def add_norm(
         x, y: (..., C), of the same dtype; y = None means zero, and s is x.
         gain, shift: (C,).
         eps: added to the variance, no unit.
+        bias: (C,); y is then (S, ..., C), the result of `linear_parts`, and its sum over S plus
+            the bias is added. Without gradients.
     Returns:
         s, n: (..., C). Differentiable in x and y, and also in gain and shift, but then computed by
         PyTorch's own kernels.
     Raises:
         ValueError: shapes that disagree.
     """
-    if (y is not None and y.shape != x.shape) or not gain.shape == shift.shape == x.shape[-1:]:
-        shapes = [None if a is None else tuple(a.shape) for a in (x, y, gain, shift)]
-        raise ValueError(f"x, y (..., C), gain and shift (C,) do not fit: {shapes}")
+    wanted = x.shape if bias is None or y is None else (*y.shape[:1], *x.shape)
+    one_each = all(a.shape == x.shape[-1:] for a in (gain, shift, bias) if a is not None)
+    if (y is not None and y.shape != wanted) or not one_each:
+        shapes = [None if a is None else tuple(a.shape) for a in (x, y, gain, shift, bias)]
+        raise ValueError(f"x, y (..., C), gain, shift and bias (C,) do not fit: {shapes}")
+    if bias is not None and y is not None and fuses(x):
+        from kernels.layer_norm import forward
+
+        return forward(x.contiguous(), y.contiguous(), gain, shift, eps, bias)
     trained = torch.is_grad_enabled() and (gain.requires_grad or shift.requires_grad)
     if fuses(x) and not trained:
         from kernels.layer_norm import AddNorm
 
         return AddNorm.apply(x, y, gain, shift, eps)
-    return add_norm_plain(x, y, gain, shift, eps)
+    return add_norm_plain(x, y, gain, shift, eps, bias)
 
 
 def fused_linear(
     x: Tensor, weight: Tensor, bias: Tensor, *, norm: tuple[Tensor, Tensor, float] | None = None,
     gelu: bool = False, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """A product with the operations around it in a layer; one kernel where `takes_few` holds.
+    """A product with the operations around it in a layer; one kernel where `takes_few` holds, and
+    without norm and residual also where `takes_some` does.
 
         y = residual + act(norm(x) weight + bias)
 
@@ -208,6 +220,10 @@ def fused_linear(
             found = f"{name} {tuple(a.shape)} does not fit a weight {(K, N)}"
             raise ValueError(f"{found} and x {tuple(x.shape)}: it must be {wanted[name]}")
     alike = all(a.dtype == weight.dtype and a.stride(-1) == 1 for a in (weight, *given.values()))
+    if alike and norm is None and residual is None and takes_some(x):
+        from kernels import some_rows
+
+        return some_rows.linear(x.reshape(-1, K), weight, bias, gelu).view(*n, N)
     if not (alike and takes_few(x)) or (norm is not None and K > MOST_NORMED):
         return fused_linear_plain(x, weight, bias, norm, gelu, residual)
     from kernels.few_rows import linear
@@ -216,10 +232,25 @@ def fused_linear(
     return linear(x.reshape(-1, K), weight, bias, norm, gelu, rest).view(*n, N)
 
 
+def linear_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """The product x weight as partial sums, for `add_norm` to add.
+
+    Args:
+        x: (..., K), for which `takes_some` holds. weight: (K, N), as GPT-2 stores it.
+    Returns:
+        y: (S, ..., N) in fp32; S depends on K. x weight is the sum over S.
+    """
+    from kernels.some_rows import partial_sums
+
+    return partial_sums(x.reshape(-1, x.shape[-1]), weight).view(-1, *x.shape[:-1], weight.shape[1])
+
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests of the kernels
 MOST_NEW = 16  # largest T that the kernel can append, its tile of queries
-FEW_ROWS = 4  # most positions for which `fused_linear` runs its kernel, see `few_rows.py`
-MOST_NORMED = 4096  # largest K of a norm in that kernel
+FEW_ROWS = 4  # most positions for which `fused_linear` runs the kernel of `few_rows.py`
+SOME_ROWS = 32  # most positions for which it runs that of `some_rows.py`
+MOST_INPUTS = 2048  # largest K in that kernel, except in `linear_parts`
+MOST_NORMED = 4096  # largest K of a norm in `few_rows.py`
 HEAD_DIMS = (16, 32, 64, 80, 128)  # D for which there are kernels
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -243,13 +274,28 @@ def fuses(x: Tensor) -> bool:
 
 
 def takes_few(x: Tensor) -> bool:
-    """Whether `fused_linear` runs its kernel for x (..., K): few positions, and no gradients.
+    """Whether `fused_linear` runs the kernel of `few_rows.py` for x (..., K)."""
+    return 0 < x.numel() <= FEW_ROWS * x.shape[-1] and decodes(x)
 
-    Autocast would compute products in another dtype.
-    """
+
+def takes_some(x: Tensor) -> bool:
+    """Whether `fused_linear` runs the kernel of `some_rows.py` for x (..., K), which needs 16 bits
+    and Hopper's shared memory."""
+    n, K = x[..., 0].numel(), x.shape[-1]
+    wrong = x.element_size() != 2 or (INTERPRETED and x.dtype == torch.bfloat16)
+    if not FEW_ROWS < n <= SOME_ROWS or K > MOST_INPUTS or wrong or not decodes(x):
+        return False
+    from kernels.launch import target_of
+    from kernels.some_rows import TARGETS
+
+    return target_of(x.device) in TARGETS
+
+
+def decodes(x: Tensor) -> bool:
+    """Whether the kernels without a backward pass may run: no gradients, and no autocast, which
+    would compute products in another dtype."""
     plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-    few = 0 < x.numel() <= FEW_ROWS * x.shape[-1]
-    return few and not plain and fuses(x)
+    return not plain and fuses(x)
 
 
 def takes(x: Tensor) -> bool:

@@ -58,6 +58,7 @@ from torch import Tensor
 
 from kernels.assembler import assembled
 from kernels.launch import MULTIPROCESSORS, Tile, bucket, cdiv, launch, target_of
+from kernels.tiles import gelu
 
 HELD = 128 * 2**10  # bytes of W that a program holds, at most; for several positions half of them
 PIECE = 2 * 2**10  # bytes of a column of W that are held if that is too little
@@ -125,8 +126,7 @@ def _few_rows_kernel(
                 acc += more.to(tl.float32)[:, None] * w_more.to(tl.float32)
         y = tl.sum(acc, 0) + bias  # [BLOCK_N]
         if GELU:
-            # y (1 + tanh u) / 2 = y / (1 + exp(-2 u)),  u = sqrt(2 / pi) (y + 0.044715 y^3)
-            y = y / (1.0 + tl.exp(-1.5957691216057308 * (y + 0.044715 * y * y * y)))
+            y = gelu(y)
         if residual_ptr is not None:
             y += tl.load(residual_ptr + m * stride_r + j, mask=wanted, other=0.0).to(tl.float32)
         tl.store(y_ptr + m * outputs + j, y.to(y_ptr.dtype.element_ty), mask=wanted)

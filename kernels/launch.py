@@ -205,10 +205,11 @@ def options_of(tile: Tile, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def launch(kernel, programs: int, tile: Tile, **arguments) -> None:
     """Run `programs` programs of a kernel. It gets the arguments that it names; the others come
-    from the tile and from `overlaps` (PDL). None stands for a missing pointer."""
+    from the tile and, unless PDL is False, from `overlaps`. None stands for a missing pointer."""
     arguments |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     if "PDL" in kernel.arg_names:
-        arguments["PDL"] = overlaps(next(iter(arguments.values())).device)
+        wanted = arguments.get("PDL", True)
+        arguments["PDL"] = wanted and overlaps(next(iter(arguments.values())).device)
     arguments = {name: arguments[name] for name in kernel.arg_names}
     if _recording is not None:
         one = Launch(kernel, programs, tile, arguments, _recording.default)

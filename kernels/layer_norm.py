@@ -21,6 +21,10 @@ program holds all C numbers, so only s is saved. Gain and shift are frozen and g
             s, dn, ds, write dx: 4 N C e. PyTorch, with separate kernels for sums, moves 5 and 6.
 
 There is one program per position and there are no atomics, so results repeat bit for bit.
+
+In a decoding step y may be what `some_rows.py` leaves, S partial sums in fp32 without their bias
+(`bias_ptr`). They are added here, and the kernel overlaps with its neighbours as described in
+`few_rows.py`. 4 S N C e' bytes are then read in place of N C e, with e' = 4.
 `torch.compile` fuses the plain form itself and never sees these kernels, so they need not be
 registered operators.
 
@@ -49,17 +53,29 @@ def normalised(s, mask, width, eps):
 @assembled
 @triton.jit
 def _add_norm_kernel(
-    x_ptr, y_ptr, gain_ptr, shift_ptr, s_ptr, n_ptr, width, eps, BLOCK_N: tl.constexpr
-):
-    """s and n of one position; without y, s is x and is not written."""
+    x_ptr, y_ptr, bias_ptr, gain_ptr, shift_ptr, s_ptr, n_ptr, width, stride_part, eps,
+    PARTS: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """s and n of one position. y is the sum of PARTS parts and a bias; without y, s is x and is not
+    written."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     start = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, BLOCK_N)
     mask = columns < width
     gain = tl.load(gain_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    y = tl.zeros([BLOCK_N], tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     s = tl.load(x_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
     if y_ptr is not None:
-        s += tl.load(y_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
+        for part in tl.static_range(PARTS):
+            part_ptr = y_ptr + part * stride_part + start
+            y += tl.load(part_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        s += y
         rounded = s.to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + start + columns, rounded, mask=mask)
         s = rounded.to(tl.float32)
@@ -94,13 +110,17 @@ def tile_of(width: int) -> Tile:
 
 
 def forward(
-    x: Tensor, y: Tensor | None, gain: Tensor, shift: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """s and n of contiguous x and y (..., C); s is x itself if y is None."""
+    x: Tensor, y: Tensor | None, gain: Tensor, shift: Tensor, eps: float,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """s and n of contiguous x and y (..., C); s is x itself if y is None. With a bias (C,), y is
+    (S, ..., C) in fp32."""
     s, n = x if y is None else torch.empty_like(x), torch.empty_like(x)
+    parts = 1 if y is None or bias is None else len(y)
     launch(
-        _add_norm_kernel, x[..., 0].numel(), tile_of(x.shape[-1]), x_ptr=x, y_ptr=y,
-        gain_ptr=gain, shift_ptr=shift, s_ptr=s, n_ptr=n, width=x.shape[-1], eps=eps,
+        _add_norm_kernel, x[..., 0].numel(), tile_of(x.shape[-1]), x_ptr=x, y_ptr=y, bias_ptr=bias,
+        gain_ptr=gain, shift_ptr=shift, s_ptr=s, n_ptr=n, width=x.shape[-1],
+        stride_part=x.numel(), eps=eps, PARTS=parts, PDL=bias is not None,
     )  # fmt: skip
     return s, n
 

@@ -328,9 +328,12 @@ def cross_entropy_plain_(
 
 
 def add_norm_plain(
-    x: Tensor, y: Tensor | None, gain: Tensor, shift: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor | None, gain: Tensor, shift: Tensor, eps: float,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `kernels.add_norm`."""
+    if y is not None and bias is not None:
+        y = (y.sum(0) + bias).to(x.dtype)
     s = x if y is None else x + y
     return s, F.layer_norm(s, s.shape[-1:], gain, shift, eps)
 

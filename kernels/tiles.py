@@ -20,6 +20,13 @@ def await_previous(PDL: tl.constexpr):
 
 
 @triton.jit
+def gelu(y):
+    """The tanh form of GELU: y (1 + tanh u) / 2 = y / (1 + exp(-2 u)), where
+    u = sqrt(2 / pi) (y + 0.044715 y^3)."""
+    return y / (1.0 + tl.exp(-1.5957691216057308 * (y + 0.044715 * y * y * y)))
+
+
+@triton.jit
 def row_prefix(b, prefix_index_ptr, prefix_lens_ptr, stride_lens, prefix_len):
     """(n, columns): which prefix of the bank row b uses, and how many of its columns it sees."""
     n = b

@@ -11,8 +11,9 @@ bf16, at the shapes of GPT-2 medium: C = 1024, V = 50257, n positions. It times
   - cross_entropy: that kernel alone, with each of TILES.
   - add_norm, norm_grad: x + y with its layer norm, and the gradient of both; `plain` is PyTorch's
     two kernels for each. Inputs are not in the L2 cache.
-  - products: those of a token, with all that `few_rows.py` includes, in 24 layers without
-    attention, for n = 1, 2, 4 positions.
+  - products: those of a token in 24 layers without attention, for n = 1 to 32 positions. `plain`
+    is PyTorch's products with our norms, `few` has the kernel of `few_rows.py`, `some` that of
+    `some_rows.py`, also divided otherwise (FORMS).
 
 Ours is first compared with `plain`. gbs is the bytes from the header of each kernel, divided by the
 median time. us, us_20 and us_80 are as in `decode.py`. The rows are written to fused-DEVICE.csv;
@@ -34,8 +35,12 @@ from torch import Tensor
 import kernels
 from benchmarks.kernels.clock import device_name, measure, need_kernels, sets_of
 from benchmarks.machine import add_row, machine
-from kernels import cross_entropy_, fused_linear, fuses
+from kernels import cross_entropy_, fuses, some_rows
 from kernels.launch import Tile
+from minprefix.models.activations import Visible
+from minprefix.models.config import GPT2Config
+from minprefix.models.fused import fused_blocks
+from minprefix.models.gpt2 import GPT2
 from minprefix.models.losses import frozen_head_loss, with_padding
 
 KEY = ("what", "method", "n", "C", "V", "dtype")
@@ -53,8 +58,11 @@ class Shape(NamedTuple):
 
 
 ISSUE = [Shape(1280, 1024, 50257), Shape(8192, 1024, 50257)]
-TOKENS = [Shape(n, 1024, 0) for n in (1, 2, 4)]
-SMALL, SMALL_TOKENS = [Shape(12, 32, 101)], [Shape(2, 32, 0)]
+TOKENS = [Shape(n, 1024, 0) for n in (32, 16, 8, 4, 1, 2)]
+FORMS = [(16, 4), (32, 8), (64, 4)]  # columns of a program, warps
+MOST_FEW = 8  # most positions for which `few` is timed
+TILE_OF = some_rows.tile_of
+SMALL, SMALL_TOKENS = [Shape(40, 32, 101)], [Shape(2, 32, 0)]
 
 
 class Timed(NamedTuple):
@@ -152,47 +160,58 @@ def norms(shape: Shape, device: str) -> Iterator[Timed]:
 
 
 def products(shape: Shape, device: str) -> Iterator[Timed]:
-    """The products of a token. Both results are as far from fp64 as bf16 is after 24 layers."""
+    """The products of a token. Results are as far from PyTorch's as bf16 is after 24 layers."""
     n, C, _ = shape
-    sizes = (C,), (C,), (C, 3 * C), (3 * C,), (C, C), (C,), (C, 4 * C), (4 * C,), (4 * C, C), (C,)
-    layers = [[0.02 * normal(*size, device=device) for size in sizes] for _ in range(24)]
-    for layer in layers:
-        layer[0] += 1  # the norm's gain
-    x = normal(n, C, device=device)
+    config = GPT2Config(vocab_size=8, n_positions=8, n_embd=C, n_layer=24, n_head=max(1, C // 64))
+    model = GPT2(config).to(device, torch.bfloat16).requires_grad_(False).eval().init_weights(0)
+    x, visible = normal(n, 1, C, device=device), Visible()
+    prefix = model.activations_of(None).layers()[0]
 
-    def run(most: int) -> Tensor:
-        y = x
-        with patch.object(kernels, "FEW_ROWS", most), torch.no_grad():
-            for gain, shift, *w in layers:
-                norm = gain, shift, EPS
-                o = fused_linear(y, w[0], w[1], norm=norm)[:, :C]
-                y = fused_linear(o, w[2], w[3], residual=y)
-                h = fused_linear(y, w[4], w[5], norm=norm, gelu=True)
-                y = fused_linear(h, w[6], w[7], residual=y)
+    def run(few: int, some: int, tile_of: Callable) -> Tensor:
+        limits = patch.multiple(kernels, FEW_ROWS=few, SOME_ROWS=some)
+        tiles = patch.object(some_rows, "tile_of", tile_of)
+        with limits, tiles, torch.no_grad(), fused_blocks(model, n):
+            y = x
+            for block in model.h:
+                y = block(y, prefix, visible, attend=lambda q, *_: q)
         return y
 
-    ours, plain = (run(most).float() for most in (kernels.FEW_ROWS, 0))
-    error = ((ours - plain).norm() / plain.norm()).item()
-    assert error < 0.05, f"products: they differ by {error} of their norm"
-    for method, most in (("plain", 0), ("ours", kernels.FEW_ROWS)):
-        n_bytes = 2 * sum(w.numel() for layer in layers for w in layer)
-        yield Timed("products", method, [partial(run, most)], n_bytes)
+    usual = some_rows.tile_of
+    forms = {"plain": (0, 0, usual), "few": (n, 0, usual), "some": (0, n, usual)}
+    for columns, warps in FORMS:
+        other = partial(tile_with, columns, warps)
+        forms[f"some, {columns} columns, {warps} warps"] = 0, n, other
+    plain = run(*forms["plain"]).float()
+    for method, form in forms.items():
+        if method != "plain" and not (fuses(x) and (method != "few" or n <= MOST_FEW)):
+            continue
+        error = ((run(*form).float() - plain).norm() / plain.norm()).item()
+        assert error < 0.05, f"products, {method}: they differ by {error} of their norm"
+        n_bytes = 2 * sum(p.numel() for p in model.h.parameters())
+        yield Timed("products", method, [partial(run, *form)], n_bytes)
+
+
+def tile_with(columns: int, warps: int, n: int, inputs: int) -> tuple[Tile, int]:
+    """`some_rows.tile_of` with another division of the outputs and of the inputs."""
+    tile, block_k = TILE_OF(n, inputs)
+    return tile._replace(block_n=columns, num_warps=warps), block_k
 
 
 def verdicts(rows: list[dict[str, str]]) -> list[str]:
-    """One line for each target, and one for the fastest tile of each shape."""
+    """One line for each target, and one for the fastest tile or form of each shape."""
     us = {(row["what"], row["method"], row["n"]): float(row["us"]) for row in rows}
     lines = [] if rows else ["the kernels other than attention: not measured"]
     for n in dict.fromkeys(row["n"] for row in rows):
+        default = "few" if int(n) <= kernels.FEW_ROWS else "some"
         for what, above, below, aim, most in (
             ("head", "plain", "ours", 5.0, False),  # 6.9 in a trial on an H200
             ("head", "ours", "products", 1.5, True),  # 1.4 there
             ("add_norm", "plain", "ours", 1.2, False),
             ("norm_grad", "plain", "ours", 1.2, False),
-            ("products", "plain", "ours", 1.0, False),
+            ("products", "plain", default, 1.0, False),
         ):
             keys = (what, above, n), (what, below, n)
-            if (what == "products") != (int(n) <= kernels.FEW_ROWS):
+            if (what == "products") != (int(n) <= kernels.SOME_ROWS):
                 continue
             if not all(key in us for key in keys):
                 lines.append(f"n={n:5} {what}: {above} / {below}  not measured")
@@ -202,11 +221,12 @@ def verdicts(rows: list[dict[str, str]]) -> list[str]:
             sign = "<=" if most else ">="
             lines.append(f"n={n:5} {what + ': ' + above + ' / ' + below:30} {value:6.2f} "
                          f"{sign} {aim:.2f}  {mark}")  # fmt: skip
-        tried = {key[1]: t for key, t in us.items() if (key[0], key[2]) == ("cross_entropy", n)}
-        if "ours" in tried:
-            best = min(tried, key=lambda name: tried[name])
-            lines.append(f"n={n:5} cross_entropy: the default takes {tried['ours']:.1f} us, the "
-                         f"fastest ({best}) {tried[best]:.1f} us")  # fmt: skip
+        for what, usual in (("cross_entropy", "ours"), ("products", default)):
+            tried = {key[1]: t for key, t in us.items() if (key[0], key[2]) == (what, n)}
+            if usual in tried:
+                best = min(tried, key=lambda name: tried[name])
+                lines.append(f"n={n:5} {what}: the default takes {tried[usual]:.1f} us, the "
+                             f"fastest ({best}) {tried[best]:.1f} us")  # fmt: skip
     return lines
 
 

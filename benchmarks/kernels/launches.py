@@ -14,9 +14,9 @@ A training step is that of `Trainer`, bf16, a prefix of 10 out of an MLP, loss a
 the "meta" device, which has shapes and no memory; with the kernels of `cross_entropy.py` and
 `layer_norm.py`, "fused", and without, "plain" (MINPREFIX_FUSED=0). The norm of the gradient and
 AdamW, both fused over all tensors, are known without a count (`UPDATE`). A step of generation is
-the difference of two generations with a different number of tokens; "few rows" with the kernel of
-`few_rows.py`, whose programs each read all positions, which counts as if from memory, "fused"
-without. (Without graphs the blocks are PyTorch's, and only attention is ours.)
+the difference of two generations with a different number of tokens; "few rows" and "some rows" with
+the kernels of these names, whose programs each read all positions, which counts as if from memory,
+"fused" without. (Without graphs the blocks are PyTorch's, and only attention is ours.)
 
 Columns: `triton`, launches of our kernels; `other`, launches of PyTorch's; `waits`, tensors that
 the host reads; `calls`, launches by the host itself: a replay, and everything that is not captured.
@@ -40,8 +40,8 @@ from torch.utils.flop_counter import flop_registry
 import kernels.inputs
 from benchmarks.machine import add_row, machine
 from benchmarks.peft.run import RANDOM
-from kernels import attention, few_rows
-from kernels.launch import Launch, recorded
+from kernels import attention, few_rows, some_rows
+from kernels.launch import Launch, cdiv, recorded
 from minprefix.generation import fast
 from minprefix.generation.config import GenerationConfig
 from minprefix.generation.texts import generate_ids
@@ -151,12 +151,14 @@ def size(x: torch.Tensor) -> int:
 
 def bytes_of(launch: Launch) -> int:
     """What our kernel reads and writes; logits are both, and positions and the parameters of a norm
-    are read by each program of `few_rows.py`."""
+    are read by each program of `few_rows.py` and `some_rows.py` that needs them."""
     a = launch.arguments
     found = sum(map(size, tensors(a)))
     if launch.kernel is few_rows._few_rows_kernel:
         shared = [a[name] for name in ("x_ptr", "gain_ptr", "shift_ptr") if a[name] is not None]
         found += (launch.programs - 1) * sum(map(size, shared))
+    if launch.kernel is some_rows._some_rows_kernel:
+        found += (cdiv(a["outputs"], launch.tile.block_n) - 1) * size(a["x_ptr"])
     return found + (size(a["logits_ptr"]) if "logits_ptr" in a else 0)
 
 
@@ -313,9 +315,13 @@ def generate_rows() -> Iterator[tuple[dict, Count]]:
         beams = options.get("num_beams", 1)
         sizes = {"work": "generate", "B": B, "beams": beams, "graphs": int(graphed)}
         sizes["sampling"] = int("do_sample" in options)
-        for form, most in (("fused", 0), ("few rows", kernels.FEW_ROWS)):
-            if form == "fused" or (graphed and B * beams <= most):
-                with patch.object(kernels, "FEW_ROWS", most):
+        few, some = kernels.FEW_ROWS, kernels.SOME_ROWS
+        for form, low, *most in (
+            ("fused", 0, 0, 0), ("few rows", 1, few, 0), ("some rows", few + 1, few, some),
+        ):  # fmt: skip
+            if form == "fused" or (graphed and low <= B * beams <= max(most)):
+                limits = dict(zip(("FEW_ROWS", "SOME_ROWS"), most, strict=True))
+                with patch.multiple(kernels, **limits):
                     yield sizes | {"form": form}, token(model, prefix, B, graphed, **options)
 
 

@@ -50,7 +50,7 @@ LR, CLIP = 1e-3, 1.0  # AdamW's; the largest norm of the gradient
 SWITCHES: dict[str, Callable[[], AbstractContextManager]] = {  # ours, with one thing off
     "eager": partial(patch.dict, os.environ, {"MINPREFIX_CUDA_GRAPHS": "0"}),
     "unfused": partial(patch.dict, os.environ, {"MINPREFIX_FUSED": "0"}),
-    "many-rows": partial(patch.object, kernels, "FEW_ROWS", 0),  # products by PyTorch
+    "many-rows": partial(patch.multiple, kernels, FEW_ROWS=0, SOME_ROWS=0),  # PyTorch's products
 }
 KNOWN = 50  # consecutive steps without a new bucket, after which new ones are rare
 SHAPES = 30  # steps of PEFT on real texts before the timing, so that few shapes are new

@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from triton.backends.compiler import GPUTarget
 
-from kernels import FEW_ROWS, HEAD_DIMS, attention, cross_entropy, few_rows, layer_norm
+from kernels import (
+    FEW_ROWS,
+    HEAD_DIMS,
+    SOME_ROWS,
+    attention,
+    cross_entropy,
+    few_rows,
+    layer_norm,
+    some_rows,
+)
 from kernels.decode import decode
 from kernels.inputs import Append, Inputs
 from kernels.launch import Launch, recorded
@@ -28,7 +37,7 @@ GPU_TARGETS = {  # architecture, threads of a warp
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMENSIONS: dict[str, tuple] = {
     "target": tuple(GPU_TARGETS),
-    "op": ("forward", "backward", "decode", "cross_entropy", "add_norm", "few_rows"),
+    "op": ("forward", "backward", "decode", "cross_entropy", "add_norm", "few_rows", "some_rows"),
     "dtype": tuple(DTYPES),
     "head_dim": HEAD_DIMS,
     "batch_size": (2, 1, 1000),  # decode splits them differently; with the last, q exceeds 2 GB
@@ -46,7 +55,7 @@ DIMENSIONS: dict[str, tuple] = {
     "append": ("no", "rows", "slots"),  # in decode: the kernel writes the cache; slots: for beams
 }
 # not attention; see `call_other` for the use of a case
-OTHERS = ("cross_entropy", "add_norm", "few_rows")
+OTHERS = ("cross_entropy", "add_norm", "few_rows", "some_rows")
 QUERIES = {50: 1, 128: 2, 1000: 5}  # in decode, with 1000 keys; other seq_len: 1, with seq_len keys
 # The usual calls: every length with every prefix, and one additional option at a time.
 CALLS: dict[str, tuple] = {
@@ -195,7 +204,8 @@ def call_other(case: Case) -> None:
 
     With `q_offset` there is a bias, or no y; with `need` "q" no gradient is computed; with `causal`
     the head is padded. "few_rows" launches the product after a norm (with `need` "q" to q, k and v,
-    otherwise of the MLP) and that before a sum, for up to FEW_ROWS positions and heads of 64.
+    otherwise of the MLP) and that before a sum, for up to FEW_ROWS positions and heads of 64;
+    "some_rows" the same products for up to SOME_ROWS, and the norm that adds partial sums.
     """
     n, C, V = case.batch_size * case.seq_len, case.n_head * case.head_dim, 50257
     empty = partial(torch.empty, device="meta", dtype=DTYPES[case.dtype])
@@ -210,6 +220,15 @@ def call_other(case: Case) -> None:
         N, norm = (4 if gelu else 3) * C, (empty(C), empty(C), 1e-5)
         few_rows.linear(empty(n, C), empty(C, N), empty(N), norm, gelu, None)
         few_rows.linear(empty(n, N), empty(N, C), empty(C), None, False, empty(n, C))
+        return
+    if case.op == "some_rows":
+        if case.target not in some_rows.TARGETS or case.dtype == "fp32":
+            return
+        n, C, gelu = min(case.batch_size, SOME_ROWS), 64 * case.n_head, case.need != "q"
+        N = (4 if gelu else 3) * C
+        some_rows.linear(empty(n, C), empty(C, N), empty(N), gelu)
+        y = some_rows.partial_sums(empty(n, N), empty(N, C))
+        layer_norm.forward(empty(n, C), y, empty(C), empty(C), 1e-5, empty(C))
         return
     x, y, gain, shift = empty(n, C), None if case.q_offset else empty(n, C), empty(C), empty(C)
     s, dn = layer_norm.forward(x, y, gain, shift, 1e-5)

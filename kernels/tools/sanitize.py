@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import MOST_NEW, add_norm, cross_entropy_, fused_linear, prefix_attention
+from kernels import (
+    MOST_NEW,
+    add_norm,
+    cross_entropy_,
+    fused_linear,
+    linear_parts,
+    prefix_attention,
+    takes_some,
+)
 
 H = 3
 CASES = [  # B, T, S, P, D, dtype, options
@@ -81,6 +89,8 @@ OTHERS = [  # n, C, V, columns, dtype: a padded vocabulary, odd widths, one posi
     (4, 96, 5003, 5056, torch.bfloat16),
     (3, 101, 77, 77, torch.float32),
     (1, 96, 5003, 5056, torch.bfloat16),
+    (9, 1100, 77, 77, torch.float16),
+    (21, 96, 2050, 2056, torch.bfloat16),
 ]
 
 
@@ -98,11 +108,16 @@ def call_other(n: int, C: int, V: int, columns: int, dtype: torch.dtype, device:
     s, norm = add_norm(x, y, normal(C), normal(C), 1e-5)
     s, again = add_norm(s, None, normal(C), normal(C), 1e-5)
     grads = torch.autograd.grad((s, norm, again), (x, y), [normal(n, C) for _ in range(3)])
-    with torch.no_grad():  # products of few rows, with all that they take along, and bare
+    with torch.no_grad():  # products of few and of some rows, with all that they take along
         given: dict[str, Any] = {"norm": (normal(C), normal(C), 1e-5), "residual": normal(n, V)}
         y = fused_linear(x, normal(C, V), normal(V), gelu=True, **given)
         bare = fused_linear(y, normal(V, C), normal(C))
-    return [losses, logits, s, norm, again, y, bare, *grads]
+        results = [losses, logits, s, norm, again, y, bare, *grads]
+        if takes_some(x):
+            y = fused_linear(x, normal(C, V), normal(V), gelu=True)
+            parts = linear_parts(y, normal(V, C))
+            results += [y, parts, *add_norm(x, parts, normal(C), normal(C), 1e-5, normal(C))]
+    return results
 
 
 def main() -> None:

@@ -4,9 +4,10 @@
 attention, and eight where the blocks are linked. Training uses it (`training/blocks.py`) and so do
 the graphs of generation. `step_forward` is for a decoding step with few positions, which costs
 mostly the number of its kernels: each of the four products includes the operations around it
-(`kernels.fused_linear`), so there are five. `fused_blocks` lets the blocks of a model run like that
-for a while. Launching Triton's kernels takes the host longer than PyTorch's, so this pays within a
-CUDA graph, or where the GPU has much to do.
+(`kernels.fused_linear`), so there are five. `rows_forward`, for up to 32 positions, has seven: two
+of the products leave partial sums, which the norms add. `fused_blocks` lets the blocks of a model
+run like that for a while. Launching Triton's kernels takes the host longer than PyTorch's, so this
+pays within a CUDA graph, or where the GPU has much to do.
 """
 
 from collections.abc import Iterator
@@ -16,14 +17,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kernels import add_norm, fused_linear, fuses, takes_few
+from kernels import add_norm, fused_linear, fuses, linear_parts, takes_few, takes_some
 from minprefix.models.base import LanguageModel, tanh_gelu
 from minprefix.models.gpt2 import Block
 
 
-def normed(x: Tensor, y: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-    """x + y (or x if y is None) and its layer norm, in one kernel; each (..., C)."""
-    return add_norm(x, y, norm.weight, norm.bias, norm.eps)
+def normed(x: Tensor, y: Tensor | None, norm: Any, bias=None) -> tuple[Tensor, Tensor]:
+    """x + y (or x if y is None) and its layer norm, in one kernel; each (..., C). With a bias, y is
+    the result of `linear_parts`."""
+    return add_norm(x, y, norm.weight, norm.bias, norm.eps, bias)
 
 
 def fused_forward(self: Any, x, prefix, visible, attend=None, at=None, following=None) -> Any:
@@ -58,9 +60,25 @@ def step_forward(block: Any, x: Tensor, prefix, visible, attend, at=None) -> Ten
     return fused_linear(h, mlp.c_proj.weight, mlp.c_proj.bias, residual=x)
 
 
+def rows_forward(
+    block: Any, x, prefix, visible, attend, at=None, following=None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`Block.forward` in a decoding step, with the products of `kernels/some_rows.py`; x and the
+    result are those of `fused_forward`."""
+    attn, mlp = block.attn, block.mlp
+    x, n = x if isinstance(x, tuple) else normed(x, None, block.ln_1)
+    qkv = fused_linear(n, attn.c_attn.weight, attn.c_attn.bias)
+    o = attn.heads(qkv, prefix, visible, attend)
+    x, n = normed(x, linear_parts(o, attn.c_proj.weight), block.ln_2, attn.c_proj.bias)
+    h = fused_linear(n, mlp.c_fc.weight, mlp.c_fc.bias, gelu=True)
+    if following is None:
+        return fused_linear(h, mlp.c_proj.weight, mlp.c_proj.bias, residual=x)
+    return normed(x, linear_parts(h, mlp.c_proj.weight), following.ln_1, mlp.c_proj.bias)
+
+
 def suits_step(block: Any) -> bool:
-    """Whether `step_forward` computes the same: GPT-2's own function in the MLP, and no adapter,
-    whose hooks come after attention and MLP."""
+    """Whether `step_forward` and `rows_forward` compute the same: GPT-2's own function in the MLP,
+    and no adapter, whose hooks come after attention and MLP."""
     return not (block.attn._forward_hooks or block.mlp._forward_hooks) and (
         block.mlp.act is tanh_gelu
     )
@@ -78,11 +96,13 @@ def fused_blocks(model: LanguageModel, positions: int) -> Iterator[None]:
     if not (frozen and fuses(weight) and all(isinstance(block, Block) for block in blocks)):
         yield
         return
-    few = takes_few(weight.new_empty(positions, 1)) and all(map(suits_step, blocks))
+    x, step = weight.new_empty(positions, weight.shape[1]), all(map(suits_step, blocks))
     for block, after in zip(blocks, [*blocks[1:], None], strict=True):
-        run: Any = partial(step_forward, block)
-        if not few:
-            run = partial(fused_forward, block, following=linked(block, after))
+        if step and takes_few(x):
+            run: Any = partial(step_forward, block)
+        else:
+            form = rows_forward if step and takes_some(x) else fused_forward
+            run = partial(form, block, following=linked(block, after))
         vars(block)["forward"] = run
     try:
         yield

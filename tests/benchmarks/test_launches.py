@@ -78,6 +78,24 @@ def test_a_token_is_five_launches_for_each_layer(options, monkeypatch):
     assert eager["launches"] == eager["calls"] == row["launches"] + 15
 
 
+@pytest.mark.skipif(INTERPRETED, reason="counts what would be launched on a GPU")
+def test_a_token_of_some_rows_is_seven_launches_for_each_layer():
+    """All are ours, and so is the norm before the first; in the last layer the second product of
+    the MLP and the sum are PyTorch's."""
+    config = GPT2Config(n_layer=3, n_head=2, n_embd=32, n_inner=64, vocab_size=200)
+    model = GPT2(config).init_weights(0).eval().bfloat16()
+    count = launches.token(model, Prefix.random(config, 10, seed=0), 6, True)
+    found = {name: count.found[name][0] for name in count.found}
+    ours = {"some_rows_kernel": 4 * 3 - 1, "add_norm_kernel": 2 * 3, "decode_kernel": 3}
+    assert ours.items() <= found.items() and found["addmm"] == 1
+    n, e = 8, 2  # positions, those of a bucket; bytes
+    weights = 3 * (96 * 33 + 32 * 32 + 64 * 33) + 2 * 64 * 32
+    # 3, 1 and 2 programs of 32 outputs read x; up to 64 inputs there is one part, in fp32
+    read = n * (3 * (3 * 32 + 32 + 2 * 32) + 2 * 64)
+    moved = n * (3 * (96 + 64 + 2 * 32) + 2 * 2 * 32)
+    assert count.found["some_rows_kernel"][1] == e * (weights + read + moved)
+
+
 def test_the_committed_count_is_of_all_forms():
     rows = {(row["form"], row["work"], row["B"], row["beams"]): row
             for row in COUNTED if row["graphs"] == "1" and row["sampling"] != "1"}  # fmt: skip

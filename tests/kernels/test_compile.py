@@ -77,7 +77,7 @@ def test_cover_meets_every_pair_once_and_is_small():
             missing = set(product(DIMENSIONS[a], DIMENSIONS[b])) - met
             assert not missing, f"{op}: {a}, {b}: {missing}"
     assert cases == cover(), "not deterministic"
-    assert len(jobs_of(cases)) <= 330
+    assert len(jobs_of(cases)) <= 370
 
 
 def test_calls_are_each_length_with_each_prefix():
@@ -206,7 +206,7 @@ def test_cover_compiles_without_spills_within_shared_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["few_rows", "decode"])
+@pytest.mark.parametrize("op", ["few_rows", "some_rows", "decode"])
 def test_weights_are_read_before_the_wait(op):
     """On Hopper and Blackwell, and nothing else is read there before the kernels before have ended.
     An A100 can neither wait nor start early."""
@@ -219,6 +219,7 @@ def test_weights_are_read_before_the_wait(op):
             if overlaps:
                 wait, start = (ptx.index(f"griddepcontrol.{x}") for x in ("wait", "launch"))
                 read = min(ptx.index(x) for x in ("ld.global", "cp.async.cg") if x in ptx)
-                assert start < read < wait if op == "few_rows" else wait < start < read
+                assert wait < start < read if op == "decode" else start < read < wait
                 loads = ptx[:wait].count("ld.global"), ptx[wait:].count("ld.global")
-                assert op == "decode" or loads[0] > loads[1] > 0  # weights; positions
+                assert op != "few_rows" or loads[0] > loads[1] > 0  # weights; positions
+                assert op != "some_rows" or min(loads) > 0

@@ -1,5 +1,5 @@
-"""Products with norm, bias, GELU and residual: the kernel against PyTorch in fp64, alone and within
-a model that generates.
+"""Products with norm, bias, GELU and residual: the kernels of few_rows.py and some_rows.py against
+PyTorch in fp64, alone and within a model that generates.
 
 They run here in Triton's interpreter (`make test-kernels`) or on a GPU.
 """
@@ -18,8 +18,8 @@ from conftest import (
 )
 
 import kernels
-from kernels import fused_linear, takes_few
-from kernels.reference import fused_linear_plain
+from kernels import add_norm, fused_linear, linear_parts, takes_few, takes_some
+from kernels.reference import add_norm_plain, fused_linear_plain
 from minprefix.generation import fast
 from minprefix.generation.texts import generate
 from minprefix.methods.adapters import Adapter
@@ -31,13 +31,14 @@ from minprefix.prefix.prefix import Prefix
 
 needs_kernels()
 
-from kernels import few_rows  # noqa: E402  (imports Triton)
+from kernels import few_rows, some_rows  # noqa: E402  (import Triton)
 from kernels import launch as launching  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
 FORMS = ["", "norm", "gelu", "residual", "norm gelu residual"]
 SIZES = [(1, 33, 70), (3, 300, 17), (4, 64, 700), (2, 513, 96)]  # n, K, N
+SOME_SIZES = [(5, 33, 70), (16, 300, 17), (17, 1100, 48), (32, 64, 700)]
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -96,14 +97,15 @@ def check(arguments: dict) -> None:
 
 @pytest.fixture
 def launched(monkeypatch) -> list:
-    """The kernels that `few_rows` launches."""
+    """The kernels that `few_rows` and `some_rows` launch."""
     found, launch = [], few_rows.launch
 
     def noted(kernel, *arguments, **options):
         found.append(kernel)
         launch(kernel, *arguments, **options)
 
-    monkeypatch.setattr(few_rows, "launch", noted)
+    for module in (few_rows, some_rows):
+        monkeypatch.setattr(module, "launch", noted)
     return found
 
 
@@ -114,6 +116,51 @@ def launched(monkeypatch) -> list:
 def test_within_rounding(sizes, form, dtype, launched):
     check(inputs(*sizes, dtype, form))
     assert len(launched) == takes_few(torch.empty(1, 1, dtype=dtype, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["", "gelu"])
+@pytest.mark.parametrize("sizes", SOME_SIZES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_some_positions_within_rounding(sizes, form, dtype, launched):
+    check(inputs(*sizes, dtype, form))
+    taken = takes_some(torch.empty(sizes[:2], dtype=dtype, device=DEVICE))
+    assert launched == [some_rows._some_rows_kernel] * taken
+
+
+@pytest.mark.parametrize(
+    "sizes, n_parts", list(zip([*SOME_SIZES, (6, 1024, 40)], (1, 3, 3, 1, 4), strict=True)), ids=str
+)
+@pytest.mark.usefixtures("poisoned")
+def test_partial_sums(sizes, n_parts, launched):
+    """Up to four, whose sum is the product, and which the norm adds with bias and residual."""
+    a = inputs(*sizes, torch.float16, "residual")
+    x, weight, bias, s = (a[name].to(DEVICE) for name in ("x", "weight", "bias", "residual"))
+    if not takes_some(x[:, :1]):
+        pytest.skip("needs Hopper or later")
+    parts, product = linear_parts(x, weight), x.double() @ weight.double()
+    assert parts.dtype == torch.float32 and len(parts) == n_parts
+    assert (parts.double().sum(0) - product).abs().max() < 1e-4 and len(launched) == 1
+    gain, shift = torch.randn(2, sizes[2]).half().to(DEVICE)
+    actual = add_norm(s, parts, gain, shift, EPS, bias)
+    exact = [b.double().cpu() for b in (s, product[None], gain, shift, bias)]
+    exact = add_norm_plain(*exact[:4], EPS, exact[4])
+    low = add_norm_plain(*(b.cpu() for b in (s, parts, gain, shift)), EPS, bias.cpu())
+    for name, one, other, right in zip(("s", "n"), actual, low, exact, strict=True):
+        largest = right.abs().max().item() + 1
+        assert_within_rounding(one.cpu(), other, right, largest, 0.0, name)
+    with pytest.raises(ValueError, match="do not fit"):
+        add_norm(s, parts[:, 1:], gain, shift, EPS, bias)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_a_bad_position_of_some_stays_alone():
+    a = inputs(18, 70, 40, torch.float16, "gelu")
+    clean = ours(a)
+    a["x"][1, 3], a["x"][17, 0] = float("inf"), float("nan")
+    found, others = ours(a), [row for row in range(18) if row not in (1, 17)]
+    assert torch.equal(found[others], clean[others])
+    assert not found[[1, 17]].isfinite().any()
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -153,8 +200,9 @@ def test_a_bad_position_stays_alone():
     assert torch.equal(found[[0, 2]], clean[[0, 2]]) and found[[1, 3]].isnan().all()
 
 
-def test_results_repeat():
-    a = inputs(4, 300, 40, torch.float16, "norm gelu residual")
+@pytest.mark.parametrize("n, form", [(4, "norm gelu residual"), (20, "gelu")])
+def test_results_repeat(n, form):
+    a = inputs(n, 300, 40, torch.float16, form)
     assert torch.equal(ours(a), ours(a))
 
 
@@ -214,6 +262,21 @@ def test_forms_are_as_the_header_says():
                     assert held * x.element_size() <= 256
                 if target == "sm_90" and dtype == torch.bfloat16:
                     assert programs == ([96, 64, 128, 64] if n == 1 else [96, 128, 128, 128])
+
+
+def test_tiles_of_some_rows_are_as_the_header_says():
+    """Enough programs, and no more memory than a multiprocessor has; each input is read once."""
+    C, bits = 1024, 2
+    programs = []
+    for inputs, parts, N in ((C, 1, 3 * C), (C, 4, C), (C, 1, 4 * C), (4 * C, 4, C)):
+        tile, block_k = some_rows.tile_of(32, inputs // parts)
+        programs.append(inputs // block_k * (N // tile.block_n))
+    assert programs == [96, 128, 128, 128]
+    for n, inputs in ((5, 33), (16, 768), (17, 1024), (32, 1280), (32, kernels.MOST_INPUTS)):
+        tile, block_k = some_rows.tile_of(n, inputs)
+        assert tile.block_m >= n and block_k >= inputs and block_k >= 16 * tile.num_warps
+        memory = bits * block_k * (tile.block_m + tile.block_n)
+        assert memory <= 192 * 2**10 < launching.SHARED_MEMORY["sm_90"]
 
 
 def test_kernels_overlap_where_the_gpu_and_the_driver_can(monkeypatch):
@@ -277,6 +340,26 @@ def test_generated_tokens_are_the_same(how, monkeypatch, launched):
     assert texts(model, **options) == found and not launched and not sums
 
 
+def test_a_step_of_some_rows(launched):
+    """Seven kernels in a layer; in the last, PyTorch's product and sum are left."""
+    model = tiny_gpt2(0, torch.float16, n_layer=3, n_embd=64).to(DEVICE)
+    prefix, x = model.activations_of(None).layers()[0], torch.randn(9, 1, 64).half()
+    if not takes_some(x.to(DEVICE)):
+        pytest.skip("needs Hopper or later")
+
+    def hidden(of, x) -> torch.Tensor:
+        for block in of.h:
+            x = block(x, prefix, Visible(), attend=lambda q, k, v, *_: q + v)
+        return x
+
+    exact, low = copy.deepcopy(model).double().cpu(), copy.deepcopy(model).cpu()
+    with fused_blocks(model, 9):
+        found = hidden(model, x.to(DEVICE)).cpu()
+    assert len(launched) == 4 * 3 - 1
+    right = hidden(exact, x.double())
+    assert_within_rounding(found, hidden(low, x), right, right.abs().max().item(), 0.0, "x")
+
+
 def test_blocks_that_are_no_plain_ones_run_as_they_are(monkeypatch):
     """A step of dropout, of another function in the MLP, or of an adapter between the two sums."""
     x, sizes = torch.randn(2, 1, 32, device=DEVICE), {"n_layer": 1}
@@ -285,18 +368,22 @@ def test_blocks_that_are_no_plain_ones_run_as_they_are(monkeypatch):
         for name in ("gelu_new", "relu")
     )
     ran = []
-    for name in ("step_forward", "fused_forward"):
+    for name in ("step_forward", "rows_forward", "fused_forward"):
         monkeypatch.setattr(fused, name, lambda *_, name=name, **__: ran.append(name))
 
-    def how(of) -> str:
+    def how(of, rows: int = 2) -> str:
         ran.clear()
-        with fused_blocks(of, 2):
+        with fused_blocks(of, rows):
             of.h[0](x, of.activations_of(None).layers()[0], Visible())
         return ran[0] if ran else "plain"
 
     adapter = Adapter.random(model.config, 4, 0, "houlsby").to(DEVICE)
     adapter.bind(model)
     assert (how(model), how(other)) == ("step_forward", "fused_forward")
+    half = copy.deepcopy(model).half()
+    taken = takes_some(half.wte.weight.new_empty(5, 32))
+    assert how(half, 5) == ("rows_forward" if taken else "fused_forward")
+    assert how(half, kernels.SOME_ROWS + 1) == how(model, 5) == "fused_forward"
     with fused_blocks(model, 2):
         assert how(model) == "step_forward"  # as it was found
     assert how(copy.deepcopy(model).train()) == "plain"

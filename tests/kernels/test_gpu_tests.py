@@ -183,7 +183,7 @@ def test_generation_has_verdicts_of_its_own(tmp_path: Path, capsys):
     lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
     assert sum("not measured" in line for line in lines) == 2
     assert "generate random B 16 beams 5: ours / peft" in lines[2] and "  ok" in lines[2]
-    assert lines[3].endswith("4 5: ours / without few-row kernels 1.5 >= 1  ok")
+    assert lines[3].endswith("4 5: ours / with PyTorch's products 1.5 >= 1  ok")
 
 
 def test_the_training_run_is_told_with_its_data(tmp_path: Path, capsys):
