@@ -69,7 +69,7 @@ def reports_out_of_memory(what: Callable[[], str]) -> Iterator[None]:
         raise OutOfMemory(f"out of memory {what()}") from error
 
 
-ONEDNN_PROGRAMS = 64  # a few steps' worth
+ONEDNN_PROGRAMS = 256  # those of a few steps of training, or of a text of 64 tokens
 
 
 def keep_freed_memory() -> None:
