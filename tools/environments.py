@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ROOT / "runs" / "environments"
 CSV = ROOT / "benchmarks" / "environments.csv"
 TESTS = (
-    "tests/kernels/test_layer_norm.py", "tests/kernels/test_merge.py", "tests/data/test_batches.py",
-    "tests/prefix/test_checksums.py", "tests/models/test_losses.py",
+    "tests/kernels/test_layer_norm.py", "tests/kernels/test_few_rows.py",
+    "tests/kernels/test_merge.py", "tests/data/test_batches.py", "tests/prefix/test_checksums.py",
+    "tests/models/test_losses.py",
 )  # fmt: skip
 HERE, NONE = "requirements.txt", "without triton"
 # the interpreter of Triton 3.6.0 uses an array of one element as a number, which NumPy 2.4 rejects
