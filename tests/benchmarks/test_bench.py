@@ -48,6 +48,7 @@ def run(timed, tiny_folder, tmp_path):
     return bench_it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_training_beside_peft(run, tmp_path, dtype):
     sizes = ("--batch-size", "2,3", "--seq-len", 8, "--prefix-len", 2, "--dtype", dtype)
@@ -98,6 +99,7 @@ def test_labels_at_targets_are_the_second_half(tiny_folder):
         assert len(row.ids) - 1 == 9 and len(row.ids) - row.prompt_len == 5
 
 
+@pytest.mark.slow
 def test_generation_beside_peft(run, tmp_path):
     rows = run("generate", "--seq-len", 5, "--new-tokens", 4, "--batch-size", 2,
                "--num-beams", "1,3", "--prefix-len", 3, "--profile")  # fmt: skip
@@ -115,6 +117,7 @@ def test_generation_beside_peft(run, tmp_path):
     assert float(table["aten::gelu"]["count"]) == layers and table["aten::gelu"]["beams"] == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["train", "generate"])
 def test_ours_with_a_switch_off_is_a_method_of_its_own(run, monkeypatch, work):
     """Variables, and the number of few rows, are set while that method runs, and only then."""

@@ -70,6 +70,7 @@ def steady(path: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in CHANGING} for row in rows]
 
 
+@pytest.mark.slow
 def test_table4_gives_rows_figure_claims_and_report_and_is_not_run_twice(paper, options, tmp_path):
     out, err = paper("table4", *options)
     results = tmp_path / "runs" / "results"
@@ -125,6 +126,7 @@ def test_table1_in_parts(paper, options, tmp_path):
     assert not path.with_name("table4-tiny-quick.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_other_weights_or_data_is_not_taken_for_finished(paper, tmp_path, tiny_folder):
     """The same command, over a model or data that changed in its place."""
     shutil.copytree(tiny_folder, tmp_path / "model")
@@ -247,6 +249,7 @@ def runs_of(n: int) -> list[Run]:
     return [Run("e2e", "mini", TrainConfig(seed=seed)) for seed in range(n)]
 
 
+@pytest.mark.slow
 def test_two_workers_never_take_the_same_run(monkeypatch, tmp_path):
     taken = []
 
@@ -291,6 +294,7 @@ def test_a_process_that_dies_before_its_first_run_is_named(monkeypatch, tmp_path
     assert failure_of(tmp_path / "runs" / run.id) == "its process ended with exit code -9"
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_a_row_and_is_tried_again(paper, options, tmp_path, monkeypatch):
     execute = pool.execute
 
@@ -334,6 +338,7 @@ def test_names_are_digests_of_the_whole_definition():
     assert len(few) == 4 * 2 * 5 * 2 == len({cell.run.id for cell in few})
 
 
+@pytest.mark.slow
 def test_quick_looks_around_without_any_data(paper, tokenizer, tmp_path, monkeypatch):
     """The embedded tables, named as what they are."""
     save_model(tiny_with_words(n_positions=256), tokenizer, tmp_path / "tiny")
@@ -356,6 +361,7 @@ def test_a_name_that_is_no_data_set_is_named(paper, options):
     assert "got xsum" in err
 
 
+@pytest.mark.slow
 def test_texts_are_kept_for_every_table(paper, options, tmp_path):
     paper("figure3", *options)
     (folder,) = (tmp_path / "runs").glob("e2e-prefix6-n50*")

@@ -27,6 +27,7 @@ def small(monkeypatch):
     monkeypatch.setattr(demo, "GENERATE", dataclasses.replace(demo.GENERATE, max_new_tokens=4))
 
 
+@pytest.mark.slow
 def test_demo_leaves_what_it_promises(tmp_path, capsys):
     out = tmp_path / "demo"
     metrics, rows = demo.run_demo(out)
@@ -49,6 +50,7 @@ def test_demo_leaves_what_it_promises(tmp_path, capsys):
     assert again["methods"] == metrics["methods"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["make_prefix", "evaluate_method", "step"])
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, where):
     """While loading, while writing and within a step; the same call then finishes."""

@@ -30,6 +30,7 @@ print(minprefix.generate(model, tokenizer, [train[0].source], max_new_tokens=2) 
 """
 
 
+@pytest.mark.slow
 def test_importing_and_writing_a_text_need_no_network():
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -67,6 +67,7 @@ def test_a_message_that_cannot_be_written_is_no_error(tmp_path):
     assert done.returncode == 0 and b"bleu" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["0, 3", "1, 3"], ids=["all", "stdout and stderr"])
 def test_streams_that_are_closed_are_no_file_s(tmp_path, closed):
     """The first file that a process opens takes the place of a closed stream."""

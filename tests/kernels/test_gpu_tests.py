@@ -109,6 +109,7 @@ def test_a_test_without_end_fails_alone(run, monkeypatch):
     assert "no end after 6 s" in out
 
 
+@pytest.mark.slow
 def test_what_there_was_no_time_for_is_said(run):
     assert "1 not run of 1" in run("import time\ndef test_a(): time.sleep(60)\n", "--seconds", "4")
 
@@ -237,6 +238,7 @@ def test_the_training_run_writes_where_it_is_told(tmp_path: Path, monkeypatch):
     assert (ROOT / "benchmarks" / "e2e.csv").read_bytes() == committed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["train", "generate"])
 def test_whole_steps_run_on_a_cpu(tmp_path: Path, monkeypatch, tiny_folder, work):
     """The first run of the list with small sizes, through the benchmark to the summary."""

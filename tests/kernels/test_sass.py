@@ -227,6 +227,7 @@ def run(*options: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_command_refuses_an_old_assembler(tmp_path):
     """As the operator does. With --ptxas it is checked."""

@@ -33,6 +33,7 @@ def scores_of(expected: dict) -> dict[str, float]:
     return official_scores(_lines(path), references, "e2e")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_all_five_columns_equal_the_official_ones(official, name, monkeypatch):
     expected = official[name]

@@ -167,6 +167,7 @@ print(runs[1].pass_rows["step"] < 512, runs[1].step_done)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_a_process_with_little_memory_says_so_and_goes_on(tmp_path):
     """A real failure of the CPU's allocator, by a limit of the address space."""

@@ -66,6 +66,7 @@ def test_the_length_follows_the_dev_losses():
     assert steps_so_far(TrainConfig(steps=8), [(2, 1.0), (4, 0.1)]) == 8
 
 
+@pytest.mark.slow
 def test_a_run_that_grew_continues_as_if_it_had_not_been_interrupted(tokenizer, tmp_path, capsys):
     def started(folder):
         run = trainer(tokenizer, tmp_path / folder, steps=8, most_steps=24, eval_every=1)
