@@ -43,7 +43,8 @@ class Forbidden:
         self.given, self.never, self.never_first = (
             beginning.given, beginning.never, beginning.never_first
         )  # fmt: skip
-        self.last, self.must_end = config.max_new_tokens - 1, beginning.must_end
+        self.last = torch.tensor(beginning.last, device=device)  # another in each batch
+        self.must_end = beginning.must_end
         self.no_repeat, self.penalty = config.no_repeat_ngram_size, config.repetition_penalty
         self.words = [(torch.tensor(word[:-1], device=device, dtype=torch.long), word[-1])
                       for word in bad_words_ids]  # fmt: skip
@@ -102,6 +103,7 @@ class Choice:
     def fill(self, beginning: Beginning, seeds: Sequence[int]) -> None:
         """Prepare for the texts of `beginning`."""
         self.n_new.fill_(beginning.given)
+        self.words.last.fill_(beginning.last)
         W = self.words.window
         if W:
             recent = [([-1] * W + tokens)[-W:] for tokens in beginning.texts]

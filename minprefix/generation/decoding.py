@@ -47,6 +47,7 @@ class Beginning(NamedTuple):
     must_end: int | None = None  # the forced last token, at max_new_tokens
     never: tuple[int, ...] = ()  # tokens that the model's checkpoint forbids
     never_first: tuple[int, ...] = ()
+    last: int = 0  # how many new tokens come before the last possible one
 
 
 def begin(
@@ -60,9 +61,12 @@ def begin(
             f"{config.max_new_tokens}"
         )
     said = model.config
-    never = (said.suppress_tokens, said.begin_suppress_tokens)
-    never = [known_ids(ids, said.vocab_size) for ids in never]
-    return Beginning(*model.begin(prompts, acts), given, said.forced_eos_token_id, *never)
+    lists = (said.suppress_tokens, said.begin_suppress_tokens)
+    never, never_first = (known_ids(ids, said.vocab_size) for ids in lists)
+    return Beginning(
+        *model.begin(prompts, acts), given, said.forced_eos_token_id, never, never_first,
+        last=config.max_new_tokens - 1,
+    )  # fmt: skip
 
 
 class Bans(NamedTuple):

@@ -12,7 +12,8 @@
     from ids to ids without waiting for the host, which reads the tokens up to AHEAD steps later and
     drops those after the end of a text (`Decoding.run`).
   - On a GPU a step is a CUDA graph for each bucket of rows and of columns (`Decoding.graph`), so it
-    costs one launch; so is reading short prompts. MINPREFIX_CUDA_GRAPHS=0 turns graphs off.
+    costs one launch; so is reading short prompts of GPT-2. A BART's encoded sources are copied to
+    where its graphs read them. MINPREFIX_CUDA_GRAPHS=0 turns graphs off.
 
 The prefix is an argument of attention and not in a cache, as everywhere. Read `caches.py`,
 `choice.py`, `Decoding`, then `greedy_or_sampled` and `beam_search`, whose arguments and results are
@@ -60,6 +61,12 @@ def order_without(ended: list[bool]) -> list[int]:
     return [next(movers) if ended[row] else row for row in range(len(kept))]
 
 
+def source_columns(source: Any) -> int:
+    """Room for the tokens of a batch's sources, with static shapes; few sizes, so that graphs serve
+    many batches. Columns that are not used take memory, but no time."""
+    return max(caches.COLUMNS, row_bucket(source.kv.shape[4]))
+
+
 class Sent:
     """A tensor that is being copied to the host while the GPU continues."""
 
@@ -100,7 +107,7 @@ class Decoding:
         self.acts = self.acts.overwritten(acts.passed())
         self.cache.fill(beginning.texts)
         self.choice.fill(beginning, seeds)
-        self.options = beginning.options
+        self.fill_options(beginning.options)
         self.reads += 1
         ids, lengths = right_padded(beginning.texts, self.device)
         if self.repeats(model, acts, ids.shape[1]):
@@ -108,10 +115,21 @@ class Decoding:
         at = torch.arange(len(ids), device=ids.device) * ids.shape[1] + lengths - 1  # last tokens
         infix = {} if acts.infix is False else {"starts": lengths - 1}
         last = model.hidden_states(
-            ids, prefix=acts, kv_lens=lengths, cache=self.cache, at=at, **infix, **self.options
-        )  # (B, C)
+            ids, prefix=acts, kv_lens=lengths, cache=self.cache, at=at, **infix,
+            **beginning.options,
+        )  # (B, C)  # fmt: skip
         self.use(len(ids))
         return self.choice.choose(head(model, last)[:, None])
+
+    def fill_options(self, options: dict[str, Any]) -> None:
+        """Take the sources of a batch; with static shapes, to where the graphs read them."""
+        if self.cache.static and self.options:
+            options = {name: self.options[name].overwritten(x) for name, x in options.items()}
+        elif self.cache.static:
+            options = {
+                name: x.with_room(self.max_rows, source_columns(x)) for name, x in options.items()
+            }
+        self.options = options
 
     def repeats(self, model: LanguageModel, acts: Any, longest: int) -> bool:
         """Whether a graph reads the prompts: from the second batch on, so that a single call does
@@ -156,9 +174,10 @@ class Decoding:
         """The logits after the chosen token of each row or beam: (rows, K, V), fp32 or fp64."""
         rows = self.cache.rows
         ids = self.choice.ids[:rows]
+        options = {name: x.first(rows) for name, x in self.options.items()}
         with fused_blocks(model, ids.numel()) if self.cache.static else nullcontext():
             hidden = model.hidden_states(
-                ids, prefix=self.acts.first(rows), cache=self.cache, **self.options
+                ids, prefix=self.acts.first(rows), cache=self.cache, **options
             )
         return head(model, hidden)
 
@@ -212,11 +231,10 @@ class Decoding:
 
     def keep(self, order: list[int]) -> None:
         """Move row order[i] to row i."""
-        self.options = {name: rows_of.keep(order) for name, rows_of in self.options.items()}
         moved = [(to, source) for to, source in enumerate(order) if to != source]
         if moved:
             to, source = torch.tensor(moved).to(self.device, non_blocking=True).T
-            for rows_of in (self.cache, self.choice, self.acts):
+            for rows_of in (self.cache, self.choice, self.acts, *self.options.values()):
                 rows_of.move(to, source)
         self.use(len(order))
 
@@ -244,7 +262,7 @@ def take_batch(
     if fuses(model.wte.weight):
         model.pad_head()
     like, K, acts = model.wte.weight, config.num_beams, acts.passed()
-    static = uses_graphs(like.device) and model.captures and beginning.must_end is None
+    static = uses_graphs(like.device)
     rows, prompt_len = len(beginning.texts), max(map(len, beginning.texts))
     n_new, key = config.max_new_tokens, ()
     if static:  # graphs depend on sizes, the choice, and the addresses of the weights
@@ -254,12 +272,11 @@ def take_batch(
             round_up(n_new, caches.COLUMNS // 4),
         )
         config = replace(config, max_new_tokens=n_new, seed=0, bad_words=(), stop=())
-        sizes = tuple((name, x.shape, x.dtype) for name, x in acts.tensors().items())
-        offset = None if acts.index is not None else acts.position_offset
+        sources = tuple(map(source_columns, beginning.options.values()))
         weights = tuple((x.data_ptr(), x.dtype) for x in model.parameters())
-        chosen = (config, eos_ids, tuple(map(tuple, bad_words_ids)), beginning[2:])
+        chosen = (config, eos_ids, tuple(map(tuple, bad_words_ids)), beginning[2:6])
         kind = computed_dtype(like), fuses(like)
-        key = (rows, prompt_len, chosen, sizes, offset, weights, kind)
+        key = (rows, prompt_len, sources, chosen, acts.sizes(), weights, kind)
         kept = KEPT.pop(model, None)
         if kept is not None and kept.key == key:
             return kept
@@ -295,6 +312,7 @@ def greedy_or_sampled(
     n = config.max_new_tokens - beginning.given
     try:
         chosen = batch.read(model, beginning, acts, seeds)
+        del beginning  # the memory of a BART's sources, which the batch may have copied
         for pairs in batch.run(model, chosen, rows, n, done):
             ended.update(b for b, token in pairs if token in ends)
             if new := {b: token for b, token in pairs if b not in ended}:
@@ -318,11 +336,12 @@ def beam_search(
     beginning = begin(model, prompts, config, acts)
     batch = take_batch(model, beginning, config, eos_ids, acts, bad_words_ids)
     searches = [BeamSearch(tokens, config, ends) for tokens in beginning.texts]
-    n = config.max_new_tokens - beginning.given
+    n, given = config.max_new_tokens - beginning.given, beginning.given
     try:
         best = batch.read(model, beginning, acts, ())
+        del beginning  # as above
         steps = batch.run(model, best, list(searches), n, lambda search: search.done)
-        for n_new, pairs in enumerate(steps, beginning.given + 1):
+        for n_new, pairs in enumerate(steps, given + 1):
             for search, (scores, found) in pairs:
                 at = [divmod(int(index), V) for index in found]
                 search.extend(

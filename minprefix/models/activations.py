@@ -66,13 +66,17 @@ class Activations:
 
     # for steps on static buffers (`generation/fast.py`)
 
+    def sizes(self) -> tuple:
+        """Everything but values on which the work of a step depends."""
+        raise NotImplementedError
+
     def with_room(self, rows: int) -> "Activations":
         """Copies at fixed addresses; tensors with an entry per row get room for `rows`."""
-        return self
+        raise NotImplementedError
 
     def overwritten(self, other: Any) -> "Activations":
         """The values of `other` at the addresses of this one."""
-        return other
+        raise NotImplementedError
 
     def first(self, rows: int) -> "Activations":
         """The activations for the first `rows` rows."""
@@ -171,6 +175,10 @@ class PrefixActivations(Activations):
         """The tensors among the fields, by name."""
         return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
+    def sizes(self) -> tuple:
+        offset = None if self.index is not None else self.position_offset
+        return offset, *((name, x.shape, x.dtype) for name, x in self.tensors().items())
+
     def with_room(self, rows: int) -> "PrefixActivations":
         copies: dict[str, Any] = {
             name: x.new_zeros(rows) if name in PER_ROW else x.detach().clone()
@@ -216,6 +224,17 @@ class BARTActivations(Activations):
         offset = 0 if self.virtual is not None and site != "encoder" else self.position_offset
         none = PrefixActivations.empty(config.at(site), like)
         return replace(none, position_offset=offset, max_offset=offset)
+
+    def sizes(self) -> tuple:
+        own = self.position_offset, self.virtual is None
+        return *own, *((site, acts.sizes()) for site, acts in self.sites.items())
+
+    def with_room(self, rows: int) -> "BARTActivations":
+        return replace(self, sites={site: x.with_room(rows) for site, x in self.sites.items()})
+
+    def overwritten(self, other: "BARTActivations") -> "BARTActivations":
+        pairs = ((site, self.sites[site], x) for site, x in other.sites.items())
+        return replace(other, sites={site: mine.overwritten(x) for site, mine, x in pairs})
 
     def map(self, change: Callable[[Tensor], Tensor], gates: bool = True) -> "BARTActivations":
         """Apply `change` to the tables and the virtual tokens and, if `gates`, to the gates."""

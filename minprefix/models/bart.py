@@ -51,17 +51,33 @@ class EncodedSource:
             self.states[rows], lens, None if self.kv is None else self.kv[:, :, rows]
         )
 
-    def keep(self, order: list[int]) -> "EncodedSource":
-        """`select` in place, also for kv; writes only rows that are replaced."""
+    # for steps on static buffers (`generation/fast.py`), as in `Activations`; needs kv and lens
+
+    def with_room(self, rows: int, columns: int) -> "EncodedSource":
+        """A copy at fixed addresses, without states, for `rows` rows and `columns` tokens."""
+        n_layer, _, _, n_head, _, head_dim = self.kv.shape
+        kv = self.kv.new_zeros(n_layer, 2, rows, n_head, columns, head_dim)
+        lens = torch.ones(rows, dtype=torch.long, device=kv.device)  # finite values in free rows
+        return EncodedSource(self.states[:0], lens, kv).overwritten(self)
+
+    def overwritten(self, other: "EncodedSource") -> "EncodedSource":
+        """The values of `other` at the addresses of this one."""
+        rows, columns = other.kv.shape[2], other.kv.shape[4]
+        assert self.lens is not None and other.lens is not None
+        self.kv[:, :, :rows, :, :columns] = other.kv
+        self.lens[:rows] = other.lens
+        return self
+
+    def first(self, rows: int) -> "EncodedSource":
+        """The first `rows` rows."""
+        lens = None if self.lens is None else self.lens[:rows]
+        return EncodedSource(self.states[:rows], lens, self.kv[:, :, :rows])
+
+    def move(self, to: Tensor, source: Tensor) -> None:
+        """Overwrite rows `to` with rows `source`, in kv and lens."""
         assert self.lens is not None
-        moved = [(to, source) for to, source in enumerate(order) if to != source]
-        if moved:
-            to, source = (list(rows) for rows in zip(*moved, strict=True))
-            self.kv[:, :, to] = self.kv[:, :, source]
-            for x in (self.states, self.lens):
-                x[to] = x[source]
-        n = len(order)
-        return EncodedSource(self.states[:n], self.lens[:n], self.kv[:, :, :n])
+        self.kv[:, :, to] = self.kv[:, :, source]
+        self.lens[to] = self.lens[source]
 
 
 class SelfAttention(Attention):

@@ -35,7 +35,7 @@ class LanguageModel(nn.Module):
 
     reads: ClassVar[type[PrefixActivations] | type[BARTActivations]]  # activations that it reads
     reads_name: ClassVar[str]  # the class of such a prefix
-    captures: ClassVar[bool]  # CUDA graphs can repeat a step: equal shapes, equal kernels
+    captures: ClassVar[bool]  # whether CUDA graphs can repeat a training step
     head_bias: Tensor | None
     origin: str = ""  # the fingerprint of the checkpoint that it was loaded from
     config: GPT2Config | BARTConfig

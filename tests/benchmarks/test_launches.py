@@ -5,11 +5,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import tiny_bart
 
 from benchmarks.machine import read_rows
 from kernels import INTERPRETED
 from minprefix.models.config import GPT2Config
 from minprefix.models.gpt2 import GPT2
+from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.prefix import Prefix
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -94,6 +96,17 @@ def test_a_token_of_some_rows_is_seven_launches_for_each_layer():
     read = n * (3 * (3 * 32 + 32 + 2 * 32) + 2 * 64)
     moved = n * (3 * (96 + 64 + 2 * 32) + 2 * 2 * 32)
     assert count.found["some_rows_kernel"][1] == e * (weights + read + moved)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts what would be launched on a GPU")
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
+def test_a_token_of_a_bart_is_a_replay(options):
+    """The host starts it, reads the tokens, and waits for nothing."""
+    model = tiny_bart(n_embd=64, n_positions=160).bfloat16().eval()
+    prefix = BARTPrefix.random(model.config, 3, 0)
+    count = launches.token(model, prefix, 2, True, **options)
+    row = launches.columns(count, graphed=True)
+    assert (row["triton"], row["waits"], row["calls"]) == (2 * model.config.n_layer, 0, 2)
 
 
 def test_the_committed_count_is_of_all_forms():

@@ -1,10 +1,12 @@
 """BART's texts against `generate` of transformers in fp64: greedy, beams, forced tokens, blocked
-n-grams; the fast loops against the plain ones."""
+n-grams; the fast loops against the plain ones, also with static shapes."""
 
 import pytest
 import torch
 from conftest import hf_bart_twin, tiny_bart
+from test_fast_generation import captured  # noqa: F401  (a fixture)
 
+from minprefix.generation import fast
 from minprefix.generation.config import GenerationConfig
 from minprefix.generation.texts import generate, generate_ids
 from minprefix.models.weights import load
@@ -37,8 +39,8 @@ def writer(**own):
     return model
 
 
-def sources(count: int = 50, longest: int = 15) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
+def sources(count: int = 50, longest: int = 15, seed: int = 3) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
     return [torch.randint(4, 97, (n,), generator=generator).tolist() for n in lengths]
 
@@ -94,6 +96,35 @@ def test_fast_equals_plain_with_a_prefix_and_rows_alone(form, num_beams):
     alone = [generate_ids(model, [p], config, EOS, prefix=prefix)[0] for p in prompts]
     assert alone == plain
     assert generate_ids(model, prompts, config, EOS) != plain  # without the prefix
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_static_shapes_equal_plain(name, captured):  # noqa: F811
+    """One batch is kept with its graphs: other sources, and another last token that is forced."""
+    own, options = SETTINGS[name]
+    model, found = writer(**own), []
+    prefix = BARTPrefix.random(model.config, 3, 0, gate=True).double()
+    for gate in prefix.gates().values():
+        gate.data.uniform_(0.2, 2.0, generator=torch.Generator().manual_seed(0))
+    addresses = set()
+    for seed, n in ((3, 12), (4, 11), (3, 12)):
+        args = model, sources(9, seed=seed), GenerationConfig(max_new_tokens=n, **options), EOS
+        plain = generate_ids(*args, prefix=prefix, fast=False)
+        assert generate_ids(*args, prefix=prefix) == plain
+        found.append(plain)
+        [batch] = fast.KEPT.values()
+        source, sites = batch.options["source"], batch.acts.sites.values()
+        read = [source.kv, source.lens, *(x for site in sites for x in site.leaves())]
+        addresses.add(tuple(x.data_ptr() for x in read))
+    assert len(addresses) == 1 and len(read) == 2 + 2 * 3
+    assert found[0] == found[2] != found[1]
+    assert len(captured) == len(batch.graphs) > 1
+    args = model, sources(9), GenerationConfig(max_new_tokens=12, **options), EOS
+    other = BARTPrefix.random(model.config, 3, 1, gate=True).double()  # at the same addresses
+    assert generate_ids(*args, prefix=other) == generate_ids(*args, prefix=other, fast=False)
+    assert len(captured) == len(batch.graphs)
+    assert generate_ids(*args) == generate_ids(*args, fast=False) != found[0]
+    assert len(captured) > len(batch.graphs)  # without a prefix a batch of its own
 
 
 def test_sampling_and_bad_words_are_the_same_in_both_loops():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_close, random_ids, tiny_gpt2
+from conftest import assert_close, random_ids, tiny_bart, tiny_gpt2
 from test_generation import BAD_WORDS, EOS, METHODS, TEXTS, prefer, ragged_bank, random_prompts
 
 from minprefix.generation import caches
@@ -16,6 +16,7 @@ from minprefix.generation.texts import generate, generate_ids, stream
 from minprefix.models.cache import KVCache
 from minprefix.models.weights import load
 from minprefix.prefix.bank import PrefixBank
+from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.prefix import Prefix
 
 OPTIONS = {
@@ -320,12 +321,14 @@ def test_beams_see_their_ancestors(gate):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("method", [*OPTIONS, "BART", "BART, two beams"])
 def test_graphs_equal_eager_steps(method, dtype, monkeypatch):
     """fp64: the plain loop's tokens. Else: the tokens of the same steps without capture."""
-    model = prefer(tiny_gpt2(n_embd=64), [EOS], 0.3).to("cuda", dtype)
-    prefix = Prefix.random(model.config, 5, seed=0).to("cuda", dtype)
-    config = GenerationConfig(max_new_tokens=14, **OPTIONS[method])
+    bart, method = method.startswith("BART"), method.removeprefix("BART, ")
+    model = tiny_bart(n_embd=64) if bart else prefer(tiny_gpt2(n_embd=64), [EOS], 0.3)
+    model = model.to("cuda", dtype)
+    prefix = (BARTPrefix if bart else Prefix).random(model.config, 5, seed=0).to("cuda", dtype)
+    config = GenerationConfig(max_new_tokens=14, **OPTIONS.get(method, {}))
     args = (model, random_prompts(10), config, EOS)
     graphs = [generate_ids(*args, prefix=prefix, bad_words_ids=BAD_WORDS) for _ in range(2)]
     assert graphs[0] == graphs[1]
