@@ -8,12 +8,14 @@
 Weights are random, because times do not depend on them. The step is that of XSum in the paper
 (sources of 512 tokens, targets of 60, a prefix with MLPs in all three attentions): forward,
 backward and AdamW. The first step is warm-up, and the median of the others is printed. The text has
-60 new tokens and is generated with 6 beams.
+60 new tokens and is generated with 6 beams; on a GPU it is written twice before it is timed, and
+also without CUDA graphs.
 
 The peers make the same step: `transformers` with frozen weights and no prefix, for gradients of the
-source's embeddings, and PEFT. PEFT's prefix is only in the decoder, so its backward pass does not
-reach the encoder; "minprefix, decoder" is ours with only that prefix. Peak memory is the largest
-resident set of the process on a CPU, and allocated memory on a GPU; MiB = 2**20.
+source's embeddings, and PEFT; the text is that of transformers, without a prefix. PEFT's prefix is
+only in the decoder, so its backward pass does not reach the encoder; "minprefix, decoder" is ours
+with only that prefix. Peak memory is the largest resident set of the process on a CPU, and
+allocated memory on a GPU; MiB = 2**20.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import statistics
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +41,7 @@ from minprefix.models.weights import find, read_config
 from minprefix.prefix.bart import BARTPrefix
 
 MID_DIM = 800  # width of the MLPs, as in the authors' code for XSum
+NO_GRAPHS = "minprefix, no graphs"
 
 
 def peak_mib(device: str) -> float:
@@ -137,19 +141,26 @@ def train_step(model: BART, args, method: str = "minprefix") -> tuple[float, flo
     return statistics.median(seconds), peak_mib(args.device)
 
 
-def write_text(model: BART, args) -> tuple[float, float]:
-    """Seconds of a batch of texts by beam search, and peak MiB."""
+def write_text(model: BART, args, method: str = "minprefix") -> tuple[float, float]:
+    """Seconds of a batch of texts by beam search, and peak MiB. On a GPU the first calls compile
+    and record."""
     prefix = BARTPrefix.random(model.config, args.prefix_len, 0).to(args.device)
     config = GenerationConfig(
         max_new_tokens=args.target, min_new_tokens=args.target - 1, num_beams=args.num_beams,
         length_penalty=0.8,
     )  # fmt: skip
-    sources = torch.randint(4, model.config.vocab_size, (args.batch_size, args.source)).tolist()
-
-    def write() -> None:
-        generate_ids(model, sources, config, model.config.eos_token_id, prefix=prefix)
-
-    return timed(write, args.device), peak_mib(args.device)
+    sources = torch.randint(4, model.config.vocab_size, (args.batch_size, args.source))
+    lengths = {"max_new_tokens": args.target, "min_new_tokens": args.target - 1}
+    if method == "transformers":
+        ids, twin = sources.to(args.device), transformers_bart(model, "sdpa")
+        call = partial(twin.generate, ids, num_beams=args.num_beams, do_sample=False, **lengths)
+    else:
+        given = model, sources.tolist(), config, model.config.eos_token_id
+        call = partial(generate_ids, *given, prefix=prefix)
+    graphs = {} if method != NO_GRAPHS else {"MINPREFIX_CUDA_GRAPHS": "0"}
+    with patch.dict("os.environ", graphs):
+        seconds = [timed(call, args.device) for _ in range(3 if args.device != "cpu" else 1)]
+    return seconds[-1], peak_mib(args.device)
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -177,7 +188,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     runs = [("training step", "minprefix", train_step)]
     if args.peers:
         runs += [("training step", m, partial(train_step, method=m)) for m in METHODS][1:]
-    runs.append((f"text, {args.num_beams} beams", "minprefix", write_text))
+    writers = ["minprefix", *([NO_GRAPHS] if args.device != "cpu" else [])]
+    writers += ["transformers"] if args.peers else []
+    text = f"text, {args.num_beams} beams"
+    runs += [(text, method, partial(write_text, method=method)) for method in writers]
     for work, method, measure in runs:
         if args.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()

@@ -7,8 +7,9 @@
 #   benchmarks/gpu.sh steps       whole training steps beside transformers + PEFT, and ours without
 #                                 CUDA graphs and without the kernels beside attention
 #   benchmarks/gpu.sh generate    the same for generation, and without the kernels of few rows
-#   benchmarks/gpu.sh train       the README's training run: mini, 2,500 steps, then its BLEU; and
-#                                 the kernels beside attention alone
+#   benchmarks/gpu.sh train       the README's training run: mini, 2,500 steps, then its BLEU;
+#                                 BART-large beside transformers and PEFT; and the kernels beside
+#                                 attention alone
 #
 # Several parts run one after the other; none given: all six. Needs the checkout and a Python with
 # torch, triton, transformers and peft (tests: pytest, hypothesis), and no network. DATA is a folder
@@ -90,8 +91,10 @@ part_steps() { whole_steps train; }
 part_generate() { whole_steps generate; }
 
 part_train() {
-    step train "$(left 35)" "$PYTHON" -m benchmarks.e2e prefix --data "$DATA" --device cuda \
+    step train "$(left 95)" "$PYTHON" -m benchmarks.e2e prefix --data "$DATA" --device cuda \
         --csv "$WORK/e2e.csv" --out "$WORK/run"
+    step bart 60 "$PYTHON" -m benchmarks.bart --device cuda --dtype bfloat16 --batch-size 16 \
+        --steps 5 --peers --out "$WORK/bart.csv"
     step kernels "$(left 2)" "$PYTHON" -m benchmarks.kernels.fused --out "$OUT" \
         --seconds "$(left 12)"
 }

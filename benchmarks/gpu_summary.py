@@ -158,7 +158,8 @@ def verdicts(rows: list[Row], work: str) -> list[str]:
 
 
 def train(out: Path, work: Path) -> list[str]:
-    """The README's training run, in train-DEVICE.csv, and the kernels other than attention."""
+    """The README's training run, in train-DEVICE.csv, BART-large, in bart-DEVICE.csv, and the
+    kernels other than attention."""
     rows = read_rows(work / "e2e.csv")
     lines = [] if rows else ["mini, 2,500 steps: not measured"]
     for row in rows:
@@ -167,6 +168,10 @@ def train(out: Path, work: Path) -> list[str]:
             f"mini, {row['steps']} steps on {row['data']} in {row['train_seconds']} s: "
             f"{row['split']}, {row['decoding']}: BLEU {row['bleu']} ({row['score_seconds']} s)"
         )
+    for row in read_rows(work / "bart.csv"):
+        names = ("work", "method", "batch_size", "prefix_len", "dtype")
+        add_row(out / f"bart-{device_name()}.csv", row, names)
+        lines.append(f"BART-large, {row['work']}, {row['method']}: {row['seconds']} s")
     fused = bench_fused.verdicts(rows_of_this_commit(out / f"fused-{device_name()}.csv"))
     return [*lines, "", *fused]
 
