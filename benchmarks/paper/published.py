@@ -1,8 +1,8 @@
 """The paper's own numbers, for comparison in the report.
 
 v1 is arXiv 2101.00190v1 (1 Jan 2021) [1], ACL the published version [2]. If both have a row, the
-number is v1's, and that of ACL is under ACL. They are for GPT-2 medium, except for XSUM. The
-paper's figures have no numbers.
+number is v1's, and that of ACL is under ACL. They are for GPT-2 medium. The paper's
+figures have no numbers.
 
 [1] https://arxiv.org/abs/2101.00190v1   [2] https://aclanthology.org/2021.acl-long.353
 """
@@ -52,16 +52,6 @@ ACL = {
     ("webnlg", "FT-FULL"): "BLEU 64.7 / 26.7 / 45.7",
     ("webnlg", "ADAPTER (3%)"): "BLEU 60.5 / 47.9 / 54.8",
     ("webnlg", "PREFIX"): "BLEU 62.9 / 45.3 / 55.0",
-}
-# v1 Tables 2 and 3 (= ACL Tables 3 and 4), XSUM with BART large: R-1, R-2, R-L
-XSUM = {
-    "FINE-TUNE": (45.14, 22.27, 37.25),
-    "PREFIX (2%)": (43.80, 20.93, 36.05),
-    "PREFIX (0.1%)": (42.92, 20.03, 35.05),
-}
-XSUM_TOPICS = {
-    "news-to-sports": {"FINE-TUNE": (38.15, 15.51, 30.26), "PREFIX": (39.23, 16.74, 31.51)},
-    "within-news": {"FINE-TUNE": (39.20, 16.35, 31.15), "PREFIX": (39.41, 16.87, 31.47)},
 }
 COLUMNS = {"e2e": E2E, "webnlg": WEBNLG, "dart": DART}
 

@@ -41,11 +41,11 @@ class HardPrompt:
         return self.template.replace("{table}", source)
 
 
-def show_examples(template: str, train: list[Example], shots: int, seed: int = 0) -> HardPrompt:
-    """A hard prompt with `shots` random training examples in context."""
+def show_examples(template: str, train: list[Example], shots: int) -> HardPrompt:
+    """A hard prompt with `shots` training examples in context, drawn with a fixed seed."""
     if not 0 <= shots <= len(train):
         raise ValueError(f"shots must lie in [0, {len(train)}], the training tables, got {shots}")
-    drawn = np.random.default_rng(seed).permutation(len(train))[:shots]
+    drawn = np.random.default_rng(0).permutation(len(train))[:shots]
     return HardPrompt(template, tuple((train[i].source, train[i].targets[0]) for i in drawn))
 
 

@@ -26,7 +26,6 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.file_download import HfFileMetadata, http_get, repo_folder_name
 from huggingface_hub.file_download import try_to_load_from_cache as find_cached
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, validate_repo_id
-from tqdm.auto import tqdm
 
 from minprefix.files import flush, read_json, rename, write_text
 from minprefix.limits import PIECE
@@ -113,20 +112,12 @@ def _hub_errors(name: str, doing: str) -> Iterator[None]:
         raise OSError(f"{name}: {doing} from {constants.ENDPOINT}: {reason} ({todo})") from error
 
 
-class SilentBar(tqdm):
-    """A progress bar that shows nothing."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{**kwargs, "disable": True})
-
-
 @dataclass(frozen=True)
 class _Repo:
     """One commit of one model on the hub."""
 
     name: str  # such as gpt2 or distilbert/distilgpt2
     commit: str
-    progress: bool
 
     @property
     def folder(self) -> Path:
@@ -189,14 +180,13 @@ class _Repo:
         url = hf_hub_url(self.name, filename, revision=self.commit)
         # compressed answers have no byte ranges
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-        bar = None if self.progress else SilentBar
         with _hub_errors(self.name, f"downloading {filename}"), partial.open("ab") as file:
             begun = file.tell()
 
             def get(target: Any) -> None:
                 http_get(
                     url, target, resume_size=begun, headers=headers, expected_size=size,
-                    displayed_filename=filename, tqdm_class=bar,
+                    displayed_filename=filename,
                 )  # fmt: skip
 
             try:
@@ -230,7 +220,7 @@ class _Repo:
             log.info("%s: the cache is read-only: %s is verified each time", self.name, filename)
 
 
-def download(name: str, *, check: Callable[[Path], object], progress: bool = True) -> Path:
+def download(name: str, *, check: Callable[[Path], object]) -> Path:
     """The folder in the cache of the newest version of a model; downloads what is missing.
 
     Without a hub (HF_HUB_OFFLINE, no network) the version in the cache is used if it is complete.
@@ -239,7 +229,6 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
         name: the model's id on the hub, such as gpt2.
         check: called with the folder once config.json is there, before the weights are downloaded;
             raises ValueError if such a model is not supported.
-        progress: show a bar per file, on a terminal.
     Raises:
         OSError: the hub or the disk failed; says what to do.
         ValueError: no such model, missing files, or a damaged file.
@@ -250,7 +239,7 @@ def download(name: str, *, check: Callable[[Path], object], progress: bool = Tru
         raise ValueError(
             f"{name!r}: neither a folder nor the name of a model on the hub"
         ) from error
-    repo = _Repo(name, "main", progress)
+    repo = _Repo(name, "main")
     try:
         newest: Any = repo.head("config.json", "no folder of this name, and requesting")
         repo = replace(repo, commit=newest.commit_hash)
@@ -296,7 +285,7 @@ def download_prefix(name: str) -> Path:
         validate_repo_id(name)
     except hub_errors.HFValidationError as error:
         raise ValueError(f"{name!r}: neither a file nor the name of a prefix on the hub") from error
-    repo = _Repo(name, "main", progress=True)
+    repo = _Repo(name, "main")
     for filename in ("adapter_config.json", "prefix.safetensors", "config.json"):
         try:
             newest: Any = repo.head(filename, "no file or folder of this name, and requesting")

@@ -70,17 +70,16 @@ def find(name_or_path: str | Path) -> Path:
     return fetch(text)
 
 
-def fetch(name: str, *, progress: bool = True) -> Path:
+def fetch(name: str) -> Path:
     """The folder in the cache of a model on the hub; downloads what is missing, with resume.
 
     Args:
         name: the model's id on the hub, such as gpt2 or facebook/bart-large.
-        progress: show a bar per file, on a terminal.
     Raises:
         OSError: the hub or the disk failed; says what to do.
         ValueError: no such model, or neither a GPT-2 nor a BART, or a damaged file.
     """
-    return hub.download(name, check=read_config, progress=progress)
+    return hub.download(name, check=read_config)
 
 
 @names_file

@@ -27,7 +27,6 @@ from tools.notes.telling import (
 
 SPLITS = make.build()
 NOTES = [note for notes in SPLITS.values() for note in notes]
-ORDINALS = {"second": 2, "third": 3, "fourth": 4, "fifth": 5}
 
 
 def numbers(text: str) -> set[int]:
