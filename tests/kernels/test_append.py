@@ -90,14 +90,15 @@ def exact_of(case: Case, new: tuple) -> tuple[torch.Tensor, torch.Tensor]:
 
 def call(case: Case, new: tuple, attend=prefix_attention, device="cpu"):
     """o, lse and the cache afterwards, a slice of a longer one whose rest stays as it is."""
-    q, k, v, *prefix = (x.to(device) for x in case.tensors)
-    S = k.shape[2]
+    case = case.on(device)
+    (q, k, v, *prefix), S = case.tensors, case.tensors[1].shape[2]
     cache = torch.full((2, *k.shape[:2], S + 3, k.shape[3]), 7.0, dtype=k.dtype, device=device)
     cache[:, :, :, :S] = torch.stack([k, v])
     fused = torch.stack([q, *(x.to(device) for x in new)], 2).transpose(1, 3)  # (B, T, 3, H, D)
     q, *pair = fused.contiguous().permute(2, 0, 3, 1, 4)  # views, as in a layer
-    options = {n: x.to(device) if torch.is_tensor(x) else x for n, x in case.options.items()}
-    o, lse = attend(q, *cache[:, :, :, :S], *prefix, **options, append=tuple(pair), return_lse=True)
+    o, lse = attend(
+        q, *cache[:, :, :, :S], *prefix, **case.options, append=tuple(pair), return_lse=True
+    )
     assert (cache[:, :, :, S:] == 7).all()
     return o.cpu(), lse.cpu(), cache[:, :, :, :S].cpu()
 

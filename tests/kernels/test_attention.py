@@ -19,7 +19,7 @@ from conftest import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_reference import NAMES, Case, magnitudes, make_case, merged, named_case, run
+from test_reference import NAMES, Case, drawn_case, magnitudes, make_case, merged, named_case, run
 
 from kernels import prefix_attention, prefix_attention_eager, prefix_attention_qkv
 
@@ -35,15 +35,9 @@ pytestmark = [
 ]
 
 
-def on_device(case: Case) -> Case:
-    options = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in case.options.items()}
-    tensors = tuple(x.to(DEVICE) for x in case.tensors)
-    return Case(tensors, case.do.to(DEVICE), case.dlse.to(DEVICE), options)
-
-
 def results(case: Case) -> dict[str, torch.Tensor]:
     """What the kernels give, on the CPU."""
-    return {name: x.cpu() for name, x in run(prefix_attention, on_device(case)).items()}
+    return {name: x.cpu() for name, x in run(prefix_attention, case.on(DEVICE)).items()}
 
 
 def check(case: Case, dtype=torch.float32, low=None) -> dict[str, torch.Tensor]:
@@ -125,23 +119,8 @@ def test_every_place_of_the_diagonal(start):
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(st.data())
 def test_within_rounding_at_random_shapes(data):
-    def draw(low, high):
-        return data.draw(st.integers(low, high))
-
-    B, T, S, P = draw(1, 3), draw(1, 70), draw(0, 70), data.draw(st.sampled_from([0, 1, 9, 33]))
-    options = {"N": data.draw(st.sampled_from([None, 1, B, 4]))}
-    N = options["N"] or 1
-    if N not in (1, B) or (options["N"] and data.draw(st.booleans())):
-        options["prefix_index"] = [draw(-1, N - 1) for _ in range(B)]
-    for name, n, low, high in (
-        ("prefix_lens", N, 0, P),
-        ("kv_lens", B, 0, S),
-        ("q_offset", B, -9, 60),
-    ):
-        if data.draw(st.booleans()):
-            options[name] = [draw(low, high) for _ in range(n)]
-    options |= {"causal": data.draw(st.booleans()), "seed": draw(0, 99)}
-    check(make_case(B=B, H=draw(1, 2), T=T, S=S, D=16, P=P, **options))
+    P = data.draw(st.sampled_from([0, 1, 9, 33]))
+    check(drawn_case(data, B=(1, 3), H=(1, 2), T=(1, 70), S=(0, 70), D=(16, 16), P=(P, P)))
 
 
 OTHER_TILES = [(16, 64, 4, 1), (64, 16, 4, 1)]  # for the interpreter, whose table has few
@@ -264,7 +243,7 @@ def test_extreme_scores(sequence, dtype):
 def test_only_the_gradients_that_are_needed(sequence, prefix_len):
     """Any of the five inputs alone, and the prefix alone, as in the first layer."""
     case = named_case("bank, index, ragged", "square", prefix_len, **sequence, D=16)
-    case = on_device(case.to(torch.float32))
+    case = case.to(torch.float32).on(DEVICE)
     every = run(prefix_attention, case)
     for wanted in ([0], [1], [2], [3], [4], [3, 4], [0, 1, 2]):
         tensors = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(case.tensors)]
@@ -275,7 +254,7 @@ def test_only_the_gradients_that_are_needed(sequence, prefix_len):
 
 
 def test_o_alone_and_lse_alone():
-    case = on_device(make_case(T=20, S=20, D=16).to(torch.float32))
+    case = make_case(T=20, S=20, D=16).to(torch.float32).on(DEVICE)
     tensors = [x.requires_grad_() for x in case.tensors]
     o, lse = prefix_attention(*tensors, return_lse=True)
     both = torch.autograd.grad((o, lse), tensors, (case.do, case.dlse), retain_graph=True)
@@ -307,7 +286,7 @@ def test_fp32_prefix(sequence):
 @pytest.mark.parametrize("options", [{}, {"kv_lens": [9, 30, 0]}])
 def test_fused_qkv(sequence, options):
     """The same results from one qkv, whose gradient is one tensor; o merges its heads by a view."""
-    case = on_device(make_case(D=16, P=5, **sequence, **options).to(torch.float32))
+    case = make_case(D=16, P=5, **sequence, **options).to(torch.float32).on(DEVICE)
     exact = run(prefix_attention, case)
     qkv = torch.stack(case.tensors[:3], dim=2).permute(0, 3, 2, 1, 4).contiguous().requires_grad_()
     prefix = [x.detach().requires_grad_() for x in case.tensors[3:]]
@@ -326,7 +305,7 @@ def test_fused_qkv(sequence, options):
 
 def test_strided_inputs():
     """Views with any strides, and a last dimension that is not contiguous (copied)."""
-    case = on_device(named_case("bank and index", "square", 5, T=20, S=20, D=16).to(torch.float32))
+    case = named_case("bank and index", "square", 5, T=20, S=20, D=16).to(torch.float32).on(DEVICE)
     exact = run(prefix_attention, case)
     spread = [
         torch.stack([x, x * torch.nan], -2).flatten(-2)[..., : x.shape[-1]] for x in case.tensors
@@ -342,7 +321,7 @@ def test_strided_inputs():
 @pytest.mark.parametrize("sequence", [ONE_TILE, TILES])
 def test_saved_o_may_come_back_in_another_layout(sequence):
     """As from the hook that offloads activations: it keeps values, not strides."""
-    case = on_device(make_case(D=16, P=5, **sequence).to(torch.float32))
+    case = make_case(D=16, P=5, **sequence).to(torch.float32).on(DEVICE)
     exact = run(prefix_attention, case)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x.contiguous(), lambda x: x):
         got = run(prefix_attention, case)
@@ -350,7 +329,7 @@ def test_saved_o_may_come_back_in_another_layout(sequence):
 
 
 def test_o_may_be_changed_in_place():
-    case = on_device(make_case(T=20, S=20, D=16).to(torch.float32))
+    case = make_case(T=20, S=20, D=16).to(torch.float32).on(DEVICE)
     tensors = [x.requires_grad_() for x in case.tensors]
     o = prefix_attention(*tensors)
     assert torch.equal(o.detach().clone() * 2, o.clone().mul_(2))
@@ -383,7 +362,7 @@ def test_repeats_bit_for_bit(T, prefix_len):
 
 def test_the_order_of_the_sum_over_rows_is_fixed():
     """dprefix is the fp32 sum of the rows' parts in the order of the rows, whatever they are."""
-    case = on_device(make_case(B=5, T=20, S=20, D=16, P=5).to(torch.float32))
+    case = make_case(B=5, T=20, S=20, D=16, P=5).to(torch.float32).on(DEVICE)
     rows = [
         run(prefix_attention, Case((*(x[b : b + 1] for x in case.tensors[:3]), *case.tensors[3:]),
                                    case.do[b : b + 1], case.dlse[b : b + 1]))
@@ -397,7 +376,7 @@ def test_the_order_of_the_sum_over_rows_is_fixed():
 
 
 def test_merging_two_calls_by_their_lse():
-    case = on_device(make_case(T=20, S=30, D=16, P=3, causal=False).to(torch.float32))
+    case = make_case(T=20, S=30, D=16, P=3, causal=False).to(torch.float32).on(DEVICE)
     actual, exact = run(merged, case), run(prefix_attention, case)
     for name in NAMES:
         # a few roundings of fp32 numbers of order 1 to 10; worst seen 1e-6
@@ -425,7 +404,7 @@ def test_blind_queries_stop_any_gradient():
 @pytest.mark.parametrize("dtype, D", [(torch.float64, 16), (torch.float32, 24)])
 def test_what_the_kernels_lack_goes_to_the_reference(dtype, D, monkeypatch):
     monkeypatch.setattr(launch, "launch", None)
-    case = on_device(make_case(T=20, S=20, D=D).to(dtype))
+    case = make_case(T=20, S=20, D=D).to(dtype).on(DEVICE)
     got, exact = run(prefix_attention, case), run(prefix_attention_eager, case)
     assert_close(got["dq"], exact["dq"], 100 * torch.finfo(dtype).eps)
 
@@ -435,7 +414,7 @@ def test_what_the_kernels_lack_goes_to_the_reference(dtype, D, monkeypatch):
 def test_workspace(sequence, short, prefix_len, monkeypatch):
     """The backward pass allocates the bytes given in the header."""
     case = make_case(**{"B": 3, "H": 2, "D": 16, "P": prefix_len, **sequence})
-    case = on_device(case.to(torch.float32))
+    case = case.to(torch.float32).on(DEVICE)
     o, lse = prefix_attention(*case.tensors, return_lse=True)
     outputs = [torch.empty_like(x) for x in case.tensors]
     sizes = []

@@ -11,7 +11,7 @@ import torch
 from conftest import DEVICE, INTERPRETED, KERNEL_DTYPES, assert_within_rounding, needs_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_reference import ROWS, SEQUENCES, Case, make_case, named_case
+from test_reference import ROWS, SEQUENCES, Case, drawn_case, make_case, named_case
 
 from kernels.inputs import Inputs
 from kernels.reference import prefix_attention_eager, prefix_rows
@@ -41,9 +41,8 @@ def cut(monkeypatch):
 
 
 def attend(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors = [x.to(DEVICE) for x in case.tensors]
-    options = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in case.options.items()}
-    o, lse = decode.decode(Inputs(*tensors, **options))
+    case = case.on(DEVICE)
+    o, lse = decode.decode(Inputs(*case.tensors, **case.options))
     assert o.transpose(1, 2).is_contiguous() and lse.is_contiguous()
     return o.cpu(), lse.cpu()
 
@@ -228,34 +227,12 @@ def test_nothing_to_attend(sizes):
 @given(st.data())
 def test_random_calls(data):
     """Shapes, ways to name prefixes and keys, splits and stacks, drawn at once."""
-
-    def integers(low, high):
-        return data.draw(st.integers(low, high))
-
-    def rows(n, low, high):
-        return [integers(low, high) for _ in range(n)]
-
-    B, T, S, P = integers(1, 4), integers(1, 8), integers(0, 70), integers(0, 40)
-    options = {"N": data.draw(st.sampled_from([None, 1, B, integers(1, 5)]))}
-    N = options["N"] or 1
-    if N not in (1, B) or (options["N"] and data.draw(st.booleans())):
-        options["prefix_index"] = rows(B, -1, N - 1)
-    if data.draw(st.booleans()):
-        options["prefix_lens"] = rows(N, 0, P)
-    if data.draw(st.booleans()):
-        options["kv_lens"] = rows(B, 0, S)
-    if data.draw(st.booleans()):
-        options["q_offset"] = rows(B, -9, S + 9)
-    options |= {
-        "causal": data.draw(st.booleans()),
-        "scale": data.draw(st.sampled_from([None, 0.7, -0.1])),
-    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cut_rules, "SPLIT_BYTES", -1)
-        programs = 8 * integers(1, 4)
+        programs = 8 * data.draw(st.integers(1, 4))
         patch.setattr(cut_rules, "programs_wanted", lambda q: programs)
         patch.setattr(cut_rules, "STACK_BYTES", data.draw(st.sampled_from([1, 2**60])))
-        check(make_case(B=B, H=integers(1, 2), T=T, S=S, D=16, P=P, **options))
+        check(drawn_case(data, B=(1, 4), H=(1, 2), T=(1, 8), S=(0, 70), D=(16, 16), P=(0, 40)))
 
 
 @pytest.mark.parametrize("programs, stack", [(1, False), (30, False), (30, True), (1, True)])

@@ -28,6 +28,11 @@ class Case:
         tensors = tuple(x.to(dtype) for x in self.tensors)
         return replace(self, tensors=tensors, do=self.do.to(dtype), dlse=self.dlse.to(wide))
 
+    def on(self, device: str) -> "Case":
+        options = {k: x.to(device) if torch.is_tensor(x) else x for k, x in self.options.items()}
+        tensors = tuple(x.to(device) for x in self.tensors)
+        return Case(tensors, self.do.to(device), self.dlse.to(device), options)
+
 
 def make_case(B=3, H=2, T=7, S=7, D=8, P=5, N=None, seed=0, **options) -> Case:
     generator = torch.Generator().manual_seed(seed)
@@ -203,34 +208,31 @@ def test_no_result_without_return_lse_differs():
         assert torch.equal(attention(*case.tensors, **case.options), o)
 
 
+def drawn_case(data, **ranges: tuple[int, int]) -> Case:
+    """Sizes (first and last), ways to name prefixes and keys, causality and scale at random."""
+    sizes = {name: data.draw(st.integers(*ends), label=name) for name, ends in ranges.items()}
+    B, S, P = (sizes[name] for name in "BSP")
+    options = {"N": data.draw(st.sampled_from([None, 1, B, 4]))}
+    N = options["N"] or 1
+    rows = {"prefix_lens": (N, 0, P), "kv_lens": (B, 0, S), "q_offset": (B, -9, S + 9)}
+    given = [name for name in rows if data.draw(st.booleans())]
+    if N not in (1, B) or (options["N"] and data.draw(st.booleans())):
+        given.append("prefix_index")
+        rows["prefix_index"] = (B, -1, N - 1)
+    for name in given:
+        n, low, high = rows[name]
+        options[name] = data.draw(st.lists(st.integers(low, high), min_size=n, max_size=n))
+    options["causal"] = data.draw(st.booleans())
+    options["scale"] = data.draw(st.sampled_from([None, 0.7, -0.1]))
+    return make_case(**sizes, **options, seed=data.draw(st.integers(0, 99)))
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.data())
 def test_lean_equals_definition_at_random_shapes(data):
     """Also no queries and no keys at all."""
-
-    def integers(low, high):
-        return data.draw(st.integers(low, high))
-
-    def rows(n, low, high):
-        return [integers(low, high) for _ in range(n)]
-
-    B, T, S, P = integers(1, 4), integers(0, 9), integers(0, 9), integers(0, 9)
-    options = {"N": data.draw(st.sampled_from([None, 1, B, integers(1, 5)]))}
-    N = options["N"] or 1
-    if N not in (1, B) or (options["N"] and data.draw(st.booleans())):
-        options["prefix_index"] = rows(B, -1, N - 1)
-    if data.draw(st.booleans()):
-        options["prefix_lens"] = rows(N, 0, P)
-    if data.draw(st.booleans()):
-        options["kv_lens"] = rows(B, 0, S)
-    if data.draw(st.booleans()):
-        options["q_offset"] = rows(B, -2, 9)
-    options |= {
-        "causal": data.draw(st.booleans()),
-        "scale": data.draw(st.sampled_from([None, 0.7])),
-    }
-    H, D = integers(1, 3), data.draw(st.sampled_from([1, 4, 6]))
-    case = make_case(B=B, H=H, T=T, S=S, D=D, P=P, **options)
+    D = data.draw(st.sampled_from([1, 4, 6]))
+    case = drawn_case(data, B=(1, 4), H=(1, 3), T=(0, 9), S=(0, 9), D=(D, D), P=(0, 9))
     exact = run(prefix_attention_eager, case)
     assert_equal_results(run(prefix_attention, case), exact, 1e-14)  # as above
 
