@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from minprefix.models.weights import ASSETS, save_model
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.prefix import Prefix
 from minprefix.training.config import TrainConfig
+from minprefix.training.loop import Loop
 from minprefix.training.trainer import Trainer
 
 # background jobs of a shell ignore Ctrl-C, and their children inherit that
@@ -125,6 +127,12 @@ def tiny_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def checkpoint(tiny_folder, tmp_path) -> Path:
+    """A copy of the tiny model's folder, to damage."""
+    return shutil.copytree(tiny_folder, tmp_path / "copy")
+
+
 @pytest.fixture(scope="session")
 def tables(tmp_path_factory) -> Path:
     """A data folder with a few small tables; no test changes it."""
@@ -191,6 +199,24 @@ def signalled(after: int, number: int = signal.SIGINT, times: int = 1) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", interrupted)
         yield
+
+
+class Killed(Exception):
+    """Ends a run where a kill would."""
+
+
+def run_until_killed(run: Loop, after: int) -> None:
+    """Run until the step after step `after`, which raises and saves nothing."""
+    step = run.step
+
+    def killed() -> dict:
+        if run.step_done == after:
+            raise Killed
+        return step()
+
+    run.step = killed
+    with pytest.raises(Killed):
+        run.run(progress=False)
 
 
 @pytest.fixture
@@ -332,9 +358,9 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer({c: i for i, c in enumerate([*BYTE_CHARS, ENDOFTEXT])}, [])
 
 
-def bart_bytes() -> Tokenizer:
-    """A tokenizer with BART's special tokens and one token per byte: 260 tokens."""
-    tokens = ["<s>", "<pad>", "</s>", "<unk>", *BYTE_CHARS]
+def bart_bytes(mask: bool = False) -> Tokenizer:
+    """A tokenizer with BART's special tokens and one token per byte: 260 tokens, and <mask>."""
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *BYTE_CHARS, *(["<mask>"] if mask else [])]
     return Tokenizer({token: n for n, token in enumerate(tokens)}, [], "bart")
 
 

@@ -44,12 +44,6 @@ def run(cli, tiny_folder, tables, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.fixture
-def checkpoint(tiny_folder, tmp_path) -> Path:
-    """A copy of the tiny model's folder, to damage."""
-    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
-
-
 def snapshot(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -351,14 +345,6 @@ def test_damaged_states_are_named(refused, run, tmp_path):
         assert snapshot(run) == before and not (tmp_path / "p").exists()
 
 
-def test_a_finetuning_run_has_no_prefix_to_export(refused, cli, tiny_folder, tables, tmp_path):
-    argv = ("--model", tiny_folder, "--data", tables, "--out", tmp_path / "run", "--steps", 1)
-    cli("train", *argv, "--samples", 0, "--device", "cpu", "--method", "finetune")
-    assert "a run of method finetune" in refused(
-        "export", tmp_path / "run", "--out", tmp_path / "p"
-    )
-
-
 # disks -----------------------------------------------------------------------------------------
 
 
@@ -408,15 +394,6 @@ def test_full_disk_in_training_leaves_the_earlier_files(cli, begun, fails):
     assert set(snapshot(begun)) == set(before)  # no temporary file stays
     Prefix.load(prefix)
     cli("train", "--resume", begun)  # with room on the disk it continues
-
-
-def test_full_disk_in_export_leaves_the_earlier_file(cli, begun, tmp_path):
-    path = tmp_path / "p.safetensors"
-    path.write_bytes(TEXT_FILE)
-    message = on_a_full_disk(cli, 1000, "export", begun, "--out", path)
-    assert str(path) in message and "File too large" in message
-    assert path.read_bytes() == TEXT_FILE
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.safetensors", "run"]
 
 
 # the traceback ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,19 +30,7 @@ MINI = Path(batches.__file__).parents[1] / "assets" / "mini"
 quick = settings(deadline=None, derandomize=True, max_examples=40)
 
 
-class ByteTokenizer:
-    """UTF-8 bytes as ids; 256 begins and ends a text."""
-
-    bos_id = eos_id = 256
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(ids).decode()
-
-
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), Tokenizer.from_folder(MINI)])
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), Tokenizer.from_folder(MINI)])
 def test_frame_round_trip(tokenizer):
     pair = encode_pair(tokenizer, "name : É", "It is.", where="f:1")
     prompt, target = pair.ids[: pair.prompt_len], pair.ids[pair.prompt_len :]
@@ -56,7 +45,7 @@ def test_frame_round_trip(tokenizer):
 
 
 def test_only_max_source_cuts_and_only_the_source():
-    tokenizer, article = ByteTokenizer(), Example("0123456789", ("a summary",), None, "f:1")
+    tokenizer, article = byte_tokenizer(), Example("0123456789", ("a summary",), None, "f:1")
     (whole,) = encode_examples(tokenizer, [article])
     for max_source, kept in ((4, "0123"), (10, "0123456789"), (512, "0123456789")):
         (pair,) = encode_examples(tokenizer, [article], max_source=max_source)
@@ -73,7 +62,7 @@ def test_only_max_source_cuts_and_only_the_source():
 
 def test_too_long_pairs_are_counted_and_what_helps_does():
     """The --max-source that the message names makes all pairs fit, and one more does not."""
-    tokenizer, long = ByteTokenizer(), Example("0123456789", ("a", "longer"), None, "f:2")
+    tokenizer, long = byte_tokenizer(), Example("0123456789", ("a", "longer"), None, "f:2")
     few = [Example("a", ("b",), None, "f:1"), long]
     told = "2 of 3 pairs are too long: train --max-source 3 cuts sources, or remove the pairs"
     with pytest.raises(ValueError, match=re.escape(told)):
@@ -87,10 +76,10 @@ def test_too_long_pairs_are_counted_and_what_helps_does():
 
 def test_cut_sources_are_counted(caplog):
     sources = [("0123456789", "paper", 4), ("ab", "paper", 4), ("0123456", "paper", None)]
-    warn_of_cuts(ByteTokenizer(), sources[1:])
+    warn_of_cuts(byte_tokenizer(), sources[1:])
     assert not caplog.text
-    warn_of_cuts(ByteTokenizer(), sources)
-    warn_of_cuts(ByteTokenizer(), [sources[0], ("0123456", "original-code", 4)])
+    warn_of_cuts(byte_tokenizer(), sources)
+    warn_of_cuts(byte_tokenizer(), [sources[0], ("0123456", "original-code", 4)])
     assert caplog.messages == [
         "note: 1 of 3 sources is cut, from 10 to 4 tokens (max_source)",
         "note: 2 of 2 sources are cut, the longest from 10 to 4 tokens (max_source)",
@@ -99,13 +88,13 @@ def test_cut_sources_are_counted(caplog):
 
 def test_encode_examples_takes_every_pair_and_refuses_long_or_empty_ones():
     examples = [Example("a", ("b", "cc"), None, "f:1"), Example("d", ("e",), None, "f:2")]
-    encoded = encode_examples(ByteTokenizer(), examples, max_len=6)
+    encoded = encode_examples(byte_tokenizer(), examples, max_len=6)
     assert [row.where for row in encoded] == ["f:1 (target 1)", "f:1 (target 2)", "f:2"]
     assert [len(row.ids) for row in encoded] == [5, 6, 5]  # a, bos, blank, b or cc, eos
     with pytest.raises(ValueError, match=r"f:1 \(target 2\): 6 tokens .*, at most 5 are allowed"):
-        encode_examples(ByteTokenizer(), examples, max_len=5)
+        encode_examples(byte_tokenizer(), examples, max_len=5)
     with pytest.raises(ValueError, match="f:3: the target is empty"):
-        encode_examples(ByteTokenizer(), [Example("a", (" ",), None, "f:3")])
+        encode_examples(byte_tokenizer(), [Example("a", (" ",), None, "f:3")])
 
 
 def test_collate_shifts_masks_and_pads():

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 from conftest import SHARED
+from test_data import needs_shared
 
 from minprefix.data.examples import Example
 from minprefix.data.load import load_examples
@@ -18,8 +19,6 @@ from minprefix.data.splits import (
     low_data,
     subset,
 )
-
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the data sets are not here")
 
 
 def example(group: str, targets: int = 1) -> Example:
@@ -130,11 +129,3 @@ def test_webnlg_seen_and_unseen_counts():
     unseen = load_examples(SHARED / "data/webnlg/test/testdata_unseen_with_lex.xml")
     assert pairs(parts["unseen"]) == pairs(unseen)
     assert set(groups(load_examples(SHARED / "data/webnlg", "train"))) == set(SEEN)
-
-
-@needs_shared
-def test_e2e_subset_keeps_rows():
-    train, dev = (load_examples(SHARED / "data/e2e", split) for split in ("train", "dev"))
-    few, few_dev = low_data(train, dev, 500, 1)
-    assert (len(pairs(few)), len(pairs(few_dev))) == (500, 150)
-    assert set(pairs(few)) <= set(pairs(train))

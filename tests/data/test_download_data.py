@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SHARED
+from test_data import needs_shared
 from test_data_articles import archive, ids, summary_file
 
 from minprefix.data import download as download_data
@@ -281,7 +282,7 @@ def test_known_sums_name_official_files():
     assert set(SOURCES) == set(DATA_SETS)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the data sets are not here")
+@needs_shared
 @pytest.mark.parametrize("name,count", [("e2e", 3), ("webnlg", 107), ("dart", 2)])
 def test_known_sums_are_those_of_the_data(name, count):
     sums = read_sums(download_data.SUMS / f"{name}.txt")

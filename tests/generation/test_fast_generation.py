@@ -3,7 +3,16 @@
 import pytest
 import torch
 from conftest import assert_close, random_ids, tiny_bart, tiny_gpt2
-from test_generation import BAD_WORDS, EOS, METHODS, TEXTS, prefer, ragged_bank, random_prompts
+from test_generation import (
+    BAD_WORDS,
+    EOS,
+    METHODS,
+    TEXTS,
+    Chars,
+    prefer,
+    ragged_bank,
+    random_prompts,
+)
 
 from minprefix.generation import caches
 from minprefix.generation import fast as fast_generation
@@ -180,7 +189,7 @@ def test_kept_batch_follows_the_weights(captured):
 
 def test_two_streams_at_once(captured):
     """Each has a batch of its own, though they share the model."""
-    model, tokenizer, options = tiny_gpt2(), Letters(), {"max_new_tokens": 12}
+    model, tokenizer, options = tiny_gpt2(), Chars(), {"max_new_tokens": 12}
     prompts = [[1, 2, 3], [4, 5]]
     generate(model, tokenizer, prompts[:1], **options)  # the batch that is kept
     streams = [stream(model, tokenizer, prompt, **options) for prompt in prompts]
@@ -190,23 +199,10 @@ def test_two_streams_at_once(captured):
     assert texts == generate(model, tokenizer, prompts, fast=False, **options)
 
 
-class Letters:
-    """A tokenizer for the tiny models: one printable character a token."""
-
-    bos_id = eos_id = EOS
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(token + 32) for token in ids)
-
-    def decode_stream(self, ids):
-        for token in ids:
-            yield self.decode([token])
-
-
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3}], ids=str)
 def test_stream_equals_plain(options):
     """Also when it ends early, and when it is dropped in between."""
-    model, tokenizer = prefer(tiny_gpt2(), [EOS], 0.3), Letters()
+    model, tokenizer = prefer(tiny_gpt2(), [EOS], 0.3), Chars()
     for prompt in random_prompts(6):
         pieces = {
             fast: list(stream(model, tokenizer, prompt, max_new_tokens=20, fast=fast, **options))

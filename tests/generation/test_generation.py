@@ -37,6 +37,10 @@ class Chars:
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(token + 32) for token in ids)
 
+    def decode_stream(self, ids):
+        for token in ids:
+            yield self.decode([token])
+
 
 @pytest.fixture(scope="module")
 def mini():
@@ -310,14 +314,9 @@ def test_training_state_and_dropout():
         generate(model, Chars(), prompts, max_new_tokens=8, num_beams=60)
     assert model.training
 
-    class Streaming(Chars):
-        def decode_stream(self, ids):
-            for token in ids:
-                yield self.decode([token])
-
     grad_modes = []
     model.drop.register_forward_hook(lambda *_: grad_modes.append(torch.is_grad_enabled()))
-    pieces = stream(model, Streaming(), "ab", max_new_tokens=8)
+    pieces = stream(model, Chars(), "ab", max_new_tokens=8)
     assert next(pieces) + next(pieces) == texts[0][:2] and grad_modes == [False, False]
     assert not model.training and torch.is_grad_enabled()  # in between, the caller's
     pieces.close()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import another_model, byte_model, byte_tokenizer, pairs, small_model
-from test_prompt_scores import plain_nats
+from test_prompt_scores import plain_nats, rows_of
 from torch.nn.functional import cross_entropy
 
 from minprefix.data.batches import encode_examples, encode_prompt
@@ -23,10 +23,6 @@ from minprefix.prefix.prefix import Prefix
 from minprefix.training.run_folder import earlier_path, read_state, state_path
 
 SHORT = {"candidates": 8, "batch_size": 4, "judge_rows": 4, "starts": 6, "eval_every": 2}
-
-
-def rows_of(tokenizer, n: int = 5):
-    return encode_examples(tokenizer, pairs(n))
 
 
 @pytest.mark.parametrize("prompt_len, rank", [(1, 1), (2, 16)])

@@ -4,23 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import hf_bart_twin, random_ids, tiny_bart
-from test_tokenizer import texts
-from test_weights import write_weights
+from conftest import bart_bytes, hf_bart_twin, random_ids, tiny_bart
+from test_weights import set_config, write_weights
 
 from minprefix.models.bart import BART
-from minprefix.models.config import MODELS, OFFICIAL
-from minprefix.models.tokenizer import BYTE_CHARS, Tokenizer
-from minprefix.models.weights import ASSETS, fingerprint, load, read_config, save_model, shapes_of
+from minprefix.models.config import MODELS
+from minprefix.models.weights import ASSETS, fingerprint, load, read_config, save_model
 from minprefix.models.weights_bart import TIED, to_checkpoint
-
-SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
-
-
-def bart_tokenizer(mask: bool = True) -> Tokenizer:
-    """One token per byte between BART's special ones."""
-    tokens = [*SPECIAL, *BYTE_CHARS, *(["<mask>"] if mask else [])]
-    return Tokenizer({token: i for i, token in enumerate(tokens)}, [], "bart")
 
 
 @pytest.fixture
@@ -32,7 +22,7 @@ def model() -> BART:
 
 @pytest.fixture
 def folder(tmp_path, model):
-    save_model(model, bart_tokenizer(), tmp_path)
+    save_model(model, bart_bytes(mask=True), tmp_path)
     return tmp_path
 
 
@@ -45,12 +35,6 @@ def official_names(model: BART, prefixed: bool) -> dict[str, torch.Tensor]:
         return {n: x for n, x in tensors.items() if n not in ("final_logits_bias", TIED[-1])}
     own = ("final_logits_bias", "lm_head.weight")
     return {n if n in own else f"model.{n}": x for n, x in tensors.items()}
-
-
-def set_config(folder, **changes) -> None:
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "safetensors shards", "bin"])
@@ -83,7 +67,7 @@ def test_transformers_reads_what_we_save_and_we_what_it_saves(folder, model, tmp
         setattr(twin.generation_config, name, getattr(model.config, name))
     twin.generation_config.num_beams = 4  # without beams early_stopping is not valid to them
     twin.save_pretrained(tmp_path / "theirs")
-    bart_tokenizer().save(tmp_path / "theirs")
+    bart_bytes(mask=True).save(tmp_path / "theirs")
     again, _ = load(tmp_path / "theirs", dtype=torch.float64)
     assert again.config.forced_bos_token_id == 0 and again.config.no_repeat_ngram_size == 3
     assert again.config.early_stopping is True
@@ -103,19 +87,13 @@ def test_mini_bart_is_embedded():
     assert (folder / "MODEL_CARD.md").is_file()
 
 
-@pytest.mark.parametrize("name", [name for name in OFFICIAL if "bart" in name])
-def test_official_sizes(name):
-    model = shapes_of(OFFICIAL[name][0])
-    assert sum(p.numel() for p in model.parameters()) == MODELS[name]
-
-
 def test_a_mask_beyond_the_model_is_no_error(folder, model):
     """As in facebook/bart-large-cnn: 50265 tokens, of which the model has 50264."""
     small = tiny_bart(vocab_size=260)
-    save_model(small, bart_tokenizer(), folder)
+    save_model(small, bart_bytes(mask=True), folder)
     _, tokenizer = load(folder)
     assert tokenizer.vocab_size == 261 and tokenizer.text_ids == 260
-    save_model(tiny_bart(vocab_size=259), bart_tokenizer(), folder)
+    save_model(tiny_bart(vocab_size=259), bart_bytes(mask=True), folder)
     with pytest.raises(ValueError, match="vocab.json has 260 tokens, the model 259"):
         load(folder)
 
@@ -191,17 +169,3 @@ def test_wrong_tensors_are_listed(folder, model):
         **{"lm_head.weight": model.wte.weight.detach() + 1}
     )
     assert "shared.weight occurs twice" in error(**{"shared.weight": good["lm_head.weight"]})
-
-
-@pytest.mark.slow
-def test_ids_equal_those_of_transformers():
-    from transformers import BartTokenizer
-
-    folder = ASSETS / "mini-bart"
-    ours, theirs = Tokenizer.from_folder(folder, "bart"), BartTokenizer.from_pretrained(folder)
-    strings = [text for text in texts(10_000) if "<" not in text]  # <s> is special to them
-    assert len(strings) > 9_000
-    expected = theirs(strings)["input_ids"]
-    for text, ids in zip(strings, expected, strict=True):
-        assert [ours.bos_id, *ours.encode(text), ours.eos_id] == ids, ascii(text)
-        assert ours.decode(ids) == text

@@ -1,7 +1,6 @@
 """Checkpoints with impossible sizes: no model is built, and one line names the file."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -10,12 +9,6 @@ from conftest import tiny_with_words
 from minprefix.models.tensor_files import read_pickle
 from minprefix.models.weights import load, read_config, save_model
 from minprefix.tensors import verify_checksum
-
-
-@pytest.fixture
-def checkpoint(tiny_folder, tmp_path):
-    """A copy of the tiny model's folder, to damage."""
-    return shutil.copytree(tiny_folder, tmp_path / "copy")
 
 
 def change(path, **values) -> None:

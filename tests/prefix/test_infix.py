@@ -32,35 +32,6 @@ def random_infix(model: GPT2, P: int = 3, seed: int = 0, **options) -> Prefix:
     return infix
 
 
-def literal_infix(model: GPT2, ids: list[int], start: int, table) -> torch.Tensor:
-    """h_i = P_theta[i, :] if i in P_idx, else LM(z_i, h_<i), position by position: (T, V)."""
-    L, _, H, P, D = table.shape
-    P_idx = range(start, start + P)
-    keys = [[[] for _ in range(H)] for _ in range(L)]
-    values = [[[] for _ in range(H)] for _ in range(L)]
-    tokens, logits = iter(ids), []
-    for i in range(len(ids) + P):
-        if i in P_idx:
-            for n in range(L):
-                for h in range(H):
-                    keys[n][h].append(table[n, 0, h, i - start])
-                    values[n][h].append(table[n, 1, h, i - start])
-            continue
-        x = model.wte.weight[next(tokens)] + model.wpe.weight[i]  # (C,)
-        for n, block in enumerate(model.h):
-            q, k, v = block.attn.c_attn(block.ln_1(x)).view(3, H, D)
-            heads = []
-            for h in range(H):
-                keys[n][h].append(k[h])
-                values[n][h].append(v[h])
-                weights = torch.stack([q[h] @ key / D**0.5 for key in keys[n][h]]).softmax(0)
-                heads.append(weights @ torch.stack(values[n][h]))
-            x = x + block.attn.c_proj(torch.cat(heads))
-            x = x + block.mlp(block.ln_2(x))
-        logits.append(model.wte.weight @ model.ln_f(x))
-    return torch.stack(logits)
-
-
 @pytest.mark.parametrize("parametrisation", ["table", "mlp"])
 def test_equals_equation_3_row_by_row(parametrisation):
     """A padded batch; the padding after the rows holds random tokens."""
@@ -72,7 +43,10 @@ def test_equals_equation_3_row_by_row(parametrisation):
     logits = model(ids, prefix=infix, starts=starts, kv_lens=lengths)[real]
     table = infix.table()
     exact = torch.cat(
-        [literal_infix(model, ids[b, :n].tolist(), STARTS[b], table) for b, n in enumerate(LENGTHS)]
+        [
+            literal_logits(model, ids[b, :n].tolist(), table, infix.prefix_len, start=STARTS[b])
+            for b, n in enumerate(LENGTHS)
+        ]
     )
     assert_close(logits, exact, 1e-12)  # other orders of summation in fp64; worst seen: 9.4e-16
     generator = torch.Generator().manual_seed(2)
@@ -171,7 +145,9 @@ def test_greedy_equals_the_literal_loop(fast):
     for prompt, new in zip(prompts, got, strict=True):
         text = list(prompt)
         for _ in range(4):
-            logits = literal_infix(model, text, len(prompt) - 1, infix.table())
+            logits = literal_logits(
+                model, text, infix.table(), infix.prefix_len, start=len(prompt) - 1
+            )
             text.append(logits[-1].argmax().item())
         assert new == text[len(prompt) :]
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import pairs, tiny_bart, trainer
+from conftest import pairs, run_until_killed, tiny_bart, trainer
 from test_training import log_of
 
 from minprefix.data.batches import collate, encode_examples, encode_prompt
@@ -98,16 +98,7 @@ def test_finetuning_changes_all_weights_and_loads_again(bart_tokenizer, tmp_path
 def test_a_resumed_run_has_the_losses_of_an_unbroken_one(bart_tokenizer, tmp_path, method):
     bart_trainer(bart_tokenizer, tmp_path / "whole", method=method).run(progress=False)
     first = bart_trainer(bart_tokenizer, tmp_path / "parts", method=method)
-    step = first.step
-
-    def stops_after_4() -> dict:
-        if first.step_done == 4:
-            raise KeyboardInterrupt
-        return step()
-
-    first.step = stops_after_4
-    with pytest.raises(KeyboardInterrupt):
-        first.run(progress=False)
+    run_until_killed(first, after=4)
     second = bart_trainer(bart_tokenizer, tmp_path / "parts", method=method)
     second.load_state()
     assert second.step_done == 3  # the last evaluation

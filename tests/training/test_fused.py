@@ -17,6 +17,7 @@ from conftest import (
     tiny_bart,
     tiny_gpt2,
 )
+from test_fast_training import FORMS
 
 from minprefix import generate, load
 from minprefix.models.base import PADDED
@@ -27,14 +28,6 @@ from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.prefix import Prefix
 from minprefix.training import blocks
 from minprefix.training.blocks import wrap_blocks
-
-FORMS = {
-    "table": {},
-    "mlp": {"parametrisation": "mlp", "mid_dim": 8},
-    "gate": {"gate": True},
-    "infix": {"place": "infix"},
-    "embedding": {"parametrisation": "embedding"},  # the blocks run with a cache, too
-}
 
 
 def gpt2_result(model, form: str) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_gpt2
+from conftest import run_until_killed, tiny_gpt2
 
 import minprefix
 from minprefix.models.weights import ASSETS, read_config
@@ -98,25 +98,12 @@ def test_other_libraries_read_what_is_kept(folder, tmp_path):
     assert model.config.embd_pdrop == 0.1  # for those who fine-tune it, not the run's
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("micro", [None, 32])
 def test_a_killed_run_goes_on_bit_for_bit(folder, tmp_path, micro):
     whole = run_of(folder, tmp_path / "whole", micro_tokens=micro)
     whole.run(progress=False)
     broken = run_of(folder, tmp_path / "broken", micro_tokens=micro)
-    step = broken.step
-
-    def killed():
-        if broken.step_done == 7:
-            raise Killed
-        return step()
-
-    broken.step = killed
-    with pytest.raises(Killed):
-        broken.run(progress=False)
+    run_until_killed(broken, after=7)
     assert read_state(tmp_path / "broken")["step"] == 4
     with pytest.raises(ValueError, match="holds a run"):
         run_of(folder, tmp_path / "broken", micro_tokens=micro).run(progress=False)
