@@ -275,19 +275,6 @@ def test_a_short_dtype_takes_prefixes_and_adapters(cli, tiny_folder, run, tmp_pa
             cli("generate", "a boat", *few, "--dtype", dtype, *trained)
 
 
-def test_generate_takes_every_way_to_choose_tokens(cli, tiny_folder):
-    few = ("--model", tiny_folder, "--max-new-tokens", 5, "--device", "cpu")
-    model, tokenizer = load(tiny_folder)
-    options = {"num_beams": 3, "length_penalty": 0.5, "bad_words": ("boat",)}
-    argv = ("--num-beams", 3, "--length-penalty", 0.5, "--bad-words", "boat")
-    beams = generate(model, tokenizer, ["a boat"], max_new_tokens=5, **options)
-    assert cli("generate", "a boat", *few, *argv)[0] == beams[0] + "\n"
-    options = {"do_sample": True, "temperature": 0.9, "top_k": 50, "seed": 3}
-    argv = ("--do-sample", "--temperature", 0.9, "--top-k", 50, "--seed", 3)
-    sampled = generate(model, tokenizer, ["a boat"], max_new_tokens=5, **options)
-    assert cli("generate", "a boat", *few, *argv)[0] == sampled[0] + "\n"
-
-
 @pytest.mark.parametrize("frame", ["paper", "original-code", None])
 def test_python_and_the_commands_give_the_same_texts(cli, tiny_folder, tables, tmp_path, frame):
     """A framed text, and only that, has lost the blank that the frame puts before it."""
@@ -506,9 +493,10 @@ def test_a_signal_leaves_a_run_that_can_be_used_and_resumed(
 ):
     if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
         pytest.skip(f"{name} is ignored here, as below nohup")
-    out = tmp_path / "my run"
+    out, before = tmp_path / "my run", signal.getsignal(getattr(signal, name))
     with signalled(after=2, number=getattr(signal, name)):
         stdout, stderr = train(cli, tiny_folder, tables, out, code=code)
+    assert signal.getsignal(getattr(signal, name)) is before
     assert stdout == "" and "Traceback" not in stderr
     assert stderr.splitlines()[-1] == (
         "minprefix: stopped after step 3 of 4; state saved. "

@@ -43,11 +43,6 @@ def texts(count: int) -> list[str]:
     return NASTY + [random_text(rng) for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_folder(MINI)
-
-
 def permuted(tokenizer: Tokenizer, folder) -> Tokenizer:
     """The same tokens under other ids, with special tokens in between, as in BART."""
     vocab = json.loads(tokenizer.files()["vocab.json"])

@@ -14,13 +14,11 @@ import pytest
 import torch
 from conftest import pairs, signalled, small_model, trainer
 
-from minprefix.data.examples import Example
-from minprefix.models.config import GPT2Config
-from minprefix.models.weights import fingerprint, load
+from minprefix.models.weights import fingerprint
 from minprefix.prefix.parametrisations import token_activations
 from minprefix.prefix.prefix import Prefix
 from minprefix.training import loop
-from minprefix.training.config import METHOD_NAMES, TrainConfig
+from minprefix.training.config import METHOD_NAMES
 from minprefix.training.interrupts import Interrupted
 from minprefix.training.trainer import Trainer
 
@@ -95,16 +93,6 @@ def test_the_model_stays_frozen_and_the_prefix_learns(tokenizer, tmp_path):
     assert fingerprint(run.model) == before == Prefix.load(tmp_path / "prefix.safetensors").base
     assert {(p.requires_grad, p.grad) for p in run.model.parameters()} == {(False, None)}
     assert losses[30] < losses[1] - 0.2  # nats; 0.0 if nothing were learned
-
-
-def test_finetuning_changes_all_weights_and_loads_again(tokenizer, tmp_path):
-    run = trainer(tokenizer, tmp_path, method="finetune")
-    before = {name: weight.clone() for name, weight in run.model.named_parameters()}
-    run.run(progress=False)
-    same = [n for n, w in run.model.named_parameters() if torch.equal(w, before[n])]
-    assert same == [] and not run.model.training
-    model, _ = load(tmp_path / "model")
-    assert isinstance(model.config, GPT2Config)
 
 
 def test_best_on_dev_is_kept(tokenizer, tmp_path):
@@ -229,19 +217,6 @@ def test_a_kill_before_the_first_saved_state_leaves_no_line_twice(tokenizer, tmp
     assert [json.loads(line)["step"] for line in lines].count(0) == 1
 
 
-def test_ctrl_c_finishes_the_step_and_saves(tokenizer, tmp_path):
-    run = trainer(tokenizer, tmp_path, steps=50, eval_every=50)
-    with signalled(after=2), pytest.raises(Interrupted, match="after step 3 of 50"):
-        run.run(progress=False)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    Prefix.load(tmp_path / "prefix.safetensors")
-    again = trainer(tokenizer, tmp_path, steps=50, eval_every=50)
-    again.load_state()
-    assert again.step_done == 3
-    again.run(progress=False)
-    assert sorted(log_of(tmp_path)) == list(range(1, 51))
-
-
 def test_a_second_ctrl_c_during_saving_names_the_last_saved_step(tokenizer, tmp_path, monkeypatch):
     """torch.save makes a RuntimeError of it."""
 
@@ -336,15 +311,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tokenizer, tmp_path):
     with pytest.raises(FloatingPointError, match="smaller lr"):
         run.run(progress=False)
     assert not (tmp_path / "prefix.safetensors").exists()
-
-
-def test_a_row_that_is_too_long_is_named(tokenizer, tmp_path):
-    model = small_model(n_positions=24)
-    long = [Example("a " * 30, ("b",), where="train.jsonl:7")]
-    prefix = Prefix.random(model.config, 3, 0)
-    config = TrainConfig(steps=1)
-    with pytest.raises(ValueError, match=r"train\.jsonl:7: \d+ tokens .*, at most 22 are allowed"):
-        Trainer(model, tokenizer, config, long, [], tmp_path, prefix)
 
 
 def test_bf16_works_on_a_copy_of_the_frozen_weights(tokenizer, tmp_path):
