@@ -11,32 +11,15 @@ from minprefix.prefix.prefix import Prefix
 USUAL_LEN = 10  # the paper's best for table-to-text
 
 
-def make_gpt2_prefix(model: GPT2, tokenizer, config: PrefixConfig, seed: int) -> Prefix:
-    """`make_prefix` for a GPT-2."""
+def gpt2_options(config: PrefixConfig) -> dict[str, Any]:
+    """What only the prefix of a GPT-2 has; ValueError for what it lacks."""
     if config.sites:
         raise ValueError(f"sites {', '.join(config.sites)} are BART's; GPT-2 has one attention")
-    options = {
-        "parametrisation": config.parametrisation,
-        "mid_dim": config.mid_dim,
-        "gate": config.gate,
-        "position_offset": config.position_offset,
-        "place": config.place,
-    }
-    if config.init == "prompt":
-        if config.position_offset is None and not config.gate:
-            del options["position_offset"]  # the prompt's length
-        return Prefix.from_prompt(model, tokenizer, config.init_text, seed=seed, **options)
-    if config.init == "words":
-        return Prefix.from_words(
-            model, tokenizer, config.init_text, config.prefix_len or USUAL_LEN, seed=seed, **options
-        )
-    prefix = Prefix.random(model.config, config.prefix_len or USUAL_LEN, seed, **options)
-    prefix.bind(model)
-    return prefix.to(model.wte.weight.device)
+    return {"place": config.place}
 
 
-def make_bart_prefix(model: BART, tokenizer, config: PrefixConfig, seed: int) -> BARTPrefix:
-    """`make_prefix` for a BART."""
+def bart_options(config: PrefixConfig) -> dict[str, Any]:
+    """What only the prefix of a BART has; ValueError for what it lacks."""
     if config.place != "prefix":
         raise ValueError(
             f"BART has no place {config.place!r}: its prefix belongs to attention layers"
@@ -45,24 +28,30 @@ def make_bart_prefix(model: BART, tokenizer, config: PrefixConfig, seed: int) ->
         raise ValueError(
             "init 'prompt' is for GPT-2: no prefix of a BART equals a hard prompt exactly"
         )
-    options = {
-        "sites": config.sites, "parametrisation": config.parametrisation,
-        "mid_dim": config.mid_dim, "gate": config.gate, "position_offset": config.position_offset,
-    }  # fmt: skip
-    if config.init == "words":
-        return BARTPrefix.from_words(
-            model, tokenizer, config.init_text, config.prefix_len or USUAL_LEN, seed=seed, **options
-        )
-    prefix = BARTPrefix.random(model.config, config.prefix_len or USUAL_LEN, seed, **options)
-    prefix.bind(model)
-    return prefix.to(model.wte.weight.device)
+    return {"sites": config.sites}
 
 
-MAKERS: dict[str, Any] = {Prefix.family: make_gpt2_prefix, BARTPrefix.family: make_bart_prefix}
+FAMILIES: dict[str, Any] = {
+    Prefix.family: (Prefix, gpt2_options), BARTPrefix.family: (BARTPrefix, bart_options),
+}  # fmt: skip
 
 
 def make_prefix(
     model: GPT2 | BART, tokenizer, config: PrefixConfig, seed: int
 ) -> Prefix | BARTPrefix:
     """The prefix that `config` describes, on the model's device and bound to the model."""
-    return MAKERS[model.config.family](model, tokenizer, config, seed)
+    kind, own_options = FAMILIES[model.config.family]
+    options = {
+        "parametrisation": config.parametrisation, "mid_dim": config.mid_dim, "gate": config.gate,
+        "position_offset": config.position_offset, **own_options(config),
+    }  # fmt: skip
+    if config.init == "prompt":
+        if config.position_offset is None and not config.gate:
+            del options["position_offset"]  # the prompt's length
+        return kind.from_prompt(model, tokenizer, config.init_text, seed=seed, **options)
+    prefix_len = config.prefix_len or USUAL_LEN
+    if config.init == "words":
+        return kind.from_words(model, tokenizer, config.init_text, prefix_len, seed=seed, **options)
+    prefix = kind.random(model.config, prefix_len, seed, **options)
+    prefix.bind(model)
+    return prefix.to(model.wte.weight.device)
