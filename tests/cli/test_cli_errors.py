@@ -61,11 +61,8 @@ def test_missing_models_are_named(refused, checkpoint):
     folder = checkpoint / "none"
     assert f"{folder}: no such folder" in refused("info", "--model", folder)
     assert "'no name!'" in refused("download", "no name!")
-    for name in ("config.json", "model.safetensors", "vocab.json"):
-        kept = (checkpoint / name).read_bytes()
-        (checkpoint / name).unlink()
-        assert name in refused("generate", "a boat", "--model", checkpoint)
-        (checkpoint / name).write_bytes(kept)
+    (checkpoint / "vocab.json").unlink()
+    assert "vocab.json" in refused("generate", "a boat", "--model", checkpoint)
 
 
 @pytest.mark.parametrize(

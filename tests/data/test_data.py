@@ -249,25 +249,6 @@ def test_broken_files_are_refused_with_the_place(tmp_path, name, content, messag
     assert "\n" not in str(caught.value)
 
 
-@quick
-@given(
-    st.sampled_from([".jsonl", ".csv", ".txt", ".xml", ".json"]),
-    st.binary(max_size=30),
-    st.randoms(),
-)
-def test_noise_is_read_or_refused_by_a_message_with_the_file(suffix, noise, rng):
-    good = {".csv": CSV, ".xml": XML, ".txt": "a||b\nc||d", ".jsonl": '{"source":"a","target":"b"}'}
-    good[".json"] = json.dumps(DART, ensure_ascii=False)
-    content = good[suffix].encode()
-    at = rng.randrange(len(content) + 1)
-    with tempfile.TemporaryDirectory() as folder:
-        path = write(Path(folder), "a" + suffix, content[:at] + noise + content[at + 5 :])
-        try:
-            assert load_examples(path)
-        except ValueError as error:
-            assert path.name in str(error)  # noqa: PT017 (it may be read, too)
-
-
 def test_folders_are_recognised_by_their_files(tmp_path):
     write(tmp_path, "e2e/trainset.csv", CSV)
     write(tmp_path, "e2e/testset_w_refs.csv", "mr,ref\nname[T],t\n")

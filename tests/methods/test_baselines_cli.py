@@ -9,12 +9,12 @@ from conftest import tiny_with_words
 
 from minprefix.generation.texts import generate
 from minprefix.methods.adapters import Adapter, bottleneck_for, count
-from minprefix.methods.by_name import TUNED, ignored_fields
+from minprefix.methods.by_name import TUNED
 from minprefix.methods.config import BaselineConfig
 from minprefix.models.tokenizer import Tokenizer
 from minprefix.models.weights import ASSETS, fingerprint, load, save_model
 from minprefix.prefix.config import PrefixConfig
-from minprefix.training.config import METHOD_NAMES, TrainConfig
+from minprefix.training.config import METHOD_NAMES
 
 QUICK = ("--batch-size", 4, "--steps", 4, "--eval-every", 2, "--log-every", 1, "--samples", 1,
          "--lr", 1e-2, "--device", "cpu")  # fmt: skip
@@ -159,21 +159,6 @@ def test_each_method_reads_its_fields():
     names = [field.name for config in (PrefixConfig, BaselineConfig) for field in fields(config)]
     assert set(TUNED) == set(METHOD_NAMES)
     assert {name for tuned in TUNED.values() for name in tuned.reads} == set(names)
-
-
-def test_fields_that_a_method_does_not_read_are_named():
-    def found(method: str, prefix: dict, baseline: dict) -> list[str]:
-        configs = TrainConfig(method=method), PrefixConfig(**prefix), BaselineConfig(**baseline)
-        return [f"{name} {why}" for name, why in ignored_fields(*configs)]
-
-    assert found("prefix", {"gate": True}, {}) == found("ft-top", {}, {"top_layers": 1}) == []
-    assert found("adapter", {"gate": True}, {"top_layers": 1}) == [
-        "gate is for method prefix, not for adapter",
-        "top_layers is for method ft-top, not for adapter",
-    ]
-    assert found("prefix", {"init": "random", "init_text": "x"}, {}) == [
-        "init_text is for init words or prompt, not for random"
-    ]
 
 
 def test_info_of_an_official_model_downloads_nothing(cli, monkeypatch):

@@ -200,11 +200,6 @@ def test_too_long_names_the_numbers():
         model(random_ids(model, 1, 2), prefix=prefix, cache=cache)
 
 
-def test_config_error_names_the_numbers():
-    with pytest.raises(ValueError, match="n_embd 30 .* n_head 4"):
-        GPT2Config(n_embd=30, n_head=4)
-
-
 @torch.no_grad()
 def test_dropout_acts_in_train_mode_only():
     """Dropout on embeddings and on the outputs of layers; none inside attention, whatever

@@ -137,18 +137,6 @@ def test_equals_equation_3(gate, parametrisation, offset):
 
 
 @torch.no_grad()
-def test_position_offset_choices():
-    """P by default, 0 with a gate, any other on request; it moves the tokens and nothing else."""
-    model = tiny_gpt2()
-    assert random_prefix(model, 3).position_offset == 3
-    assert random_prefix(model, 3, gate=True).position_offset == 0
-    assert random_prefix(model, 3, gate=True, position_offset=3).position_offset == 3
-    ids = random_ids(model, 1, 5)
-    a, b = (model(ids, prefix=random_prefix(model, 3, position_offset=n)) for n in (0, 3))
-    assert (a - b).abs().max() > 1e-3
-
-
-@torch.no_grad()
 def assert_equals_prompt(model: GPT2, tokenizer, prompt: str, **options) -> None:
     words = tokenizer.encode(prompt)
     prefix = Prefix.from_prompt(model, tokenizer, prompt, **options)
