@@ -11,7 +11,6 @@ method's o is first compared with the definition, `prefix_attention_eager`, in f
   - static: the cache holds the prefix and has room; `index_copy_`, then SDPA on the filled part.
   - ours: the cache has room and no prefix; `kernels.decode` writes the new tokens and attends. It
     gets their columns as a tensor, as in a CUDA graph. The prefix is not copied.
-  - copies: ours with `index_copy_` before the kernel, as it was before the kernel had `append`.
   - split: ours with splits wherever there are multiprocessors for them, which was the rule before
     `kernels.cut.SPLIT_BYTES`; up to 8 rows.
   - ours_only: `kernels.decode` without the update of the cache, from which its bandwidth follows.
@@ -163,18 +162,6 @@ def split(s: Sample) -> Callable[[], Tensor]:
     return split_step
 
 
-def copies(s: Sample) -> Callable[[], Tensor]:
-    (k, v), attend = s.cache, ours_only(s)
-    place = s.q_offset[:1]
-
-    def step() -> Tensor:
-        k.index_copy_(2, place, s.new[0])
-        v.index_copy_(2, place, s.new[1])
-        return attend()
-
-    return step
-
-
 def ours_only(s: Sample) -> Callable[[], Tensor]:
     """The kernel, on a cache that already has the new key and value."""
     s.cache[:, :, :, s.cache.shape[3] - 33 : s.cache.shape[3] - 32] = s.new
@@ -187,8 +174,8 @@ def ours_only(s: Sample) -> Callable[[], Tensor]:
     return lambda: decode(inputs)[0]
 
 
-METHODS = {"ours": ours, "ours_only": ours_only, "copies": copies, "split": split,
-           "grown": grown, "static": static}  # fmt: skip
+METHODS = {"ours": ours, "ours_only": ours_only, "split": split, "grown": grown,
+           "static": static}  # fmt: skip
 
 
 class Truth:
@@ -271,8 +258,6 @@ def verdicts(times: Times) -> list[str]:
             line(shape, "decode: cache with prefix, grown / ours", grown, 1.5)
             aim = 0.9 * (S + P) / (S + P / B)  # of the ratio of bytes
             line(shape, "decode: static cache with prefix / ours", static, aim)
-        line(shape, "decode: copies into the cache, then ours / ours",
-             times.of(shape, "copies") / ours, 1.0)  # fmt: skip
         line(shape, "decode: share of a copy's bandwidth (a stretch)",
              times.of(shape, "ours_only", "of_copy"), 0.85)  # fmt: skip
     for shape in [one for one in ONE_ROW + OVER_B if one.B <= 8]:
