@@ -163,12 +163,16 @@ class DecoderBlock(nn.Module):
                 (2, B, H, S, D); then its prefix and `Visible`.
         """
         x = self.ln_1(x + self.drop(self.attn(x, prefix, visible, attend)))
-        states, kv, *read = cross
-        kv = self.cross.keys_and_values(states) if kv is None else kv
-        x = self.ln_2(x + self.drop(self.cross(x, kv, *read)))
+        x = self.ln_2(x + self.drop(self.read(x, cross)))
         if at is not None:
             x = x.flatten(0, 1).index_select(0, at)  # (n, C)
         return self.ln_3(x + self.drop(self.mlp(x)))
+
+    def read(self, x: Tensor, cross: tuple) -> Tensor:
+        """Cross attention with its keys and values, which are made here if they are missing."""
+        states, kv, *read = cross
+        kv = self.cross.keys_and_values(states) if kv is None else kv
+        return self.cross(x, kv, *read)
 
 
 class Stack(nn.Module):

@@ -1,16 +1,17 @@
-"""The `Block` of `gpt2.py` in fewer kernels, for a frozen model in eval mode.
+"""The blocks of `gpt2.py` and `bart.py` in fewer kernels, for a frozen model in eval mode.
 
-`fused_forward` has one kernel for each sum and the norm after it: nine kernels instead of ten with
-attention, and eight where the blocks are linked. Training uses it (`training/blocks.py`) and so do
-the graphs of generation. `step_forward` is for a decoding step with few positions, which costs
-mostly the number of its kernels: each of the four products includes the operations around it
-(`kernels.fused_linear`), so there are five. `rows_forward`, for up to 32 positions, has seven: two
-of the products leave partial sums, which the norms add. `fused_blocks` lets the blocks of a model
-run like that for a while. Launching Triton's kernels takes the host longer than PyTorch's, so this
-pays within a CUDA graph, or where the GPU has much to do.
+`fused_forward` has one kernel for each sum and the norm after it: for GPT-2 nine kernels instead of
+ten with attention, and eight where the blocks are linked. Training uses it (`training/blocks.py`)
+and so do the graphs of generation; `fused_encoder` and `fused_decoder` are the same for BART.
+`step_forward` is for a decoding step with few positions, which costs mostly the number of its
+kernels: each of the four products includes the operations around it (`kernels.fused_linear`), so
+there are five. `rows_forward`, for up to 32 positions, has seven: two of the products leave partial
+sums, which the norms add. `fused_blocks` lets the blocks of a model run like that for a while.
+Launching Triton's kernels takes the host longer than PyTorch's, so this pays within a CUDA graph,
+or where the GPU has much to do.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kernels import add_norm, fused_linear, fuses, linear_parts, takes_few, takes_some
+from minprefix.models.bart import DecoderBlock, EncoderBlock
 from minprefix.models.base import LanguageModel, tanh_gelu
 from minprefix.models.gpt2 import Block
 
@@ -39,6 +41,34 @@ def fused_forward(self: Any, x, prefix, visible, attend=None, at=None, following
     x, n = normed(x, y, self.ln_2)
     y = self.mlp(n)
     return x + y if following is None else normed(x, y, following.ln_1)
+
+
+def fused_encoder(self: Any, x, prefix, visible, attend=None) -> Tensor:
+    """`EncoderBlock.forward` without dropout, like `fused_forward`."""
+    x = normed(x, self.attn(x, prefix, visible, attend), self.ln_1)[1]
+    return normed(x, self.mlp(x), self.ln_2)[1]
+
+
+def fused_decoder(self: Any, x, prefix, visible, attend, at, cross) -> Tensor:
+    """`DecoderBlock.forward` without dropout, like `fused_forward`."""
+    x = normed(x, self.attn(x, prefix, visible, attend), self.ln_1)[1]
+    x = normed(x, self.read(x, cross), self.ln_2)[1]
+    if at is not None:
+        x = x.flatten(0, 1).index_select(0, at)  # (n, C)
+    return normed(x, self.mlp(x), self.ln_3)[1]
+
+
+FUSED: dict[type[nn.Module], Any] = {
+    Block: fused_forward, EncoderBlock: fused_encoder, DecoderBlock: fused_decoder,
+}  # fmt: skip
+
+
+def fused_form(block: nn.Module, after: nn.Module | None) -> Callable[..., Any]:
+    """The fused `forward` of a block, to be called with the block; `after` is the following one."""
+    form = FUSED[type(block)]
+    if isinstance(block, Block):
+        form = partial(form, following=linked(block, after))
+    return form
 
 
 def linked(block: nn.Module, after: nn.Module | None) -> nn.Module | None:
@@ -79,31 +109,31 @@ def rows_forward(
 def suits_step(block: Any) -> bool:
     """Whether `step_forward` and `rows_forward` compute the same: GPT-2's own function in the MLP,
     and no adapter, whose hooks come after attention and MLP."""
-    return not (block.attn._forward_hooks or block.mlp._forward_hooks) and (
-        block.mlp.act is tanh_gelu
-    )
+    hooks = block.attn._forward_hooks or block.mlp._forward_hooks
+    return isinstance(block, Block) and not hooks and block.mlp.act is tanh_gelu
 
 
 @contextmanager
 def fused_blocks(model: LanguageModel, positions: int) -> Iterator[None]:
-    """Within the block, GPT-2's blocks run in fewer kernels, if our kernels run at all.
+    """Within the block, the model's blocks run in fewer kernels, if our kernels run at all.
 
     Args:
         positions: how many the model reads at once, B T.
     """
     blocks, weight = model.blocks(), model.wte.weight
     frozen = not any(block.training or "forward" in vars(block) for block in blocks)
-    if not (frozen and fuses(weight) and all(isinstance(block, Block) for block in blocks)):
+    if not (frozen and fuses(weight) and all(type(block) in FUSED for block in blocks)):
         yield
         return
     x, step = weight.new_empty(positions, weight.shape[1]), all(map(suits_step, blocks))
     for block, after in zip(blocks, [*blocks[1:], None], strict=True):
         if step and takes_few(x):
-            run: Any = partial(step_forward, block)
+            run: Callable = step_forward
+        elif step and takes_some(x):
+            run = partial(rows_forward, following=linked(block, after))
         else:
-            form = rows_forward if step and takes_some(x) else fused_forward
-            run = partial(form, block, following=linked(block, after))
-        vars(block)["forward"] = run
+            run = fused_form(block, after)
+        vars(block)["forward"] = partial(run, block)
     try:
         yield
     finally:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minprefix.models.base import LanguageModel
-from minprefix.models.fused import fused_forward, linked
-from minprefix.models.gpt2 import Block
+from minprefix.models.fused import FUSED, fused_form
 
 
 @functools.cache
@@ -33,7 +32,7 @@ class Wrapped:
     Args:
         compiled: use torch.compile if there is no cache (`attend` is None).
         recomputed: do not keep activations, but recompute them in the backward pass.
-        fused: use `fused_forward` for GPT-2 in eval mode, unless the block is compiled.
+        fused: use `fused_form` in eval mode, unless the block is compiled.
         following: the block whose first norm a fused block computes; None = it does that itself.
     """
 
@@ -50,7 +49,7 @@ class Wrapped:
         if self.compiled and attend is None:
             run = compiled_forward(kind)
         elif self.fused and not self.block.training:
-            run = partial(fused_forward, following=linked(self.block, self.following))
+            run = fused_form(self.block, self.following)
         run, args = partial(run, self.block), (x, prefix, visible, attend, *rest)
         if self.recomputed and torch.is_grad_enabled():
             random = self.block.training  # dropout
@@ -67,7 +66,7 @@ def wrap_blocks(
         return
     blocks = model.blocks()
     for block, after in zip(blocks, [*blocks[1:], None], strict=True):
-        here = fused and isinstance(block, Block)
+        here = fused and type(block) in FUSED
         alone = compiled or recomputed or not here
         block.forward = Wrapped(block, compiled, recomputed, here, None if alone else after)
 

@@ -101,12 +101,13 @@ def test_a_token_of_some_rows_is_seven_launches_for_each_layer():
 @pytest.mark.skipif(INTERPRETED, reason="counts what would be launched on a GPU")
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
 def test_a_token_of_a_bart_is_a_replay(options):
-    """The host starts it, reads the tokens, and waits for nothing."""
+    """The host starts it, reads the tokens, and waits for nothing. Ours are two attentions and
+    three norms in each layer."""
     model = tiny_bart(n_embd=64, n_positions=160).bfloat16().eval()
     prefix = BARTPrefix.random(model.config, 3, 0)
     count = launches.token(model, prefix, 2, True, **options)
     row = launches.columns(count, graphed=True)
-    assert (row["triton"], row["waits"], row["calls"]) == (2 * model.config.n_layer, 0, 2)
+    assert (row["triton"], row["waits"], row["calls"]) == (5 * model.config.n_layer, 0, 2)
 
 
 def test_the_committed_count_is_of_all_forms():

@@ -161,8 +161,7 @@ def test_a_model_through_the_kernels(losses_of, monkeypatch):
         losses, prefix = losses_of(model)
         grads = torch.autograd.grad(losses.sum(), list(prefix.parameters()))
         found[form] = [x.detach().cpu() for x in (losses, *grads)]
-    # forward and backward; BART's blocks stay as they are
-    assert len(set(launched)) == (2 if losses_of is gpt2_losses else 0)
+    assert len(set(launched)) == 2  # forward and backward
     for n, (actual, low, exact) in enumerate(
         zip(found["actual"], found["low"], found["exact"], strict=True)
     ):

@@ -66,7 +66,7 @@ def test_gpt2_on_and_off(form, recomputed, monkeypatch):
 
 
 def test_bart_on_and_off():
-    """Its head has a bias; its blocks stay as they are."""
+    """Its head has a bias; its norms come after the sums."""
 
     def result(model):
         prefix = BARTPrefix.random(model.config, 3, 0).to(model.wte.weight)
@@ -102,7 +102,7 @@ def test_an_adapter_in_fused_blocks(design):
 def test_dropout_takes_the_plain_block(monkeypatch):
     model = tiny_gpt2().requires_grad_(False)
     wrap_blocks(model, fused=True)
-    monkeypatch.setattr(blocks, "fused_forward", None)  # it would fail
+    monkeypatch.setattr(blocks, "fused_form", None)  # it would fail
     model.train()(random_ids(model, 2, 5))
 
 
