@@ -17,6 +17,9 @@ from conftest import (
 
 from kernels import add_norm
 from kernels.reference import add_norm_plain
+from minprefix.generation import fast
+from minprefix.generation.config import GenerationConfig
+from minprefix.generation.texts import generate_ids
 from minprefix.models.losses import IGNORE
 from minprefix.prefix.bart import BARTPrefix
 from minprefix.prefix.prefix import Prefix
@@ -167,3 +170,21 @@ def test_a_model_through_the_kernels(losses_of, monkeypatch):
     ):
         # 16: about the largest score of the attention and of the head of these models
         assert_within_rounding(actual, low, exact, exact.abs().max().item(), 16.0, f"result {n}")
+
+
+def test_a_bart_writes_the_same_texts(monkeypatch):
+    """In the steps that a graph repeats, its three sums and norms in a layer are our kernel."""
+    if DEVICE == "cpu":  # what a graph would replay runs as it is
+        monkeypatch.setattr(fast, "uses_graphs", lambda device: True)
+        monkeypatch.setattr(fast, "capture", lambda run, device, pool: run)
+    launched, launch = [], layer_norm.launch
+    monkeypatch.setattr(
+        layer_norm, "launch", lambda *a, **options: launched.append(a[0]) or launch(*a, **options)
+    )
+    model = tiny_bart().to(DEVICE, torch.float32).requires_grad_(False)
+    config, sources = GenerationConfig(max_new_tokens=5), [[5, 6, 7], [8, 9]]
+    texts = generate_ids(model, sources, config, 96)
+    assert launched and len(launched) % (3 * model.config.n_layer) == 0
+    launched.clear()
+    monkeypatch.setenv("MINPREFIX_FUSED", "0")
+    assert generate_ids(model, sources, config, 96) == texts and not launched
