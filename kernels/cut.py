@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kernels.launch import Tile, bucket, cdiv, programs_wanted, tiles_of
+from kernels.launch import Tile, bucket, by_length, cdiv, programs_wanted, tiles_of
 
 SPLIT_BYTES = 48 * 2**10  # one program reads them in 2 us, what a second launch costs (H200)
 EARLY_BYTES = 16 * 2**10  # prefix that a program holds in registers: 32 for each of 128 threads
@@ -71,6 +71,16 @@ def cut_for(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None,
     return Cut(max(1, cdiv(tiles, each)), chunks[0], prefix_splits, chunks[1])
 
 
+def tiles_name(q: Tensor, k: Tensor) -> str:
+    """The tiles' name in the table: many short rows prefer smaller ones, of which more fit.
+
+    Measured on an H200 for 32 and for 8 rows, 16 heads, 192 keys: 12.9 instead of 14.6 us, but 7.5
+    instead of 6.5 us.
+    """
+    many = 2 * q.shape[0] * q.shape[1] >= 3 * programs_wanted(q)  # three on each multiprocessor
+    return by_length("decode", k.shape[2]) if many else "decode"
+
+
 def plans_for(
     q: Tensor, k: Tensor, prefix_k: Tensor, prefix_index: Tensor | None
 ) -> Iterator[Plan]:
@@ -79,7 +89,7 @@ def plans_for(
     Splitting pays if it saves a program more than SPLIT_BYTES of keys and values, or if there are
     partial results anyway.
     """
-    for n, tile in enumerate(tiles_of("decode", q)):
+    for n, tile in enumerate(tiles_of(tiles_name(q, k), q)):
         cuts = {x: cut_for(q, k, prefix_k, prefix_index, Plan(tile, x)) for x in (False, True)}
         spared = (cuts[False].chunk - cuts[True].chunk) * 2 * q.shape[-1] * q.element_size()
         pays = spared > SPLIT_BYTES or cuts[False].prefix_splits > 0

@@ -97,6 +97,7 @@ _SM_90 = (
         ("bwd_dprefix", 2, 32): [(64, 64, 4, 2), (64, 64, 8, 2)],
         ("bwd_dprefix", 2, 64): [(64, 64, 4, 2), (64, 32, 4, 3)],
         ("bwd_dprefix", 2, 128): [(64, 64, 8, 2), (64, 64, 8, 1)],
+        ("decode_short", 2, 64): [(32, 32, 4, 4), (32, 64, 4, 3), (32, 128, 4, 2)],
     }
 )
 _SM_100 = _SM_90 | {  # a 128-wide tile would need more tensor memory than there is
@@ -147,11 +148,11 @@ _INTERPRETER = {
 
 
 def _table(rows: dict) -> dict[tuple[str, int, int], list[Tile]]:
-    """The rows as Tiles; "fwd_short" defaults to "fwd" (see `by_length`)."""
+    """The rows as Tiles; "fwd_short" defaults to "fwd" (see `by_length`), and so on."""
     short = {
         (f"{name}_short", *key): tiles
         for (name, *key), tiles in rows.items()
-        if name in ("fwd", "bwd_dq")
+        if name in ("fwd", "bwd_dq", "decode")
     }
     return {key: [Tile(*tile) for tile in tiles] for key, tiles in (short | rows).items()}
 

@@ -140,6 +140,21 @@ def test_a_stack_for_shared_prefixes_only(monkeypatch):
     assert not plan_of(make_case(B=99, P=40)).prefix_splits
 
 
+def test_tiles_of_many_short_rows():
+    """32 rows with 192 keys take smaller tiles on an H200, 8 rows or 512 keys do not."""
+
+    def first(B: int, S: int) -> tuple:
+        q, k, prefix = (
+            torch.empty(n, 16, m, 64, dtype=torch.bfloat16, device="meta")
+            for n, m in ((B, 1), (B, S), (1, 10))
+        )
+        return next(cut_rules.plans_for(q, k, prefix[0], None)).tile
+
+    with launch.recorded("sm_90"):
+        assert first(32, 192) == first(25, 256) == (32, 32, 4, 4)
+        assert first(8, 192) == first(24, 192) == first(32, 257) == (32, 64, 4, 3)
+
+
 @pytest.mark.parametrize("programs", [1, 8, 25, 40, 500])
 def test_splits(programs, cut):
     """Any number of splits, also with more than one step of the merge; results repeat exactly."""
