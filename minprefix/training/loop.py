@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -38,7 +39,6 @@ from minprefix.training.run_folder import (
 from minprefix.training.state import check_progress
 
 UNBOUNDED = 10**9  # steps of a run with a time limit
-FIRST_STEPS = 5  # steps before the duration of the run is estimated
 
 
 class Loop:
@@ -66,6 +66,7 @@ class Loop:
     state_keys: tuple[str, ...] = ("trained", "optimizer")  # what `state` returns
     extends: tuple[str, ...] = ()  # settings that may change when a run is continued
     saves_each_step = False
+    first_steps = 5  # before the duration of the run is estimated
 
     def __init__(
         self, config, out: str | Path, device: torch.device, *, steps: int, log_every: int,
@@ -243,6 +244,7 @@ class Loop:
             stops = deferred_interrupt(lambda: self.saved_step)
             with self.bar, stops as interrupted, reports_out_of_memory(self.out_of_memory_hint):
                 self.begin()
+                self.bar.unpause()  # its times are those of the steps
                 self._run_steps(self.bar, interrupted)
         finally:
             self.started = self.bar = None
@@ -251,13 +253,15 @@ class Loop:
         window, clock = [], time.perf_counter()
         times: list[float] = []  # seconds of the first steps
         finished = self.finished()  # asked once a step: with a time limit the answer may change
+        if not finished and interrupted() and self.has_begun() and self.ranks.count == 1:
+            self.stop(interrupted())
         while not finished:
             began = time.perf_counter()
             window.append(self.step())
             bar.update()
-            if len(times) < FIRST_STEPS:
+            if len(times) < self.first_steps:
                 times.append(time.perf_counter() - began)
-                if len(times) == FIRST_STEPS:
+                if len(times) == self.first_steps:
                     self.print_above_bar(self.estimate(median(times)))
             finished = self.finished()
             evaluate = finished or self.step_done % self.eval_every == 0
@@ -281,8 +285,11 @@ class Loop:
             if stop and not finished:
                 if self.ranks.first and not self.measured:
                     self.keep()
-                said = f"stopped after {self.progress_text()}; state saved"
-                raise Interrupted(said, number or signal.SIGINT)
+                self.stop(number or signal.SIGINT)
+
+    def stop(self, number: int) -> NoReturn:
+        """End the run after the signal `number`; its state is saved."""
+        raise Interrupted(f"stopped after {self.progress_text()}; state saved", number)
 
     def out_of_memory_hint(self) -> str:
         """The end of the message "out of memory": when it happened, and what to do."""

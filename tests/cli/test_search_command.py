@@ -1,9 +1,11 @@
 """The command `search`: its output and files, its errors, Ctrl-C."""
 
 import json
+import re
 import signal
 
 from minprefix.cli import search as search_command
+from minprefix.cli.search import print_verdict
 from minprefix.methods.search.search import PromptSearch
 from minprefix.training.run_folder import read_state
 
@@ -74,6 +76,54 @@ def test_the_command_names_what_is_wrong(cli, tiny_folder, tables, tmp_path):
     _, err = cli("search", *common, "--out", tmp_path, code=1)
     assert "already holds a run: continue it with --resume" in err
     assert not (tmp_path / "a").exists()
+
+
+def test_the_command_says_what_will_run_and_about_how_long(cli, tiny_folder, tables, tmp_path):
+    """With E2E the defaults take hours, and nothing said so for the first minutes."""
+    train, common = tables / "train.jsonl", ("search", "--model", tiny_folder, "--json", *QUICK)
+    run = ("--out", tmp_path / "run")
+    _, err = cli(*common, "--data", train, "--steps", 4, "--after", 3, *run)
+    begin, end = err.split("first: compare 4 starting prompts")
+    assert "examples are held out" in begin and "others that judge prompts" in begin
+    assert "run: 4 steps, each with up to 6 prompts on up to 3 pairs" in begin
+    assert re.search(r"dev loss \d+\.\d{3} without a prompt, .* written template", end)
+    assert "step 0: dev loss" in end and re.search(r"about \d+ s to step 4, not counting", end)
+    _, err = cli("search", "--resume", tmp_path / "run", "--json")
+    assert "continuing after step 4" in err and "first: compare" not in err
+    budget = ("--steps", 99, "--budget", 200, "--out", tmp_path / "budget")
+    _, err = cli(*common, "--data", train, *budget)
+    assert "run: 99 steps or 200 evaluations of pairs, each" in err
+    assert re.search(r"about \d+ s to the end of the budget, not counting", err)
+
+
+def test_a_better_written_template_is_named(capsys):
+    print_verdict({"dev_loss": 2.0, "dev_loss_template": 1.5})
+    assert (
+        "the best written template is better, with a dev loss of 1.500" in capsys.readouterr().err
+    )
+    print_verdict({"dev_loss": 2.0, "dev_loss_template": 2.5})
+    print_verdict({"dev_loss": 2.0})  # no dev data, or no template fits into the model
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_before_the_first_step_keeps_the_starts(
+    cli, tiny_folder, tables, tmp_path, monkeypatch
+):
+    race, out = PromptSearch.race_starts, tmp_path / "run"
+
+    def interrupted(self):
+        signal.raise_signal(signal.SIGINT)
+        race(self)
+
+    common = ("search", "--model", tiny_folder, "--data", tables, *QUICK, "--out")
+    whole = json.loads(cli(*common, tmp_path / "whole", "--json")[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptSearch, "race_starts", interrupted)
+        _, err = cli(*common, out, code=130)
+    assert "stopped after step 0 of 2; state saved. Continue with" in err
+    monkeypatch.delattr(PromptSearch, "race_starts")  # it is not done again
+    found = json.loads(cli("search", "--resume", out, "--json")[0])
+    assert (found["tokens"], found["dev_loss"]) == (whole["tokens"], whole["dev_loss"])
 
 
 def test_ctrl_c_ends_after_a_step_and_says_how_to_go_on(

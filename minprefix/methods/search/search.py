@@ -41,6 +41,7 @@ as `GRADIENT_COST` of them.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -72,6 +73,7 @@ from minprefix.models.bart import BART
 from minprefix.models.gpt2 import GPT2
 from minprefix.models.weights import fingerprint, need_gpt2
 from minprefix.prefix.prefix import Prefix, token_activations
+from minprefix.training.config import duration
 from minprefix.training.loop import Loop
 from minprefix.training.precision import in_bf16, uses_bf16
 
@@ -114,6 +116,7 @@ class PromptSearch(Loop):
         self.spent, self.level, self.refused = 0, 0, 0
         self.chains: list[tuple[list[int], float]] = []  # prompt and its loss on the judge's rows
         self.best_prompt, self.before = [], {}
+        self.step_evaluations = 0  # row-evaluations of the last step
 
     def _encode(self, train: list[Example], dev: list[Example]) -> None:
         """Make the rows for training, for the judge and for dev, and the form of the prompts."""
@@ -171,6 +174,7 @@ class PromptSearch(Loop):
 
     def step(self) -> dict:
         """Try to improve one chain; returns what happened, for the log."""
+        before = self.spent
         rng, rows = self.draw(self.step_done + 1)
         width = max(1, self.config.chains >> (4 * self.step_done // self.config.steps))
         self.chains = sorted(self.chains, key=lambda chain: chain[1])[:width]
@@ -194,6 +198,7 @@ class PromptSearch(Loop):
         if self.refused >= self.config.patience and self.level < MOST_LEVELS:
             self.level, self.refused = self.level + 1, 0
         self.step_done += 1
+        self.step_evaluations = self.spent - before
         prompt, loss = self.chains[number]
         return {
             "step": self.step_done,
@@ -246,6 +251,9 @@ class PromptSearch(Loop):
             self.race_starts()
             self.before = self.baseline_losses()
             self.log({"step": 0} | self.before)
+            how = ("without a prompt", "with the best written template")
+            known = zip(self.before.values(), how, strict=False)
+            self.print_above_bar("dev loss " + ", ".join(f"{x:.3f} {what}" for x, what in known))
             self.measure(1)
             self.save_state()
 
@@ -268,6 +276,16 @@ class PromptSearch(Loop):
             if max(len(row.ids) for row in rows) <= longest
         ]
         return losses | ({"dev_loss_template": min(written)} if written else {})
+
+    first_steps = 1  # a step takes about as long as any other, often a minute
+
+    def estimate(self, seconds: float) -> str:
+        left, until = self.steps - self.step_done, f"step {self.steps}"
+        if self.config.budget is not None:
+            steps = math.ceil((self.config.budget - self.spent) / self.step_evaluations)
+            left, until = min((left, until), (max(0, steps), "the end of the budget"))
+        more = "; a step takes longer once the minibatch is doubled (--patience)"
+        return f"about {duration(seconds * left)} to {until}, not counting evaluations{more}"
 
     def finished(self) -> bool:
         """Whether the steps are done or the budget is spent."""
@@ -301,6 +319,8 @@ class PromptSearch(Loop):
             if better:
                 self.best_prompt = prompt
                 self.keep()
+            so_far = "the best so far" if better else f"best {self.best:.3f}"
+            self.print_above_bar(f"step {self.step_done}: dev loss {loss:.3f}, {so_far}")
 
     # files ---------------------------------------------------------------------------------------
 
