@@ -1,7 +1,6 @@
 """The command `export`: writes the latest prefix of a run without its MLP, as a folder with a model
 card or as a file."""
 
-import math
 import sys
 
 from minprefix.cli.commands import ExportOptions
@@ -28,6 +27,15 @@ def run(options: ExportOptions) -> dict:
             f"{options.run_folder} is a run of method {config.method}: "
             f"its result is {options.run_folder / TUNED[config.method].kept}"
         )
+    file, metrics = options.out, {}
+    if file.suffix != ".safetensors":
+        file /= PREFIX_FILE
+    best = options.run_folder / TUNED[config.method].kept
+    if file.resolve() == best.resolve():
+        raise ValueError(
+            f"--out {options.out}: the run keeps its best prefix in {best}, which the latest one "
+            "would replace: choose another --out"
+        )
     state = read_state(options.run_folder)
     try:
         check_progress(state, UNBOUNDED)
@@ -45,14 +53,14 @@ def run(options: ExportOptions) -> dict:
         other = "it is of another model or prefix, or damaged"
         raise ValueError(f"{state_path(options.run_folder)}: {error}; {other}") from error
     prefix.linearisation, prefix.max_source = settings["linearisation"], config.max_source
-    file, metrics = options.out, {}
-    if file.suffix != ".safetensors":
-        file.mkdir(parents=True, exist_ok=True)
-        if state["best"] is not None and math.isfinite(state["best"]):
-            metrics["best loss on the dev set, nats per token"] = round(state["best"], 4)
-        if not write_card(file, prefix, settings["model"], metrics=metrics):
-            print(f"note: {file} already has a README.md, which was not changed", file=sys.stderr)
-        file /= PREFIX_FILE
+    if file != options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        at, loss = (state.get("measured") or [(None, None)])[-1]
+        if at == state["step"]:  # not of an earlier, better prefix
+            metrics["loss on the dev set, nats per token"] = round(loss, 4)
+        if not write_card(options.out, prefix, settings["model"], metrics=metrics):
+            note = f"note: {options.out} already has a README.md, which was not changed"
+            print(note, file=sys.stderr)
     prefix.save(file)
     tensors, _ = load_tensors(file)
     return {

@@ -59,7 +59,8 @@ def folder_and_settings(options: SearchOptions) -> tuple[Path, dict]:
         raise ValueError(f"{path.parent}: not a run of the command search (config.json is missing)")
     settings = read_json(path)
     if not set(KEYS) <= set(settings):
-        raise ValueError(f"{path}: not the settings of a search")
+        what = "; it is a run of the command train" if "train" in settings else ""
+        raise ValueError(f"{path}: not the settings of a search{what}")
     with reading(path):
         settings = resolve_paths(settings)
         saved_config(settings["search"])

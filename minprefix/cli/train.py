@@ -169,6 +169,8 @@ def read_settings(run_folder: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{run_folder}: not a run of the command train ({path.name} is missing)")
     settings = read_json(path)
+    if "search" in settings:
+        raise ValueError(f"{run_folder}: a run of the command search, not of train")
     try:
         if "patience" not in settings["train"]:  # older runs: no early stop, fp32 on every CPU
             settings["train"]["patience"] = 0

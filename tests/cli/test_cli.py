@@ -252,8 +252,8 @@ def test_export_to_a_folder_has_a_model_card(cli, run, tmp_path):
     assert card.data.tags == ["prefix-tuning", "minprefix"]
     assert card.data.library_name == "minprefix" and card.data.metrics
     assert prefix.base in card.text and "Prefix.load" in card.text
-    best = read_state(run)["best"]
-    assert f"| {best:.4f}".rstrip("0") in card.text
+    step, loss = read_state(run)["measured"][-1]  # of the exported prefix, the best or not
+    assert step == 4 and f"nats per token | {round(loss, 4)} |" in card.text
     (tmp_path / "mine" / "README.md").write_text("my own words")
     _, told = cli("export", run, "--out", tmp_path / "mine")
     assert "already has a README.md, which was not changed" in told

@@ -342,6 +342,23 @@ def test_damaged_states_are_named(refused, run, tmp_path):
         assert snapshot(run) == before and not (tmp_path / "p").exists()
 
 
+def test_export_does_not_replace_the_best_prefix_of_the_run(refused, run):
+    before = snapshot(run)
+    for out in (run, run / "prefix.safetensors", run / "state" / ".." / "prefix.safetensors"):
+        message = refused("export", run, "--out", out)
+        assert f"the run keeps its best prefix in {run / 'prefix.safetensors'}" in message
+    assert snapshot(run) == before  # and no README.md
+
+
+def test_a_run_of_the_other_command_is_named(refused, run, tmp_path):
+    searched = tmp_path / "searched"
+    searched.mkdir()
+    (searched / "config.json").write_text('{"search": {}}')
+    for command in (("export", searched, "--out", tmp_path / "p"), ("train", "--resume", searched)):
+        assert "a run of the command search, not of train" in refused(*command)
+    assert "it is a run of the command train" in refused("search", "--resume", run)
+
+
 # disks -----------------------------------------------------------------------------------------
 
 
