@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minprefix.cli.commands import EvaluateOptions
+from minprefix.cli.parse import WrongUsage
 from minprefix.cli.report import format_rows, say
 from minprefix.cli.trained import load_model, load_trained
 from minprefix.data.examples import Example
@@ -91,21 +92,21 @@ def was_trained_on(folder: Path, data: str, split: str) -> bool:
 
 
 def check(options: EvaluateOptions) -> None:
-    """ValueError for options that contradict each other, before anything is loaded."""
+    """WrongUsage for options that contradict each other, before anything is loaded."""
     methods = ("prefix", "adapter", "hard_prompt", "prompt")
     given = [f"--{m.replace('_', '-')}" for m in methods if getattr(options, m) is not None]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} are different methods: choose one")
+        raise WrongUsage(f"{' and '.join(given)} are different methods: choose one")
     if options.shots and options.hard_prompt is None:
-        raise ValueError("--shots needs --hard-prompt")
+        raise WrongUsage("--shots needs --hard-prompt")
     if options.shots and Path(options.data).is_file():
-        raise ValueError(
+        raise WrongUsage(
             f"--shots takes examples from the training split, but {options.data} is one file"
         )
     if options.metrics != "auto":
         check_tokenizer(options.metrics, options.score_tokenizer)
     if options.limit is not None and options.limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {options.limit}")
+        raise WrongUsage(f"--limit must be at least 1, got {options.limit}")
     if options.outputs and not options.outputs.parent.is_dir():
         raise ValueError(f"--outputs {options.outputs}: {options.outputs.parent} is not a folder")
 

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from minprefix.cli.commands import GenerateOptions
+from minprefix.cli.parse import WrongUsage
 from minprefix.cli.report import say
 from minprefix.cli.trained import load_model, load_trained
 from minprefix.data.batches import encode_prompt, for_bart, warn_of_cuts
@@ -21,7 +22,7 @@ UNSPACED = re.compile(rf"{CELL}(\|{CELL})+")  # "name: The Eagle|food: Chinese"
 def run(options: GenerateOptions) -> dict | None:
     """Generate texts; a single one is streamed to stdout."""
     if options.data and options.prompts:
-        raise ValueError("--data provides the prompts, so give no others")
+        raise WrongUsage("--data provides the prompts, so give no others")
     prompts = list(options.prompts) or ([] if options.data else read_prompts())
     model, tokenizer = load_model(options)
     prefix = load_trained(options, model)

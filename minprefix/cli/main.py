@@ -5,8 +5,8 @@ which prints or returns the result. It is imported only when the command runs, s
 usage errors do not need PyTorch.
 
 Exit codes: 0 done; 1 an error, reported in one line (the traceback comes with --debug); 2 wrong
-usage; 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP. Results go to stdout, as one JSON object with --json;
-progress goes to stderr.
+usage (unknown options, impossible values, options that contradict each other); 130 Ctrl-C, 143
+SIGTERM, 129 SIGHUP. Results go to stdout, as one JSON object with --json; progress goes to stderr.
 """
 
 import importlib
@@ -22,6 +22,7 @@ from typing import Any
 
 from minprefix.cli.commands import COMMANDS
 from minprefix.cli.options import Common
+from minprefix.cli.parse import WrongUsage
 from minprefix.cli.streams import one_line, with_streams
 from minprefix.files import FileNote
 
@@ -88,7 +89,8 @@ def execute(
         if options is not None and options.debug:
             raise
         print(f"minprefix: error: {describe(error)}", file=sys.stderr)
-        return 1
+        parsed = options is not None or not isinstance(error, ValueError)
+        return 1 if parsed and not isinstance(error, WrongUsage) else 2
     finally:
         warnings.showwarning = show
     return 0

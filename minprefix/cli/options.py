@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
 
 from minprefix.checks import check_choice
-from minprefix.cli.parse import changed, parse
+from minprefix.cli.parse import WrongUsage, changed, parse
 from minprefix.data.load import DATA_SETS, LINEARISATIONS, load_train_and_dev
 from minprefix.data.load import EMBEDDED as EMBEDDED_DATA
 from minprefix.data.splits import TOPICS, choose, hold_out, low_data
@@ -163,7 +163,7 @@ class WithRun(WithData):
             may_change: options that are allowed together with --resume.
         """
         if (self.out is None) == (self.resume is None):
-            raise ValueError(
+            raise WrongUsage(
                 "give either --out (a new run folder) or --resume (a run folder to continue)"
             )
         if self.resume:
@@ -171,7 +171,7 @@ class WithRun(WithData):
             for option in changed(self, type(self)(**same)):
                 if option in may_change:
                     continue
-                raise ValueError(
+                raise WrongUsage(
                     f"{self.resume}: a run keeps its settings, so --resume does not allow {option}"
                 )
         elif self.out and ((self.out / "config.json").exists() or has_state(self.out)):

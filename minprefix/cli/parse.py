@@ -20,6 +20,11 @@ from minprefix.cli.streams import one_line
 
 Options = TypeVar("Options")
 
+
+class WrongUsage(ValueError):
+    """Options that contradict each other or that a command cannot do without."""
+
+
 # options of transformers' TrainingArguments, GenerationConfig and example scripts, of PEFT's
 # PrefixTuningConfig and of the paper's code, by the names of ours
 ELSEWHERE = {

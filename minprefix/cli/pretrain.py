@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minprefix.cli.commands import PretrainOptions
+from minprefix.cli.parse import WrongUsage
 from minprefix.cli.report import format_rows, plot_loss, say
 from minprefix.files import write_text
 from minprefix.generation.texts import generate
@@ -34,7 +35,7 @@ SAMPLE_TOKENS = 60
 def config_of(options: PretrainOptions) -> PretrainConfig:
     """The settings of the run; ValueError if they do not fit the tokenizer."""
     if options.tokenizer and options.pretrain.vocab_size != PRESETS[options.preset].vocab_size:
-        raise ValueError(
+        raise WrongUsage(
             "--vocab-size is for a tokenizer that is trained here; the one of --tokenizer has its "
             "own"
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minprefix.cli.commands import RunsOptions
+from minprefix.cli.parse import WrongUsage
 from minprefix.cli.report import format_rows, plot_curves, say, size_of
 from minprefix.files import read_json
 from minprefix.prefix.make import USUAL_LEN
@@ -23,11 +24,11 @@ from minprefix.training.run_folder import read_log, remove_state
 def run(options: RunsOptions) -> dict | None:
     """A table of the runs and of the settings in which they differ."""
     if not options.folders:
-        raise ValueError("give run folders, such as runs/*")
+        raise WrongUsage("give run folders, such as runs/*")
     runs = {folder: read_run(folder) for folder in options.folders}
     if options.delete or options.slim:
         if options.delete and options.slim:
-            raise ValueError("--slim and --delete cannot be combined: choose one")
+            raise WrongUsage("--slim and --delete cannot be combined: choose one")
         rows = [{"run": str(folder), **remove(folder, options.delete)} for folder in runs]
         if options.slim:
             say("These runs can still be used, but no longer resumed.")

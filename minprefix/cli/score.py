@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from minprefix.cli.commands import ScoreOptions
+from minprefix.cli.parse import WrongUsage
 from minprefix.files import read_text
 from minprefix.metrics.official import official_scores
 from minprefix.metrics.quick import check_tokenizer, corpus_bleu, rouge_l, script_note
@@ -86,11 +87,11 @@ def read_references(paths: list[Path], outputs: list[str], outputs_file: Path) -
 
 
 def run(options: ScoreOptions) -> dict:
-    outputs = _lines(options.outputs_file)
     if not options.references_files:
-        raise ValueError(
+        raise WrongUsage(
             f"give the references of {options.outputs_file}: a file, several files or a folder"
         )
+    outputs = _lines(options.outputs_file)
     references = read_references([*options.references_files], outputs, options.outputs_file)
     tokenizer = options.score_tokenizer
     check_tokenizer(options.metrics, tokenizer)
@@ -100,7 +101,7 @@ def run(options: ScoreOptions) -> dict:
     groups = [line.strip() for line in _lines(options.groups)] if options.groups else None
     if options.metrics == "quick":
         if groups:
-            raise ValueError("--groups needs --metrics webnlg, got quick")
+            raise WrongUsage("--groups needs --metrics webnlg, got quick")
         both = outputs, references, tokenizer
         scores = {"bleu": corpus_bleu(*both), "rouge_l": rouge_l(*both)}
     else:

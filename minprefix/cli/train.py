@@ -19,6 +19,7 @@ from pathlib import Path
 from minprefix.checks import from_saved
 from minprefix.cli.commands import TrainOptions
 from minprefix.cli.options import examples_of, resolve_paths
+from minprefix.cli.parse import WrongUsage
 from minprefix.cli.report import plot_loss, tensorboard
 from minprefix.cli.run_report import print_end, print_start
 from minprefix.files import names_file, read_json, write_text
@@ -94,7 +95,7 @@ def folder_and_settings(options: TrainOptions) -> tuple[Path, dict]:
     options.check_folder(has_state, MAY_CHANGE)
     lengths = [f"--{name}" for name in LENGTH if getattr(options.train, name) is not None]
     if len(lengths) > 1:
-        raise ValueError(f"{' and '.join(lengths)} set the length of the run: give only one")
+        raise WrongUsage(f"{' and '.join(lengths)} set the length of the run: give only one")
     if options.resume:
         settings = read_settings(options.resume)
         if has_lost_state(options.resume, settings["train"].get("eval_every") or 1):
@@ -157,9 +158,9 @@ def with_preset(options: TrainOptions, data: str) -> TrainOptions:
 
 
 def check_no_ignored_options(options: TrainOptions) -> None:
-    """ValueError if an option is given that the method, or the start of the prefix, ignores."""
+    """WrongUsage if an option is given that the method, or the start of the prefix, ignores."""
     for name, why in ignored_fields(options.train, options.prefix, options.baseline):
-        raise ValueError(f"--{name.replace('_', '-')} {why}")
+        raise WrongUsage(f"--{name.replace('_', '-')} {why}")
 
 
 @names_file

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from minprefix.cli.options import WithTrained
+from minprefix.cli.parse import WrongUsage
 from minprefix.files import read_json
 from minprefix.methods.adapters import Adapter
 from minprefix.models import weights
@@ -22,7 +23,7 @@ def load_trained(options: WithTrained, model) -> Prefix | None:
     For --adapter, the adapter is attached to the model instead.
     """
     if options.adapter and options.prefix:
-        raise ValueError("--prefix and --adapter are different methods: choose one")
+        raise WrongUsage("--prefix and --adapter are different methods: choose one")
     if options.adapter:
         adapter = Adapter.load(options.adapter).to(model.wte.weight)
         check_base(adapter, model, options.adapter)

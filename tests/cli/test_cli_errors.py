@@ -96,12 +96,12 @@ def test_what_a_run_folder_keeps_is_what_the_methods_name():
 
 
 def test_a_folder_without_anything_trained_is_named(refused, tiny_folder, tmp_path):
-    message = refused("generate", "a boat", "--prefix", tmp_path)
+    message = refused("generate", "a boat", "--prefix", tmp_path, code=2)
     assert f"--prefix {tmp_path}: the folder has no prefix.safetensors" in message
-    assert "no adapter.safetensors" in refused("info", "--adapter", tmp_path)
+    assert "no adapter.safetensors" in refused("info", "--adapter", tmp_path, code=2)
     assert f"{tmp_path / 'config.json'}: missing" in refused("info", "--model", tmp_path)
     (tmp_path / "adapter_config.json").touch()
-    assert f"convert {tmp_path} --to minprefix" in refused("evaluate", "--prefix", tmp_path)
+    assert f"convert {tmp_path} --to minprefix" in refused("evaluate", "--prefix", tmp_path, code=2)
     assert kept_file("model", str(tiny_folder)) == str(tiny_folder)
     assert kept_file("model", "gpt2") == "gpt2"
 
@@ -173,7 +173,6 @@ def test_missing_data_is_named(refused, tiny_folder, tables, tmp_path):
     [
         (("--prefix-len", 0), "prefix_len must be at least 1, got 0"),
         (("--prefix-len", -3), "prefix_len must be at least 1, got -3"),
-        (("--prefix-len", 96), "position_offset 96 (prefix length 96)"),
         (("--mid-dim", 0), "mid_dim must be at least 1, got 0"),
         (("--parametrisation", "x"), "parametrisation must be one of table, mlp, "),
         (("--place", "x"), "place must be one of prefix, infix, got 'x'"),
@@ -188,7 +187,6 @@ def test_missing_data_is_named(refused, tiny_folder, tables, tmp_path):
             "prefix_dropout needs method 'prefix', got 'finetune'",
         ),
         (("--init", "x"), "init must be one of random, words, prompt, got 'x'"),
-        (("--init", "words", "--init-text", ""), "the text has no words"),
         (("--method", "x"), "method must be one of prefix, finetune, ft-top, adapter, got 'x'"),
         (("--precision", "x"), "precision must be one of auto, fp32, bf16, got 'x'"),
         (("--loss", "x"), "loss must be one of token, sentence, got 'x'"),
@@ -210,7 +208,18 @@ def test_impossible_training_options_are_named(
 ):
     out = tmp_path / "run"
     common = ("--model", tiny_folder, "--data", tables, "--out", out, "--device", "cpu")
-    assert expected in refused("train", *common, *options)
+    assert expected in refused("train", *common, *options, code=2)
+    assert snapshot(tmp_path) == {}
+
+
+def test_training_options_that_do_not_fit_the_model_are_named(
+    refused, tiny_folder, tables, tmp_path
+):
+    common = ("--model", tiny_folder, "--data", tables, "--out", tmp_path / "run")
+    message = refused("train", *common, "--prefix-len", 96)
+    assert "position_offset 96 (prefix length 96)" in message
+    message = refused("train", *common, "--init", "words", "--init-text", "")
+    assert "the text has no words" in message
     assert snapshot(tmp_path) == {}
 
 
@@ -226,6 +235,10 @@ def test_impossible_training_options_are_named(
         (("demoo",), "did you mean demo?"),
         (("generate", "--max-tokens", 5, "a"), "unrecognized arguments: --max-tokens; did you"),
         ((), "required: COMMAND"),
+        (("generate", "a", "--num-beams", 0), "num_beams must be at least 1, got 0"),
+        (("generate", "a", "--data", "notes"), "--data provides the prompts"),
+        (("generate", "a", "--prefix", "p", "--adapter", "a"), "are different methods"),
+        (("score", "texts.txt"), "give the references of texts.txt"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(refused, argv, expected):
@@ -259,7 +272,7 @@ def test_impossible_evaluations_are_named(refused, tiny_folder, tables, run, tmp
     assert "{table}, got ''" in refused(*common, "--hard-prompt", "")
     assert "[0, 8], the training tables, got 9" in refused(*common, "--hard-prompt", "--shots", 9)
     assert "got -1" in refused(*common, "--hard-prompt", "--shots", -1)
-    assert "--shots needs --hard-prompt" in refused(*common, "--shots", 1)
+    assert "--shots needs --hard-prompt" in refused(*common, "--shots", 1, code=2)
     tokens = tmp_path / "prompt.json"
     tokens.write_text('{"before": [1], "behind": [2], "linearisation": "paper"}')
     for prompt, cut in itertools.product((("--hard-prompt",), ("--prompt", tokens)), (0, 5)):
@@ -267,8 +280,8 @@ def test_impossible_evaluations_are_named(refused, tiny_folder, tables, run, tmp
         assert f"max_source {cut} has no effect on a prompt" in message
     other = ("--linearisation", "original-code")
     assert "trained with --linearisation paper, not" in refused(*common, *prefix, *other)
-    assert "choose one" in refused(*common, *prefix, "--hard-prompt")
-    assert "--limit must be at least 1, got 0" in refused(*common, "--limit", 0)
+    assert "choose one" in refused(*common, *prefix, "--hard-prompt", code=2)
+    assert "--limit must be at least 1, got 0" in refused(*common, "--limit", 0, code=2)
     assert "batch_size must be at least 1, got 0" in refused(*common, *prefix, "--batch-size", 0)
     assert "was not trained on tables" in refused(*common)
     outputs = tmp_path / "none" / "texts.jsonl"
@@ -278,7 +291,7 @@ def test_impossible_evaluations_are_named(refused, tiny_folder, tables, run, tmp
 def test_examples_in_context_never_come_from_the_file_that_is_scored(refused, tiny_folder, tables):
     path = tables / "test.jsonl"
     argv = ("evaluate", "--model", tiny_folder, "--data", path, "--hard-prompt", "--shots", 1)
-    assert f"{path} is one file" in refused(*argv)
+    assert f"{path} is one file" in refused(*argv, code=2)
 
 
 # run folders -----------------------------------------------------------------------------------
@@ -294,10 +307,12 @@ def test_a_folder_with_a_run_is_not_overwritten(refused, tiny_folder, tables, ru
 
 
 def test_what_to_resume_must_be_clear(refused, tiny_folder, run, tmp_path):
-    assert "either --out" in refused("train", "--model", tiny_folder)
-    assert "either --out" in refused("train", "--resume", run, "--out", tmp_path / "new")
-    assert "--resume does not allow --lr" in refused("train", "--resume", run, "--lr", 9)
-    assert "--resume does not allow --data" in refused("train", "--resume", run, "--data", "x")
+    assert "either --out" in refused("train", "--model", tiny_folder, code=2)
+    both = ("--resume", run, "--out", tmp_path / "new")
+    assert "either --out" in refused("train", *both, code=2)
+    for option, value in (("--lr", 9), ("--data", "x")):
+        message = refused("train", "--resume", run, option, value, code=2)
+        assert f"--resume does not allow {option}" in message
     for folder in (tmp_path, tmp_path / "none"):
         assert f"{folder}: not a run" in refused("train", "--resume", folder)
         assert f"{folder}: not a run" in refused("export", folder, "--out", tmp_path / "p")

@@ -37,4 +37,4 @@ def test_other_dev_data_is_noted(cli, run_of):
 
 
 def test_without_folders_it_asks_for_some(cli):
-    assert "give run folders, such as runs/*" in cli("runs", code=1)[1]
+    assert "give run folders, such as runs/*" in cli("runs", code=2)[1]

@@ -66,7 +66,7 @@ def test_the_command_names_what_is_wrong(cli, tiny_folder, tables, tmp_path):
         (("--resume", tmp_path), "--resume does not allow"),
     ]
     for options, expected in cases:
-        _, err = cli("search", *common, *options, code=1)
+        _, err = cli("search", *common, *options, code=2)
         assert expected in err and err.count("\n") == 1
     _, err = cli("search", "--resume", tmp_path, code=1)
     assert "not a run of the command search" in err and err.count("\n") == 1

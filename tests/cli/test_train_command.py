@@ -45,16 +45,16 @@ def test_a_finished_run_goes_on_to_more_steps(cli, run):
     assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 8
     out, _ = cli("train", "--resume", folder, "--json")  # its settings are the new ones
     assert only_json(out)["steps"] == 8
-    _, said = cli("train", "--resume", folder, "--lr", 1, code=1)
+    _, said = cli("train", "--resume", folder, "--lr", 1, code=2)
     assert "a run keeps its settings, so --resume does not allow --lr" in said
 
 
 def test_a_run_has_one_length(cli, tiny_folder, tables, run, tmp_path):
     lengths = ("--epochs", 3)  # in addition to --steps
-    _, said = train(cli, tiny_folder, tables, tmp_path / "new", *lengths, code=1)
+    _, said = train(cli, tiny_folder, tables, tmp_path / "new", *lengths, code=2)
     assert "error: --steps and --epochs set the length of the run: give only one" in said
     assert not (tmp_path / "new").exists()
-    _, said = cli("train", "--resume", run[0], "--steps", 8, *lengths, code=1)
+    _, said = cli("train", "--resume", run[0], "--steps", 8, *lengths, code=2)
     assert "--steps and --epochs" in said
     settings = json.loads((run[0] / "config.json").read_text())
     settings["train"] |= {"steps": None, "time": "600"}  # seconds, in a run of an older version
