@@ -223,8 +223,9 @@ def brief(value: object, form: Callable[[Any], str] = repr, most: int = 80) -> s
 
 def need_file(path: str | Path) -> None:
     """FileNotFoundError if `path` does not exist, ValueError if it is not a regular file."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{path}: not a file, but a folder, a pipe or a device")
+    if not stat.S_ISREG(mode := os.stat(path).st_mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise ValueError(f"{path}: {found}; expected a file")
 
 
 def open_bytes(path: str | Path) -> BinaryIO:

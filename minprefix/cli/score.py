@@ -17,8 +17,10 @@ import re
 import sys
 from pathlib import Path
 
+from minprefix.checks import check_choice
 from minprefix.cli.commands import ScoreOptions
 from minprefix.cli.parse import WrongUsage
+from minprefix.data.splits import CATEGORIES
 from minprefix.files import read_text
 from minprefix.metrics.official import official_scores
 from minprefix.metrics.quick import check_tokenizer, corpus_bleu, rouge_l, script_note
@@ -29,7 +31,12 @@ def _lines(path: Path) -> list[str]:
     text = read_text(path).removeprefix("\ufeff")
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
-    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    if all(line.startswith('{"') for line in lines):
+        raise ValueError(
+            f"{path}: JSON lines, as evaluate --outputs writes them; expected texts, one per line"
+        )
+    return lines
 
 
 def read_groups(path: Path, outputs: list[str], outputs_file: Path) -> list[list[str]]:
@@ -46,9 +53,11 @@ def read_groups(path: Path, outputs: list[str], outputs_file: Path) -> list[list
         return groups
     if len(groups) == 1 and len(groups[0]) == len(outputs):
         return [[line] for line in groups[0]]
+    several = "group" if len(groups) == 1 else "groups"
     raise ValueError(
         f"{outputs_file} has {len(outputs)} outputs (lines), {path} has {len(lines)} lines in "
-        f"{len(groups)} groups (between blank lines); the number of outputs must equal one of them"
+        f"{len(groups)} {several} (between blank lines); expected a group for each output, or a "
+        "line for each and no blank lines"
     )
 
 
@@ -86,11 +95,27 @@ def read_references(paths: list[Path], outputs: list[str], outputs_file: Path) -
     return read_groups(paths[0], outputs, outputs_file)
 
 
+def read_categories(options: ScoreOptions, n_outputs: int) -> list[str]:
+    """The category of each output; ValueError if they do not fit the outputs."""
+    path = options.groups
+    assert path is not None
+    groups = [line.strip() for line in _lines(path)]
+    if len(groups) != n_outputs:
+        raise ValueError(
+            f"{options.outputs_file} has {n_outputs} outputs (lines), {path} has {len(groups)}"
+        )
+    for number, group in enumerate(groups, 1):
+        check_choice(f"{path}:{number}: the category", group, CATEGORIES)
+    return groups
+
+
 def run(options: ScoreOptions) -> dict:
     if not options.references_files:
         raise WrongUsage(
             f"give the references of {options.outputs_file}: a file, several files or a folder"
         )
+    if options.groups and options.metrics != "webnlg":
+        raise WrongUsage(f"--groups needs --metrics webnlg, got {options.metrics}")
     outputs = _lines(options.outputs_file)
     references = read_references([*options.references_files], outputs, options.outputs_file)
     tokenizer = options.score_tokenizer
@@ -98,10 +123,8 @@ def run(options: ScoreOptions) -> dict:
     texts = (text for group in references for text in group)
     if note := script_note(texts, options.metrics, tokenizer):
         print(note, file=sys.stderr)
-    groups = [line.strip() for line in _lines(options.groups)] if options.groups else None
+    groups = read_categories(options, len(outputs)) if options.groups else None
     if options.metrics == "quick":
-        if groups:
-            raise WrongUsage("--groups needs --metrics webnlg, got quick")
         both = outputs, references, tokenizer
         scores = {"bleu": corpus_bleu(*both), "rouge_l": rouge_l(*both)}
     else:

@@ -5,6 +5,7 @@ This file does not import PyTorch.
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,15 +49,21 @@ class GenerationConfig:
 
     def __post_init__(self):
         for name, low in AT_LEAST.items():
-            if (value := getattr(self, name)) is not None and value < low:
+            value = getattr(self, name)
+            if not isinstance(value, Integral | None):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+            if value is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
+        if not (isinstance(self.seed, Integral) and abs(self.seed) < 2**63):
+            raise ValueError(f"seed must be an integer between -2**63 and 2**63, got {self.seed}")
         if (self.min_new_tokens or 0) > (self.max_new_tokens or math.inf):
             raise ValueError(
                 f"min_new_tokens must lie in [0, max_new_tokens], got {self.min_new_tokens} of "
                 f"{self.max_new_tokens}"
             )
-        if self.length_penalty is not None and not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty must be finite, got {self.length_penalty}")
+        # a larger power of the length overflows
+        if self.length_penalty is not None and not abs(self.length_penalty) <= 50:
+            raise ValueError(f"length_penalty must lie in [-50, 50], got {self.length_penalty}")
         if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
@@ -68,18 +75,22 @@ class GenerationConfig:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         self._check_together()
         for name in ("bad_words", "stop"):
-            if isinstance(texts := getattr(self, name), str) or "" in texts:
+            texts = getattr(self, name)
+            if not isinstance(texts, tuple | list) or not all(isinstance(t, str) for t in texts):
                 raise ValueError(f"{name} must be a tuple of texts, got {texts!r}")
+            if "" in texts:
+                raise ValueError(f"{name} must not be an empty text")
 
     def _check_together(self) -> None:
         """ValueError for settings that contradict each other."""
         if self.do_sample and (self.num_beams or 1) > 1:
             raise ValueError(f"do_sample=True and num_beams={self.num_beams} exclude each other")
-        sampling = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
         usual = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        if not self.do_sample and any(x not in (None, usual[n]) for n, x in sampling.items()):
-            given = ", ".join(f"{n} {usual[n] if x is None else x}" for n, x in sampling.items())
-            raise ValueError(f"{given} have no effect without do_sample=True")
+        given = {n: getattr(self, n) for n in usual if getattr(self, n) not in (None, usual[n])}
+        if given and not self.do_sample:
+            said = " and ".join(f"{name} {value}" for name, value in given.items())
+            verb = "has" if len(given) == 1 else "have"
+            raise ValueError(f"{said} {verb} no effect without do_sample=True")
         n = self.num_return_sequences
         if not self.do_sample and self.num_beams is not None and n > self.num_beams:
             raise ValueError(

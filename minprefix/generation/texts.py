@@ -5,6 +5,7 @@
 piece. Read `prepare` (how a prompt is encoded), then `generate`.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minprefix.data.batches import encode_prompt, warn_of_cuts
+from minprefix.data.batches import encode_prompt, for_bart, warn_of_cuts
+from minprefix.files import brief
 from minprefix.generation import decoding
 from minprefix.generation import fast as fast_generation
 from minprefix.generation.config import Decided, GenerationConfig
@@ -35,7 +37,7 @@ def check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
                 'read by tokens): give "" or [tokenizer.bos_id] to start from nothing'
             )
         if min(tokens) < 0 or max(tokens) >= vocab_size:
-            raise ValueError(f"prompt {b} has ids outside [0, {vocab_size - 1}]: {tokens}")
+            raise ValueError(f"prompt {b} has ids outside [0, {vocab_size - 1}]: {brief(tokens)}")
 
 
 def bos_prompt(model: LanguageModel, tokenizer) -> list[int]:
@@ -60,16 +62,38 @@ def is_framed(model: LanguageModel, prefix) -> bool:
 def rows_of_prefix(prefix, prefix_index, n_prompts: int) -> tuple[list[int] | None, list[int]]:
     """For each prompt, its prefix in the bank (None without a bank) and its position offset."""
     if not isinstance(prefix, PrefixBank):
+        if not isinstance(prefix, Prefix | BARTPrefix | None):
+            raise ValueError(
+                f"prefix must be a Prefix, BARTPrefix or PrefixBank, got {type(prefix).__name__}: "
+                "Prefix.load(path) reads a file"
+            )
         if prefix_index is not None:
             raise ValueError(f"prefix_index {prefix_index} needs a PrefixBank")
         return None, [0 if prefix is None else prefix.position_offset] * n_prompts
     N = len(prefix.prefixes)
-    index = [int(n) for n in (range(N) if prefix_index is None else prefix_index)]
+    try:
+        index = [operator.index(n) for n in (range(N) if prefix_index is None else prefix_index)]
+    except TypeError:
+        raise ValueError(
+            f"prefix_index must hold an integer for each prompt, got {brief(prefix_index)}"
+        ) from None
     if len(index) != n_prompts:
         raise ValueError(f"prefix_index has {len(index)} entries for {n_prompts} prompts")
     if any(not -1 <= n < N for n in index):
         raise ValueError(f"prefix_index must lie in [-1, {N - 1}], got {index}")
     return index, [0 if n < 0 else prefix.prefixes[n].position_offset for n in index]
+
+
+def token_ids(prompt: Iterable[int], b: int) -> list[int]:
+    """The ids of prompt b, which is not a text; ValueError if it is no list of integers either."""
+    try:
+        if isinstance(prompt, bytes):
+            raise TypeError
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise ValueError(
+            f"prompt {b} must be a text or a list of token ids, got {brief(prompt)}"
+        ) from None
 
 
 class Prompts(NamedTuple):
@@ -85,6 +109,9 @@ def prepare(
     model: LanguageModel, tokenizer, prompts, prefix, prefix_index, config: Decided
 ) -> Prompts:
     """Encode and check the prompts; ValueError if one is invalid."""
+    if (bart := model.config.family == "BART") != for_bart(tokenizer):
+        of = "a GPT-2's" if bart else "a BART's"
+        raise ValueError(f"the model is a {model.config.family}, but the tokenizer is {of}")
     index, offsets = rows_of_prefix(prefix, prefix_index, len(prompts))
     ids, framed, sources = [], [], []
     for b, prompt in enumerate(prompts):
@@ -93,7 +120,7 @@ def prepare(
         frame = frame or model.config.default_frame
         framed.append(isinstance(prompt, str) and frame != "")
         if not isinstance(prompt, str):
-            ids.append(list(prompt))
+            ids.append(token_ids(prompt, b))
         elif frame:
             sources.append((prompt, frame, cut))
             ids.append(encode_prompt(tokenizer, *sources[-1]))
@@ -101,8 +128,11 @@ def prepare(
             ids.append(tokenizer.encode(prompt) or bos_prompt(model, tokenizer))
     warn_of_cuts(tokenizer, sources)
     check_tokens(ids, model.config.vocab_size)
-    for tokens, offset in zip(ids, offsets, strict=True):
-        model.config.check_room(len(tokens), config.max_new_tokens, offset)
+    for b, (tokens, offset) in enumerate(zip(ids, offsets, strict=True)):
+        try:
+            model.config.check_room(len(tokens), config.max_new_tokens, offset)
+        except ValueError as error:
+            raise ValueError(f"prompt {b}: {error}" if len(ids) > 1 else str(error)) from None
     if prefix is not None:
         prefix.check_base(model)
     return Prompts(ids, framed, index, offsets)
@@ -282,8 +312,8 @@ def generate(
             an index that does not fit, or a prefix of another model.
     """
     config = replace(config or GenerationConfig(), **options)
-    if isinstance(prompts, str):
-        raise ValueError(f"prompts must be a list of texts, got one text: {prompts!r}")
+    if isinstance(prompts, str | bytes) or not hasattr(prompts, "__len__"):
+        raise ValueError(f"prompts must be a list of texts, got {brief(prompts)}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     config = config.for_model(model)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from minprefix.models.activations import BARTActivations, LayerPrefix, Visible, gated_attention
-from minprefix.models.base import FUNCTIONS, LanguageModel
+from minprefix.models.base import FUNCTIONS, LanguageModel, check_ids
 from minprefix.models.cache import KVCache, right_padded
 from minprefix.models.config import BARTConfig
 from minprefix.models.gpt2 import Attention
@@ -233,6 +233,7 @@ class BART(LanguageModel):
             prefix, prefix_index: as in `hidden_states`.
             recorder: a `parametrisations.Recorder` that records the layers' keys and values.
         """
+        check_ids(source_ids)
         prefix = self.activations_of(prefix, prefix_index)
         (B, S), virtual = source_ids.shape, prefix.virtual
         acts = prefix.at("encoder", self.config, self.wte.weight)
@@ -275,6 +276,7 @@ class BART(LanguageModel):
         Raises:
             ValueError: positions past n_positions; a prefix of another shape, or of GPT-2.
         """
+        check_ids(input_ids)
         B, T = input_ids.shape
         prefix = self.activations_of(prefix, prefix_index)
         if source is None:

@@ -29,6 +29,17 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
+def check_ids(input_ids: Any) -> None:
+    """ValueError unless these are token ids (B, T) or embeddings (B, T, C)."""
+    found = type(input_ids).__name__
+    if isinstance(input_ids, Tensor):
+        ids = input_ids.dtype in (torch.int64, torch.int32)
+        if input_ids.dim() == (2 if ids else 3) and (ids or input_ids.is_floating_point()):
+            return
+        found = f"{tuple(input_ids.shape)} of {input_ids.dtype}"
+    raise ValueError(f"the ids must be a tensor of shape (B, T) of torch.int64, got {found}")
+
+
 class LanguageModel(nn.Module):
     """A model whose head is the token embedding `wte` (tied) or a separate matrix; `hidden_states`
     computes the input of the head."""

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprefix.models.activations import LayerPrefix, PrefixActivations, Visible, self_attention
-from minprefix.models.base import FUNCTIONS, LanguageModel
+from minprefix.models.base import FUNCTIONS, LanguageModel, check_ids
 from minprefix.models.cache import KVCache
 from minprefix.models.config import BARTConfig, GPT2Config
 
@@ -164,6 +164,7 @@ class GPT2(LanguageModel):
             ValueError: positions past n_positions; a prefix of another shape than the model; an
                 infix without `starts`.
         """
+        check_ids(input_ids)
         B, T = input_ids.shape[:2]
         acts: PrefixActivations = self.activations_of(prefix, prefix_index)
         acts.check_fit(self.config, B, T if cache is None else cache.longest_after(T))

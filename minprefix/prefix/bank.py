@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minprefix.files import brief
 from minprefix.models.activations import PrefixActivations
 from minprefix.models.gpt2 import GPT2
 from minprefix.prefix.prefix import Prefix
@@ -17,6 +18,8 @@ class PrefixBank:
     """
 
     def __init__(self, prefixes: list[Prefix]):
+        if isinstance(prefixes, torch.nn.Module):
+            raise ValueError("a bank needs a list of prefixes, got one prefix")
         if not prefixes:
             raise ValueError("a bank needs at least one prefix")
         for prefix in prefixes:
@@ -34,6 +37,8 @@ class PrefixBank:
         lens = torch.tensor([prefix.prefix_len for prefix in self.prefixes], device=device)
         P = max(prefix.prefix_len for prefix in self.prefixes)
         table = torch.stack([F.pad(t, (0, 0, 0, P - t.shape[-2])) for t in tables], dim=2)
+        if not isinstance(prefix_index, Tensor | None):
+            raise ValueError(f"prefix_index must be a tensor, got {brief(prefix_index)}")
         if prefix_index is None:
             prefix_index = torch.arange(N, device=device)
         elif (

@@ -17,6 +17,7 @@ from minprefix.data.examples import LINEARISATIONS
 from minprefix.files import brief, names_file, warn_no_checksum
 from minprefix.models.config import SITES
 from minprefix.prefix.bart import BARTPrefix
+from minprefix.prefix.card import PREFIX_FILE
 from minprefix.prefix.config import PLACES
 from minprefix.prefix.prefix import Prefix
 from minprefix.tensors import check_values, load_tensors, save_tensors, verify_checksum
@@ -51,6 +52,8 @@ def load_prefix(path: str | Path) -> Prefix | BARTPrefix:
         ValueError: the file is not a prefix file, is damaged, or has impossible shapes or values.
         OSError: it cannot be read.
     """
+    if Path(path, PREFIX_FILE).is_file():
+        raise ValueError(f"{path}: a folder; give its file, {Path(path, PREFIX_FILE)}")
     tensors, metadata = load_tensors(path)
     if metadata.get("format") not in FORMATS.values():
         raise ValueError(f"{path}: not a prefix file (format {brief(metadata.get('format'))})")

@@ -32,7 +32,7 @@ from minprefix.models.activations import PrefixActivations
 from minprefix.models.bart import BART
 from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.models.gpt2 import GPT2
-from minprefix.models.weights import check_base, fingerprint
+from minprefix.models.weights import check_base, fingerprint, need_gpt2
 from minprefix.prefix import parametrisations as parts
 from minprefix.prefix.config import check_form
 from minprefix.prefix.parametrisations import token_activations, word_ids
@@ -103,6 +103,9 @@ class Prefix(nn.Module):
         Args:
             options: parametrisation ("table"), mid_dim, gate, position_offset, place.
         """
+        if not isinstance(config, GPT2Config):
+            found = type(config).__name__
+            raise ValueError(f"a Prefix needs the GPT2Config of its model, got a {found}")
         prefix = cls(config, prefix_len, **options)
         prefix.init_weights(torch.Generator().manual_seed(seed))
         return prefix
@@ -126,6 +129,7 @@ class Prefix(nn.Module):
         virtual tokens start as the embeddings of the words. An infix also starts from the words
         alone, at positions 0 .. P-1, because after a source their activations depend on it.
         """
+        need_gpt2(model, "a Prefix")
         ids = word_ids(tokenizer, words, prefix_len)
         table = token_activations(model, ids)
         prefix = cls.random(model.config, len(ids), seed, **options).to(table)
@@ -167,6 +171,11 @@ class Prefix(nn.Module):
         place: str = "prefix",
     ) -> "Prefix":  # fmt: skip
         """A prefix that holds a copy of `table` (L, 2, H, P, D) and of `gate` (L, H)."""
+        if table.dim() != 5 or table.shape[1] != 2 or not table.is_floating_point():
+            raise ValueError(
+                "a prefix table has the shape (L, 2, H, P, D) and a floating-point dtype, got "
+                f"{tuple(table.shape)} and {table.dtype}"
+            )
         L, _, H, P, D = table.shape
         # the model's own limit is checked when the prefix is used
         config = GPT2Config(n_layer=L, n_head=H, n_embd=H * D, n_positions=position_offset + 1)

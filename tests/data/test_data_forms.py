@@ -382,5 +382,5 @@ def test_generate_writes_a_text_for_each_input(cli, tmp_path, tiny_folder):
         more = ("--out", tmp_path / "run") if option == "train" else ("--linearisation", "paper")
         _, err = cli(option, "--model", tiny_folder, "--data", path, *more, code=1)
         assert "2 inputs without a text" in err and err.count("\n") == 1
-    _, err = cli("generate", *how, "--data", path, "a prompt", code=1)
+    _, err = cli("generate", *how, "--data", path, "a prompt", code=2)
     assert "--data provides the prompts" in err

@@ -329,16 +329,23 @@ def test_training_state_and_dropout():
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens .* got 9 of 8"),
         ({"num_beams": 0}, "num_beams must be at least 1, got 0"),
-        ({"length_penalty": float("nan")}, "length_penalty must be finite, got nan"),
+        ({"length_penalty": float("nan")}, r"length_penalty must lie in \[-50, 50\], got nan"),
+        ({"length_penalty": 1e308, "num_beams": 2}, r"must lie in \[-50, 50\], got 1e\+308"),
+        ({"num_beams": 2.0}, "num_beams must be an integer, got 2.0"),
+        ({"max_new_tokens": "8"}, "max_new_tokens must be an integer, got '8'"),
+        ({"do_sample": True, "seed": 2**64}, r"seed must be an integer between .*, got 18446744"),
+        ({"stop": None}, "stop must be a tuple of texts, got None"),
+        ({"bad_words": [1]}, r"bad_words must be a tuple of texts, got \[1\]"),
         ({"do_sample": True, "temperature": 0.0}, "temperature must be > 0, got 0.0; greedy"),
         ({"do_sample": True, "top_k": -1}, "top_k must be at least 0, got -1"),
         ({"do_sample": True, "top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
         ({"do_sample": True, "num_beams": 5}, "do_sample=True and num_beams=5"),
-        ({"temperature": 0.7}, "temperature 0.7, .* have no effect without do_sample"),
+        ({"temperature": 0.7}, "^temperature 0.7 has no effect without do_sample"),
+        ({"top_k": 5, "top_p": 0.5}, "^top_k 5 and top_p 0.5 have no effect without do_sample"),
         ({"bad_words": "no"}, "bad_words must be a tuple of texts, got 'no'"),
-        ({"bad_words": ("",)}, "bad_words must be a tuple"),
+        ({"bad_words": ("",)}, "bad_words must not be an empty text"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"max_new_tokens": 60}, r"5 prompt tokens \+ .* 0 \+ max_new_tokens 60 > 64"),
+        ({"max_new_tokens": 60}, r"prompt 1: too long: 5 prompt tokens \+ .* 60 > 64"),
         ({"prefix_index": [0]}, r"prefix_index \[0\] needs a PrefixBank"),
     ],
 )
@@ -355,7 +362,16 @@ def test_bad_prompts_and_prefixes():
         with pytest.raises(ValueError, match=message):
             call(model, tokenizer, prompts, max_new_tokens=8, **options)
 
-    check("prompts must be a list of texts", "one text")
+    for wrong in ("one text", b"bytes", None, 3, iter(["a"])):
+        check("prompts must be a list of texts, got", wrong)
+    for wrong in (None, 1, {"name": "The Eagle"}, b"bytes", ["text"], [0.5]):
+        check("prompt 1 must be a text or a list of token ids, got", ["a", wrong])
+    check("prompt 0 must be a text or a list", ["a"], call=stream)
+    check(r"prompt 0 has ids outside \[0, 96\]: .{80}\.\.\.$", [[97] * 1000])
+    for wrong in ("p.safetensors", [bank.prefixes[0]], bank.prefixes[0].table()):
+        check("prefix must be a Prefix, .* Prefix.load.path. reads", ["a"], prefix=wrong)
+    for wrong in (0, [0.5], [None], ["0"]):
+        check("prefix_index must hold an integer for", ["a"], prefix=bank, prefix_index=wrong)
     check("prompt 1 has no tokens.*bos_id", ["a", []], prefix=bank.prefixes[0])
     check(r"prompt 0 has ids outside \[0, 96\]: \[97\]", [[97]])
     check("3 prompt tokens .* offset 54 .* 8 > 64 pos", [[1, 2, 3]],
@@ -369,6 +385,10 @@ def test_bad_prompts_and_prefixes():
     check("made for another model", "a", call=stream, prefix=other)  # before the first piece
     check("cannot stream, got num_beams=2", "a", call=stream, num_beams=2)
     assert generate(model, tokenizer, []) == []
+    for_bart = Chars()
+    for_bart.family = "bart"
+    with pytest.raises(ValueError, match="the model is a GPT-2, but the tokenizer is a BART's"):
+        generate(model, for_bart, ["a"])
 
     # a single batch cannot pad this short prompt; `generate` makes two of them
     config = GenerationConfig(max_new_tokens=8)

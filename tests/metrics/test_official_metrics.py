@@ -261,21 +261,35 @@ def test_a_file_for_each_reference(cli, tmp_path, quiet):
 
 
 @pytest.mark.parametrize(
-    "outputs,references,options,message",
+    "outputs,references,message",
     [
-        ("a\nb\n", "a\n\nb\n\nc\n", (), "has 2 outputs .* has 5 lines in 3 groups"),
-        ("a\nb\n", "a\nb\nc\n", (), "has 2 outputs .* has 3 lines in 1 groups"),
-        ("\n", "a\n", (), "out.txt: the file is empty"),
-        ("a\n", "a\n", ("--groups",), "--groups needs --metrics webnlg"),
-        ("a\n", "a\n", ("--metrics", "e2e", "--groups"), "groups need the suite webnlg"),
+        ("a\nb\n", "a\n\nb\n\nc\n", "has 2 outputs .* has 5 lines in 3 groups"),
+        ("a\nb\n", "a\nb\nc\n", "has 2 outputs .* has 3 lines in 1 group .*no blank"),
+        ('{"source": "a", "text": "b"}\n', "b\n", "out.txt: JSON lines, .* one per line"),
+        ("\n", "a\n", "out.txt: the file is empty"),
     ],
 )
-def test_wrong_files(cli, tmp_path, quiet, outputs, references, options, message):
+def test_wrong_files(cli, tmp_path, quiet, outputs, references, message):
     (tmp_path / "out.txt").write_text(outputs)
     (tmp_path / "ref.txt").write_text(references)
-    groups = [write(tmp_path / "groups.txt", "Food")] if "--groups" in options else []
-    _, err = cli("score", tmp_path / "out.txt", tmp_path / "ref.txt", *options, *groups, code=1)
+    _, err = cli("score", tmp_path / "out.txt", tmp_path / "ref.txt", code=1)
     assert err.count("\n") == 1 and re.search(message, err), err
+
+
+def test_wrong_groups(cli, tmp_path, quiet):
+    two = write(tmp_path / "out.txt", "a", "b")
+    groups = write(tmp_path / "groups.txt", "Food", "Fool")
+
+    def refused(message: str, metrics: str, code: int) -> None:
+        argv = ("score", two, two, "--metrics", metrics, "--groups", groups)
+        _, err = cli(*argv, code=code)
+        assert err.count("\n") == 1 and re.search(message, err), err
+
+    refused("--groups needs --metrics webnlg, got quick", "quick", 2)
+    refused("--groups needs --metrics webnlg, got e2e", "e2e", 2)
+    refused("groups.txt:2: the category must be one of Airport.* got 'Fool'", "webnlg", 1)
+    write(groups, "Food")
+    refused("out.txt has 2 outputs .lines., .*groups.txt has 1$", "webnlg", 1)
 
 
 def test_evaluate_prints_the_official_columns(cli, tmp_path, tiny_folder, no_java):

@@ -232,3 +232,19 @@ def test_random_start_is_gpt2s():
     assert [n for n, w in model.state_dict().items() if not torch.equal(again[n], w)] == []
     other = GPT2(model.config).init_weights(1)
     assert not torch.equal(other.wte.weight, model.wte.weight)
+
+
+@pytest.mark.parametrize(
+    "ids, found",
+    [
+        ([[1, 2]], "list"),
+        (torch.tensor([1, 2]), r"\(2,\) of torch.int64"),
+        (torch.tensor([[1.0, 2.0]]), r"\(1, 2\) of torch.float32"),
+        (torch.tensor([[1, 2]], dtype=torch.int16), r"\(1, 2\) of torch.int16"),
+    ],
+)
+def test_ids_of_another_form_are_named(ids, found):
+    with pytest.raises(ValueError, match=f"the ids must be a tensor of shape .B, T. .*{found}"):
+        tiny_gpt2()(ids)
+    with pytest.raises(ValueError, match="an index or a length must be a tensor, got a list"):
+        tiny_gpt2()(torch.tensor([[1, 2]]), kv_lens=[2])

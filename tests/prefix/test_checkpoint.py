@@ -241,5 +241,8 @@ def test_damaged_files_are_named(tmp_path):
         assert str(path) in str(error.value) and "\n" not in str(error.value), data[:9]
     with pytest.raises(OSError, match="nowhere.safetensors"):
         load_prefix(tmp_path / "nowhere.safetensors")
-    with pytest.raises(ValueError, match=f"{tmp_path.name}: not a file, but a folder"):
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: a folder; expected a file"):
+        load_prefix(tmp_path)
+    (tmp_path / "prefix.safetensors").touch()  # a run folder
+    with pytest.raises(ValueError, match="a folder; give its file, .*/prefix.safetensors"):
         load_prefix(tmp_path)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import assert_close, random_ids, tiny_gpt2
+from conftest import assert_close, random_ids, tiny_bart, tiny_gpt2
 from test_prefix import Words, random_prefix
 
 from minprefix.models.activations import LayerPrefix, Visible, gated_attention
-from minprefix.models.config import GPT2Config
+from minprefix.models.config import BARTConfig, GPT2Config
 from minprefix.prefix.bank import PrefixBank
 from minprefix.prefix.config import PrefixConfig
 from minprefix.prefix.make import make_prefix
@@ -174,6 +174,10 @@ def test_bank_errors():
     bank, ids = bank_of(model, False), random_ids(tiny_gpt2(), 3, 6)
     with pytest.raises(ValueError, match="at least one prefix"):
         PrefixBank([])
+    with pytest.raises(ValueError, match="a list of prefixes, got one prefix"):
+        PrefixBank(bank.prefixes[0])
+    with pytest.raises(ValueError, match=r"prefix_index must be a tensor, got \[0, 1, 0\]"):
+        model(ids, prefix=bank, prefix_index=[0, 1, 0])
     for index in ([0, 4, 0], [0, -2, 0]):
         with pytest.raises(ValueError, match=r"\[-1, 3\], got \[0, .*\]"):
             model(ids, prefix=bank, prefix_index=torch.tensor(index))
@@ -208,6 +212,15 @@ def test_prefix_errors():
             Prefix.random(config, 3, seed=0, position_offset=offset)
     with pytest.raises(ValueError, match=r"position_offset 16 \(prefix length 16\)"):
         Prefix.random(config, 16, seed=0)
+    for wrong in (model, BARTConfig()):
+        with pytest.raises(ValueError, match="needs the GPT2Config of its model, got a "):
+            Prefix.random(wrong, 3, seed=0)
+    for table in (torch.zeros(2, 3), torch.zeros(3, 2, 4, 5, 8, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"has the shape \(L, 2, H, P, D\) .* got \("):
+            Prefix.from_table(table, 5)
+    for make in (Prefix.from_words, Prefix.from_prompt):
+        with pytest.raises(ValueError, match="Prefix is for GPT-2 only, and the model is a BART"):
+            make(tiny_bart(), Words(), "some words")
     for empty in (Prefix.from_words, Prefix.from_prompt):
         with pytest.raises(ValueError, match="the text has no words to start"):
             empty(model, Words(), " ")
