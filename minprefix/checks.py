@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from minprefix.limits import Limit
 
 Config = TypeVar("Config")
+LARGEST = 2**53  # integers up to it are exact in JSON
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -21,6 +22,7 @@ def check_at_least_one(config, *names: str) -> None:
     for name in names:
         if (value := getattr(config, name)) is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+        check_exact(name, value)
 
 
 def check_positive(config, *names: str) -> None:
@@ -35,6 +37,13 @@ def check_not_negative(config, *names: str) -> None:
     for name in names:
         if (value := getattr(config, name)) is not None and not 0 <= value < math.inf:
             raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+        check_exact(name, value)
+
+
+def check_exact(name: str, value: Any) -> None:
+    """ValueError for an integer that `from_saved` would refuse when the run is continued."""
+    if type(value) is int and abs(value) > LARGEST:
+        raise ValueError(f"{name} must be at most 2**53, got {value}")
 
 
 def check_limit(config, name: str, limit: Limit) -> None:
@@ -58,6 +67,6 @@ def from_saved(kind: type[Config], saved: Mapping[str, Any]) -> Config:
         fits = type(value) in kinds | ({int} if float in kinds else set())
         if many and fits:
             fits = all(type(part) is get_args(hints[name])[0] for part in value)
-        if not fits or (type(value) is int and abs(value) > 2**53):
+        if not fits or (type(value) is int and abs(value) > LARGEST):
             raise ValueError(f"{name} is {str(value)[:40]!r}")
     return kind(**saved)

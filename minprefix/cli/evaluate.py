@@ -47,9 +47,6 @@ def run(options: EvaluateOptions) -> dict | None:
         linearisation=linearisation, max_source=options.max_source, batch_size=options.batch_size,
         progress=True, metrics=options.metrics, score_tokenizer=options.score_tokenizer,
     )  # fmt: skip
-    if options.outputs:
-        rows = outputs_of(examples, texts)
-        write_text(options.outputs, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     result = {"tables": len(examples)} | scores
     for given in (options.prefix, options.adapter, options.prompt, Path(options.model)):
         if given is not None:  # it may be a file in a run folder
@@ -61,6 +58,9 @@ def run(options: EvaluateOptions) -> dict | None:
                     "scores say nothing about unseen inputs"
                 )
             append_scores(given.parent, {"data": str(options.data), "split": split} | result)
+    if options.outputs:  # after scores.jsonl, which then has the scores if this fails
+        rows = outputs_of(examples, texts)
+        write_text(options.outputs, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     if options.json:
         return result
     print(format_rows([result]))
@@ -107,6 +107,8 @@ def check(options: EvaluateOptions) -> None:
         check_tokenizer(options.metrics, options.score_tokenizer)
     if options.limit is not None and options.limit < 1:
         raise WrongUsage(f"--limit must be at least 1, got {options.limit}")
+    if options.outputs and options.outputs.is_dir():
+        raise ValueError(f"--outputs {options.outputs}: a folder; give a file")
     if options.outputs and not options.outputs.parent.is_dir():
         raise ValueError(f"--outputs {options.outputs}: {options.outputs.parent} is not a folder")
 

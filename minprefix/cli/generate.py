@@ -4,6 +4,8 @@ import re
 import sys
 from typing import Any
 
+from tqdm import tqdm
+
 from minprefix.cli.commands import GenerateOptions
 from minprefix.cli.parse import WrongUsage
 from minprefix.cli.report import say
@@ -52,7 +54,9 @@ def run(options: GenerateOptions) -> dict | None:
             print(piece, end="", flush=True)
         print()
         return None
-    texts = generate(model, tokenizer, prompts, **how)
+    with tqdm(total=len(prompts), unit="text", delay=5) as bar:
+        how["progress"] = lambda done, _: bar.update(done - bar.n)
+        texts = generate(model, tokenizer, prompts, **how)
     if frame != "none":
         texts = [text.strip() for text in texts]
     if options.data:  # one text per line, as `score` reads them

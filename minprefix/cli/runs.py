@@ -80,7 +80,10 @@ def remove(folder: Path, whole: bool) -> dict[str, str]:
         if not whole:
             remove_state(folder)
     if whole:
-        shutil.rmtree(folder)
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:  # names a file of the folder only
+            raise OSError(f"{folder}: cannot be deleted ({error.strerror})") from error
     return {"before": before, "after": size_of(folder) if folder.exists() else "deleted"}
 
 

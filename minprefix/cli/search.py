@@ -22,7 +22,7 @@ from minprefix.methods.search.search import PromptSearch
 from minprefix.models import weights
 from minprefix.training.interrupts import resume_hint
 from minprefix.training.lock import alone_in
-from minprefix.training.run_folder import has_state
+from minprefix.training.run_folder import has_lost_state, has_state
 
 KEYS = ("model", "device", "data", "dev", "linearisation", "search")
 
@@ -35,6 +35,11 @@ def run(options: SearchOptions) -> dict | None:
     with alone_in(out):
         options.check_folder(has_state)  # another process may have finished a search there
         if not search.resume():
+            if has_lost_state(out, 0):
+                raise ValueError(
+                    f"{out} has no state (runs --slim removes it), so it cannot be resumed: start "
+                    "a new search with --out"
+                )
             write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
         print_start(search, note)
         with resume_hint(f"python -m minprefix search --resume {shlex.quote(str(out))}"):

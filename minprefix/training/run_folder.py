@@ -167,9 +167,13 @@ def checked_state(path: Path, state: Any, keys: Sequence[str]) -> dict:
 
 
 def append_log(folder: Path, entry: dict) -> None:
-    """Append a line to log.jsonl."""
-    with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
-        log.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    """Append a line to log.jsonl; OSError naming it if it cannot be written."""
+    path = folder / "log.jsonl"
+    try:
+        with open(path, "a", encoding="utf-8") as log:
+            log.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def append_scores(folder: Path, entry: dict) -> None:

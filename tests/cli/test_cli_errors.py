@@ -15,7 +15,7 @@ from conftest import files_up_to, signalled, tiny_with_words
 from minprefix.cli.options import KEPT, kept_file
 from minprefix.methods.by_name import TUNED
 from minprefix.prefix.prefix import Prefix
-from minprefix.training.run_folder import earlier_path, write_state
+from minprefix.training.run_folder import append_log, earlier_path, write_state
 
 QUICK = ("--batch-size", 4, "--steps", 4, "--eval-every", 2, "--log-every", 1, "--samples", 0,
          "--mid-dim", 8, "--device", "cpu")  # fmt: skip
@@ -198,6 +198,8 @@ def test_missing_data_is_named(refused, tiny_folder, tables, tmp_path):
         (("--epochs", "nan"), "epochs must be positive and finite, got nan"),
         (("--steps", 0), "steps must be at least 1, got 0"),
         (("--steps", -1), "steps must be at least 1, got -1"),
+        (("--steps", 10**18), "steps must be at most 2**53, got 1000"),
+        (("--seed", 2**60), "seed must be at most 2**53, got 1152"),  # it could not be resumed
         (("--batch-size", 0), "batch_size must be at least 1, got 0"),
         (("--warmup-steps", -1), "warmup_steps must be >= 0 and finite, got -1"),
         (("--clip", -1), "clip must be positive and finite, got -1.0"),
@@ -423,6 +425,20 @@ def test_full_disk_in_training_leaves_the_earlier_files(cli, begun, fails):
     assert set(snapshot(begun)) == set(before)  # no temporary file stays
     Prefix.load(prefix)
     cli("train", "--resume", begun)  # with room on the disk it continues
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(bytes(2000))
+    with (
+        files_up_to(1000),
+        pytest.raises(OSError, match=r"log.jsonl: cannot be written \(File too"),
+    ):
+        append_log(tmp_path, {"step": 1})
+
+
+def test_outputs_that_are_a_folder_are_refused_before_any_work(refused, tables, tmp_path):
+    argv = ("evaluate", "--model", tmp_path / "none", "--data", tables, "--outputs", tmp_path)
+    assert f"--outputs {tmp_path}: a folder; give a file" in refused(*argv)
 
 
 # the traceback ---------------------------------------------------------------------------------

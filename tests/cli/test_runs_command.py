@@ -1,6 +1,8 @@
 """The command `runs`: settings and dev data; test_train_command.py has the rest."""
 
+import errno
 import json
+import os
 
 import pytest
 from test_cli import only_json
@@ -38,3 +40,12 @@ def test_other_dev_data_is_noted(cli, run_of):
 
 def test_without_folders_it_asks_for_some(cli):
     assert "give run folders, such as runs/*" in cli("runs", code=2)[1]
+
+
+def test_a_folder_that_cannot_be_deleted_is_named(cli, run_of, monkeypatch):
+    def fail(folder):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "log.jsonl")
+
+    monkeypatch.setattr("shutil.rmtree", fail)
+    folder = run_of("a", data="x", dev="d")
+    assert f"{folder}: cannot be deleted (Read-only" in cli("runs", "--delete", folder, code=1)[1]

@@ -96,6 +96,16 @@ def test_the_command_says_what_will_run_and_about_how_long(cli, tiny_folder, tab
     assert re.search(r"about \d+ s to the end of the budget, not counting", err)
 
 
+def test_a_slimmed_search_is_not_started_again(cli, tiny_folder, tables, tmp_path):
+    out = tmp_path / "run"
+    cli("search", "--model", tiny_folder, "--data", tables, "--out", out, *QUICK)
+    cli("runs", "--slim", out)
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    _, err = cli("search", "--resume", out, code=1)
+    assert f"{out} has no state" in err and err.count("\n") == 1
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
 def test_a_better_written_template_is_named(capsys):
     print_verdict({"dev_loss": 2.0, "dev_loss_template": 1.5})
     assert (
