@@ -43,6 +43,10 @@ def run(options: GenerateOptions) -> dict | None:
                 'note: a table is written with spaces, "name : The Eagle | food : Chinese"; without'
                 " them the model reads other tokens than in training"
             )
+        if any(prompt.startswith('{"') for prompt in prompts):
+            say(
+                "note: a prompt that looks like a JSON object is not valid JSON; it is read as text"
+            )
         warn_of_cuts(tokenizer, [(prompt, style, cut) for prompt in prompts])
         prompts = [encode_prompt(tokenizer, prompt, style, cut) for prompt in prompts]
     config = options.generation.for_model(model)

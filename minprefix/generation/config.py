@@ -28,22 +28,27 @@ class GenerationConfig:
     """How the next token is chosen; by default it is the most likely one. None = the value in the
     model's checkpoint, or the value in brackets if it has none."""
 
-    max_new_tokens: int | None = None  # longest text (100)
-    min_new_tokens: int | None = None  # shortest text: the end token is forbidden before (0)
-    num_beams: int | None = None  # K of beam search; 1 = none (1; the paper has 5 for tables)
-    # of beams: sum of log p / (tokens and end token) ** this; above 1 favours long texts (1)
+    max_new_tokens: int | None = None  # largest number of new tokens (100)
+    # smallest number of new tokens; the end token is forbidden before it is reached (0)
+    min_new_tokens: int | None = None
+    num_beams: int | None = None  # beams K; 1 = no beam search (1; the paper uses 5 for tables)
+    # beam search divides the sum of log p by (tokens and end token) ** this; values above 1 favour
+    # long texts (1)
     length_penalty: float | None = None
-    early_stopping: bool | None = None  # of beams: stop as soon as K of them have ended (False)
-    no_repeat_ngram_size: int | None = None  # no sequence of n tokens comes twice; 0 = off (0)
-    # logits of tokens that occurred already are divided by it, negative ones multiplied (1)
+    early_stopping: bool | None = None  # beam search stops as soon as K beams have ended (False)
+    no_repeat_ngram_size: int | None = None  # no sequence of this many tokens twice; 0 = off (0)
+    # logits of tokens that have already occurred are divided by this if they are positive, and
+    # multiplied by it if they are negative (1)
     repetition_penalty: float | None = None
     do_sample: bool = False  # sample tokens at random
-    temperature: float | None = None  # of sampling: logits are divided by it (1)
-    top_k: int | None = None  # of sampling: only the k most likely tokens; 0 = off (0)
-    top_p: float | None = None  # of sampling: the most likely that reach it together; 1 = off (1)
-    seed: int = 0  # of sampling: text n uses seed + n
+    temperature: float | None = None  # sampling divides the logits by this (1)
+    top_k: int | None = None  # sample only from the k most likely tokens; 0 = off (0)
+    # sample only from the fewest tokens whose probabilities have at least this sum; 1 = off (1)
+    top_p: float | None = None
+    seed: int = 0  # seed of sampling; text n uses seed + n
     num_return_sequences: int = 1  # texts for each prompt: samples, or the best beams
-    stop: tuple[str, ...] = ()  # end a text before the first of these; none = as the model says
+    # end a text before the first of these; if none is given, before those of the model
+    stop: tuple[str, ...] = ()
     # words that are never generated: "cat" forbids " cat" as well; also texts such as "\n"
     bad_words: tuple[str, ...] = ()
 

@@ -507,3 +507,11 @@ def test_a_signal_leaves_a_run_that_can_be_used_and_resumed(
     cli("generate", TABLE, "--model", tiny_folder, *prefix)
     assert only_json(cli("train", "--resume", out, "--json")[0])["steps"] == 4
     assert steps_in_log(out) == [1, 2, 3, 4]
+
+
+def test_a_prompt_that_is_almost_json_is_noted(cli, tiny_folder):
+    options = ("--model", tiny_folder, "--frame", "paper", "--max-new-tokens", 2)
+    assert cli("generate", '{"name": "Gull"}', *options)[1] == ""
+    _, err = cli("generate", '{"name": "Gull}', *options)
+    assert "is not valid JSON; it is read as text" in err
+    assert "is not valid JSON" not in cli("generate", "{1} boat", *options)[1]
