@@ -5,7 +5,7 @@ This file does not import PyTorch.
 
 import math
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ AT_LEAST = {
     "max_new_tokens": 1, "min_new_tokens": 0, "num_beams": 1, "top_k": 0,
     "no_repeat_ngram_size": 0, "num_return_sequences": 1,
 }  # fmt: skip
+EARLY = (None, True, False, "never")  # values of early_stopping; a checkpoint may say "never"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ class GenerationConfig:
                 f"min_new_tokens must lie in [0, max_new_tokens], got {self.min_new_tokens} of "
                 f"{self.max_new_tokens}"
             )
+        for name in ("length_penalty", "repetition_penalty", "temperature", "top_p"):
+            if not isinstance(value := getattr(self, name), Real | None):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+        for name, values in (("do_sample", (True, False)), ("early_stopping", EARLY)):
+            if (value := getattr(self, name)) not in values:
+                raise ValueError(f"{name} must be True or False, got {value!r}")
         # a larger power of the length overflows
         if self.length_penalty is not None and not abs(self.length_penalty) <= 50:
             raise ValueError(f"length_penalty must lie in [-50, 50], got {self.length_penalty}")

@@ -280,7 +280,8 @@ class BART(LanguageModel):
         B, T = input_ids.shape
         prefix = self.activations_of(prefix, prefix_index)
         if source is None:
-            assert source_ids is not None
+            if source_ids is None:
+                raise ValueError("a BART needs a source: give source_ids or source")
             source = self.encode(source_ids, source_lens, prefix=prefix)
         own, cross = (prefix.at(s, self.config, self.wte.weight) for s in ("decoder", "cross"))
         own.check_fit(self.config, B, T if cache is None else cache.longest_after(T))

@@ -116,6 +116,9 @@ class BARTPrefix(nn.Module):
         Args:
             options: sites, parametrisation ("table"), mid_dim, gate, position_offset.
         """
+        if not isinstance(config, BARTConfig):
+            found = type(config).__name__
+            raise ValueError(f"a BARTPrefix needs the BARTConfig of its model, got a {found}")
         prefix = cls(config, prefix_len, **options)
         generator = torch.Generator().manual_seed(seed)
         for part in prefix.sites.values():
@@ -135,6 +138,8 @@ class BARTPrefix(nn.Module):
         Tables hold `word_activations`, MLPs are fitted to them (`init_residual` is the largest
         difference at any site), and virtual tokens start as the words' embeddings.
         """
+        if not isinstance(model, BART):
+            raise ValueError(f"a BARTPrefix is for BART only, got a {type(model).__name__}")
         ids = word_ids(tokenizer, words, prefix_len)
         tables = word_activations(model, ids)
         prefix = cls.random(model.config, len(ids), seed, **options).to(tables["cross"])

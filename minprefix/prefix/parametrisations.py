@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minprefix.files import brief
 from minprefix.models.activations import LayerPrefix, Visible, gated_attention
 from minprefix.models.base import evaluating
 from minprefix.models.config import BARTConfig, GPT2Config
@@ -136,6 +137,8 @@ def word_ids(tokenizer, words: str, prefix_len: int | None) -> list[int]:
     Raises:
         ValueError: no words, or a length below 1.
     """
+    if not isinstance(words, str):
+        raise ValueError(f"the words must be a text, got {brief(words)}")
     ids = tokenizer.encode(words)
     if not ids:
         raise ValueError("the text has no words to start the prefix from")

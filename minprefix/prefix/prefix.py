@@ -183,6 +183,8 @@ class Prefix(nn.Module):
         prefix = cls(config, P, place=place, **options).to(table)
         prefix.prefix_table.copy_(table)
         if gate is not None and prefix.gate is not None:
+            if gate.shape != (L, H):
+                raise ValueError(f"the gate must be {(L, H)}, got {tuple(gate.shape)}")
             prefix.gate.copy_(gate)
         return prefix
 

@@ -227,6 +227,12 @@ def test_forms_that_do_not_exist_are_named():
         model, ThreeWords(), PrefixConfig(init="random", sites=["cross"], prefix_len=2), 0
     )
     assert tuple(prefix.sites) == ("cross",)
+    with pytest.raises(ValueError, match="needs the BARTConfig of its model, got a GPT2Config"):
+        BARTPrefix.random(gpt2.config, 2, 0)
+    with pytest.raises(ValueError, match="a BARTPrefix is for BART only, got a GPT2"):
+        BARTPrefix.from_words(gpt2, ThreeWords())
+    with pytest.raises(ValueError, match="a BART needs a source: give source_ids or source"):
+        model.hidden_states(torch.tensor([[1]]))
     with pytest.raises(ValueError, match="got a BARTPrefix"):
         PrefixBank([prefix])
     with pytest.raises(ValueError, match="is for a BART and cannot be used with a GPT-2"):

@@ -218,6 +218,10 @@ def test_prefix_errors():
     for table in (torch.zeros(2, 3), torch.zeros(3, 2, 4, 5, 8, dtype=torch.int32)):
         with pytest.raises(ValueError, match=r"has the shape \(L, 2, H, P, D\) .* got \("):
             Prefix.from_table(table, 5)
+    with pytest.raises(ValueError, match=r"the gate must be \(3, 4\), got \(2, 2\)"):
+        Prefix.from_table(torch.zeros(3, 2, 4, 5, 8), 5, gate=torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"the words must be a text, got \['some', 'words'\]"):
+        Prefix.from_words(model, Words(), ["some", "words"])
     for make in (Prefix.from_words, Prefix.from_prompt):
         with pytest.raises(ValueError, match="Prefix is for GPT-2 only, and the model is a BART"):
             make(tiny_bart(), Words(), "some words")
