@@ -80,7 +80,7 @@ def rows_of_prefix(prefix, prefix_index, n_prompts: int) -> tuple[list[int] | No
     if len(index) != n_prompts:
         raise ValueError(f"prefix_index has {len(index)} entries for {n_prompts} prompts")
     if any(not -1 <= n < N for n in index):
-        raise ValueError(f"prefix_index must lie in [-1, {N - 1}], got {index}")
+        raise ValueError(f"prefix_index must lie in [-1, {N - 1}], got {brief(index)}")
     return index, [0 if n < 0 else prefix.prefixes[n].position_offset for n in index]
 
 

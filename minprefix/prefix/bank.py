@@ -46,7 +46,8 @@ class PrefixBank:
             and prefix_index.numel()
             and (prefix_index.min() < -1 or prefix_index.max() >= N)
         ):
-            raise ValueError(f"prefix_index must lie in [-1, {N - 1}], got {prefix_index.tolist()}")
+            found = brief(prefix_index.tolist())
+            raise ValueError(f"prefix_index must lie in [-1, {N - 1}], got {found}")
         offsets = torch.tensor([prefix.position_offset for prefix in self.prefixes], device=device)
         infix = [prefix.place == "infix" for prefix in self.prefixes]  # (N,)
         row = prefix_index.clamp(min=0)
