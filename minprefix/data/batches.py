@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minprefix.checks import check_choice
 from minprefix.data.examples import LINEARISATIONS, Example, checked_text
-from minprefix.files import reading
+from minprefix.files import brief, reading
 from minprefix.models.losses import IGNORE
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,13 @@ class Encoded:
 def for_bart(tokenizer) -> bool:
     """Whether its texts are for an encoder-decoder."""
     return getattr(tokenizer, "family", "gpt2") == "bart"
+
+
+def check_family(family: str, tokenizer) -> None:
+    """ValueError if the tokenizer is for another family of models than "GPT-2" or "BART"."""
+    if (family == "BART") != for_bart(tokenizer):
+        other = "a GPT-2's" if family == "BART" else "a BART's"
+        raise ValueError(f"the model is a {family}, but the tokenizer is {other}")
 
 
 def encode_prompt(
@@ -135,6 +142,8 @@ def encode_examples(
     """
     encoded, too_long = [], []
     for example in examples:
+        if not isinstance(example, Example) or isinstance(example.targets, str):
+            raise ValueError(f"expected Example(source, (target, ...)), got {brief(example)}")
         for number, target in enumerate(example.targets, 1):
             where = example.where + (f" (target {number})" if len(example.targets) > 1 else "")
             with reading(where or "an example"):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minprefix.data.batches import encode_prompt, for_bart, warn_of_cuts
+from minprefix.data.batches import check_family, encode_prompt, warn_of_cuts
 from minprefix.files import brief
 from minprefix.generation import decoding
 from minprefix.generation import fast as fast_generation
@@ -109,9 +109,7 @@ def prepare(
     model: LanguageModel, tokenizer, prompts, prefix, prefix_index, config: Decided
 ) -> Prompts:
     """Encode and check the prompts; ValueError if one is invalid."""
-    if (bart := model.config.family == "BART") != for_bart(tokenizer):
-        of = "a GPT-2's" if bart else "a BART's"
-        raise ValueError(f"the model is a {model.config.family}, but the tokenizer is {of}")
+    check_family(model.config.family, tokenizer)
     index, offsets = rows_of_prefix(prefix, prefix_index, len(prompts))
     ids, framed, sources = [], [], []
     for b, prompt in enumerate(prompts):

@@ -24,6 +24,7 @@ from minprefix.data.batches import (
     Batch,
     BatchOrder,
     Encoded,
+    check_family,
     collate,
     digest,
     encode_examples,
@@ -90,6 +91,7 @@ class Trainer(Loop):
         dev: list[Example], out: str | Path, tuned: Trainable = None,
         linearisation: str = "paper",
     ):  # fmt: skip
+        check_family(model.config.family, tokenizer)
         tuned = tuned_from(tuned, model)
         if tuned.method != config.method:
             raise ValueError(f"method {config.method!r} does not train a {type(tuned).__name__}")

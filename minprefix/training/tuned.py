@@ -149,7 +149,11 @@ Trainable = Tuned | Prefix | BARTPrefix | None  # what `Trainer` accepts
 
 
 def tuned_from(given: Trainable, model: GPT2 | BART) -> Tuned:
-    """The `Tuned` for a prefix, or for None (all weights of the model)."""
+    """The `Tuned` for a prefix, or for None (all weights of the model); ValueError for others."""
     if given is None:
         return TunedModel(model)
-    return TunedPrefix(given) if isinstance(given, Prefix | BARTPrefix) else given
+    if isinstance(given, Prefix | BARTPrefix):
+        return TunedPrefix(given)
+    if not hasattr(given, "attached"):
+        raise ValueError(f"a run trains one prefix, or a `Tuned`, got a {type(given).__name__}")
+    return given

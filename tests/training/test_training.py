@@ -14,7 +14,9 @@ import pytest
 import torch
 from conftest import pairs, signalled, small_model, trainer
 
+from minprefix.data.examples import Example
 from minprefix.models.weights import fingerprint
+from minprefix.prefix.bank import PrefixBank
 from minprefix.prefix.parametrisations import token_activations
 from minprefix.prefix.prefix import Prefix
 from minprefix.training import loop
@@ -23,6 +25,7 @@ from minprefix.training.interrupts import Interrupted
 from minprefix.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
+PREFIX = Prefix.random(small_model().config, 3, 0)
 
 
 def log_of(folder: Path, key: str = "loss") -> dict[int, float]:
@@ -311,6 +314,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(tokenizer, tmp_path):
     with pytest.raises(FloatingPointError, match="smaller lr"):
         run.run(progress=False)
     assert not (tmp_path / "prefix.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"train": "restaurants"}, r"expected Example\(source, .*, got 'r'"),
+        ({"train": [{"source": "a", "target": "b"}]}, r"expected Example\(.*, got {'source'"),
+        ({"train": [Example("a", "boat")]}, r"expected Example\(source, \(target, .*'boat'"),
+        ({"tuned": "prefix.safetensors"}, "a run trains one prefix, or a `Tuned`, got a str"),
+        ({"tuned": PrefixBank([PREFIX])}, "a run trains one prefix, .*, got a PrefixBank"),
+        ({"tokenizer": SimpleNamespace(family="bart")}, "a GPT-2, but the tokenizer is a BART's"),
+    ],
+)
+def test_wrong_arguments_of_a_trainer_are_named(tokenizer, tmp_path, wrong, message):
+    given = {"tokenizer": tokenizer, "train": pairs(3), "tuned": PREFIX} | wrong
+    model, config = small_model(), TrainConfig(steps=1)
+    with pytest.raises(ValueError, match=message):
+        Trainer(model, config=config, dev=[], out=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
 
 
 def test_bf16_works_on_a_copy_of_the_frozen_weights(tokenizer, tmp_path):
