@@ -26,7 +26,7 @@ from minprefix.training.corpus import load_corpus
 from minprefix.training.interrupts import resume_hint
 from minprefix.training.lock import alone_in
 from minprefix.training.pretrain import Pretrainer
-from minprefix.training.run_folder import has_state, read_log
+from minprefix.training.run_folder import has_lost_state, has_state, read_log
 
 NOTE = "pretrain.json"  # marks a folder of this command
 SAMPLE_TOKENS = 60
@@ -48,6 +48,11 @@ def run(options: PretrainOptions) -> dict | None:
     weights.check_device(options.where)
     if (out / "config.json").exists() and not (out / NOTE).exists():
         raise ValueError(f"{out} holds a model that was not made by pretrain: choose another --out")
+    if has_lost_state(out, config.eval_every):
+        raise ValueError(
+            f"{out} has no state (runs --slim removes it), so it cannot be resumed: choose another "
+            "--out"
+        )
     resuming = has_state(out)
     tokenizer = None
     if resuming:

@@ -239,6 +239,10 @@ def test_the_command_makes_a_model_and_goes_on(cli, folder, tmp_path):
     again, err = cli("pretrain", folder, "--out", out, *OPTIONS, "--json")
     assert json.loads(again) == result and "continuing after step 12" in err
     cli("generate", "--model", out, "the cat", "--max-new-tokens", 3, "--device", "cpu")
+    cli("runs", "--slim", out)
+    weights = (out / "model.safetensors").read_bytes()
+    _, err = cli("pretrain", folder, "--out", out, *OPTIONS, code=1)  # not over the finished model
+    assert f"{out} has no state" in err and (out / "model.safetensors").read_bytes() == weights
     printed, _ = cli("pretrain", folder, "--out", tmp_path / "b", *OPTIONS, "--samples", 1)
     assert "unigram_entropy" in printed and "\n[1] " in printed and "[2]" not in printed
 
