@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ASSETS, an_adapter, few_tables, signalled
+from conftest import ASSETS, an_adapter, few_tables, files_up_to, signalled
 
 from minprefix.cli import evaluate as evaluate_command
 from minprefix.cli import generate as generate_command
@@ -22,7 +22,7 @@ from minprefix.models.config import MODELS
 from minprefix.models.weights import load
 from minprefix.prefix.prefix import Prefix
 from minprefix.tensors import load_tensors
-from minprefix.training.run_folder import read_state
+from minprefix.training.run_folder import read_state, write_state
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("--batch-size", 4, "--steps", 4, "--eval-every", 2, "--log-every", 1, "--samples", 1,
@@ -252,14 +252,36 @@ def test_export_to_a_folder_has_a_model_card(cli, run, tmp_path):
     assert card.data.tags == ["prefix-tuning", "minprefix"]
     assert card.data.library_name == "minprefix" and card.data.metrics
     assert prefix.base in card.text and "Prefix.load" in card.text
-    step, loss = read_state(run)["measured"][-1]  # of the exported prefix, the best or not
-    assert step == 4 and f"nats per token | {round(loss, 4)} |" in card.text
+    loss = read_state(run)["measured"][-1][1]
+    assert f"nats per token | {round(loss, 4)} |" in card.text
     (tmp_path / "mine" / "README.md").write_text("my own words")
     _, told = cli("export", run, "--out", tmp_path / "mine")
     assert "already has a README.md, which was not changed" in told
     assert (tmp_path / "mine" / "README.md").read_text() == "my own words"
     cli("convert", tmp_path / "mine", "--to", "minprefix", "--out", tmp_path / "b.safetensors")
     assert Prefix.load(tmp_path / "b.safetensors").base == prefix.base
+
+
+def test_the_card_has_the_loss_of_the_exported_prefix_not_the_best_one(cli, run, tmp_path):
+    write_state(run, read_state(run) | {"measured": [(2, 0.5), (4, 9.25)], "best": 0.5})
+    cli("export", run, "--out", tmp_path / "mine")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "nats per token | 9.25 |" in card and "0.5" not in card
+
+
+def test_scores_are_kept_when_the_texts_cannot_be_written(cli, tiny_folder, tables, run, tmp_path):
+    common = ("evaluate", "--model", tiny_folder, "--data", tables, "--prefix", run)
+    with files_up_to(250):
+        _, err = cli(*common, "--max-new-tokens", 4, "--outputs", tmp_path / "t.jsonl", code=1)
+    assert "t.jsonl: cannot be written (File too large)" in err
+    assert len((run / "scores.jsonl").read_text().splitlines()) == 1
+
+
+def test_many_texts_have_a_progress_bar(cli, tiny_folder, tables, monkeypatch):
+    bar = generate_command.tqdm
+    monkeypatch.setattr(generate_command, "tqdm", lambda **how: bar(**(how | {"delay": 0})))
+    how = ("--model", tiny_folder, "--max-new-tokens", 2)
+    assert "3/3" in cli("generate", *how, "--data", tables)[1]
 
 
 def test_a_short_dtype_takes_prefixes_and_adapters(cli, tiny_folder, run, tmp_path):

@@ -20,7 +20,7 @@ from minprefix.prefix.bank import PrefixBank
 from minprefix.prefix.parametrisations import token_activations
 from minprefix.prefix.prefix import Prefix
 from minprefix.training import loop
-from minprefix.training.config import METHOD_NAMES
+from minprefix.training.config import METHOD_NAMES, TrainConfig
 from minprefix.training.interrupts import Interrupted
 from minprefix.training.trainer import Trainer
 
