@@ -61,8 +61,8 @@ def check(inputs: Inputs) -> None:
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}")
     if prefix_k.dtype != prefix_v.dtype or prefix_k.dtype not in (q.dtype, torch.float32):
         raise ValueError(
-            f"prefix_k and prefix_v are {prefix_k.dtype} and {prefix_v.dtype}; they must both be "
-            f"{q.dtype}, as q is, or torch.float32"
+            f"prefix_k and prefix_v are {prefix_k.dtype} and {prefix_v.dtype}; both must be "
+            f"torch.float32 or have the dtype of q, {q.dtype}"
         )
     for name, x in (("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
         if x.device != q.device:
@@ -73,7 +73,7 @@ def check(inputs: Inputs) -> None:
     if prefix_k.dim() == 4 and prefix_index is None and N not in (1, B):
         raise ValueError(f"a bank of {N} prefixes needs a prefix_index for {B} rows")
     for x in (prefix_index, prefix_lens, kv_lens, q_offset):
-        if not isinstance(x, Tensor | None):
+        if x is not None and not isinstance(x, Tensor):
             raise ValueError(f"an index or a length must be a tensor, got a {type(x).__name__}")
         if x is not None and x.device != q.device:
             raise ValueError(f"an index tensor is on {x.device}, q on {q.device}")
