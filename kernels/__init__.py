@@ -167,7 +167,8 @@ def add_norm(
         gain, shift: (C,).
         eps: added to the variance, no unit.
         bias: (C,); y is then (S, ..., C), the result of `linear_parts`, and its sum over S plus
-            the bias is added. Without gradients.
+            the bias is added. Without gradients; gain, shift and bias must not be results of the
+            kernel launched just before, as in `fused_linear`.
     Returns:
         s, n: (..., C). Differentiable in x and y, and also in gain and shift, but then computed by
         PyTorch's own kernels.
@@ -201,7 +202,9 @@ def fused_linear(
         y = residual + act(norm(x) weight + bias)
 
     Args:
-        x: (..., K). weight: (K, N), as GPT-2 stores it. bias: (N,). All of one dtype.
+        x: (..., K). weight: (K, N), as GPT-2 stores it. bias: (N,). All of one dtype. A kernel may
+            read weight, bias and the norm's parameters before the kernel launched just before it
+            has ended (`few_rows.py`), so they must not be its results.
         norm: gain (K,), shift (K,) and epsilon of a layer norm of x; None = no norm.
         gelu: whether act is the tanh form of GELU; otherwise it is the identity.
         residual: (..., N); None = zero.
@@ -236,10 +239,20 @@ def linear_parts(x: Tensor, weight: Tensor) -> Tensor:
     """The product x weight as partial sums, for `add_norm` to add.
 
     Args:
-        x: (..., K), for which `takes_some` holds. weight: (K, N), as GPT-2 stores it.
+        x: (..., K). weight: (K, N), as GPT-2 stores it. The kernel runs where `takes_some` holds
+            for fewer inputs; K may be of any size.
     Returns:
-        y: (S, ..., N) in fp32; S depends on K. x weight is the sum over S.
+        y: (S, ..., N) in fp32; S depends on K and is 1 without the kernel. x weight is the sum over
+        S.
+    Raises:
+        ValueError: shapes that disagree.
     """
+    if x.shape[-1] != weight.shape[0]:
+        found = f"x {tuple(x.shape)} and weight {tuple(weight.shape)}"
+        raise ValueError(f"x (..., K) and weight (K, N) do not fit: {found}")
+    alike = all(a.dtype == x.dtype and a.stride(-1) == 1 for a in (x, weight))
+    if not (alike and takes_some(x[..., :1])):
+        return (x.float() @ weight.float())[None]
     from kernels.some_rows import partial_sums
 
     return partial_sums(x.reshape(-1, x.shape[-1]), weight).view(-1, *x.shape[:-1], weight.shape[1])
@@ -249,7 +262,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
 MOST_NEW = 16  # largest T that the kernel can append, its tile of queries
 FEW_ROWS = 4  # most positions for which `fused_linear` runs the kernel of `few_rows.py`
 SOME_ROWS = 32  # most positions for which it runs that of `some_rows.py`
-MOST_INPUTS = 2048  # largest K in that kernel, except in `linear_parts`
+MOST_INPUTS = 2048  # most inputs of one of its programs, so the largest K but in `linear_parts`
 MOST_NORMED = 4096  # largest K of a norm in `few_rows.py`
 HEAD_DIMS = (16, 32, 64, 80, 128)  # D for which there are kernels
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
@@ -281,9 +294,9 @@ def takes_few(x: Tensor) -> bool:
 def takes_some(x: Tensor) -> bool:
     """Whether `fused_linear` runs the kernel of `some_rows.py` for x (..., K), which needs 16 bits
     and Hopper's shared memory."""
-    n, K = x[..., 0].numel(), x.shape[-1]
+    n, K = x.shape[:-1].numel(), x.shape[-1]
     wrong = x.element_size() != 2 or (INTERPRETED and x.dtype == torch.bfloat16)
-    if not FEW_ROWS < n <= SOME_ROWS or K > MOST_INPUTS or wrong or not decodes(x):
+    if not (FEW_ROWS < n <= SOME_ROWS and 0 < K <= MOST_INPUTS) or wrong or not decodes(x):
         return False
     from kernels.launch import target_of
     from kernels.some_rows import TARGETS

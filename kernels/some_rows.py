@@ -43,12 +43,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import MOST_INPUTS
 from kernels.assembler import assembled
 from kernels.launch import Tile, bucket, cdiv, launch
 from kernels.tiles import gelu
 
 TARGETS = ("sm_90", "sm_100", "interpreter")  # with enough shared memory
-PARTS = 4  # partial sums of a product with many inputs and few outputs, at most
+PARTS = 4  # partial sums of a product with few outputs, at most, while K <= PARTS * MOST_INPUTS
 
 
 @assembled
@@ -120,7 +121,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
 def partial_sums(x: Tensor, weight: Tensor) -> Tensor:
     """y_s (S, n, N) of x (n, K) and W (K, N), see `kernels.linear_parts`."""
     (n, width), outputs = x.shape, weight.shape[1]
-    inputs = cdiv(width, PARTS)
+    inputs = min(cdiv(width, PARTS), MOST_INPUTS)
     parts = cdiv(width, tile_of(n, inputs)[1])
     y = x.new_empty(parts, n, outputs, dtype=torch.float32)
     run(x, weight, None, False, y, inputs)
