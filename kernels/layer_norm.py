@@ -24,7 +24,8 @@ There is one program per position and there are no atomics, so results repeat bi
 
 In a decoding step y may be what `some_rows.py` leaves, S partial sums in fp32 without their bias
 (`bias_ptr`). They are added here, and the kernel overlaps with its neighbours as described in
-`few_rows.py`. 4 S N C e' bytes are then read in place of N C e, with e' = 4.
+`few_rows.py`. For y, 4 S N C bytes are then read instead of N C e.
+
 `torch.compile` fuses the plain form itself and never sees these kernels, so they need not be
 registered operators.
 
