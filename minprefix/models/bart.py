@@ -58,7 +58,7 @@ class EncodedSource:
         n_layer, _, _, n_head, _, head_dim = self.kv.shape
         kv = self.kv.new_zeros(n_layer, 2, rows, n_head, columns, head_dim)
         lens = torch.ones(rows, dtype=torch.long, device=kv.device)  # finite values in free rows
-        return EncodedSource(self.states[:0], lens, kv).overwritten(self)
+        return EncodedSource(self.states.new_empty(0), lens, kv).overwritten(self)
 
     def overwritten(self, other: "EncodedSource") -> "EncodedSource":
         """The values of `other` at the addresses of this one."""
