@@ -63,7 +63,7 @@ def order_without(ended: list[bool]) -> list[int]:
 
 def source_columns(source: Any) -> int:
     """Room for the tokens of a batch's sources, with static shapes; few sizes, so that graphs serve
-    many batches. Columns that are not used take memory, but no time."""
+    many batches. Unused columns take memory, but attention does not read them."""
     return max(caches.COLUMNS, row_bucket(source.kv.shape[4]))
 
 
@@ -273,7 +273,8 @@ def take_batch(
         )
         config = replace(config, max_new_tokens=n_new, seed=0, bad_words=(), stop=())
         sources = tuple(map(source_columns, beginning.options.values()))
-        weights = tuple((x.data_ptr(), x.dtype) for x in model.parameters())
+        own = *model.parameters(), *model.buffers()
+        weights = tuple((x.data_ptr(), x.dtype) for x in own)
         chosen = (config, eos_ids, tuple(map(tuple, bad_words_ids)), beginning[2:6])
         kind = computed_dtype(like), fuses(like)
         key = (rows, prompt_len, sources, chosen, acts.sizes(), weights, kind)

@@ -117,6 +117,7 @@ def test_static_shapes_equal_plain(name, captured):  # noqa: F811
         read = [source.kv, source.lens, *(x for site in sites for x in site.leaves())]
         addresses.add(tuple(x.data_ptr() for x in read))
     assert len(addresses) == 1 and len(read) == 2 + 2 * 3
+    assert source.states.untyped_storage().nbytes() == 0  # no memory of the first sources
     assert found[0] == found[2] != found[1]
     assert len(captured) == len(batch.graphs) > 1
     args = model, sources(9), GenerationConfig(max_new_tokens=12, **options), EOS
@@ -125,6 +126,18 @@ def test_static_shapes_equal_plain(name, captured):  # noqa: F811
     assert len(captured) == len(batch.graphs)
     assert generate_ids(*args) == generate_ids(*args, fast=False) != found[0]
     assert len(captured) > len(batch.graphs)  # without a prefix a batch of its own
+
+
+@pytest.mark.usefixtures("captured")
+def test_a_kept_batch_follows_the_bias_of_the_head():
+    model = writer()
+    args = model, sources(9), GenerationConfig(max_new_tokens=12), EOS
+    before = generate_ids(*args)
+    [batch] = fast.KEPT.values()
+    model.head_bias = model.head_bias.clone()  # at another address
+    model.head_bias[7] += 9
+    assert generate_ids(*args) == generate_ids(*args, fast=False) != before
+    assert batch not in fast.KEPT.values()
 
 
 def test_sampling_and_bad_words_are_the_same_in_both_loops():

@@ -220,6 +220,9 @@ def test_weights_are_read_before_the_wait(op):
                 wait, start = (ptx.index(f"griddepcontrol.{x}") for x in ("wait", "launch"))
                 read = min(ptx.index(x) for x in ("ld.global", "cp.async.cg") if x in ptx)
                 assert wait < start < read if op == "decode" else start < read < wait
+                assert "st.global" not in ptx[:wait]
                 loads = ptx[:wait].count("ld.global"), ptx[wait:].count("ld.global")
                 assert op != "few_rows" or loads[0] > loads[1] > 0  # weights; positions
                 assert op != "some_rows" or min(loads) > 0
+                if S := launch.arguments.get("PARTS"):  # the norm: gain, shift, bias; x and in fp32
+                    assert loads == (3, 1 + 2 * S)
