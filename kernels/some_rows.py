@@ -12,12 +12,12 @@ more positions each program would normalise them all again, so here the norm kee
     3  y_s = o_s W_s                  6  y_s = h_s W_s
                                       7  x, n = add_norm(x, sum_s y_s + b)     of the next block
 
-**Programs.** One program computes BLOCK_N outputs of all positions from BLOCK_K inputs: all K of
-them in 1 and 5, a quarter in 3 and 6 (`PARTS`), where N = C alone gives too few programs. For
-C = 1024 the four products have 96, 128, 128 and 128 programs, one for each multiprocessor. x comes
-from the L2 cache once per program, so fewer and wider programs read less of it; the memory reads W
-once. There are no atomics, and the partial sums are added in a fixed order, so results repeat bit
-for bit.
+**Programs.** One program computes BLOCK_N outputs of all positions from BLOCK_K inputs: from all K
+in 1 and 5, from a quarter of them or a little more in 3 and 6 (`PARTS`), where N = C alone gives
+too few programs. For C = 1024 the four products have 96, 128, 128 and 128 programs, at most one for
+each multiprocessor. Every program reads its inputs of all positions from the L2 cache, so fewer and
+wider programs read less there; W is read from memory once. There are no atomics, and the partial
+sums are added in a fixed order, so results repeat bit for bit.
 
 **In a program** each warp multiplies its own slice of the BLOCK_K inputs, as one batch of SLICES
 products, and the slices are then added. A single product would be a chain of BLOCK_K / 16 matrix
@@ -33,9 +33,9 @@ With e the bytes of an element, G = ceil(N / BLOCK_N) and n padded to BLOCK_M = 
     shared memory   e BLOCK_K (BLOCK_M + BLOCK_N) in a program, at most 192 KiB
     FLOPs           2 n K N needed, 2 BLOCK_M K N done
 
-Needs Hopper's shared memory, and 16-bit numbers; everything else takes PyTorch's products. No GPU
-has run this kernel yet. `benchmarks/gpu.sh train` times it beside PyTorch's products and
-`few_rows.py` for n = 1 to 32.
+The kernel needs Hopper's shared memory and 16-bit numbers; in all other cases PyTorch computes the
+products. No GPU has run this kernel yet. `benchmarks/gpu.sh train` times it beside PyTorch's
+products and `few_rows.py` for n = 1 to 32.
 """
 
 import torch

@@ -43,7 +43,7 @@ class Forbidden:
         self.given, self.never, self.never_first = (
             beginning.given, beginning.never, beginning.never_first
         )  # fmt: skip
-        self.last = torch.tensor(beginning.last, device=device)  # another in each batch
+        self.last = torch.tensor(beginning.last, device=device)  # differs from batch to batch
         self.must_end = beginning.must_end
         self.no_repeat, self.penalty = config.no_repeat_ngram_size, config.repetition_penalty
         self.words = [(torch.tensor(word[:-1], device=device, dtype=torch.long), word[-1])

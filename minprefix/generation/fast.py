@@ -12,8 +12,8 @@
     from ids to ids without waiting for the host, which reads the tokens up to AHEAD steps later and
     drops those after the end of a text (`Decoding.run`).
   - On a GPU a step is a CUDA graph for each bucket of rows and of columns (`Decoding.graph`), so it
-    costs one launch; so is reading short prompts of GPT-2. A BART's encoded sources are copied to
-    where its graphs read them. MINPREFIX_CUDA_GRAPHS=0 turns graphs off.
+    costs one launch. A graph also reads short prompts of GPT-2. A BART's encoded sources are copied
+    to where its graphs read them. MINPREFIX_CUDA_GRAPHS=0 turns graphs off.
 
 The prefix is an argument of attention and not in a cache, as everywhere. Read `caches.py`,
 `choice.py`, `Decoding`, then `greedy_or_sampled` and `beam_search`, whose arguments and results are
