@@ -119,13 +119,14 @@ def test_within_rounding(sizes, form, dtype, launched):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("form", ["", "gelu"])
+@pytest.mark.parametrize("form", ["", "gelu", "norm", "residual"])
 @pytest.mark.parametrize("sizes", SOME_SIZES, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_some_positions_within_rounding(sizes, form, dtype, launched):
+    """PyTorch's product with a norm or a residual."""
     check(inputs(*sizes, dtype, form))
     taken = takes_some(torch.empty(sizes[:2], dtype=dtype, device=DEVICE))
-    assert launched == [some_rows._some_rows_kernel] * taken
+    assert launched == [some_rows._some_rows_kernel] * (taken and form in ("", "gelu"))
 
 
 @pytest.mark.parametrize(
@@ -275,6 +276,23 @@ def test_who_takes_pytorch(monkeypatch, launched):
             fused_linear(**a | {name: a[name][..., 1:]})
     with pytest.raises(ValueError, match="^shift .* does not fit a weight"):
         fused_linear(**a | {"norm": (a["norm"][0], a["norm"][1][1:], EPS)})
+
+
+def test_who_takes_the_kernel_of_some_positions():
+    """5 to 32 of them, in 16 bits, on Hopper or later, without gradients and autocast."""
+
+    def taken(n: int = 9, K: int = 64, dtype=torch.float16, target: str = "sm_90") -> bool:
+        with launching.recorded(target):
+            return takes_some(torch.empty(n, K, dtype=dtype, device=DEVICE))
+
+    assert taken() and taken(5) and taken(32) and taken(K=1) and taken(K=kernels.MOST_INPUTS)
+    assert taken(target="sm_100")
+    assert not (taken(4) or taken(33) or taken(K=0) or taken(K=kernels.MOST_INPUTS + 1))
+    assert not (taken(target="sm_80") or taken(target="gfx942") or taken(dtype=torch.float32))
+    with torch.enable_grad():
+        assert not taken()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert not taken()
 
 
 def test_forms_are_as_the_header_says():
