@@ -23,7 +23,9 @@ sums are added in a fixed order, so results repeat bit for bit.
 products, and the slices are then added. A single product would be a chain of BLOCK_K / 16 matrix
 instructions, each waiting for the one before. W passes through registers into shared memory before
 the program waits for the previous kernel (`PDL` in `few_rows.py`). After the wait only x is loaded,
-all of it at once.
+all of it at once. Programs of two kernels are on a multiprocessor at the same time only if both fit
+into its shared memory. With C = 1024, those of the MLP's two products do so for up to 16 positions.
+With more, those of the second start only where those of the first have ended.
 
 With e the bytes of an element, G = ceil(N / BLOCK_N) and n padded to BLOCK_M = 16 or 32:
 

@@ -129,6 +129,17 @@ def test_static_shapes_equal_plain(name, captured):  # noqa: F811
 
 
 @pytest.mark.usefixtures("captured")
+def test_longer_sources_get_a_batch_of_their_own():
+    model, config, columns = writer(), GenerationConfig(max_new_tokens=12), []
+    for longest in (15, 30, 15):
+        args = model, sources(9, longest), config, EOS
+        assert generate_ids(*args) == generate_ids(*args, fast=False)
+        [batch] = fast.KEPT.values()
+        columns.append(batch.options["source"].kv.shape[4])
+    assert columns == [16, 32, 16]
+
+
+@pytest.mark.usefixtures("captured")
 def test_a_kept_batch_follows_the_bias_of_the_head():
     model = writer()
     args = model, sources(9), GenerationConfig(max_new_tokens=12), EOS

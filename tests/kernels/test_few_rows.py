@@ -327,6 +327,10 @@ def test_tiles_of_some_rows_are_as_the_header_says():
         assert tile.block_m >= n and block_k >= inputs and block_k >= 16 * tile.num_warps
         memory = bits * block_k * (tile.block_m + tile.block_n)
         assert memory <= 192 * 2**10 < launching.SHARED_MEMORY["sm_90"]
+        if inputs == C:  # more than 16 positions: no room for the next product's programs
+            assert (
+                2 * memory > launching.SHARED_MEMORY["sm_90"] > 2 * bits * C * (16 + tile.block_n)
+            )
 
 
 def test_kernels_overlap_where_the_gpu_and_the_driver_can(monkeypatch):
@@ -439,6 +443,7 @@ def test_blocks_that_are_no_plain_ones_run_as_they_are(monkeypatch):
     half = copy.deepcopy(model).half()
     taken = takes_some(half.wte.weight.new_empty(5, 32))
     assert how(half, 5) == ("rows_forward" if taken else "fused_forward")
+    assert how(copy.deepcopy(other).half(), 5) == "fused_forward"
     assert how(half, kernels.SOME_ROWS + 1) == how(model, 5) == "fused_forward"
     with fused_blocks(model, 2):
         assert how(model) == "step_forward"  # as it was found
