@@ -38,7 +38,7 @@ from minprefix.generation.config import Decided
 from minprefix.generation.decoding import ENDED, Beam, BeamSearch, Beginning, begin, n_candidates
 from minprefix.generation.graphs import capture, round_up, uses_graphs
 from minprefix.models.activations import Activations
-from minprefix.models.base import LanguageModel
+from minprefix.models.base import LanguageModel, adapter_of
 from minprefix.models.cache import computed_dtype, right_padded
 from minprefix.models.fused import fused_blocks
 
@@ -273,8 +273,9 @@ def take_batch(
         )
         config = replace(config, max_new_tokens=n_new, seed=0, bad_words=(), stop=())
         sources = tuple(map(source_columns, beginning.options.values()))
-        own = *model.parameters(), *model.buffers()
-        weights = tuple((x.data_ptr(), x.dtype) for x in own)
+        own = [of for of in (model, adapter_of(model)) if of is not None]
+        read = (x for of in own for x in (*of.parameters(), *of.buffers()))
+        weights = tuple((x.data_ptr(), x.dtype) for x in read)
         chosen = (config, eos_ids, tuple(map(tuple, bad_words_ids)), beginning[2:6])
         kind = computed_dtype(like), fuses(like)
         key = (rows, prompt_len, sources, chosen, acts.sizes(), weights, kind)

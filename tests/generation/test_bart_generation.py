@@ -1,6 +1,8 @@
 """BART's texts against `generate` of transformers in fp64: greedy, beams, forced tokens, blocked
 n-grams; the fast loops against the plain ones, also with static shapes."""
 
+import weakref
+
 import pytest
 import torch
 from conftest import hf_bart_twin, tiny_bart
@@ -137,6 +139,28 @@ def test_longer_sources_get_a_batch_of_their_own():
         [batch] = fast.KEPT.values()
         columns.append(batch.options["source"].kv.shape[4])
     assert columns == [16, 32, 16]
+
+
+@pytest.mark.usefixtures("captured")
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_steps_hold_the_sources_once(num_beams, monkeypatch):
+    """The encoder's result is freed when the batch has its copy."""
+    model, results, alive = writer(), [], []
+    with_keys, step = model.with_keys, fast.Decoding.step
+
+    def noted(source):
+        source = with_keys(source)
+        results.append(weakref.ref(source))
+        return source
+
+    def noted_step(self, model):
+        alive.append(results[0]() is not None)
+        return step(self, model)
+
+    monkeypatch.setattr(model, "with_keys", noted)
+    monkeypatch.setattr(fast.Decoding, "step", noted_step)
+    generate_ids(model, sources(9), GenerationConfig(8, num_beams=num_beams), EOS)
+    assert alive and not any(alive)
 
 
 @pytest.mark.usefixtures("captured")

@@ -22,6 +22,7 @@ from minprefix.generation.decoding import Beginning
 from minprefix.generation.fast import order_without
 from minprefix.generation.graphs import uses_graphs
 from minprefix.generation.texts import generate, generate_ids, stream
+from minprefix.methods.adapters import Adapter
 from minprefix.models.cache import KVCache
 from minprefix.models.weights import load
 from minprefix.prefix.bank import PrefixBank
@@ -185,6 +186,22 @@ def test_kept_batch_follows_the_weights(captured):
     model.h[0].mlp.c_fc.weight.data = model.h[0].mlp.c_fc.weight.data - 0.2
     assert_equals_plain(model, prompts, **options)
     assert len(captured) > count
+
+
+def test_kept_batch_follows_the_weights_of_an_adapter(captured):
+    model, options = prefer(tiny_gpt2(), [EOS], 0.3), {"kinds": ["prefix"], "max_new_tokens": 6}
+    adapter, prompts = Adapter.random(model.config, 4, seed=0).double(), random_prompts(4)
+    adapter.bind(model)
+    with adapter.attached(model):
+        for _ in range(2):
+            assert_equals_plain(model, prompts, **options)
+        count = len(captured)
+        assert_equals_plain(model, prompts, **options)
+        assert len(captured) == count
+        for weight in adapter.parameters():
+            weight.data = weight.data + 0.3  # elsewhere in memory
+        assert_equals_plain(model, prompts, **options)
+        assert len(captured) > count
 
 
 def test_two_streams_at_once(captured):
