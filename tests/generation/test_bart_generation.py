@@ -102,17 +102,19 @@ def test_fast_equals_plain_with_a_prefix_and_rows_alone(form, num_beams):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_static_shapes_equal_plain(name, captured):  # noqa: F811
-    """One batch is kept with its graphs: other sources, and another last token that is forced."""
+    """One batch is kept with its graphs: for other sources, more of them and then fewer, another
+    last token that is forced, and another prefix."""
     own, options = SETTINGS[name]
     model, found = writer(**own), []
     prefix = BARTPrefix.random(model.config, 3, 0, gate=True).double()
     for gate in prefix.gates().values():
         gate.data.uniform_(0.2, 2.0, generator=torch.Generator().manual_seed(0))
-    addresses = set()
-    for seed, n in ((3, 12), (4, 11), (3, 12)):
-        args = model, sources(9, seed=seed), GenerationConfig(max_new_tokens=n, **options), EOS
-        plain = generate_ids(*args, prefix=prefix, fast=False)
-        assert generate_ids(*args, prefix=prefix) == plain
+    other, addresses = BARTPrefix.random(model.config, 3, 1, gate=True).double(), set()
+    calls = (9, 3, 12, prefix), (13, 4, 11, prefix), (9, 3, 12, prefix), (9, 3, 12, other)
+    for rows, seed, n, read_prefix in calls:
+        args = model, sources(rows, seed=seed), GenerationConfig(max_new_tokens=n, **options), EOS
+        plain = generate_ids(*args, prefix=read_prefix, fast=False)
+        assert generate_ids(*args, prefix=read_prefix) == plain
         found.append(plain)
         [batch] = fast.KEPT.values()
         source, sites = batch.options["source"], batch.acts.sites.values()
@@ -122,10 +124,7 @@ def test_static_shapes_equal_plain(name, captured):  # noqa: F811
     assert source.states.untyped_storage().nbytes() == 0  # no memory of the first sources
     assert found[0] == found[2] != found[1]
     assert len(captured) == len(batch.graphs) > 1
-    args = model, sources(9), GenerationConfig(max_new_tokens=12, **options), EOS
-    other = BARTPrefix.random(model.config, 3, 1, gate=True).double()  # at the same addresses
-    assert generate_ids(*args, prefix=other) == generate_ids(*args, prefix=other, fast=False)
-    assert len(captured) == len(batch.graphs)
+    assert plain != found[0] == generate_ids(*args, prefix=prefix, fast=False)  # it is as it was
     assert generate_ids(*args) == generate_ids(*args, fast=False) != found[0]
     assert len(captured) > len(batch.graphs)  # without a prefix a batch of its own
 

@@ -226,3 +226,10 @@ def test_weights_are_read_before_the_wait(op):
                 assert op != "some_rows" or min(loads) > 0
                 if S := launch.arguments.get("PARTS"):  # the norm: gain, shift, bias; x and in fp32
                     assert loads == (3, 1 + 2 * S)
+
+
+def test_kernels_of_training_do_not_overlap():
+    """Only in a step of generation is it known what an earlier kernel writes."""
+    for op in ("forward", "backward", "add_norm", "cross_entropy"):
+        for launch in default_launches(PLAIN._replace(op=op, target="sm_90")):
+            assert not launch.arguments.get("PDL")
