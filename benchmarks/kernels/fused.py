@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -59,7 +59,7 @@ class Shape(NamedTuple):
 
 ISSUE = [Shape(1280, 1024, 50257), Shape(8192, 1024, 50257)]
 TOKENS = [Shape(n, 1024, 0) for n in (32, 16, 8, 4, 1, 2)]
-FORMS = [(16, 4), (32, 8), (64, 4)]  # columns of a program, warps
+FORMS = [(16, 4, 4), (32, 4, 8), (32, 8, 4), (64, 4, 4)]  # columns of a program, warps, PARTS
 MOST_FEW = 8  # most positions for which `few` is timed
 TILE_OF = some_rows.tile_of
 SMALL, SMALL_TOKENS = [Shape(40, 32, 101)], [Shape(2, 32, 0)]
@@ -167,20 +167,20 @@ def products(shape: Shape, device: str) -> Iterator[Timed]:
     x, visible = normal(n, 1, C, device=device), Visible()
     prefix = model.activations_of(None).layers()[0]
 
-    def run(few: int, some: int, tile_of: Callable) -> Tensor:
+    def run(few: int, some: int, tile_of: Callable, parts: int) -> Tensor:
         limits = patch.multiple(kernels, FEW_ROWS=few, SOME_ROWS=some)
-        tiles = patch.object(some_rows, "tile_of", tile_of)
+        tiles = patch.multiple(some_rows, tile_of=tile_of, PARTS=parts)
         with limits, tiles, torch.no_grad(), fused_blocks(model, n):
             y = x
             for block in model.h:
                 y = block(y, prefix, visible, attend=lambda q, *_: q)
         return y
 
-    usual = some_rows.tile_of
-    forms = {"plain": (0, 0, usual), "few": (n, 0, usual), "some": (0, n, usual)}
-    for columns, warps in FORMS:
+    usual: Any = some_rows.tile_of, some_rows.PARTS
+    forms = {"plain": (0, 0, *usual), "few": (n, 0, *usual), "some": (0, n, *usual)}
+    for columns, warps, parts in FORMS:
         other = partial(tile_with, columns, warps)
-        forms[f"some, {columns} columns, {warps} warps"] = 0, n, other
+        forms[f"some, {columns} columns, {warps} warps, {parts} parts"] = 0, n, other, parts
     plain = run(*forms["plain"]).float()
     for method, form in forms.items():
         if method != "plain" and not (fuses(x) and (method != "few" or n <= MOST_FEW)):

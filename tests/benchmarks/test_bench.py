@@ -80,6 +80,7 @@ def test_training_beside_peft(run, tmp_path, dtype):
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_training_on_real_batches_and_a_table(run, tables):
     peers = ("--peers", "peft,peft-shuffled")
     rows = run("train", "--data", tables, "--batch-size", 3, "--prefix-len", 2, "--no-mlp", *peers)

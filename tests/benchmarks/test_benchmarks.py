@@ -150,6 +150,7 @@ def test_pictures_of_times_are_drawn(tmp_path: Path):
     assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SMALL)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_methods_that_are_timed_agree_and_a_wrong_one_is_named(shape: Shape, monkeypatch):
@@ -184,6 +185,7 @@ def test_what_is_not_installed_is_named():
         pass  # PyTorch's own needs nothing
 
 
+@pytest.mark.slow
 def test_calls_for_the_sanitizer_run_and_repeat(monkeypatch):
     """The same calls as on a GPU, through the CPU path."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -135,6 +135,7 @@ def test_a_dev_file_beside_a_train_file(cli, tiny_folder, tables, tmp_path):
     assert only_json(out)["best_dev_loss"] > 0
 
 
+@pytest.mark.slow
 def test_finetuning_leaves_a_model_that_the_other_commands_take(cli, tiny_folder, tables, tmp_path):
     out, _ = train(cli, tiny_folder, tables, tmp_path / "run", "--method", "finetune", "--json")
     folder = tmp_path / "run" / "model"
@@ -452,6 +453,7 @@ def test_download_prints_the_folder(cli, tiny_folder, monkeypatch):
 # processes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_the_exit_code(tmp_path):
     command = [sys.executable, "-m", "minprefix", "info", "--model", tmp_path / "none"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -52,6 +52,7 @@ def test_messages_that_cannot_be_written_are_lost():
     assert kept.getvalue() == "hello"
 
 
+@pytest.mark.slow
 @needs_full
 def test_a_result_that_cannot_be_written_is_an_error(tmp_path):
     with FULL.open("w") as full:
@@ -60,6 +61,7 @@ def test_a_result_that_cannot_be_written_is_an_error(tmp_path):
     assert b"minprefix: error: " in done.stderr and b"No space left" in done.stderr
 
 
+@pytest.mark.slow
 @needs_full
 def test_a_message_that_cannot_be_written_is_no_error(tmp_path):
     with FULL.open("w") as full:

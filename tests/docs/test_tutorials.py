@@ -150,6 +150,7 @@ def test_teaching_problems_are_seen():
         assert len(problems) == 1 and told in problems[0], (old, problems)
 
 
+@pytest.mark.slow
 def test_the_short_loop_is_the_trainers(monkeypatch, tmp_path: Path):
     monkeypatch.syspath_prepend(ROOT / "tutorials")
     from short_training import train

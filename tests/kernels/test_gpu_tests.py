@@ -219,6 +219,7 @@ def test_whole_steps_go_on_after_a_failure_and_stop_in_time(tmp_path: Path, monk
     assert capsys.readouterr().out.count("not measured") == len(gpu_steps.RUNS["train"])
 
 
+@pytest.mark.slow
 def test_the_training_run_writes_where_it_is_told(tmp_path: Path, monkeypatch):
     """With its settings but for the number of steps, on a few tables."""
     short = dataclasses.replace(e2e.TRAIN["prefix"], steps=1, batch_size=2, eval_pairs=2)

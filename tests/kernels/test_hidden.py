@@ -74,6 +74,7 @@ def no_gradients(attention, *tensors, **options):
     return o.requires_grad_(), lse.requires_grad_()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(KERNELS, reason="the kernels are tested instead")
 @pytest.mark.parametrize("name", CASES)
 def test_reference_reads_nothing_hidden(name, monkeypatch):

@@ -36,6 +36,7 @@ def run(cli, tiny_folder, tables, tmp_path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("design", ["lin", "houlsby"])
 def test_an_adapter_from_training_to_scores(cli, tiny_folder, tables, tmp_path, design):
     options = ("--method", "adapter", "--adapter-design", design, "--adapter-share", 0.02)
@@ -75,6 +76,7 @@ def test_top_layers_from_training_to_scores(cli, tiny_folder, tables, tmp_path):
     assert json.loads(out)["tables"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["adapter", "ft-top"])
 def test_a_run_is_resumed_with_its_baseline(cli, tiny_folder, tables, tmp_path, method):
     name, value = {"adapter": ("bottleneck", 3), "ft-top": ("top_layers", 1)}[method]

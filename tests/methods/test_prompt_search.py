@@ -25,6 +25,7 @@ from minprefix.training.run_folder import earlier_path, read_state, state_path
 SHORT = {"candidates": 8, "batch_size": 4, "judge_rows": 4, "starts": 6, "eval_every": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt_len, rank", [(1, 1), (2, 16)])
 def test_the_search_comes_to_the_best_of_all_prompts(tmp_path, prompt_len, rank):
     """Brute force over all printable prompts of bytes; `rank`: the place accepted, 1 = the best."""
@@ -74,6 +75,7 @@ def files_of(folder) -> dict:
     return {"log.jsonl": log} | {name: (folder / name).read_bytes() for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 2])
 def test_a_resumed_search_is_the_unbroken_one(tokenizer, tmp_path, after, monkeypatch):
     options = {"after": after, "patience": 1, "chains": 2}

@@ -135,6 +135,7 @@ def bart_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_commands(cli, bart_folder, tables, tmp_path):
     """train, resume, export, evaluate, generate, info: as for GPT-2."""
     model, run = ("--model", bart_folder, "--device", "cpu"), tmp_path / "run"

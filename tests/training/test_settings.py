@@ -103,6 +103,7 @@ def test_times_are_read():
         TrainConfig(time="1m", steps=3)
 
 
+@pytest.mark.slow
 def test_a_time_ends_the_run_at_rate_zero(tokenizer, tmp_path):
     run = trainer(tokenizer, tmp_path, steps=None, time="2s", dev=0, eval_every=10**6)
     result = run.run(progress=False)
