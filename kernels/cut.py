@@ -10,7 +10,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kernels.launch import Tile, bucket, by_length, cdiv, programs_wanted, tiles_of
+from kernels.launch import (
+    MULTIPROCESSORS,
+    Tile,
+    bucket,
+    by_length,
+    cdiv,
+    programs_wanted,
+    target_of,
+    tiles_of,
+)
 
 SPLIT_BYTES = 48 * 2**10  # one program reads them in 2 us, what a second launch costs (H200)
 EARLY_BYTES = 16 * 2**10  # prefix that a program holds in registers: 32 for each of 128 threads
@@ -77,7 +86,8 @@ def tiles_name(q: Tensor, k: Tensor) -> str:
     Measured on an H200 for 32 and for 8 rows, 16 heads, 192 keys: 12.9 instead of 14.6 us, but 7.5
     instead of 6.5 us.
     """
-    many = 2 * q.shape[0] * q.shape[1] >= 3 * programs_wanted(q)  # three on each multiprocessor
+    rows_and_heads, multiprocessors = q.shape[0] * q.shape[1], MULTIPROCESSORS[target_of(q.device)]
+    many = rows_and_heads >= 3 * multiprocessors
     return by_length("decode", k.shape[2]) if many else "decode"
 
 
